@@ -1,0 +1,144 @@
+"""What a checkpoint is on disk: one safetensors file, tensors by name and everything else as JSON in its header.
+
+No pickle: loading a checkpoint runs no code. It is written beside its target, flushed to the disk and then renamed, so a
+name always holds a whole checkpoint, the old one or the new one. Everything that generation or resuming needs travels inside.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+BEST, LAST = "best_model.pth", "last.pth"  # names that users were promised; the content is safetensors all the same
+KEY = "gpt2"  # of our JSON among the header's metadata
+LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+
+
+def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
+    """Write a checkpoint so that whatever happens, `path` is either untouched or complete."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {KEY: json.dumps({"format": FORMAT, **record})}
+    with _beside(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        _move(temporary, path)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Give a checkpoint a second name, without a second copy of its bytes where the filesystem can.
+
+    A checkpoint is never changed in place, only replaced, so two names for one file stay two checkpoints.
+    """
+    with _beside(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a filesystem without hard links
+            shutil.copyfile(source, temporary)
+        _move(temporary, target)
+
+
+class _beside:
+    """A name that nobody uses, in the same folder as `path`; nothing is left under it afterwards."""
+
+    def __init__(self, path: Path):
+        self.folder = tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent)
+
+    def __enter__(self) -> Path:
+        return Path(self.folder.__enter__()) / "checkpoint"
+
+    def __exit__(self, *error: Any) -> None:
+        self.folder.__exit__(*error)
+
+
+def _move(temporary: Path, target: Path) -> None:
+    _flush(temporary)
+    os.replace(temporary, target)
+    _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk, not only the kernel, hold a file or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """All of a checkpoint but its tensors. Quick, whatever the model's size, and without importing torch.
+
+    Raises:
+        UserError: There is no such file, or it is no checkpoint of ours.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST_HEADER:
+                raise ValueError("its header is too long to be one")
+            header = json.loads(file.read(length))
+        record = json.loads(header["__metadata__"][KEY])
+    except OSError as error:
+        raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint: {path} is not a checkpoint that this program wrote") from error
+    if record.get("format") != FORMAT:
+        raise UserError(f"checkpoint: {path} has format {record.get('format')}, this version reads format {FORMAT}")
+    return record
+
+
+def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
+    """The tensors whose names begin with `prefix`, named without it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  # no mapping
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint: {path} is damaged: {error}") from error
+
+
+def latest_run(runs: Path = Path("outputs/runs")) -> Path:
+    """The run folder whose checkpoints are newest.
+
+    Raises:
+        UserError: There is none.
+    """
+    checkpoints = [path for name in (BEST, LAST) for path in runs.glob(f"*/*/*/{name}")]
+    if not checkpoints:
+        raise UserError(
+            f"checkpoint: no run with a checkpoint in {runs.absolute()}; train one with "
+            f"`python train.py experiment=quickstart`, or name one with checkpoint=PATH"
+        )
+    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+
+
+def find(path: str | None) -> Path:
+    """The checkpoint that a user means: a file, the best one of a run folder, or, if None, of the latest run.
+
+    A run that was never evaluated has no best checkpoint; then it is its last.
+
+    Raises:
+        UserError: There is none.
+    """
+    place = latest_run() if path is None else Path(path)
+    if place.is_file():
+        return place
+    for name in (BEST, LAST):
+        for found in (*place.glob(name), *place.glob(f"*/{name}")):
+            return found
+    raise UserError(f"checkpoint: {place} holds no {BEST} or {LAST}" if place.is_dir() else f"checkpoint: no {place}")

@@ -1,0 +1,300 @@
+"""Every configuration of this repository, typed: what a YAML line may say, its default, and what makes no sense together.
+
+A field of a dataclass here is a key of a file in `conf/`, and nothing else is. The dataclasses are registered as
+Hydra's schema, so a typo or a wrong type is refused while the configuration is composed; what composition cannot
+see (a relation between two fields) is found by `faults`, all of it at once. Nothing heavy is imported here:
+a mistake is answered before torch is loaded.
+"""
+
+import secrets
+import sysconfig
+from dataclasses import dataclass, field
+from glob import glob
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend: printed one line a fault, without a traceback, exit code 2."""
+
+    def __init__(self, *faults: str):
+        super().__init__("\n".join(faults))
+        self.faults = list(faults)
+
+
+@dataclass
+class GPT2Config:
+    """The architecture (Radford et al., 2019). The defaults are GPT-2 124M."""
+
+    vocab_size: int = 50257  # a run from a script sets it to its tokenizer's size
+    context_length: int = 1024  # tokens
+    d_model: int = 768
+    num_heads: int = 12
+    num_layers: int = 12
+    d_ff: int = 3072
+    dropout: float = 0.1  # after the embeddings
+    attention_dropout: float = 0.1  # on the attention weights
+    residual_dropout: float = 0.1  # before each residual addition
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02  # standard deviation; residual projections divide it by sqrt(2 * num_layers)
+    use_bias: bool = True  # in the linear layers
+
+
+@dataclass
+class TrainingConfig:
+    """How a model is trained. One optimizer step sees batch_size * accumulation_steps blocks."""
+
+    batch_size: int = 8  # blocks in one forward pass
+    learning_rate: float = 3e-4  # the peak
+    weight_decay: float = 0.01  # on matrices only
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_epochs: int = 10
+    max_training_hours: float = 12.0
+    warmup_steps: int = 2000
+    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0 switches clipping off
+    accumulation_steps: int = 1
+    save_every: int = 1000  # steps
+    eval_every: int = 500  # steps
+    log_every: int = 100  # steps
+    checkpoint_dir: str = "checkpoints"  # inside the run folder
+    device: str = "auto"  # auto (cuda, else mps, else cpu) or any name torch knows, such as cuda:1
+    num_workers: int = 4
+    pin_memory: bool = True
+    mixed_precision: bool = True  # false: fp32 whatever the hardware
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
+
+    max_steps: int | None = None  # null: max_epochs decides
+    seed: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on CUDA, fp32 elsewhere
+    compile: bool = False  # torch.compile the training step
+    min_learning_rate: float | None = None  # where the cosine ends; null: a tenth of learning_rate
+    eval_batches: int | None = None  # null: the whole split
+
+
+@dataclass
+class DataConfig:
+    """Where text comes from, how it becomes tokens. `files` set: those files; otherwise a Hub dataset or a local folder."""
+
+    dataset_name: str = "wikitext"  # on the Hugging Face Hub, or a folder laid out like one
+    dataset_config: str | None = "wikitext-2-raw-v1"
+    train_split: str = "train"
+    validation_split: str | None = "validation"  # null: hold out validation_fraction of the training split
+    test_split: str | None = "test"  # null: the validation split serves
+    max_length: int = 1024  # tokens a block; the scripts let it follow model.context_length
+    cache_dir: str | None = None  # null: the Hub's own cache, and ~/.cache/gpt2 for tokens
+    preprocessing_num_workers: int = 4  # threads of the tokenizer
+
+    text_column: str = "text"
+    document_start: str | None = r"^ = [^=]"  # rows that match begin a document (WikiText's titles); null: each row is one
+    files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'
+    exclude: list[str] = field(default_factory=list)  # patterns taken out of `files` again
+    tokenizer: str = "gpt2"  # gpt2 | bytes | train (on this very text) | a folder with vocab.json and merges.txt
+    vocab_size: int = 4096  # of the tokenizer that `tokenizer: train` makes
+    validation_fraction: float = 0.1  # held out where the source brings no validation split
+
+
+@dataclass
+class InferenceConfig:
+    """How text is written."""
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int | None = 50  # null: all
+    top_p: float | None = 0.95  # null: all
+    repetition_penalty: float = 1.2  # 1 is none
+    do_sample: bool = True  # false is greedy
+    num_return_sequences: int = 1
+    stream: bool = True
+
+    seed: int | None = None  # null: another text each time
+
+
+@dataclass
+class OptunaConfig:
+    """A hyperparameter study."""
+
+    n_trials: int = 50
+    timeout: int | None = None  # seconds
+    study_name: str = "gpt2_optimization"
+    storage: str | None = None  # a database URL
+    direction: str = "minimize"
+    sampler: str = "TPE"
+    pruner: str = "MedianPruner"
+    n_startup_trials: int = 10
+    n_warmup_steps: int = 5
+
+
+@dataclass
+class WandbConfig:
+    """Tracking with Weights & Biases. Whatever happens there, the run goes on and `metrics.jsonl` holds everything."""
+
+    mode: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online when logged in, otherwise offline
+    project: str = "gpt2"
+    entity: str | None = None
+
+
+@dataclass
+class TrainRun:
+    """All that `train.py` needs."""
+
+    name: str = "gpt2"  # the run lies in outputs/runs/<name>/
+    model: GPT2Config = field(default_factory=GPT2Config)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written while training
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
+    resume: str | None = None  # a run folder, or `latest`
+
+
+@dataclass
+class GenerateRun:
+    """All that `generate.py` needs. `prompt` is taken from the command line as it stands: no quoting rules but the shell's."""
+
+    prompt: str = ""
+    checkpoint: str | None = None  # a checkpoint or a run folder; null: the best of the latest run
+    device: str = "auto"
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+
+
+def register() -> None:
+    """Give Hydra the schema of each script and the two resolvers that `conf/` uses."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainRun)
+    store.store(name="generate_schema", node=GenerateRun)
+    OmegaConf.register_resolver("python_library", lambda: sysconfig.get_path("stdlib"), replace=True)
+    OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+
+
+register()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What composition cannot see. Each fault reads `key: what is wrong, what would be right`.
+
+Faults = list[str]
+
+
+def _outside(values: dict[str, Any], bounds: dict[str, tuple[float, float, str]], prefix: str) -> Faults:
+    """Faults of the numbers that are not within their bounds, both ends included. None (null) is never at fault."""
+    return [
+        f"{prefix}{key}: {values[key]} is not {wanted}"
+        for key, (low, high, wanted) in bounds.items()
+        if values[key] is not None and not (isfinite(values[key]) and low <= values[key] <= high)
+    ]
+
+
+_INFINITY = float("inf")
+_TINY = 5e-324  # the smallest positive float: "above 0" as a closed bound
+_BELOW_ONE = 1 - 2**-53
+COUNT = (1, _INFINITY, "a whole number of at least 1")
+COUNT_OR_ZERO = (0, _INFINITY, "a whole number of at least 0")
+POSITIVE = (_TINY, _INFINITY, "a finite number above 0")
+NOT_NEGATIVE = (0, _INFINITY, "a finite number of at least 0")
+PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
+FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
+
+_MODEL_BOUNDS = {
+    **dict.fromkeys(("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff"), COUNT),
+    **dict.fromkeys(("dropout", "attention_dropout", "residual_dropout"), PROBABILITY),
+    "layer_norm_epsilon": POSITIVE,
+    "initializer_range": POSITIVE,
+}
+_TRAINING_BOUNDS = {
+    **dict.fromkeys(("batch_size", "accumulation_steps", "max_epochs", "max_steps", "eval_batches"), COUNT),
+    **dict.fromkeys(("save_every", "eval_every", "log_every"), COUNT),
+    **dict.fromkeys(("warmup_steps", "num_workers"), COUNT_OR_ZERO),
+    **dict.fromkeys(("weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "epsilon", "max_training_hours"), POSITIVE),
+    **dict.fromkeys(("beta1", "beta2"), PROBABILITY),
+    "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
+}
+_DATA_BOUNDS = {
+    "max_length": COUNT,
+    "preprocessing_num_workers": COUNT,
+    "vocab_size": (257, 2**31 - 1, "at least 257 (the 256 bytes and <|endoftext|>)"),
+    "validation_fraction": FRACTION,
+}
+_INFERENCE_BOUNDS = {
+    **dict.fromkeys(("max_new_tokens", "num_return_sequences", "top_k"), COUNT),
+    "temperature": NOT_NEGATIVE,
+    "top_p": (_TINY, 1, "above 0 and at most 1"),
+    "repetition_penalty": POSITIVE,
+    "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
+}
+
+
+def model_faults(config: GPT2Config, prefix: str = "model.") -> Faults:
+    found = _outside(vars(config), _MODEL_BOUNDS, prefix)
+    if not found and config.d_model % config.num_heads:
+        fitting = [heads for heads in range(1, config.d_model + 1) if config.d_model % heads == 0]
+        nearest = min(fitting, key=lambda heads: abs(heads - config.num_heads))
+        found.append(
+            f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={config.d_model}, "
+            f"{nearest} would"
+        )
+    return found
+
+
+def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
+    found = _outside(vars(config), _TRAINING_BOUNDS, prefix)
+    lowest = config.min_learning_rate
+    if not found and lowest is not None and lowest > config.learning_rate:
+        found.append(
+            f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
+            f"the schedule only falls"
+        )
+    if not config.mixed_precision and config.precision in ("bf16", "fp16"):
+        found.append(
+            f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
+        )
+    if config.device != "auto" and config.device.split(":")[0] not in ("cuda", "cpu", "mps"):
+        found.append(f"{prefix}device: {config.device!r} is none of auto, cuda, cuda:N, mps, cpu")
+    return found
+
+
+def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
+    found = _outside(vars(config), _DATA_BOUNDS, prefix)
+    if config.files is not None and not config.files:
+        found.append(f"{prefix}files: none is named, a file or a pattern such as 'corpus/**/*.txt' would do")
+    for pattern in config.files or []:
+        if not next(iter(glob(pattern, recursive=True)), None):
+            found.append(f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})")
+    if config.tokenizer not in ("gpt2", "bytes", "train") and not Path(config.tokenizer).is_dir():
+        found.append(
+            f"{prefix}tokenizer: {config.tokenizer!r} is neither gpt2, bytes nor train, and no folder has that name"
+        )
+    return found
+
+
+def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Faults:
+    return _outside(vars(config), _INFERENCE_BOUNDS, prefix)
+
+
+def faults(config: TrainRun | GenerateRun) -> Faults:
+    """All that is wrong with a composed configuration, a line each; empty when it can run."""
+    if isinstance(config, GenerateRun):
+        return inference_faults(config.inference)
+    found = [
+        *model_faults(config.model),
+        *training_faults(config.train),
+        *data_faults(config.data),
+        *inference_faults(config.inference),
+    ]
+    if config.data.max_length > config.model.context_length:
+        found.append(
+            f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
+            f"model.context_length={config.model.context_length}"
+        )
+    if Path(config.train.checkpoint_dir).name != config.train.checkpoint_dir:
+        found.append(f"train.checkpoint_dir: {config.train.checkpoint_dir!r} must be the plain name of a folder")
+    name_is_plain = config.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    if not name_is_plain or config.name.startswith(".") or len(config.name) > 100:
+        found.append(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100")
+    return found

@@ -1,0 +1,89 @@
+"""What the hardware is and can do: which device, which number format, how many operations a second at best."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gpt2.config import TrainingConfig, UserError
+
+# Dense 16-bit matrix FLOP/s of a single chip, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Any other name is taken at its word.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    available = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not available.get(device.type, False):
+        usable = [kind for kind, there in available.items() if there]
+        raise UserError(f"device: there is no {name} here; auto, or one of {usable}, would do")
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of matrix products. Weights, gradients and optimizer state are always fp32."""
+
+    name: str  # fp32 | bf16 | fp16
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16 needs: its smallest numbers are too large for gradients."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def choose_precision(config: TrainingConfig, device: torch.device) -> Precision:
+    """What `precision` asks for; `auto` is mixed precision on CUDA only: bf16 where the chip has it, else fp16."""
+    if not config.mixed_precision:
+        return Precision("fp32", device)
+    if config.precision != "auto":
+        return Precision(config.precision, device)
+    if device.type != "cuda":
+        return Precision("fp32", device)
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older chips only emulate it
+    return Precision("bf16" if has_bf16 else "fp16", device)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def peak_flops(precision: Precision) -> float | None:
+    """The chip's own limit in FLOP/s for 16-bit matrix products, or None where it is not known."""
+    if precision.device.type != "cuda" or precision.name == "fp32":
+        return None
+    name = torch.cuda.get_device_name(precision.device)
+    return next((flops for chip, flops in PEAK_FLOPS.items() if all(word in name for word in chip.split())), None)

@@ -1,0 +1,97 @@
+"""The loss of a model over a split."""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from math import exp, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gpt2.device import choose_device
+from gpt2.model import IGNORE, GPT2Model
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+def as_inputs(batch: Any) -> Batch:
+    """A batch of any loader as keyword arguments of `GPT2Model.forward`.
+
+    Taken: such a mapping, as `gpt2.data_loader` yields; a pair (input_ids, labels); or input_ids (b, t) alone, its own labels.
+    """
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch, "labels": batch}
+    if isinstance(batch, list | tuple):
+        input_ids, labels = batch
+        return {"input_ids": input_ids, "labels": labels}
+    return dict(batch)
+
+
+def count_targets(batch: Batch) -> int:
+    """How many tokens of a batch are predicted: those the loss is a mean over."""
+    targets = batch["targets"] if "targets" in batch else batch["labels"][:, 1:]
+    return int((targets != IGNORE).sum())
+
+
+def perplexity(loss: float) -> float:
+    """e to the loss; infinite where that is beyond a float."""
+    return exp(loss) if loss < 700 else inf
+
+
+@torch.no_grad()
+def mean_loss(
+    model: GPT2Model,
+    batches: Iterable[Any],
+    device: torch.device,
+    autocast: AbstractContextManager | None = None,
+    max_batches: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Mean cross-entropy in nats a predicted token, without dropout; every token weighs the same, whatever its batch.
+
+    NaN if `should_stop` ended it or there was nothing to predict.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    try:
+        for batch in map(as_inputs, islice(batches, max_batches)):
+            if should_stop():
+                return float("nan")
+            predicted = count_targets(batch)
+            moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+            with autocast or nullcontext():
+                _, loss = model(**moved)
+            total = total + loss.double().cpu() * predicted
+            count += predicted
+    finally:
+        model.train(was_training)
+    return float(total / count) if count else float("nan")
+
+
+class Evaluator:
+    """Loss and perplexity of a model on a test set."""
+
+    def __init__(self, model: GPT2Model, test_loader: DataLoader, device: str = "cuda"):
+        """`device`: any name torch knows, or `auto`. Without CUDA, `cuda` becomes `auto`, and a log line says so."""
+        if device == "cuda" and not torch.cuda.is_available():
+            log.info("No CUDA device here: evaluating on %s.", choose_device("auto"))
+            device = "auto"
+        self.device = choose_device(device)
+        self.model = model.to(self.device)
+        self.test_loader = test_loader
+
+    def evaluate(self) -> dict[str, float]:
+        """`loss` in nats a token and `perplexity`, over the whole test set."""
+        loss = mean_loss(self.model, self.test_loader, self.device)
+        return {"loss": loss, "perplexity": perplexity(loss)}
+
+    def print_metrics(self, metrics: dict[str, float]) -> None:
+        """One line a metric."""
+        for name, value in metrics.items():
+            print(f"{name:<12} {value:.4f}")

@@ -1,0 +1,51 @@
+"""The Hugging Face Hub: reached when it can be, its cache used when it cannot, and never waited for."""
+
+import logging
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gpt2.config import UserError
+
+log = logging.getLogger(__name__)
+
+WITHOUT_NETWORK = (
+    "without a network: experiment=quickstart (this Python's own source), data=text data.files=[FILE,...] with "
+    "data.tokenizer=train or bytes, or local folders as data.dataset_name and data.tokenizer"
+)
+
+
+@cache
+def connect(seconds: float = 3.0) -> None:
+    """Find out once whether the Hub answers. If not, its libraries are told to use their caches alone.
+
+    Left to themselves they would ask six times over half a minute. Call this before they are imported.
+    """
+    if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
+        return
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    try:
+        socket.create_connection((endpoint.hostname or "", port), timeout=seconds).close()
+    except OSError as error:
+        log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def hub_file(repository: str, filename: str) -> Path:
+    """A file of a model repository on the Hub, from the cache where it is there.
+
+    Raises:
+        UserError: It is neither cached nor to be had.
+    """
+    connect()
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
+        raise UserError(
+            f"could not get {filename} of {repository!r} from the Hugging Face Hub nor from its cache; {WITHOUT_NETWORK}"
+        ) from error

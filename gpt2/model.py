@@ -1,0 +1,261 @@
+"""GPT-2 as OpenAI built it (Radford et al., 2019), its axes named in einops patterns.
+
+Pre-LayerNorm blocks, learned positions, tanh GELU, a head tied to the token embedding. Nothing here knows of text, files,
+devices or logging.
+
+Axes: b batch, t time, c channel (d_model), h head, d head dimension, v vocabulary.
+"""
+
+from collections.abc import Generator
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gpt2.config import GPT2Config, model_faults
+from gpt2.sampling import next_token
+
+IGNORE = -100  # a label that takes no part in the loss, as in transformers
+
+
+def causal_mask(attention_mask: Tensor) -> Tensor:
+    """Who may look at whom, (b, 1, t, t), from which tokens are real, (b, t) with 1 real and 0 padding.
+
+    Every token may look at itself, padding too: a row without any allowed entry would make softmax yield NaN.
+    """
+    t = attention_mask.size(-1)
+    triangle = torch.ones(t, t, dtype=torch.bool, device=attention_mask.device).tril()
+    itself = torch.eye(t, dtype=torch.bool, device=attention_mask.device)
+    return triangle & (rearrange(attention_mask.bool(), "b t -> b 1 1 t") | itself)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention. `dropout` falls on the attention weights."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float, use_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(d_model, 3 * d_model, bias=use_bias)
+        self.out = nn.Linear(d_model, d_model, bias=use_bias)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(b, t, c) -> (b, t, c). `attention_mask`: (b, t), 1 real and 0 padding, or what `causal_mask` makes of it."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = causal_mask(attention_mask)
+        q, k, v = rearrange(self.qkv(hidden_states), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.num_heads)
+
+        mixed = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=attention_mask is None,
+        )
+
+        return self.out(rearrange(mixed, "b h t d -> b t (h d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU in the tanh form that OpenAI used."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=use_bias)
+        self.down = nn.Linear(d_ff, d_model, bias=use_bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, t, c) -> (b, t, c)."""
+        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+
+
+class DecoderBlock(nn.Module):
+    """Attention, then feed-forward, each normalised before and added after. `dropout` falls before both additions."""
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        dropout: float,
+        attention_dropout: float,
+        layer_norm_epsilon: float,
+        use_bias: bool,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
+        self.attention = MultiHeadAttention(d_model, num_heads, attention_dropout, use_bias)
+        self.dropout = nn.Dropout(dropout)
+        self.feed_forward_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout, use_bias)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(b, t, c) -> (b, t, c). `attention_mask` as `MultiHeadAttention` takes it."""
+        attended = self.attention(self.attention_norm(hidden_states), attention_mask)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
+
+
+class GPT2Model(nn.Module):
+    """The whole language model: tokens in, logits of the next token out.
+
+    Raises:
+        ValueError: `config` describes no model, such as a `d_model` that its heads do not divide.
+    """
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        if found := model_faults(config, prefix=""):
+            raise ValueError("; ".join(found))
+        self.config = config
+        self.gradient_checkpointing = False
+
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = nn.Embedding(config.context_length, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(
+                config.d_model,
+                config.num_heads,
+                config.d_ff,
+                config.residual_dropout,
+                config.attention_dropout,
+                config.layer_norm_epsilon,
+                config.use_bias,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """GPT-2's initialisation: normal weights, and narrower ones where a layer writes to the residual stream."""
+        std = self.config.initializer_range
+        residual_std = std / sqrt(2 * self.config.num_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("attention.out", "feed_forward.down"))
+                nn.init.normal_(module.weight, std=residual_std if writes_residual else std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits (b, t, v) for input_ids (b, t), and the mean cross-entropy in nats if there is something to compare with.
+
+        Args:
+            input_ids: Token ids (b, t), t at most `context_length`.
+            labels: What `transformers` calls labels: (b, t), usually `input_ids` itself, shifted in here so that logit t
+                is held against label t + 1. The last position then learns nothing.
+            attention_mask: (b, t), 1 for a real token and 0 for padding, left or right.
+            targets: Labels that are shifted already: target t is the token after input t. All t positions learn.
+                A label or target of -100 is ignored.
+
+        Raises:
+            ValueError: `input_ids` is longer than `context_length`, or both `labels` and `targets` are given.
+        """
+        if labels is not None and targets is not None:
+            raise ValueError("give labels (shifted here) or targets (shifted already), not both")
+        hidden_states = self._hidden_states(input_ids, attention_mask)
+        logits = F.linear(hidden_states, self.token_embedding.weight)  # the tied head
+
+        if labels is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        if targets is None:
+            return logits, None
+        total = F.cross_entropy(
+            rearrange(logits, "b t v -> (b t) v").float(),
+            rearrange(targets, "b t -> (b t)"),
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        return logits, total / (targets != IGNORE).sum().clamp(min=1)
+
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(b, t) -> (b, t, c): everything but the head."""
+        t = input_ids.size(1)
+        if t > self.config.context_length:
+            raise ValueError(f"{t} tokens are more than the context_length of {self.config.context_length}")
+        if attention_mask is not None:
+            attention_mask = causal_mask(attention_mask)
+
+        positions = torch.arange(t, device=input_ids.device)
+        hidden_states = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                hidden_states = checkpoint(block, hidden_states, attention_mask, use_reentrant=False)
+            else:
+                hidden_states = block(hidden_states, attention_mask)
+        return self.final_norm(hidden_states)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        do_sample: bool = True,
+        eos_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Generator[Tensor, None, Tensor]:
+        """Continue input_ids (b, t) token by token, without dropout.
+
+        Once the text is longer than `context_length`, the model sees its last `context_length` tokens.
+
+        Args:
+            temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
+            top_k, top_p, repetition_penalty: See `gpt2.sampling`.
+            eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
+            generator: Source of randomness; the global one if None.
+
+        Yields:
+            The next token of each sequence, (b,).
+
+        Returns:
+            The whole sequences, prompt included, (b, t + n).
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+            for _ in range(max_new_tokens):
+                logits, _ = self(input_ids[:, -self.config.context_length :])
+                token = next_token(
+                    logits[:, -1], input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator
+                )
+                if eos_token_id is not None:
+                    token = token.masked_fill(ended, eos_token_id)
+                    ended = ended | (token == eos_token_id)
+                input_ids = torch.cat((input_ids, rearrange(token, "b -> b 1")), dim=1)
+                yield token
+                if eos_token_id is not None and ended.all():
+                    break
+        finally:
+            self.train(was_training)
+        return input_ids
+
+    def num_parameters(self) -> int:
+        """Number of weights, the tied head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, t: int) -> float:
+        """Floating point operations a token of a block of t tokens costs to train on, forward and backward.
+
+        Counted as in PaLM (Chowdhery et al., 2022, appendix B): 6 for each weight of a matrix product (the position table is
+        none) and 12 * layers * d_model * t for attention, without the discount for causality.
+        """
+        multiplied = self.num_parameters() - self.position_embedding.weight.numel()
+        return 6 * multiplied + 12 * self.config.num_layers * self.config.d_model * t

@@ -1,0 +1,290 @@
+"""What a run tells, and to whom: `metrics.jsonl` first, then Weights & Biases; a progress line for whoever watches.
+
+The file is the truth. W&B is a guest: whatever it does, the run goes on and nothing is lost.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from gpt2.config import WandbConfig
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Log lines on standard output, above the progress line while there is one.
+
+    It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked `on_progress_line`
+    is not repeated while that line shows it.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stdout
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not (getattr(record, "on_progress_line", False) and is_terminal()):
+            super().emit(record)
+
+
+def is_terminal() -> bool:
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[[int], None]]:
+    """Show that something of unknown length goes on. Yields a function to call with the amount done so far."""
+    started = time.perf_counter()
+    last_line = started
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[amount]}"))
+    with Progress(*columns, transient=True, disable=not is_terminal()) as progress:
+        task = progress.add_task(description, total=None, amount="")
+        done = 0
+
+        def advance(total: int) -> None:
+            nonlocal done, last_line
+            done = total
+            now = time.perf_counter()
+            amount = f"{total:,} {unit}, {total / max(now - started, 1e-9):,.0f} a second"
+            progress.update(task, amount=amount)
+            if progress.disable and now - last_line > seconds_between_lines:
+                log.info("%s: %s", description, amount)
+                last_line = now
+
+        yield advance
+    if done:
+        log.info("%s: %s %s in %.1f s", description, f"{done:,}", unit, time.perf_counter() - started)
+
+
+def time_left(seconds: float | None) -> str:
+    """Such as 1:02:03 or 2:03."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class ProgressLine:
+    """Step, loss, speed and time left on one line of a terminal; nothing where there is none."""
+
+    def __init__(self, total_steps: int, step: int = 0):
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self.progress = Progress(*columns, disable=not is_terminal(), transient=True)
+        self.task = self.progress.add_task("", total=total_steps, completed=step, figures="")
+
+    def __enter__(self) -> "ProgressLine":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def step(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def figures(self, loss: float, tokens_per_second: float, seconds_left: float | None) -> None:
+        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {time_left(seconds_left)} left"
+        self.progress.update(self.task, figures=text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record of a run
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Tracker:
+    """Where a run's numbers go. Without a folder and without W&B, nowhere: the null object."""
+
+    def __init__(self, folder: Path | None = None, wandb_run: Any = None):
+        self.folder = folder
+        self.wandb_run = wandb_run
+        self.samples: list[tuple[int, str]] = []
+
+    @property
+    def path(self) -> Path | None:
+        return self.folder and self.folder / "metrics.jsonl"
+
+    def cut_back(self, step: int) -> None:
+        """Forget what came after `step`: a resumed run goes through it again."""
+        if self.path and self.path.exists():
+            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def log(self, record: Record) -> None:
+        """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        self._tell_wandb(lambda run: run.log(record))
+
+    def sample(self, step: int, text: str) -> None:
+        """Keep a sample of text: `samples.md` in the run folder, a growing table in W&B."""
+        self.samples.append((step, text))
+        if self.folder:
+            with (self.folder / "samples.md").open("a", encoding="utf-8") as file:
+                file.write(f"## Step {step:,}\n\n```\n{text}\n```\n\n")
+        self._tell_wandb(lambda run: run.log({"samples": _table(self.samples), "step": step}))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        """End W&B's run, as failed if an exception ended ours."""
+        self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
+
+    def where_in_wandb(self) -> str | None:
+        """Where to look at the run in W&B, or how to get it there; None without W&B."""
+        if self.wandb_run is None:
+            return None
+        if self.wandb_run.offline:
+            return f"kept offline; `wandb sync {Path(self.wandb_run.dir).parent}` uploads it"
+        return self.wandb_run.url
+
+    def _tell_wandb(self, say: Callable[[Any], Any]) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            say(self.wandb_run)
+        except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
+            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has it all: %s", error)
+            self.wandb_run = None
+
+
+def _table(samples: list[tuple[int, str]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=["step", "text"], data=[list(sample) for sample in samples])
+
+
+def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, settings: Record) -> Any:
+    """Begin, or go on with, this run's W&B run, never asking a question. None if it is off or refuses.
+
+    Args:
+        run_folder: Keeps the id, so that a resumed run is the same W&B run.
+        root: All runs' W&B files lie together in `root/wandb`.
+        settings: The resolved configuration, plain and nested.
+    """
+    if config.mode == "off":
+        return None
+    import wandb
+
+    id_file = run_folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12])
+    root.mkdir(parents=True, exist_ok=True)
+    for mode in _modes(config.mode):
+        try:
+            run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                dir=str(root),
+                id=id_file.read_text(),
+                resume="allow",
+                name=f"{name}-{run_folder.name}",
+                group=name,
+                job_type="train",
+                config=settings,
+                mode=mode,
+                # Neither the command line nor the terminal's text goes in: either may hold a secret.
+                settings=wandb.Settings(console="off", silent=True, init_timeout=15, x_disable_meta=True),
+            )
+        except Exception as error:  # noqa: BLE001  # see Tracker._tell_wandb
+            log.warning("W&B (%s) did not start: %s", mode, error)
+            continue
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        return run
+    return None
+
+
+def _modes(mode: str) -> list[str]:
+    """The modes to try in turn."""
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in() else "offline")
+    return [mode, "offline"] if mode == "online" else [mode]
+
+
+def _is_logged_in() -> bool:
+    import wandb
+
+    try:
+        return wandb.login(prompt=False)
+    except Exception as error:  # noqa: BLE001  # a malformed key, say: then nobody is logged in
+        log.warning("W&B's login is of no use: %s", error)
+        return False
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw the loss over the tokens seen, in training and validation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    records = read_metrics(metrics)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "train/loss": {"color": "#9db4d0", "linewidth": 1.2, "label": "training"},
+        "val/loss": {"color": "#c8502d", "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},
+    }
+    for key, style in styles.items():
+        points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    best = min((r for r in records if r.get("val/loss") is not None), key=lambda r: r["val/loss"], default=None)
+    if best:
+        axes.annotate(
+            f"best {best['val/loss']:.3f}",
+            (best["tokens"], best["val/loss"]),
+            textcoords="offset points",
+            xytext=(0, 10),
+            ha="right",
+            color=styles["val/loss"]["color"],
+        )
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(picture)
