@@ -41,7 +41,14 @@ def main(config: TrainRun) -> float | None:
     checkpoint_dir = folder / config.train.checkpoint_dir
     with Tracker(folder, start_wandb(config.wandb, folder, Path("outputs"), config.name, settings)) as tracker:
         trainer = Trainer(
-            model, train_loader, val_loader, config.train, str(checkpoint_dir), tracker, write_sample, run=asdict(config)
+            model,
+            train_loader,
+            val_loader,
+            config.train,
+            str(checkpoint_dir),
+            tracker,
+            write_sample,
+            run=asdict(config),
         )
         if config.resume:
             trainer.load_checkpoint(str(checkpoint_dir / LAST))
@@ -84,7 +91,7 @@ def announce(trainer: "Trainer") -> None:
     if trainer.progress.step:
         print(f"Going on after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:
-        print(f"Note    warm-up ({config.warmup_steps:,} steps) outlasts the run: the learning rate never reaches its peak")
+        print(f"Note    train.warmup_steps={config.warmup_steps:,} outlasts the run: the learning rate never peaks")
     print(flush=True)
 
 
@@ -96,7 +103,9 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     metrics = folder / "metrics.jsonl"
     draw_curves(metrics, folder / "curves.png")
     losses = [record["val/loss"] for record in read_metrics(metrics) if record.get("val/loss") is not None]
-    print(f"\nStopped after step {trainer.progress.step:,}, {time_left(trainer.progress.seconds)}: {trainer.stop_reason}.")
+    print(
+        f"\nStopped after step {trainer.progress.step:,}, {time_left(trainer.progress.seconds)}: {trainer.stop_reason}."
+    )
     if losses:
         shown = losses if len(losses) <= 8 else [*losses[:3], *losses[-4:]]
         course = " -> ".join(f"{loss:.3f}" for loss in shown)

@@ -1,7 +1,8 @@
 """What a checkpoint is on disk: one safetensors file, tensors by name and everything else as JSON in its header.
 
-No pickle: loading a checkpoint runs no code. It is written beside its target, flushed to the disk and then renamed, so a
-name always holds a whole checkpoint, the old one or the new one. Everything that generation or resuming needs travels inside.
+No pickle: loading a checkpoint runs no code. It is written beside its target, flushed to the disk and then renamed,
+so a name always holds a whole checkpoint, the old one or the new one. Everything that generation or resuming needs
+travels inside.
 """
 
 import json
@@ -61,7 +62,7 @@ class _beside:
 
 def _move(temporary: Path, target: Path) -> None:
     _flush(temporary)
-    os.replace(temporary, target)
+    temporary.replace(target)
     _flush(target.parent)
 
 

@@ -1,4 +1,4 @@
-"""Every configuration of this repository, typed: what a YAML line may say, its default, and what makes no sense together.
+"""Every configuration of this repository, typed: what a YAML line may say, its default, what cannot go together.
 
 A field of a dataclass here is a key of a file in `conf/`, and nothing else is. The dataclasses are registered as
 Hydra's schema, so a typo or a wrong type is refused while the configuration is composed; what composition cannot
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend: printed one line a fault, without a traceback, exit code 2."""
+    """What the person at the keyboard can mend: printed one line a fault, without a traceback, exit code 2."""
 
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
@@ -79,7 +79,7 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
-    """Where text comes from, how it becomes tokens. `files` set: those files; otherwise a Hub dataset or a local folder."""
+    """Where text comes from and how it becomes tokens. Without `files`, it is a dataset of the Hub's kind."""
 
     dataset_name: str = "wikitext"  # on the Hugging Face Hub, or a folder laid out like one
     dataset_config: str | None = "wikitext-2-raw-v1"
@@ -91,7 +91,9 @@ class DataConfig:
     preprocessing_num_workers: int = 4  # threads of the tokenizer
 
     text_column: str = "text"
-    document_start: str | None = r"^ = [^=]"  # rows that match begin a document (WikiText's titles); null: each row is one
+    document_start: str | None = (
+        r"^ = [^=]"  # rows that match begin a document (WikiText's titles); null: each row is one
+    )
     files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'
     exclude: list[str] = field(default_factory=list)  # patterns taken out of `files` again
     tokenizer: str = "gpt2"  # gpt2 | bytes | train (on this very text) | a folder with vocab.json and merges.txt
@@ -155,7 +157,7 @@ class TrainRun:
 
 @dataclass
 class GenerateRun:
-    """All that `generate.py` needs. `prompt` is taken from the command line as it stands: no quoting rules but the shell's."""
+    """All that `generate.py` needs. `prompt` is taken from the command line exactly as the shell passed it."""
 
     prompt: str = ""
     checkpoint: str | None = None  # a checkpoint or a run folder; null: the best of the latest run

@@ -1,8 +1,8 @@
 """Text to packed tokens on disk to batches.
 
-A corpus is prepared once: its documents are tokenized and laid end to end, `<|endoftext|>` after each, in one file of integers
-a split, in a folder named by a fingerprint of everything that decides its content. Training maps that file into
-memory and cuts it into blocks. Which block comes when is a pure function of (seed, epoch, position), so a place
+A corpus is prepared once: its documents are tokenized and laid end to end, `<|endoftext|>` after each, in one file of
+integers a split, in a folder named by a fingerprint of everything that decides its content. Training maps that file
+into memory and cuts it into blocks. Which block comes when is a pure function of (seed, epoch, position), so a place
 in the data is one integer and resuming is arithmetic.
 """
 
@@ -55,7 +55,7 @@ Documents = Iterable[str]
 
 @dataclass
 class Source:
-    """The documents of each split. A split that is None is held out of `train`, or, for `test`, is `validation` itself."""
+    """The documents of each split. A `validation` of None is held out of `train`; a `test` of None is `validation`."""
 
     fingerprint: str
     documents: dict[str, Documents | None]
@@ -74,7 +74,7 @@ class TextFiles:
                 yield path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"data.files: {path} is not UTF-8 at byte {error.start}; convert it, or leave it out with data.exclude"
+                    f"data.files: {path} is not UTF-8 at byte {error.start}; convert it or leave it out (data.exclude)"
                 ) from error
             except OSError as error:
                 raise UserError(f"data.files: cannot read {path}: {error.strerror}") from error
@@ -147,6 +147,7 @@ def hub_source(config: DataConfig) -> Source:
         raise UserError(f"data: {config.dataset_name!r}: {' '.join(str(error).split())}") from error
 
     train = tables["train"]
+    assert train is not None
     for table in filter(None, tables.values()):
         if config.text_column not in table.column_names:
             raise UserError(f"data.text_column: {config.text_column!r} is not one of {table.column_names}")
@@ -199,7 +200,8 @@ def split_of(source: Source, split: str, config: DataConfig) -> Documents:
 def pieces(document: str) -> Iterator[tuple[str, bool]]:
     """A document in pieces of about PIECE characters, and whether it ends there; the tokens are those of the whole.
 
-    GPT-2's pattern never joins a space to a character before it that is none, so such a place is always a border of tokens.
+    GPT-2's pattern never joins a space to a character before it that is none, so such a place is always a border of
+    tokens.
     """
     start = 0
     while border := BORDER.search(document, start + PIECE):
@@ -327,8 +329,8 @@ def _make(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config:
         (making / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         tokens = {}
         for split in SPLITS:
-            documents = split_of(source, split, config)
-            tokens[split] = pack(documents, tokenizer, making / f"{split}.bin", f"Tokenizing {split}")
+            path = making / f"{split}.bin"
+            tokens[split] = pack(split_of(source, split, config), tokenizer, path, f"Tokenizing {split}")
         for split in ("train", "validation"):
             if tokens[split] < 2:
                 raise UserError(f"data: the {split} split holds {tokens[split]} tokens, at least 2 are needed")
@@ -336,7 +338,7 @@ def _make(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config:
         dtype = token_dtype(tokenizer.vocab_size).name
         about = {**about, "tokens": tokens, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "bytes": sizes}
         (making / "about.json").write_text(json.dumps(about, indent=1))
-        os.rename(making, folder)
+        making.rename(folder)
 
 
 def _counted(documents: Documents, advance: Any) -> Iterator[str]:
@@ -361,8 +363,8 @@ def _summary(prepared: PreparedData) -> str:
 class TokenBlocks(Dataset):
     """A file of tokens as blocks of `length` inputs and the `length` tokens that follow them.
 
-    Block i starts at token i * length and shares its last target with the first input of block i + 1, so each token but the
-    very first is predicted exactly once. The last block is filled up with ignored targets.
+    Block i starts at token i * length and shares its last target with the first input of block i + 1, so each token
+    but the very first is predicted exactly once. The last block is filled up with ignored targets.
     """
 
     def __init__(self, path: Path, dtype: str, length: int, tokenizer: GPT2Tokenizer | None = None):

@@ -1,7 +1,7 @@
 """The loss of a model over a split."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from math import exp, inf
@@ -22,7 +22,8 @@ Batch = dict[str, Tensor]
 def as_inputs(batch: Any) -> Batch:
     """A batch of any loader as keyword arguments of `GPT2Model.forward`.
 
-    Taken: such a mapping, as `gpt2.data_loader` yields; a pair (input_ids, labels); or input_ids (b, t) alone, its own labels.
+    Taken: such a mapping, as `gpt2.data_loader` yields; a pair (input_ids, labels); or input_ids (b, t) alone, its
+    own labels.
     """
     if isinstance(batch, Tensor):
         return {"input_ids": batch, "labels": batch}
@@ -46,22 +47,24 @@ def perplexity(loss: float) -> float:
 @torch.no_grad()
 def mean_loss(
     model: GPT2Model,
-    batches: Iterable[Any],
+    loader: DataLoader,
     device: torch.device,
     autocast: AbstractContextManager | None = None,
     max_batches: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    go_on: Callable[[int, int], bool] = lambda batch, batches: True,
 ) -> float:
     """Mean cross-entropy in nats a predicted token, without dropout; every token weighs the same, whatever its batch.
 
-    NaN if `should_stop` ended it or there was nothing to predict.
+    Before each batch, `go_on` hears its number and how many there are, and may end it. NaN if it did, or if
+    there was nothing to predict.
     """
     was_training = model.training
     model.eval()
     total, count = torch.zeros((), dtype=torch.float64), 0
     try:
-        for batch in map(as_inputs, islice(batches, max_batches)):
-            if should_stop():
+        batches = min(len(loader), max_batches or len(loader))
+        for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
+            if not go_on(number, batches):
                 return float("nan")
             predicted = count_targets(batch)
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}

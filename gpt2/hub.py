@@ -47,5 +47,5 @@ def hub_file(repository: str, filename: str) -> Path:
         return Path(hf_hub_download(repository, filename))
     except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
         raise UserError(
-            f"could not get {filename} of {repository!r} from the Hugging Face Hub nor from its cache; {WITHOUT_NETWORK}"
+            f"could not get {filename} of {repository!r} from the Hugging Face Hub or its cache; {WITHOUT_NETWORK}"
         ) from error

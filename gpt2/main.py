@@ -1,6 +1,7 @@
 """From a command line to a checked configuration: what stands between Hydra and the library.
 
-Hydra composes the configuration; this module adds what Hydra leaves out. The whole command line is checked before anything
+Hydra composes the configuration; this module adds what Hydra leaves out. The whole command line is checked before
+anything
 runs: every fault in one line, exit code 2, and no run folder left behind. A prompt is kept out of Hydra's hands, for it
 is text and no expression. And a resumed run goes on with its own configuration, a checkpoint with its own sampling.
 
@@ -62,8 +63,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 hydra_config = HydraConfig.get()
                 with faults_as_lines(exit_here=hydra_config.mode != RunMode.MULTIRUN):
                     config = resolve(name, composed, list(hydra_config.overrides.task))
-                    if prompt is not None:
-                        config.prompt = prompt
+                    if isinstance(config, GenerateRun):
+                        config.prompt = prompt or ""
                     return task(config)
 
             sys.argv[1:] = arguments
@@ -102,7 +103,7 @@ def faults_as_lines(exit_here: bool = True) -> Iterator[None]:
 
 
 def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Split `prompt=...` off a command line, its text as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
+    """Split `prompt=...` off a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
     rest = [argument for argument in arguments if not argument.startswith("prompt=")]
     texts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
     return rest, os.fsencode(texts[-1]).decode("utf-8", "replace") if texts else None
@@ -157,7 +158,7 @@ def candidates(override: Override) -> list[str]:
     key = override.get_key_element()
     if isinstance(value, IntervalSweep):
         return [f"{key}={value.start}", f"{key}={value.end}"]
-    if not override.is_discrete_sweep() or "glob(" in override.input_line:
+    if not override.is_discrete_sweep() or "glob(" in str(override.input_line):
         return []  # names files, which exist by definition
     return [f"{key}={text}" for text in override.sweep_string_iterator()]
 

@@ -1,7 +1,7 @@
 """GPT-2 as OpenAI built it (Radford et al., 2019), its axes named in einops patterns.
 
-Pre-LayerNorm blocks, learned positions, tanh GELU, a head tied to the token embedding. Nothing here knows of text, files,
-devices or logging.
+Pre-LayerNorm blocks, learned positions, tanh GELU, a head tied to the token embedding. Nothing here knows of text,
+files, devices or logging.
 
 Axes: b batch, t time, c channel (d_model), h head, d head dimension, v vocabulary.
 """
@@ -151,12 +151,12 @@ class GPT2Model(nn.Module):
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits (b, t, v) for input_ids (b, t), and the mean cross-entropy in nats if there is something to compare with.
+        """Logits (b, t, v) for input_ids (b, t), and, with labels or targets, the mean cross-entropy in nats.
 
         Args:
             input_ids: Token ids (b, t), t at most `context_length`.
-            labels: What `transformers` calls labels: (b, t), usually `input_ids` itself, shifted in here so that logit t
-                is held against label t + 1. The last position then learns nothing.
+            labels: What `transformers` calls labels: (b, t), usually `input_ids` itself, shifted in here so that
+                logit t is held against label t + 1. The last position then learns nothing.
             attention_mask: (b, t), 1 for a real token and 0 for padding, left or right.
             targets: Labels that are shifted already: target t is the token after input t. All t positions learn.
                 A label or target of -100 is ignored.
@@ -254,8 +254,8 @@ class GPT2Model(nn.Module):
     def flops_per_token(self, t: int) -> float:
         """Floating point operations a token of a block of t tokens costs to train on, forward and backward.
 
-        Counted as in PaLM (Chowdhery et al., 2022, appendix B): 6 for each weight of a matrix product (the position table is
-        none) and 12 * layers * d_model * t for attention, without the discount for causality.
+        Counted as in PaLM (Chowdhery et al., 2022, appendix B): 6 for each weight of a matrix product (the position
+        table is none) and 12 * layers * d_model * t for attention, without the discount for causality.
         """
         multiplied = self.num_parameters() - self.position_embedding.weight.numel()
         return 6 * multiplied + 12 * self.config.num_layers * self.config.d_model * t

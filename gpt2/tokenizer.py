@@ -40,12 +40,12 @@ def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> "toke
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE. Every text can be encoded, and decodes to itself.
 
-    `<|endoftext|>` in a text is thirteen ordinary characters: the special token `eos_token_id` exists as a number only, so
-    no text, from a corpus or from a user, can ever bring it in.
+    `<|endoftext|>` in a text is thirteen ordinary characters: the special token `eos_token_id` exists as a number
+    only, so no text, from a corpus or from a user, can ever bring it in.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
-        """`vocabulary`: token (bytes written in `byte_alphabet`) to id; `merges`: pairs of tokens, the first joined first.
+        """`vocabulary`: token (bytes in `byte_alphabet`) to id; `merges`: pairs of tokens, the first joined first.
 
         Raises:
             UserError: The vocabulary lacks a byte or `<|endoftext|>`, or its ids are not 0..n-1.
@@ -159,7 +159,7 @@ class GPT2Tokenizer:
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of tokens as they come: joined, exactly what `decode` gives, each character as soon as it is whole."""
+        """The text of tokens as they come, each character as soon as it is whole; joined, what `decode` gives."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             yield decoder.decode(self.token_bytes[i])

@@ -32,15 +32,15 @@ Record = dict[str, Any]
 class ConsoleHandler(logging.StreamHandler):
     """Log lines on standard output, above the progress line while there is one.
 
-    It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked `on_progress_line`
-    is not repeated while that line shows it.
+    It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked
+    `on_progress_line` is not repeated while that line shows it.
     """
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]
+    def stream(self) -> TextIO:
         return sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,7 +111,9 @@ class ProgressLine:
         self.progress.update(self.task, completed=step)
 
     def figures(self, loss: float, tokens_per_second: float, seconds_left: float | None) -> None:
-        text = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {time_left(seconds_left)} left"
+        self.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {time_left(seconds_left)} left")
+
+    def show(self, text: str) -> None:
         self.progress.update(self.task, figures=text)
 
 
@@ -148,7 +150,7 @@ class Tracker:
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            temporary.replace(self.path)
 
     def log(self, record: Record) -> None:
         """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null."""
@@ -238,7 +240,7 @@ def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, se
     return None
 
 
-def _modes(mode: str) -> list[str]:
+def _modes(mode: str) -> list[Any]:
     """The modes to try in turn."""
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in() else "offline")
@@ -263,7 +265,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     records = read_metrics(metrics)
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    styles = {
+    styles: dict[str, dict[str, Any]] = {
         "train/loss": {"color": "#9db4d0", "linewidth": 1.2, "label": "training"},
         "val/loss": {"color": "#c8502d", "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},
     }

@@ -90,6 +90,7 @@ class Trainer:
         self.progress_line = ProgressLine(self.total_steps)
         self.loss_since_log = torch.zeros((), device=self.device)  # sum over progress.steps_since_log steps
         self._clock = self._log_clock = time.perf_counter()
+        self._validation_line = self._clock
         self._tokens_at_log = 0
 
     @property
@@ -101,8 +102,8 @@ class Trainer:
     def train(self) -> None:
         """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, whichever is first, or Ctrl-C.
 
-        Ctrl-C and SIGTERM let the step finish and save it; `interrupted_by` then holds the signal. Afterwards `stop_reason` says why
-        training ended, and the checkpoints `best_model.pth` and `last.pth` exist.
+        Ctrl-C and SIGTERM let the step finish and save it; `interrupted_by` then holds the signal. Afterwards
+        `stop_reason` says why training ended, and the checkpoints `best_model.pth` and `last.pth` exist.
 
         Raises:
             UserError: The loss became NaN or infinite. Checkpoints from before are intact.
@@ -136,9 +137,10 @@ class Trainer:
         return float(epoch_loss / max(1, steps))
 
     def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-        """One update of the weights. Returns its loss and the norm of its gradient, on the device: nothing waits for them.
+        """One update of the weights. Returns its loss and its gradient's norm, on the device: nothing waits for them.
 
-        The loss is the mean over the predicted tokens of all micro-batches together, so how they are cut up does not matter.
+        The loss is the mean over the predicted tokens of all micro-batches together, so how they are cut up does not
+        matter.
         """
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
@@ -177,17 +179,17 @@ class Trainer:
             self.device,
             self.precision.autocast(),
             self.config.eval_batches,
-            should_stop=lambda: self.interrupted_by is not None,
+            go_on=self._show_validation,
         )
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """The micro-batches of each step that is left of the epoch; the last step may have fewer."""
         sampler = self.train_loader.batch_sampler
+        already_seen = self.progress.position
         if isinstance(sampler, ShuffledBatches):
             sampler.epoch, sampler.position = self.progress.epoch, self.progress.position
-            batches = iter(self.train_loader)
-        else:
-            batches = islice(self.train_loader, self.progress.position, None)
+            already_seen = 0  # the sampler leaves them out itself, without loading them
+        batches = islice(self.train_loader, already_seen, None)
         while micro_batches := list(map(as_inputs, islice(batches, self.config.accumulation_steps))):
             yield micro_batches
 
@@ -281,6 +283,17 @@ class Trainer:
             self.save_checkpoint(checkpoint.LAST)
             checkpoint.copy(self.checkpoint_dir / checkpoint.LAST, self.checkpoint_dir / checkpoint.BEST)
         self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
+
+    def _show_validation(self, batch: int, batches: int) -> bool:
+        """Tell how far validation is; whether it may go on."""
+        self.progress_line.show(f"validating {batch:,}/{batches:,}")
+        now = time.perf_counter()
+        if batch == 0:
+            self._validation_line = now
+        elif now - self._validation_line > 10:
+            log.info("validating: batch %s of %s", f"{batch:,}", f"{batches:,}", extra={"on_progress_line": True})
+            self._validation_line = now
+        return self.interrupted_by is None
 
     def _now(self) -> dict[str, Any]:
         self.progress.seconds = time.perf_counter() - self._clock
