@@ -446,6 +446,8 @@ def get_dataloaders(
         "num_workers": config.num_workers,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _leave_interrupts_to_parent,
+        # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
+        "generator": torch.Generator(),
     }
     if isinstance(train_dataset, TokenBlocks):
         common["collate_fn"] = _as_it_is  # __getitems__ has stacked them already

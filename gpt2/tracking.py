@@ -229,10 +229,11 @@ def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, se
                 config=settings,
                 mode=mode,
                 # Neither the command line nor the terminal's text goes in: either may hold a secret.
-                settings=wandb.Settings(console="off", silent=True, init_timeout=15, x_disable_meta=True),
+                settings=wandb.Settings(console="off", silent=True, init_timeout=10, x_disable_meta=True),
             )
         except Exception as error:  # noqa: BLE001  # see Tracker._tell_wandb
-            log.warning("W&B (%s) did not start: %s", mode, error)
+            log.warning("W&B (%s) did not start: %s", mode, " ".join(str(error).split()))
+            wandb.teardown()  # it still holds the id that the next attempt takes
             continue
         run.define_metric("tokens")
         run.define_metric("*", step_metric="tokens")

@@ -1,0 +1,76 @@
+"""A workspace for tests that run the real scripts, and the material that may lie beside the checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(400))
+TINY = [
+    *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
+    *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
+    *("train.batch_size=4", "train.num_workers=0", "train.warmup_steps=2", "inference.max_new_tokens=12"),
+    *("train.max_steps=8", "train.eval_every=4", "train.eval_batches=4", "train.log_every=2"),
+]
+
+
+class Workspace:
+    """A folder to run the scripts in, with caches of its own, no account, and a Hub that refuses connections."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        hidden = {"WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN", "HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE"}
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name not in hidden},
+            "HOME": str(folder / "home"),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "HF_HOME": str(folder / "cache" / "huggingface"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        (folder / "home").mkdir()
+
+    def command(self, script: str, *arguments: str) -> list[str]:
+        return [sys.executable, str(ROOT / script), *arguments]
+
+    def run(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+        """Run a script of the repository here; its output is text, and its exit code is what is expected."""
+        done = subprocess.run(
+            self.command(script, *arguments),
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "Traceback" not in done.stderr
+        return done
+
+    def runs(self) -> list[Path]:
+        """The run folders, oldest first."""
+        return sorted(self.folder.glob("outputs/runs/*/*"), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with one finished run, for tests that only look at it. Its standard output is `trained.output`."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "corpus.txt").write_text(TEXT)
+    workspace = Workspace(folder)
+    workspace.output = workspace.run("train.py", *TINY, "wandb=offline", "sample_prompt=def f").stdout
+    return workspace

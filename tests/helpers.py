@@ -1,0 +1,143 @@
+"""What several test files share: the material beside the checkout, and the bridge to GPT-2 as `transformers` has it."""
+
+import re
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpt2.config import GPT2Config
+from gpt2.model import GPT2Model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
+
+
+def shared(path: str) -> Path:
+    """A file or folder of the shared material; the test that asks for it is skipped where it is missing."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"needs ../shared/{path}, which is not beside this checkout")
+    return found
+
+
+def tiny_config(**fields) -> GPT2Config:
+    """A model of a few thousand weights, without dropout."""
+    shape = {"vocab_size": 61, "context_length": 16, "d_model": 16, "num_heads": 4, "num_layers": 2, "d_ff": 40}
+    return GPT2Config(**{**shape, **NO_DROPOUT, **fields})
+
+
+def noisy_model(config: GPT2Config, seed: int = 0, std: float = 0.2) -> GPT2Model:
+    """A model none of whose weights is zero or one, so that a weight which is left out or swapped is noticed."""
+    torch.manual_seed(seed)
+    model = GPT2Model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * std)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+_NAMES = {
+    "transformer.wte": "token_embedding",
+    "transformer.wpe": "position_embedding",
+    "transformer.ln_f": "final_norm",
+    "ln_1": "attention_norm",
+    "attn.c_attn": "attention.qkv",
+    "attn.c_proj": "attention.out",
+    "ln_2": "feed_forward_norm",
+    "mlp.c_fc": "feed_forward.up",
+    "mlp.c_proj": "feed_forward.down",
+}
+
+
+def from_transformers(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors of GPT2LMHeadModel (weights, or their gradients) under the names and in the layout of GPT2Model."""
+    ours = {}
+    for name, tensor in tensors:
+        if name.startswith("lm_head"):  # tied to the token embedding
+            continue
+        module, kind = name.rsplit(".", 1)
+        block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", module)
+        renamed = f"blocks.{block[1]}.{_NAMES[block[2]]}" if block else _NAMES[module]
+        is_conv1d = kind == "weight" and ".c_" in module  # (in, out) where nn.Linear has (out, in)
+        ours[f"{renamed}.{kind}"] = tensor.T if is_conv1d else tensor
+    return ours
+
+
+def transformers_twin(model: GPT2Model):
+    """GPT2LMHeadModel with the weights of `model`."""
+    from transformers import GPT2Config as TheirConfig
+    from transformers import GPT2LMHeadModel
+
+    ours = model.config
+    twin = GPT2LMHeadModel(
+        TheirConfig(
+            vocab_size=ours.vocab_size,
+            n_positions=ours.context_length,
+            n_embd=ours.d_model,
+            n_head=ours.num_heads,
+            n_layer=ours.num_layers,
+            n_inner=ours.d_ff,
+            layer_norm_epsilon=ours.layer_norm_epsilon,
+            embd_pdrop=ours.dropout,
+            attn_pdrop=ours.attention_dropout,
+            resid_pdrop=ours.residual_dropout,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    weights = model.state_dict()
+    with torch.no_grad():
+        # The tensors of the mapping are views of the twin's own, so that filling them fills the twin.
+        for name, tensor in from_transformers(twin.named_parameters()).items():
+            tensor.copy_(weights.pop(name))
+    assert not weights, f"weights that transformers has not: {list(weights)}"
+    return twin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+_SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2003\u2028\u2029\u3000"  # all that Unicode calls white space, in kinds
+_CONTROLS = "".join(map(chr, (*range(9), *range(0x0E, 0x20), 0x7F))) + "\u200b\u200d\u202e\ufeff\ufffd\ufffe"
+_LETTERS = "aZéßİıǅñΩжאع가あ漢ﬁ" + "e\u0301" + "\U0001d518\U00010348"
+_NUMBERS = "0٣²½Ⅷ𝟘"
+_SYMBOLS = "😀👩🏽🇩🇪️€…’—•|<>'\"\\" + string.punctuation
+_WORDS = [
+    "<|endoftext|>",
+    "<|endoftext|",
+    "'ll",
+    "'s",
+    " the",
+    "  ",
+    "\r\n",
+    "\n\n\n",
+    "👩‍👩‍👧‍👦",
+    "https://a.b/c?d=e",
+    "#version",
+]
+_NASTY = [*_SPACES, *_CONTROLS, *_LETTERS, *_NUMBERS, *_SYMBOLS, *_WORDS]
+
+
+def nasty_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
+    """Texts over characters that tokenizers trip over, the same ones each time."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, longest + 1, size=count)
+    return ["".join(_NASTY[i] for i in random.integers(len(_NASTY), size=length)) for length in lengths]
+
+
+def python_source() -> str:
+    """Some 240,000 characters of real text with structure, on every machine that runs Python."""
+    import _pydecimal
+    import argparse
+
+    return "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (_pydecimal, argparse))

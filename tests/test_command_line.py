@@ -1,0 +1,195 @@
+"""What a command line may say, and what it is told when it may not."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from gpt2.config import GenerateRun, TrainRun, UserError, faults
+from gpt2.main import CONF, command_line_faults, compose, resolve, take_prompt
+from tests.conftest import ROOT, Workspace
+
+NASTY_PROMPTS = [
+    "",
+    " leading and trailing ",
+    "a,b,c",
+    "key=value",
+    "prompt=again",
+    "[1, 2, {a: b}]",
+    "'single' \"double\" `back`",
+    "${oc.env:HOME} $HOME $(id)",
+    "back\\slash \\n \\",
+    "line\nbreak\ttab",
+    "emoji 🦜🧑‍🚀 漢字 é",
+    "~x +y ++z -m --help",
+    "null",
+    "1e3",
+    "{",
+    "???",
+    "%s %(a)s",
+]
+
+
+@pytest.mark.parametrize("prompt", NASTY_PROMPTS)
+def test_a_prompt_is_taken_as_the_shell_passed_it(prompt):
+    arguments = ["inference=greedy", f"prompt={prompt}", "-m"]
+    assert take_prompt(arguments) == (["inference=greedy", "-m"], prompt)
+
+
+def test_bytes_of_a_prompt_that_are_no_text_become_replacement_characters():
+    from_the_shell = b"prompt=a\xffb".decode("utf-8", "surrogateescape")
+    assert take_prompt([from_the_shell]) == ([], "a\ufffdb")
+    assert take_prompt(["device=cpu"]) == (["device=cpu"], None)
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["model", "train", "data", "inference", "wandb", "experiment"])
+def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for choice in choices(group):
+        needs_files = choice in ("text", "shakespeare_char")
+        overrides = [f"{group}={choice}", *([f"data.files=[{tmp_path}/a.txt]"] if needs_files else [])]
+        config = resolve("train", compose("train", overrides), overrides)
+        assert isinstance(config, TrainRun)
+        assert faults(config) == []
+
+
+def test_the_default_run_is_what_was_promised():
+    config = resolve("train", compose("train", []), [])
+    assert config == TrainRun()
+    assert (config.data.dataset_name, config.data.dataset_config) == ("wikitext", "wikitext-2-raw-v1")
+
+
+def test_every_line_of_the_groups_is_a_field():
+    for group in ("model", "train", "data", "inference", "wandb"):
+        fields = getattr(TrainRun(), group)
+        for choice in choices(group):
+            plain = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"), resolve=False)
+            assert set(plain) <= set(vars(fields)), f"{group}/{choice}"
+
+
+FAULTS = [
+    (["train.lrr=1"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
+    (["train.warmup_step=1"], ["Did you mean: 'warmup_steps'?"]),
+    (["tarin.seed=1"], ["Key 'tarin' not in 'TrainRun'. Did you mean: 'train'?"]),
+    (["+train.new=1"], ["Key 'new' not in 'TrainingConfig'"]),
+    (["model=gtp2"], ["Could not find 'model/gtp2'. Available options in 'model': gpt2, "]),
+    (["experiment=nope"], ["Available options in 'experiment': quickstart"]),
+    (["train.batch_size=abc"], ["Value 'abc' of type 'str' could not be converted to Integer"]),
+    (["train.seed=1.5"], ["Value '1.5' of type 'float' could not be converted to Integer"]),
+    (["train.learning_rate=null"], ["field 'train.learning_rate' is not Optional"]),
+    (["train.precision=fp8"], ["expected one of ['auto', 'fp32', 'bf16', 'fp16']"]),
+    (["wandb.mode=maybe"], ["expected one of ['auto', 'online', 'offline', 'off']"]),
+    (["model.num_heads=7"], ["model.num_heads: 7 heads do not divide model.d_model=768, 6 would"]),
+    (["data.max_length=2048"], ["data.max_length: blocks of 2048 tokens do not fit into model.context_length=1024"]),
+    (["data=text"], ["data.files: none is named"]),
+    (["data=text", "data.files=[nowhere.txt]"], ["data.files: no file matches 'nowhere.txt'"]),
+    (["data.tokenizer=nowhere"], ["data.tokenizer: 'nowhere' is neither gpt2, bytes nor train"]),
+    (["name=../up"], ["name: '../up' must be letters"]),
+    (["train.device=gpu"], ["train.device: 'gpu' is none of auto, cuda, cuda:N, mps, cpu"]),
+    (["train.precision=bf16", "train.mixed_precision=false"], ["contradicts train.mixed_precision=false"]),
+    (["resume=nowhere"], ["resume: nowhere is no run folder"]),
+    (
+        ["train.lrr=1", "model=gtp2", "train.batch_size=abc", "model.num_heads=7", "train.warmup_steps=-1"],
+        ["train.lrr=1: ", "model=gtp2: ", "train.batch_size=abc: ", "model.num_heads: ", "train.warmup_steps: "],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), FAULTS, ids=lambda value: " ".join(value)[:40])
+def test_each_fault_is_one_line_and_all_are_told_at_once(overrides, expected):
+    found = command_line_faults("train", overrides)
+    assert len(found) == len(expected)
+    for line, part in zip(found, expected, strict=True):
+        assert part in line
+        assert "\n" not in line
+
+
+def test_inference_faults_are_told_before_the_checkpoint_is_read(trained: Workspace):
+    checkpoint = next(trained.folder.glob("outputs/runs/*/*/checkpoints/last.pth"))
+    overrides = [f"checkpoint='{checkpoint}'", "inference.temperature=-1", "inference.top_p=2"]
+    found = command_line_faults("generate", overrides)
+    assert [line.split(":")[0] for line in found] == ["inference.temperature", "inference.top_p"]
+
+
+def test_a_checkpoint_brings_its_sampling_and_the_command_line_changes_it(trained: Workspace):
+    checkpoint = next(trained.folder.glob("outputs/runs/*/*/checkpoints/last.pth"))
+
+    def inference(*overrides):
+        line = [f"checkpoint='{checkpoint}'", *overrides]
+        config = resolve("generate", compose("generate", line), line)
+        assert isinstance(config, GenerateRun)
+        return config.inference
+
+    assert inference().max_new_tokens == 12  # as the run had it
+    assert inference("inference.top_k=7").max_new_tokens == 12
+    assert inference("inference.top_k=7").top_k == 7
+    assert inference("inference=greedy").max_new_tokens == 100  # a whole group takes the place of the run's
+
+
+# The scripts themselves
+
+
+def refuse(workspace: Workspace, *arguments: str, script: str = "train.py") -> list[str]:
+    done = workspace.run(script, *arguments, expect=2)
+    assert not (workspace.folder / "outputs").exists()
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_a_mistaken_command_is_refused_before_anything_happens(workspace):
+    lines = refuse(workspace, "train.lrr=1", "model.num_heads=7", "word", "~train", "model=gtp2")
+    assert len(lines) == 5
+    assert all(line.startswith("error: ") for line in lines)
+
+
+def test_a_sweep_is_checked_in_every_choice_before_its_first_run(workspace):
+    lines = refuse(workspace, "-m", "train.learning_rate=1e-3,-1", "model=gpt2,gtp2", "data=stdlib")
+    assert [line.split(":")[1].strip() for line in lines] == ["train.learning_rate", "model=gtp2"]
+
+
+def test_generating_without_a_checkpoint_says_how_to_get_one(workspace):
+    (line,) = refuse(workspace, "prompt=x", script="generate.py")
+    assert "python train.py experiment=quickstart" in line
+
+
+def test_without_a_network_the_default_run_names_what_needs_none(workspace):
+    done = workspace.run("train.py", "wandb=off", expect=2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "could not reach dataset 'wikitext'" in line
+    assert all(choice in line for choice in ("experiment=quickstart", "data=text", "local folders"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_help_is_short_and_needs_no_torch(workspace, script):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) < 50
+    assert "model: " in done.stdout or "inference: " in done.stdout
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
+    assert "hydra" in imported  # the pattern finds imports
+    assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy"}
+
+
+def test_the_module_is_the_same_command_line(workspace):
+    command = [sys.executable, "-m", "gpt2.main"]
+    options = {"cwd": workspace.folder, "env": workspace.environment, "capture_output": True, "text": True}
+    assert subprocess.run([*command, "train", "--help"], **options).stdout.startswith("Train GPT-2")
+    refused = subprocess.run([*command, "train", "train.lrr=1"], **options)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert subprocess.run([*command, "dance"], **options).returncode == 2
+
+
+def test_help_names_only_keys_that_exist():
+    text = (CONF / "hydra" / "help" / "train.yaml").read_text() + (
+        CONF / "hydra" / "help" / "generate.yaml"
+    ).read_text()
+    for section, key in re.findall(r"\b(train|data|inference|model)\.([a-z_]+)\b(?!\.)", text):
+        if (section, key) != ("train", "py"):
+            assert hasattr(getattr(TrainRun(), section), key), f"{section}.{key}"

@@ -1,0 +1,239 @@
+"""The dataclasses keep what users were promised, and `faults` finds what makes no sense before anything is spent on it."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from gpt2.config import (
+    DataConfig,
+    GenerateRun,
+    GPT2Config,
+    InferenceConfig,
+    OptunaConfig,
+    TrainingConfig,
+    TrainRun,
+    faults,
+    training_faults,
+)
+from tests.helpers import ROOT, shared
+
+GROUPS = {"model": GPT2Config, "train": TrainingConfig, "data": DataConfig, "inference": InferenceConfig}
+
+
+def run_with(group: str, **fields) -> TrainRun:
+    """The default run but for some fields of one group."""
+    return TrainRun(**{group: GROUPS[group](**fields)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was promised
+
+
+def promised_defaults(name: str) -> dict[str, object]:
+    """The table of one dataclass in the API reference: field to default."""
+    text = shared("api_reference.md").read_text(encoding="utf-8")
+    section = text.split(f"\n### {name}\n", 1)[1].split("\n### ", 1)[0].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| (\w+) \| (int|float|bool|str) \| (\S+) \|", section, flags=re.MULTILINE)
+    return {field: default if default == "auto" else ast.literal_eval(default) for field, _, default in rows}
+
+
+@pytest.mark.parametrize("config", [GPT2Config, TrainingConfig, DataConfig, OptunaConfig, InferenceConfig])
+def test_defaults_are_those_of_the_api_reference(config):
+    promised = promised_defaults(config.__name__)
+    assert len(promised) >= 8
+    actual = vars(config())
+    for field, default in promised.items():
+        assert (actual[field], type(actual[field])) == (default, type(default)), field
+    # Whoever passes them by position counts on the promised order.
+    assert list(actual)[: len(promised)] == list(promised)
+
+
+def test_importing_the_configuration_imports_nothing_heavy():
+    heavy = {"torch", "transformers", "datasets", "wandb", "tokenizers", "numpy"}
+    code = f"import sys, gpt2.config; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+@pytest.mark.parametrize("run", [TrainRun(), GenerateRun()], ids=["train", "generate"])
+def test_defaults_have_no_fault(run):
+    assert faults(run) == []
+
+
+BAD = [
+    *(("model", name, 0) for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff")),
+    *(("model", name, bad) for name in ("dropout", "attention_dropout", "residual_dropout") for bad in (-0.1, 1.0)),
+    ("model", "layer_norm_epsilon", 0.0),
+    ("model", "initializer_range", 0.0),
+    ("model", "initializer_range", -0.02),
+    ("model", "num_heads", 7),
+    *(("train", name, 0) for name in ("batch_size", "accumulation_steps", "max_epochs", "max_steps", "eval_batches")),
+    *(("train", name, 0) for name in ("save_every", "eval_every", "log_every")),
+    *(("train", name, -1) for name in ("warmup_steps", "num_workers", "seed")),
+    *(("train", name, -1e-9) for name in ("weight_decay", "gradient_clip", "min_learning_rate")),
+    *(("train", name, 0.0) for name in ("learning_rate", "epsilon", "max_training_hours")),
+    *(("train", name, bad) for name in ("beta1", "beta2") for bad in (-0.1, 1.0)),
+    ("train", "seed", 2**63),
+    ("train", "min_learning_rate", 1.0),
+    ("train", "device", "gpu"),
+    *(("train", "checkpoint_dir", bad) for bad in ("a/b", "/tmp", "../x", ".")),
+    ("data", "max_length", 0),
+    ("data", "max_length", 1025),
+    ("data", "preprocessing_num_workers", 0),
+    ("data", "vocab_size", 256),
+    *(("data", "validation_fraction", bad) for bad in (0.0, 1.0, -0.1)),
+    ("data", "files", []),
+    ("data", "files", ["no/such/file.txt"]),
+    ("data", "tokenizer", "no-such-folder"),
+    *(("inference", name, 0) for name in ("max_new_tokens", "num_return_sequences", "top_k")),
+    ("inference", "temperature", -0.1),
+    *(("inference", "top_p", bad) for bad in (0.0, 1.01)),
+    ("inference", "repetition_penalty", 0.0),
+    *(("inference", "seed", bad) for bad in (-1, 2**63)),
+]
+
+
+@pytest.mark.parametrize(("group", "field", "bad"), BAD, ids=str)
+def test_value_out_of_bounds_is_the_one_fault_and_is_named(group, field, bad):
+    found = faults(run_with(group, **{field: bad}))
+    assert len(found) == 1
+    assert found[0].startswith(f"{group}.{field}: ")
+    assert "\n" not in found[0]
+
+
+def numeric_fields() -> list[tuple[str, str]]:
+    """All fields that hold a number, in all groups, so that a new field without a bound is noticed."""
+    return [
+        (group, name)
+        for group, config in GROUPS.items()
+        for name, hint in typing.get_type_hints(config).items()
+        if {int, float} & {hint, *typing.get_args(hint)}
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("group", "field"), numeric_fields())
+def test_no_number_may_be_nan_or_infinite(group, field, bad):
+    assert any(fault.startswith(f"{group}.{field}: {bad}") for fault in faults(run_with(group, **{field: bad})))
+
+
+GOOD = [
+    *(("train", name, None) for name in ("max_steps", "min_learning_rate", "eval_batches")),
+    *(("train", name, 0) for name in ("warmup_steps", "num_workers", "weight_decay", "gradient_clip", "seed", "beta1")),
+    ("train", "seed", 2**63 - 1),
+    ("train", "min_learning_rate", 3e-4),
+    *(("train", "device", name) for name in ("cpu", "cuda", "cuda:1", "mps")),
+    *(("model", name, 0.0) for name in ("dropout", "attention_dropout", "residual_dropout")),
+    ("model", "num_heads", 1),
+    ("data", "vocab_size", 257),
+    ("data", "max_length", 1),
+    *(("data", "tokenizer", name) for name in ("bytes", "train", str(ROOT))),
+    ("data", "files", [__file__]),
+    *(("inference", name, None) for name in ("top_k", "top_p", "seed")),
+    ("inference", "temperature", 0.0),
+    ("inference", "top_p", 1.0),
+    ("inference", "repetition_penalty", 0.9),
+]
+
+
+@pytest.mark.parametrize(("group", "field", "good"), GOOD, ids=str)
+def test_value_on_the_bound_is_no_fault(group, field, good):
+    assert faults(run_with(group, **{field: good})) == []
+
+
+def test_all_faults_are_told_at_once():
+    run = TrainRun(
+        name="a b",
+        model=GPT2Config(d_model=0, dropout=2.0, context_length=0),
+        train=TrainingConfig(batch_size=0, learning_rate=float("nan")),
+        data=DataConfig(vocab_size=3, tokenizer="no-such-folder", max_length=1),
+        inference=InferenceConfig(temperature=-1.0),
+    )
+    keys = {fault.split(":")[0] for fault in faults(run)}
+    assert keys == {
+        *("name", "model.context_length", "model.d_model", "model.dropout"),
+        *("train.batch_size", "train.learning_rate"),
+        *("data.vocab_size", "data.tokenizer", "data.max_length", "inference.temperature"),
+    }
+
+
+def test_heads_that_do_not_divide_are_told_a_number_that_does():
+    (fault,) = faults(run_with("model", d_model=96, num_heads=7))
+    assert "96" in fault
+    assert re.search(r"\b(6|8) would", fault)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
+    config = TrainingConfig(precision=precision, mixed_precision=False)
+    assert [fault.split(":")[0] for fault in training_faults(config)] == ["train.precision"]
+    config.mixed_precision = True
+    assert training_faults(config) == []
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "../a", "a" * 101, "a\n"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(name):
+    assert [fault.split(":")[0] for fault in faults(TrainRun(name=name))] == ["name"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "a-b_c.d", "7", "größe"])
+def test_a_plain_name_is_accepted(name):
+    assert faults(TrainRun(name=name)) == []
+
+
+@pytest.mark.parametrize("folder", ["..", ""])
+def test_checkpoints_stay_in_a_folder_of_their_own_inside_the_run(folder):
+    assert [fault.split(":")[0] for fault in faults(run_with("train", checkpoint_dir=folder))] == [
+        "train.checkpoint_dir"
+    ]
+
+
+def test_a_number_beyond_any_float_is_a_fault_too():
+    """YAML's whole numbers have no end."""
+    assert [fault.split(":")[0] for fault in faults(run_with("train", seed=10**400))] == ["train.seed"]
+
+
+def test_a_pattern_that_is_no_regular_expression_is_a_fault():
+    assert [fault.split(":")[0] for fault in faults(run_with("data", document_start="["))] == ["data.document_start"]
+
+
+def test_a_device_number_that_is_none_is_a_fault():
+    assert [fault.split(":")[0] for fault in faults(run_with("train", device="cuda:one"))] == ["train.device"]
+
+
+@pytest.mark.parametrize("field", ["temperature", "top_p"])
+def test_generate_run_is_judged_by_its_inference_settings(field):
+    run = GenerateRun(inference=InferenceConfig(**{field: -1.0}))
+    assert [fault.split(":")[0] for fault in faults(run)] == [f"inference.{field}"]
+
+
+def test_generate_run_on_a_device_that_no_torch_knows_is_a_fault():
+    assert [fault.split(":")[0] for fault in faults(GenerateRun(device="gpu"))] == ["device"]
+
+
+def test_two_runs_share_no_setting():
+    first, second = TrainRun(), TrainRun()
+    for field in dataclasses.fields(TrainRun):
+        value = getattr(first, field.name)
+        assert not dataclasses.is_dataclass(value) or value is not getattr(second, field.name)
+    first.data.exclude.append("x")
+    assert second.data.exclude == []
+
+
+def test_files_are_found_by_pattern_and_the_unmatched_pattern_is_named(tmp_path: Path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("a")
+    patterns = [str(tmp_path / "**" / "*.txt"), str(tmp_path / "*.md")]
+    (fault,) = faults(run_with("data", files=patterns))
+    assert repr(patterns[1]) in fault
+    assert patterns[0] not in fault

@@ -1,0 +1,133 @@
+"""What decays, how the learning rate goes, and that the optimizer's memory survives being put away."""
+
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+
+from gpt2.config import TrainingConfig
+from gpt2.model import GPT2Model
+from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from tests.helpers import tiny_config
+
+
+def tiny_model(**fields) -> GPT2Model:
+    torch.manual_seed(0)
+    return GPT2Model(tiny_config(**fields))
+
+
+def update(model: GPT2Model, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    batch = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    model(batch, labels=batch)[1].backward()
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_matrices_decay_and_nothing_else(use_bias):
+    model = tiny_model(use_bias=use_bias)
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        is_vector = name.endswith(".bias") or "norm" in name
+        assert decay[id(parameter)] == (0.0 if is_vector else 0.3), name
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = tiny_model()
+    grouped = [id(p) for group in build_optimizer(model, TrainingConfig()).param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_frozen_parameters_are_left_alone():
+    model = tiny_model()
+    model.token_embedding.weight.requires_grad_(False)
+    grouped = {id(p) for group in build_optimizer(model, TrainingConfig()).param_groups for p in group["params"]}
+    assert grouped == {id(p) for name, p in model.named_parameters() if name != "token_embedding.weight"}
+
+
+def test_settings_reach_adamw():
+    config = TrainingConfig(learning_rate=1e-2, beta1=0.7, beta2=0.8, epsilon=1e-3)
+    for group in build_optimizer(tiny_model(), config).param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (1e-2, (0.7, 0.8), 1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The learning rate
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 50), (99, 100), (2000, 2001)])
+def test_rate_rises_in_a_line_to_its_peak_at_the_end_of_warmup(warmup, total):
+    config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup)
+    rates = [learning_rate(step, total, config) for step in range(warmup)]
+    assert rates == pytest.approx([3e-4 * (step + 1) / warmup for step in range(warmup)])
+    assert rates[-1] == 3e-4
+    assert learning_rate(warmup, total, config) == pytest.approx(3e-4)
+
+
+@pytest.mark.parametrize(("minimum", "lowest"), [(None, 3e-5), (0.0, 0.0), (1e-4, 1e-4), (3e-4, 3e-4)])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 100), (10, 100), (0, 1), (99, 100)])
+def test_rate_falls_to_its_minimum_at_the_end(warmup, total, minimum, lowest):
+    config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate=minimum)
+    rates = [learning_rate(step, total, config) for step in range(warmup, total + 1)]
+    assert rates[0] == pytest.approx(3e-4)
+    assert rates[-1] == pytest.approx(lowest)
+    assert all(later <= earlier for earlier, later in pairwise(rates))
+    assert learning_rate(10 * total, total, config) == pytest.approx(lowest)
+
+
+def test_halfway_down_the_rate_is_halfway_between():
+    config = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.5)
+    assert learning_rate(70, 120, config) == pytest.approx(0.75)
+    # A cosine, not a line: slow at both ends.
+    assert learning_rate(45, 120, config) == pytest.approx(0.75 + 0.25 * 0.5**0.5)
+
+
+def test_a_warmup_longer_than_the_run_only_rises_and_stays_below_the_peak():
+    config = TrainingConfig(learning_rate=1.0, warmup_steps=2000)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert all(earlier < later for earlier, later in pairwise(rates))
+    assert rates[-1] == pytest.approx(0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its memory
+
+
+def test_with_its_memory_back_the_next_update_is_the_same_to_the_bit():
+    config = TrainingConfig(learning_rate=1e-2)
+    model = tiny_model()
+    optimizer = build_optimizer(model, config)
+    for seed in range(3):
+        update(model, optimizer, seed)
+
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, model).items()}
+    assert {name.split("/", 1)[1] for name in saved} == {name for name, _ in model.named_parameters()}
+    resumed, forgetful = copy.deepcopy(model), copy.deepcopy(model)
+    memory = build_optimizer(resumed, config)
+    load_optimizer_tensors(memory, resumed, saved)
+    for seed in (3, 4):
+        update(model, optimizer, seed)
+        update(resumed, memory, seed)
+    update(forgetful, build_optimizer(forgetful, config), 3)
+
+    weights, resumed_weights = model.state_dict(), resumed.state_dict()
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+    memories = optimizer_tensors(optimizer, model), optimizer_tensors(memory, resumed)
+    assert memories[0].keys() == memories[1].keys()
+    assert all(torch.equal(memories[0][name], memories[1][name]) for name in memories[0])
+    assert not torch.equal(forgetful.final_norm.weight, resumed.final_norm.weight)
+
+
+def test_an_optimizer_that_has_not_stepped_has_no_memory():
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingConfig())
+    assert optimizer_tensors(optimizer, model) == {}
+    load_optimizer_tensors(optimizer, model, {})
+    update(model, optimizer, 0)
+    assert all(state["step"] == 1 for state in optimizer.state.values())

@@ -1,0 +1,111 @@
+"""Each step from logits to a token equals the logits processor of `transformers` that does the same."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gpt2.sampling import keep_top_k, keep_top_p, next_token, penalize_repetition
+
+VOCABULARY = 50
+
+
+def random_logits(b: int = 64, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(b, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def random_ids(b: int = 64, t: int = 20, seed: int = 1) -> torch.Tensor:
+    """With t=20 of 50, tokens repeat within a row, and most rows lack some."""
+    return torch.randint(VOCABULARY, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+FILTERS = [
+    *((penalize_repetition, RepetitionPenaltyLogitsProcessor, penalty) for penalty in (1.0, 1.2, 5.0, 0.5)),
+    *((keep_top_k, TopKLogitsWarper, k) for k in (1, 2, 17, VOCABULARY - 1, VOCABULARY, 10 * VOCABULARY)),
+    *((keep_top_p, TopPLogitsWarper, p) for p in (1e-6, 0.1, 0.5, 0.95, 0.999999)),
+]
+named = {"ids": lambda value: getattr(value, "__name__", str(value))}
+
+
+def apply(ours, logits: torch.Tensor, input_ids: torch.Tensor, value: float) -> torch.Tensor:
+    return ours(logits, input_ids, value) if ours is penalize_repetition else ours(logits, value)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize(("ours", "theirs", "value"), FILTERS, **named)
+def test_filter_equals_transformers(ours, theirs, value, spread):
+    logits, input_ids = random_logits(spread=spread), random_ids()
+    expected = theirs(value)(input_ids, logits.clone())
+    assert_close(apply(ours, logits, input_ids, value), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "value"), FILTERS, **named)
+def test_filter_changes_neither_its_input_nor_one_row_by_another(ours, theirs, value):
+    logits, input_ids = random_logits(), random_ids()
+    before = logits.clone()
+    together = apply(ours, logits, input_ids, value)
+    alone = [apply(ours, logits[i : i + 1], input_ids[i : i + 1], value) for i in range(len(logits))]
+    assert torch.equal(logits, before)
+    assert_close(together, torch.cat(alone), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("keep", "all_of_it"), [(keep_top_k, None), (keep_top_p, None), (keep_top_p, 1.0)])
+def test_all_is_all(keep, all_of_it):
+    logits = random_logits(spread=30.0)  # some probabilities are 0 in fp32
+    assert torch.equal(keep(logits, all_of_it), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "penalty"), [(None, None, 1.0), (10, 0.8, 1.3), (3, None, 2.0), (None, 0.5, 1.1)]
+)
+def test_next_token_is_drawn_from_what_transformers_leaves(temperature, top_k, top_p, penalty):
+    """In the order of transformers' generate(): penalty, temperature, top-k, top-p."""
+    logits, input_ids = random_logits(b=512), random_ids(b=512)
+    chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
+    chain += [TopKLogitsWarper(top_k)] if top_k else []
+    chain += [TopPLogitsWarper(top_p)] if top_p else []
+    probabilities = chain(input_ids, logits.clone()).softmax(-1)
+    expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))[:, 0]
+
+    generator = torch.Generator().manual_seed(7)
+    drawn = next_token(logits, input_ids, temperature, top_k, top_p, penalty, generator=generator)
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"do_sample": False}], ids=str)
+def test_greedy_takes_the_likeliest_after_the_penalty(greedy):
+    logits, input_ids = random_logits(), random_ids()
+    expected = RepetitionPenaltyLogitsProcessor(3.0)(input_ids, logits.clone()).argmax(-1)
+    assert torch.equal(next_token(logits, input_ids, repetition_penalty=3.0, **greedy), expected)
+    assert not torch.equal(expected, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_follow_the_softmax(temperature):
+    draws = 20_000
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0, -torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    nothing_before = torch.zeros(draws, 0, dtype=torch.long)
+    drawn = next_token(logits.expand(draws, -1), nothing_before, temperature, generator=generator)
+    observed = drawn.bincount(minlength=7)
+    expected = (logits / temperature).softmax(-1) * draws
+    assert observed[6] == 0
+    chi_square = ((observed - expected)[:6] ** 2 / expected[:6]).sum()
+    assert chi_square < 20.5  # of 5 degrees of freedom: passed by 999 seeds in 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_a_half_precision_are_sampled_in_full(dtype):
+    logits, input_ids = random_logits().to(dtype), random_ids()
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        return next_token(logits, input_ids, 0.7, 20, 0.9, 1.3, generator=torch.Generator().manual_seed(1))
+
+    assert torch.equal(draw(logits), draw(logits.float()))

@@ -1,0 +1,189 @@
+"""The scripts as a user runs them, on a text and a model that take seconds."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from gpt2 import checkpoint
+from gpt2.tracking import read_metrics
+from tests.conftest import SHARED, TINY, Workspace
+
+
+def test_a_run_leaves_everything_in_its_folder(trained):
+    (run,) = trained.runs()
+    assert sorted(path.name for path in run.iterdir()) == [
+        *(".hydra", "checkpoints", "curves.png", "metrics.jsonl", "samples.md", "train.log", "wandb_id"),
+    ]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [checkpoint.BEST, checkpoint.LAST]
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records if "train/loss" in r] == [1, 2, 4, 6, 8]
+    assert [r["step"] for r in records if "val/loss" in r] == [4, 8]
+    training = next(r for r in records if "train/loss" in r)
+    assert {"train/learning_rate", "train/grad_norm", "train/tokens_per_second", "train/mfu"} <= training.keys()
+    assert all({"step", "tokens", "seconds"} <= r.keys() for r in records)
+    assert all(r["tokens"] == r["step"] * 4 * 32 for r in records)
+
+
+def test_nothing_is_written_elsewhere(trained):
+    (wandb_run,) = (trained.folder / "outputs" / "wandb").glob("offline-run-*")
+    assert {path.name for path in trained.folder.iterdir()} == {"corpus.txt", "outputs", "cache", "home"}
+    assert {path.name for path in (trained.folder / "outputs").iterdir()} == {"runs", "wandb"}
+    assert (trained.runs()[0] / "wandb_id").read_text() in wandb_run.name
+
+
+def test_what_is_printed_is_what_a_reader_needs(trained):
+    (run,) = trained.runs()
+    for expected in (
+        *(
+            "parameters: 1 layers, width 32",
+            "8 steps of 128 tokens",
+            "step 8/8  loss ",
+            "validation loss",
+            "perplexity",
+        ),
+        *("    | def f", "Stopped after step 8", "train.max_steps=8 reached", f"everything is in {run}", "wandb sync"),
+    ):
+        assert expected in trained.output
+
+
+def test_the_next_command_works_as_printed(trained):
+    (line,) = (line for line in trained.output.splitlines() if line.startswith("Now try:"))
+    python, script, *arguments = shlex.split(line.removeprefix("Now try:"))
+    assert (python, script, arguments) == ("python", "generate.py", ["prompt=def f"])
+    done = trained.run(script, *arguments)
+    assert done.stdout.startswith("def f")
+    assert len(done.stdout) > len("def f\n")
+    assert str(trained.runs()[0].relative_to(trained.folder) / "checkpoints" / checkpoint.BEST) in done.stderr
+
+
+def test_a_prompt_reaches_the_model_untouched_and_a_seed_repeats_its_text(trained):
+    prompt = " a=b, [c] {d} 'e' \"f\" ${g} \\ 🦜\n~h"
+    texts = [trained.run("generate.py", f"prompt={prompt}", "inference.seed=3").stdout for _ in range(2)]
+    assert texts[0].startswith(prompt)
+    assert texts[0] == texts[1]
+
+
+def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(trained):
+    before = sorted(trained.folder.rglob("*"))
+    command = shlex.join(trained.command("generate.py", "prompt=x", "inference.max_new_tokens=200"))
+    done = subprocess.run(
+        f"{command} | head -c 1",
+        shell=True,
+        cwd=trained.folder,
+        env=trained.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "x"
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert sorted(trained.folder.rglob("*")) == before
+
+
+def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
+    commands = [workspace.command("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
+    started = [
+        subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
+        for command in commands
+    ]
+    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    assert len(workspace.runs()) == 2
+    assert len(list(workspace.folder.glob("cache/gpt2/tokens/*/train.bin"))) == 1
+
+
+def test_a_sweep_runs_every_choice_in_a_folder_of_its_own(workspace: Workspace):
+    workspace.run("train.py", *TINY, "-m", "train.learning_rate=1e-3,1e-2", "train.max_steps=2", "name=sweep")
+    rates = [
+        json.loads(line)["train/learning_rate"]
+        for number in (0, 1)
+        for line in (workspace.folder / f"outputs/sweeps/sweep/{number}/metrics.jsonl").read_text().splitlines()[:1]
+    ]
+    assert rates == pytest.approx([1e-3 / 2, 1e-2 / 2])
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_as_if_nothing_had_happened(workspace: Workspace):
+    options = [*TINY, "train.max_steps=3000", "train.eval_every=1000", "train.log_every=10", "model.dropout=0.1"]
+    workspace.run("train.py", *options, "name=straight")
+    (straight,) = workspace.runs()
+
+    running = subprocess.Popen(
+        workspace.command("train.py", *options, "name=interrupted"),
+        cwd=workspace.folder,
+        env=workspace.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = workspace.folder / "outputs/runs/interrupted"
+    wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGINT
+    (line,) = (line for line in output.splitlines() if line.startswith("Go on with:"))
+
+    _, script, *arguments = shlex.split(line.removeprefix("Go on with:"))
+    resumed = workspace.run(script, *arguments)
+    assert "Going on after step" in resumed.stdout
+    (run,) = metrics.iterdir()
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [
+        r["step"] for r in read_metrics(straight / "metrics.jsonl")
+    ]
+    one, other = (checkpoint.read_tensors(path / "checkpoints" / checkpoint.LAST) for path in (straight, run))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed.stdout.count("W&B") == 0
+
+
+def test_a_run_is_resumed_longer_but_not_otherwise(workspace: Workspace):
+    workspace.run("train.py", *TINY)
+    (run,) = workspace.runs()
+    before = (run / ".hydra" / "overrides.yaml").read_text()
+    refused = workspace.run("train.py", "resume=latest", "train.learning_rate=1", "model=gpt2", expect=2)
+    assert len(refused.stderr.splitlines()) == 2
+    assert "train.learning_rate=0.0003" in refused.stderr
+
+    workspace.run("train.py", f"resume={run}", "train.max_steps=12")
+    assert workspace.runs() == [run]
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r] == [4, 8, 12]
+    assert (run / ".hydra" / "overrides.yaml").read_text() == before
+    assert "Stopped after step 12" in workspace.run("train.py", "resume=latest").stdout  # longer stays longer
+
+
+# What takes minutes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
+def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
+    """nanoGPT with this configuration: 1.893 nats a character over the whole validation split."""
+    workspace.environment["OMP_NUM_THREADS"] = str(os.cpu_count())
+    corpus = SHARED / "datasets/tinyshakespeare/input.txt"
+    workspace.run("train.py", "experiment=shakespeare_char", f"data.files=[{corpus}]", "wandb=off")
+    losses = [r["val/loss"] for r in read_metrics(workspace.runs()[0] / "metrics.jsonl") if "val/loss" in r]
+    assert losses[-1] <= 1.90
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not at hand")
+def test_the_real_124m_model_trains_on_a_cpu(workspace: Workspace):
+    workspace.environment["OMP_NUM_THREADS"] = str(os.cpu_count())
+    done = workspace.run(
+        *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
+        *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),
+        *("train.max_steps=2", "train.batch_size=1", "data.max_length=128", "train.eval_batches=20", "wandb=off"),
+    )
+    assert "Model   124,439,808 parameters" in done.stdout
+    assert "train.max_steps=2 reached" in done.stdout

@@ -1,0 +1,258 @@
+"""Text survives its tokens, whatever is in it; GPT-2's tokenizer is OpenAI's; no text can bring in a special token."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2.config import UserError
+from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, byte_alphabet
+from tests.helpers import nasty_texts, python_source, shared
+
+TEXTS = [
+    "",
+    "Hello, world! It's GPT-2's tokenizer; we'll see, they've said.",
+    " leading and trailing ",
+    "a  b   c\t\td\n\n\ne \n f\r\n\r\ng\u00a0h\u3000i\u2003 j",
+    "    def f(x):\n        return {**x, 'y': [1, 22, 333, 4444]}  # comment\n",
+    "naïve café, Ångström, Straße, ﬁne, e\u0301",
+    "日本語のテキスト、漢字かな交じり文。한국어 문장. Русский текст",
+    "שלום עולם، مرحبا بالعالم",
+    "😀👩‍👩‍👧‍👦👍🏽🇩🇪 ☃️",
+    "1234567890 3.14159 ½ ٣ Ⅷ 1,000,000",
+    "\x00\x01\x1c\x1d\x7f\x85\ufeff\ufffd\u200b",
+    "<|endoftext|> in <|endoftext|>the text<|endoftext|",
+    "https://example.org/a?b=c&d=%20#e --flag=value ~/path/to/file.tar.gz",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa !!!!!!!!!!!!!!!!!! ______ ======",
+    *nasty_texts(200),
+]
+
+
+@pytest.fixture(scope="module")
+def trained() -> GPT2Tokenizer:
+    return GPT2Tokenizer.train([python_source()], vocab_size=600)
+
+
+@pytest.fixture(params=["bytes", "trained", "gpt2"])
+def tokenizer(request) -> GPT2Tokenizer:
+    """The tokenizer from each of the sources there are."""
+    if request.param == "trained":
+        return request.getfixturevalue("trained")
+    return (
+        GPT2Tokenizer.of_bytes() if request.param == "bytes" else GPT2Tokenizer.from_folder(shared("tokenizers/gpt2"))
+    )
+
+
+def write_folder(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Path:
+    """`vocab.json` and `merges.txt` as OpenAI wrote them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any text, from any source
+
+
+def test_tokens_equal_transformers():
+    from transformers import GPT2Tokenizer as TheirTokenizer
+
+    folder = shared("tokenizers/gpt2")
+    ours, theirs = GPT2Tokenizer.from_folder(folder), TheirTokenizer.from_pretrained(folder)
+    assert (len(ours), ours.eos_token_id) == (50257, 50256) == (len(theirs), theirs.eos_token_id)
+    for text in TEXTS:
+        ids = ours.encode(text)
+        assert ids == theirs(text, split_special_tokens=True)["input_ids"], repr(text)
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_text_survives_its_tokens(tokenizer):
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_batch_is_encoded_as_each_alone(tokenizer):
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_no_text_brings_in_the_special_token(tokenizer):
+    for text in [END_OF_TEXT, f"a{END_OF_TEXT}b", END_OF_TEXT * 3, f" {END_OF_TEXT}\n", *TEXTS]:
+        assert tokenizer.eos_token_id not in tokenizer.encode(text)
+    assert tokenizer.decode([tokenizer.eos_token_id]) == END_OF_TEXT
+
+
+def test_saved_tokenizer_is_the_same(tokenizer):
+    again = GPT2Tokenizer.from_json(tokenizer.to_json())
+    assert again.vocabulary == tokenizer.vocabulary
+    assert again.merges == [tuple(merge) for merge in tokenizer.merges]
+    assert again.eos_token_id == tokenizer.eos_token_id
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+
+
+def test_fingerprint_tells_tokenizers_apart(trained):
+    others = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer(trained.vocabulary, trained.merges[:-1])]
+    assert len({tokenizer.fingerprint for tokenizer in [trained, *others]}) == 3
+
+
+def test_a_lone_surrogate_becomes_what_no_text_can_hold(tokenizer):
+    """An argument or a JSON row with bytes that are no UTF-8 reaches Python as such a string."""
+    assert tokenizer.decode(tokenizer.encode("a\udcffb")) in ("a?b", "a\ufffdb", "a\ufffd\ufffd\ufffdb")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def test_a_byte_token_is_its_byte():
+    tokenizer = GPT2Tokenizer.of_bytes()
+    assert (len(tokenizer), tokenizer.vocab_size, tokenizer.eos_token_id) == (257, 257, 256)
+    for text in TEXTS:
+        assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.token_bytes == [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]
+
+
+def test_the_alphabet_is_openais():
+    from tokenizers import pre_tokenizers
+
+    assert len(set(byte_alphabet())) == 256
+    assert set(byte_alphabet()) == set(pre_tokenizers.ByteLevel.alphabet())
+    assert [byte_alphabet()[byte] for byte in b"A! \n\xad\xff"] == ["A", "!", "Ġ", "Ċ", "Ń", "ÿ"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def test_training_fills_the_vocabulary_and_compresses(trained):
+    text = python_source()
+    assert trained.vocab_size == 600
+    assert trained.eos_token_id == 599
+    assert len(trained.encode(text)) < 0.5 * len(text.encode())
+
+
+@pytest.mark.parametrize("vocab_size", [257, 258, 300])
+def test_vocabulary_has_at_most_the_size_that_was_asked_for_and_ends_with_the_special_token(vocab_size):
+    tokenizer = GPT2Tokenizer.train(["the cat, the hat, the rat"] * 2, vocab_size)
+    assert 257 <= tokenizer.vocab_size <= vocab_size
+    assert tokenizer.eos_token_id == tokenizer.vocab_size - 1
+    assert (tokenizer.vocab_size > 257) == (vocab_size > 257)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["x"], ["abc"]], ids=str)
+def test_from_a_corpus_without_a_pair_that_recurs_nothing_is_learned(texts):
+    assert GPT2Tokenizer.train(texts, 1000).vocabulary == GPT2Tokenizer.train([], 257).vocabulary
+
+
+def test_training_is_repeatable(trained):
+    assert GPT2Tokenizer.train(iter([python_source()]), vocab_size=600).fingerprint == trained.fingerprint
+
+
+def test_a_corpus_full_of_the_special_token_does_not_teach_it():
+    tokenizer = GPT2Tokenizer.train([f"{END_OF_TEXT}a{END_OF_TEXT} "] * 100, 400)
+    assert tokenizer.eos_token_id not in tokenizer.encode(END_OF_TEXT)
+    assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_a_folder_holds_all_of_a_tokenizer(trained, tmp_path):
+    again = GPT2Tokenizer.from_folder(write_folder(tmp_path, trained.vocabulary, trained.merges))
+    assert again.fingerprint == trained.fingerprint
+
+
+def test_a_folder_with_the_line_ends_of_windows_is_read_too(trained, tmp_path):
+    write_folder(tmp_path, trained.vocabulary, trained.merges)
+    merges = tmp_path / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
+    assert GPT2Tokenizer.from_folder(tmp_path).fingerprint == trained.fingerprint
+
+
+BYTES = GPT2Tokenizer.of_bytes().vocabulary
+BROKEN = {
+    "a byte is missing": (json.dumps({token: i for i, token in enumerate(list(BYTES)[1:])}), ""),
+    "the special token is missing": (json.dumps({token: i for i, token in enumerate(list(BYTES)[:-1])}), ""),
+    "an id is missing": (json.dumps({**BYTES, "ab": 300}), ""),
+    "an id is there twice": (json.dumps({**BYTES, "ab": 5}), ""),
+    "an id is no number": (json.dumps({**BYTES, "ab": None}), ""),
+    "JSON ends too soon": (json.dumps(BYTES)[:-9], ""),
+    "JSON holds a list": (json.dumps(list(BYTES)), ""),
+    "a merge has one part": (json.dumps(BYTES), "ab"),
+    "a merge has three parts": (json.dumps(BYTES), "a b c"),
+    "a merge makes an unknown token": (json.dumps(BYTES), "a b"),
+    "a merge joins unknown tokens": (json.dumps({**BYTES, "abc": 257}), "ab c"),
+    "a token is no bytes": (json.dumps({**BYTES, "a b": 257}), ""),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_folder_that_holds_no_gpt2_tokenizer_is_named(tmp_path, fault):
+    vocabulary, merges = BROKEN[fault]
+    (tmp_path / "vocab.json").write_text(vocabulary)
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    with pytest.raises(UserError, match="tokenizer"):
+        GPT2Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not UTF-8"])
+def test_a_folder_with_a_missing_or_binary_file_is_named(tmp_path, file, content):
+    write_folder(tmp_path, BYTES, [])
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        GPT2Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert content is not None or file in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+@pytest.mark.parametrize("source", ["bytes", "trained"])
+def test_streamed_pieces_are_the_decoded_text(source, trained):
+    tokenizer = trained if source == "trained" else GPT2Tokenizer.of_bytes()
+    random = np.random.default_rng(0)
+    # Bytes from 128 on are UTF-8 only in the right company: draw those more often than chance would.
+    unlikely = [i for i, token in enumerate(tokenizer.token_bytes) if max(token) > 127]
+    replaced = 0
+    for _ in range(500):
+        ids = [*random.integers(tokenizer.vocab_size, size=20), *random.choice(unlikely, size=20)]
+        random.shuffle(ids)
+        text = tokenizer.decode(ids)
+        assert "".join(tokenizer.stream(iter(ids))) == text
+        assert text == b"".join(tokenizer.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        replaced += "\ufffd" in text
+    assert replaced > 400  # it was not all easy
+
+
+def test_a_character_appears_as_soon_as_it_is_whole():
+    tokenizer = GPT2Tokenizer.of_bytes()
+    pieces = list(tokenizer.stream(tokenizer.encode("aé€😀b")))
+    assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]
+
+
+def test_what_is_left_of_a_character_is_told_at_the_end():
+    tokenizer = GPT2Tokenizer.of_bytes()
+    assert list(tokenizer.stream("a😀".encode()[:3])) == ["a", "", "", "\ufffd"]
+
+
+def test_a_stream_reads_no_further_than_it_has_told():
+    """Text is printed while the model still writes."""
+    taken = []
+
+    def ids():
+        for i in b"abc":
+            taken.append(i)
+            yield i
+
+    stream = GPT2Tokenizer.of_bytes().stream(ids())
+    assert [next(stream), next(stream)] == ["a", "b"]
+    assert taken == [*b"ab"]

@@ -1,0 +1,306 @@
+"""The training loop: its arithmetic, its stops, and that an interrupted run is the uninterrupted one."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from gpt2 import checkpoint
+from gpt2.config import DataConfig, GPT2Config, InferenceConfig, TrainingConfig, UserError
+from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
+from gpt2.evaluate import Evaluator, mean_loss
+from gpt2.inference import TextGenerator
+from gpt2.model import GPT2Model
+from gpt2.tracking import Tracker, read_metrics
+from gpt2.train import Trainer
+
+VOCABULARY, LENGTH = 31, 16
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> TokenBlocks:
+    """20 blocks of numbers that have something to learn in them; the last block is short."""
+    steps = np.random.default_rng(0).integers(1, 4, size=20 * LENGTH - 5)
+    path = tmp_path / "tokens.bin"
+    (np.cumsum(steps) % VOCABULARY).astype(np.uint8).tofile(path)
+    return TokenBlocks(path, "uint8", LENGTH)
+
+
+def make_trainer(blocks: TokenBlocks, folder: Path, dropout: float = 0.0, tracker=None, write_sample=None, **options):
+    defaults = {"batch_size": 4, "num_workers": 0, "warmup_steps": 2, "learning_rate": 1e-2, "device": "cpu"}
+    config = TrainingConfig(**{**defaults, **options})
+    torch.manual_seed(config.seed)
+    shape = GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, dropout, dropout, dropout)
+    train_loader, val_loader, _ = get_dataloaders(blocks, blocks, blocks, config)
+    return Trainer(GPT2Model(shape), train_loader, val_loader, config, str(folder), tracker, write_sample)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same_state(left: Path, right: Path) -> None:
+    """Two checkpoints hold the same bits, but for the time they took."""
+    one, other = checkpoint.read_tensors(left), checkpoint.read_tensors(right)
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+    progress = [{**checkpoint.read_record(path)["progress"], "seconds": 0} for path in (left, right)]
+    assert progress[0] == progress[1]
+
+
+def logged(folder: Path) -> list[dict]:
+    """The metrics of a run without what a clock decides."""
+    by_clock = {"seconds", "train/tokens_per_second"}
+    return [{k: v for k, v in record.items() if k not in by_clock} for record in read_metrics(folder / "metrics.jsonl")]
+
+
+# Arithmetic
+
+
+def test_four_accumulated_micro_batches_are_one_batch_of_four_times_the_size(blocks, tmp_path):
+    # A large epsilon: Adam must not blow gradients that are nothing but rounding up to full steps.
+    whole = make_trainer(blocks, tmp_path, batch_size=8, max_steps=3, epsilon=1e-2)
+    parts = make_trainer(blocks, tmp_path, batch_size=2, accumulation_steps=4, max_steps=3, epsilon=1e-2)
+    whole.train_epoch()  # 20 blocks: the last step has 4, one of them short
+    parts.train_epoch()
+    assert whole.progress.step == parts.progress.step == 3
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=2e-6)
+
+
+def test_training_lowers_the_loss(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path, max_epochs=20)
+    before = trainer.validate()
+    trainer.train()
+    assert trainer.progress.val_loss < before - 1
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.05), ("fp16", 0.05)])
+def test_mixed_precision_learns_like_fp32(blocks, tmp_path, precision, tolerance):
+    losses = {}
+    for name in ("fp32", precision):
+        trainer = make_trainer(blocks, tmp_path, precision=name, max_epochs=5)
+        losses[name] = trainer.train_epoch()
+    assert losses[precision] == pytest.approx(losses["fp32"], abs=tolerance)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(trainer).values())
+
+
+def test_mixed_precision_false_means_fp32(blocks, tmp_path):
+    assert make_trainer(blocks, tmp_path, mixed_precision=False).precision.name == "fp32"
+
+
+def test_gradients_are_clipped_to_the_given_norm(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path, gradient_clip=1e-3)
+    _, norm = trainer.train_step([blocks.__getitems__([0, 1])])
+    moments = trainer.optimizer.state[trainer.model.token_embedding.weight]["exp_avg"]
+    assert norm > 1e-3
+    assert moments.norm() <= 1e-3 * (1 - trainer.config.beta1) * 1.01
+
+
+def test_gradient_checkpointing_changes_nothing(blocks, tmp_path):
+    plain, recomputed = (make_trainer(blocks, tmp_path, gradient_checkpointing=flag) for flag in (False, True))
+    plain.train_epoch()
+    recomputed.train_epoch()
+    for name, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(recomputed)[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_evaluating_sampling_and_saving_do_not_touch_training(blocks, tmp_path):
+    def draw(step):
+        return str(torch.rand(3, generator=torch.Generator().manual_seed(step)))
+
+    often = make_trainer(
+        *(blocks, tmp_path / "often", 0.1),
+        write_sample=draw,
+        max_steps=7,
+        eval_every=1,
+        save_every=1,
+        log_every=1,
+    )
+    often.train()
+    never = make_trainer(blocks, tmp_path / "never", 0.1, max_steps=7, eval_every=999, save_every=999, log_every=999)
+    never.train()
+    assert all(torch.equal(tensor, weights(never)[name]) for name, tensor in weights(often).items())
+
+
+@pytest.mark.parametrize("as_pair", [True, False])
+def test_loaders_of_pairs_and_of_plain_tensors_are_taken_as_labels_of_transformers(tmp_path, as_pair):
+    input_ids = torch.randint(VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(input_ids, input_ids) if as_pair else input_ids, batch_size=4)
+    model = GPT2Model(GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, 0.0, 0.0, 0.0))
+    expected = model(input_ids, labels=input_ids)[1].item()
+    config = TrainingConfig(max_epochs=1, device="cpu")
+    trainer = Trainer(model, loader, loader, config, checkpoint_dir=str(tmp_path))
+    assert trainer.validate() == pytest.approx(expected, abs=1e-5)
+    trainer.train()
+    assert trainer.progress.tokens == 8 * (LENGTH - 1)
+
+
+def test_validation_loss_does_not_depend_on_the_batch_size(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path)
+    losses = [
+        mean_loss(trainer.model, get_dataloaders(blocks, blocks, blocks, config)[1], trainer.device)
+        for config in (TrainingConfig(batch_size=size, num_workers=0) for size in (1, 3, 20))
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+# Stops
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "reason"),
+    [
+        ({"max_steps": 3}, 3, "train.max_steps=3"),
+        ({"max_epochs": 2, "max_steps": 99}, 10, "train.max_epochs=2"),
+        ({"max_epochs": 2, "accumulation_steps": 3}, 4, "train.max_epochs=2"),
+        ({"max_training_hours": 1e-9}, 0, "train.max_training_hours=1e-09"),
+    ],
+)
+def test_training_stops_at_whichever_limit_comes_first_and_says_so(blocks, tmp_path, options, steps, reason):
+    trainer = make_trainer(blocks, tmp_path, **options)
+    trainer.train()
+    assert trainer.progress.step == steps
+    assert trainer.stop_reason == f"{reason} reached"
+    assert (tmp_path / checkpoint.LAST).is_file()
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
+    tracker = Tracker(tmp_path)
+    trainer = make_trainer(blocks, tmp_path / "kept", tracker=tracker, max_epochs=12, eval_every=2, learning_rate=0.1)
+    trainer.train()
+    losses = {r["step"]: r["val/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "val/loss" in r}
+    best = checkpoint.read_record(tmp_path / "kept" / checkpoint.BEST)["progress"]
+    assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
+    assert len(losses) == 30
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path, max_steps=9, eval_every=2, log_every=1)
+    trainer.train()
+    before = (tmp_path / checkpoint.LAST).read_bytes()
+    trainer.config.max_steps, trainer.total_steps = 20, 20
+    with torch.no_grad():
+        trainer.model.final_norm.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="no longer a finite number"):
+        trainer.train()
+    assert (tmp_path / checkpoint.LAST).read_bytes() == before
+
+
+# Interruption: k + k steps are 2k steps
+
+
+class InterruptsAt(Tracker):
+    """A tracker that presses Ctrl-C once, when it hears of a certain step."""
+
+    def __init__(self, folder: Path, step: int):
+        super().__init__(folder)
+        self.interrupts_at = step
+
+    def log(self, record):
+        super().log(record)
+        if record["step"] == self.interrupts_at and "train/loss" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "stop_at",
+    [4, 5, 6],  # in the middle of an epoch and at its end; 6 is a step that evaluates, so evaluation is cut off
+)
+def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_path, num_workers, stop_at):
+    options = {
+        "dropout": 0.1,
+        "accumulation_steps": 1 if stop_at == 5 else 2,
+        "max_epochs": 4,
+        "eval_every": 3,
+        "log_every": 1 if stop_at != 4 else 4,
+        "num_workers": num_workers,
+    }
+    straight, folder = tmp_path / "straight", tmp_path / "interrupted"
+    for path in (straight, folder):
+        path.mkdir()
+    make_trainer(blocks, straight, tracker=Tracker(straight), **options).train()
+
+    first = make_trainer(blocks, folder, tracker=InterruptsAt(folder, stop_at), **options)
+    first.train()
+    assert first.interrupted_by == signal.SIGINT
+    assert first.progress.step == stop_at
+
+    second = make_trainer(blocks, folder, tracker=Tracker(folder), **options)
+    second.load_checkpoint(str(folder / checkpoint.LAST))
+    second.tracker.cut_back(second.progress.step)
+    second.train()
+
+    assert_same_state(straight / checkpoint.LAST, folder / checkpoint.LAST)
+    assert_same_state(straight / checkpoint.BEST, folder / checkpoint.BEST)
+    assert logged(folder) == logged(straight)
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path):
+    options = {"dropout": 0.1, "max_steps": 9, "eval_every": 100, "save_every": 4, "log_every": 3}
+    tracker = Tracker(tmp_path)
+    trainer = make_trainer(blocks, tmp_path / "a", tracker=tracker, **options)
+    original = trainer.save_checkpoint
+    trainer.save_checkpoint = lambda name: original(name) or original(f"step_{trainer.progress.step}")
+    trainer.train()
+    before = logged(tmp_path)
+
+    again = make_trainer(blocks, tmp_path / "b", tracker=tracker, **options)
+    again.load_checkpoint(str(tmp_path / "a" / "step_4"))
+    tracker.cut_back(4)
+    again.train()
+    assert_same_state(tmp_path / "a" / checkpoint.LAST, tmp_path / "b" / checkpoint.LAST)
+    assert logged(tmp_path) == before
+
+
+def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.progress.seconds = 3600.0
+    trainer._clock -= 3600
+    trainer.save_checkpoint("late.pth")
+    resumed = make_trainer(blocks, tmp_path, max_training_hours=1.0, max_steps=9)
+    resumed.load_checkpoint(str(tmp_path / "late.pth"))
+    resumed.train()
+    assert resumed.progress.step == 2
+    assert resumed.stop_reason == "train.max_training_hours=1.0 reached"
+
+
+def test_a_checkpoint_of_another_shape_is_refused(blocks, tmp_path):
+    make_trainer(blocks, tmp_path, max_steps=1).train()
+    other = make_trainer(blocks, tmp_path)
+    other.model.config.num_heads = 4
+    with pytest.raises(UserError, match="differs in num_heads"):
+        other.load_checkpoint(str(tmp_path / checkpoint.LAST))
+
+
+# The promised API from text to text, without Hydra
+
+
+def test_the_library_works_without_hydra(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
+    data = DataConfig(
+        files=[str(tmp_path / "text.txt")], tokenizer="bytes", max_length=LENGTH, cache_dir=str(tmp_path / "cache")
+    )
+    train_set, val_set, test_set, tokenizer = load_text_data(data)
+    config = TrainingConfig(
+        max_steps=60, learning_rate=1e-2, warmup_steps=5, num_workers=0, checkpoint_dir=str(tmp_path / "checkpoints")
+    )
+    train_loader, val_loader, test_loader = get_dataloaders(train_set, val_set, test_set, config)
+    model = GPT2Model(GPT2Config(tokenizer.vocab_size, LENGTH, 32, 2, 1, 64, 0.0, 0.0, 0.0))
+    Trainer(model, train_loader, val_loader, config).train()
+
+    evaluator = Evaluator(model, test_loader)
+    metrics = evaluator.evaluate()
+    evaluator.print_metrics(metrics)
+    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
+    assert metrics["loss"] < 3.5
+
+    generator = TextGenerator(str(tmp_path / "checkpoints" / "best_model.pth"))
+    generator.generate_text("All work", InferenceConfig(max_new_tokens=10, do_sample=False))
+    assert "All work" in capsys.readouterr().out
