@@ -21,11 +21,13 @@ def main(config: TrainRun) -> float | None:
 
     from gpt2.checkpoint import LAST
     from gpt2.data_loader import get_dataloaders, load_text_data
+    from gpt2.device import keep_freed_memory
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
     from gpt2.tracking import Tracker, start_wandb
     from gpt2.train import Trainer
 
+    keep_freed_memory()
     folder = run_folder()
     train_set, val_set, test_set, tokenizer = load_text_data(config.data)
     train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)

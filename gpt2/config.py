@@ -265,6 +265,8 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
     found = _outside(vars(config), _DATA_BOUNDS, prefix)
     if config.files is not None and not config.files:
         found.append(f"{prefix}files: none is named, a file or a pattern such as 'corpus/**/*.txt' would do")
+    if config.files is None and config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
+        found.append(f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})")
     for pattern in config.files or []:
         if not next(iter(glob(pattern, recursive=True)), None):
             found.append(f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})")

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -91,6 +91,7 @@ class Trainer:
         self.loss_since_log = torch.zeros((), device=self.device)  # sum over progress.steps_since_log steps
         self._clock = self._log_clock = time.perf_counter()
         self._validation_line = self._clock
+        self._saved: Progress | None = None  # what `last.pth` holds
         self._tokens_at_log = 0
 
     @property
@@ -118,7 +119,7 @@ class Trainer:
                 self.train_epoch()
             if not self.interrupted_by:
                 self._evaluate()
-            self.save_checkpoint(checkpoint.LAST)
+            self._save_last()
 
     def train_epoch(self) -> float:
         """Train on what is left of the epoch, or up to the end of training. Returns the mean of its step losses."""
@@ -220,7 +221,7 @@ class Trainer:
         if step % self.config.eval_every == 0:
             self._evaluate()
         if step % self.config.save_every == 0:
-            self.save_checkpoint(checkpoint.LAST)
+            self._save_last()
 
     def _log(self, gradient_norm: Tensor) -> None:
         """Record the mean loss and the speed since the last time."""
@@ -280,7 +281,7 @@ class Trainer:
             log.info("%s", "\n".join(f"    | {line}" for line in text.splitlines()))
         if is_best:
             self.progress.best_val_loss = loss
-            self.save_checkpoint(checkpoint.LAST)
+            self._save_last()
             checkpoint.copy(self.checkpoint_dir / checkpoint.LAST, self.checkpoint_dir / checkpoint.BEST)
         self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
 
@@ -348,6 +349,13 @@ class Trainer:
                 signal.signal(number, handler)
 
     # Checkpoints
+
+    def _save_last(self) -> None:
+        """Save, unless nothing has happened since the last time: a large model is not written twice in one step."""
+        here = replace(self.progress, seconds=0.0)
+        if here != self._saved:
+            self.save_checkpoint(checkpoint.LAST)
+            self._saved = here
 
     def save_checkpoint(self, filename: str) -> None:
         """Write everything that resuming and generating need to `checkpoint_dir/filename`."""

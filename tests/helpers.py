@@ -112,19 +112,8 @@ _CONTROLS = "".join(map(chr, (*range(9), *range(0x0E, 0x20), 0x7F))) + "\u200b\u
 _LETTERS = "aZéßİıǅñΩжאع가あ漢ﬁ" + "e\u0301" + "\U0001d518\U00010348"
 _NUMBERS = "0٣²½Ⅷ𝟘"
 _SYMBOLS = "😀👩🏽🇩🇪️€…’—•|<>'\"\\" + string.punctuation
-_WORDS = [
-    "<|endoftext|>",
-    "<|endoftext|",
-    "'ll",
-    "'s",
-    " the",
-    "  ",
-    "\r\n",
-    "\n\n\n",
-    "👩‍👩‍👧‍👦",
-    "https://a.b/c?d=e",
-    "#version",
-]
+_WORDS = ["<|endoftext|>", "<|endoftext|", "'ll", "'s", " the", "  ", "\r\n", "\n\n\n", "#version", "http://a.b/c?d=e"]
+_WORDS += ["👩\u200d👩\u200d👧\u200d👦"]  # a family: four people held together by joiners
 _NASTY = [*_SPACES, *_CONTROLS, *_LETTERS, *_NUMBERS, *_SYMBOLS, *_WORDS]
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from gpt2.config import GenerateRun, TrainRun, UserError, faults
+from gpt2.config import GenerateRun, TrainRun, faults
 from gpt2.main import CONF, command_line_faults, compose, resolve, take_prompt
 from tests.conftest import ROOT, Workspace
 
@@ -75,7 +75,7 @@ def test_every_line_of_the_groups_is_a_field():
 
 FAULTS = [
     (["train.lrr=1"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
-    (["train.warmup_step=1"], ["Did you mean: 'warmup_steps'?"]),
+    (["train.warmup_step=1"], ["Did you mean one of: 'warmup_steps'"]),
     (["tarin.seed=1"], ["Key 'tarin' not in 'TrainRun'. Did you mean: 'train'?"]),
     (["+train.new=1"], ["Key 'new' not in 'TrainingConfig'"]),
     (["model=gtp2"], ["Could not find 'model/gtp2'. Available options in 'model': gpt2, "]),

@@ -1,4 +1,4 @@
-"""The dataclasses keep what users were promised, and `faults` finds what makes no sense before anything is spent on it."""
+"""The dataclasses keep what users were promised, and `faults` finds what makes no sense, before anything heavy."""
 
 import ast
 import dataclasses

@@ -252,6 +252,16 @@ def test_each_dropout_acts_in_training_only(kind):
     assert torch.equal(*evaluating)
 
 
+@pytest.mark.parametrize("silent", ["attention.out", "feed_forward.down"])
+def test_residual_dropout_falls_on_both_branches(silent):
+    torch.manual_seed(0)
+    block = DecoderBlock(16, 4, 40, 0.5, 0.0, 1e-5, True)
+    x = torch.randn(2, 8, 16)
+    for parameter in block.get_submodule(silent).parameters():
+        nn.init.zeros_(parameter)  # this branch adds nothing, so what changes is the other
+    assert not torch.allclose(block(x), block(x))
+
+
 def test_gradient_checkpointing_recomputes_and_changes_no_number():
     model = noisy_model(tiny_config(dropout=0.1, attention_dropout=0.1, residual_dropout=0.1))
     input_ids = random_ids(model.config, 2, 8)
@@ -295,14 +305,14 @@ def test_a_config_that_describes_no_model_is_refused(fields):
 
 def test_more_tokens_than_context_are_refused():
     model = GPT2Model(tiny_config(context_length=16))
-    with pytest.raises(ValueError, match="17 tokens.*context_length of 16"):
+    with pytest.raises(ValueError, match=r"17 tokens .* context_length of 16"):
         model(random_ids(model.config, 1, 17))
 
 
 def test_labels_and_targets_together_are_refused():
     model = GPT2Model(tiny_config())
     input_ids = random_ids(model.config, 1, 3)
-    with pytest.raises(ValueError, match="labels .* targets"):
+    with pytest.raises(ValueError, match=r"labels .* targets"):
         model(input_ids, labels=input_ids, targets=input_ids)
 
 
@@ -367,10 +377,13 @@ def test_beyond_its_context_the_model_sees_the_last_tokens():
 def test_generate_writes_without_dropout_and_restores_the_mode(training, abandon):
     model = noisy_model(tiny_config(dropout=0.5)).train(training)
     prompt = random_ids(model.config, 1, 4)
+    keeps_gradients = []
+    model.register_forward_hook(lambda *_: keeps_gradients.append(torch.is_grad_enabled()))
     generator = model.generate(prompt, 5, do_sample=False)
     next(generator)
     assert not model.training
-    assert torch.is_grad_enabled()
+    assert keeps_gradients == [False]
+    assert torch.is_grad_enabled(), "between two tokens the caller may train"
     if abandon:
         generator.close()
     else:

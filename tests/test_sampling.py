@@ -28,7 +28,7 @@ def random_ids(b: int = 64, t: int = 20, seed: int = 1) -> torch.Tensor:
 FILTERS = [
     *((penalize_repetition, RepetitionPenaltyLogitsProcessor, penalty) for penalty in (1.0, 1.2, 5.0, 0.5)),
     *((keep_top_k, TopKLogitsWarper, k) for k in (1, 2, 17, VOCABULARY - 1, VOCABULARY, 10 * VOCABULARY)),
-    *((keep_top_p, TopPLogitsWarper, p) for p in (1e-6, 0.1, 0.5, 0.95, 0.999999)),
+    *((keep_top_p, TopPLogitsWarper, p) for p in (1e-9, 1e-6, 0.1, 0.5, 0.95, 0.999999)),
 ]
 named = {"ids": lambda value: getattr(value, "__name__", str(value))}
 
@@ -103,7 +103,7 @@ def test_frequencies_follow_the_softmax(temperature):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_of_a_half_precision_are_sampled_in_full(dtype):
-    logits, input_ids = random_logits().to(dtype), random_ids()
+    logits, input_ids = random_logits(b=4096).to(dtype), random_ids(b=4096)
 
     def draw(logits: torch.Tensor) -> torch.Tensor:
         return next_token(logits, input_ids, 0.7, 20, 0.9, 1.3, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,65 @@
+"""Every command of the README runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, TINY, Workspace
+
+README = (ROOT / "README.md").read_text()
+SHORT = ["train.max_steps=2", "train.eval_batches=2", "inference.max_new_tokens=5", "wandb=off"]
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks, comments and continuation lines joined away."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def scripts() -> list[list[str]]:
+    """The calls of our own scripts among them."""
+    parts = [part.strip() for command in commands() for part in command.split("&&")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("python ")]
+
+
+def test_the_readme_has_the_commands_that_this_file_runs():
+    assert len(scripts()) > 10
+    known = ("python ", "pip install ", "pytest", "git clone ", "wandb ")
+    assert not [command for command in commands() if not command.startswith(known)]
+
+
+@pytest.mark.slow
+def test_every_script_call_of_the_readme_runs_in_the_order_it_stands_there(workspace: Workspace):
+    """As printed, but for runs cut to two steps of a tiny model; what needs more than is here is composed, not run."""
+    (workspace.folder / "books").mkdir()
+    for name in ("input.txt", "books/one.txt"):
+        (workspace.folder / name).write_text((workspace.folder / "corpus.txt").read_text())
+    tiny_model = [argument for argument in TINY if argument.startswith("model.")]
+    for script, *arguments in scripts():
+        has_data_here = any(argument.startswith(("experiment=", "data=text", "resume=")) for argument in arguments)
+        if script != "train.py" or "--help" in arguments or "--cfg" in arguments:
+            workspace.run(script, *arguments)
+        elif "resume=latest" in arguments:
+            workspace.run(script, *arguments, "train.max_steps=3")
+        elif has_data_here:
+            workspace.run(script, *arguments, *SHORT, *tiny_model)
+        else:
+            workspace.run(script, *arguments, "--cfg", "job")
+
+
+def test_the_library_example_of_the_readme_runs(workspace: Workspace):
+    (workspace.folder / "input.txt").write_text((workspace.folder / "corpus.txt").read_text())
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("max_steps=100", "max_steps=4")],
+        cwd=workspace.folder,
+        env=workspace.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (workspace.folder / "checkpoints" / "best_model.pth").is_file()
