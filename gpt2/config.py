@@ -6,11 +6,11 @@ see (a relation between two fields) is found by `faults`, all of it at once. Not
 a mistake is answered before torch is loaded.
 """
 
+import re
 import secrets
 import sysconfig
 from dataclasses import dataclass, field
 from glob import glob
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ def _outside(values: dict[str, Any], bounds: dict[str, tuple[float, float, str]]
     return [
         f"{prefix}{key}: {values[key]} is not {wanted}"
         for key, (low, high, wanted) in bounds.items()
-        if values[key] is not None and not (isfinite(values[key]) and low <= values[key] <= high)
+        if values[key] is not None and not (low <= values[key] <= high and values[key] < _INFINITY)
     ]
 
 
@@ -256,9 +256,18 @@ def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
         found.append(
             f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
         )
-    if config.device != "auto" and config.device.split(":")[0] not in ("cuda", "cpu", "mps"):
-        found.append(f"{prefix}device: {config.device!r} is none of auto, cuda, cuda:N, mps, cpu")
-    return found
+    return found + device_faults(config.device, f"{prefix}device")
+
+
+def device_faults(device: str, key: str) -> Faults:
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        return []
+    return [f"{key}: {device!r} is none of auto, cuda, cuda:N, mps, cpu"]
+
+
+def files_matching(pattern: str) -> list[str]:
+    """The file of that name, or else the files that match it as a pattern; `**` stands for any folders between."""
+    return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
 
 
 def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
@@ -268,8 +277,12 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
     if config.files is None and config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         found.append(f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})")
     for pattern in config.files or []:
-        if not next(iter(glob(pattern, recursive=True)), None):
+        if not files_matching(pattern):
             found.append(f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})")
+    try:
+        re.compile(config.document_start or "")
+    except re.error as error:
+        found.append(f"{prefix}document_start: {config.document_start!r} is no regular expression: {error}")
     if config.tokenizer not in ("gpt2", "bytes", "train") and not Path(config.tokenizer).is_dir():
         found.append(
             f"{prefix}tokenizer: {config.tokenizer!r} is neither gpt2, bytes nor train, and no folder has that name"
@@ -284,7 +297,7 @@ def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Fau
 def faults(config: TrainRun | GenerateRun) -> Faults:
     """All that is wrong with a composed configuration, a line each; empty when it can run."""
     if isinstance(config, GenerateRun):
-        return inference_faults(config.inference)
+        return inference_faults(config.inference) + device_faults(config.device, "device")
     found = [
         *model_faults(config.model),
         *training_faults(config.train),
@@ -296,8 +309,9 @@ def faults(config: TrainRun | GenerateRun) -> Faults:
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
             f"model.context_length={config.model.context_length}"
         )
-    if Path(config.train.checkpoint_dir).name != config.train.checkpoint_dir:
-        found.append(f"train.checkpoint_dir: {config.train.checkpoint_dir!r} must be the plain name of a folder")
+    folder = config.train.checkpoint_dir
+    if Path(folder).name != folder or folder in ("", ".."):
+        found.append(f"train.checkpoint_dir: {folder!r} must be the plain name of a folder")
     name_is_plain = config.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     if not name_is_plain or config.name.startswith(".") or len(config.name) > 100:
         found.append(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100")

@@ -55,10 +55,15 @@ class GPT2Tokenizer:
         lacking = [token for token in (*byte_alphabet(), END_OF_TEXT) if token not in vocabulary]
         if lacking:
             raise UserError(f"tokenizer: its vocabulary lacks {lacking[0]!r}, so it is no GPT-2 byte-level BPE")
+        if foreign := set("".join(vocabulary)) - set(byte_alphabet()):
+            raise UserError(f"tokenizer: {min(foreign)!r} in its vocabulary stands for no byte, so it is no GPT-2 BPE")
         self.vocabulary = vocabulary
         self.merges = merges
         self.eos_token_id = vocabulary[END_OF_TEXT]
-        self.backend = _backend(vocabulary, merges)
+        try:
+            self.backend = _backend(vocabulary, merges)
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise UserError(f"tokenizer: its merges do not fit its vocabulary: {error}") from error
 
     # Where a tokenizer comes from
 
@@ -139,6 +144,8 @@ class GPT2Tokenizer:
         return self.vocab_size
 
     def encode(self, text: str) -> list[int]:
+        """The tokens of a text. Half a surrogate pair, which is no character, becomes a question mark."""
+        text = text.encode("utf-8", "replace").decode("utf-8")
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

@@ -1,8 +1,6 @@
 """Every token of a corpus reaches training once, in the same order on every machine; a faulty corpus is named."""
 
 import json
-import logging
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -14,20 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import data_loader
+from gpt2 import corpus
 from gpt2.config import DataConfig, TrainingConfig, UserError
-from gpt2.data_loader import (
-    PIECE,
-    PreparedData,
-    ShuffledBatches,
-    TokenBlocks,
-    get_dataloaders,
-    load_text_data,
-    pack,
-    pieces,
-    prepare,
-    token_dtype,
-)
+from gpt2.corpus import PIECE, PreparedData, pack, pieces, prepare, token_dtype
+from gpt2.data_loader import ShuffledBatches, TokenBlocks, get_dataloaders, load_text_data
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import ROOT, nasty_texts, python_source, shared
 
@@ -92,7 +80,7 @@ def test_pieces_are_of_a_bounded_size_and_the_last_one_says_so():
 @pytest.mark.parametrize("space", [chr(i) for i in range(0x110000) if chr(i).isspace()], ids=ascii)
 def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
     """What Python takes for a space the tokenizer may not, and then a token can reach across it."""
-    monkeypatch.setattr(data_loader, "PIECE", 2)
+    monkeypatch.setattr(corpus, "PIECE", 2)
     document = f"ab,{space},cd" * 5
     tokenizer = GPT2Tokenizer.train([document] * 10, 400)
     assert [i for text, _ in pieces(document) for i in tokenizer.encode(text)] == tokenizer.encode(document)
@@ -100,7 +88,7 @@ def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
 
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
 def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch):
-    monkeypatch.setattr(data_loader, "BATCH", batch)  # characters encoded at a time: no document may get lost between
+    monkeypatch.setattr(corpus, "BATCH", batch)  # characters encoded at a time: no document may get lost between
     documents = ["first", "", "zweites äöü", "x" * 300, "", python_source(), "\n"]
     total = pack(iter(documents), GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test")
     packed = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
@@ -246,16 +234,25 @@ def test_a_prepared_corpus_is_taken_from_the_cache(tmp_path):
     assert state_of(again.folder) == before
 
 
-CHANGES = [{"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_another_configuration_is_another_corpus(tmp_path, change):
+def test_another_configuration_is_another_corpus(tmp_path):
     write_files(tmp_path, 3)
-    config, other = config_of(tmp_path), config_of(tmp_path, **change)
-    folders = {prepare(config).folder, prepare(other).folder}
-    assert len(folders) == 2
-    assert prepare(config).folder in folders
+    changes = [{}, {"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
+    folders = [prepare(config_of(tmp_path, **change)).folder for change in changes]
+    assert len(set(folders)) == len(changes)
+    assert [prepare(config_of(tmp_path, **change)).folder for change in changes] == folders
+
+
+def test_a_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, trained):
+    write_files(tmp_path, 3)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    prepared = []
+    for tokenizer in (trained, GPT2Tokenizer.of_bytes()):
+        (folder / "vocab.json").write_text(json.dumps(tokenizer.vocabulary))
+        (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
+        prepared.append(prepare(config_of(tmp_path, tokenizer=str(folder))))
+    assert prepared[0].folder != prepared[1].folder
+    assert prepared[1].tokenizer().fingerprint == GPT2Tokenizer.of_bytes().fingerprint
 
 
 def test_changed_text_is_another_corpus(tmp_path):
@@ -286,33 +283,46 @@ def test_a_damaged_corpus_is_made_again(tmp_path, file, damage):
     assert {name: content for name, (_, content) in state_of(again.folder).items()} == whole
 
 
-def start_together(barrier) -> None:
-    global together
-    together = barrier
+PREPARE = """
+import json, logging, sys
+from gpt2.config import DataConfig, UserError
+from gpt2.corpus import prepare
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+print("ready", flush=True)
+input()
+try:
+    print(prepare(DataConfig(**json.loads(sys.argv[1]))).folder)
+except UserError as error:
+    print(error)
+"""
 
 
-def prepare_together(config: DataConfig) -> tuple[str, list[str]]:
-    """In a process of its own: the folder, and what was logged."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    data_loader.log.addHandler(handler)
-    data_loader.log.setLevel(logging.INFO)
-    together.wait(60)
-    return str(prepare(config).folder), messages
+def start_preparing(folder: Path, **fields) -> subprocess.Popen:
+    """A process that prepares a corpus once it is told to, with no cache but in `folder` and no Hub to reach."""
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PREPARE, json.dumps({"cache_dir": str(folder / "cache"), **fields})]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_of_four_processes_that_start_at_once_one_prepares(tmp_path):
     (tmp_path / "a.txt").write_text(python_source())
-    config = config_of(tmp_path, tokenizer="train", vocab_size=400)
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(4, initializer=start_together, initargs=(spawn.Barrier(4),)) as pool:
-        folders, logs = zip(*pool.map(prepare_together, [config] * 4, chunksize=1), strict=True)
-    assert len(set(folders)) == 1
-    assert sum("cached in" in message for messages in logs for message in messages) == 1
-    assert sum("from the cache" in message for messages in logs for message in messages) == 3
-    left = {path.name for path in Path(folders[0]).parent.iterdir()}
-    assert left == {Path(folders[0]).name, Path(folders[0]).name + ".lock"}
+    fields = {"files": ["a.txt"], "tokenizer": "train", "vocab_size": 400}
+    processes = [start_preparing(tmp_path, **fields) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert sum("cached in" in output for output in outputs) == 1
+    assert sum("from the cache" in output for output in outputs) == 3
+    folder = Path(outputs[0].splitlines()[-1])
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, folder.name + ".lock"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -527,22 +537,21 @@ def test_a_row_without_text_is_an_empty_one(tmp_path, document_start, validation
 
 
 @pytest.mark.parametrize(
-    ("fields", "named"),
+    ("field", "wrong", "right"),
     [
-        ({"text_column": "body"}, "body"),
-        ({"train_split": "learn"}, "learn"),
-        ({"test_split": "exam"}, "exam"),
-        ({"dataset_config": "huge"}, "huge"),
+        ("text_column", "body", "sentence"),
+        ("train_split", "learn", "validation"),
+        ("test_split", "exam", "validation"),
+        ("dataset_config", "huge", "small"),
     ],
-    ids=str,
 )
-def test_a_wrong_name_is_told_with_the_right_ones(tmp_path, fields, named):
-    rows = ["text"] * 3
+def test_a_wrong_name_is_told_with_the_right_ones(tmp_path, field, wrong, right):
+    rows = [{"sentence": "words"}] * 3
     folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows, test=rows)
     with pytest.raises(UserError) as error:
-        prepare(dataset_config(folder, tmp_path, **fields))
-    assert named in str(error.value)
-    assert any(right in str(error.value) for right in ("'text'", "'train'", "'small'"))
+        prepare(dataset_config(folder, tmp_path, **{"text_column": "sentence", field: wrong}))
+    assert wrong in str(error.value)
+    assert right in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -598,19 +607,7 @@ UNREACHABLE = {
 def test_what_the_hub_would_have_to_bring_is_told_soon_and_with_ways_out(tmp_path, what):
     """In a process of its own, because the libraries remember whether they are online."""
     write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3, test=["text"] * 3)
-    code = (
-        "import sys, json, gpt2.data_loader as data, gpt2.config as config\n"
-        "try: data.prepare(config.DataConfig(**json.loads(sys.argv[1])))\n"
-        "except config.UserError as error: print(error)"
-    )
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
-    environment.pop("HF_HUB_OFFLINE", None)
-    fields = json.dumps({**UNREACHABLE[what], "cache_dir": str(tmp_path / "cache")})
     started = time.monotonic()
-    command = [sys.executable, "-c", code, fields]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    assert "experiment=quickstart" in line
+    output, _ = start_preparing(tmp_path, **UNREACHABLE[what]).communicate("\n", timeout=120)
+    assert "experiment=quickstart" in output.splitlines()[-1]
     assert time.monotonic() - started < 20  # left to themselves the libraries ask again and again for 23 s

@@ -1,0 +1,374 @@
+"""Text to packed tokens on disk.
+
+A corpus is prepared once: its documents are tokenized and laid end to end, `<|endoftext|>` after each, in one file of
+integers a split, in a folder named by a fingerprint of everything that decides its content.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from filelock import FileLock
+
+from gpt2.config import DataConfig, UserError, files_matching
+from gpt2.hub import WITHOUT_NETWORK, connect
+from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.tracking import is_terminal, track
+
+if TYPE_CHECKING:
+    import datasets
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the files below; a change makes every cached corpus be prepared anew
+SPLITS = ("train", "validation", "test")
+PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
+BATCH = 1 << 22  # characters encoded at a time: bounds memory, and is enough for every thread to work on
+BORDER = re.compile(r"(?<=\S)[ \t\n\r]")  # what the tokenizer's pattern and Python's both take for a border
+FEW_DOCUMENTS = 5  # fewer held out than this would be no fair sample
+
+
+class Documents(Protocol):
+    """Texts that can be counted and, any number of times, gone through in the same order."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: where documents come from
+
+
+@dataclass
+class Source:
+    """The documents of each split. A `validation` of None is held out of `train`; a `test` of None is `validation`."""
+
+    fingerprint: str
+    train: Documents
+    validation: Documents | None = None
+    test: Documents | None = None
+
+
+class TextFiles:
+    """One document a file."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in self.paths:
+            try:
+                yield path.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"data.files: {path} is not UTF-8 at byte {error.start}; convert it or leave it out (data.exclude)"
+                ) from error
+            except OSError as error:
+                raise UserError(f"data.files: cannot read {path}: {error.strerror}") from error
+
+
+class Rows:
+    """The documents of a table: a row each, or, with a pattern, all rows from one that matches up to the next."""
+
+    def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
+        self.table, self.column = table, column
+        self.starts_document = re.compile(document_start).match if document_start else None
+
+    def __len__(self) -> int:
+        return len(self.table) if self.starts_document is None else sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[str]:
+        rows = (text or "" for batch in self.table.iter(1000) for text in batch[self.column])
+        if self.starts_document is None:
+            yield from rows
+            return
+        document: list[str] = []
+        for row in rows:
+            if document and self.starts_document(row):
+                yield "".join(document)
+                document = []
+            document.append(row if row.endswith("\n") else row + "\n")
+        yield "".join(document)
+
+
+def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
+    """The files that match any pattern and no exclusion, each once, sorted."""
+    matches = (path for pattern in patterns for path in files_matching(pattern))
+    kept = (Path(path) for path in matches if not any(fnmatch(path, unwanted) for unwanted in exclude))
+    return sorted({path.resolve() for path in kept if path.is_file()})
+
+
+def fingerprint_of(paths: Iterable[Path]) -> str:
+    """Equal for the same contents in the same order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def text_source(config: DataConfig) -> Source:
+    """The files that `config.files` names, identified by their content."""
+    paths = find_files(config.files or [], config.exclude)
+    if not paths:
+        raise UserError(f"data.files: no file matches {config.files} once data.exclude={config.exclude} is taken out")
+    return Source(fingerprint_of(paths), TextFiles(paths))
+
+
+def dataset_source(config: DataConfig) -> Source:
+    """A dataset of the Hugging Face Hub, of its cache, or of a local folder laid out like one.
+
+    Raises:
+        UserError: It cannot be reached or read, or has no such configuration, split or column of text.
+    """
+    cache_dir, content = config.cache_dir, None
+    if Path(config.dataset_name).is_dir():
+        # `datasets` takes a folder that has changed, or another one of the same name, for the one it has cached.
+        visible = (path for path in Path(config.dataset_name).rglob("[!.]*") if path.is_file())
+        content = fingerprint_of(sorted(visible))
+        cache_dir = str(cache_folder(config) / "datasets" / content[:16])
+    tables = load_tables(config, cache_dir)
+    for table in filter(None, tables):
+        if config.text_column not in table.column_names:
+            raise UserError(f"data.text_column: {config.text_column!r} is not one of {', '.join(table.column_names)}")
+        kind = getattr(table.features[config.text_column], "dtype", "nested values")
+        if kind not in ("string", "large_string"):
+            raise UserError(f"data.text_column: {config.text_column!r} holds {kind}, not text")
+
+    identity = content or [table and table._fingerprint for table in tables]
+    splits = [config.train_split, config.validation_split, config.test_split]
+    documents = [table and Rows(table, config.text_column, config.document_start) for table in tables]
+    about = [identity, config.dataset_config, splits, config.text_column, config.document_start]
+    return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the first, train, is always there
+
+
+def load_tables(config: DataConfig, cache_dir: str | None) -> "list[datasets.Dataset | None]":
+    """The training, validation and test split, None for one that the configuration leaves out."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    if not is_terminal():
+        datasets.disable_progress_bars()
+
+    def load(split: str | None) -> "datasets.Dataset | None":
+        name = config.dataset_name
+        return datasets.load_dataset(name, config.dataset_config, split=split, cache_dir=cache_dir) if split else None
+
+    try:
+        return [load(split) for split in (config.train_split, config.validation_split, config.test_split)]
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise UserError(
+            f"could not reach dataset {config.dataset_name!r} on the Hugging Face Hub, nor find it in the cache; "
+            f"{WITHOUT_NETWORK}"
+        ) from error
+    except (ValueError, OSError, DatasetsError) as error:
+        raise UserError(f"data.dataset_name: {config.dataset_name!r}: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splitting and packing
+
+
+def held_out(count: int, fraction: float) -> set[int] | None:
+    """Numbers of the documents that form the validation split: drawn with a fixed seed, the same on every machine.
+
+    None if they would be too few to stand for the rest: then the end of every document is held out instead.
+    """
+    size = round(count * fraction)
+    if size < FEW_DOCUMENTS:
+        return None
+    return set(np.random.default_rng(0).permutation(count)[:size].tolist())
+
+
+def split_of(source: Source, split: str, config: DataConfig) -> Iterator[str]:
+    """The documents of one split, held out of the training split where the source brings none."""
+    brought: Documents | None = getattr(source, split)
+    if source.validation is not None or split == "test":
+        yield from brought or ()
+        return
+    fraction, validation = config.validation_fraction, split == "validation"
+    chosen = held_out(len(source.train), fraction)
+    for number, document in enumerate(source.train):
+        if chosen is not None:
+            if (number in chosen) == validation:
+                yield document
+        else:
+            cut = int(len(document) * (1 - fraction))
+            yield document[cut:] if validation else document[:cut]
+
+
+def pieces(document: str) -> Iterator[tuple[str, bool]]:
+    """A document in pieces of about PIECE characters, and whether it ends there; the tokens are those of the whole.
+
+    GPT-2's pattern never joins a space to a character before it that is none, so such a place is always a border of
+    tokens.
+    """
+    start = 0
+    while border := BORDER.search(document, start + PIECE):
+        yield document[start : border.start()], False
+        start = border.start()
+    yield document[start:], True
+
+
+def batched(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of documents in batches of about BATCH characters. Empty documents are left out."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in (piece for document in documents if document for piece in pieces(document)):
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest integer type that holds the vocabulary."""
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def pack(documents: Iterable[str], tokenizer: GPT2Tokenizer, path: Path, description: str) -> int:
+    """Write the tokens of all documents to a file, `<|endoftext|>` after each. Returns how many."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    total = 0
+    with path.open("wb") as file, track(description, unit="tokens") as advance:
+        for batch in batched(documents):
+            encoded = tokenizer.encode_batch([text for text, _ in batch])
+            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
+                tokens = [*ids, tokenizer.eos_token_id] if ends_document else ids
+                np.asarray(tokens, dtype=dtype).tofile(file)
+                total += len(tokens)
+            advance(total)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def cache_folder(config: DataConfig) -> Path:
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
+
+
+def fixed_tokenizer(name: str) -> GPT2Tokenizer | None:
+    """The tokenizer of that name, or None if it has yet to be trained on the corpus."""
+    if name == "train":
+        return None
+    if name == "bytes":
+        return GPT2Tokenizer.of_bytes()
+    return GPT2Tokenizer.from_hub() if name == "gpt2" else GPT2Tokenizer.from_folder(name)
+
+
+@dataclass
+class PreparedData:
+    """A corpus in tokens, on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json`, `about.json`."""
+
+    folder: Path
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return json.loads((self.folder / "about.json").read_text())
+
+    def is_whole(self) -> bool:
+        """Whether every file has the size that was written: a file cut short, by a full disk say, is noticed."""
+        try:
+            return all((self.folder / name).stat().st_size == size for name, size in self.about["bytes"].items())
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def tokenizer(self) -> GPT2Tokenizer:
+        return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+def prepare(config: DataConfig) -> PreparedData:
+    """Have the corpus in tokens: from the cache, or made now. Of several processes that start at once, one makes it.
+
+    Raises:
+        UserError: The source cannot be reached, read or tokenized, or there is too little of it.
+    """
+    # Read when the tokenizer's threads start; and forked data workers must not make it warn about them.
+    os.environ.setdefault("RAYON_NUM_THREADS", str(config.preprocessing_num_workers))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    from_hub = config.files is None and not Path(config.dataset_name).is_dir()
+    if from_hub or config.tokenizer == "gpt2":
+        connect()
+    source = text_source(config) if config.files is not None else dataset_source(config)
+    tokenizer = fixed_tokenizer(config.tokenizer)
+    decisive = {
+        "format": FORMAT,
+        "source": source.fingerprint,
+        "tokenizer": tokenizer.fingerprint if tokenizer else {"train": config.vocab_size},
+        "validation_fraction": config.validation_fraction if source.validation is None else None,
+    }
+    fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+    prepared = PreparedData(cache_folder(config) / "tokens" / fingerprint)
+    prepared.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(prepared.folder.with_suffix(".lock")):
+        if prepared.is_whole():
+            log.info("Data: %s, from the cache %s", _summary(prepared), prepared.folder)
+            return prepared
+        shutil.rmtree(prepared.folder, ignore_errors=True)
+        prepared = PreparedData(prepared.folder)
+        _make(prepared.folder, source, tokenizer, config, {"fingerprint": fingerprint, **decisive})
+    log.info("Data: %s, cached in %s", _summary(prepared), prepared.folder)
+    return prepared
+
+
+def _make(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, about: dict) -> None:
+    """Fill a folder beside the target, then give it the target's name: it is there whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as beside:
+        making = Path(beside) / folder.name
+        making.mkdir()
+        if tokenizer is None:
+            with track("Training the tokenizer", unit="characters") as advance:
+                documents = _counted(split_of(source, "train", config), advance)
+                tokenizer = GPT2Tokenizer.train(documents, config.vocab_size)
+        (making / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        tokens = {}
+        for split in SPLITS:
+            path = making / f"{split}.bin"
+            tokens[split] = pack(split_of(source, split, config), tokenizer, path, f"Tokenizing {split}")
+        for split in ("train", "validation"):
+            if tokens[split] < 2:
+                raise UserError(f"data: the {split} split holds {tokens[split]} tokens, at least 2 are needed")
+        sizes = {file.name: file.stat().st_size for file in making.iterdir()}
+        dtype = token_dtype(tokenizer.vocab_size).name
+        about = {**about, "tokens": tokens, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "bytes": sizes}
+        (making / "about.json").write_text(json.dumps(about, indent=1))
+        making.rename(folder)
+
+
+def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    total = 0
+    for document in documents:
+        total += len(document)
+        advance(total)
+        yield document
+
+
+def _summary(prepared: PreparedData) -> str:
+    tokens = prepared.about["tokens"]
+    return f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} to validate, vocabulary of " + (
+        f"{prepared.about['vocab_size']:,}"
+    )
