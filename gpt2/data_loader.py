@@ -100,7 +100,11 @@ def get_dataloaders(
     test_dataset: Dataset,
     training_config: TrainingConfig,
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of batches as `GPT2Model.forward` takes them; training is shuffled, validation and test go in order."""
+    """Loaders of batches as `GPT2Model.forward` takes them.
+
+    Training is shuffled anew each epoch. Validation has one order for ever, shuffled too, so that its first
+    `eval_batches` are a fair sample of it. Test goes in order.
+    """
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     common: dict[str, Any] = {
@@ -113,11 +117,13 @@ def get_dataloaders(
     if isinstance(train_dataset, TokenBlocks):
         common["collate_fn"] = _as_it_is  # __getitems__ has stacked them already
 
-    shuffled = ShuffledBatches(len(train_dataset), config.batch_size, config.seed)  # type: ignore[arg-type]
-    train_loader = DataLoader(train_dataset, batch_sampler=shuffled, **common)
-    val_loader, test_loader = (
-        DataLoader(dataset, batch_size=config.batch_size, **common) for dataset in (val_dataset, test_dataset)
-    )
+    def shuffled(dataset: Dataset, seed: int) -> DataLoader:
+        batches = ShuffledBatches(len(dataset), config.batch_size, seed)  # type: ignore[arg-type]
+        return DataLoader(dataset, batch_sampler=batches, **common)
+
+    train_loader = shuffled(train_dataset, config.seed)
+    val_loader = shuffled(val_dataset, seed=0)
+    test_loader = DataLoader(test_dataset, batch_size=config.batch_size, **common)
     return train_loader, val_loader, test_loader
 
 
