@@ -63,7 +63,7 @@ class TrainingConfig:
     eval_every: int = 500  # steps
     log_every: int = 100  # steps
     checkpoint_dir: str = "checkpoints"  # inside the run folder
-    device: str = "auto"  # auto (cuda, else mps, else cpu) or any name torch knows, such as cuda:1
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     num_workers: int = 4
     pin_memory: bool = True
     mixed_precision: bool = True  # false: fp32 whatever the hardware
@@ -227,7 +227,7 @@ _INFERENCE_BOUNDS = {
     **dict.fromkeys(("max_new_tokens", "num_return_sequences", "top_k"), COUNT),
     "temperature": NOT_NEGATIVE,
     "top_p": (_TINY, 1, "above 0 and at most 1"),
-    "repetition_penalty": POSITIVE,
+    "repetition_penalty": (1e-3, 1e3, "between 0.001 and 1000"),
     "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
 }
 

@@ -10,7 +10,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -177,7 +176,8 @@ def load_tables(config: DataConfig, cache_dir: str | None) -> "list[datasets.Dat
             f"{WITHOUT_NETWORK}"
         ) from error
     except (ValueError, OSError, DatasetsError) as error:
-        raise UserError(f"data.dataset_name: {config.dataset_name!r}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"data.dataset_name: cannot load {config.dataset_name!r}: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,10 +226,10 @@ def pieces(document: str) -> Iterator[tuple[str, bool]]:
 
 
 def batched(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of documents in batches of about BATCH characters. Empty documents are left out."""
+    """Pieces of documents in batches of about BATCH characters. Blank documents are left out."""
     batch: list[tuple[str, bool]] = []
     size = 0
-    for piece in (piece for document in documents if document for piece in pieces(document)):
+    for piece in (piece for document in documents if document.strip() for piece in pieces(document)):
         batch.append(piece)
         size += len(piece[0])
         if size >= BATCH:
@@ -337,26 +337,32 @@ def prepare(config: DataConfig) -> PreparedData:
 
 def _make(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, about: dict) -> None:
     """Fill a folder beside the target, then give it the target's name: it is there whole or not at all."""
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as beside:
-        making = Path(beside) / folder.name
-        making.mkdir()
-        if tokenizer is None:
-            with track("Training the tokenizer", unit="characters") as advance:
-                documents = _counted(split_of(source, "train", config), advance)
-                tokenizer = GPT2Tokenizer.train(documents, config.vocab_size)
-        (making / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        tokens = {}
-        for split in SPLITS:
-            path = making / f"{split}.bin"
-            tokens[split] = pack(split_of(source, split, config), tokenizer, path, f"Tokenizing {split}")
-        for split in ("train", "validation"):
-            if tokens[split] < 2:
-                raise UserError(f"data: the {split} split holds {tokens[split]} tokens, at least 2 are needed")
-        sizes = {file.name: file.stat().st_size for file in making.iterdir()}
-        dtype = token_dtype(tokenizer.vocab_size).name
-        about = {**about, "tokens": tokens, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "bytes": sizes}
-        (making / "about.json").write_text(json.dumps(about, indent=1))
+    making = folder.with_name(f".making-{folder.name}")
+    shutil.rmtree(making, ignore_errors=True)  # left by a process that was killed
+    making.mkdir()
+    try:
+        _fill(making, source, tokenizer, config, about)
         making.rename(folder)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _fill(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, about: dict) -> None:
+    if tokenizer is None:
+        with track("Training the tokenizer", unit="characters") as advance:
+            tokenizer = GPT2Tokenizer.train(_counted(split_of(source, "train", config), advance), config.vocab_size)
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    tokens = {
+        split: pack(split_of(source, split, config), tokenizer, folder / f"{split}.bin", f"Tokenizing {split}")
+        for split in SPLITS
+    }
+    for split in ("train", "validation"):
+        if not tokens[split]:
+            raise UserError(f"data: there is no text in the {split} split")
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    dtype = token_dtype(tokenizer.vocab_size).name
+    about = {**about, "tokens": tokens, "dtype": dtype, "vocab_size": tokenizer.vocab_size, "bytes": sizes}
+    (folder / "about.json").write_text(json.dumps(about, indent=1))
 
 
 def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ WITHOUT_NETWORK = (
 def connect(seconds: float = 3.0) -> None:
     """Find out once whether the Hub answers. If not, its libraries are told to use their caches alone.
 
-    Left to themselves they would ask six times over half a minute. Call this before they are imported.
+    Left to themselves they would ask six times over half a minute.
     """
     if os.environ.get("HF_HUB_OFFLINE") or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy")):
         return
@@ -32,6 +33,9 @@ def connect(seconds: float = 3.0) -> None:
     except OSError as error:
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
+        for name in ("huggingface_hub.constants", "datasets.config"):  # where a notebook has imported them already
+            if name in sys.modules:
+                sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def hub_file(repository: str, filename: str) -> Path:

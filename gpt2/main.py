@@ -10,6 +10,7 @@ is text and no expression. And a resumed run goes on with its own configuration,
 
 import os
 import runpy
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -65,7 +66,12 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                     config = resolve(name, composed, list(hydra_config.overrides.task))
                     if isinstance(config, GenerateRun):
                         config.prompt = prompt or ""
-                    return task(config)
+                    try:
+                        return task(config)
+                    except UserError:
+                        if hydra_config.output_subdir is not None:
+                            remove_if_nothing_happened(run_folder())
+                        raise
 
             sys.argv[1:] = arguments
             hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
@@ -78,6 +84,13 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 def run_folder() -> Path:
     """Where the run under way keeps everything."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def remove_if_nothing_happened(folder: Path) -> None:
+    """Remove the folder of a run that found out, before it began, that it cannot: only Hydra has written to it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
+        shutil.rmtree(folder)
 
 
 @contextmanager

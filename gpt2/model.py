@@ -24,7 +24,7 @@ IGNORE = -100  # a label that takes no part in the loss, as in transformers
 def causal_mask(attention_mask: Tensor) -> Tensor:
     """Who may look at whom, (b, 1, t, t), from which tokens are real, (b, t) with 1 real and 0 padding.
 
-    Every token may look at itself, padding too: a row without any allowed entry would make softmax yield NaN.
+    Every token may look at itself, padding too: a softmax over nothing is NaN on some backends.
     """
     t = attention_mask.size(-1)
     triangle = torch.ones(t, t, dtype=torch.bool, device=attention_mask.device).tril()
@@ -162,7 +162,7 @@ class GPT2Model(nn.Module):
                 A label or target of -100 is ignored.
 
         Raises:
-            ValueError: `input_ids` is longer than `context_length`, or both `labels` and `targets` are given.
+            ValueError: `input_ids` is empty or longer than `context_length`, or both `labels` and `targets` are given.
         """
         if labels is not None and targets is not None:
             raise ValueError("give labels (shifted here) or targets (shifted already), not both")
@@ -184,8 +184,8 @@ class GPT2Model(nn.Module):
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """(b, t) -> (b, t, c): everything but the head."""
         t = input_ids.size(1)
-        if t > self.config.context_length:
-            raise ValueError(f"{t} tokens are more than the context_length of {self.config.context_length}")
+        if not 1 <= t <= self.config.context_length:
+            raise ValueError(f"{t} tokens are none or more than the context_length of {self.config.context_length}")
         if attention_mask is not None:
             attention_mask = causal_mask(attention_mask)
 

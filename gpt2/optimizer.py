@@ -54,7 +54,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, t
     state: dict[Any, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         key, name = path.split("/", 1)
-        state.setdefault(name, {})[key] = value
+        state.setdefault(name, {})[key] = value.clone()  # or the optimizer would write into what it was given
     numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     optimizer.load_state_dict(
         {

@@ -6,6 +6,8 @@ Axes: b sequences, v vocabulary.
 import torch
 from torch import Tensor
 
+COLDEST = 1e-5  # below it, logits over temperature leave the range of fp32; greedy is what they would amount to
+
 
 def penalize_repetition(logits: Tensor, input_ids: Tensor, penalty: float) -> Tensor:
     """Make tokens that already stand in `input_ids` (b, t) less likely (CTRL, Keskar et al., 2019, section 4.1)."""
@@ -45,7 +47,7 @@ def next_token(
 ) -> Tensor:
     """Choose one token a row (b,) from logits (b, v), given what stands before it, input_ids (b, t)."""
     logits = penalize_repetition(logits.float(), input_ids, repetition_penalty)
-    if not do_sample or temperature == 0:
+    if not do_sample or temperature < COLDEST:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
     return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(-1)

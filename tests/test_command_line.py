@@ -163,6 +163,7 @@ def test_without_a_network_the_default_run_names_what_needs_none(workspace):
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "could not reach dataset 'wikitext'" in line
     assert all(choice in line for choice in ("experiment=quickstart", "data=text", "local folders"))
+    assert workspace.runs() == []
 
 
 @pytest.mark.parametrize("script", ["train.py", "generate.py"])

@@ -1,0 +1,482 @@
+"""Text to tokens on disk: nothing lost, nothing twice, prepared once, and every fault of a source told."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2 import corpus
+from gpt2.config import DataConfig, UserError
+from gpt2.corpus import PIECE, PreparedData, pack, pieces, prepare, token_dtype
+from gpt2.data_loader import load_text_data
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.helpers import ROOT, nasty_texts, python_source, shared
+
+EOS = 256  # of the bytes tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained() -> GPT2Tokenizer:
+    return GPT2Tokenizer.train([python_source(), *nasty_texts(300)], 1000)
+
+
+def config_of(tmp_path: Path, **fields) -> DataConfig:
+    """Text files as bytes, cached in the test's own folder."""
+    defaults = {"files": [str(tmp_path / "*.txt")], "tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    return DataConfig(**{**defaults, **fields})
+
+
+def tokens_of(prepared: PreparedData, split: str) -> list[int]:
+    return np.fromfile(prepared.folder / f"{split}.bin", dtype=prepared.about["dtype"]).tolist()
+
+
+def documents_of(prepared: PreparedData, split: str) -> list[str]:
+    """The documents of a split of bytes; each must have been ended."""
+    *documents, rest = "".join(chr(i) for i in tokens_of(prepared, split)).split(chr(EOS))
+    assert rest == ""
+    return [document.encode("latin-1").decode() for document in documents]
+
+
+def with_end(text: str) -> list[int]:
+    return [*text.encode(), EOS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+LONG = {
+    "lines": str,
+    "one line": lambda text: text.replace("\n", " "),
+    "no space at all": lambda text: "".join(text.split()),
+    "long runs of spaces": lambda text: text.replace(" ", " " * 10),
+    "nasty": lambda _: "".join(nasty_texts(6000)),
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
+    document = LONG[kind](python_source())
+    parts = [text for text, _ in pieces(document)]
+    assert "".join(parts) == document
+    assert len(parts) > 1 or kind == "no space at all"
+    assert len(document) > 2 * PIECE
+    assert [i for part in parts for i in trained.encode(part)] == trained.encode(document)
+
+
+def test_pieces_are_of_a_bounded_size_and_the_last_one_says_so():
+    parts = list(pieces(python_source()))
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
+    assert max(len(text) for text, _ in parts) < PIECE + 100
+
+
+@pytest.mark.parametrize("space", [chr(i) for i in range(0x110000) if chr(i).isspace()], ids=ascii)
+def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
+    """What Python takes for a space the tokenizer may not, and then a token can reach across it."""
+    monkeypatch.setattr(corpus, "PIECE", 2)
+    document = f"ab,{space},cd" * 5
+    tokenizer = GPT2Tokenizer.train([document] * 10, 400)
+    assert [i for text, _ in pieces(document) for i in tokenizer.encode(text)] == tokenizer.encode(document)
+
+
+@pytest.mark.parametrize("batch", [1, 100, 1 << 22])
+def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch):
+    monkeypatch.setattr(corpus, "BATCH", batch)  # characters encoded at a time: no document may get lost between
+    documents = ["first", "", "zweites äöü", "x" * 300, "", python_source(), "\n"]
+    total = pack(iter(documents), GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test")
+    packed = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
+    assert packed == [i for document in documents if document.strip() for i in with_end(document)]
+    assert total == len(packed)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(256, "uint8"), (257, "uint16"), (50257, "uint16"), (65536, "uint16"), (65537, "uint32"), (200_000, "uint32")],
+)
+def test_tokens_are_kept_in_the_smallest_type_that_holds_them(vocab_size, dtype):
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+    assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_files(folder: Path, count: int) -> list[str]:
+    """Files of the same length, told apart by their number."""
+    texts = [f"document {number:03} " + "words " * 20 for number in range(count)]
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_text(text)
+    return texts
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25])
+def test_the_end_of_a_single_file_is_held_out(tmp_path, fraction):
+    text = python_source()[:10_000]
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
+    (train,), (validation,) = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert train + validation == text
+    assert len(validation) == pytest.approx(fraction * len(text), abs=1)
+
+
+def test_of_a_few_files_the_end_of_each_is_held_out(tmp_path):
+    texts = write_files(tmp_path, 20)
+    prepared = prepare(config_of(tmp_path))
+    parts = zip(documents_of(prepared, "train"), documents_of(prepared, "validation"), strict=True)
+    assert [train + validation for train, validation in parts] == texts
+
+
+@pytest.mark.parametrize(("count", "fraction"), [(60, 0.1), (60, 0.5), (11, 0.5)])
+def test_of_many_files_whole_ones_are_held_out(tmp_path, count, fraction):
+    texts = write_files(tmp_path, count)
+    prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
+    train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert sorted([*train, *validation]) == texts
+    assert len(validation) == round(fraction * count)
+    assert train == sorted(train), "documents keep the order of their files"
+    assert validation != texts[-len(validation) :], "a sample, not the end of the alphabet"
+
+
+def test_without_a_test_split_the_validation_split_serves(tmp_path):
+    write_files(tmp_path, 1)
+    train, validation, test, tokenizer = load_text_data(config_of(tmp_path, max_length=8))
+    assert test.path == validation.path != train.path
+    assert (train.length, tokenizer.fingerprint) == (8, GPT2Tokenizer.of_bytes().fingerprint)
+
+
+def test_a_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
+    (tmp_path / "a.txt").write_text("ab " * 900 + "xy " * 100)
+    *_, tokenizer = load_text_data(config_of(tmp_path, tokenizer="train", vocab_size=300))
+    assert "ab" in tokenizer.vocabulary
+    assert "xy" not in tokenizer.vocabulary
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 100)
+    assert documents_of(prepare(config_of(tmp_path)), "train") == ["a" * 90]
+
+
+def test_line_ends_are_kept_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc\n" * 10)
+    assert documents_of(prepare(config_of(tmp_path)), "train") == ["a\r\nb\rc\n" * 9]
+
+
+def test_excluded_files_are_left_out(tmp_path):
+    for name in ("keep.txt", "skip.txt", "tests/a.txt", "deep/er/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name * 10)
+    exclude = [str(tmp_path / "skip.*"), "*/tests/*"]
+    prepared = prepare(config_of(tmp_path, files=[str(tmp_path / "**" / "*.txt")], exclude=exclude))
+    assert [document.split(".txt")[0] for document in documents_of(prepared, "train")] == ["deep/er/b", "keep"]
+
+
+def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
+    """Read twice, it could be trained on and held out at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a" * 100)
+    names = ["a.txt", "./a.txt", "*.txt", str(tmp_path / "a.txt")]
+    assert documents_of(prepare(config_of(tmp_path, files=names)), "train") == ["a" * 90]
+
+
+@pytest.mark.parametrize("name", ["[draft] a.txt", "a?.txt"])
+def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
+    (tmp_path / name).write_text("a" * 100)
+    assert documents_of(prepare(config_of(tmp_path, files=[str(tmp_path / name)])), "train") == ["a" * 90]
+
+
+def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
+    (tmp_path / "good.txt").write_text("good" * 100)
+    (tmp_path / "latin.txt").write_bytes(b"caf" + b"\xe9" + b" noir" * 100)
+    with pytest.raises(UserError) as error:
+        prepare(config_of(tmp_path))
+    assert str(tmp_path / "latin.txt") in str(error.value)
+    assert "byte 3" in str(error.value)
+    assert not list((tmp_path / "cache").rglob("*.bin")), "a corpus that failed halfway leaves nothing behind"
+
+
+@pytest.mark.parametrize("content", ["", " \n", "a"])
+def test_too_little_text_is_a_fault_of_the_user(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(UserError, match="there is no text in the (train|validation) split"):
+        prepare(config_of(tmp_path))
+
+
+def test_no_file_left_is_a_fault_of_the_user(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match=r"data\.files"):
+        prepare(config_of(tmp_path, exclude=["*.txt"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's time of writing and content."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_a_prepared_corpus_is_taken_from_the_cache(tmp_path):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    before = state_of(first.folder)
+    os.utime(tmp_path / "000.txt")  # touched, not changed
+    again = prepare(config_of(tmp_path, max_length=7, preprocessing_num_workers=1, exclude=["nothing"]))
+    assert again.folder == first.folder
+    assert state_of(again.folder) == before
+
+
+def test_another_configuration_is_another_corpus(tmp_path):
+    write_files(tmp_path, 3)
+    changes = [{}, {"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
+    folders = [prepare(config_of(tmp_path, **change)).folder for change in changes]
+    assert len(set(folders)) == len(changes)
+    assert [prepare(config_of(tmp_path, **change)).folder for change in changes] == folders
+
+
+def test_a_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, trained):
+    write_files(tmp_path, 3)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    prepared = []
+    for tokenizer in (trained, GPT2Tokenizer.of_bytes()):
+        (folder / "vocab.json").write_text(json.dumps(tokenizer.vocabulary))
+        (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
+        prepared.append(prepare(config_of(tmp_path, tokenizer=str(folder))))
+    assert prepared[0].folder != prepared[1].folder
+    assert prepared[1].tokenizer().fingerprint == GPT2Tokenizer.of_bytes().fingerprint
+
+
+def test_changed_text_is_another_corpus(tmp_path):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    path = tmp_path / "001.txt"
+    before = path.stat()
+    path.write_text(path.read_text().replace("001", "XYZ"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # neither size nor time tells
+    second = prepare(config_of(tmp_path))
+    assert second.folder != first.folder
+    assert "XYZ" in "".join(documents_of(second, "train"))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("damage", [cut_short, Path.unlink])
+@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
+def test_a_damaged_corpus_is_made_again(tmp_path, file, damage):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    whole = {name: content for name, (_, content) in state_of(first.folder).items()}
+    damage(first.folder / file)
+    again = prepare(config_of(tmp_path))
+    assert again.folder == first.folder
+    assert {name: content for name, (_, content) in state_of(again.folder).items()} == whole
+
+
+PREPARE = """
+import json, logging, sys
+from gpt2.config import DataConfig, UserError
+from gpt2.corpus import prepare
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+print("ready", flush=True)
+input()
+try:
+    print(prepare(DataConfig(**json.loads(sys.argv[1]))).folder)
+except UserError as error:
+    print(error)
+"""
+
+
+def start_preparing(folder: Path, **fields) -> subprocess.Popen:
+    """A process that prepares a corpus once it is told to, with no cache but in `folder` and no Hub to reach."""
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "hub"), "PYTHONPATH": str(ROOT)}
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, "-c", PREPARE, json.dumps({"cache_dir": str(folder / "cache"), **fields})]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_of_four_processes_that_start_at_once_one_prepares(tmp_path):
+    (tmp_path / "a.txt").write_text(python_source())
+    fields = {"files": ["a.txt"], "tokenizer": "train", "vocab_size": 400}
+    processes = [start_preparing(tmp_path, **fields) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert sum("cached in" in output for output in outputs) == 1
+    assert sum("from the cache" in output for output in outputs) == 3
+    folder = Path(outputs[0].splitlines()[-1])
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name, folder.name + ".lock"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets of the Hub, and folders laid out like them
+
+
+def write_dataset(folder: Path, **splits: list) -> Path:
+    """A folder in the Hub's layout: rows of JSON a split, and a README.md that names them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["---", "configs:", "- config_name: small", "  data_files:"]
+    for split, rows in splits.items():
+        rows = [row if isinstance(row, dict) else {"text": row} for row in rows]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines += [f"  - split: {split}", f"    path: {split}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", "# A tiny dataset", ""]))
+    return folder
+
+
+def dataset_config(folder: Path, tmp_path: Path, **fields) -> DataConfig:
+    defaults = {"dataset_config": "small", "tokenizer": "bytes", "cache_dir": str(tmp_path / "cache")}
+    return DataConfig(str(folder), **{**defaults, **fields})
+
+
+ROWS = [" = One = \n", "first line\n", "", "second line", " = Two = \n", " = = a section = = \n", "third"]
+
+
+def test_rows_from_a_title_to_the_next_are_one_document(tmp_path):
+    folder = write_dataset(tmp_path / "tiny", train=ROWS, validation=ROWS[4:], test=["no title", *ROWS[:2]])
+    prepared = prepare(dataset_config(folder, tmp_path))
+    one = " = One = \nfirst line\n\nsecond line\n"
+    two = " = Two = \n = = a section = = \nthird\n"
+    assert documents_of(prepared, "train") == [one, two]
+    assert documents_of(prepared, "validation") == [two]
+    assert documents_of(prepared, "test") == ["no title\n", " = One = \nfirst line\n"]
+
+
+def test_without_a_title_pattern_each_row_is_a_document(tmp_path):
+    folder = write_dataset(tmp_path / "tiny", train=ROWS, validation=ROWS[:1], test=ROWS[-1:])
+    prepared = prepare(dataset_config(folder, tmp_path, document_start=None))
+    assert documents_of(prepared, "train") == [row for row in ROWS if row]
+    assert (documents_of(prepared, "validation"), documents_of(prepared, "test")) == (ROWS[:1], ROWS[-1:])
+
+
+def test_splits_and_column_go_by_the_names_that_are_configured(tmp_path):
+    rows = {name: [{"body": f"{name} body", "text": "unwanted"}] for name in ("learn", "check", "exam")}
+    names = {"train_split": "learn", "validation_split": "check", "test_split": "exam", "text_column": "body"}
+    prepared = prepare(dataset_config(write_dataset(tmp_path / "tiny", **rows), tmp_path, document_start=None, **names))
+    packed = {split: documents_of(prepared, split) for split in ("train", "validation", "test")}
+    assert packed == {"train": ["learn body"], "validation": ["check body"], "test": ["exam body"]}
+
+
+def test_rows_are_held_out_where_there_is_no_validation_split(tmp_path):
+    rows = [f"row {number}" for number in range(100)]
+    folder = write_dataset(tmp_path / "tiny", train=rows, test=["test row"])
+    config = dataset_config(folder, tmp_path, document_start=None, validation_split=None)
+    prepared = prepare(config)
+    train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert sorted([*train, *validation]) == sorted(rows)
+    assert len(validation) == 10
+    assert documents_of(prepared, "test") == ["test row"]
+
+    without_test = dataset_config(folder, tmp_path, document_start=None, validation_split=None, test_split=None)
+    _, held_out, test, _ = load_text_data(without_test)
+    assert test.path == held_out.path
+
+
+def test_of_a_few_documents_in_many_rows_a_tenth_is_held_out(tmp_path):
+    rows = [row for number in range(3) for row in (f" = {number} = ", *["a line of text"] * 99)]
+    folder = write_dataset(tmp_path / "tiny", train=rows)
+    prepared = prepare(dataset_config(folder, tmp_path, validation_split=None, test_split=None))
+    tokens = prepared.about["tokens"]
+    assert tokens["validation"] / (tokens["train"] + tokens["validation"]) == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("validation_split", ["validation", None])
+@pytest.mark.parametrize("document_start", [None, "^ = [^=]"])
+def test_a_row_without_text_is_an_empty_one(tmp_path, document_start, validation_split):
+    rows = [" = T = ", None, "text"] * 10
+    folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows)
+    options = {"document_start": document_start, "validation_split": validation_split, "test_split": None}
+    prepared = prepare(dataset_config(folder, tmp_path, **options))
+    assert all("None" not in document for document in documents_of(prepared, "train"))
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"),
+    [
+        ("text_column", "body", "sentence"),
+        ("train_split", "learn", "validation"),
+        ("test_split", "exam", "validation"),
+        ("dataset_config", "huge", "small"),
+    ],
+)
+def test_a_wrong_name_is_told_with_the_right_ones(tmp_path, field, wrong, right):
+    rows = [{"sentence": "words"}] * 3
+    folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows, test=rows)
+    with pytest.raises(UserError) as error:
+        prepare(dataset_config(folder, tmp_path, **{"text_column": "sentence", field: wrong}))
+    assert wrong in str(error.value)
+    assert right in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_that_holds_no_text_is_told(tmp_path):
+    rows = [{"text": "text", "number": 7}] * 3
+    folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows, test=rows)
+    with pytest.raises(UserError, match="number"):
+        prepare(dataset_config(folder, tmp_path, text_column="number"))
+
+
+def test_a_dataset_that_cannot_be_parsed_is_told(tmp_path):
+    folder = write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3)
+    (folder / "validation.jsonl").write_text("{broken\n")
+    with pytest.raises(UserError, match="tiny"):
+        prepare(dataset_config(folder, tmp_path, test_split=None))
+
+
+def test_a_changed_folder_is_another_corpus(tmp_path):
+    folders = []
+    for text in ("before", "after"):
+        folder = write_dataset(tmp_path / "tiny", train=[text] * 9, validation=[text] * 9)
+        prepared = prepare(dataset_config(folder, tmp_path, document_start=None, test_split=None))
+        assert documents_of(prepared, "train") == [text] * 9
+        folders.append(prepared.folder)
+    assert folders[0] != folders[1]
+
+
+def test_two_folders_of_the_same_name_are_two_corpora(tmp_path):
+    for place in ("here", "there"):
+        folder = write_dataset(tmp_path / place / "corpus", train=[place] * 9, validation=[place] * 9)
+        prepared = prepare(dataset_config(folder, tmp_path, document_start=None, test_split=None))
+        assert documents_of(prepared, "train") == [place] * 9
+
+
+def test_wikitext_in_a_folder_is_read_as_from_the_hub(tmp_path):
+    folder = shared("datasets/wikitext")
+    config = dataset_config(folder, tmp_path, dataset_config="wikitext-2-sample", max_length=64)
+    train, validation, test, tokenizer = load_text_data(config)
+    assert len({train.path, validation.path, test.path}) == 3
+    articles = tokenizer.decode(train.tokens.tolist()).split("<|endoftext|>")
+    assert len(articles) > 20
+    assert all(article.startswith(" = ") for article in articles if article.strip())
+    assert all(article.count("\n") > 3 for article in articles if article.strip())
+
+
+UNREACHABLE = {
+    "a dataset": {"dataset_name": "no-such/dataset", "dataset_config": None, "tokenizer": "bytes"},
+    "the tokenizer of a local dataset": {"dataset_name": "tiny", "dataset_config": "small", "tokenizer": "gpt2"},
+}
+
+
+@pytest.mark.parametrize("what", UNREACHABLE)
+def test_what_the_hub_would_have_to_bring_is_told_soon_and_with_ways_out(tmp_path, what):
+    """In a process of its own, because the libraries remember whether they are online."""
+    write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3, test=["text"] * 3)
+    started = time.monotonic()
+    output, _ = start_preparing(tmp_path, **UNREACHABLE[what]).communicate("\n", timeout=120)
+    assert "experiment=quickstart" in output.splitlines()[-1]
+    assert time.monotonic() - started < 20  # left to themselves the libraries ask again and again for 23 s
