@@ -61,17 +61,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                     arguments += resume_arguments(options.overrides)
 
             def job(composed: DictConfig) -> Any:
-                hydra_config = HydraConfig.get()
-                with faults_as_lines(exit_here=hydra_config.mode != RunMode.MULTIRUN):
-                    config = resolve(name, composed, list(hydra_config.overrides.task))
-                    if isinstance(config, GenerateRun):
-                        config.prompt = prompt or ""
-                    try:
-                        return task(config)
-                    except UserError:
-                        if hydra_config.output_subdir is not None:
-                            remove_if_nothing_happened(run_folder())
-                        raise
+                return run_job(name, task, composed, prompt)
 
             sys.argv[1:] = arguments
             hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
@@ -79,6 +69,22 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
+    """What Hydra calls, once a run."""
+    job = HydraConfig.get()
+    in_sweep = job.mode == RunMode.MULTIRUN
+    with faults_as_lines(exit_here=not in_sweep):
+        config = resolve(name, composed, list(job.overrides.task))
+        if isinstance(config, GenerateRun):
+            config.prompt = prompt or ""
+        try:
+            return task(config)
+        except UserError:
+            if job.output_subdir is not None and not in_sweep:
+                remove_if_nothing_happened(run_folder())
+            raise
 
 
 def run_folder() -> Path:

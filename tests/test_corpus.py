@@ -203,7 +203,7 @@ def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
 @pytest.mark.parametrize("content", ["", " \n", "a"])
 def test_too_little_text_is_a_fault_of_the_user(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
-    with pytest.raises(UserError, match="there is no text in the (train|validation) split"):
+    with pytest.raises(UserError, match=r"there is no text in the (train|validation) split"):
         prepare(config_of(tmp_path))
 
 
