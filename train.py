@@ -1,5 +1,6 @@
 """Train GPT-2 on text: `python train.py --help`."""
 
+import os
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -29,6 +30,10 @@ def main(config: TrainRun) -> float | None:
 
     keep_freed_memory()
     folder = run_folder()
+    if not config.resume and (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"{folder} already holds a run; go on with it (resume={os.path.relpath(folder)}) or take another"
+        )
     train_set, val_set, test_set, tokenizer = load_text_data(config.data)
     train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
 

@@ -1,11 +1,14 @@
 """What the hardware is and can do: which device, which number format, how many operations a second at best."""
 
 import ctypes
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from gpt2.config import TrainingConfig, UserError
+
+log = logging.getLogger(__name__)
 
 # Dense 16-bit matrix FLOP/s of a single chip, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -42,6 +45,18 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         usable = [kind for kind, there in available.items() if there]
         raise UserError(f"device: there is no {name} here; auto, or one of {usable}, would do")
+    return device
+
+
+def cuda_or_else(name: str) -> torch.device:
+    """`choose_device`, but for `cuda` where there is none: then what `auto` would be, and a log line says so.
+
+    For the promised API, where `cuda` is the default of classes that work everywhere.
+    """
+    if name != "cuda" or torch.cuda.is_available():
+        return choose_device(name)
+    device = choose_device("auto")
+    log.info("There is no CUDA device here: using %s.", device)
     return device
 
 

@@ -1,6 +1,5 @@
 """The loss of a model over a split."""
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2.device import choose_device
+from gpt2.device import cuda_or_else
 from gpt2.model import IGNORE, GPT2Model
-
-log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -81,11 +78,8 @@ class Evaluator:
     """Loss and perplexity of a model on a test set."""
 
     def __init__(self, model: GPT2Model, test_loader: DataLoader, device: str = "cuda"):
-        """`device`: any name torch knows, or `auto`. Without CUDA, `cuda` becomes `auto`, and a log line says so."""
-        if device == "cuda" and not torch.cuda.is_available():
-            log.info("No CUDA device here: evaluating on %s.", choose_device("auto"))
-            device = "auto"
-        self.device = choose_device(device)
+        """`device`: see `gpt2.device.cuda_or_else`."""
+        self.device = cuda_or_else(device)
         self.model = model.to(self.device)
         self.test_loader = test_loader
 

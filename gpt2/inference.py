@@ -1,6 +1,5 @@
 """Text from a model: a prompt in, its continuation out, character by character."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +7,9 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.config import GPT2Config, InferenceConfig, UserError
-from gpt2.device import choose_device
+from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
-
-log = logging.getLogger(__name__)
 
 
 def stream_text(
@@ -51,14 +48,11 @@ class TextGenerator:
         """Load a checkpoint: a file, or the best one of a run folder.
 
         Args:
-            device: Any name torch knows, or `auto`. Without CUDA, `cuda` becomes `auto`, and a log line says so.
+            device: See `gpt2.device.cuda_or_else`.
 
         Raises:
             UserError: There is no checkpoint there, it is damaged, or it holds no tokenizer.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            log.info("No CUDA device here: writing on %s.", choose_device("auto"))
-            device = "auto"
         self.path: Path = checkpoint.find(model_path)
         self.record = checkpoint.read_record(self.path)
         if self.record["tokenizer"] is None:
@@ -67,7 +61,7 @@ class TextGenerator:
         with torch.device("meta"):  # no time spent on weights that the checkpoint's replace
             self.model = GPT2Model(GPT2Config(**self.record["model"]))
         self.model.load_state_dict(checkpoint.read_tensors(self.path, "model/"), assign=True)
-        self.model.to(choose_device(device)).eval()
+        self.model.to(cuda_or_else(device)).eval()
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""

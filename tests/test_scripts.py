@@ -1,6 +1,5 @@
 """The scripts as a user runs them, on a text and a model that take seconds."""
 
-import json
 import os
 import shlex
 import signal
@@ -99,11 +98,8 @@ def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
 
 def test_a_sweep_runs_every_choice_in_a_folder_of_its_own(workspace: Workspace):
     workspace.run("train.py", *TINY, "-m", "train.learning_rate=1e-3,1e-2", "train.max_steps=2", "name=sweep")
-    rates = [
-        json.loads(line)["train/learning_rate"]
-        for number in (0, 1)
-        for line in (workspace.folder / f"outputs/sweeps/sweep/{number}/metrics.jsonl").read_text().splitlines()[:1]
-    ]
+    (sweep,) = workspace.folder.glob("outputs/sweeps/sweep/*")
+    rates = [read_metrics(sweep / str(number) / "metrics.jsonl")[0]["train/learning_rate"] for number in (0, 1)]
     assert rates == pytest.approx([1e-3 / 2, 1e-2 / 2])
 
 
@@ -159,6 +155,14 @@ def test_a_run_is_resumed_longer_but_not_otherwise(workspace: Workspace):
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r] == [4, 8, 12]
     assert (run / ".hydra" / "overrides.yaml").read_text() == before
     assert "Stopped after step 12" in workspace.run("train.py", "resume=latest").stdout  # longer stays longer
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(workspace: Workspace):
+    workspace.run("train.py", *TINY, "train.max_steps=1", "hydra.run.dir=outputs/mine")
+    before = (workspace.folder / "outputs/mine/metrics.jsonl").read_text()
+    refused = workspace.run("train.py", *TINY, "hydra.run.dir=outputs/mine", expect=2)
+    assert "resume=outputs/mine" in refused.stderr
+    assert (workspace.folder / "outputs/mine/metrics.jsonl").read_text() == before
 
 
 # What takes minutes
