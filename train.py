@@ -1,5 +1,6 @@
 """Train GPT-2 on text: `python train.py --help`."""
 
+import logging
 import os
 import shlex
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt2.config import GPT2Config, TrainRun, UserError
-from gpt2.main import run_folder, script
+from gpt2.main import as_argument, run_folder, script
+
+log = logging.getLogger("gpt2")
 
 if TYPE_CHECKING:
     from gpt2.tokenizer import GPT2Tokenizer
@@ -22,12 +25,13 @@ def main(config: TrainRun) -> float | None:
 
     from gpt2.checkpoint import LAST
     from gpt2.data_loader import get_dataloaders, load_text_data
-    from gpt2.device import keep_freed_memory
+    from gpt2.device import choose_device, keep_freed_memory
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
     from gpt2.tracking import Tracker, start_wandb
     from gpt2.train import Trainer
 
+    choose_device(config.train.device)  # refuses a missing one before any work
     keep_freed_memory()
     folder = run_folder()
     if not config.resume and (folder / "metrics.jsonl").exists():
@@ -70,15 +74,13 @@ def main(config: TrainRun) -> float | None:
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: "GPT2Tokenizer") -> GPT2Config:
-    """The model's vocabulary follows the tokenizer, unless the configuration asks for a larger one."""
-    if config.vocab_size == GPT2Config().vocab_size:
-        return replace(config, vocab_size=tokenizer.vocab_size)
-    if config.vocab_size < tokenizer.vocab_size:
+    """The model's vocabulary is the tokenizer's; a configuration that asks for another one is refused."""
+    if config.vocab_size not in (GPT2Config().vocab_size, tokenizer.vocab_size):
         raise UserError(
-            f"model.vocab_size: {config.vocab_size} is less than the {tokenizer.vocab_size} tokens of the tokenizer; "
+            f"model.vocab_size: {config.vocab_size} is not the {tokenizer.vocab_size} tokens of the tokenizer; "
             f"left out, it follows the tokenizer"
         )
-    return config
+    return replace(config, vocab_size=tokenizer.vocab_size)
 
 
 def announce(trainer: "Trainer") -> None:
@@ -88,7 +90,7 @@ def announce(trainer: "Trainer") -> None:
     config, model = trainer.config, trainer.model.config
     blocks = config.batch_size * config.accumulation_steps
     tokens_per_step = blocks * trainer.train_loader.dataset.length
-    print(
+    log.info(
         f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
         f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
         f"Run     {trainer.total_steps:,} steps of {tokens_per_step:,} tokens ({blocks} blocks), "
@@ -96,10 +98,10 @@ def announce(trainer: "Trainer") -> None:
         f"On      {describe(trainer.device)}, {trainer.precision.name}"
     )
     if trainer.progress.step:
-        print(f"Going on after step {trainer.progress.step:,}")
+        log.info(f"Going on after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:
-        print(f"Note    train.warmup_steps={config.warmup_steps:,} outlasts the run: the learning rate never peaks")
-    print(flush=True)
+        log.info(f"Note    train.warmup_steps={config.warmup_steps:,} outlasts the run: the learning rate never peaks")
+    log.info("")
 
 
 def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
@@ -110,24 +112,28 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     metrics = folder / "metrics.jsonl"
     draw_curves(metrics, folder / "curves.png")
     losses = [record["val/loss"] for record in read_metrics(metrics) if record.get("val/loss") is not None]
-    print(
-        f"\nStopped after step {trainer.progress.step:,}, {time_left(trainer.progress.seconds)}: {trainer.stop_reason}."
-    )
+    took = time_left(trainer.progress.seconds)
+    log.info(f"\nStopped after step {trainer.progress.step:,}, {took}: {trainer.stop_reason}.")
     if losses:
         shown = losses if len(losses) <= 8 else [*losses[:3], *losses[-4:]]
         course = " -> ".join(f"{loss:.3f}" for loss in shown)
-        print(f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})")
+        log.info(
+            f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})"
+        )
     kept = ", ".join(path.name for path in sorted((folder / config.train.checkpoint_dir).glob("*.pth")))
-    print(f"  everything is in {folder}:")
-    print(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")
+    place = os.path.relpath(folder)
+    log.info(f"  everything is in {place}:")
+    log.info(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")
     if where := trainer.tracker.where_in_wandb():
-        print(f"  W&B: {where}")
+        log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
-        print(f"\nGo on with:  python train.py resume={shlex.quote(str(folder))}")
+        log.info(f"\nGo on with:  python train.py {as_argument('resume', place)}")
     else:
         prompt = config.sample_prompt or "The"
         quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)
-        print(f"\nNow try:  python generate.py prompt={quoted}")
+        is_found = folder.parent.parent == Path("outputs/runs").resolve()  # where generate.py looks by itself
+        checkpoint = "" if is_found else " " + as_argument("checkpoint", place)
+        log.info(f"\nNow try:  python generate.py prompt={quoted}{checkpoint}")
 
 
 if __name__ == "__main__":

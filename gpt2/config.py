@@ -10,6 +10,7 @@ import re
 import secrets
 import sysconfig
 from dataclasses import dataclass, field
+from functools import cache
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,7 @@ class TrainingConfig:
     log_every: int = 100  # steps
     checkpoint_dir: str = "checkpoints"  # inside the run folder
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    num_workers: int = 4
+    num_workers: int = 4  # at most one a core
     pin_memory: bool = True
     mixed_precision: bool = True  # false: fp32 whatever the hardware
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
@@ -265,6 +266,7 @@ def device_faults(device: str, key: str) -> Faults:
     return [f"{key}: {device!r} is none of auto, cuda, cuda:N, mps, cpu"]
 
 
+@cache
 def files_matching(pattern: str) -> list[str]:
     """The file of that name, or else the files that match it as a pattern; `**` stands for any folders between."""
     return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)

@@ -35,6 +35,7 @@ SPLITS = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
 BATCH = 1 << 22  # characters encoded at a time: bounds memory, and is enough for every thread to work on
 BORDER = re.compile(r"(?<=\S)[ \t\n\r]")  # what the tokenizer's pattern and Python's both take for a border
+LONGEST_PREAMBLE = 10_000  # rows before the first document: more of them mean that the pattern fits other data
 FEW_DOCUMENTS = 5  # fewer held out than this would be no fair sample
 
 
@@ -85,7 +86,7 @@ class Rows:
     """The documents of a table: a row each, or, with a pattern, all rows from one that matches up to the next."""
 
     def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
-        self.table, self.column = table, column
+        self.table, self.column, self.document_start = table, column, document_start
         self.starts_document = re.compile(document_start).match if document_start else None
 
     def __len__(self) -> int:
@@ -97,11 +98,21 @@ class Rows:
             yield from rows
             return
         document: list[str] = []
+        any_start = False
         for row in rows:
-            if document and self.starts_document(row):
-                yield "".join(document)
+            if self.starts_document(row):
+                any_start = True
+                if document:
+                    yield "".join(document)
                 document = []
             document.append(row if row.endswith("\n") else row + "\n")
+            if not any_start and len(document) > LONGEST_PREAMBLE:
+                break
+        if not any_start:
+            raise UserError(
+                f"data.document_start: no row begins a document by matching {self.document_start!r}; "
+                f"data.document_start=null makes each row a document"
+            )
         yield "".join(document)
 
 
@@ -121,6 +132,14 @@ def fingerprint_of(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint_of_folder(folder: Path) -> str:
+    """Equal for the same contents under the same names. Hidden files and folders have no part in it."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    contents = [[name.as_posix(), fingerprint_of([folder / name])] for name in visible]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
 def text_source(config: DataConfig) -> Source:
     """The files that `config.files` names, identified by their content."""
     paths = find_files(config.files or [], config.exclude)
@@ -138,8 +157,7 @@ def dataset_source(config: DataConfig) -> Source:
     cache_dir, content = config.cache_dir, None
     if Path(config.dataset_name).is_dir():
         # `datasets` takes a folder that has changed, or another one of the same name, for the one it has cached.
-        visible = (path for path in Path(config.dataset_name).rglob("[!.]*") if path.is_file())
-        content = fingerprint_of(sorted(visible))
+        content = fingerprint_of_folder(Path(config.dataset_name))
         cache_dir = str(cache_folder(config) / "datasets" / content[:16])
     tables = load_tables(config, cache_dir)
     for table in filter(None, tables):

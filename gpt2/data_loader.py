@@ -4,6 +4,7 @@ Training maps the token files of `gpt2.corpus` into memory and cuts them into bl
 function of (seed, epoch, position), so a place in the data is one integer and resuming is arithmetic.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from functools import cached_property
@@ -28,8 +29,16 @@ class TokenBlocks(Dataset):
     but the very first is predicted exactly once. The last block is filled up with ignored targets.
     """
 
-    def __init__(self, path: Path, dtype: str, length: int, tokenizer: GPT2Tokenizer | None = None):
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+        length: int,
+        tokenizer: GPT2Tokenizer | None = None,
+        fingerprint: str | None = None,
+    ):
         self.path, self.dtype, self.length = path, dtype, length
+        self.fingerprint = fingerprint  # of the corpus: a resumed run must find the one that it began with
         self.tokenizer = tokenizer  # travels into the checkpoints of what is trained on these blocks
         self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
 
@@ -55,7 +64,7 @@ class TokenBlocks(Dataset):
         for row, index in enumerate(indices):
             block = self.tokens[index * self.length : (index + 1) * self.length + 1]
             batch[row, : len(block)] = torch.from_numpy(block.astype(np.int64))
-        return {"input_ids": batch[:, :-1].clamp(min=0), "targets": batch[:, 1:]}
+        return {"input_ids": batch[:, :-1].clamp(min=0), "targets": batch[:, 1:].contiguous()}
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -88,7 +97,8 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
 
     def blocks(split: str) -> TokenBlocks:
         path = prepared.folder / f"{split}.bin"
-        return TokenBlocks(path, prepared.about["dtype"], data_config.max_length, tokenizer)
+        about = prepared.about
+        return TokenBlocks(path, about["dtype"], data_config.max_length, tokenizer, about["fingerprint"])
 
     test = "test" if prepared.about["tokens"]["test"] > 1 else "validation"
     return blocks("train"), blocks("validation"), blocks(test), tokenizer
@@ -108,7 +118,7 @@ def get_dataloaders(
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     common: dict[str, Any] = {
-        "num_workers": config.num_workers,
+        "num_workers": min(config.num_workers, os.cpu_count() or 1),
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _leave_interrupts_to_parent,
         # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
@@ -128,8 +138,9 @@ def get_dataloaders(
 
 
 def _leave_interrupts_to_parent(_worker: int) -> None:
-    """Ctrl-C goes to every process of a terminal; the trainer alone decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C goes to every process of a terminal, SIGTERM often to a whole group; the trainer alone decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
@@ -114,5 +116,10 @@ def peak_flops(precision: Precision) -> float | None:
     """The chip's own limit in FLOP/s for 16-bit matrix products, or None where it is not known."""
     if precision.device.type != "cuda" or precision.name == "fp32":
         return None
-    name = torch.cuda.get_device_name(precision.device)
-    return next((flops for chip, flops in PEAK_FLOPS.items() if all(word in name for word in chip.split())), None)
+    return known_peak(torch.cuda.get_device_name(precision.device))
+
+
+def known_peak(name: str) -> float | None:
+    """The entry of `PEAK_FLOPS` whose words are all words of a device's name: an A1000 is no A100."""
+    words = set(re.split(r"[\s-]+", name))
+    return next((flops for chip, flops in PEAK_FLOPS.items() if words.issuperset(chip.split())), None)

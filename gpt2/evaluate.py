@@ -57,7 +57,7 @@ def mean_loss(
     """
     was_training = model.training
     model.eval()
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = 0.0, 0
     try:
         batches = min(len(loader), max_batches or len(loader))
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
@@ -67,11 +67,11 @@ def mean_loss(
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
                 _, loss = model(**moved)
-            total = total + loss.double().cpu() * predicted
+            total += loss.item() * predicted
             count += predicted
     finally:
         model.train(was_training)
-    return float(total / count) if count else float("nan")
+    return total / count if count else float("nan")
 
 
 class Evaluator:

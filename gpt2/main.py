@@ -1,21 +1,25 @@
 """From a command line to a checked configuration: what stands between Hydra and the library.
 
 Hydra composes the configuration; this module adds what Hydra leaves out. The whole command line is checked before
-anything
-runs: every fault in one line, exit code 2, and no run folder left behind. A prompt is kept out of Hydra's hands, for it
-is text and no expression. And a resumed run goes on with its own configuration, a checkpoint with its own sampling.
+anything runs: every fault in one line, exit code 2, and no run folder left behind. A prompt is kept out of Hydra's
+hands, for it is text and no expression. And a resumed run goes on with its own configuration, a checkpoint with its own
+sampling.
 
 `python -m gpt2.main train [OVERRIDES]` is `python train.py [OVERRIDES]`, and so for the other scripts.
 """
 
+import logging
 import os
+import re
 import runpy
+import shlex
 import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice, product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import hydra
 from hydra._internal.utils import get_args_parser  # private, hence the exact pin of hydra-core
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -40,10 +44,14 @@ TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 # What a resumed run may be told anew: how long it goes on, and what has no part in its result.
 CHANGEABLE = {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "sample_prompt"),
-    *("train.save_every", "train.eval_every", "train.eval_batches", "train.log_every"),
+    *("train.save_every", "train.eval_every", "train.log_every"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("wandb.mode", "wandb.project", "wandb.entity"),
 }
+
+MOST_COMBINATIONS = 32  # of a sweep that are checked before it begins; more would take longer than they save
+
+log = logging.getLogger(__name__)
 
 Task = Callable[[Any], Any]
 
@@ -75,14 +83,17 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
     in_sweep = job.mode == RunMode.MULTIRUN
-    with faults_as_lines(exit_here=not in_sweep):
+    with faults_as_lines():
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt or ""
         try:
             return task(config)
-        except UserError:
-            if job.output_subdir is not None and not in_sweep:
+        except (UserError, KeyboardInterrupt) as error:
+            if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
+                log.error("error: %s", error)
+                return inf
+            if job.output_subdir is not None:
                 remove_if_nothing_happened(run_folder())
             raise
 
@@ -100,16 +111,11 @@ def remove_if_nothing_happened(folder: Path) -> None:
 
 
 @contextmanager
-def faults_as_lines(exit_here: bool = True) -> Iterator[None]:
-    """Print a user's mistake as lines and exit with 2; leave quietly where nobody reads on, or on Ctrl-C.
-
-    `exit_here=False` lets a sweep hear of the mistake instead of ending it.
-    """
+def faults_as_lines() -> Iterator[None]:
+    """Print a user's mistake as lines and exit with 2; leave quietly where nobody reads on, or on Ctrl-C."""
     try:
         yield
     except UserError as error:
-        if not exit_here:
-            raise
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
@@ -123,8 +129,9 @@ def faults_as_lines(exit_here: bool = True) -> Iterator[None]:
 
 def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
     """Split `prompt=...` off a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
-    rest = [argument for argument in arguments if not argument.startswith("prompt=")]
-    texts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
+    is_prompt = [argument.lstrip("+").startswith("prompt=") for argument in arguments]
+    rest = [argument for argument, taken in zip(arguments, is_prompt, strict=True) if not taken]
+    texts = [argument.split("=", 1)[1] for argument, taken in zip(arguments, is_prompt, strict=True) if taken]
     return rest, os.fsencode(texts[-1]).decode("utf-8", "replace") if texts else None
 
 
@@ -135,8 +142,7 @@ def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
 def runs_something(options: Namespace) -> bool:
     """Whether this is a run, and not a question such as --help or --cfg, which Hydra answers itself."""
     questions = (options.help, options.hydra_help, options.cfg, options.info, options.shell_completion)
-    elsewhere = (options.config_path, options.config_dir, options.config_name, options.experimental_rerun)
-    return not any(questions) and not any(elsewhere)
+    return not any(questions)
 
 
 def check_command_line(name: str, options: Namespace) -> None:
@@ -148,6 +154,12 @@ def check_command_line(name: str, options: Namespace) -> None:
     found: list[str] = []
     fixed: list[str] = []
     swept: list[Override] = []
+    if any((options.config_path, options.config_dir, options.config_name, options.experimental_rerun)):
+        found.append(
+            "--config-path, --config-dir, --config-name, --experimental-rerun: a preset goes to conf/experiment"
+        )
+    if options.multirun and name == "generate":
+        found.append("-m: generate.py writes one text; inference.num_return_sequences=N asks for several")
     for text in options.overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -163,10 +175,11 @@ def check_command_line(name: str, options: Namespace) -> None:
         else:
             fixed.append(text)
 
-    found += command_line_faults(name, fixed)
-    for override in swept:
-        for candidate in candidates(override):
-            found += command_line_faults(name, [*fixed, candidate])
+    if not swept or found:
+        found += command_line_faults(name, fixed)
+    else:
+        for combination in islice(product(*map(candidates, swept)), MOST_COMBINATIONS):
+            found += command_line_faults(name, [*fixed, *combination])
     if found:
         raise UserError(*dict.fromkeys(found))
 
@@ -177,8 +190,9 @@ def candidates(override: Override) -> list[str]:
     key = override.get_key_element()
     if isinstance(value, IntervalSweep):
         return [f"{key}={value.start}", f"{key}={value.end}"]
-    if not override.is_discrete_sweep() or "glob(" in str(override.input_line):
-        return []  # names files, which exist by definition
+    if isinstance(value, Glob):  # names files of the group, which exist
+        names = sorted(path.stem for path in (CONF / override.key_or_group).glob("*.yaml"))
+        return [f"{key}={choice}" for choice in value.filter(names)]
     return [f"{key}={text}" for text in override.sweep_string_iterator()]
 
 
@@ -292,7 +306,8 @@ def resumed_checkpoint(resume: str) -> Path:
 def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration that a run was started with, changed where the command line may change it."""
     path = resumed_checkpoint(composed.resume)
-    saved = checkpoint.read_record(path)["run"]
+    record = checkpoint.read_record(path)
+    saved, done = record["run"], record["progress"]["step"]
     if saved is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to go on with")
     result = merged(TrainRun, saved)
@@ -303,6 +318,8 @@ def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> Dic
             OmegaConf.update(result, key, override.value())
         elif key != "resume" and not key.startswith("hydra."):
             refused.append(f"{override.input_line}: a resumed run keeps its {key}{_as_it_was(result, key)}")
+    if result.train.max_steps is not None and result.train.max_steps < done:
+        refused.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
     if refused:
         raise UserError(*refused)
     result.resume = str(path.parent.parent)
@@ -312,6 +329,12 @@ def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> Dic
 def _as_it_was(config: DictConfig, key: str) -> str:
     value = OmegaConf.select(config, key)
     return "" if OmegaConf.is_config(value) else f"={value}"
+
+
+def as_argument(key: str, value: str) -> str:
+    """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
+    plain = re.fullmatch(r"[\w./:-]+", value)
+    return shlex.quote(f"{key}={value if plain else QuotedString(value, Quote.double).with_quotes()}")
 
 
 def parsed(overrides: list[str]) -> list[Override]:

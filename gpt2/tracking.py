@@ -243,19 +243,21 @@ def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, se
 
 def _modes(mode: str) -> list[Any]:
     """The modes to try in turn."""
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if _is_logged_in() else "offline")
-    return [mode, "offline"] if mode == "online" else [mode]
-
-
-def _is_logged_in() -> bool:
+    wanted = (os.environ.get("WANDB_MODE") or "online") if mode == "auto" else mode
+    if wanted != "online":
+        return [wanted]
     import wandb
 
     try:
-        return wandb.login(prompt=False)
-    except Exception as error:  # noqa: BLE001  # a malformed key, say: then nobody is logged in
-        log.warning("W&B's login is of no use: %s", error)
-        return False
+        is_logged_in = wandb.login(prompt=False)
+    except Exception as error:  # noqa: BLE001  # a server that does not answer, a key that is none
+        log.warning("W&B: this run is kept offline: %s", " ".join(str(error).split()))
+        return ["offline"]
+    if is_logged_in:
+        return ["online", "offline"]
+    if mode == "online":
+        log.warning("W&B: nobody is logged in here (`wandb login` does that): this run is kept offline.")
+    return ["offline"]
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:

@@ -91,6 +91,7 @@ class Trainer:
         self.loss_since_log = torch.zeros((), device=self.device)  # sum over progress.steps_since_log steps
         self._clock = self._log_clock = time.perf_counter()
         self._validation_line = self._clock
+        self._gradient_norm = torch.zeros(())  # of the last step
         self._saved: Progress | None = None  # what `last.pth` holds
         self._tokens_at_log = 0
 
@@ -104,11 +105,13 @@ class Trainer:
         """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, whichever is first, or Ctrl-C.
 
         Ctrl-C and SIGTERM let the step finish and save it; `interrupted_by` then holds the signal. Afterwards
-        `stop_reason` says why training ended, and the checkpoints `best_model.pth` and `last.pth` exist.
+        `stop_reason` says why training ended. `last.pth` exists then, and `best_model.pth` unless it was interrupted
+        before any evaluation.
 
         Raises:
             UserError: The loss became NaN or infinite. Checkpoints from before are intact.
         """
+        self.interrupted_by = None
         self._clock = time.perf_counter() - self.progress.seconds
         self._restart_speed()
         self.progress_line = ProgressLine(self.total_steps, self.progress.step)
@@ -214,6 +217,7 @@ class Trainer:
     def _after_step(self, step_loss: Tensor, gradient_norm: Tensor) -> None:
         self.loss_since_log += step_loss
         self.progress.steps_since_log += 1
+        self._gradient_norm = gradient_norm
         step = self.progress.step
         self.progress_line.step(step)
         if step % self.config.log_every == 0 or step == 1:
@@ -278,12 +282,13 @@ class Trainer:
         if self.write_sample:
             text = self.write_sample(self.progress.step)
             self.tracker.sample(self.progress.step, text)
-            log.info("%s", "\n".join(f"    | {line}" for line in text.splitlines()))
+            harmless = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)  # no escape sequences
+            log.info("%s", "\n".join(f"    | {line}" for line in harmless.split("\n")))
+        self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
         if is_best:
             self.progress.best_val_loss = loss
             self._save_last()
             checkpoint.copy(self.checkpoint_dir / checkpoint.LAST, self.checkpoint_dir / checkpoint.BEST)
-        self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
 
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""
@@ -319,10 +324,10 @@ class Trainer:
         context = getattr(self.train_loader.dataset, "length", self.model.config.context_length)
         return peak and tokens_per_second * self.model.flops_per_token(context) / peak
 
-    def _refuse_nonfinite(self, loss: float) -> None:
-        if not isfinite(loss):
+    def _refuse_nonfinite(self, value: float, what: str = "loss") -> None:
+        if not isfinite(value):
             raise UserError(
-                f"step {self.progress.step}: the loss is no longer a finite number; "
+                f"step {self.progress.step}: the {what} is no longer a finite number; "
                 f"a smaller train.learning_rate or a longer train.warmup_steps may help "
                 f"(checkpoints from before are in {self.checkpoint_dir})"
             )
@@ -354,12 +359,16 @@ class Trainer:
         """Save, unless nothing has happened since the last time: a large model is not written twice in one step."""
         here = replace(self.progress, seconds=0.0)
         if here != self._saved:
+            began = time.perf_counter()
             self.save_checkpoint(checkpoint.LAST)
             self._saved = here
+            self._log_clock += time.perf_counter() - began
 
     def save_checkpoint(self, filename: str) -> None:
         """Write everything that resuming and generating need to `checkpoint_dir/filename`."""
         self._refuse_nonfinite(float(self.loss_since_log))
+        if not self.scaler.is_enabled():  # a scaler leaves such a step out by itself
+            self._refuse_nonfinite(float(self._gradient_norm), "norm of the gradient")
         self.progress.seconds = time.perf_counter() - self._clock
         tokenizer = getattr(self.train_loader.dataset, "tokenizer", None)
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -374,6 +383,7 @@ class Trainer:
             "train": asdict(self.config),
             "run": self.run,
             "tokenizer": tokenizer and tokenizer.to_json(),
+            "data": getattr(self.train_loader.dataset, "fingerprint", None),
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
             "torch": torch.__version__,
@@ -383,17 +393,23 @@ class Trainer:
     def load_checkpoint(self, filepath: str) -> None:
         """Take up a run where `save_checkpoint` left it.
 
+        The loaders must be those of that run, with its batch size and seed: a place in the data is a number of batches.
+
         Raises:
-            UserError: The file is missing, damaged, or of a model of another shape.
+            UserError: The file is missing, damaged, or of a model of another shape or another corpus.
         """
         path = Path(filepath)
         record = checkpoint.read_record(path)
         if record["model"] != asdict(self.model.config):
             differing = [key for key, value in asdict(self.model.config).items() if record["model"].get(key) != value]
             raise UserError(f"checkpoint: {path} holds a model that differs in {', '.join(differing)}")
+        data = getattr(self.train_loader.dataset, "fingerprint", None)
+        if record["data"] != data:
+            raise UserError(f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {data})")
         self.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.read_tensors(path, "optimizer/"))
-        self.scaler.load_state_dict(record["scaler"])
+        if self.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
+            self.scaler.load_state_dict(record["scaler"])
         self.progress = Progress(**record["progress"])
         self._clock = time.perf_counter() - self.progress.seconds
         self.loss_since_log = checkpoint.read_tensors(path, "loss_since_log")[""].to(self.device)

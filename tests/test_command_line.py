@@ -1,14 +1,25 @@
 """What a command line may say, and what it is told when it may not."""
 
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2.config import GenerateRun, TrainRun, faults
-from gpt2.main import CONF, command_line_faults, compose, resolve, take_prompt
+from gpt2.config import GenerateRun, TrainRun, UserError, faults
+from gpt2.main import (
+    CONF,
+    as_argument,
+    check_command_line,
+    command_line_faults,
+    compose,
+    parsed,
+    resolve,
+    take_prompt,
+)
 from tests.conftest import ROOT, Workspace
 
 NASTY_PROMPTS = [
@@ -148,9 +159,36 @@ def test_a_mistaken_command_is_refused_before_anything_happens(workspace):
     assert all(line.startswith("error: ") for line in lines)
 
 
-def test_a_sweep_is_checked_in_every_choice_before_its_first_run(workspace):
+def test_a_sweep_is_checked_in_its_combinations_before_its_first_run(workspace):
     lines = refuse(workspace, "-m", "train.learning_rate=1e-3,-1", "model=gpt2,gtp2", "data=stdlib")
-    assert [line.split(":")[1].strip() for line in lines] == ["train.learning_rate", "model=gtp2"]
+    assert sorted(line.split(":")[1].strip() for line in lines) == ["model=gtp2", "train.learning_rate"]
+
+
+def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
+    sweep = ["model.d_model=100,200", "model.num_heads=10,20", "model.d_ff=400"]
+    check_command_line("train", get_args_parser().parse_args(["-m", *sweep]))
+    with pytest.raises(UserError, match="num_heads: 16 heads"):
+        check_command_line("train", get_args_parser().parse_args(["-m", sweep[0], "model.num_heads=16"]))
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("generate", ["-m", "inference.seed=1,2"], "-m: generate.py writes one text"),
+        ("train", ["-m", "resume=latest"], "one run at a time"),
+        ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),
+    ],
+)
+def test_what_makes_no_sense_for_a_script_is_refused(script, arguments, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_command_line(script, get_args_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize("value", ["outputs/runs/a/1", "it's (2), x=y", 'C:\\odd "name"'])
+def test_a_printed_argument_means_its_value_past_shell_and_hydra(value):
+    (argument,) = shlex.split(as_argument("resume", value))
+    (override,) = parsed([argument])
+    assert override.value() == value
 
 
 def test_generating_without_a_checkpoint_says_how_to_get_one(workspace):

@@ -480,3 +480,21 @@ def test_what_the_hub_would_have_to_bring_is_told_soon_and_with_ways_out(tmp_pat
     output, _ = start_preparing(tmp_path, **UNREACHABLE[what]).communicate("\n", timeout=120)
     assert "experiment=quickstart" in output.splitlines()[-1]
     assert time.monotonic() - started < 20  # left to themselves the libraries ask again and again for 23 s
+
+
+def test_a_pattern_of_other_data_is_told(tmp_path):
+    folder = write_dataset(tmp_path / "tiny", train=["a row"] * 9, validation=["a row"] * 9)
+    with pytest.raises(UserError, match=r"data\.document_start=null"):
+        prepare(dataset_config(folder, tmp_path, document_start="^ = [^=]", test_split=None))
+
+
+def test_the_same_contents_under_other_names_are_another_corpus(tmp_path):
+    folder = write_dataset(tmp_path / "tiny", train=["long"] * 50, validation=["short"] * 9)
+    options = {"document_start": None, "test_split": None}
+    before = prepare(dataset_config(folder, tmp_path, **options)).folder
+    (folder / "train.jsonl").rename(folder / "other.jsonl")
+    (folder / "validation.jsonl").rename(folder / "train.jsonl")
+    (folder / "other.jsonl").rename(folder / "validation.jsonl")
+    swapped = prepare(dataset_config(folder, tmp_path, **options))
+    assert swapped.folder != before
+    assert documents_of(swapped, "train") == ["short"] * 9

@@ -46,7 +46,8 @@ def test_what_is_printed_is_what_a_reader_needs(trained):
             "validation loss",
             "perplexity",
         ),
-        *("    | def f", "Stopped after step 8", "train.max_steps=8 reached", f"everything is in {run}", "wandb sync"),
+        *("    | def f", "Stopped after step 8", "train.max_steps=8 reached", "wandb sync"),
+        f"everything is in {run.relative_to(trained.folder)}",
     ):
         assert expected in trained.output
 
@@ -163,6 +164,54 @@ def test_a_folder_that_holds_a_run_is_not_written_over(workspace: Workspace):
     refused = workspace.run("train.py", *TINY, "hydra.run.dir=outputs/mine", expect=2)
     assert "resume=outputs/mine" in refused.stderr
     assert (workspace.folder / "outputs/mine/metrics.jsonl").read_text() == before
+
+
+def test_a_run_is_not_resumed_on_other_data_or_backwards(workspace: Workspace):
+    workspace.run("train.py", *TINY, "data.tokenizer=train", "data.vocab_size=270")
+    backwards = workspace.run("train.py", "resume=latest", "train.max_steps=2", expect=2)
+    assert "the run has made 8 steps already" in backwards.stderr
+    (workspace.folder / "corpus.txt").write_text("something else entirely\n" * 500)
+    changed = workspace.run("train.py", "resume=latest", "train.max_steps=12", expect=2)
+    assert "was trained on other data" in changed.stderr
+
+
+def test_a_trial_that_diverges_does_not_end_the_sweep(workspace: Workspace):
+    rates = "train.learning_rate=1e30,1e-3"
+    done = workspace.run("train.py", *TINY, "-m", rates, "train.warmup_steps=1", "train.log_every=1", "name=sweep")
+    assert "no longer a finite number" in done.stdout
+    (sweep,) = workspace.folder.glob("outputs/sweeps/sweep/*")
+    assert (sweep / "1" / "curves.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [("train.device=cuda:9", "there is no cuda:9 here"), ("model.vocab_size=4096", "is not the 257 tokens")],
+)
+def test_what_the_configuration_cannot_know_is_refused_before_training(workspace: Workspace, override, complaint):
+    assert complaint in workspace.run("train.py", *TINY, override, expect=2).stderr
+    assert workspace.runs() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, number):
+    """As a terminal's Ctrl-C, or `timeout`, or a scheduler sends it: the data workers get it too."""
+    options = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5", "train.num_workers=2"]
+    running = subprocess.Popen(
+        workspace.command("train.py", *TINY, *options),
+        cwd=workspace.folder,
+        env=workspace.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(
+        lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))
+    )
+    os.killpg(running.pid, number)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + number
+    assert "Go on with:" in output
+    assert checkpoint.read_record(workspace.runs()[0] / "checkpoints" / checkpoint.LAST)["progress"]["step"] > 0
 
 
 # What takes minutes

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from gpt2.config import WandbConfig
-from gpt2.tracking import Tracker, draw_curves, read_metrics, start_wandb, time_left
+from gpt2.tracking import Tracker, _modes, draw_curves, read_metrics, start_wandb, time_left
 
 
 def record(step: int, **values: float) -> dict:
@@ -90,8 +90,19 @@ def test_a_server_that_refuses_does_not_stop_the_run(tmp_path, monkeypatch, capl
     with Tracker(run_folder, run) as tracker:
         tracker.log(record(1))
         assert "wandb sync" in tracker.where_in_wandb()
-    assert "did not start" in caplog.text
+    assert "kept offline" in caplog.text
     assert (run_folder / "wandb_id").read_text() == run.id
+
+
+def test_asking_for_online_without_an_account_is_offline_without_a_question(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert _modes("online") == ["offline"]
+    assert "nobody is logged in" in caplog.text
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert _modes("auto") == ["offline"]
 
 
 @pytest.mark.parametrize(
