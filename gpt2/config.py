@@ -31,7 +31,7 @@ class UserError(Exception):
 class GPT2Config:
     """The architecture (Radford et al., 2019). The defaults are GPT-2 124M."""
 
-    vocab_size: int = 50257  # a run from a script sets it to its tokenizer's size
+    vocab_size: int = 50257  # in a run from a script it follows the tokenizer
     context_length: int = 1024  # tokens
     d_model: int = 768
     num_heads: int = 12

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -94,13 +96,17 @@ def test_a_server_that_refuses_does_not_stop_the_run(tmp_path, monkeypatch, capl
     assert (run_folder / "wandb_id").read_text() == run.id
 
 
-def test_asking_for_online_without_an_account_is_offline_without_a_question(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with caplog.at_level(logging.WARNING):
-        assert _modes("online") == ["offline"]
-    assert "nobody is logged in" in caplog.text
+def test_asking_for_online_without_an_account_is_offline_without_a_question(workspace):
+    """In a process of its own: within one, wandb remembers an account."""
+    code = "import logging as l; l.basicConfig(); from gpt2.tracking import _modes as m; print(m('online'), m('auto'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=workspace.environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "['offline'] ['offline']"
+    assert done.stderr.count("nobody is logged in") == 1
+
+
+def test_the_environment_variable_of_wandb_counts_in_auto(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert _modes("auto") == ["offline"]
 
