@@ -17,7 +17,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice, product
 from math import inf
 from pathlib import Path
@@ -108,6 +108,8 @@ def remove_if_nothing_happened(folder: Path) -> None:
     files = (path for path in folder.rglob("*") if path.is_file())
     if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
         shutil.rmtree(folder)
+        with suppress(OSError):  # other runs of that name are there
+            folder.parent.rmdir()
 
 
 @contextmanager
