@@ -142,4 +142,6 @@ def find(path: str | None) -> Path:
     for name in (BEST, LAST):
         for found in (*place.glob(name), *place.glob(f"*/{name}")):
             return found
-    raise UserError(f"checkpoint: {place} holds no {BEST} or {LAST}" if place.is_dir() else f"checkpoint: no {place}")
+    raise UserError(
+        f"checkpoint: {place} holds no {BEST} or {LAST}" if place.is_dir() else f"checkpoint: there is no {place}"
+    )
