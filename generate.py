@@ -2,17 +2,16 @@
 
 import sys
 
+from gpt2.command_line import script
 from gpt2.config import GenerateRun
-from gpt2.main import script
 
 
 @script("generate")
 def main(config: GenerateRun) -> None:
     from gpt2.inference import TextGenerator
 
-    generator = TextGenerator(config.checkpoint or "", config.device)
-    progress = generator.record["progress"]
-    print(f"{generator.path} (step {progress['step']:,})", file=sys.stderr)
+    generator = TextGenerator(str(config.checkpoint), config.device)
+    print(generator.trained.describe(), file=sys.stderr)
     generator.generate_text(config.prompt, config.inference)
 
 

@@ -8,12 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2.command_line import as_argument, run_folder, script
 from gpt2.config import GPT2Config, TrainRun, UserError
-from gpt2.main import as_argument, run_folder, script
 
 log = logging.getLogger("gpt2")
 
 if TYPE_CHECKING:
+    from gpt2.model import GPT2Model
     from gpt2.tokenizer import GPT2Tokenizer
     from gpt2.train import Trainer
 
@@ -27,7 +28,6 @@ def main(config: TrainRun) -> float | None:
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.device import choose_device, keep_freed_memory
     from gpt2.inference import stream_text
-    from gpt2.model import GPT2Model
     from gpt2.tracking import Tracker, start_wandb
     from gpt2.train import Trainer
 
@@ -42,7 +42,7 @@ def main(config: TrainRun) -> float | None:
     train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
 
     torch.manual_seed(config.train.seed)
-    model = GPT2Model(with_vocabulary(config.model, tokenizer))
+    model = initial_model(config, tokenizer)
 
     def write_sample(step: int) -> str:
         pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
@@ -71,6 +71,25 @@ def main(config: TrainRun) -> float | None:
     if trainer.interrupted_by:
         sys.exit(128 + trainer.interrupted_by)
     return trainer.progress.best_val_loss
+
+
+def initial_model(config: TrainRun, tokenizer: "GPT2Tokenizer") -> "GPT2Model":
+    """A model to train: random, or with the weights of `train.init_from`, whose configuration it has by now."""
+    from gpt2.model import GPT2Model
+    from gpt2.pretrained import open_model
+
+    name = config.train.init_from
+    if name is None:
+        return GPT2Model(with_vocabulary(config.model, tokenizer))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"data.tokenizer: its {tokenizer.vocab_size} tokens are more than the {config.model.vocab_size} "
+            f"that train.init_from={name} knows"
+        )
+    if config.resume:  # the checkpoint brings the weights
+        return GPT2Model(config.model)
+    log.info(f"Weights of {name}")
+    return open_model(name).build(config.model)
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: "GPT2Tokenizer") -> GPT2Config:

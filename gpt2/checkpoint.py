@@ -12,10 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.config import UserError
+from gpt2.config import GPT2Config, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
 FORMAT = 1
 BEST, LAST = "best_model.pth", "last.pth"  # names that users were promised; the content is safetensors all the same
@@ -111,6 +113,29 @@ def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint: {path} is damaged: {error}") from error
+
+
+def shapes_of(config: GPT2Config) -> Shapes:
+    """The tensors of a model, by name."""
+    import torch
+
+    from gpt2.model import GPT2Model
+
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT2Model(config).state_dict().items()}
+
+
+def refuse_misfits(source: str, found: Shapes, expected: Shapes) -> None:
+    """Raise a UserError that names every tensor that is missing, unexpected or misshapen; else do nothing."""
+    both = sorted(found.keys() & expected.keys())
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [f"{n} {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]],
+    }
+    if any(kinds.values()):
+        told = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        raise UserError(f"{source}: its tensors are not those of the GPT-2 that it describes: {told}")
 
 
 def latest_run(runs: Path = Path("outputs/runs")) -> Path:

@@ -9,6 +9,7 @@ a mistake is answered before torch is loaded.
 import re
 import secrets
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from glob import glob
@@ -70,6 +71,7 @@ class TrainingConfig:
     mixed_precision: bool = True  # false: fp32 whatever the hardware
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
+    init_from: str | None = None  # a trained model to start from, see gpt2/pretrained.py; null: random weights
     max_steps: int | None = None  # null: max_epochs decides
     seed: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on CUDA, fp32 elsewhere
@@ -97,7 +99,7 @@ class DataConfig:
     )
     files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'
     exclude: list[str] = field(default_factory=list)  # patterns taken out of `files` again
-    tokenizer: str = "gpt2"  # gpt2 | bytes | train (on this very text) | a folder with vocab.json and merges.txt
+    tokenizer: str = "gpt2"  # gpt2 | bytes | train (on this very text) | a folder that holds one | a trained model
     vocab_size: int = 4096  # of the tokenizer that `tokenizer: train` makes
     validation_fraction: float = 0.1  # held out where the source brings no validation split
 
@@ -161,16 +163,47 @@ class GenerateRun:
     """All that `generate.py` needs. `prompt` is taken from the command line exactly as the shell passed it."""
 
     prompt: str = ""
-    checkpoint: str | None = None  # a checkpoint or a run folder; null: the best of the latest run
+    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
     device: str = "auto"
     inference: InferenceConfig = field(default_factory=InferenceConfig)
 
 
+@dataclass
+class EvaluateRun:
+    """All that `evaluate.py` needs."""
+
+    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
+    data: DataConfig = field(default_factory=DataConfig)  # the scripts: that of the checkpoint's run, unless chosen
+    split: Literal["test", "validation", "train"] = "test"
+    stride: int | None = None  # tokens from one window of data.max_length to the next; null: windows do not overlap
+    batch_size: int = 8  # windows in one forward pass
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    output: str | None = None  # null: evaluation.json in the checkpoint's run folder, or else in outputs/evaluations
+
+
+@dataclass
+class ExportRun:
+    """All that `python -m gpt2.main export` needs."""
+
+    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
+    to: str | None = None  # a folder that is not there yet
+
+
+Run = TrainRun | EvaluateRun | GenerateRun | ExportRun
+SCHEMAS: dict[str, type[Run]] = {
+    "train": TrainRun,
+    "evaluate": EvaluateRun,
+    "generate": GenerateRun,
+    "export": ExportRun,
+}
+
+
 def register() -> None:
-    """Give Hydra the schema of each script and the two resolvers that `conf/` uses."""
+    """Give Hydra the schema of each command and the two resolvers that `conf/` uses."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainRun)
-    store.store(name="generate_schema", node=GenerateRun)
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
     OmegaConf.register_resolver("python_library", lambda: sysconfig.get_path("stdlib"), replace=True)
     OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
 
@@ -184,7 +217,7 @@ register()
 Faults = list[str]
 
 
-def _outside(values: dict[str, Any], bounds: dict[str, tuple[float, float, str]], prefix: str) -> Faults:
+def _outside(values: dict[str, Any], bounds: Mapping[str, tuple[float, float, str]], prefix: str) -> Faults:
     """Faults of the numbers that are not within their bounds, both ends included. None (null) is never at fault."""
     return [
         f"{prefix}{key}: {values[key]} is not {wanted}"
@@ -266,6 +299,18 @@ def device_faults(device: str, key: str) -> Faults:
     return [f"{key}: {device!r} is none of auto, cuda, cuda:N, mps, cpu"]
 
 
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a trained model of that name is looked for on the Hugging Face Hub: OpenAI's four, and OWNER/NAME.
+
+    A file or folder comes first, but not before OpenAI's names: the package of this repository is a folder `gpt2`.
+    """
+    is_named_like_it = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    return name in OPENAI or (is_named_like_it and not Path(name).exists())
+
+
 @cache
 def files_matching(pattern: str) -> list[str]:
     """The file of that name, or else the files that match it as a pattern; `**` stands for any folders between."""
@@ -285,10 +330,9 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
         re.compile(config.document_start or "")
     except re.error as error:
         found.append(f"{prefix}document_start: {config.document_start!r} is no regular expression: {error}")
-    if config.tokenizer not in ("gpt2", "bytes", "train") and not Path(config.tokenizer).is_dir():
-        found.append(
-            f"{prefix}tokenizer: {config.tokenizer!r} is neither gpt2, bytes nor train, and no folder has that name"
-        )
+    name = config.tokenizer
+    if name not in ("bytes", "train") and not is_on_hub(name) and not Path(name).exists():
+        found.append(f"{prefix}tokenizer: {name!r} is neither gpt2, bytes nor train, and no folder has that name")
     return found
 
 
@@ -296,10 +340,32 @@ def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Fau
     return _outside(vars(config), _INFERENCE_BOUNDS, prefix)
 
 
-def faults(config: TrainRun | GenerateRun) -> Faults:
+def faults(config: Run) -> Faults:
     """All that is wrong with a composed configuration, a line each; empty when it can run."""
     if isinstance(config, GenerateRun):
         return inference_faults(config.inference) + device_faults(config.device, "device")
+    if isinstance(config, EvaluateRun):
+        return evaluation_faults(config)
+    if isinstance(config, ExportRun):
+        return export_faults(config)
+    return training_run_faults(config)
+
+
+def evaluation_faults(config: EvaluateRun) -> Faults:
+    length = config.data.max_length
+    bounds = {"batch_size": COUNT, "stride": (1, length, f"between 1 and data.max_length={length}")}
+    return _outside(vars(config), bounds, "") + data_faults(config.data) + device_faults(config.device, "device")
+
+
+def export_faults(config: ExportRun) -> Faults:
+    if config.to is None:
+        return ["to: the folder to write is missing, to=FOLDER"]
+    if Path(config.to).exists():
+        return [f"to: {config.to} is there already; name a folder that is not"]
+    return []
+
+
+def training_run_faults(config: TrainRun) -> Faults:
     found = [
         *model_faults(config.model),
         *training_faults(config.train),

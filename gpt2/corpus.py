@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from gpt2.config import DataConfig, UserError, files_matching
 from gpt2.hub import WITHOUT_NETWORK, connect
+from gpt2.pretrained import open_tokenizer
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking import is_terminal, track
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the files below; a change makes every cached corpus be prepared anew
-SPLITS = ("train", "validation", "test")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
 BATCH = 1 << 22  # characters encoded at a time: bounds memory, and is enough for every thread to work on
 BORDER = re.compile(r"(?<=\S)[ \t\n\r]")  # what the tokenizer's pattern and Python's both take for a border
@@ -287,15 +288,6 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
 
 
-def fixed_tokenizer(name: str) -> GPT2Tokenizer | None:
-    """The tokenizer of that name, or None if it has yet to be trained on the corpus."""
-    if name == "train":
-        return None
-    if name == "bytes":
-        return GPT2Tokenizer.of_bytes()
-    return GPT2Tokenizer.from_hub() if name == "gpt2" else GPT2Tokenizer.from_folder(name)
-
-
 @dataclass
 class PreparedData:
     """A corpus in tokens, on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json`, `about.json`."""
@@ -317,8 +309,11 @@ class PreparedData:
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def prepare(config: DataConfig) -> PreparedData:
+def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     """Have the corpus in tokens: from the cache, or made now. Of several processes that start at once, one makes it.
+
+    Args:
+        only: The one split that is wanted; `test` is `validation` where the source brings none. None: all of them.
 
     Raises:
         UserError: The source cannot be reached, read or tokenized, or there is too little of it.
@@ -328,15 +323,17 @@ def prepare(config: DataConfig) -> PreparedData:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
     from_hub = config.files is None and not Path(config.dataset_name).is_dir()
-    if from_hub or config.tokenizer == "gpt2":
+    if from_hub:
         connect()
     source = text_source(config) if config.files is not None else dataset_source(config)
-    tokenizer = fixed_tokenizer(config.tokenizer)
+    tokenizer = None if config.tokenizer == "train" else open_tokenizer(config.tokenizer)
+    splits = SPLITS if only is None else ("validation" if only == "test" and source.test is None else only,)
     decisive = {
         "format": FORMAT,
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint if tokenizer else {"train": config.vocab_size},
         "validation_fraction": config.validation_fraction if source.validation is None else None,
+        **({} if only is None else {"splits": splits}),
     }
     fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -348,34 +345,42 @@ def prepare(config: DataConfig) -> PreparedData:
             return prepared
         shutil.rmtree(prepared.folder, ignore_errors=True)
         prepared = PreparedData(prepared.folder)
-        _make(prepared.folder, source, tokenizer, config, {"fingerprint": fingerprint, **decisive})
+        about = {"fingerprint": fingerprint, **decisive}
+        _make(prepared.folder, lambda folder: _fill(folder, source, tokenizer, config, splits, about))
     log.info("Data: %s, cached in %s", _summary(prepared), prepared.folder)
     return prepared
 
 
-def _make(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, about: dict) -> None:
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder beside the target, then give it the target's name: it is there whole or not at all."""
     making = folder.with_name(f".making-{folder.name}")
     shutil.rmtree(making, ignore_errors=True)  # left by a process that was killed
     making.mkdir()
     try:
-        _fill(making, source, tokenizer, config, about)
+        fill(making)
         making.rename(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _fill(folder: Path, source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, about: dict) -> None:
+def _fill(
+    folder: Path,
+    source: Source,
+    tokenizer: GPT2Tokenizer | None,
+    config: DataConfig,
+    splits: tuple[str, ...],
+    about: dict,
+) -> None:
     if tokenizer is None:
         with track("Training the tokenizer", unit="characters") as advance:
             tokenizer = GPT2Tokenizer.train(_counted(split_of(source, "train", config), advance), config.vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     tokens = {
         split: pack(split_of(source, split, config), tokenizer, folder / f"{split}.bin", f"Tokenizing {split}")
-        for split in SPLITS
+        for split in splits
     }
-    for split in ("train", "validation"):
-        if not tokens[split]:
+    for split in splits:
+        if not tokens[split] and (split != "test" or len(splits) == 1):  # validation stands in for an empty test
             raise UserError(f"data: there is no text in the {split} split")
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     dtype = token_dtype(tokenizer.vocab_size).name
@@ -392,7 +397,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _summary(prepared: PreparedData) -> str:
+    purposes = {"train": "to train on", "validation": "to validate", "test": "to test"}
     tokens = prepared.about["tokens"]
-    return f"{tokens['train']:,} tokens to train on, {tokens['validation']:,} to validate, vocabulary of " + (
-        f"{prepared.about['vocab_size']:,}"
-    )
+    parts = [f"{tokens[split]:,} tokens {purpose}" for split, purpose in purposes.items() if tokens.get(split)]
+    return f"{', '.join(parts)}, vocabulary of {prepared.about['vocab_size']:,}"

@@ -4,6 +4,7 @@ Training maps the token files of `gpt2.corpus` into memory and cuts them into bl
 function of (seed, epoch, position), so a place in the data is one integer and resuming is arithmetic.
 """
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -21,12 +22,15 @@ from gpt2.corpus import prepare
 from gpt2.model import IGNORE
 from gpt2.tokenizer import GPT2Tokenizer
 
+log = logging.getLogger(__name__)
+
 
 class TokenBlocks(Dataset):
     """A file of tokens as blocks of `length` inputs and the `length` tokens that follow them.
 
-    Block i starts at token i * length and shares its last target with the first input of block i + 1, so each token
-    but the very first is predicted exactly once. The last block is filled up with ignored targets.
+    Block i starts at token i * stride. By default that is i * length: its last target is the first input of block
+    i + 1. With a smaller stride the blocks overlap, and a target that an earlier block had is ignored, so in any case
+    each token but the very first is predicted exactly once. The last block is filled up with ignored targets.
     """
 
     def __init__(
@@ -36,8 +40,10 @@ class TokenBlocks(Dataset):
         length: int,
         tokenizer: GPT2Tokenizer | None = None,
         fingerprint: str | None = None,
+        stride: int | None = None,
     ):
         self.path, self.dtype, self.length = path, dtype, length
+        self.stride = stride or length
         self.fingerprint = fingerprint  # of the corpus: a resumed run must find the one that it began with
         self.tokenizer = tokenizer  # travels into the checkpoints of what is trained on these blocks
         self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
@@ -51,7 +57,8 @@ class TokenBlocks(Dataset):
         return {**{key: value for key, value in vars(self).items() if key != "tokens"}, "tokenizer": None}
 
     def __len__(self) -> int:
-        return max(0, -(-(self.number_of_tokens - 1) // self.length))
+        targets = self.number_of_tokens - 1
+        return 0 if targets < 1 else 1 + max(0, -(-(targets - self.length) // self.stride))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
@@ -62,9 +69,14 @@ class TokenBlocks(Dataset):
             raise IndexError(f"block {indices} of {len(self)}")
         batch = torch.full((len(indices), self.length + 1), IGNORE, dtype=torch.int64)
         for row, index in enumerate(indices):
-            block = self.tokens[index * self.length : (index + 1) * self.length + 1]
+            start = index * self.stride
+            block = self.tokens[start : start + self.length + 1]
             batch[row, : len(block)] = torch.from_numpy(block.astype(np.int64))
-        return {"input_ids": batch[:, :-1].clamp(min=0), "targets": batch[:, 1:].contiguous()}
+        targets = batch[:, 1:].clone()
+        for row, index in enumerate(indices):
+            if index > 0:
+                targets[row, : self.length - self.stride] = IGNORE
+        return {"input_ids": batch[:, :-1].clamp(min=0), "targets": targets}
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -104,6 +116,21 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
     return blocks("train"), blocks("validation"), blocks(test), tokenizer
 
 
+def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenBlocks:
+    """One split alone, in blocks that start every `stride` tokens; `test` is `validation` where the source has none.
+
+    Raises:
+        UserError: See `prepare`.
+    """
+    prepared = prepare(data_config, only=split)
+    about = prepared.about
+    (found,) = about["tokens"]
+    if found != split:
+        log.info("Note: the data have no %s split, this is the %s split.", split, found)
+    path = prepared.folder / f"{found}.bin"
+    return TokenBlocks(path, about["dtype"], data_config.max_length, prepared.tokenizer(), about["fingerprint"], stride)
+
+
 def get_dataloaders(
     train_dataset: Dataset,
     val_dataset: Dataset,
@@ -125,7 +152,7 @@ def get_dataloaders(
         "generator": torch.Generator(),
     }
     if isinstance(train_dataset, TokenBlocks):
-        common["collate_fn"] = _as_it_is  # __getitems__ has stacked them already
+        common["collate_fn"] = as_it_is
 
     def shuffled(dataset: Dataset, seed: int) -> DataLoader:
         batches = ShuffledBatches(len(dataset), config.batch_size, seed)  # type: ignore[arg-type]
@@ -143,5 +170,6 @@ def _leave_interrupts_to_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate what `TokenBlocks.__getitems__` has stacked already."""
     return batch

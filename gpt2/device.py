@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2.config import TrainingConfig, UserError
+from gpt2.config import UserError
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +81,10 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
-def choose_precision(config: TrainingConfig, device: torch.device) -> Precision:
-    """What `precision` asks for; `auto` is mixed precision on CUDA only: bf16 where the chip has it, else fp16."""
-    if not config.mixed_precision:
-        return Precision("fp32", device)
-    if config.precision != "auto":
-        return Precision(config.precision, device)
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """That of a name; `auto` is mixed precision on CUDA only: bf16 where the chip has it, else fp16."""
+    if name != "auto":
+        return Precision(name, device)
     if device.type != "cuda":
         return Precision("fp32", device)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older chips only emulate it

@@ -1,39 +1,47 @@
-"""The loss of a model over a split."""
+"""The loss of a model over a split: exact, whatever the batch size."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
-from math import exp, inf
+from math import exp, inf, log, nan
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2.device import cuda_or_else
-from gpt2.model import IGNORE, GPT2Model
+from gpt2.device import choose_precision, cuda_or_else
+from gpt2.model import IGNORE, GPT2Model, shifted
+from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.tracking import track
 
 Batch = dict[str, Tensor]
 
 
 def as_inputs(batch: Any) -> Batch:
-    """A batch of any loader as keyword arguments of `GPT2Model.forward`.
+    """A batch of any loader as keyword arguments of `GPT2Model.forward`: `input_ids`, `targets` and what else it has.
 
-    Taken: such a mapping, as `gpt2.data_loader` yields; a pair (input_ids, labels); or input_ids (b, t) alone, its
-    own labels.
+    Taken: a mapping with `targets`, as `gpt2.data_loader` yields, or with `labels`; a pair (input_ids, labels); or
+    input_ids (b, t) alone, their own labels.
     """
     if isinstance(batch, Tensor):
-        return {"input_ids": batch, "labels": batch}
-    if isinstance(batch, list | tuple):
+        batch = {"input_ids": batch, "labels": batch}
+    elif isinstance(batch, list | tuple):
         input_ids, labels = batch
-        return {"input_ids": input_ids, "labels": labels}
-    return dict(batch)
+        batch = {"input_ids": input_ids, "labels": labels}
+    inputs = dict(batch)
+    if "labels" in inputs:
+        inputs["targets"] = shifted(inputs.pop("labels"))
+    return inputs
 
 
 def count_targets(batch: Batch) -> int:
     """How many tokens of a batch are predicted: those the loss is a mean over."""
-    targets = batch["targets"] if "targets" in batch else batch["labels"][:, 1:]
-    return int((targets != IGNORE).sum())
+    return int((batch["targets"] != IGNORE).sum())
 
 
 def perplexity(loss: float) -> float:
@@ -41,54 +49,129 @@ def perplexity(loss: float) -> float:
     return exp(loss) if loss < 700 else inf
 
 
+def token_losses(model: GPT2Model, batch: Batch) -> Tensor:
+    """Cross-entropy in nats of each target of a batch, (b, t); 0 where a target is ignored."""
+    inputs = {key: tensor for key, tensor in batch.items() if key != "targets"}
+    logits, _ = model(**inputs)
+    losses = F.cross_entropy(
+        rearrange(logits, "b t v -> (b t) v").float(),
+        rearrange(batch["targets"], "b t -> (b t)"),
+        ignore_index=IGNORE,
+        reduction="none",
+    )
+    return losses.view_as(batch["targets"])
+
+
+@dataclass
+class Score:
+    """What predicting some tokens cost. The sum is kept in fp64: batches of any size add up to the same."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0  # of text in these tokens, if it was asked for
+
+    @property
+    def loss(self) -> float:
+        """Nats a token; NaN if nothing was predicted."""
+        return self.nats / self.tokens if self.tokens else nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What a byte of text costs, its share of the ends of documents included: no matter how it is tokenized."""
+        return self.nats / log(2) / self.bytes if self.bytes else nan
+
+
 @torch.no_grad()
-def mean_loss(
+def score(
     model: GPT2Model,
     loader: DataLoader,
     device: torch.device,
     autocast: AbstractContextManager | None = None,
     max_batches: int | None = None,
     go_on: Callable[[int, int], bool] = lambda batch, batches: True,
-) -> float:
-    """Mean cross-entropy in nats a predicted token, without dropout; every token weighs the same, whatever its batch.
+    bytes_of_token: Tensor | None = None,
+) -> Score:
+    """Sum the cross-entropy over a loader, without dropout; every token weighs the same, whatever its batch.
 
-    Before each batch, `go_on` hears its number and how many there are, and may end it. NaN if it did, or if
-    there was nothing to predict.
+    Before each batch, `go_on` hears its number and how many there are, and may end it: then the score is empty.
+
+    Args:
+        bytes_of_token: (v,), to count the bytes of text that are predicted.
     """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total = Score()
     try:
         batches = min(len(loader), max_batches or len(loader))
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
             if not go_on(number, batches):
-                return float("nan")
-            predicted = count_targets(batch)
+                return Score()
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
-                _, loss = model(**moved)
-            total += loss.item() * predicted
-            count += predicted
+                losses = token_losses(model, moved)
+            total.nats += losses.cpu().double().sum().item()
+            total.tokens += count_targets(batch)
+            if bytes_of_token is not None:
+                total.bytes += int(bytes_of_token[batch["targets"][batch["targets"] != IGNORE]].sum())
     finally:
         model.train(was_training)
-    return total / count if count else float("nan")
+    return total
+
+
+def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
+    """How many bytes of text each token of a model's vocabulary stands for, (v,); `<|endoftext|>` for none."""
+    lengths = torch.zeros(vocab_size, dtype=torch.int64)
+    lengths[: tokenizer.vocab_size] = torch.tensor([len(text) for text in tokenizer.token_bytes])
+    lengths[tokenizer.eos_token_id] = 0
+    return lengths
 
 
 class Evaluator:
     """Loss and perplexity of a model on a test set."""
 
-    def __init__(self, model: GPT2Model, test_loader: DataLoader, device: str = "cuda"):
-        """`device`: see `gpt2.device.cuda_or_else`."""
+    def __init__(self, model: GPT2Model, test_loader: DataLoader, device: str = "cuda", precision: str = "fp32"):
+        """
+        Args:
+            test_loader: Batches as `as_inputs` takes them.
+            device: See `gpt2.device.cuda_or_else`.
+            precision: fp32, bf16, fp16 or auto, see `gpt2.device.choose_precision`.
+        """
         self.device = cuda_or_else(device)
+        self.precision = choose_precision(precision, self.device)
         self.model = model.to(self.device)
         self.test_loader = test_loader
 
     def evaluate(self) -> dict[str, float]:
-        """`loss` in nats a token and `perplexity`, over the whole test set."""
-        loss = mean_loss(self.model, self.test_loader, self.device)
-        return {"loss": loss, "perplexity": perplexity(loss)}
+        """Score the whole test set.
+
+        Returns:
+            `loss` in nats a token, `perplexity`, `tokens` predicted and `tokens_per_second`; where the test set knows
+            its tokenizer, as those of `gpt2.data_loader` do, also `bits_per_byte` and `bytes`.
+        """
+        tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
+        lengths = tokenizer and bytes_of_tokens(tokenizer, self.model.config.vocab_size)
+        began = time.perf_counter()
+        with track("Evaluating", unit="batches") as advance:
+
+            def go_on(batch: int, batches: int) -> bool:
+                advance(batch + 1, batches)
+                return True
+
+            total = score(
+                self.model,
+                self.test_loader,
+                self.device,
+                self.precision.autocast(),
+                go_on=go_on,
+                bytes_of_token=lengths,
+            )
+        metrics = {"loss": total.loss, "perplexity": perplexity(total.loss)}
+        if tokenizer:
+            metrics |= {"bits_per_byte": total.bits_per_byte, "bytes": total.bytes}
+        return {**metrics, "tokens": total.tokens, "tokens_per_second": total.tokens / (time.perf_counter() - began)}
 
     def print_metrics(self, metrics: dict[str, float]) -> None:
-        """One line a metric."""
+        """Print a table, a line a metric."""
         for name, value in metrics.items():
-            print(f"{name:<12} {value:.4f}")
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+            print(f"{name.replace('_', ' '):<18}{shown:>14}")

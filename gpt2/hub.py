@@ -39,18 +39,24 @@ def connect(seconds: float = 3.0) -> None:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
-def hub_file(repository: str, filename: str) -> Path:
-    """A file of a model repository on the Hub, from the cache where it is there.
+def hub_folder(repository: str, patterns: list[str]) -> Path:
+    """A local folder with those files of a model repository on the Hub that match, downloaded unless cached.
+
+    A name without an owner, such as gpt2, is one of OpenAI's and found in the cache under either of its names.
 
     Raises:
         UserError: It is neither cached nor to be had.
     """
     connect()
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, snapshot_download
 
+    names = [repository] if "/" in repository else [f"openai-community/{repository}", repository]
+    cache = Path(constants.HF_HUB_CACHE)
+    cached = [name for name in names if (cache / f"models--{name.replace('/', '--')}").is_dir()]
     try:
-        return Path(hf_hub_download(repository, filename))
+        return Path(snapshot_download([*cached, *names][0], allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
         raise UserError(
-            f"could not get {filename} of {repository!r} from the Hugging Face Hub or its cache; {WITHOUT_NETWORK}"
+            f"could not get {' or '.join(patterns)} of {repository!r} from the Hugging Face Hub or its cache; "
+            f"{WITHOUT_NETWORK}"
         ) from error

@@ -1,14 +1,22 @@
-"""Text from a model: a prompt in, its continuation out, character by character."""
+"""Text from a model: a prompt in, its continuation out, character by character.
+
+`python -m gpt2.inference [OVERRIDES]` is `python generate.py [OVERRIDES]`.
+"""
+
+if __name__ == "__main__":  # before torch is imported: --help and mistakes are answered without it
+    from gpt2.main import run_script
+
+    run_script("generate")
+    raise SystemExit
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint
-from gpt2.config import GPT2Config, InferenceConfig, UserError
+from gpt2.config import InferenceConfig
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
+from gpt2.pretrained import open_model
 from gpt2.tokenizer import GPT2Tokenizer
 
 
@@ -45,23 +53,18 @@ class TextGenerator:
     """Writes text with a trained model."""
 
     def __init__(self, model_path: str, device: str = "cuda"):
-        """Load a checkpoint: a file, or the best one of a run folder.
+        """Load a trained model.
 
         Args:
+            model_path: A checkpoint, or any other name of a trained model that `gpt2.pretrained.open_model` takes.
             device: See `gpt2.device.cuda_or_else`.
 
         Raises:
-            UserError: There is no checkpoint there, it is damaged, or it holds no tokenizer.
+            UserError: There is none of that name, it is damaged, or it holds no tokenizer.
         """
-        self.path: Path = checkpoint.find(model_path)
-        self.record = checkpoint.read_record(self.path)
-        if self.record["tokenizer"] is None:
-            raise UserError(f"checkpoint: {self.path} was trained on numbers, not on text: it holds no tokenizer")
-        self.tokenizer = GPT2Tokenizer.from_json(self.record["tokenizer"])
-        with torch.device("meta"):  # no time spent on weights that the checkpoint's replace
-            self.model = GPT2Model(GPT2Config(**self.record["model"]))
-        self.model.load_state_dict(checkpoint.read_tensors(self.path, "model/"), assign=True)
-        self.model.to(cuda_or_else(device)).eval()
+        self.trained = open_model(model_path)
+        self.tokenizer = self.trained.tokenizer_for_text()
+        self.model = self.trained.build().to(cuda_or_else(device)).eval()
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""
@@ -78,3 +81,22 @@ class TextGenerator:
             for piece in continuation if config.stream else ["".join(continuation)]:
                 print(piece, end="", flush=True)
             print()
+
+    def interactive_mode(self, config: InferenceConfig) -> None:
+        """Continue each line that is typed, until Ctrl-D or an empty line; Ctrl-C ends the text and not the session."""
+        print("Type the beginning of a text. An empty line or Ctrl-D leaves.")
+        while True:
+            try:
+                prompt = input("> ")
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                continue
+            if not prompt:
+                return
+            try:
+                self.generate_text(prompt, config)
+            except KeyboardInterrupt:
+                print()

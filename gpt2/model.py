@@ -21,6 +21,11 @@ from gpt2.sampling import next_token
 IGNORE = -100  # a label that takes no part in the loss, as in transformers
 
 
+def shifted(labels: Tensor) -> Tensor:
+    """Targets (b, t) from labels (b, t): what comes after each position, and nothing after the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
 def causal_mask(attention_mask: Tensor) -> Tensor:
     """Who may look at whom, (b, 1, t, t), from which tokens are real, (b, t) with 1 real and 0 padding.
 
@@ -170,7 +175,7 @@ class GPT2Model(nn.Module):
         logits = F.linear(hidden_states, self.token_embedding.weight)  # the tied head
 
         if labels is not None:
-            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+            targets = shifted(labels)
         if targets is None:
             return logits, None
         total = F.cross_entropy(

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2.config import UserError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 
 
 def byte_alphabet() -> list[str]:
@@ -35,6 +36,24 @@ def _backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> "toke
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+_OTHER_WAYS_TO_MERGE = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+
+
+def _refuse_other_kinds(described: dict[str, Any], folder: Path) -> None:
+    """Refuse a `tokenizer.json` whose tokens are not those that `_backend` gives."""
+    model, cut = described["model"], described.get("pre_tokenizer") or {}
+    reasons = {
+        f"its model is {model.get('type')}, not BPE": model.get("type", "BPE") != "BPE",
+        "its merges are not all that makes a token": any(map(model.get, _OTHER_WAYS_TO_MERGE)),
+        "it normalizes the text": described.get("normalizer") is not None,
+        f"it cuts the text by {cut.get('type')}, not ByteLevel": cut.get("type") != "ByteLevel",
+        "it puts a space before the text": cut.get("add_prefix_space", False),
+        "it does not cut the text into words": not cut.get("use_regex", True),
+    }
+    if reason := next((reason for reason, is_so in reasons.items() if is_so), None):
+        raise UserError(f"tokenizer: {folder / 'tokenizer.json'} is no GPT-2 tokenizer: {reason}")
 
 
 class GPT2Tokenizer:
@@ -57,7 +76,7 @@ class GPT2Tokenizer:
             raise UserError(f"tokenizer: its vocabulary lacks {lacking[0]!r}, so it is no GPT-2 byte-level BPE")
         if foreign := set("".join(vocabulary)) - set(byte_alphabet()):
             raise UserError(f"tokenizer: {min(foreign)!r} in its vocabulary stands for no byte, so it is no GPT-2 BPE")
-        self.vocabulary = vocabulary
+        self.vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         self.merges = merges
         self.eos_token_id = vocabulary[END_OF_TEXT]
         try:
@@ -91,33 +110,58 @@ class GPT2Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "GPT2Tokenizer":
-        """Read `vocab.json` and `merges.txt`, as OpenAI and `transformers` write them.
+        """Read `tokenizer.json`, or else `vocab.json` and `merges.txt`, as `transformers` and OpenAI write them.
 
         Raises:
-            UserError: A file is missing or is not what its name says.
+            UserError: A file is missing or is not what its name says, or describes another kind of tokenizer.
         """
         folder = Path(folder)
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise UserError(f"data.tokenizer: {folder} holds no {name}")
         try:
-            vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            return cls(vocabulary, merges)  # type: ignore[arg-type]  # a line of other than two words fails in here
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"data.tokenizer: {folder} is no GPT-2 tokenizer: {error}") from error
+            if (folder / "tokenizer.json").is_file():
+                described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+                _refuse_other_kinds(described, folder)
+                model, added = described["model"], described.get("added_tokens") or []
+                vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
+                pairs = model["merges"]
+            elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+                vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+                pairs = [line for line in lines if line and not line.startswith("#version")]
+            else:
+                raise UserError(f"tokenizer: {folder} holds neither tokenizer.json nor vocab.json with merges.txt")
+            merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
+            return cls(vocabulary, merges)  # a pair of other than two fails in here
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise UserError(f"tokenizer: {folder} holds no GPT-2 tokenizer: {error}") from error
+
+    def to_folder(self, folder: str | Path, context_length: int) -> None:
+        """Write what `from_folder`, and `AutoTokenizer.from_pretrained` of `transformers`, read."""
+        folder = Path(folder)
+        backend = _backend(self.vocabulary, self.merges)  # its own: here the special token is one, in texts too
+        backend.add_special_tokens([END_OF_TEXT])
+        backend.save(str(folder / "tokenizer.json"))
+        merges = "".join(f"{left} {right}\n" for left, right in self.merges)
+        (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
+        about = {
+            "tokenizer_class": "GPT2Tokenizer",
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": context_length,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def from_hub(cls, name: str = "gpt2") -> "GPT2Tokenizer":
-        """OpenAI's tokenizer from the Hugging Face Hub, or from its cache.
+        """The tokenizer of a model on the Hugging Face Hub, or in its cache; by default OpenAI's.
 
         Raises:
             UserError: The Hub cannot be reached and the cache does not hold it.
         """
-        from gpt2.hub import hub_file
+        from gpt2.hub import hub_folder
 
-        return cls.from_folder({hub_file(name, file).parent for file in ("vocab.json", "merges.txt")}.pop())
+        return cls.from_folder(hub_folder(name, TOKENIZER_FILES))
 
     @classmethod
     def from_json(cls, text: str) -> "GPT2Tokenizer":
@@ -158,16 +202,18 @@ class GPT2Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token."""
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-        by_id = sorted(self.vocabulary, key=self.vocabulary.__getitem__)
-        return [bytes(byte_of[character] for character in token) for token in by_id]
+        return [bytes(byte_of[character] for character in token) for token in self.vocabulary]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some tokens. Bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of tokens as they come, each character as soon as it is whole; joined, what `decode` gives."""
+        """The text of tokens as they come, each character as soon as it is whole; joined, what `decode` gives.
+
+        An id beyond the vocabulary, which a model with a padded head can produce, is no text.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            yield decoder.decode(self.token_bytes[i])
+            yield decoder.decode(self.token_bytes[i] if i < self.vocab_size else b"")
         yield decoder.decode(b"", final=True)

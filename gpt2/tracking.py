@@ -54,8 +54,8 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[[int], None]]:
-    """Show that something of unknown length goes on. Yields a function to call with the amount done so far."""
+def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[..., None]]:
+    """Show that something goes on. Yields a function to call with the amount done so far, and of how much if known."""
     started = time.perf_counter()
     last_line = started
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[amount]}"))
@@ -63,11 +63,12 @@ def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> I
         task = progress.add_task(description, total=None, amount="")
         done = 0
 
-        def advance(total: int) -> None:
+        def advance(so_far: int, of: int | None = None) -> None:
             nonlocal done, last_line
-            done = total
+            done = so_far
             now = time.perf_counter()
-            amount = f"{total:,} {unit}, {total / max(now - started, 1e-9):,.0f} a second"
+            out_of = "" if of is None else f" of {of:,}"
+            amount = f"{so_far:,}{out_of} {unit}, {so_far / max(now - started, 1e-9):,.0f} a second"
             progress.update(task, amount=amount)
             if progress.disable and now - last_line > seconds_between_lines:
                 log.info("%s: %s", description, amount)

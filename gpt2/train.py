@@ -19,7 +19,7 @@ from gpt2 import checkpoint
 from gpt2.config import TrainingConfig, UserError
 from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, choose_precision, peak_flops
-from gpt2.evaluate import Batch, as_inputs, count_targets, mean_loss, perplexity
+from gpt2.evaluate import Batch, as_inputs, count_targets, perplexity, score
 from gpt2.model import GPT2Model
 from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from gpt2.tracking import ProgressLine, Tracker
@@ -70,7 +70,7 @@ class Trainer:
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device)
-        self.precision = choose_precision(config, self.device)
+        self.precision = choose_precision(config.precision if config.mixed_precision else "fp32", self.device)
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.forward = torch.compile(self.model) if config.compile else self.model
@@ -177,14 +177,14 @@ class Trainer:
 
         NaN if an interruption cut it short.
         """
-        return mean_loss(
+        return score(
             self.model,
             self.val_loader,
             self.device,
             self.precision.autocast(),
             self.config.eval_batches,
             go_on=self._show_validation,
-        )
+        ).loss
 
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """The micro-batches of each step that is left of the epoch; the last step may have fewer."""

@@ -1,6 +1,5 @@
 """What several test files share: the material beside the checkout, and the bridge to GPT-2 as `transformers` has it."""
 
-import re
 import string
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpt2.config import GPT2Config
+from gpt2.hugging_face import their_layout, their_name
 from gpt2.model import GPT2Model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,31 +46,11 @@ def noisy_model(config: GPT2Config, seed: int = 0, std: float = 0.2) -> GPT2Mode
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers
 
-_NAMES = {
-    "transformer.wte": "token_embedding",
-    "transformer.wpe": "position_embedding",
-    "transformer.ln_f": "final_norm",
-    "ln_1": "attention_norm",
-    "attn.c_attn": "attention.qkv",
-    "attn.c_proj": "attention.out",
-    "ln_2": "feed_forward_norm",
-    "mlp.c_fc": "feed_forward.up",
-    "mlp.c_proj": "feed_forward.down",
-}
 
-
-def from_transformers(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Named tensors of GPT2LMHeadModel (weights, or their gradients) under the names and in the layout of GPT2Model."""
-    ours = {}
-    for name, tensor in tensors:
-        if name.startswith("lm_head"):  # tied to the token embedding
-            continue
-        module, kind = name.rsplit(".", 1)
-        block = re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", module)
-        renamed = f"blocks.{block[1]}.{_NAMES[block[2]]}" if block else _NAMES[module]
-        is_conv1d = kind == "weight" and ".c_" in module  # (in, out) where nn.Linear has (out, in)
-        ours[f"{renamed}.{kind}"] = tensor.T if is_conv1d else tensor
-    return ours
+def from_transformers(tensors: Iterable[tuple[str, Tensor]], model: GPT2Model) -> dict[str, Tensor]:
+    """Named tensors of GPT2LMHeadModel (weights, or their gradients) under the names and in the layout of `model`."""
+    theirs = dict(tensors)
+    return {name: their_layout(name, theirs[f"transformer.{their_name(name)}"]) for name in model.state_dict()}
 
 
 def transformers_twin(model: GPT2Model):
@@ -95,12 +75,9 @@ def transformers_twin(model: GPT2Model):
             eos_token_id=None,
         )
     )
-    weights = model.state_dict()
-    with torch.no_grad():
-        # The tensors of the mapping are views of the twin's own, so that filling them fills the twin.
-        for name, tensor in from_transformers(twin.named_parameters()).items():
-            tensor.copy_(weights.pop(name))
-    assert not weights, f"weights that transformers has not: {list(weights)}"
+    theirs = {f"transformer.{their_name(name)}": their_layout(name, t) for name, t in model.state_dict().items()}
+    missing, unexpected = twin.load_state_dict(theirs, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to the token embedding
     return twin
 
 

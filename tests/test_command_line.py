@@ -9,8 +9,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2.config import GenerateRun, TrainRun, UserError, faults
-from gpt2.main import (
+from gpt2.command_line import (
     CONF,
     as_argument,
     check_command_line,
@@ -20,6 +19,7 @@ from gpt2.main import (
     resolve,
     take_prompt,
 )
+from gpt2.config import GenerateRun, TrainRun, UserError, faults
 from tests.conftest import ROOT, Workspace
 
 NASTY_PROMPTS = [
@@ -174,7 +174,7 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
 @pytest.mark.parametrize(
     ("script", "arguments", "complaint"),
     [
-        ("generate", ["-m", "inference.seed=1,2"], "-m: generate.py writes one text"),
+        ("generate", ["-m", "inference.seed=1,2"], "-m: only train.py makes several runs"),
         ("train", ["-m", "resume=latest"], "one run at a time"),
         ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpt2.config import TrainingConfig, UserError
+from gpt2.config import UserError
 from gpt2.device import choose_device, choose_precision, cuda_or_else, known_peak
 
 
@@ -38,10 +38,10 @@ def test_a_device_that_is_not_there_is_refused_and_only_the_promised_default_fal
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
-    [({}, "fp32"), ({"precision": "bf16"}, "bf16"), ({"mixed_precision": False}, "fp32")],
+    ("asked", "name"),
+    [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")],
 )
-def test_precision_on_a_cpu_is_fp32_unless_asked(options, name):
-    precision = choose_precision(TrainingConfig(**options), torch.device("cpu"))
+def test_precision_on_a_cpu_is_fp32_unless_asked(asked, name):
+    precision = choose_precision(asked, torch.device("cpu"))
     assert precision.name == name
     assert not precision.scaler().is_enabled()

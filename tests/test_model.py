@@ -75,7 +75,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, padding):
     expected.loss.backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    wanted = from_transformers((name, parameter.grad) for name, parameter in theirs.named_parameters())
+    wanted = from_transformers(((name, parameter.grad) for name, parameter in theirs.named_parameters()), ours)
     assert_close(gradients, wanted, **close)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpt2 import checkpoint
 from gpt2.config import DataConfig, GPT2Config, InferenceConfig, TrainingConfig, UserError
 from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
-from gpt2.evaluate import Evaluator, mean_loss
+from gpt2.evaluate import Evaluator, score
 from gpt2.inference import TextGenerator
 from gpt2.model import GPT2Model
 from gpt2.tracking import Tracker, read_metrics
@@ -143,7 +143,7 @@ def test_loaders_of_pairs_and_of_plain_tensors_are_taken_as_labels_of_transforme
 def test_validation_loss_does_not_depend_on_the_batch_size(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path)
     losses = [
-        mean_loss(trainer.model, get_dataloaders(blocks, blocks, blocks, config)[1], trainer.device)
+        score(trainer.model, get_dataloaders(blocks, blocks, blocks, config)[1], trainer.device).loss
         for config in (TrainingConfig(batch_size=size, num_workers=0) for size in (1, 3, 20))
     ]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)

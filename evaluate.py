@@ -1,0 +1,52 @@
+"""Score a trained model on a corpus: `python evaluate.py checkpoint=... data=...`."""
+
+import json
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from gpt2.command_line import script
+from gpt2.config import EvaluateRun, UserError
+
+
+@script("evaluate")
+def main(config: EvaluateRun) -> None:
+    import torch
+    from torch.utils.data import DataLoader
+
+    from gpt2.data_loader import as_it_is, load_split
+    from gpt2.device import choose_device, keep_freed_memory
+    from gpt2.evaluate import Evaluator
+    from gpt2.pretrained import describe_data, open_model
+
+    choose_device(config.device)  # refuses a missing one before any work
+    keep_freed_memory()
+    trained = open_model(config.checkpoint)
+    blocks = load_split(config.data, config.split, config.stride)
+    if not len(blocks):
+        raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
+    loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
+
+    evaluator = Evaluator(trained.build(), loader, config.device, config.precision)
+    metrics = evaluator.evaluate()
+
+    print(f"{trained.describe()} on the {blocks.path.stem} split of {describe_data(asdict(config.data))}")
+    evaluator.print_metrics(metrics)
+    place = Path(config.output) if config.output else place_of_evaluation(trained.source)
+    about = {**asdict(config), "split": blocks.path.stem, "torch": torch.__version__}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps({**metrics, **about}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {os.path.relpath(place)}")
+
+
+def place_of_evaluation(source: str) -> Path:
+    """Where the result of a trained model belongs: its run folder, if it lies in one."""
+    run = Path(source).absolute().parent.parent
+    if (run / "metrics.jsonl").is_file():
+        return run / "evaluation.json"
+    return Path("outputs/evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("./")) / "evaluation.json"
+
+
+if __name__ == "__main__":
+    main()
