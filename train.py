@@ -88,7 +88,7 @@ def initial_model(config: TrainRun, tokenizer: "GPT2Tokenizer") -> "GPT2Model":
         )
     if config.resume:  # the checkpoint brings the weights
         return GPT2Model(config.model)
-    log.info(f"Weights of {name}")
+    log.info(f"Weights from {name}")
     return open_model(name).build(config.model)
 
 

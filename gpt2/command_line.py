@@ -69,7 +69,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 return run_job(name, task, composed, prompt)
 
             sys.argv[1:] = arguments
-            hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
+            with faults_as_lines():
+                hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
 
         return main
 
@@ -299,15 +300,18 @@ def complete_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
     run = trained.record and trained.record["run"]
     if run:
         composed = with_group_of(run, "data", composed, overrides)
-    keys = keys_of(overrides)
+    keys, context = keys_of(overrides), trained.config.context_length
+    found = use_tokenizer_of(trained, "checkpoint", composed, keys)
     if "data.max_length" not in keys:
-        composed.data.max_length = run["data"]["max_length"] if run else trained.config.context_length
-    elif composed.data.max_length > trained.config.context_length:
-        raise UserError(
+        composed.data.max_length = run["data"]["max_length"] if run else context
+    elif composed.data.max_length > context:
+        found.append(
             f"data.max_length: windows of {composed.data.max_length} tokens do not fit into the context of "
-            f"{trained.config.context_length} of {trained.source}"
+            f"checkpoint={trained.source}, {context}"
         )
-    return with_tokenizer_of(trained, "checkpoint", composed, keys)
+    if found:
+        raise UserError(*found)
+    return composed
 
 
 def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -321,25 +325,30 @@ def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
     chosen = set(vars(GPT2Config())) if "model" in keys else {key.removeprefix("model.") for key in keys}
     asked = OmegaConf.to_object(composed.model)
     assert isinstance(asked, GPT2Config)
-    composed.model = following(trained, asked, chosen)
+    found = use_tokenizer_of(trained, "train.init_from", composed, keys)
+    try:
+        composed.model = following(trained, asked, chosen)
+    except UserError as error:
+        found += error.faults
+    if found:
+        raise UserError(*found)
     composed.train.init_from = trained.source
-    return with_tokenizer_of(trained, "train.init_from", composed, keys)
+    return composed
 
 
-def with_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> DictConfig:
+def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> list[str]:
     """Tokenize as a trained model learned to: to it, the tokens of any other tokenizer are other words.
 
-    Raises:
-        UserError: The command line asks for another tokenizer.
+    Returns the fault if the command line asks for another one.
     """
-    if trained.tokenizer is None:  # nobody can say which it was
-        return composed
     wanted = composed.data.tokenizer
+    if trained.tokenizer is None:  # nobody can say which it was
+        return []
     if "data.tokenizer" not in keys:
         composed.data.tokenizer = trained.source
     elif wanted == "train" or open_tokenizer(wanted).fingerprint != trained.tokenizer.fingerprint:
-        raise UserError(f"data.tokenizer: {wanted} is not the tokenizer of {key}={trained.source}, which is needed")
-    return composed
+        return [f"data.tokenizer: {wanted} is not the tokenizer of {key}={trained.source}; left out, it is"]
+    return []
 
 
 def complete_export(composed: DictConfig, _overrides: list[str]) -> DictConfig:

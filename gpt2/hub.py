@@ -57,6 +57,6 @@ def hub_folder(repository: str, patterns: list[str]) -> Path:
         return Path(snapshot_download([*cached, *names][0], allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
         raise UserError(
-            f"could not get {' or '.join(patterns)} of {repository!r} from the Hugging Face Hub or its cache; "
-            f"{WITHOUT_NETWORK}"
+            f"could not get {patterns[0]} of {repository!r} from the Hugging Face Hub or its cache; "
+            "without a network, name a local folder or checkpoint in its place (a tokenizer may also be train or bytes)"
         ) from error

@@ -47,6 +47,13 @@ class ConsoleHandler(logging.StreamHandler):
         if not (getattr(record, "on_progress_line", False) and is_terminal()):
             super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Where nobody reads any more, as after `| head`, the run goes on and says no more there."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
+        else:
+            super().handleError(record)
+
 
 def is_terminal() -> bool:
     console = Console()

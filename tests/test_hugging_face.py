@@ -1,0 +1,429 @@
+"""Weights in and folders out: the format of `transformers`, which writes and reads what is compared here."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from gpt2 import checkpoint
+from gpt2.config import GPT2Config, UserError
+from gpt2.pretrained import export, following, open_model
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.conftest import ROOT, TINY, Workspace
+from tests.helpers import noisy_model, tiny_config, transformers_twin
+
+CORPUS = "The quick brown fox jumps over the lazy dog. " * 50
+
+
+def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer | None = None) -> None:
+    (tokenizer or GPT2Tokenizer.of_bytes()).to_folder(folder, context_length=16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What `save_pretrained` of transformers makes of a small model without zeros or ones among its weights."""
+    transformers_twin(noisy_model(tiny_config(vocab_size=257), std=0.1)).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the stored tensors of a folder: `change` gets them by name, as a dict to work on."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def describe(folder: Path, **fields) -> None:
+    """Change fields of a folder's `config.json`."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In
+
+
+@pytest.mark.parametrize("size", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
+def test_every_size_gives_the_logits_and_the_greedy_text_of_transformers(tmp_path, size):
+    """As deep and with as many heads as the size has, but narrow."""
+    shape = OmegaConf.load(ROOT / "conf" / "model" / f"{size}.yaml")
+    width = 4 * shape.num_heads
+    config = tiny_config(d_model=width, d_ff=4 * width, num_heads=shape.num_heads, num_layers=shape.num_layers)
+    theirs = transformers_twin(noisy_model(config, std=0.02)).eval()
+    theirs.save_pretrained(tmp_path)
+
+    trained = open_model(str(tmp_path))
+    ours = trained.build().eval()
+    assert trained.config == config
+    input_ids = torch.randint(config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert_close(ours(input_ids)[0], theirs(input_ids).logits, atol=1e-5, rtol=1e-5)
+    expected = theirs.generate(input_ids[:1, :4], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    ours_greedy = torch.stack(list(ours.generate(input_ids[:1, :4], 12, do_sample=False)), dim=1)
+    assert ours_greedy.tolist() == expected[:, 4:].tolist()
+
+
+def without_prefix(folder: Path) -> None:
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+    rewrite(folder, strip)
+
+
+def as_openai_stored_it(folder: Path) -> None:
+    """Without the prefix and without the head, but with a causal mask in each layer, as in `gpt2` on the Hub."""
+    without_prefix(folder)
+
+    def add_masks(tensors):
+        tensors.pop("lm_head.weight", None)
+        for layer in range(2):
+            tensors[f"h.{layer}.attn.bias"] = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+
+    rewrite(folder, add_masks)
+
+
+def with_the_head_stored_too(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+
+
+def in_shards(folder: Path) -> None:
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
+
+
+LAYOUTS = [without_prefix, as_openai_stored_it, with_the_head_stored_too, in_shards]
+
+
+@pytest.mark.parametrize("store", LAYOUTS, ids=lambda store: store.__name__)
+def test_every_layout_holds_the_same_weights(folder, store):
+    expected = open_model(str(folder)).tensors()
+    store(folder)
+    assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
+
+
+def test_half_precision_weights_become_fp32(folder):
+    expected = open_model(str(folder)).tensors()
+    rewrite(folder, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    tensors = open_model(str(folder)).tensors()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert_close(tensors, {name: t.half().float() for name, t in expected.items()}, atol=0, rtol=0)
+
+
+def test_all_tensors_that_do_not_fit_are_named_in_one_error(folder):
+    def spoil(tensors):
+        del tensors["transformer.h.0.ln_1.bias"], tensors["transformer.wpe.weight"]
+        tensors["transformer.h.7.ln_1.bias"] = torch.zeros(16)
+        tensors["score.weight"] = torch.zeros(2, 16)
+        tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(40, 16)
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError) as refused:
+        open_model(str(folder)).build()
+    (line,) = refused.value.faults
+    assert "2 missing: h.0.ln_1.bias, wpe.weight" in line
+    assert "2 unexpected: h.7.ln_1.bias, score.weight" in line
+    assert "1 misshapen: h.1.mlp.c_fc.weight (40, 16) instead of (16, 40)" in line
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def a_head_of_its_own(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
+
+
+def whole_numbers(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()}))
+
+
+def a_shard_too_few(folder: Path) -> None:
+    in_shards(folder)
+    next(folder.glob("model-00002-*")).unlink()
+
+
+def an_index_that_leads_elsewhere(folder: Path) -> None:
+    in_shards(folder)
+    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder.parent / "model.safetensors").touch()
+
+
+def a_config_of_words(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+REFUSED = [
+    (only_a_pickle, r"pytorch_model.bin, a pickle, which can run code"),
+    (no_weights, "it holds no model.safetensors"),
+    (a_head_of_its_own, "its lm_head is not its token embedding"),
+    (whole_numbers, "stored as I8, not as plain floats"),
+    (a_shard_too_few, "not there: model-00002-of-"),
+    (an_index_that_leads_elsewhere, "not there: ../model.safetensors"),
+    (a_config_of_words, "cannot read its config.json"),
+    (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
+    (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
+    (lambda folder: describe(folder, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
+    (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
+    (lambda folder: describe(folder, n_embd="wide"), "describes no model"),
+    (lambda folder: describe(folder, use_bias=False), "says use_bias=false, yet"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "complaint"), REFUSED, ids=[complaint for _, complaint in REFUSED])
+def test_what_cannot_be_read_as_gpt2_is_refused_with_the_reason(folder, spoil, complaint):
+    spoil(folder)
+    with pytest.raises(UserError, match=complaint) as refused:
+        open_model(str(folder)).build()
+    assert str(folder) in str(refused.value)
+
+
+def test_a_file_cut_anywhere_is_refused(folder):
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="is damaged or incomplete"):
+            open_model(str(folder)).build()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shape follows the weights
+
+
+def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder):
+    trained = open_model(str(folder))
+    assert following(trained, GPT2Config(), set()) == trained.config
+    asked = GPT2Config(dropout=0.3, attention_dropout=0.2, residual_dropout=0.1, context_length=8)
+    found = following(trained, asked, {"residual_dropout"})
+    assert (found.dropout, found.attention_dropout, found.residual_dropout) == (0.3, 0.2, 0.1)
+    assert (found.context_length, found.d_model) == (8, 16)
+
+
+def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
+    trained = open_model(str(folder))
+    with pytest.raises(UserError) as refused:
+        following(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
+    assert refused.value.faults == [
+        f"model.context_length: 32 contradicts train.init_from={folder}, which has 16",
+        f"model.d_model: 768 contradicts train.init_from={folder}, which has 16",
+        f"model.num_heads: 8 contradicts train.init_from={folder}, which has 4",
+    ]
+
+
+def test_a_shorter_context_leaves_out_the_last_positions(folder):
+    trained = open_model(str(folder))
+    whole, cropped = trained.build().eval(), trained.build(tiny_config(vocab_size=257, context_length=5)).eval()
+    input_ids = torch.randint(257, (2, 5), generator=torch.Generator().manual_seed(0))
+    assert_close(cropped(input_ids)[0], whole(input_ids)[0], atol=0, rtol=0)
+    assert cropped.position_embedding.weight.shape == (5, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out
+
+
+def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) -> dict[str, torch.Tensor]:
+    """A checkpoint as `Trainer` writes it, of an untrained model. Returns its weights."""
+    tensors = noisy_model(config, std=0.05).state_dict()
+    progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5}
+    train = {"batch_size": 4, "accumulation_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 1}
+    record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
+    about = {**record, "data": None, "progress": progress, "scaler": {}, "torch": torch.__version__}
+    checkpoint.write(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
+    return tensors
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, use_bias):
+    weights = save_checkpoint(
+        tmp_path / "a.pth", tiny_config(vocab_size=257, use_bias=use_bias, dropout=0.2), GPT2Tokenizer.of_bytes()
+    )
+    original = open_model(str(tmp_path / "a.pth"))
+    export(original, tmp_path / "out")
+    again = open_model(str(tmp_path / "out"))
+    assert again.config == original.config
+    assert again.tokenizer.fingerprint == original.tokenizer.fingerprint
+    assert_close(again.tensors(), weights, atol=0, rtol=0)
+
+
+def test_in_and_out_again_is_the_file_that_transformers_wrote(folder):
+    export(open_model(str(folder)), folder.parent / "out")
+    assert (folder.parent / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+LOAD = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging
+logging.disable_progress_bar()
+results = []
+for folder, prompt, text in json.load(sys.stdin):
+    AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    write = pipeline("text-generation", folder)
+    written = write(prompt, do_sample=False, max_new_tokens=9)[0]["generated_text"]
+    ids = tokenizer(text)["input_ids"]
+    results.append([written, ids, tokenizer.decode(ids)])
+print(json.dumps(results))
+"""
+
+
+def test_transformers_loads_what_was_exported_without_a_word_and_writes_the_same_text(tmp_path):
+    """For every kind of tokenizer, in one process, since importing transformers takes seconds."""
+    tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
+    text = "The fox's 3 dogs …\n\n  jump — é漢🦊 ."
+    asked, expected = [], []
+    for number, tokenizer in enumerate(tokenizers):
+        path, folder = tmp_path / f"{number}.pth", tmp_path / f"out{number}"
+        config = tiny_config(vocab_size=tokenizer.vocab_size, use_bias=number == 0, context_length=64)
+        save_checkpoint(path, config, tokenizer)
+        trained = open_model(str(path))
+        export(trained, folder)
+        prompt = "The quick 🦊"
+        model = trained.build()
+        ids = tokenizer.encode(prompt)
+        written = list(model.generate(torch.tensor([ids]), 9, do_sample=False, eos_token_id=tokenizer.eos_token_id))
+        kept = [int(token) for token in written if int(token) != tokenizer.eos_token_id]
+        asked.append([str(folder), prompt, text])
+        expected.append([prompt + tokenizer.decode(kept), tokenizer.encode(text), text])
+    done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(asked), capture_output=True, text=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == expected
+
+
+def test_the_card_says_what_the_model_is(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in ("| steps | 7 |", "| validation loss | 2.5000 nats a token |", "| d_model | 16 |", "| tokens | 99 |"):
+        assert fact in card
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, folder):
+    only_a_pickle(folder)
+    with pytest.raises(UserError):
+        export(open_model(str(folder)), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def in_the_cache_of_the_hub(workspace: Workspace, name: str, folder: Path) -> None:
+    """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
+    repository = workspace.folder / "cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_that_name(workspace, folder, name):
+    write_tokenizer(folder)
+    in_the_cache_of_the_hub(workspace, name, folder)
+    (workspace.folder / "gpt2").mkdir()
+    options = ["prompt=ab", "inference=greedy", "inference.max_new_tokens=5"]
+    cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
+    local = workspace.run("generate.py", f"checkpoint={folder}", *options)
+    assert cached.stdout == local.stdout
+    assert cached.stderr.endswith("gpt2\n")
+
+
+def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):
+    (line,) = workspace.run("evaluate.py", "checkpoint=gpt2-xl", expect=2).stderr.splitlines()
+    assert "could not get config.json of 'gpt2-xl' from the Hugging Face Hub or its cache" in line
+
+
+FINE_TUNE = [
+    argument for argument in TINY if not argument.startswith(("model", "data.tokenizer")) or "dropout" in argument
+]
+
+
+def test_fine_tuning_takes_shape_and_tokenizer_from_the_weights_and_resumes_without_them(workspace, folder):
+    tokenizer = GPT2Tokenizer.train([CORPUS], 257)
+    write_tokenizer(folder, tokenizer)
+    done = workspace.run("train.py", *FINE_TUNE, f"train.init_from={folder}", "model.dropout=0.2")
+    assert f"Weights from {folder}" in done.stdout
+    (run,) = workspace.runs()
+    trained = open_model(str(run))
+    assert trained.config == tiny_config(vocab_size=257, dropout=0.2)
+    assert trained.tokenizer.fingerprint == tokenizer.fingerprint
+    before, after = open_model(str(folder)).tensors(), trained.tensors()
+    moved = max((before[name] - after[name]).abs().max() for name in before)
+    assert 0 < moved < 0.05  # 8 steps from the weights, not from anywhere else
+
+    shutil.rmtree(folder)
+    resumed = workspace.run("train.py", "resume=latest", "train.max_steps=10")
+    assert "Going on after step 8" in resumed.stdout
+
+
+def test_the_run_that_goes_on_from_a_run_has_its_weights(workspace):
+    workspace.run("train.py", *TINY)
+    (first,) = workspace.runs()
+    workspace.run("train.py", *FINE_TUNE, f"train.init_from={first}", "train.learning_rate=1e-30", "name=second")
+    (second,) = workspace.folder.glob("outputs/runs/second/*")
+    assert_close(open_model(str(second)).tensors(), open_model(str(first)).tensors(), atol=1e-6, rtol=0)
+
+
+def test_contradictions_are_refused_together_before_anything_is_written(workspace, folder):
+    write_tokenizer(folder)
+    done = workspace.run(
+        "train.py", *FINE_TUNE, f"train.init_from={folder}", "model=gpt2_nano", "data.tokenizer=train", expect=2
+    )
+    keys = [line.split(":")[1].strip() for line in done.stderr.splitlines()]
+    assert keys[0] == "data.tokenizer"
+    assert {"model.context_length", "model.d_model", "model.num_layers", "model.d_ff"} <= set(keys)
+    assert not (workspace.folder / "outputs").exists()
+
+
+def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
+    elsewhere = Workspace(tmp_path)
+    shutil.copy(trained.runs()[0] / "checkpoints" / checkpoint.BEST, tmp_path / "model.pth")
+    options = ["prompt=def f", "inference.seed=1"]
+    here = trained.run("generate.py", *options).stdout
+    assert elsewhere.run("generate.py", *options, "checkpoint=model.pth").stdout == here
+
+
+def test_export_as_a_command(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}"],
+        cwd=trained.folder,
+        env=trained.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:
+        assert "transformer.wte.weight" in file.keys()  # noqa: SIM118
+    card = (tmp_path / "a b" / "out" / "README.md").read_text()
+    assert "| data | corpus.txt |" in card
+    again = subprocess.run(
+        [sys.executable, "-m", "gpt2.main", "export", f"to={tmp_path}"],
+        cwd=trained.folder,
+        env=trained.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
