@@ -1,0 +1,201 @@
+"""Evaluation is exact: against a plain loop over `transformers`, whatever the batch size, the stride or the tail."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gpt2.config import DataConfig
+from gpt2.data_loader import TokenBlocks, as_it_is, load_split, load_text_data
+from gpt2.evaluate import Evaluator
+from gpt2.model import IGNORE, GPT2Model
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.conftest import TEXT, Workspace
+from tests.helpers import noisy_model, tiny_config, transformers_twin
+
+LENGTH = 16  # of a window: the context of `tiny_config`
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2Model:
+    return noisy_model(tiny_config(vocab_size=257)).eval()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    """A split of 101 tokens of bytes, some of them ends of documents."""
+    ids = np.random.default_rng(0).integers(0, 256, size=101)
+    ids[[7, 50]] = 256
+    ids.astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    return tmp_path / "tokens.bin"
+
+
+def windows(path: Path, stride: int | None = None, length: int = LENGTH) -> TokenBlocks:
+    return TokenBlocks(path, "uint16", length, GPT2Tokenizer.of_bytes(), stride=stride)
+
+
+def evaluate(model: GPT2Model, blocks: TokenBlocks, batch_size: int = 4) -> dict[str, float]:
+    return Evaluator(model, DataLoader(blocks, batch_size, collate_fn=as_it_is), "cpu").evaluate()
+
+
+def loss_by_transformers(model: GPT2Model, path: Path, stride: int) -> float:
+    """The mean loss of each token but the first, by a loop that knows nothing of ours: a window at a time, each token
+    scored by the first window that holds it."""
+    theirs = transformers_twin(model).eval()
+    ids = torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int64))
+    losses, scored = [], 1
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + LENGTH + 1]
+        with torch.no_grad():
+            log_probabilities = theirs(window[None, :-1]).logits[0].log_softmax(-1)
+        for place in range(max(scored - start, 1), len(window)):
+            losses.append(-log_probabilities[place - 1, window[place]].item())
+        scored = max(scored, start + len(window))
+        if scored == len(ids):
+            break
+    assert len(losses) == len(ids) - 1
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, 15, 16])
+def test_the_loss_is_that_of_a_plain_loop_over_transformers(model, tokens, stride):
+    metrics = evaluate(model, windows(tokens, stride))
+    expected = loss_by_transformers(model, tokens, stride)
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert metrics["tokens"] == 100
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_the_batch_size_does_not_matter(model, tokens, stride):
+    losses = [evaluate(model, windows(tokens, stride), size)["loss"] for size in (1, 2, 3, 7, 100)]
+    assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3, LENGTH, LENGTH + 1, LENGTH + 2, 50, 101])
+@pytest.mark.parametrize("stride", [None, 1, 3, 15, 16])
+def test_each_token_but_the_first_is_scored_once_after_as_much_as_the_window_holds(tmp_path, count, stride):
+    path = tmp_path / "tokens.bin"
+    np.arange(count, dtype=np.uint16).tofile(path)
+    blocks = windows(path, stride)
+    scored = {}
+    for i in range(len(blocks)):
+        block = blocks[i]
+        for place in (block["targets"] != IGNORE).nonzero().flatten().tolist():
+            token = block["targets"][place].item()
+            assert token not in scored
+            assert block["input_ids"][: place + 1].tolist() == list(range(token - place - 1, token))
+            scored[token] = place + 1
+    assert sorted(scored) == list(range(1, count))
+    least = LENGTH - (stride or LENGTH) + 1
+    assert all(context >= min(token, least) for token, context in scored.items())
+
+
+def test_a_stride_of_the_whole_window_is_plain_blocks(tokens):
+    plain, strided = windows(tokens), windows(tokens, LENGTH)
+    assert len(plain) == len(strided) == 7
+    for i in range(7):
+        assert all(torch.equal(plain[i][key], strided[i][key]) for key in ("input_ids", "targets"))
+
+
+def test_bits_per_byte_count_text_and_not_the_ends_of_documents(model, tokens):
+    metrics = evaluate(model, windows(tokens))
+    ids = np.fromfile(tokens, dtype=np.uint16)[1:]
+    assert metrics["bytes"] == (ids != 256).sum() == 98
+    assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] * 100 / math.log(2) / 98, abs=1e-9)
+
+
+def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
+    """A model that knows nothing pays log2(v) bits a token: bits per byte follow from the text alone."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    tokenizers = {"bytes": GPT2Tokenizer.of_bytes(), "trained": GPT2Tokenizer.train([TEXT], 300)}
+    for name, tokenizer in tokenizers.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        tokenizer.to_folder(folder, LENGTH)
+        data = DataConfig(
+            files=[str(tmp_path / "text.txt")],
+            tokenizer=str(folder),
+            max_length=LENGTH,
+            cache_dir=str(tmp_path / "cache"),
+        )
+        knows_nothing = GPT2Model(tiny_config(vocab_size=tokenizer.vocab_size))
+        torch.nn.init.zeros_(knows_nothing.token_embedding.weight)
+        metrics = evaluate(knows_nothing, load_split(data, "train"))
+        characters = int(len(TEXT) * 0.9)
+        first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # of this token nothing is predicted
+        assert metrics["bytes"] == characters - first
+        expected = metrics["tokens"] * math.log2(tokenizer.vocab_size) / (characters - first)
+        assert metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_split_alone_is_that_of_all_three(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    data = DataConfig(files=[str(tmp_path / "text.txt")], tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
+    train, validation, _, _ = load_text_data(data)
+    for split, expected in (("train", train), ("validation", validation), ("test", validation)):
+        alone = load_split(data, split)
+        assert alone.tokens.tolist() == expected.tokens.tolist()
+    assert sorted(path.name for path in alone.path.parent.glob("*.bin")) == ["validation.bin"]
+
+
+# The script
+
+
+def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspace):
+    done = trained.run("evaluate.py", "batch_size=3")
+    (run,) = trained.runs()
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["split"] == "validation"  # a text brings no test split, and it is said
+    assert "no test split" in done.stderr
+    assert f"loss{result['loss']:>28.4f}" in done.stdout
+    assert f"bits per byte{result['bits_per_byte']:>19.4f}" in done.stdout
+    assert "written to" in done.stdout
+    assert result["data"]["max_length"] == 32
+    assert result["tokens"] > 1000
+    trained.run("evaluate.py", "stride=8", "output=strided.json")
+    strided = json.loads((trained.folder / "strided.json").read_text())
+    assert strided["tokens"] == result["tokens"]
+    assert strided["loss"] != result["loss"]
+    (run / "evaluation.json").unlink()
+    (trained.folder / "strided.json").unlink()
+
+
+def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspace, tmp_path):
+    (tmp_path / "other.txt").write_text("Another text altogether. " * 40)
+    trained.run(
+        *("evaluate.py", "data=text", f"data.files=['{tmp_path}/other.txt']", "split=train", "output=out/e.json"),
+    )
+    result = json.loads((trained.folder / "out" / "e.json").read_text())
+    assert result["bytes"] == int(25 * 40 * 0.9) - 1
+    assert result["tokens"] == result["bytes"] + 1  # the end of the document
+    assert result["data"]["max_length"] == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["stride=33"], "stride: 33 is not between 1 and data.max_length=32"),
+        (["stride=0"], "stride: 0 is not between 1"),
+        (["data.max_length=64"], "data.max_length: windows of 64 tokens do not fit into the context"),
+        (["data.tokenizer=train"], "data.tokenizer: train is not the tokenizer of checkpoint="),
+        (["split=all"], "expected one of"),
+        (["checkpoint=nowhere"], "there is no nowhere here"),
+        (["data=text", "data.files=[nowhere.txt]"], "no file matches"),
+        (["device=tpu"], "is none of auto"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(trained: Workspace, arguments, complaint):
+    (line,) = trained.run("evaluate.py", *arguments, expect=2).stderr.splitlines()
+    assert complaint in line
+
+
+def test_a_text_of_one_token_cannot_be_evaluated(trained: Workspace, tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    done = trained.run("evaluate.py", "data=text", f"data.files=['{tmp_path}/a.txt']", "split=train", expect=2)
+    assert "no text in the train split" in done.stderr
