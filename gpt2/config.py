@@ -124,15 +124,15 @@ class InferenceConfig:
 class OptunaConfig:
     """A hyperparameter study."""
 
-    n_trials: int = 50
-    timeout: int | None = None  # seconds
+    n_trials: int = 50  # in all: a study that a storage holds is only filled up
+    timeout: int | None = None  # seconds after which no trial begins
     study_name: str = "gpt2_optimization"
-    storage: str | None = None  # a database URL
-    direction: str = "minimize"
-    sampler: str = "TPE"
-    pruner: str = "MedianPruner"
-    n_startup_trials: int = 10
-    n_warmup_steps: int = 5
+    storage: str | None = None  # a database URL such as sqlite:///study.db; null: memory
+    direction: str = "minimize"  # or maximize: of each trial's lowest validation loss
+    sampler: str = "TPE"  # TPE, Random, CmaEs, GP or QMC, in any case
+    pruner: str = "MedianPruner"  # or median, SuccessiveHalvingPruner or asha, HyperbandPruner or hyperband, none
+    n_startup_trials: int = 10  # drawn at random before TPE, CmaEs or GP begins; completed before the median prunes
+    n_warmup_steps: int = 5  # evaluations: so many of each trial are not judged by the median or by asha
 
 
 @dataclass
@@ -264,6 +264,17 @@ _INFERENCE_BOUNDS = {
     "repetition_penalty": (1e-3, 1e3, "between 0.001 and 1000"),
     "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
 }
+_OPTUNA_BOUNDS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("n_trials", "timeout"), COUNT),
+    **dict.fromkeys(("n_startup_trials", "n_warmup_steps"), COUNT_OR_ZERO),
+}
+SAMPLERS = ["TPE", "Random", "CmaEs", "GP", "QMC"]
+PRUNERS = {  # by Optuna's name: the short one
+    "MedianPruner": "median",
+    "SuccessiveHalvingPruner": "asha",
+    "HyperbandPruner": "hyperband",
+    "NopPruner": "none",
+}
 
 
 def model_faults(config: GPT2Config, prefix: str = "model.") -> Faults:
@@ -338,6 +349,17 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
 
 def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Faults:
     return _outside(vars(config), _INFERENCE_BOUNDS, prefix)
+
+
+def optuna_faults(config: OptunaConfig, prefix: str = "optuna.") -> Faults:
+    found = _outside(vars(config), _OPTUNA_BOUNDS, prefix)
+    if config.direction not in ("minimize", "maximize"):
+        found.append(f"{prefix}direction: {config.direction!r} is neither minimize nor maximize")
+    for key, choices in (("sampler", SAMPLERS), ("pruner", [name for names in PRUNERS.items() for name in names])):
+        value = getattr(config, key)
+        if value.lower() not in map(str.lower, choices):
+            found.append(f"{prefix}{key}: {value!r} is none of {', '.join(choices)}")
+    return found
 
 
 def faults(config: Run) -> Faults:

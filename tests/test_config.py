@@ -19,6 +19,7 @@ from gpt2.config import (
     TrainingConfig,
     TrainRun,
     faults,
+    optuna_faults,
     training_faults,
 )
 from tests.helpers import ROOT, shared
@@ -179,6 +180,36 @@ def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
     assert [fault.split(":")[0] for fault in training_faults(config)] == ["train.precision"]
     config.mixed_precision = True
     assert training_faults(config) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "choices"),
+    [
+        ("sampler", "TPESampler", "TPE, Random, CmaEs, GP, QMC"),
+        ("pruner", "medain", "MedianPruner, median, SuccessiveHalvingPruner, asha"),
+        ("direction", "MINIMIZE", "minimize nor maximize"),
+        *((name, 0, "at least 1") for name in ("n_trials", "timeout")),
+        *((name, -1, "at least 0") for name in ("n_startup_trials", "n_warmup_steps")),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
+    (fault,) = optuna_faults(OptunaConfig(**{field: bad}))
+    assert fault.startswith(f"optuna.{field}: ")
+    assert choices in fault
+
+
+@pytest.mark.parametrize(
+    ("field", "good"),
+    [
+        *(("sampler", name) for name in ("tpe", "RANDOM", "cmaes", "Gp", "qmc")),
+        *(("pruner", name) for name in ("nopPruner", "asha", "Hyperband", "none")),
+        *(("direction", name) for name in ("minimize", "maximize")),
+        *((name, 0) for name in ("n_startup_trials", "n_warmup_steps")),
+        *(("n_trials", 1), ("timeout", 1), ("timeout", None)),
+    ],
+)
+def test_what_a_study_may_be_is_no_fault(field, good):
+    assert optuna_faults(OptunaConfig(**{field: good})) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "../a", "a" * 101, "a\n"])
