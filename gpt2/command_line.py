@@ -170,6 +170,8 @@ def check_command_line(name: str, options: Namespace) -> None:
             found.append(f"{text}: nothing can be taken out; null switches an optional value off")
         elif override.key_or_group == "resume" and options.multirun:
             found.append(f"{text}: one run at a time, without -m")
+        elif override.key_or_group == "hparams_search" and override.value() and not options.multirun:
+            found.append(f"{text}: a search is many runs, it needs -m")
         elif override.is_sweep_override() and options.multirun:
             swept.append(override)
         else:

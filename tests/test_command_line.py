@@ -59,7 +59,7 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("group", ["model", "train", "data", "inference", "wandb", "experiment"])
+@pytest.mark.parametrize("group", ["model", "train", "data", "inference", "wandb", "experiment", "hparams_search"])
 def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for choice in choices(group):
@@ -176,6 +176,7 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
     [
         ("generate", ["-m", "inference.seed=1,2"], "-m: only train.py makes several runs"),
         ("train", ["-m", "resume=latest"], "one run at a time"),
+        ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search is many runs, it needs -m"),
         ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),
     ],
 )
