@@ -1,0 +1,334 @@
+"""The search: what a trial may do, what the study keeps of it, and that the command line searches the same space."""
+
+import gc
+import logging
+import os
+import signal
+import weakref
+from pathlib import Path
+from typing import ClassVar
+
+import optuna
+import pytest
+import torch
+from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+
+from gpt2 import checkpoint, optimize
+from gpt2.command_line import CONF
+from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig, UserError
+from gpt2.model import GPT2Model
+from gpt2.optimize import INTERRUPTED, SPACE, OptunaOptimizer, make_pruner, make_sampler, with_parameters
+from gpt2.train import Trainer
+from tests.conftest import TINY, Workspace
+from tests.helpers import tiny_config
+
+BLOCKS = [(torch.arange(16) * (1 + row % 3) + row) % 61 for row in range(16)]  # there is something to learn in them
+GOOD = {"train.learning_rate": 1e-2, "train.warmup_steps": 10, "train.weight_decay": 0.01, "train.beta2": 0.95}
+GOOD["model.dropout"] = 0.15
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_new_garbage():
+    """Each trial ends with a collection, which is slow where all of torch is looked through again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def make_optimizer(folder: Path, blocks=BLOCKS, training=None, **study) -> OptunaOptimizer:
+    """A search of which each trial takes 8 steps and evaluates after 2, 4, 6 and 8."""
+    sizes = {"max_steps": 8, "eval_every": 2, "device": "cpu", "checkpoint_dir": str(folder / "kept")}
+    loader = DataLoader(blocks, batch_size=8)
+    config = TrainingConfig(**{**sizes, **(training or {})})
+    return OptunaOptimizer(loader, loader, tiny_config(), config, OptunaConfig(**study))
+
+
+def storage_with(folder: Path, *trials: dict) -> str:
+    """A storage whose study begins with these trials, each of them GOOD but for what it names."""
+    url = f"sqlite:///{folder / 'study.db'}"
+    study = optuna.create_study(study_name=OptunaConfig().study_name, storage=url)
+    for changes in trials:
+        study.enqueue_trial({**GOOD, **changes})
+    return url
+
+
+def states(optimizer: OptunaOptimizer) -> list[str]:
+    return [trial.state.name for trial in optimizer.study.trials]
+
+
+def kept_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "kept").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The space
+
+
+def test_parameters_take_their_places_and_nothing_else_changes():
+    model, training = with_parameters(GOOD, GPT2Config(d_model=64), TrainingConfig(batch_size=3))
+    assert model == GPT2Config(d_model=64, dropout=0.15, attention_dropout=0.15, residual_dropout=0.15)
+    assert training == TrainingConfig(batch_size=3, learning_rate=1e-2, warmup_steps=10, weight_decay=0.01, beta2=0.95)
+
+
+def test_no_parameters_change_nothing():
+    assert with_parameters({}, tiny_config(), TrainingConfig()) == (tiny_config(), TrainingConfig())
+
+
+def test_the_command_line_searches_the_same_space():
+    search = OmegaConf.load(CONF / "hparams_search" / "optuna.yaml")
+    overrides = [f"{key}={value}" for key, value in search.hydra.sweeper.params.items()]
+    space, fixed, _ = create_params_from_overrides(overrides)
+    assert (space, fixed) == (SPACE, {})
+    composed = OmegaConf.merge({"model": {"dropout": 0.2}}, {"model": search.model})
+    assert GPT2Config(**composed.model) == with_parameters({"model.dropout": 0.2}, GPT2Config(), TrainingConfig())[0]
+    study = OptunaConfig()
+    same = {key: search.hydra.sweeper[key] for key in ("study_name", "direction", "n_trials")}
+    assert same == {key: getattr(study, key) for key in same}
+
+
+@pytest.mark.parametrize("name", ["TPE", "Random", "CmaEs", "GP", "QMC"])
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_every_sampler_draws_within_the_space_and_by_its_seed(name):
+    def draws(spelling: str, seed: int) -> list[dict]:
+        config = OptunaConfig(sampler=spelling, n_startup_trials=1)
+        study = optuna.create_study(sampler=make_sampler(config, seed))
+        assert type(study.sampler).__name__ == f"{name}Sampler"
+        for _ in range(3):
+            trial = study.ask(SPACE)
+            study.tell(trial, trial.params["model.dropout"])
+        return [trial.params for trial in study.trials]
+
+    first = draws(name, 2**63 - 1)
+    assert all(distribution._contains(params[key]) for params in first for key, distribution in SPACE.items())
+    assert draws(name.upper(), 2**63 - 1) == first
+    assert draws(name.lower(), 5)[-1] != first[-1]
+
+
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [
+        *(("median", "MedianPruner"), ("asha", "SuccessiveHalvingPruner")),
+        *(("hyperband", "HyperbandPruner"), ("none", "NopPruner")),
+    ],
+)
+def test_a_pruner_is_named_as_optuna_names_it_or_shortly(short, name):
+    for spelling in (short, short.upper(), name, name.lower()):
+        assert type(make_pruner(OptunaConfig(pruner=spelling))).__name__ == name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The study
+
+
+def test_the_best_parameters_give_the_best_loss_again(tmp_path, caplog, capfd):
+    optimizer = make_optimizer(tmp_path, n_trials=3, sampler="random")
+    with caplog.at_level(logging.INFO, logger="gpt2.optimize"):
+        best = optimizer.optimize()
+    values = [trial.value for trial in optimizer.study.trials]
+    assert states(optimizer) == ["COMPLETE"] * 3
+    assert len(set(values)) == 3
+    assert best.keys() == SPACE.keys()
+    assert all(distribution._contains(best[key]) for key, distribution in SPACE.items())
+
+    model_config, training_config = with_parameters(best, tiny_config(), optimizer.training_config)
+    torch.manual_seed(training_config.seed)
+    again = Trainer(GPT2Model(model_config), optimizer.train_loader, optimizer.val_loader, training_config)
+    again.train()
+    assert again.progress.best_val_loss == min(values)
+
+    lines = [record.getMessage() for record in caplog.records if record.name == "gpt2.optimize"]
+    assert [line.split("  ")[:3] for line in lines] == [
+        [f"trial {number}", "COMPLETE", f"{value:.4f}"] for number, value in enumerate(values)
+    ]
+    assert f"best so far {min(values):.4f}, trial {values.index(min(values))}" in lines[-1]
+    assert capfd.readouterr().err == ""  # Optuna itself says nothing
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO  # but to others it does
+
+
+def test_a_study_in_a_storage_is_filled_up_without_repeating_itself(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    for n_trials, trials in ((1, 1), (3, 3), (2, 3)):
+        optimizer = make_optimizer(tmp_path, n_trials=n_trials, storage=storage, sampler="random")
+        assert optimizer.optimize() == optimizer.study.best_params
+        assert states(optimizer) == ["COMPLETE"] * trials
+        assert kept_folders(tmp_path) == [f"trial_{optimizer.study.best_trial.number}"]
+    assert len({trial.params["train.beta2"] for trial in optimizer.study.trials}) == 3
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_only_the_checkpoints_of_the_best_trial_stay(tmp_path, direction):
+    optimizer = make_optimizer(tmp_path, n_trials=3, sampler="random", direction=direction)
+    optimizer.optimize()
+    best = (min if direction == "minimize" else max)(optimizer.study.trials, key=lambda trial: trial.value)
+    assert kept_folders(tmp_path) == [f"trial_{best.number}"]
+    record = checkpoint.read_record(tmp_path / "kept" / f"trial_{best.number}" / checkpoint.BEST)
+    assert record["progress"]["val_loss"] == best.value
+    assert record["train"]["learning_rate"] == best.params["train.learning_rate"]
+
+
+def test_no_trial_begins_after_the_timeout(tmp_path):
+    optimizer = make_optimizer(tmp_path, n_trials=100, timeout=1, sampler="random")
+    optimizer.optimize()
+    assert len(states(optimizer)) >= 1
+    trials = optimizer.study.trials
+    assert (trials[-1].datetime_start - trials[0].datetime_start).total_seconds() < 1
+
+
+@pytest.mark.parametrize(
+    ("pruner", "n_warmup_steps", "evaluations", "state"),
+    [
+        ("median", 0, [0], "PRUNED"),
+        ("median", 2, [0, 1, 2], "PRUNED"),
+        ("median", 3, [0, 1, 2, 3], "COMPLETE"),  # at its end a trial is finished, not pruned
+        ("asha", 2, [0, 1, 2], "PRUNED"),
+        ("none", 0, [0, 1, 2, 3], "COMPLETE"),
+    ],
+)
+def test_a_trial_behind_the_others_is_pruned_after_the_warm_up(tmp_path, pruner, n_warmup_steps, evaluations, state):
+    storage = storage_with(tmp_path, {}, {"train.learning_rate": 1e-4})
+    settings = {"pruner": pruner, "n_startup_trials": 1, "n_warmup_steps": n_warmup_steps}
+    optimizer = make_optimizer(tmp_path, n_trials=2, storage=storage, **settings)
+    assert optimizer.optimize() == GOOD
+    assert states(optimizer) == ["COMPLETE", state]
+    slow = optimizer.study.trials[1]
+    assert list(slow.intermediate_values) == evaluations
+    if state == "PRUNED":
+        assert slow.user_attrs["reason"] == f"behind other trials at step {2 * len(evaluations)}"
+    assert kept_folders(tmp_path) == ["trial_0"]
+
+
+def test_hyperband_prunes_too(tmp_path):
+    slower_and_slower = [{"train.learning_rate": 1e-2 / 2**power} for power in range(6)]
+    optimizer = make_optimizer(
+        tmp_path, n_trials=6, storage=storage_with(tmp_path, *slower_and_slower), pruner="hyperband"
+    )
+    assert optimizer.optimize() == GOOD
+    assert set(states(optimizer)) == {"COMPLETE", "PRUNED"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+class Fragile(GPT2Model):
+    """A model that is NaN with much dropout, cannot be built with little, and wants to be alone in memory."""
+
+    alive: ClassVar = weakref.WeakSet()
+
+    def __init__(self, config: GPT2Config):
+        assert not self.alive, "the model of the trial before is still there"
+        super().__init__(config)
+        self.alive.add(self)
+        self.circle = [self]  # only a collection frees it
+        if config.dropout < 0.1:
+            raise RuntimeError("too dry")
+        if config.dropout > 0.2:
+            torch.nn.init.constant_(self.final_norm.bias, float("nan"))
+
+
+DIVERGES, BREAKS = {"model.dropout": 0.3}, {"model.dropout": 0.0}
+
+
+def test_a_trial_that_diverges_is_pruned_one_that_breaks_has_failed_and_the_study_goes_on(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(optimize, "GPT2Model", Fragile)
+    storage = storage_with(tmp_path, DIVERGES, BREAKS, {}, BREAKS, DIVERGES)
+    optimizer = make_optimizer(tmp_path, n_trials=5, storage=storage)
+    with caplog.at_level(logging.INFO, logger="gpt2.optimize"):
+        assert optimizer.optimize() == GOOD
+    assert states(optimizer) == ["PRUNED", "FAIL", "COMPLETE", "FAIL", "PRUNED"]
+    reasons = [trial.user_attrs.get("reason") for trial in optimizer.study.trials]
+    diverged = "step 1: the loss is no longer a finite number"
+    assert reasons == [diverged, "RuntimeError: too dry", None, "RuntimeError: too dry", diverged]
+    assert 'raise RuntimeError("too dry")' in optimizer.study.trials[1].user_attrs["traceback"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "gpt2.optimize"]
+    assert all((reason or "COMPLETE") in line for reason, line in zip(reasons, lines, strict=True))
+    assert kept_folders(tmp_path) == ["trial_2"]
+    assert not Fragile.alive
+
+
+def test_a_study_without_any_result_is_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimize, "GPT2Model", Fragile)
+    storage = storage_with(tmp_path, DIVERGES, BREAKS)
+    with pytest.raises(UserError, match="none of the study's 2 trials gave a value; the last: RuntimeError: too dry"):
+        make_optimizer(tmp_path, n_trials=2, storage=storage).optimize()
+
+
+class Interrupts(list):
+    """16 blocks a pass; somebody presses Ctrl-C once, when the 12th is read."""
+
+    def __getitem__(self, index):
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(index)
+
+
+def test_ctrl_c_ends_the_study_and_its_trial_is_made_up_for(tmp_path):
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    optimizer = make_optimizer(tmp_path, Interrupts(BLOCKS), n_trials=2, storage=storage)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        optimizer.optimize()
+    assert interruption.value.args == (signal.SIGINT,)
+    assert states(optimizer) == ["FAIL"]
+    assert optimizer.study.trials[0].user_attrs["reason"] == INTERRUPTED
+    assert kept_folders(tmp_path) == []
+
+    again = make_optimizer(tmp_path, n_trials=2, storage=storage)
+    again.optimize()
+    assert states(again) == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    ("training", "study", "fault"),
+    [
+        ({}, {"sampler": "TPESampler"}, "optuna.sampler: 'TPESampler' is none of TPE, Random, CmaEs, GP, QMC"),
+        ({}, {"n_trials": 0}, "optuna.n_trials: 0 is not"),
+        ({"batch_size": 0}, {}, "train.batch_size: 0 is not"),
+        ({"min_learning_rate": 1e-3}, {}, "train.min_learning_rate: 0.001 is above train.learning_rate=0.0001"),
+        ({"device": "cuda:99"}, {}, "device: there is no cuda:99 here"),
+    ],
+)
+def test_a_mistake_is_told_before_any_trial(tmp_path, training, study, fault):
+    with pytest.raises(UserError, match=fault) as told:
+        make_optimizer(tmp_path, training=training, **study)
+    assert len(told.value.faults) == 1
+
+
+def test_a_storage_that_cannot_be_used_is_told_without_its_password(tmp_path):
+    with pytest.raises(UserError, match=r"optuna.storage: cannot be opened: .*unable to open database") as told:
+        make_optimizer(tmp_path, storage=f"sqlite:///{tmp_path}/none/study.db").optimize()
+    assert len(told.value.faults[0].splitlines()) == 1
+    with pytest.raises(UserError) as told:
+        make_optimizer(tmp_path, storage="nosuchdb://me:secret@host/db").optimize()
+    assert "secret" not in str(told.value)
+
+
+def test_a_study_is_not_continued_in_the_other_direction(tmp_path):
+    storage = storage_with(tmp_path)
+    with pytest.raises(UserError, match=r"optuna.direction: the study in this storage is to minimize"):
+        make_optimizer(tmp_path, storage=storage, direction="maximize").optimize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_the_search_of_the_command_line_runs(workspace: Workspace):
+    tiny = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
+    done = workspace.run("train.py", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", *tiny)
+    (sweep,) = workspace.folder.glob("outputs/sweeps/*/*")
+    assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "optimization_results.yaml"]
+    results = OmegaConf.load(sweep / "optimization_results.yaml")
+    records = [checkpoint.read_record(checkpoint.find(str(sweep / number))) for number in ("0", "1")]
+    assert results.best_value == min(record["progress"]["best_val_loss"] for record in records)
+    assert results.best_params.keys() == SPACE.keys()
+    assert all(distribution._contains(results.best_params[key]) for key, distribution in SPACE.items())
+    for record in records:
+        model = record["model"]
+        assert model["dropout"] == model["attention_dropout"] == model["residual_dropout"]
+    assert records[0]["model"]["dropout"] != records[1]["model"]["dropout"]
+    assert f"Best value: {results.best_value}" in done.stdout
