@@ -31,20 +31,23 @@ def main(config: EvaluateRun) -> None:
     evaluator = Evaluator(trained.build(), loader, config.device, config.precision)
     metrics = evaluator.evaluate()
 
-    print(f"{trained.describe()} on the {blocks.path.stem} split of {describe_data(asdict(config.data))}")
+    split, stride = blocks.path.stem, blocks.stride
+    print(f"model  {trained.describe()}")
+    print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
+
     place = Path(config.output) if config.output else place_of_evaluation(trained.source)
-    about = {**asdict(config), "split": blocks.path.stem, "torch": torch.__version__}
+    about = {**asdict(config), "split": split, "stride": stride, "torch": torch.__version__}
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps({**metrics, **about}, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {os.path.relpath(place)}")
+    print(f"\nwritten to {place}")
 
 
 def place_of_evaluation(source: str) -> Path:
     """Where the result of a trained model belongs: its run folder, if it lies in one."""
     run = Path(source).absolute().parent.parent
     if (run / "metrics.jsonl").is_file():
-        return run / "evaluation.json"
+        return Path(os.path.relpath(run)) / "evaluation.json"
     return Path("outputs/evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("./")) / "evaluation.json"
 
 

@@ -27,13 +27,21 @@ LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 
 def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
     """Write a checkpoint so that whatever happens, `path` is either untouched or complete."""
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {KEY: json.dumps({"format": FORMAT, **record})}
     with _beside(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_tensors(tensors, temporary, metadata)
         _move(temporary, path)
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
+    """Write a new safetensors file, which whoever may read other new files here may read: left alone, only its owner."""
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def copy(source: Path, target: Path) -> None:

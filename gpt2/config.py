@@ -174,7 +174,7 @@ class EvaluateRun:
 
     checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
     data: DataConfig = field(default_factory=DataConfig)  # the scripts: that of the checkpoint's run, unless chosen
-    split: Literal["test", "validation", "train"] = "test"
+    split: Literal["test", "validation", "train", "all"] = "test"
     stride: int | None = None  # tokens from one window of data.max_length to the next; null: windows do not overlap
     batch_size: int = 8  # windows in one forward pass
     device: str = "auto"

@@ -215,7 +215,11 @@ def held_out(count: int, fraction: float) -> set[int] | None:
 
 
 def split_of(source: Source, split: str, config: DataConfig) -> Iterator[str]:
-    """The documents of one split, held out of the training split where the source brings none."""
+    """The documents of one split, held out of the training split where the source brings none; or `all` of them."""
+    if split == "all":
+        for part in filter(None, (source.train, source.validation, source.test)):
+            yield from part
+        return
     brought: Documents | None = getattr(source, split)
     if source.validation is not None or split == "test":
         yield from brought or ()
@@ -313,7 +317,8 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     """Have the corpus in tokens: from the cache, or made now. Of several processes that start at once, one makes it.
 
     Args:
-        only: The one split that is wanted; `test` is `validation` where the source brings none. None: all of them.
+        only: The one split that is wanted, or `all` for the three in one; `test` is `validation` where the source
+            brings none. None: the three of them.
 
     Raises:
         UserError: The source cannot be reached, read or tokenized, or there is too little of it.
@@ -397,7 +402,7 @@ def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterat
 
 
 def _summary(prepared: PreparedData) -> str:
-    purposes = {"train": "to train on", "validation": "to validate", "test": "to test"}
+    purposes = {"train": "to train on", "validation": "to validate", "test": "to test", "all": "in all"}
     tokens = prepared.about["tokens"]
     parts = [f"{tokens[split]:,} tokens {purpose}" for split, purpose in purposes.items() if tokens.get(split)]
     return f"{', '.join(parts)}, vocabulary of {prepared.about['vocab_size']:,}"

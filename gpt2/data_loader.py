@@ -117,7 +117,9 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
 
 
 def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenBlocks:
-    """One split alone, in blocks that start every `stride` tokens; `test` is `validation` where the source has none.
+    """One split alone, or `all` in one, in blocks that start every `stride` tokens.
+
+    A source without a test split is tested on its validation split, and a log line says so.
 
     Raises:
         UserError: See `prepare`.

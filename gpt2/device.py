@@ -46,7 +46,7 @@ def choose_device(name: str) -> torch.device:
     }
     if not available.get(device.type, False):
         usable = [kind for kind, there in available.items() if there]
-        raise UserError(f"device: there is no {name} here; auto, or one of {usable}, would do")
+        raise UserError(f"there is no {name} here; auto, or one of {usable}, would do")
     return device
 
 

@@ -21,6 +21,8 @@ from gpt2.tracking import track
 
 Batch = dict[str, Tensor]
 
+UNITS = {"loss": "nats a token", "bytes": "of text", "tokens": "predicted"}
+
 
 def as_inputs(batch: Any) -> Batch:
     """A batch of any loader as keyword arguments of `GPT2Model.forward`: `input_ids`, `targets` and what else it has.
@@ -173,5 +175,5 @@ class Evaluator:
     def print_metrics(self, metrics: dict[str, float]) -> None:
         """Print a table, a line a metric."""
         for name, value in metrics.items():
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-            print(f"{name.replace('_', ' '):<18}{shown:>14}")
+            digits = {"loss": 4, "bits_per_byte": 4, "perplexity": 2}.get(name, 0)
+            print(f"{name.replace('_', ' '):<18}{value:>16,.{digits}f}  {UNITS.get(name, '')}".rstrip())

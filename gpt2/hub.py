@@ -39,10 +39,13 @@ def connect(seconds: float = 3.0) -> None:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
-def hub_folder(repository: str, patterns: list[str]) -> Path:
+def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     """A local folder with those files of a model repository on the Hub that match, downloaded unless cached.
 
     A name without an owner, such as gpt2, is one of OpenAI's and found in the cache under either of its names.
+
+    Args:
+        instead: What to do where it is not to be had, as the error says it.
 
     Raises:
         UserError: It is neither cached nor to be had.
@@ -57,6 +60,5 @@ def hub_folder(repository: str, patterns: list[str]) -> Path:
         return Path(snapshot_download([*cached, *names][0], allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
         raise UserError(
-            f"could not get {patterns[0]} of {repository!r} from the Hugging Face Hub or its cache; "
-            "without a network, name a local folder or checkpoint in its place (a tokenizer may also be train or bytes)"
+            f"could not get {patterns[0]} of {repository!r} from the Hugging Face Hub or its cache; {instead}"
         ) from error

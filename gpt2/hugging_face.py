@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.checkpoint import Shapes, refuse_misfits, shapes_of
+from gpt2.checkpoint import refuse_misfits, save_tensors, shapes_of
 from gpt2.config import GPT2Config, UserError, model_faults
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -190,12 +190,10 @@ def write_folder(
     folder: Path, config: GPT2Config, tensors: "dict[str, Tensor]", tokenizer: GPT2Tokenizer | None, card: str
 ) -> None:
     """Fill a folder with what `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load."""
-    from safetensors.torch import save_file
-
     if not config.use_bias:
         tensors = {**_zero_biases(tensors, config), **tensors}
     theirs = {f"transformer.{their_name(name)}": their_layout(name, tensor) for name, tensor in tensors.items()}
-    save_file(theirs, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(theirs, folder / WEIGHTS, {"format": "pt"})
 
     end_of_text = tokenizer and tokenizer.eos_token_id
     tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
@@ -218,7 +216,7 @@ def write_folder(
 def _zero_biases(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
     import torch
 
-    shapes: Shapes = shapes_of(replace(config, use_bias=True))
+    shapes = shapes_of(replace(config, use_bias=True))
     return {name: torch.zeros(shape) for name, shape in shapes.items() if name not in tensors}
 
 

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a trained model is
+INSTEAD_OF_HUB = "without a network: a local folder that save_pretrained of transformers wrote, or a checkpoint"
 
 
 class TrainedModel:
@@ -91,7 +90,7 @@ def open_model(name: str | None) -> TrainedModel:
         UserError: There is none.
     """
     if name is not None and is_on_hub(name):
-        return HuggingFaceModel(name, partial(hub_folder, name))
+        return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
     if name is not None and (Path(name) / "config.json").is_file():
         return HuggingFaceModel(name, lambda patterns: Path(name))
     if name is not None and not Path(name).exists():

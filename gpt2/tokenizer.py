@@ -159,9 +159,9 @@ class GPT2Tokenizer:
         Raises:
             UserError: The Hub cannot be reached and the cache does not hold it.
         """
-        from gpt2.hub import hub_folder
+        from gpt2.hub import WITHOUT_NETWORK, hub_folder
 
-        return cls.from_folder(hub_folder(name, TOKENIZER_FILES))
+        return cls.from_folder(hub_folder(name, TOKENIZER_FILES, WITHOUT_NETWORK))
 
     @classmethod
     def from_json(cls, text: str) -> "GPT2Tokenizer":

@@ -134,3 +134,9 @@ def test_no_checkpoint_is_one_line_too(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^checkpoint: "):
         checkpoint.find(path)
+
+
+def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    checkpoint.write(tmp_path / "a.pth", {"x": torch.zeros(2)}, {})
+    assert (tmp_path / "a.pth").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -141,6 +141,7 @@ def test_one_split_alone_is_that_of_all_three(tmp_path):
         alone = load_split(data, split)
         assert alone.tokens.tolist() == expected.tokens.tolist()
     assert sorted(path.name for path in alone.path.parent.glob("*.bin")) == ["validation.bin"]
+    assert bytes(load_split(data, "all").tokens[:-1].astype(np.uint8)) == TEXT.encode()
 
 
 # The script
@@ -152,8 +153,8 @@ def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspa
     result = json.loads((run / "evaluation.json").read_text())
     assert result["split"] == "validation"  # a text brings no test split, and it is said
     assert "no test split" in done.stderr
-    assert f"loss{result['loss']:>28.4f}" in done.stdout
-    assert f"bits per byte{result['bits_per_byte']:>19.4f}" in done.stdout
+    assert f"loss{result['loss']:>30.4f}  nats a token" in done.stdout
+    assert f"bits per byte{result['bits_per_byte']:>21.4f}" in done.stdout
     assert "written to" in done.stdout
     assert result["data"]["max_length"] == 32
     assert result["tokens"] > 1000
@@ -168,10 +169,10 @@ def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspa
 def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspace, tmp_path):
     (tmp_path / "other.txt").write_text("Another text altogether. " * 40)
     trained.run(
-        *("evaluate.py", "data=text", f"data.files=['{tmp_path}/other.txt']", "split=train", "output=out/e.json"),
+        *("evaluate.py", "data=text", f"data.files=['{tmp_path}/other.txt']", "split=all", "output=out/e.json"),
     )
     result = json.loads((trained.folder / "out" / "e.json").read_text())
-    assert result["bytes"] == int(25 * 40 * 0.9) - 1
+    assert result["bytes"] == 25 * 40 - 1
     assert result["tokens"] == result["bytes"] + 1  # the end of the document
     assert result["data"]["max_length"] == 32
 
@@ -183,7 +184,7 @@ def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspac
         (["stride=0"], "stride: 0 is not between 1"),
         (["data.max_length=64"], "data.max_length: windows of 64 tokens do not fit into the context"),
         (["data.tokenizer=train"], "data.tokenizer: train is not the tokenizer of checkpoint="),
-        (["split=all"], "expected one of"),
+        (["split=whole"], "expected one of"),
         (["checkpoint=nowhere"], "there is no nowhere here"),
         (["data=text", "data.files=[nowhere.txt]"], "no file matches"),
         (["device=tpu"], "is none of auto"),

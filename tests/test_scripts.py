@@ -69,13 +69,15 @@ def test_a_prompt_reaches_the_model_untouched_and_a_seed_repeats_its_text(traine
     assert texts[0] == texts[1]
 
 
-def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(trained):
-    before = sorted(trained.folder.rglob("*"))
-    command = shlex.join(trained.command("generate.py", "prompt=x", "inference.max_new_tokens=200"))
+def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(trained, tmp_path):
+    model = trained.runs()[0] / "checkpoints" / checkpoint.BEST
+    command = shlex.join(
+        trained.command("generate.py", "prompt=x", "inference.max_new_tokens=200", f"checkpoint='{model}'")
+    )
     done = subprocess.run(
         f"{command} | head -c 1",
         shell=True,
-        cwd=trained.folder,
+        cwd=tmp_path,
         env=trained.environment,
         capture_output=True,
         text=True,
@@ -83,7 +85,7 @@ def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(tr
     assert done.stdout == "x"
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
-    assert sorted(trained.folder.rglob("*")) == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
