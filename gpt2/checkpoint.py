@@ -35,7 +35,7 @@ def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> N
 
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
-    """Write a new safetensors file, which whoever may read other new files here may read: left alone, only its owner."""
+    """Write a new safetensors file that whoever may read other new files may read: left alone, only its owner may."""
     from safetensors.torch import save_file
 
     path.touch()

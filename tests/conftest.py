@@ -1,6 +1,7 @@
 """A workspace for tests that run the real scripts, and the material that may lie beside the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,24 @@ class Workspace:
         assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
         assert "Traceback" not in done.stderr
         return done
+
+    def module(self, *arguments: str) -> subprocess.CompletedProcess:
+        """Run `python -m` here, to any end."""
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+
+    def cache_as_from_hub(self, name: str, folder: Path) -> None:
+        """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
+        repository = self.folder / "cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
 
     def runs(self) -> list[Path]:
         """The run folders, oldest first."""

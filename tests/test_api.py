@@ -6,8 +6,6 @@ What `docs/api.md` says is held against the code as well.
 import dataclasses
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -339,25 +337,13 @@ def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, cap
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "optimize", "generate", "export"])
 def test_each_command_of_the_module_answers_help(workspace: Workspace, command):
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2.main", command, "--help"],
-        cwd=workspace.folder,
-        env=workspace.environment,
-        capture_output=True,
-        text=True,
-    )
+    done = workspace.module("gpt2.main", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Values (KEY=VALUE)" in done.stdout
 
 
 def test_the_module_of_inference_is_the_script(trained: Workspace):
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2.inference", "prompt=def f", "inference.seed=1"],
-        cwd=trained.folder,
-        env=trained.environment,
-        capture_output=True,
-        text=True,
-    )
+    done = trained.module("gpt2.inference", "prompt=def f", "inference.seed=1")
     assert done.stdout == trained.run("generate.py", "prompt=def f", "inference.seed=1").stdout
     assert done.returncode == 0
 

@@ -330,18 +330,10 @@ def test_a_failed_export_leaves_nothing(tmp_path, folder):
 # The commands
 
 
-def in_the_cache_of_the_hub(workspace: Workspace, name: str, folder: Path) -> None:
-    """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
-    repository = workspace.folder / "cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-
-
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_that_name(workspace, folder, name):
     write_tokenizer(folder)
-    in_the_cache_of_the_hub(workspace, name, folder)
+    workspace.cache_as_from_hub(name, folder)
     (workspace.folder / "gpt2").mkdir()
     options = ["prompt=ab", "inference=greedy", "inference.max_new_tokens=5"]
     cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
@@ -406,24 +398,12 @@ def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
 
 
 def test_export_as_a_command(trained, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}"],
-        cwd=trained.folder,
-        env=trained.environment,
-        capture_output=True,
-        text=True,
-    )
+    done = trained.module("gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}")
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:
         assert "transformer.wte.weight" in file.keys()  # noqa: SIM118
     card = (tmp_path / "a b" / "out" / "README.md").read_text()
     assert "| data | corpus.txt |" in card
-    again = subprocess.run(
-        [sys.executable, "-m", "gpt2.main", "export", f"to={tmp_path}"],
-        cwd=trained.folder,
-        env=trained.environment,
-        capture_output=True,
-        text=True,
-    )
+    again = trained.module("gpt2.main", "export", f"to={tmp_path}")
     assert again.returncode == 2
     assert "is there already" in again.stderr
