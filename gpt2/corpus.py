@@ -12,22 +12,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from gpt2.config import DataConfig, UserError, files_matching
-from gpt2.hub import WITHOUT_NETWORK, connect
+from gpt2.config import DataConfig, UserError
 from gpt2.pretrained import open_tokenizer
+from gpt2.sources import Documents, Source, cache_folder, dataset_source, text_source
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking import is_terminal, track
-
-if TYPE_CHECKING:
-    import datasets
+from gpt2.tracking import track
 
 log = logging.getLogger(__name__)
 
@@ -36,167 +32,7 @@ SPLITS: tuple[str, ...] = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
 BATCH = 1 << 22  # characters encoded at a time: bounds memory, and is enough for every thread to work on
 BORDER = re.compile(r"(?<=\S)[ \t\n\r]")  # what the tokenizer's pattern and Python's both take for a border
-LONGEST_PREAMBLE = 10_000  # rows before the first document: more of them mean that the pattern fits other data
 FEW_DOCUMENTS = 5  # fewer held out than this would be no fair sample
-
-
-class Documents(Protocol):
-    """Texts that can be counted and, any number of times, gone through in the same order."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[str]: ...
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: where documents come from
-
-
-@dataclass
-class Source:
-    """The documents of each split. A `validation` of None is held out of `train`; a `test` of None is `validation`."""
-
-    fingerprint: str
-    train: Documents
-    validation: Documents | None = None
-    test: Documents | None = None
-
-
-class TextFiles:
-    """One document a file."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            try:
-                yield path.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data.files: {path} is not UTF-8 at byte {error.start}; convert it or leave it out (data.exclude)"
-                ) from error
-            except OSError as error:
-                raise UserError(f"data.files: cannot read {path}: {error.strerror}") from error
-
-
-class Rows:
-    """The documents of a table: a row each, or, with a pattern, all rows from one that matches up to the next."""
-
-    def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
-        self.table, self.column, self.document_start = table, column, document_start
-        self.starts_document = re.compile(document_start).match if document_start else None
-
-    def __len__(self) -> int:
-        return len(self.table) if self.starts_document is None else sum(1 for _ in self)
-
-    def __iter__(self) -> Iterator[str]:
-        rows = (text or "" for batch in self.table.iter(1000) for text in batch[self.column])
-        if self.starts_document is None:
-            yield from rows
-            return
-        document: list[str] = []
-        any_start = False
-        for row in rows:
-            if self.starts_document(row):
-                any_start = True
-                if document:
-                    yield "".join(document)
-                document = []
-            document.append(row if row.endswith("\n") else row + "\n")
-            if not any_start and len(document) > LONGEST_PREAMBLE:
-                break
-        if not any_start:
-            raise UserError(
-                f"data.document_start: no row begins a document by matching {self.document_start!r}; "
-                f"data.document_start=null makes each row a document"
-            )
-        yield "".join(document)
-
-
-def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files that match any pattern and no exclusion, each once, sorted."""
-    matches = (path for pattern in patterns for path in files_matching(pattern))
-    kept = (Path(path) for path in matches if not any(fnmatch(path, unwanted) for unwanted in exclude))
-    return sorted({path.resolve() for path in kept if path.is_file()})
-
-
-def fingerprint_of(paths: Iterable[Path]) -> str:
-    """Equal for the same contents in the same order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def fingerprint_of_folder(folder: Path) -> str:
-    """Equal for the same contents under the same names. Hidden files and folders have no part in it."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
-    contents = [[name.as_posix(), fingerprint_of([folder / name])] for name in visible]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-
-def text_source(config: DataConfig) -> Source:
-    """The files that `config.files` names, identified by their content."""
-    paths = find_files(config.files or [], config.exclude)
-    if not paths:
-        raise UserError(f"data.files: no file matches {config.files} once data.exclude={config.exclude} is taken out")
-    return Source(fingerprint_of(paths), TextFiles(paths))
-
-
-def dataset_source(config: DataConfig) -> Source:
-    """A dataset of the Hugging Face Hub, of its cache, or of a local folder laid out like one.
-
-    Raises:
-        UserError: It cannot be reached or read, or has no such configuration, split or column of text.
-    """
-    cache_dir, content = config.cache_dir, None
-    if Path(config.dataset_name).is_dir():
-        # `datasets` takes a folder that has changed, or another one of the same name, for the one it has cached.
-        content = fingerprint_of_folder(Path(config.dataset_name))
-        cache_dir = str(cache_folder(config) / "datasets" / content[:16])
-    tables = load_tables(config, cache_dir)
-    for table in filter(None, tables):
-        if config.text_column not in table.column_names:
-            raise UserError(f"data.text_column: {config.text_column!r} is not one of {', '.join(table.column_names)}")
-        kind = getattr(table.features[config.text_column], "dtype", "nested values")
-        if kind not in ("string", "large_string"):
-            raise UserError(f"data.text_column: {config.text_column!r} holds {kind}, not text")
-
-    identity = content or [table and table._fingerprint for table in tables]
-    splits = [config.train_split, config.validation_split, config.test_split]
-    documents = [table and Rows(table, config.text_column, config.document_start) for table in tables]
-    about = [identity, config.dataset_config, splits, config.text_column, config.document_start]
-    return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the first, train, is always there
-
-
-def load_tables(config: DataConfig, cache_dir: str | None) -> "list[datasets.Dataset | None]":
-    """The training, validation and test split, None for one that the configuration leaves out."""
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    if not is_terminal():
-        datasets.disable_progress_bars()
-
-    def load(split: str | None) -> "datasets.Dataset | None":
-        name = config.dataset_name
-        return datasets.load_dataset(name, config.dataset_config, split=split, cache_dir=cache_dir) if split else None
-
-    try:
-        return [load(split) for split in (config.train_split, config.validation_split, config.test_split)]
-    except (ConnectionError, DatasetNotFoundError) as error:
-        raise UserError(
-            f"could not reach dataset {config.dataset_name!r} on the Hugging Face Hub, nor find it in the cache; "
-            f"{WITHOUT_NETWORK}"
-        ) from error
-    except (ValueError, OSError, DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"data.dataset_name: cannot load {config.dataset_name!r}: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,12 +122,6 @@ def pack(documents: Iterable[str], tokenizer: GPT2Tokenizer, path: Path, descrip
 # The cache
 
 
-def cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
-
-
 @dataclass
 class PreparedData:
     """A corpus in tokens, on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json`, `about.json`."""
@@ -327,9 +157,6 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     os.environ.setdefault("RAYON_NUM_THREADS", str(config.preprocessing_num_workers))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-    from_hub = config.files is None and not Path(config.dataset_name).is_dir()
-    if from_hub:
-        connect()
     source = text_source(config) if config.files is not None else dataset_source(config)
     tokenizer = None if config.tokenizer == "train" else open_tokenizer(config.tokenizer)
     splits = SPLITS if only is None else ("validation" if only == "test" and source.test is None else only,)

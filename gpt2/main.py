@@ -8,7 +8,8 @@ import runpy
 import sys
 from pathlib import Path
 
-from gpt2.command_line import ROOT, script
+from gpt2.command_line import script
+from gpt2.composition import ROOT
 from gpt2.config import ExportRun
 
 COMMANDS = {

@@ -9,16 +9,8 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2.command_line import (
-    CONF,
-    as_argument,
-    check_command_line,
-    command_line_faults,
-    compose,
-    parsed,
-    resolve,
-    take_prompt,
-)
+from gpt2.command_line import as_argument, check_command_line, command_line_faults, take_prompt
+from gpt2.composition import CONF, compose, parsed, resolve
 from gpt2.config import GenerateRun, TrainRun, UserError, faults
 from tests.conftest import ROOT, Workspace
 

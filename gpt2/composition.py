@@ -1,0 +1,215 @@
+"""From what Hydra composes to what runs: typed, checked, and completed by the trained model that it names.
+
+What a trained model brings with it, its shape, its tokenizer, its sampling, its data, the configuration of a run to
+resume, takes the place of defaults, never of what was asked for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt2 import checkpoint
+from gpt2.config import SCHEMAS, GPT2Config, Run, TrainRun, UserError, faults
+from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+# What a resumed run may be told anew: how long it goes on, and what has no part in its result.
+CHANGEABLE = {
+    *("train.max_steps", "train.max_epochs", "train.max_training_hours", "sample_prompt"),
+    *("train.save_every", "train.eval_every", "train.log_every"),
+    *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
+    *("wandb.mode", "wandb.project", "wandb.entity"),
+}
+
+
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), job_name=name):
+        return hydra.compose(name, overrides)
+
+
+def compose_or_refuse(name: str) -> DictConfig:
+    """The configuration without overrides. A fault in it lies in a file of `conf/`."""
+    try:
+        return compose(name, [])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{CONF}: {explain(error)}") from error
+
+
+def explain(error: Exception) -> str:
+    """What is wrong, in one line out of Hydra's several: the choices there are, but not where they were looked for."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        return str(cause).splitlines()[0]
+    text = str(error).split("Config search path")[0].split(": ", 1)[-1]
+    problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{problem}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
+    """A composed configuration as dataclasses, completed by the trained model that it names.
+
+    Raises:
+        UserError: With all that is wrong with it.
+    """
+    try:
+        plain = OmegaConf.to_container(composed)
+        composed = merged(SCHEMAS[name], plain)  # refuses what `+key=value` brought in past the schema
+        composed = COMPLETIONS[name](composed, overrides)
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    assert isinstance(config, Run)
+    if found := faults(config):
+        raise UserError(*found)
+    return config
+
+
+def merged(schema: type, *layers: Any) -> DictConfig:
+    """The layers over a schema's defaults, each checked against it."""
+    return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
+
+
+def keys_of(overrides: list[str]) -> set[str]:
+    """The keys and groups that a command line names."""
+    return {override.key_or_group for override in parsed(overrides)}
+
+
+def with_group_of(saved: dict[str, Any], group: str, composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """Take a group from a saved configuration, but for what the command line says of it; none of it if it chose one."""
+    if group in keys_of(overrides):
+        return composed
+    result = merged(OmegaConf.get_type(composed), composed, {group: saved[group]})  # type: ignore[arg-type]
+    for override in parsed(overrides):
+        if override.key_or_group.startswith(f"{group}."):
+            OmegaConf.update(result, override.key_or_group, override.value())
+    return result
+
+
+def complete_generate(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """Sample as the model's own run did."""
+    trained = open_model(composed.checkpoint)
+    composed.checkpoint = trained.source
+    run = trained.record and trained.record["run"]
+    return with_group_of(run, "inference", composed, overrides) if run else composed
+
+
+def complete_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """Evaluate on the data of the model's own run, by its own tokenizer, in windows of the length it was trained on."""
+    trained = open_model(composed.checkpoint)
+    composed.checkpoint = trained.source
+    run = trained.record and trained.record["run"]
+    if run:
+        composed = with_group_of(run, "data", composed, overrides)
+    keys, context = keys_of(overrides), trained.config.context_length
+    found = use_tokenizer_of(trained, "checkpoint", composed, keys)
+    if "data.max_length" not in keys:
+        composed.data.max_length = run["data"]["max_length"] if run else context
+    elif composed.data.max_length > context:
+        found.append(
+            f"data.max_length: windows of {composed.data.max_length} tokens do not fit into the context of "
+            f"checkpoint={trained.source}, {context}"
+        )
+    if found:
+        raise UserError(*found)
+    return composed
+
+
+def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """Go on with the configuration of the run that is resumed, or take the shape of the model that is started from."""
+    if composed.resume is not None:
+        return with_configuration_of_run(composed, overrides)
+    if composed.train.init_from is None:
+        return composed
+    trained = open_model(composed.train.init_from)
+    keys = keys_of(overrides)
+    chosen = set(vars(GPT2Config())) if "model" in keys else {key.removeprefix("model.") for key in keys}
+    asked = OmegaConf.to_object(composed.model)
+    assert isinstance(asked, GPT2Config)
+    found = use_tokenizer_of(trained, "train.init_from", composed, keys)
+    try:
+        composed.model = following(trained, asked, chosen)
+    except UserError as error:
+        found += error.faults
+    if found:
+        raise UserError(*found)
+    composed.train.init_from = trained.source
+    return composed
+
+
+def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> list[str]:
+    """Tokenize as a trained model learned to: to it, the tokens of any other tokenizer are other words.
+
+    Returns the fault if the command line asks for another one.
+    """
+    wanted = composed.data.tokenizer
+    if trained.tokenizer is None:  # nobody can say which it was
+        return []
+    if "data.tokenizer" not in keys:
+        composed.data.tokenizer = trained.source
+    elif wanted == "train" or open_tokenizer(wanted).fingerprint != trained.tokenizer.fingerprint:
+        return [f"data.tokenizer: {wanted} is not the tokenizer of {key}={trained.source}; left out, it is"]
+    return []
+
+
+def complete_export(composed: DictConfig, _overrides: list[str]) -> DictConfig:
+    composed.checkpoint = open_model(composed.checkpoint).source
+    return composed
+
+
+def resumed_checkpoint(resume: str) -> Path:
+    folder = checkpoint.latest_run() if resume == "latest" else Path(resume)
+    path = next(folder.glob(f"*/{checkpoint.LAST}"), None)
+    if path is None:
+        raise UserError(f"resume: {folder} is no run folder with a checkpoint {checkpoint.LAST} in it")
+    return path
+
+
+def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration that a run was started with, changed where the command line may change it."""
+    path = resumed_checkpoint(composed.resume)
+    record = checkpoint.read_record(path)
+    saved, done = record["run"], record["progress"]["step"]
+    if saved is None:
+        raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to go on with")
+    result = merged(TrainRun, saved)
+    refused = []
+    for override in parsed(overrides):
+        key = override.key_or_group
+        if key in CHANGEABLE:
+            OmegaConf.update(result, key, override.value())
+        elif key != "resume" and not key.startswith("hydra."):
+            refused.append(f"{override.input_line}: a resumed run keeps its {key}{_as_it_was(result, key)}")
+    if result.train.max_steps is not None and result.train.max_steps < done:
+        refused.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
+    if refused:
+        raise UserError(*refused)
+    result.resume = str(path.parent.parent)
+    if result.data.tokenizer not in ("train", "bytes"):  # the checkpoint holds what may be gone elsewhere by now
+        result.data.tokenizer = str(path)
+    return result
+
+
+def _as_it_was(config: DictConfig, key: str) -> str:
+    value = OmegaConf.select(config, key)
+    return "" if OmegaConf.is_config(value) else f"={value}"
+
+
+COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
+    "train": complete_train,
+    "evaluate": complete_evaluate,
+    "generate": complete_generate,
+    "export": complete_export,
+}
