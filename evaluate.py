@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 
 from gpt2.command_line import script
@@ -23,12 +24,13 @@ def main(config: EvaluateRun) -> None:
     choose_device(config.device)  # refuses a missing one before any work
     keep_freed_memory()
     trained = open_model(config.checkpoint)
+    model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
     blocks = load_split(config.data, config.split, config.stride)
     if not len(blocks):
         raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
     loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
 
-    evaluator = Evaluator(trained.build(), loader, config.device, config.precision)
+    evaluator = Evaluator(model, loader, config.device, config.precision)
     metrics = evaluator.evaluate()
 
     split, stride = blocks.path.stem, blocks.stride
@@ -38,9 +40,10 @@ def main(config: EvaluateRun) -> None:
 
     place = Path(config.output) if config.output else place_of_evaluation(trained.source)
     about = {**asdict(config), "split": split, "stride": stride, "torch": torch.__version__}
+    numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
+    print(f"\n{'replaced' if place.exists() else 'written to'} {place}")
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({**metrics, **about}, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {place}")
+    place.write_text(json.dumps({**numbers, **about}, indent=2) + "\n", encoding="utf-8")
 
 
 def place_of_evaluation(source: str) -> Path:

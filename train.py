@@ -28,21 +28,23 @@ def main(config: TrainRun) -> float | None:
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.device import choose_device, keep_freed_memory
     from gpt2.inference import stream_text
+    from gpt2.model import GPT2Model
     from gpt2.tracking import Tracker, start_wandb
     from gpt2.train import Trainer
 
-    choose_device(config.train.device)  # refuses a missing one before any work
+    choose_device(config.train.device, "train.device")  # refuses a missing one before any work
     keep_freed_memory()
     folder = run_folder()
     if not config.resume and (folder / "metrics.jsonl").exists():
         raise UserError(
             f"{folder} already holds a run; go on with it (resume={os.path.relpath(folder)}) or take another"
         )
+    model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
     train_set, val_set, test_set, tokenizer = load_text_data(config.data)
     train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
-
-    torch.manual_seed(config.train.seed)
-    model = initial_model(config, tokenizer)
+    if model is None:
+        torch.manual_seed(config.train.seed)
+        model = GPT2Model(with_vocabulary(config.model, tokenizer))
 
     def write_sample(step: int) -> str:
         pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
@@ -73,23 +75,17 @@ def main(config: TrainRun) -> float | None:
     return trainer.progress.best_val_loss
 
 
-def initial_model(config: TrainRun, tokenizer: "GPT2Tokenizer") -> "GPT2Model":
-    """A model to train: random, or with the weights of `train.init_from`, whose configuration it has by now."""
+def trained_model(config: TrainRun) -> "GPT2Model | None":
+    """The model of `train.init_from`, whose configuration ours follows by now; None without."""
     from gpt2.model import GPT2Model
     from gpt2.pretrained import open_model
 
-    name = config.train.init_from
-    if name is None:
-        return GPT2Model(with_vocabulary(config.model, tokenizer))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer: its {tokenizer.vocab_size} tokens are more than the {config.model.vocab_size} "
-            f"that train.init_from={name} knows"
-        )
+    if config.train.init_from is None:
+        return None
     if config.resume:  # the checkpoint brings the weights
         return GPT2Model(config.model)
-    log.info(f"Weights from {name}")
-    return open_model(name).build(config.model)
+    log.info(f"Weights from {config.train.init_from}")
+    return open_model(config.train.init_from).build(config.model)
 
 
 def with_vocabulary(config: GPT2Config, tokenizer: "GPT2Tokenizer") -> GPT2Config:

@@ -36,11 +36,15 @@ def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> N
 
 def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
     """Write a new safetensors file that whoever may read other new files may read: left alone, only its owner may."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path.touch()
     mode = path.stat().st_mode
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(f"{path}: {error}") from error
     path.chmod(mode)
 
 
@@ -98,12 +102,13 @@ def read_record(path: Path) -> dict[str, Any]:
                 raise ValueError("its header is too long to be one")
             header = json.loads(file.read(length))
         record = json.loads(header["__metadata__"][KEY])
+        written_in = record.get("format")
     except OSError as error:
         raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint: {path} is not a checkpoint that this program wrote") from error
-    if record.get("format") != FORMAT:
-        raise UserError(f"checkpoint: {path} has format {record.get('format')}, this version reads format {FORMAT}")
+    if written_in != FORMAT:
+        raise UserError(f"checkpoint: {path} has format {written_in}, this version reads format {FORMAT}")
     return record
 
 
@@ -161,10 +166,10 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
-def find(path: str | None) -> Path:
+def find(path: str | None, key: str = "checkpoint") -> Path:
     """The checkpoint that a user means: a file, the best one of a run folder, or, if None, of the latest run.
 
-    A run that was never evaluated has no best checkpoint; then it is its last.
+    A run that was never evaluated has no best checkpoint; then it is its last. `key` is what the user named it by.
 
     Raises:
         UserError: There is none.
@@ -176,5 +181,7 @@ def find(path: str | None) -> Path:
         for found in (*place.glob(name), *place.glob(f"*/{name}")):
             return found
     raise UserError(
-        f"checkpoint: {place} holds no {BEST} or {LAST}" if place.is_dir() else f"checkpoint: there is no {place}"
+        f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors"
+        if place.is_dir()
+        else f"{key}: there is no {place}"
     )

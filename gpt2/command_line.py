@@ -26,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
@@ -73,6 +73,8 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt or ""
+        if job.output_subdir is not None:  # what runs, which a trained model may have completed
+            OmegaConf.save(OmegaConf.structured(config), run_folder() / job.output_subdir / "config.yaml")
         try:
             return task(config)
         except (UserError, KeyboardInterrupt) as error:

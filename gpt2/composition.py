@@ -102,15 +102,14 @@ def complete_generate(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """Sample as the model's own run did."""
     trained = open_model(composed.checkpoint)
     composed.checkpoint = trained.source
-    run = trained.record and trained.record["run"]
-    return with_group_of(run, "inference", composed, overrides) if run else composed
+    return with_group_of(trained.run, "inference", composed, overrides) if trained.run else composed
 
 
 def complete_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """Evaluate on the data of the model's own run, by its own tokenizer, in windows of the length it was trained on."""
     trained = open_model(composed.checkpoint)
     composed.checkpoint = trained.source
-    run = trained.record and trained.record["run"]
+    run = trained.run
     if run:
         composed = with_group_of(run, "data", composed, overrides)
     keys, context = keys_of(overrides), trained.config.context_length
@@ -133,9 +132,10 @@ def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
         return with_configuration_of_run(composed, overrides)
     if composed.train.init_from is None:
         return composed
-    trained = open_model(composed.train.init_from)
+    trained = open_model(composed.train.init_from, "train.init_from")
     keys = keys_of(overrides)
-    chosen = set(vars(GPT2Config())) if "model" in keys else {key.removeprefix("model.") for key in keys}
+    chosen = {key.removeprefix("model.") for key in keys}
+    chosen |= {key for key in vars(GPT2Config()) if "model" in keys or OmegaConf.is_interpolation(composed.model, key)}
     asked = OmegaConf.to_object(composed.model)
     assert isinstance(asked, GPT2Config)
     found = use_tokenizer_of(trained, "train.init_from", composed, keys)
@@ -152,15 +152,28 @@ def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
 def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> list[str]:
     """Tokenize as a trained model learned to: to it, the tokens of any other tokenizer are other words.
 
-    Returns the fault if the command line asks for another one.
+    Returns what is wrong: the command line asks for another one, the model has none, or fewer tokens.
     """
-    wanted = composed.data.tokenizer
-    if trained.tokenizer is None:  # nobody can say which it was
-        return []
+    wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
     if "data.tokenizer" not in keys:
+        try:
+            tokenizer = trained.tokenizer_for_text()
+        except UserError as error:
+            return [f"data.tokenizer: {error}; name the one that it was trained with"]
         composed.data.tokenizer = trained.source
-    elif wanted == "train" or open_tokenizer(wanted).fingerprint != trained.tokenizer.fingerprint:
-        return [f"data.tokenizer: {wanted} is not the tokenizer of {key}={trained.source}; left out, it is"]
+    elif wanted == "train":
+        return [f"data.tokenizer: the tokens of a new one mean nothing to {model}; left out, it is the model's own"]
+    else:
+        try:
+            tokenizer = open_tokenizer(wanted)
+        except UserError as error:
+            return error.faults
+        if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
+            return [f"data.tokenizer: {wanted} is not that of {model}; left out, it is"]
+    if tokenizer.ids_in_use > trained.config.vocab_size:
+        return [
+            f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {trained.config.vocab_size} of {model}"
+        ]
     return []
 
 

@@ -6,6 +6,7 @@ see (a relation between two fields) is found by `faults`, all of it at once. Not
 a mistake is answered before torch is loaded.
 """
 
+import os
 import re
 import secrets
 import sysconfig
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 class UserError(Exception):
@@ -237,7 +239,8 @@ PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
 FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 
 _MODEL_BOUNDS = {
-    **dict.fromkeys(("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff"), COUNT),
+    **dict.fromkeys(("vocab_size", "context_length", "d_model", "num_heads", "d_ff"), (1, 10**7, "between 1 and 10^7")),
+    "num_layers": (1, 10**4, "between 1 and 10^4"),
     **dict.fromkeys(("dropout", "attention_dropout", "residual_dropout"), PROBABILITY),
     "layer_norm_epsilon": POSITIVE,
     "initializer_range": POSITIVE,
@@ -289,6 +292,25 @@ def model_faults(config: GPT2Config, prefix: str = "model.") -> Faults:
     return found
 
 
+def model_from_file(values: dict[str, Any]) -> GPT2Config:
+    """A model's configuration from fields that a file held, each checked against its type and bounds.
+
+    Raises:
+        UserError: With all that is wrong with them.
+    """
+    typed, found = OmegaConf.structured(GPT2Config), []
+    for key, value in values.items():
+        try:
+            typed[key] = value
+        except OmegaConfBaseException as error:
+            found.append(f"{key}: {str(error).splitlines()[0]}")
+    config = OmegaConf.to_object(typed)
+    assert isinstance(config, GPT2Config)
+    if found := found or model_faults(config, prefix=""):
+        raise UserError(*found)
+    return config
+
+
 def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
     found = _outside(vars(config), _TRAINING_BOUNDS, prefix)
     lowest = config.min_learning_rate
@@ -316,10 +338,12 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 def is_on_hub(name: str) -> bool:
     """Whether a trained model of that name is looked for on the Hugging Face Hub: OpenAI's four, and OWNER/NAME.
 
-    A file or folder comes first, but not before OpenAI's names: the package of this repository is a folder `gpt2`.
+    A path comes first, also one that leads nowhere from a folder that is here; but not before OpenAI's names: the
+    package of this repository is a folder `gpt2`.
     """
     is_named_like_it = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
-    return name in OPENAI or (is_named_like_it and not Path(name).exists())
+    is_path = Path(name).parent.exists() or Path(name).suffix == ".pth"
+    return name in OPENAI or (is_named_like_it and not is_path)
 
 
 @cache
@@ -376,7 +400,16 @@ def faults(config: Run) -> Faults:
 def evaluation_faults(config: EvaluateRun) -> Faults:
     length = config.data.max_length
     bounds = {"batch_size": COUNT, "stride": (1, length, f"between 1 and data.max_length={length}")}
-    return _outside(vars(config), bounds, "") + data_faults(config.data) + device_faults(config.device, "device")
+    found = _outside(vars(config), bounds, "") + data_faults(config.data) + device_faults(config.device, "device")
+    if config.output is not None and not _can_be_written(Path(config.output)):
+        found.append(f"output: {config.output!r} cannot be written; name a file, in a folder that may be written to")
+    return found
+
+
+def _can_be_written(file: Path) -> bool:
+    """Whether a file can be made, and the folders that it lies in."""
+    there = next(path for path in (file.absolute(), *file.absolute().parents) if path.exists())
+    return (there.is_file() if there == file.absolute() else there.is_dir()) and os.access(there, os.W_OK)
 
 
 def export_faults(config: ExportRun) -> Faults:

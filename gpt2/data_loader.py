@@ -43,7 +43,9 @@ class TokenBlocks(Dataset):
         stride: int | None = None,
     ):
         self.path, self.dtype, self.length = path, dtype, length
-        self.stride = stride or length
+        self.stride = length if stride is None else stride
+        if not 1 <= self.stride <= length:
+            raise ValueError(f"a stride of {stride} leaves tokens out, 1 to {length} would not")
         self.fingerprint = fingerprint  # of the corpus: a resumed run must find the one that it began with
         self.tokenizer = tokenizer  # travels into the checkpoints of what is trained on these blocks
         self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
@@ -128,7 +130,7 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
     about = prepared.about
     (found,) = about["tokens"]
     if found != split:
-        log.info("Note: the data have no %s split, this is the %s split.", split, found)
+        log.warning("Note: the data have no %s split, this is the %s split.", split, found)
     path = prepared.folder / f"{found}.bin"
     return TokenBlocks(path, about["dtype"], data_config.max_length, prepared.tokenizer(), about["fingerprint"], stride)
 

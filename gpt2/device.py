@@ -28,8 +28,8 @@ PEAK_FLOPS = {
 }
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA, else Apple's GPU, else the CPU. Any other name is taken at its word.
+def choose_device(name: str, key: str = "device") -> torch.device:
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Any other name is taken at its word; `key` is what it was said by.
 
     Raises:
         UserError: There is no such device here.
@@ -46,7 +46,7 @@ def choose_device(name: str) -> torch.device:
     }
     if not available.get(device.type, False):
         usable = [kind for kind, there in available.items() if there]
-        raise UserError(f"there is no {name} here; auto, or one of {usable}, would do")
+        raise UserError(f"{key}: there is no {name} here; auto, or one of {usable}, would do")
     return device
 
 
@@ -58,7 +58,7 @@ def cuda_or_else(name: str) -> torch.device:
     if name != "cuda" or torch.cuda.is_available():
         return choose_device(name)
     device = choose_device("auto")
-    log.info("There is no CUDA device here: using %s.", device)
+    log.warning("There is no CUDA device here: using %s.", device)
     return device
 
 

@@ -123,7 +123,8 @@ def score(
 def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
     """How many bytes of text each token of a model's vocabulary stands for, (v,); `<|endoftext|>` for none."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
-    lengths[: tokenizer.vocab_size] = torch.tensor([len(text) for text in tokenizer.token_bytes])
+    known = torch.tensor([len(text) for text in tokenizer.token_bytes[:vocab_size]])
+    lengths[: len(known)] = known  # either may have more tokens: a padded head, or added tokens that no text has
     lengths[tokenizer.eos_token_id] = 0
     return lengths
 

@@ -54,11 +54,17 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     names = [repository] if "/" in repository else [f"openai-community/{repository}", repository]
-    cache = Path(constants.HF_HUB_CACHE)
-    cached = [name for name in names if (cache / f"models--{name.replace('/', '--')}").is_dir()]
-    try:
-        return Path(snapshot_download([*cached, *names][0], allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
-        raise UserError(
-            f"could not get {patterns[0]} of {repository!r} from the Hugging Face Hub or its cache; {instead}"
-        ) from error
+    names.sort(key=lambda name: not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir())
+    reason: Exception | None = None
+    for name in names:
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
+            reason = error
+            continue
+        if any(any(folder.glob(pattern)) for pattern in patterns):  # offline, what is cached may be a part
+            return folder
+    raise UserError(
+        f"{repository}: there is no such folder here, and {patterns[0]} is not to be had from the Hugging Face Hub "
+        f"or its cache; {instead}"
+    ) from reason

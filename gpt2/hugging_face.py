@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.checkpoint import refuse_misfits, save_tensors, shapes_of
-from gpt2.config import GPT2Config, UserError, model_faults
+from gpt2.config import GPT2Config, UserError, model_from_file
 from gpt2.tokenizer import GPT2Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def their_layout(name: str, tensor: "Tensor") -> "Tensor":
 def read_json(path: Path, source: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot read its {path.name}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{source}: its {path.name} holds no object")
@@ -99,16 +99,14 @@ def read_config(folder: Path, source: str) -> GPT2Config:
         raise UserError(f"{source}: its {CONFIG} describes no GPT-2 as OpenAI built it: {told}")
 
     values = {ours: described[theirs] for ours, theirs in _THEIR_FIELDS.items() if theirs in described}
-    if values.get("d_ff") is None:  # their way to say what OpenAI did
-        values["d_ff"] = 4 * values.get("d_model", GPT2Config().d_model)
+    has_d_ff = values.get("d_ff") is not None
+    if not has_d_ff:
+        values.pop("d_ff", None)
     try:
-        config = GPT2Config(**values)
-        faults = model_faults(config, prefix="")
-    except TypeError as error:  # a word where a number should be
-        faults = [str(error)]
-    if faults:
-        raise UserError(f"{source}: its {CONFIG} describes no model: {'; '.join(faults)}")
-    return config
+        config = model_from_file(values)
+    except UserError as error:
+        raise UserError(f"{source}: its {CONFIG} describes no model: {'; '.join(error.faults)}") from error
+    return config if has_d_ff else replace(config, d_ff=4 * config.d_model)  # unsaid, it is as OpenAI had it
 
 
 def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Tensor]":
@@ -122,14 +120,15 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
     names = {name: their_name(name) for name in our_shapes}
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
-        head = stored.pop("lm_head.weight", None)
         found = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
-        refuse_misfits(source, found, {names[ours]: _their_shape(ours, shape) for ours, shape in our_shapes.items()})
+        expected = {names[ours]: _their_shape(ours, shape) for ours, shape in our_shapes.items()}
+        head = stored.get("lm_head.weight")
+        refuse_misfits(source, found, expected | ({"lm_head.weight": expected["wte.weight"]} if head else {}))
         if wrong := {tensor.get_dtype() for tensor in stored.values()} - {"F64", "F32", "F16", "BF16"}:
             raise UserError(f"{source}: its weights are stored as {', '.join(sorted(wrong))}, not as plain floats")
 
         tensors = {ours: their_layout(ours, stored[theirs][:].float()) for ours, theirs in names.items()}
-        if head is not None and not head[:].float().equal(tensors["token_embedding.weight"]):
+        if head and not head[:].float().nan_to_num().equal(tensors["token_embedding.weight"].nan_to_num()):
             raise UserError(f"{source}: its lm_head is not its token embedding; in GPT-2 they are one tensor")
     return tensors if config.use_bias else _without_biases(tensors, config, source)
 
@@ -161,7 +160,11 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
             file = files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source}: {path.name} is damaged or incomplete: {error}") from error
-        stored |= {name.removeprefix("transformer."): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118  # no mapping
+            short = name.removeprefix("transformer.")
+            if short in stored:
+                raise UserError(f"{source}: {path.name} holds {short} a second time")
+            stored[short] = file.get_slice(name)
     return {name: tensor for name, tensor in stored.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
 
 
@@ -169,7 +172,10 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX, source).get("weight_map", {}).values()))
+        weight_map = read_json(folder / INDEX, source).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{source}: the weight_map of its {INDEX} names no files")
+        names = sorted(set(weight_map.values()))
         lacking = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         if lacking or not names:
             raise UserError(f"{source}: {INDEX} names files that are not there: {', '.join(lacking) or 'none at all'}")
@@ -179,7 +185,7 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
             f"{source}: its weights are in {', '.join(pickles)}, a pickle, which can run code when it is read; "
             f"{WEIGHTS} is what is read, and what save_pretrained of transformers writes"
         )
-    raise UserError(f"{source}: it holds no {WEIGHTS}")
+    raise UserError(f"{source}: it holds no {WEIGHTS}, and other formats are not read")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

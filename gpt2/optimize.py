@@ -122,7 +122,7 @@ class OptunaOptimizer:
             found += model_faults(model) + training_faults(training)
         if found:
             raise UserError(*dict.fromkeys(found))
-        choose_device(training_config.device)
+        choose_device(training_config.device, "train.device")
         self.train_loader, self.val_loader = train_loader, val_loader
         self.base_config, self.training_config = base_config, training_config
         self.optuna_config = optuna_config

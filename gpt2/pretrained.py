@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2 import checkpoint, hugging_face
-from gpt2.config import OPENAI, GPT2Config, UserError, is_on_hub
+from gpt2.config import OPENAI, GPT2Config, UserError, is_on_hub, model_from_file
 from gpt2.hub import hub_folder
 from gpt2.tokenizer import TOKENIZER_FILES, GPT2Tokenizer
 
@@ -31,12 +31,15 @@ INSTEAD_OF_HUB = "without a network: a local folder that save_pretrained of tran
 
 
 class TrainedModel:
-    """A trained model at rest: `CheckpointModel` or `HuggingFaceModel`."""
+    """A trained model at rest: `CheckpointModel` or `HuggingFaceModel`. Its weights are read when asked for."""
 
-    source: str  # its name, as `open_model` takes it again
-    config: GPT2Config
-    tokenizer: GPT2Tokenizer | None  # None if it travels without one
-    record: dict[str, Any] | None  # what a checkpoint of ours says besides: `run`, `progress`, ...
+    def __init__(self, source: str, config: GPT2Config, record: dict[str, Any] | None = None):
+        """
+        Args:
+            source: Its name, as `open_model` takes it again.
+            record: What a checkpoint of ours says besides: `run`, `progress`, ...
+        """
+        self.source, self.config, self.record = source, config, record
 
     def tensors(self) -> "dict[str, Tensor]":
         """Its weights, fp32, under the names of `GPT2Model`: all of them, in the right shapes.
@@ -45,6 +48,19 @@ class TrainedModel:
             UserError: A file is damaged; or tensors are missing, unexpected or misshapen, and then all are named.
         """
         raise NotImplementedError
+
+    def read_tokenizer(self) -> GPT2Tokenizer | None:
+        raise NotImplementedError
+
+    @cached_property
+    def tokenizer(self) -> GPT2Tokenizer | None:
+        """The tokenizer that travels with it; None if there is none."""
+        return self.read_tokenizer()
+
+    @property
+    def run(self) -> dict[str, Any] | None:
+        """The configuration of the run of `train.py` that trained it; None for any other model."""
+        return self.record and self.record["run"]
 
     def build(self, config: GPT2Config | None = None) -> "GPT2Model":
         """The model with its weights, on the CPU. `config`: its own, or what `following` makes of it.
@@ -75,27 +91,29 @@ class TrainedModel:
         if self.tokenizer is not None:
             return self.tokenizer
         if self.config.vocab_size != GPT2Config().vocab_size:
-            raise UserError(f"checkpoint: {self.source} holds no tokenizer, so it can neither read nor write text")
-        log.info("%s holds no tokenizer; by the size of its vocabulary it is GPT-2's, which is taken.", self.source)
+            raise UserError(f"{self.source} holds no tokenizer, so nobody knows what its tokens mean")
+        log.warning("%s holds no tokenizer; by the size of its vocabulary it is GPT-2's, which is taken.", self.source)
         return GPT2Tokenizer.from_hub()
 
     def describe(self) -> str:
         return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
 
 
-def open_model(name: str | None) -> TrainedModel:
+def open_model(name: str | None, key: str = "checkpoint") -> TrainedModel:
     """The trained model of that name, see the top of this file; None is the best checkpoint of the latest run.
 
+    `key` is what a user named it by, for the error.
+
     Raises:
-        UserError: There is none.
+        UserError: There is none, or it is none that can be read.
     """
     if name is not None and is_on_hub(name):
         return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
-    if name is not None and (Path(name) / "config.json").is_file():
+    if name is not None and (Path(name) / hugging_face.CONFIG).is_file():
         return HuggingFaceModel(name, lambda patterns: Path(name))
-    if name is not None and not Path(name).exists():
-        raise UserError(f"checkpoint: there is no {name} here, and on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
-    return CheckpointModel(checkpoint.find(name))
+    if name is not None and not (name and Path(name).exists()):
+        raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
+    return CheckpointModel(checkpoint.find(name, key))
 
 
 def open_tokenizer(name: str) -> GPT2Tokenizer:
@@ -110,7 +128,7 @@ def open_tokenizer(name: str) -> GPT2Tokenizer:
         return GPT2Tokenizer.from_hub(name)
     if holds_tokenizer(Path(name)):
         return GPT2Tokenizer.from_folder(name)
-    return open_model(name).tokenizer_for_text()
+    return open_model(name, "data.tokenizer").tokenizer_for_text()
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -151,45 +169,35 @@ class CheckpointModel(TrainedModel):
 
     def __init__(self, path: Path):
         self.path = path
-        self.source = str(path)
+        record = checkpoint.read_record(path)
+        try:
+            config = model_from_file(record["model"])
+            record["run"], record["progress"]["step"], record["tokenizer"]  # all that is asked for later is there
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"checkpoint: {path} is not one that Trainer wrote: {error}") from error
+        super().__init__(str(path), config, record)
+        self.saved_tokenizer: str | None = record["tokenizer"]
 
-    @cached_property
-    def record(self) -> dict[str, Any]:  # type: ignore[override]
-        return checkpoint.read_record(self.path)
-
-    @cached_property
-    def config(self) -> GPT2Config:  # type: ignore[override]
-        return GPT2Config(**self.record["model"])
-
-    @cached_property
-    def tokenizer(self) -> GPT2Tokenizer | None:  # type: ignore[override]
-        saved = self.record["tokenizer"]
-        return saved and GPT2Tokenizer.from_json(saved)
+    def read_tokenizer(self) -> GPT2Tokenizer | None:
+        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
 
     def tensors(self) -> "dict[str, Tensor]":
         tensors = checkpoint.read_tensors(self.path, "model/")
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         checkpoint.refuse_misfits(self.source, found, checkpoint.shapes_of(self.config))
-        return tensors
+        return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 class HuggingFaceModel(TrainedModel):
     """A GPT-2 in the format of `transformers`, in a folder or on the Hub."""
 
-    record = None
-
     def __init__(self, source: str, fetch: Callable[[list[str]], Path]):
         """`fetch` returns the folder, once those of its files are there that match some patterns."""
-        self.source = source
         self.fetch = fetch
+        super().__init__(source, hugging_face.read_config(fetch([hugging_face.CONFIG]), source))
 
-    @cached_property
-    def config(self) -> GPT2Config:  # type: ignore[override]
-        return hugging_face.read_config(self.fetch([hugging_face.CONFIG]), self.source)
-
-    @cached_property
-    def tokenizer(self) -> GPT2Tokenizer | None:  # type: ignore[override]
-        folder = self.fetch(TOKENIZER_FILES)
+    def read_tokenizer(self) -> GPT2Tokenizer | None:
+        folder = self.fetch([hugging_face.CONFIG, *TOKENIZER_FILES])
         return GPT2Tokenizer.from_folder(folder) if holds_tokenizer(folder) else None
 
     def tensors(self) -> "dict[str, Tensor]":
@@ -206,6 +214,10 @@ def export(trained: TrainedModel, folder: Path) -> None:
     Raises:
         UserError: The model cannot be read, or the folder cannot be written.
     """
+    if folder.exists():
+        raise UserError(f"to: {folder} is there already; name a folder that is not")
+    if trained.tokenizer is None:
+        log.warning("%s holds no tokenizer, so neither does what is exported.", trained.source)
     tensors = trained.tensors()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +227,7 @@ def export(trained: TrainedModel, folder: Path) -> None:
             hugging_face.write_folder(whole, trained.config, tensors, trained.tokenizer, model_card(trained))
             whole.rename(folder)
     except OSError as error:
-        raise UserError(f"to: cannot write {folder}: {error.strerror}") from error
+        raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 
 
 def model_card(trained: TrainedModel) -> str:
@@ -228,7 +240,7 @@ tags:
 - gpt2
 ---
 
-# {trained.record["run"]["name"] if trained.record and trained.record["run"] else "GPT-2"}
+# {trained.run["name"] if trained.run else "GPT-2"}
 
 A GPT-2 for `transformers`:
 
@@ -253,7 +265,9 @@ print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
 
 def _training(record: dict[str, Any]) -> str:
     progress, train, run = record["progress"], record["train"], record["run"] or {}
-    loss = "not evaluated" if progress["val_loss"] is None else f"{progress['val_loss']:.4f} nats a token"
+    loss = "not evaluated"
+    if progress["val_loss"] is not None:
+        loss = f"{progress['val_loss']:.4f} nats a token, at step {progress['evaluated_at']:,}"
     facts = {
         "data": describe_data(run["data"]) if run else "not recorded",
         "steps": f"{progress['step']:,}",

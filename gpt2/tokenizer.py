@@ -131,14 +131,14 @@ class GPT2Tokenizer:
                 raise UserError(f"tokenizer: {folder} holds neither tokenizer.json nor vocab.json with merges.txt")
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
             return cls(vocabulary, merges)  # a pair of other than two fails in here
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"tokenizer: {folder} holds no GPT-2 tokenizer: {error}") from error
 
     def to_folder(self, folder: str | Path, context_length: int) -> None:
         """Write what `from_folder`, and `AutoTokenizer.from_pretrained` of `transformers`, read."""
         folder = Path(folder)
         backend = _backend(self.vocabulary, self.merges)  # its own: here the special token is one, in texts too
-        backend.add_special_tokens([END_OF_TEXT])
+        backend.add_special_tokens(self.added_tokens)
         backend.save(str(folder / "tokenizer.json"))
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
@@ -186,6 +186,18 @@ class GPT2Tokenizer:
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    @cached_property
+    def added_tokens(self) -> list[str]:
+        """The tokens that no text is encoded to: `<|endoftext|>`, and others that somebody has added, such as [PAD]."""
+        from_text = {*byte_alphabet(), *("".join(pair) for pair in self.merges)} - {END_OF_TEXT}
+        return [token for token in self.vocabulary if token not in from_text]
+
+    @cached_property
+    def ids_in_use(self) -> int:
+        """One more than the largest id that stands in a tokenized corpus: what a model's vocabulary must reach."""
+        unused = set(self.added_tokens) - {END_OF_TEXT}
+        return 1 + max(i for token, i in self.vocabulary.items() if token not in unused)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. Half a surrogate pair, which is no character, becomes a question mark."""

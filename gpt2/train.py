@@ -69,7 +69,7 @@ class Trainer:
         """
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
         self.config = config
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, "train.device")
         self.precision = choose_precision(config.precision if config.mixed_precision else "fp32", self.device)
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing

@@ -244,7 +244,7 @@ def test_a_shorter_context_leaves_out_the_last_positions(folder):
 def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) -> dict[str, torch.Tensor]:
     """A checkpoint as `Trainer` writes it, of an untrained model. Returns its weights."""
     tensors = noisy_model(config, std=0.05).state_dict()
-    progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5}
+    progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5, "evaluated_at": 6}
     train = {"batch_size": 4, "accumulation_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 1}
     record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
     about = {**record, "data": None, "progress": progress, "scaler": {}, "torch": torch.__version__}
@@ -315,7 +315,12 @@ def test_the_card_says_what_the_model_is(tmp_path):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for fact in ("| steps | 7 |", "| validation loss | 2.5000 nats a token |", "| d_model | 16 |", "| tokens | 99 |"):
+    for fact in (
+        "| steps | 7 |",
+        "| validation loss | 2.5000 nats a token, at step 6 |",
+        "| d_model | 16 |",
+        "| tokens | 99 |",
+    ):
         assert fact in card
 
 
@@ -344,7 +349,7 @@ def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_th
 
 def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):
     (line,) = workspace.run("evaluate.py", "checkpoint=gpt2-xl", expect=2).stderr.splitlines()
-    assert "could not get config.json of 'gpt2-xl' from the Hugging Face Hub or its cache" in line
+    assert "gpt2-xl: there is no such folder here, and config.json is not to be had from the Hugging Face Hub" in line
 
 
 FINE_TUNE = [

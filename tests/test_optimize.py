@@ -289,7 +289,7 @@ def test_ctrl_c_ends_the_study_and_its_trial_is_made_up_for(tmp_path):
         ({}, {"n_trials": 0}, "optuna.n_trials: 0 is not"),
         ({"batch_size": 0}, {}, "train.batch_size: 0 is not"),
         ({"min_learning_rate": 1e-3}, {}, "train.min_learning_rate: 0.001 is above train.learning_rate=0.0001"),
-        ({"device": "cuda:99"}, {}, "there is no cuda:99 here"),
+        ({"device": "cuda:99"}, {}, "train.device: there is no cuda:99 here"),
     ],
 )
 def test_a_mistake_is_told_before_any_trial(tmp_path, training, study, fault):
