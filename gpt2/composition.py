@@ -171,9 +171,8 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
         if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
             return [f"data.tokenizer: {wanted} is not that of {model}; left out, it is"]
     if tokenizer.ids_in_use > trained.config.vocab_size:
-        return [
-            f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {trained.config.vocab_size} of {model}"
-        ]
+        known = trained.config.vocab_size
+        return [f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"]
     return []
 
 

@@ -1,9 +1,11 @@
 """Weights in and folders out: the format of `transformers`, which writes and reads what is compared here."""
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from gpt2 import checkpoint
+from gpt2.command_line import command_line_faults
+from gpt2.composition import compose, resolve
 from gpt2.config import GPT2Config, UserError
+from gpt2.hugging_face import WEIGHT_FILES
 from gpt2.pretrained import export, following, open_model
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, TINY, Workspace
@@ -56,8 +61,9 @@ def test_every_size_gives_the_logits_and_the_greedy_text_of_transformers(tmp_pat
     """As deep and with as many heads as the size has, but narrow."""
     shape = OmegaConf.load(ROOT / "conf" / "model" / f"{size}.yaml")
     width = 4 * shape.num_heads
-    config = tiny_config(d_model=width, d_ff=4 * width, num_heads=shape.num_heads, num_layers=shape.num_layers)
-    theirs = transformers_twin(noisy_model(config, std=0.02)).eval()
+    shape = {"d_model": width, "d_ff": 4 * width, "num_heads": shape.num_heads, "num_layers": shape.num_layers}
+    config = tiny_config(**shape, layer_norm_epsilon=1e-3)
+    theirs = transformers_twin(noisy_model(config, std=0.1)).eval()
     theirs.save_pretrained(tmp_path)
 
     trained = open_model(str(tmp_path))
@@ -115,12 +121,40 @@ def test_every_layout_holds_the_same_weights(folder, store):
     assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
 
 
-def test_half_precision_weights_become_fp32(folder):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_become_fp32(folder, dtype):
     expected = open_model(str(folder)).tensors()
-    rewrite(folder, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
     tensors = open_model(str(folder)).tensors()
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert_close(tensors, {name: t.half().float() for name, t in expected.items()}, atol=0, rtol=0)
+    assert_close(tensors, {name: t.to(dtype).float() for name, t in expected.items()}, atol=0, rtol=0)
+
+
+def test_the_configuration_as_openai_wrote_it(folder):
+    """Few fields, `n_ctx` beside `n_positions`, and no `n_inner`."""
+    described = {"model_type": "gpt2", "n_ctx": 16, "n_positions": 16, "n_embd": 32, "n_head": 4, "n_layer": 2}
+    (folder / "config.json").write_text(json.dumps({**described, "activation_function": "gelu_new"}))
+    expected = GPT2Config(context_length=16, d_model=32, num_heads=4, num_layers=2, d_ff=128)
+    assert open_model(str(folder)).config == expected
+
+
+def test_two_names_of_one_activation_are_taken(folder):
+    describe(folder, activation_function="gelu_pytorch_tanh")
+    assert open_model(str(folder)).config.d_model == 16
+
+
+def test_one_file_comes_before_an_index(folder):
+    expected = open_model(str(folder)).tensors()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"transformer.wte.weight": "gone.safetensors"}}'
+    )
+    assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
+
+
+def test_all_files_of_sharded_weights_are_asked_of_the_hub(folder):
+    in_shards(folder)
+    files = {path.name for path in folder.glob("model*")}
+    assert {name for name in files if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)} == files
 
 
 def test_all_tensors_that_do_not_fit_are_named_in_one_error(folder):
@@ -171,7 +205,47 @@ def a_config_of_words(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
 
+def an_index(content):
+    def spoil(folder: Path) -> None:
+        in_shards(folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return spoil
+
+
+def a_scalar_head(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.tensor(1.0)}))
+
+
+def a_tensor_twice(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"] + 1}))
+
+
 REFUSED = [
+    (an_index({"weight_map": ["a"]}), "the weight_map of its model.safetensors.index.json names no files"),
+    (an_index({"weight_map": {"a": 1}}), "names no files"),
+    (an_index({}), "names no files"),
+    (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
+    (a_tensor_twice, "holds wte.weight a second time"),
+    (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
+    (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
+    (lambda folder: describe(folder, add_cross_attention=True), "add_cross_attention is True, not False"),
+    (lambda folder: describe(folder, scale_attn_weights=False), "scale_attn_weights is False, not True"),
+    *(
+        (lambda folder, values=values: describe(folder, **values), f"describes no model: {complaint}")
+        for values, complaint in (
+            ({"n_layer": 2.5}, "num_layers: "),
+            ({"n_layer": None}, "num_layers: "),
+            ({"n_layer": 10**9}, "num_layers: "),
+            ({"n_head": 4.0}, "num_heads: "),
+            ({"n_positions": None}, "context_length: "),
+            ({"vocab_size": 10**30}, "vocab_size: "),
+            ({"layer_norm_epsilon": None}, "layer_norm_epsilon: "),
+            ({"attn_pdrop": 2}, "attention_dropout: "),
+            ({"n_inner": "wide", "n_embd": "x"}, "d_model: .*; d_ff: "),
+        )
+    ),
     (only_a_pickle, r"pytorch_model.bin, a pickle, which can run code"),
     (no_weights, "it holds no model.safetensors"),
     (a_head_of_its_own, "its lm_head is not its token embedding"),
@@ -183,12 +257,13 @@ REFUSED = [
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
     (lambda folder: describe(folder, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
-    (lambda folder: describe(folder, n_embd="wide"), "describes no model"),
     (lambda folder: describe(folder, use_bias=False), "says use_bias=false, yet"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "complaint"), REFUSED, ids=[complaint for _, complaint in REFUSED])
+@pytest.mark.parametrize(
+    ("spoil", "complaint"), REFUSED, ids=[f"{number} {complaint}" for number, (_, complaint) in enumerate(REFUSED)]
+)
 def test_what_cannot_be_read_as_gpt2_is_refused_with_the_reason(folder, spoil, complaint):
     spoil(folder)
     with pytest.raises(UserError, match=complaint) as refused:
@@ -212,9 +287,10 @@ def test_a_file_cut_anywhere_is_refused(folder):
 def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder):
     trained = open_model(str(folder))
     assert following(trained, GPT2Config(), set()) == trained.config
-    asked = GPT2Config(dropout=0.3, attention_dropout=0.2, residual_dropout=0.1, context_length=8)
-    found = following(trained, asked, {"residual_dropout"})
+    dropout = {"dropout": 0.3, "attention_dropout": 0.2, "residual_dropout": 0.1}
+    found = following(trained, GPT2Config(**dropout, context_length=8, initializer_range=0.5), {"residual_dropout"})
     assert (found.dropout, found.attention_dropout, found.residual_dropout) == (0.3, 0.2, 0.1)
+    assert found.initializer_range == 0.5
     assert (found.context_length, found.d_model) == (8, 16)
 
 
@@ -324,11 +400,79 @@ def test_the_card_says_what_the_model_is(tmp_path):
         assert fact in card
 
 
-def test_a_failed_export_leaves_nothing(tmp_path, folder):
-    only_a_pickle(folder)
-    with pytest.raises(UserError):
-        export(open_model(str(folder)), tmp_path / "out")
-    assert not list(tmp_path.glob("*out*"))
+def test_what_was_exported_names_its_end_of_text_and_its_length(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    names = ("config", "generation_config", "tokenizer_config", "tokenizer")
+    config, generation, about, tokenizer = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in names)
+    assert config["bos_token_id"] == config["eos_token_id"] == generation["eos_token_id"] == 256
+    assert generation["pad_token_id"] == 256
+    assert about["model_max_length"] == 16
+    assert [token["content"] for token in tokenizer["added_tokens"] if token["special"]] == ["<|endoftext|>"]
+
+
+def full_disk(folder: Path) -> Path:
+    """A limit on the size of files, which is all that a full disk is to a program."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return folder / "out"
+
+
+def below_a_file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "out"
+
+
+def where_something_is(folder: Path) -> Path:
+    (folder / "out").mkdir()
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "is there already")],
+)
+def test_an_export_that_fails_says_why_and_leaves_nothing(folder, place, complaint):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(folder.parent.rglob("*"))
+    try:
+        to = place(folder.parent)
+        with pytest.raises(UserError, match=f"to: .*{complaint}"):
+            export(open_model(str(folder)), to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name for path in folder.parent.rglob("*")} - {path.name for path in before} <= {"file", "out"}
+    assert not list(folder.parent.glob("out/*"))
+
+
+def test_a_model_without_a_tokenizer_is_exported_without_one_and_it_is_said(folder, caplog):
+    export(open_model(str(folder)), folder.parent / "out")
+    assert "holds no tokenizer, so neither does" in caplog.text
+    assert open_model(str(folder.parent / "out")).tokenizer is None
+
+
+def record_of(path: Path, change) -> None:
+    """Change what a checkpoint says beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        record = json.loads(file.metadata()["gpt2"])
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={"gpt2": json.dumps(change(record))})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda record: [], "is not a checkpoint that this program wrote"),
+        (lambda record: {"format": 1}, "is not one that Trainer wrote: 'model'"),
+        (lambda record: {**record, "model": {"depth": 3}}, "is not one that Trainer wrote: depth: Key 'depth' not in"),
+        (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
+        (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
+    ],
+)
+def test_a_checkpoint_that_is_none_of_ours_is_refused(tmp_path, change, complaint):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    record_of(tmp_path / "a.pth", change)
+    with pytest.raises(UserError, match=complaint):
+        open_model(str(tmp_path / "a.pth")).build()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,6 +496,55 @@ def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):
     assert "gpt2-xl: there is no such folder here, and config.json is not to be had from the Hugging Face Hub" in line
 
 
+def test_a_part_of_a_repository_in_the_cache_is_no_model(workspace, folder):
+    write_tokenizer(folder)
+    (folder / "config.json").unlink()
+    workspace.cache_as_from_hub("openai-community/gpt2", folder)
+    (line,) = workspace.run("generate.py", "checkpoint=gpt2", "prompt=x", expect=2).stderr.splitlines()
+    assert "config.json is not to be had from the Hugging Face Hub or its cache" in line
+
+
+@pytest.mark.parametrize("name", ["outputs/missing", "checkpoints/best_model.pth", ""])
+def test_a_path_that_leads_nowhere_is_not_looked_up_elsewhere(workspace, name):
+    (workspace.folder / "outputs").mkdir()
+    (line,) = workspace.run("generate.py", f"checkpoint={name}", "prompt=x", expect=2).stderr.splitlines()
+    assert f"checkpoint: there is no '{name}' here" in line
+
+
+def test_weights_without_a_tokenizer_get_none_made_up(workspace, folder):
+    for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
+        text = ["data=text", "data.files=[corpus.txt]", f"{key}={folder}"]
+        (line,) = workspace.run(script, *text, expect=2).stderr.splitlines()
+        assert f"data.tokenizer: {folder} holds no tokenizer" in line
+        (line,) = workspace.run(script, *text, "data.tokenizer=train", expect=2).stderr.splitlines()
+        assert f"data.tokenizer: the tokens of a new one mean nothing to {key}={folder}" in line
+    assert "loss" in workspace.run("evaluate.py", *text, "data.tokenizer=bytes").stdout
+    GPT2Tokenizer.train([CORPUS], 300).to_folder(workspace.folder, 16)
+    (line,) = workspace.run("evaluate.py", *text, "data.tokenizer=.", expect=2).stderr.splitlines()
+    assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in line or "tokens are more" in line
+
+
+def test_a_token_that_someone_added_does_no_harm(workspace, folder):
+    """A padding token beyond the model's vocabulary, as fine-tuning scripts add it: no text is ever encoded to it."""
+    tokenizer = GPT2Tokenizer.of_bytes()
+    padded = GPT2Tokenizer({**tokenizer.vocabulary, "[PAD]": 257}, [])
+    write_tokenizer(folder, padded)
+    text = ["data=text", "data.files=[corpus.txt]"]
+    assert "bits per byte" in workspace.run("evaluate.py", *text, f"checkpoint={folder}").stdout
+    export(open_model(str(folder)), folder.parent / "out")
+    described = json.loads((folder.parent / "out" / "tokenizer.json").read_text())
+    assert [token["content"] for token in described["added_tokens"]] == ["<|endoftext|>", "[PAD]"]
+
+
+def test_damaged_weights_are_found_before_the_data_are_prepared(workspace, folder):
+    write_tokenizer(folder)
+    only_a_pickle(folder)
+    for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
+        done = workspace.run(script, "data=text", "data.files=[corpus.txt]", f"{key}={folder}", expect=2)
+        assert "a pickle" in done.stderr
+        assert "Tokenizing" not in done.stdout + done.stderr
+
+
 FINE_TUNE = [
     argument for argument in TINY if not argument.startswith(("model", "data.tokenizer")) or "dropout" in argument
 ]
@@ -369,6 +562,11 @@ def test_fine_tuning_takes_shape_and_tokenizer_from_the_weights_and_resumes_with
     before, after = open_model(str(folder)).tensors(), trained.tensors()
     moved = max((before[name] - after[name]).abs().max() for name in before)
     assert 0 < moved < 0.05  # 8 steps from the weights, not from anywhere else
+    assert trained.run["train"]["init_from"] == str(folder)
+    resolved = OmegaConf.load(run / ".hydra" / "config.yaml")
+    assert (resolved.model.d_model, resolved.data.max_length, resolved.data.tokenizer) == (16, 16, str(folder))
+    export(trained, workspace.folder / "out")
+    assert f"| started from | {folder} |" in (workspace.folder / "out" / "README.md").read_text()
 
     shutil.rmtree(folder)
     resumed = workspace.run("train.py", "resume=latest", "train.max_steps=10")
@@ -394,6 +592,41 @@ def test_contradictions_are_refused_together_before_anything_is_written(workspac
     assert not (workspace.folder / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model=gpt2"],
+            {"model.d_model", "model.num_heads", "model.num_layers", "model.d_ff", "model.context_length"},
+        ),
+        (["model.d_model=768"], {"model.d_model"}),
+        (["model.use_bias=false", "model.num_layers=3"], {"model.use_bias", "model.num_layers"}),
+        ([], set()),
+    ],
+)
+def test_what_was_asked_for_by_name_contradicts_even_where_it_is_the_default(folder, overrides, expected):
+    write_tokenizer(folder)
+    found = command_line_faults("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
+    assert {line.split(":")[0] for line in found} == expected
+
+
+def test_what_refers_to_another_value_was_asked_for(folder):
+    write_tokenizer(folder)
+    line = ["hparams_search=optuna", f"train.init_from='{folder}'", "model.dropout=0.1", "data=stdlib"]
+    config = resolve("train", compose("train", line), line)
+    assert (config.model.dropout, config.model.attention_dropout, config.model.residual_dropout) == (0.1, 0.1, 0.1)
+
+
+def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
+    write_tokenizer(folder)
+    (tmp_path / "other").mkdir()
+    write_tokenizer(tmp_path / "other", GPT2Tokenizer.train([CORPUS], 257 + 40))
+    for name, key in (("train", "train.init_from"), ("evaluate", "checkpoint")):
+        (fault,) = command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", f"data.tokenizer='{tmp_path}/other'"])
+        assert fault == f"data.tokenizer: {tmp_path}/other is not that of {key}={folder}; left out, it is"
+        assert not command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
+
+
 def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
     elsewhere = Workspace(tmp_path)
     shutil.copy(trained.runs()[0] / "checkpoints" / checkpoint.BEST, tmp_path / "model.pth")
@@ -412,3 +645,5 @@ def test_export_as_a_command(trained, tmp_path):
     again = trained.module("gpt2.main", "export", f"to={tmp_path}")
     assert again.returncode == 2
     assert "is there already" in again.stderr
+    missing = trained.module("gpt2.main", "export")
+    assert (missing.returncode, missing.stderr) == (2, "error: to: the folder to write is missing, to=FOLDER\n")
