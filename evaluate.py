@@ -4,8 +4,10 @@ import json
 import os
 import re
 from dataclasses import asdict
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from gpt2.command_line import script
 from gpt2.config import EvaluateRun, UserError
@@ -39,11 +41,30 @@ def main(config: EvaluateRun) -> None:
     evaluator.print_metrics(metrics)
 
     place = Path(config.output) if config.output else place_of_evaluation(trained.source)
-    about = {**asdict(config), "split": split, "stride": stride, "torch": torch.__version__}
+    about = {
+        **asdict(config),
+        "step": trained.record and trained.record["progress"]["step"],
+        "split": split,
+        "stride": stride,
+        "device": str(evaluator.device),
+        "torch": torch.__version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
-    print(f"\n{'replaced' if place.exists() else 'written to'} {place}")
+    keep(place, {**numbers, **about})
+    print(f"\nwritten to {place}")
+
+
+def keep(place: Path, result: dict[str, Any]) -> None:
+    """Write a result; those that the file holds already go on in it, under `earlier`."""
+    earlier = []
+    if place.is_file():
+        before = json.loads(place.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), before]
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps({**numbers, **about}, indent=2) + "\n", encoding="utf-8")
+    beside = place.with_name(f".{place.name}.tmp")
+    beside.write_text(json.dumps({**result, "earlier": earlier}, indent=2) + "\n", encoding="utf-8")
+    beside.replace(place)
 
 
 def place_of_evaluation(source: str) -> Path:

@@ -221,5 +221,6 @@ def command_line_faults(name: str, overrides: list[str]) -> list[str]:
     try:
         resolve(name, composed, accepted)
     except UserError as error:
-        found += error.faults
+        refused = {override.lstrip("+").split("=")[0] for override in overrides if override not in accepted}
+        found += [fault for fault in error.faults if fault.split(":")[0] not in refused]
     return found

@@ -48,7 +48,10 @@ def explain(error: Exception) -> str:
     """What is wrong, in one line out of Hydra's several: the choices there are, but not where they were looked for."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
-        return str(cause).splitlines()[0]
+        first = str(cause).splitlines()[0]
+        return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
+    if "No match in the defaults list" in str(error):
+        return "there is no such group here"
     text = str(error).split("Config search path")[0].split(": ", 1)[-1]
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{problem}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
@@ -135,7 +138,10 @@ def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
     trained = open_model(composed.train.init_from, "train.init_from")
     keys = keys_of(overrides)
     chosen = {key.removeprefix("model.") for key in keys}
-    chosen |= {key for key in vars(GPT2Config()) if "model" in keys or OmegaConf.is_interpolation(composed.model, key)}
+    chosen |= {key for key in vars(GPT2Config()) if OmegaConf.is_interpolation(composed.model, key)}
+    for override in parsed(overrides):
+        if override.key_or_group == "model":
+            chosen |= set(map(str, OmegaConf.load(CONF / "model" / f"{override.value()}.yaml")))
     asked = OmegaConf.to_object(composed.model)
     assert isinstance(asked, GPT2Config)
     found = use_tokenizer_of(trained, "train.init_from", composed, keys)
@@ -155,6 +161,8 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
     Returns what is wrong: the command line asks for another one, the model has none, or fewer tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
+    if "data.vocab_size" in keys:
+        return [f"data.vocab_size: it is for a tokenizer that is made, and {model} has its own"]
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()
@@ -202,7 +210,7 @@ def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> Dic
         key = override.key_or_group
         if key in CHANGEABLE:
             OmegaConf.update(result, key, override.value())
-        elif key != "resume" and not key.startswith("hydra."):
+        elif key != "resume" and not key.startswith("hydra.") and override.value() != OmegaConf.select(result, key):
             refused.append(f"{override.input_line}: a resumed run keeps its {key}{_as_it_was(result, key)}")
     if result.train.max_steps is not None and result.train.max_steps < done:
         refused.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")

@@ -319,6 +319,8 @@ def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
             f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
             f"the schedule only falls"
         )
+    if config.precision not in ("auto", "fp32", "bf16", "fp16"):
+        found.append(f"{prefix}precision: {config.precision!r} is none of auto, fp32, bf16, fp16")
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         found.append(
             f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"

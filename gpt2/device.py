@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2.config import UserError
+from gpt2.config import UserError, device_faults
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def choose_device(name: str, key: str = "device") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if found := device_faults(name, key):
+        raise UserError(*found)
     device = torch.device(name)
     available = {
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),

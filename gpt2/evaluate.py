@@ -38,6 +38,8 @@ def as_inputs(batch: Any) -> Batch:
     inputs = dict(batch)
     if "labels" in inputs:
         inputs["targets"] = shifted(inputs.pop("labels"))
+    if not {"input_ids", "targets"} <= inputs.keys():
+        raise ValueError(f"a batch needs input_ids and either targets or labels; this one has {', '.join(inputs)}")
     return inputs
 
 

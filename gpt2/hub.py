@@ -13,8 +13,8 @@ from gpt2.config import UserError
 log = logging.getLogger(__name__)
 
 WITHOUT_NETWORK = (
-    "without a network: experiment=quickstart (this Python's own source), data=text data.files=[FILE,...] with "
-    "data.tokenizer=train or bytes, or local folders as data.dataset_name and data.tokenizer"
+    "what needs no network: data=text data.files=[FILE,...]; local folders as data.dataset_name and data.tokenizer; to "
+    "train, experiment=quickstart (this Python's own source) and data.tokenizer=train or bytes"
 )
 
 
@@ -42,7 +42,7 @@ def connect(seconds: float = 3.0) -> None:
 def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     """A local folder with those files of a model repository on the Hub that match, downloaded unless cached.
 
-    A name without an owner, such as gpt2, is one of OpenAI's and found in the cache under either of its names.
+    OpenAI's models are found in the cache with their owner's name and, as they were once called, without.
 
     Args:
         instead: What to do where it is not to be had, as the error says it.
@@ -53,7 +53,9 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     connect()
     from huggingface_hub import constants, snapshot_download
 
-    names = [repository] if "/" in repository else [f"openai-community/{repository}", repository]
+    owner = "openai-community/"
+    is_openai = "/" not in repository or repository.startswith(owner)
+    names = [owner + repository.removeprefix(owner), repository.removeprefix(owner)] if is_openai else [repository]
     names.sort(key=lambda name: not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir())
     reason: Exception | None = None
     for name in names:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpt2.config import InferenceConfig
+from gpt2.config import InferenceConfig, UserError, inference_faults
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
 from gpt2.pretrained import open_model
@@ -26,7 +26,12 @@ def stream_text(
     """The continuation of a prompt in pieces, up to `<|endoftext|>` or `config.max_new_tokens` tokens.
 
     The randomness is its own: sampling while training leaves the training as it is. An empty prompt begins a document.
+
+    Raises:
+        UserError: `config` makes no sense.
     """
+    if found := inference_faults(config):
+        raise UserError(*found)
     device = model.token_embedding.weight.device
     generator = torch.Generator(device)
     if seed is None:

@@ -44,6 +44,8 @@ def main() -> None:
     if name not in COMMANDS:
         asked = name in ("-h", "--help")
         lines = (f"  {command:<10} {purpose}" for command, purpose in COMMANDS.items())
+        if name and not asked:
+            print(f"error: there is no command {name}", file=sys.stderr)
         text = "\n".join(["usage: python -m gpt2.main COMMAND [OVERRIDES]", "", *lines])
         print(text, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)

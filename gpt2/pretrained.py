@@ -54,8 +54,15 @@ class TrainedModel:
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer | None:
-        """The tokenizer that travels with it; None if there is none."""
-        return self.read_tokenizer()
+        """The tokenizer that travels with it; None if there is none.
+
+        Raises:
+            UserError: It has tokens that the model does not know.
+        """
+        tokenizer, known = self.read_tokenizer(), self.config.vocab_size
+        if tokenizer and tokenizer.ids_in_use > known:
+            raise UserError(f"{self.source}: its tokenizer has {tokenizer.ids_in_use} tokens, its model knows {known}")
+        return tokenizer
 
     @property
     def run(self) -> dict[str, Any] | None:
@@ -99,7 +106,7 @@ class TrainedModel:
         return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
 
 
-def open_model(name: str | None, key: str = "checkpoint") -> TrainedModel:
+def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
     """The trained model of that name, see the top of this file; None is the best checkpoint of the latest run.
 
     `key` is what a user named it by, for the error.
@@ -107,12 +114,17 @@ def open_model(name: str | None, key: str = "checkpoint") -> TrainedModel:
     Raises:
         UserError: There is none, or it is none that can be read.
     """
-    if name is not None and is_on_hub(name):
+    if name is None:
+        return CheckpointModel(checkpoint.find(None, key))
+    name, path = str(name), Path(name)
+    if is_on_hub(name):
         return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
-    if name is not None and (Path(name) / hugging_face.CONFIG).is_file():
-        return HuggingFaceModel(name, lambda patterns: Path(name))
-    if name is not None and not (name and Path(name).exists()):
+    if (path / hugging_face.CONFIG).is_file():
+        return HuggingFaceModel(name, lambda patterns: path)
+    if not name or not path.exists():
         raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
+    if path.suffix in (".safetensors", ".bin"):
+        raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
     return CheckpointModel(checkpoint.find(name, key))
 
 
@@ -208,12 +220,13 @@ class HuggingFaceModel(TrainedModel):
 # Out
 
 
-def export(trained: TrainedModel, folder: Path) -> None:
+def export(trained: TrainedModel, folder: str | Path) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load. It is whole or not there.
 
     Raises:
         UserError: The model cannot be read, or the folder cannot be written.
     """
+    folder = Path(folder)
     if folder.exists():
         raise UserError(f"to: {folder} is there already; name a folder that is not")
     if trained.tokenizer is None:

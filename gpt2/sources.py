@@ -125,6 +125,8 @@ def fingerprint_of_folder(folder: Path) -> str:
 
 def text_source(config: DataConfig) -> Source:
     """The files that `config.files` names, identified by their content."""
+    if isinstance(config.files, str):
+        raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
     paths = find_files(config.files or [], config.exclude)
     if not paths:
         raise UserError(f"data.files: no file matches {config.files} once data.exclude={config.exclude} is taken out")

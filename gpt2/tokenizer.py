@@ -96,6 +96,8 @@ class GPT2Tokenizer:
         """Learn merges from texts until there are `vocab_size` tokens, or no pair of tokens occurs twice."""
         from tokenizers import pre_tokenizers, trainers
 
+        if vocab_size < 257:
+            raise UserError(f"tokenizer: {vocab_size} tokens are too few for the 256 bytes and {END_OF_TEXT}")
         backend = _backend({}, [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,  # and <|endoftext|>, last as in OpenAI's

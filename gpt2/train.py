@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint
-from gpt2.config import TrainingConfig, UserError
+from gpt2.config import TrainingConfig, UserError, training_faults
 from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, choose_precision, peak_flops
 from gpt2.evaluate import Batch, as_inputs, count_targets, perplexity, score
 from gpt2.model import GPT2Model
 from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking import ProgressLine, Tracker
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,16 @@ class Trainer:
             run: The configuration of the whole run, kept in its checkpoints so that it can be resumed from them.
 
         Raises:
-            UserError: The configured device is not there.
+            UserError: `config` makes no sense, its device is not there, or the data have tokens unknown to the model.
         """
+        tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
+        found = training_faults(config)
+        if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
+            found.append(
+                f"model.vocab_size: {model.config.vocab_size} is less than the {tokenizer.ids_in_use} tokens of the data"
+            )
+        if found:
+            raise UserError(*found)
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device, "train.device")
@@ -81,6 +90,7 @@ class Trainer:
         self.tracker = tracker or Tracker()
         self.write_sample = write_sample
         self.run = run
+        self.tokenizer = tokenizer
 
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
         self.total_steps = min(config.max_steps or self._epoch_limit, self._epoch_limit)
@@ -370,7 +380,6 @@ class Trainer:
         if not self.scaler.is_enabled():  # a scaler leaves such a step out by itself
             self._refuse_nonfinite(float(self._gradient_norm), "norm of the gradient")
         self.progress.seconds = time.perf_counter() - self._clock
-        tokenizer = getattr(self.train_loader.dataset, "tokenizer", None)
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, tensor in optimizer_tensors(self.optimizer, self.model).items():
             tensors[f"optimizer/{name}"] = tensor
@@ -382,7 +391,7 @@ class Trainer:
             "model": asdict(self.model.config),
             "train": asdict(self.config),
             "run": self.run,
-            "tokenizer": tokenizer and tokenizer.to_json(),
+            "tokenizer": self.tokenizer and self.tokenizer.to_json(),
             "data": getattr(self.train_loader.dataset, "fingerprint", None),
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig
+from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig, UserError
 from gpt2.data_loader import get_dataloaders, load_split, load_text_data
 from gpt2.evaluate import Evaluator
-from gpt2.inference import TextGenerator
+from gpt2.inference import TextGenerator, stream_text
 from gpt2.model import DecoderBlock, FeedForward, GPT2Model, MultiHeadAttention
 from gpt2.optimize import OptunaOptimizer
 from gpt2.pretrained import export, open_model
@@ -317,6 +317,14 @@ def test_the_example_of_the_optimizer(config, loaders, train_config):
     assert 0 < best_params["train.learning_rate"] < 1
 
 
+@pytest.fixture(scope="module")
+def trained_here(place, config, loaders, train_config) -> None:
+    """`checkpoints/best_model.pth`, in the place where all examples run."""
+    train_loader, val_loader, _ = loaders
+    Trainer(GPT2Model(config), train_loader, val_loader, train_config, str(place / "checkpoints")).train()
+
+
+@pytest.mark.usefixtures("trained_here")
 def test_the_example_of_the_generator(capsys):
     generator = TextGenerator("checkpoints/best_model.pth")
     config = InferenceConfig(max_new_tokens=100)
@@ -324,12 +332,62 @@ def test_the_example_of_the_generator(capsys):
     assert capsys.readouterr().out.startswith("Once upon a time")
 
 
-def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, capsys):
-    lines = iter(["def f", "def g"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or (_ for _ in ()).throw(EOFError))
+@pytest.mark.usefixtures("trained_here")
+def test_several_texts_of_one_seed_differ_and_come_again(capsys):
+    config = InferenceConfig(max_new_tokens=20, num_return_sequences=2, seed=1)
+    generator = TextGenerator("checkpoints/best_model.pth", "cpu")
+    texts = []
+    for _ in range(2):
+        generator.generate_text("a", config)
+        texts.append(capsys.readouterr().out.split("-" * 80 + "\n"))
+    assert texts[0] == texts[1]
+    assert texts[0][0].strip() != texts[0][1].strip()
+
+
+@pytest.mark.usefixtures("trained_here")
+@pytest.mark.parametrize("leaving", ["", EOFError()])
+def test_the_interactive_mode_continues_each_line_until_one_leaves(monkeypatch, capsys, leaving):
+    lines = iter(["def f", KeyboardInterrupt(), "def g", leaving])
+
+    def typed(_prompt: str) -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
     TextGenerator("checkpoints/best_model.pth", "cpu").interactive_mode(InferenceConfig(max_new_tokens=5))
     printed = capsys.readouterr().out
     assert printed.index("def f") < printed.index("def g")
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (
+            lambda model, a, b: Trainer(model, a, b, TrainingConfig(precision="fp8")),
+            "train.precision: 'fp8' is none of",
+        ),
+        (lambda model, a, b: Trainer(model, a, b, TrainingConfig(max_steps=-1)), "train.max_steps: -1 is not"),
+        (
+            lambda model, a, b: Trainer(
+                GPT2Model(dataclasses.replace(model.config, vocab_size=99)), a, b, TrainingConfig()
+            ),
+            "model.vocab_size: 99 is less than the 257 tokens of the data",
+        ),
+        (lambda model, a, b: Evaluator(model, b, "tpu"), "device: 'tpu' is none of"),
+        (lambda *_: list(stream_text(None, None, "", InferenceConfig(top_k=0), 1)), "inference.top_k: 0 is not"),
+        (lambda *_: load_text_data(DataConfig(files="book.txt")), "data.files: a list is wanted"),
+        (
+            lambda *_: load_text_data(DataConfig(files=["book.txt"], tokenizer="wat")),
+            "data.tokenizer: there is no 'wat'",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_a_line(model, loaders, make, complaint):
+    train_loader, val_loader, _ = loaders
+    with pytest.raises(UserError, match=complaint):
+        make(model, train_loader, val_loader)
 
 
 # Command line

@@ -203,7 +203,7 @@ def test_help_is_short_and_needs_no_torch(workspace, script):
         [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, check=True
     )
     assert len(done.stdout.splitlines()) < 50
-    assert "data: " in done.stdout or "inference: " in done.stdout
+    assert "data=" in done.stdout or "inference=" in done.stdout
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
     assert "hydra" in imported  # the pattern finds imports
     assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy"}
@@ -213,8 +213,15 @@ def test_the_module_is_the_same_command_line(workspace):
     assert workspace.module("gpt2.main", "train", "--help").stdout.startswith("Train GPT-2")
     refused = workspace.module("gpt2.main", "train", "train.lrr=1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert workspace.module("gpt2.main", "dance").returncode == 2
+    unknown = workspace.module("gpt2.main", "dance")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("error: there is no command dance\n")
     assert "export" in workspace.module("gpt2.main", "--help").stdout
+
+
+@pytest.mark.parametrize(("script", "group"), [("evaluate", "data"), ("generate", "inference")])
+def test_help_names_all_choices_of_the_group_that_a_script_has(script, group):
+    assert f"{group}={'|'.join(choices(group))}\n" in (CONF / "hydra" / "help" / f"{script}.yaml").read_text()
 
 
 def test_help_names_only_keys_that_exist():

@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 
 from gpt2.config import DataConfig
 from gpt2.data_loader import TokenBlocks, as_it_is, load_split, load_text_data
-from gpt2.evaluate import Evaluator
+from gpt2.evaluate import Evaluator, as_inputs, score, token_losses
 from gpt2.model import IGNORE, GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.conftest import TEXT, Workspace
+from tests.conftest import TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
 LENGTH = 16  # of a window: the context of `tiny_config`
@@ -133,6 +133,74 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
         assert metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_sum_is_kept_in_double_precision(model, tokens):
+    """In single precision, a sum of a hundred losses is off by 1e-7 of itself."""
+    loader = DataLoader(windows(tokens), 100, collate_fn=as_it_is)
+    (batch,) = map(as_inputs, loader)
+    with torch.no_grad():
+        losses = token_losses(model, batch).flatten().tolist()
+    assert score(model, loader, torch.device("cpu")).nats == pytest.approx(math.fsum(losses), rel=1e-14)
+
+
+def test_precision_is_that_of_the_matrix_products(model, tokens):
+    loader = DataLoader(windows(tokens), 4, collate_fn=as_it_is)
+    exact, rounded = (Evaluator(model, loader, "cpu", name).evaluate()["loss"] for name in ("fp32", "bf16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.05)
+
+
+def test_padding_takes_no_part(model):
+    ids = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = mask[2, 4:] = 0
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, IGNORE), "attention_mask": mask}
+    metrics = Evaluator(model, DataLoader([batch], batch_size=None), "cpu").evaluate()
+    theirs = transformers_twin(model).eval()
+    with torch.no_grad():
+        alone = [
+            theirs(row[None, : int(real.sum())], labels=row[None, : int(real.sum())]).loss.item()
+            for row, real in zip(ids, mask, strict=True)
+        ]
+    expected = sum(loss * (int(real.sum()) - 1) for loss, real in zip(alone, mask, strict=True)) / (11 + 8 + 3)
+    assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
+    left = {"input_ids": ids, "labels": ids, "attention_mask": mask.flip(1)}
+    blind = {key: left[key] for key in ("input_ids", "labels")}
+    scored = [Evaluator(model, DataLoader([b], batch_size=None), "cpu").evaluate()["loss"] for b in (left, blind)]
+    assert scored[0] != scored[1]  # the mask reaches the model
+
+
+@pytest.mark.parametrize("batch", [{"foo": torch.zeros(1, 2)}, {"input_ids": torch.zeros(1, 2)}])
+def test_a_batch_without_what_is_needed_is_refused(batch):
+    with pytest.raises(ValueError, match="a batch needs input_ids and either targets or labels"):
+        as_inputs(batch)
+
+
+@pytest.mark.parametrize("stride", [0, -3, 17])
+def test_a_stride_that_leaves_tokens_out_is_refused(tokens, stride):
+    with pytest.raises(ValueError, match="1 to 16 would not"):
+        windows(tokens, stride)
+
+
+def test_all_is_every_split_that_a_source_brings(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "validation", "test"))
+        + "---\n"
+    )
+    data = DataConfig(
+        dataset_name=str(tmp_path),
+        dataset_config=None,
+        document_start=None,
+        tokenizer="bytes",
+        cache_dir=f"{tmp_path}/.c",
+    )
+    assert GPT2Tokenizer.of_bytes().decode(load_split(data, "all").tokens) == "".join(
+        f"{split}<|endoftext|>" for split in ("train", "validation", "test")
+    )
+
+
 def test_one_split_alone_is_that_of_all_three(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     data = DataConfig(files=[str(tmp_path / "text.txt")], tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
@@ -162,16 +230,43 @@ def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspa
     strided = json.loads((trained.folder / "strided.json").read_text())
     assert strided["tokens"] == result["tokens"]
     assert strided["loss"] != result["loss"]
+    assert (strided["stride"], strided["batch_size"], strided["precision"], strided["step"]) == (8, 8, "fp32", 8)
+    assert strided["checkpoint"].endswith("best_model.pth")
+
+    trained.run("evaluate.py", "data=text", "data.files=[corpus.txt]", "split=all")
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["split"] == "all"
+    assert [earlier["split"] for earlier in again["earlier"]] == ["validation"]  # nothing is lost
     (run / "evaluation.json").unlink()
     (trained.folder / "strided.json").unlink()
+
+
+def test_a_model_from_elsewhere_is_evaluated_into_a_folder_of_its_name(workspace: Workspace):
+    transformers_twin(noisy_model(tiny_config(vocab_size=257))).save_pretrained(workspace.folder / "their" / "model")
+    GPT2Tokenizer.of_bytes().to_folder(workspace.folder / "their" / "model", LENGTH)
+    workspace.run("evaluate.py", "checkpoint=their/model", "data=text", "data.files=[corpus.txt]")
+    assert (workspace.folder / "outputs" / "evaluations" / "their_model" / "evaluation.json").is_file()
+
+
+def test_windows_are_as_long_as_those_of_the_training_not_as_the_context(workspace: Workspace):
+    workspace.run("train.py", *TINY, "data.max_length=16")
+    done = workspace.run("evaluate.py")
+    assert "windows of 16 tokens, stride 16" in done.stdout
+    assert "windows of 32 tokens" in workspace.run("evaluate.py", "data.max_length=32").stdout
 
 
 def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspace, tmp_path):
     (tmp_path / "other.txt").write_text("Another text altogether. " * 40)
     trained.run(
-        *("evaluate.py", "data=text", f"data.files=['{tmp_path}/other.txt']", "split=all", "output=out/e.json"),
+        *(
+            "evaluate.py",
+            "data=text",
+            f"data.files=['{tmp_path}/other.txt']",
+            "split=all",
+            f"output='{tmp_path}/out/e.json'",
+        ),
     )
-    result = json.loads((trained.folder / "out" / "e.json").read_text())
+    result = json.loads((tmp_path / "out" / "e.json").read_text())
     assert result["bytes"] == 25 * 40 - 1
     assert result["tokens"] == result["bytes"] + 1  # the end of the document
     assert result["data"]["max_length"] == 32
@@ -188,6 +283,10 @@ def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspac
         (["checkpoint=nowhere"], "checkpoint: there is no 'nowhere' here"),
         (["data=text", "data.files=[nowhere.txt]"], "no file matches"),
         (["device=tpu"], "is none of auto"),
+        (["output=outputs"], "output: 'outputs' cannot be written"),
+        (["output=corpus.txt/e.json"], "output: 'corpus.txt/e.json' cannot be written"),
+        (["model=gpt2"], "model=gpt2: there is no such group here"),
+        (["data.files=corpus.txt"], "data.files=corpus.txt: a list is wanted, [A,B,...]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -258,3 +258,81 @@ def test_a_stream_reads_no_further_than_it_has_told():
     stream = GPT2Tokenizer.of_bytes().stream(ids())
     assert [next(stream), next(stream)] == ["a", "b"]
     assert taken == [*b"ab"]
+
+
+# Folders of transformers
+
+
+def described(tmp_path: Path, **changes) -> Path:
+    """A folder with the `tokenizer.json` of a trained tokenizer, changed at the top or, for `model`, inside it."""
+    GPT2Tokenizer.train([python_source()], 300).to_folder(tmp_path, 64)
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "merges.txt").unlink()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"].update(changes.pop("model", {}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, **changes}))
+    return tmp_path
+
+
+def test_a_folder_is_read_from_either_of_its_descriptions(tmp_path):
+    trained = GPT2Tokenizer.train([python_source()], 300)
+    trained.to_folder(tmp_path, context_length=64)
+    (tmp_path / "pair").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).rename(tmp_path / "pair" / name)
+    for folder in (tmp_path, tmp_path / "pair"):
+        assert GPT2Tokenizer.from_folder(folder).fingerprint == trained.fingerprint
+
+
+def test_merges_as_older_libraries_wrote_them(tmp_path):
+    folder = described(tmp_path)
+    expected = GPT2Tokenizer.from_folder(folder).fingerprint
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert GPT2Tokenizer.from_folder(folder).fingerprint == expected
+
+
+def test_tokens_that_stand_only_among_the_added_ones_are_known(tmp_path):
+    folder = described(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["<|endoftext|>"]
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 300, "content": "[PAD]"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = GPT2Tokenizer.from_folder(folder)
+    assert (tokenizer.eos_token_id, tokenizer.vocab_size, tokenizer.ids_in_use) == (299, 301, 300)
+    assert tokenizer.added_tokens == ["<|endoftext|>", "[PAD]"]
+
+
+OTHER_KINDS = [
+    ({"model": {"type": "WordPiece"}}, "its model is WordPiece, not BPE"),
+    ({"model": {"ignore_merges": True}}, "its merges are not all that makes a token"),
+    ({"model": {"dropout": 0.1}}, "its merges are not all"),
+    ({"normalizer": {"type": "NFC"}}, "it normalizes the text"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "it cuts the text by Whitespace, not ByteLevel"),
+    ({"pre_tokenizer": None}, "it cuts the text by None"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "it puts a space before the text"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "it does not cut the text into words"),
+    ({"model": {"vocab": [1]}}, "holds no GPT-2 tokenizer"),
+    ({"model": None}, "holds no GPT-2 tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("changes", "complaint"), OTHER_KINDS, ids=[complaint for _, complaint in OTHER_KINDS])
+def test_a_tokenizer_of_another_kind_is_refused_with_the_reason(tmp_path, changes, complaint):
+    if changes == {"model": None}:
+        folder = described(tmp_path)
+        (folder / "tokenizer.json").write_text("{}")
+    else:
+        folder = described(tmp_path, **changes)
+    with pytest.raises(UserError, match=complaint):
+        GPT2Tokenizer.from_folder(folder)
+
+
+def test_too_few_tokens_for_the_bytes_are_refused():
+    with pytest.raises(UserError, match="256 tokens are too few"):
+        GPT2Tokenizer.train(["text"], 256)
+
+
+def test_an_id_beyond_the_vocabulary_is_no_text():
+    assert GPT2Tokenizer.of_bytes().decode([97, 257, 98, 9999]) == "ab"
