@@ -71,9 +71,8 @@ class Trainer:
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         found = training_faults(config)
         if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
-            found.append(
-                f"model.vocab_size: {model.config.vocab_size} is less than the {tokenizer.ids_in_use} tokens of the data"
-            )
+            known = model.config.vocab_size
+            found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
         if found:
             raise UserError(*found)
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
