@@ -22,7 +22,7 @@ from gpt2.config import GPT2Config, UserError
 from gpt2.hugging_face import WEIGHT_FILES
 from gpt2.pretrained import export, following, open_model
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.conftest import ROOT, TINY, Workspace
+from tests.conftest import ROOT, SHARED, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
 CORPUS = "The quick brown fox jumps over the lazy dog. " * 50
@@ -367,6 +367,8 @@ print(json.dumps(results))
 def test_transformers_loads_what_was_exported_without_a_word_and_writes_the_same_text(tmp_path):
     """For every kind of tokenizer, in one process, since importing transformers takes seconds."""
     tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
+    if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's lies beside some checkouts
+        tokenizers.append(GPT2Tokenizer.from_folder(SHARED / "tokenizers" / "gpt2"))
     text = "The fox's 3 dogs …\n\n  jump — é漢🦊 ."
     asked, expected = [], []
     for number, tokenizer in enumerate(tokenizers):

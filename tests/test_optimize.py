@@ -319,7 +319,8 @@ def test_a_study_is_not_continued_in_the_other_direction(tmp_path):
 
 def test_the_search_of_the_command_line_runs(workspace: Workspace):
     tiny = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
-    done = workspace.run("train.py", "-m", "hparams_search=optuna", "hydra.sweeper.n_trials=2", *tiny)
+    done = workspace.module("gpt2.main", "optimize", "hydra.sweeper.n_trials=2", *tiny)
+    assert done.returncode == 0, done.stderr
     (sweep,) = workspace.folder.glob("outputs/sweeps/*/*")
     assert sorted(path.name for path in sweep.iterdir()) == ["0", "1", "optimization_results.yaml"]
     results = OmegaConf.load(sweep / "optimization_results.yaml")
