@@ -7,7 +7,8 @@ Axes: b batch, t time, c channel (d_model), h head, d head dimension, v vocabula
 """
 
 from collections.abc import Generator
-from math import sqrt
+from itertools import repeat
+from math import ceil, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,66 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def causal_mask(attention_mask: Tensor) -> Tensor:
-    """Who may look at whom, (b, 1, t, t), from which tokens are real, (b, t) with 1 real and 0 padding.
+def causal_mask(attention_mask: Tensor, t: int | None = None) -> Tensor:
+    """Who may look at whom, (b, 1, t, T): the last t of T tokens, all of them by default, at those before them.
 
     Every token may look at itself, padding too: a softmax over nothing is NaN on some backends.
+
+    Args:
+        attention_mask: (b, T), 1 for a real token and 0 for padding.
     """
-    t = attention_mask.size(-1)
-    triangle = torch.ones(t, t, dtype=torch.bool, device=attention_mask.device).tril()
-    itself = torch.eye(t, dtype=torch.bool, device=attention_mask.device)
-    return triangle & (rearrange(attention_mask.bool(), "b t -> b 1 1 t") | itself)
+    total = attention_mask.size(-1)
+    triangle = torch.ones(total, total, dtype=torch.bool, device=attention_mask.device).tril()
+    itself = torch.eye(total, dtype=torch.bool, device=attention_mask.device)
+    mask = triangle & (rearrange(attention_mask.bool(), "b T -> b 1 1 T") | itself)
+    return mask if t is None else mask[:, :, -t:]
+
+
+class BlockCache:
+    """The keys and values of the tokens that one block has seen, in memory that is taken once, for `length` tokens."""
+
+    def __init__(self, length: int):
+        self.length = length
+        self.used = 0  # tokens that are in it
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (b, h, t, d) of the next t tokens. Returns all there are by now, (b, h, used, d)."""
+        b, h, t, d = k.shape
+        if self.pair is None:
+            self.pair = k.new_empty(b, h, self.length, d), v.new_empty(b, h, self.length, d)
+        start, self.used = self.used, self.used + t
+        for kept, new in zip(self.pair, (k, v), strict=True):
+            kept[:, :, start : self.used] = new
+        keys, values = self.pair
+        return keys[:, :, : self.used], values[:, :, : self.used]
+
+
+class KVCache:
+    """What all blocks have seen, so that the next token costs one token's work."""
+
+    def __init__(self, num_layers: int, length: int):
+        self.blocks = [BlockCache(length) for _ in range(num_layers)]
+
+    @property
+    def used(self) -> int:
+        """How many tokens are in it."""
+        return self.blocks[0].used
+
+    def clear(self) -> None:
+        """Forget them; the memory stays."""
+        for block in self.blocks:
+            block.used = 0
+
+
+def window_start(length: int, context_length: int) -> int:
+    """Where the part begins that a model sees of a text of `length` tokens: at 0 as long as all of it fits.
+
+    After that it moves on by a quarter of the context at a time. Positions are counted within the window, so each
+    move makes all cached keys and values useless: moving at every token would save nothing.
+    """
+    step = max(1, context_length // 4)
+    return step * ceil(max(0, length - context_length) / step)
 
 
 class MultiHeadAttention(nn.Module):
@@ -47,11 +99,23 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=use_bias)
         self.out = nn.Linear(d_model, d_model, bias=use_bias)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(b, t, c) -> (b, t, c). `attention_mask`: (b, t), 1 real and 0 padding, or what `causal_mask` makes of it."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past: BlockCache | None = None,
+    ) -> Tensor:
+        """(b, t, c) -> (b, t, c).
+
+        Args:
+            attention_mask: (b, t), 1 real and 0 padding, or what `causal_mask` makes of it.
+            past: The tokens before these; these are added to it.
+        """
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = causal_mask(attention_mask)
         q, k, v = rearrange(self.qkv(hidden_states), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.num_heads)
+        if past is not None:
+            k, v = past.extend(k, v)
 
         mixed = F.scaled_dot_product_attention(
             q,
@@ -59,7 +123,7 @@ class MultiHeadAttention(nn.Module):
             v,
             attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is None,
+            is_causal=attention_mask is None and q.size(-2) > 1,  # a single token is the last: it sees all there are
         )
 
         return self.out(rearrange(mixed, "b h t d -> b t (h d)"))
@@ -99,9 +163,14 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
         self.feed_forward = FeedForward(d_model, d_ff, dropout, use_bias)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(b, t, c) -> (b, t, c). `attention_mask` as `MultiHeadAttention` takes it."""
-        attended = self.attention(self.attention_norm(hidden_states), attention_mask)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past: BlockCache | None = None,
+    ) -> Tensor:
+        """(b, t, c) -> (b, t, c). The rest as `MultiHeadAttention` takes it."""
+        attended = self.attention(self.attention_norm(hidden_states), attention_mask, past)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
 
@@ -172,7 +241,7 @@ class GPT2Model(nn.Module):
         if labels is not None and targets is not None:
             raise ValueError("give labels (shifted here) or targets (shifted already), not both")
         hidden_states = self._hidden_states(input_ids, attention_mask)
-        logits = F.linear(hidden_states, self.token_embedding.weight)  # the tied head
+        logits = self._head(hidden_states)
 
         if labels is not None:
             targets = shifted(labels)
@@ -186,22 +255,32 @@ class GPT2Model(nn.Module):
         )
         return logits, total / (targets != IGNORE).sum().clamp(min=1)
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(b, t) -> (b, t, c): everything but the head."""
-        t = input_ids.size(1)
-        if not 1 <= t <= self.config.context_length:
-            raise ValueError(f"{t} tokens are none or more than the context_length of {self.config.context_length}")
-        if attention_mask is not None:
-            attention_mask = causal_mask(attention_mask)
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        """(b, t) -> (b, t, c): everything but the head. With a cache, `input_ids` come after what is in it.
 
-        positions = torch.arange(t, device=input_ids.device)
+        `attention_mask` (b, T) covers both. A token is at the place that its position among all T tokens gives it.
+        """
+        t, start = input_ids.size(1), cache.used if cache else 0
+        if not 1 <= t <= self.config.context_length - start:
+            raise ValueError(
+                f"{start + t} tokens are none or more than the context_length of {self.config.context_length}"
+            )
+        if attention_mask is None and start and t > 1:
+            attention_mask = torch.ones(1, start + t, device=input_ids.device)
+        if attention_mask is not None:
+            attention_mask = causal_mask(attention_mask, t)
+
+        positions = torch.arange(start, start + t, device=input_ids.device)
         hidden_states = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
-        for block in self.blocks:
+        for block, past in zip(self.blocks, cache.blocks if cache else repeat(None), strict=False):
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint(block, hidden_states, attention_mask, use_reentrant=False)
             else:
-                hidden_states = block(hidden_states, attention_mask)
+                hidden_states = block(hidden_states, attention_mask, past)
         return self.final_norm(hidden_states)
+
+    def _head(self, hidden_states: Tensor) -> Tensor:
+        return F.linear(hidden_states, self.token_embedding.weight)  # tied
 
     @torch.no_grad()
     def generate(
@@ -215,16 +294,18 @@ class GPT2Model(nn.Module):
         do_sample: bool = True,
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
+        use_cache: bool = True,
     ) -> Generator[Tensor, None, Tensor]:
         """Continue input_ids (b, t) token by token, without dropout.
 
-        Once the text is longer than `context_length`, the model sees its last `context_length` tokens.
+        Once the text is longer than `context_length`, the model sees a window of it, see `window_start`.
 
         Args:
             temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
             top_k, top_p, repetition_penalty: See `gpt2.sampling`.
             eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
             generator: Source of randomness; the global one if None.
+            use_cache: Keep keys and values; without, all that the model sees is computed anew for each token.
 
         Yields:
             The next token of each sequence, (b,).
@@ -236,10 +317,16 @@ class GPT2Model(nn.Module):
         self.eval()
         try:
             ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+            context, start = self.config.context_length, 0
+            cache = KVCache(self.config.num_layers, min(input_ids.size(1) + max_new_tokens, context))
             for _ in range(max_new_tokens):
-                logits, _ = self(input_ids[:, -self.config.context_length :])
+                start, before = window_start(input_ids.size(1), context), start
+                if start != before or not use_cache:
+                    cache.clear()  # where the window has moved, each token that stays has another position now
+                unseen = input_ids[:, start + cache.used :]
+                logits = self._head(self._hidden_states(unseen, None, cache)[:, -1])
                 token = next_token(
-                    logits[:, -1], input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator
+                    logits, input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator
                 )
                 if eos_token_id is not None:
                     token = token.masked_fill(ended, eos_token_id)
