@@ -10,9 +10,18 @@ from gpt2.config import GenerateRun
 def main(config: GenerateRun) -> None:
     from gpt2.inference import TextGenerator
 
+    def note(text: object) -> None:
+        if not config.quiet:
+            print(text, file=sys.stderr)
+
     generator = TextGenerator(str(config.checkpoint), config.device)
-    print(generator.trained.describe(), file=sys.stderr)
-    generator.generate_text(config.prompt, config.inference)
+    note(generator.trained.describe())
+    if config.prompt is None and sys.stdin.isatty():
+        generator.interactive_mode(config.inference)
+    else:
+        prompt = sys.stdin.read().removesuffix("\n") if config.prompt is None else config.prompt
+        generator.generate_text(prompt, config.inference)
+        note(generator.speed)
 
 
 if __name__ == "__main__":

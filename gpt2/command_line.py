@@ -72,7 +72,7 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     with faults_as_lines():
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
-            config.prompt = prompt or ""
+            config.prompt = prompt
         if job.output_subdir is not None:  # what runs, which a trained model may have completed
             OmegaConf.save(OmegaConf.structured(config), run_folder() / job.output_subdir / "config.yaml")
         try:

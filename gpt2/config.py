@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from glob import glob
@@ -164,10 +164,11 @@ class TrainRun:
 class GenerateRun:
     """All that `generate.py` needs. `prompt` is taken from the command line exactly as the shell passed it."""
 
-    prompt: str = ""
+    prompt: str | None = None  # null: what is typed, in a session on a terminal; or else standard input, to its end
     checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
     device: str = "auto"
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    quiet: bool = False  # say nothing of the model and its speed on standard error
 
 
 @dataclass
@@ -292,23 +293,27 @@ def model_faults(config: GPT2Config, prefix: str = "model.") -> Faults:
     return found
 
 
-def model_from_file(values: dict[str, Any]) -> GPT2Config:
-    """A model's configuration from fields that a file held, each checked against its type and bounds.
+def typed(defaults: Any, values: dict[str, Any], check: Callable[[Any], Faults]) -> Any:
+    """A dataclass with some of its fields replaced, each value held against its field's type, and all against `check`.
 
     Raises:
         UserError: With all that is wrong with them.
     """
-    typed, found = OmegaConf.structured(GPT2Config), []
+    config, found = OmegaConf.structured(defaults), []
     for key, value in values.items():
         try:
-            typed[key] = value
+            config[key] = value
         except OmegaConfBaseException as error:
             found.append(f"{key}: {str(error).splitlines()[0]}")
-    config = OmegaConf.to_object(typed)
-    assert isinstance(config, GPT2Config)
-    if found := found or model_faults(config, prefix=""):
+    result = OmegaConf.to_object(config)
+    if found := found or check(result):
         raise UserError(*found)
-    return config
+    return result
+
+
+def model_from_file(values: dict[str, Any]) -> GPT2Config:
+    """A model's configuration from fields that a file held. Raises UserError with all that is wrong with them."""
+    return typed(GPT2Config(), values, lambda config: model_faults(config, prefix=""))
 
 
 def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:

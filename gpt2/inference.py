@@ -9,7 +9,9 @@ if __name__ == "__main__":  # before torch is imported: --help and mistakes are 
     run_script("generate")
     raise SystemExit
 
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -17,11 +19,48 @@ from gpt2.config import InferenceConfig, UserError, inference_faults
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
 from gpt2.pretrained import open_model
+from gpt2.session import Session
+from gpt2.sources import cache_folder
 from gpt2.tokenizer import GPT2Tokenizer
 
 
+@dataclass
+class Speed:
+    """How long a text took: reading its prompt, up to the first new token, and writing the rest."""
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0  # from the first new token to the last
+
+    def __str__(self) -> str:
+        prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+        told = f"read {self.prompt_tokens:,} tokens at {prefill:,.0f} a second, wrote {self.new_tokens:,}"
+        if self.new_tokens < 2:
+            return told
+        return f"{told} at {(self.new_tokens - 1) / max(self.decode_seconds, 1e-9):,.1f}"
+
+
+def timed(tokens: Iterator[torch.Tensor], speed: Speed) -> Iterator[int]:
+    """The tokens of one sequence as numbers, the time they take kept in `speed`."""
+    began = time.perf_counter()
+    for token in tokens:
+        number = int(token)  # waits for the device
+        now = time.perf_counter()
+        if speed.new_tokens == 0:
+            speed.prefill_seconds, first = now - began, now
+        speed.new_tokens += 1
+        speed.decode_seconds = now - first
+        yield number
+
+
 def stream_text(
-    model: GPT2Model, tokenizer: GPT2Tokenizer, prompt: str, config: InferenceConfig, seed: int | None
+    model: GPT2Model,
+    tokenizer: GPT2Tokenizer,
+    prompt: str,
+    config: InferenceConfig,
+    seed: int | None,
+    speed: Speed | None = None,
 ) -> Iterator[str]:
     """The continuation of a prompt in pieces, up to `<|endoftext|>` or `config.max_new_tokens` tokens.
 
@@ -50,8 +89,9 @@ def stream_text(
         eos_token_id=tokenizer.eos_token_id,
         generator=generator,
     )
-    ids = (int(token) for token in tokens)
-    yield from tokenizer.stream(i for i in ids if i != tokenizer.eos_token_id)
+    speed = speed or Speed()
+    speed.prompt_tokens = len(prompt_ids)
+    yield from tokenizer.stream(i for i in timed(tokens, speed) if i != tokenizer.eos_token_id)
 
 
 class TextGenerator:
@@ -70,11 +110,13 @@ class TextGenerator:
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
         self.model = self.trained.build().to(cuda_or_else(device)).eval()
+        self.speed = Speed()  # of the latest text
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""
         seed = None if config.seed is None else config.seed + number
-        return stream_text(self.model, self.tokenizer, prompt, config, seed)
+        self.speed = Speed()
+        return stream_text(self.model, self.tokenizer, prompt, config, seed, self.speed)
 
     def generate_text(self, prompt: str, config: InferenceConfig) -> None:
         """Print `prompt` and its continuation, as it comes (`config.stream`) or when it is done."""
@@ -88,20 +130,5 @@ class TextGenerator:
             print()
 
     def interactive_mode(self, config: InferenceConfig) -> None:
-        """Continue each line that is typed, until Ctrl-D or an empty line; Ctrl-C ends the text and not the session."""
-        print("Type the beginning of a text. An empty line or Ctrl-D leaves.")
-        while True:
-            try:
-                prompt = input("> ")
-            except EOFError:
-                print()
-                return
-            except KeyboardInterrupt:
-                print()
-                continue
-            if not prompt:
-                return
-            try:
-                self.generate_text(prompt, config)
-            except KeyboardInterrupt:
-                print()
+        """Continue each line that is typed, see `gpt2.session`, until Ctrl-D."""
+        Session(self.generate_text, config, history=cache_folder() / "history").run()

@@ -93,8 +93,9 @@ class Rows:
         yield "".join(document)
 
 
-def cache_folder(config: DataConfig) -> Path:
-    if config.cache_dir:
+def cache_folder(config: DataConfig | None = None) -> Path:
+    """Where this program keeps what it can make again."""
+    if config and config.cache_dir:
         return Path(config.cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
 

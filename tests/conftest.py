@@ -48,6 +48,7 @@ class Workspace:
             self.command(script, *arguments),
             cwd=self.folder,
             env=self.environment,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=600,

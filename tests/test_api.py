@@ -345,9 +345,8 @@ def test_several_texts_of_one_seed_differ_and_come_again(capsys):
 
 
 @pytest.mark.usefixtures("trained_here")
-@pytest.mark.parametrize("leaving", ["", EOFError()])
-def test_the_interactive_mode_continues_each_line_until_one_leaves(monkeypatch, capsys, leaving):
-    lines = iter(["def f", KeyboardInterrupt(), "def g", leaving])
+def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, capsys):
+    lines = iter(["def f", KeyboardInterrupt(), "", "def g", EOFError()])
 
     def typed(_prompt: str) -> str:
         line = next(lines)

@@ -1,0 +1,78 @@
+"""An interactive session on a terminal: a line in, its continuation out, and the sampling changed on the way."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from gpt2.config import InferenceConfig, UserError, inference_faults, typed
+
+WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
+HELP = """\
+Each line is continued. Ctrl-C ends the text that is being written, Ctrl-D leaves.
+  /set KEY VALUE   change the sampling, such as /set temperature 0.5 or /set top_k null
+  /config          show it
+  /reset           take it back to what it was at first
+  /help            this
+A text that begins with a slash is told from a command by a space before it."""
+
+
+class Session:
+    """Reads lines from the terminal until Ctrl-D."""
+
+    def __init__(self, write: Callable[[str, InferenceConfig], None], config: InferenceConfig, history: Path | None):
+        """
+        Args:
+            write: Prints a text and its continuation.
+            history: A file that keeps the lines for the next session; they are forgotten if None.
+        """
+        self.write, self.first, self.config, self.history = write, config, replace(config), history
+
+    def run(self) -> None:
+        with suppress(ImportError):  # Windows has none: lines are then read without editing
+            import readline  # from here on, `input` edits its line and remembers those before
+
+            if self.history and self.history.is_file():
+                with suppress(OSError):
+                    readline.read_history_file(self.history)
+        print(WELCOME)
+        while True:
+            try:
+                line = input("> ")
+                self.answer(line)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+            self.remember()
+
+    def answer(self, line: str) -> None:
+        """Do what a command says, or continue a text. A mistake is told in a line, and nothing has changed."""
+        command, *words = line.split() if line.startswith("/") else [""]
+        if not line.strip():
+            return
+        if not command:
+            self.write(line.removeprefix(" ") if line.startswith(" /") else line, self.config)
+        elif command == "/set" and len(words) == 2:
+            try:
+                value = {words[0]: None if words[1] == "null" else words[1]}
+                self.config = typed(self.config, value, lambda config: inference_faults(config, prefix=""))
+            except UserError as error:
+                print("\n".join(f"error: {fault}" for fault in error.faults))
+        elif line.strip() == "/config":
+            print("\n".join(f"{key} {'null' if value is None else value}" for key, value in vars(self.config).items()))
+        elif line.strip() == "/reset":
+            self.config = replace(self.first)
+        elif line.strip() == "/help":
+            print(HELP)
+        else:
+            print(f"error: {line.strip()} is none of /set KEY VALUE, /config, /reset, /help")
+
+    def remember(self) -> None:
+        with suppress(ImportError, OSError):  # a history is a convenience
+            import readline
+
+            if self.history:
+                self.history.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(self.history)

@@ -1,0 +1,138 @@
+"""The interactive session: its commands, and the real thing on a terminal."""
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+
+import pytest
+
+from gpt2.config import InferenceConfig
+from gpt2.session import Session
+from tests.conftest import Workspace
+
+
+@pytest.fixture
+def session() -> Session:
+    """A session whose texts are only noted down, in `session.written`."""
+    written: list[tuple[str, InferenceConfig]] = []
+    session = Session(lambda text, config: written.append((text, config)), InferenceConfig(seed=3), history=None)
+    session.written = written
+    return session
+
+
+def test_a_line_is_continued_and_an_empty_one_is_not(session):
+    for line in ("Once upon", "", "   ", "  indented "):
+        session.answer(line)
+    assert [text for text, _ in session.written] == ["Once upon", "  indented "]
+
+
+def test_a_text_may_begin_with_a_slash(session):
+    session.answer(" /set the table")
+    assert session.written[0][0] == "/set the table"
+
+
+def test_settings_are_changed_shown_and_taken_back(session, capsys):
+    for line in ("/set temperature 0.5", "/set top_k null", "/set do_sample false", "/set max_new_tokens 7"):
+        session.answer(line)
+    session.answer("text")
+    config = session.written[0][1]
+    assert (config.temperature, config.top_k, config.do_sample, config.max_new_tokens) == (0.5, None, False, 7)
+    assert config.seed == 3
+    session.answer("/config")
+    assert {"temperature 0.5", "top_k null", "do_sample False"} <= set(capsys.readouterr().out.splitlines())
+    session.answer("/reset")
+    session.answer("text")
+    assert session.written[1][1] == InferenceConfig(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("/set temperature -1", "temperature: -1.0 is not a finite number of at least 0"),
+        ("/set top_p 2", "top_p: 2.0 is not above 0 and at most 1"),
+        ("/set top_k many", "top_k: Value 'many' of type 'str' could not be converted to Integer"),
+        ("/set colour blue", "colour: Key 'colour' not in 'InferenceConfig'"),
+        ("/set temperature", "/set temperature is none of /set KEY VALUE"),
+        ("/sett a b", "/sett a b is none of"),
+        ("/", "/ is none of"),
+    ],
+)
+def test_a_mistake_is_told_and_changes_nothing(session, capsys, line, complaint):
+    session.answer(line)
+    assert complaint in capsys.readouterr().out
+    assert session.config == session.first
+    assert not session.written
+
+
+class Terminal:
+    """The script on a terminal of its own."""
+
+    def __init__(self, workspace: Workspace, *arguments: str):
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            workspace.command("generate.py", *arguments),
+            cwd=workspace.folder,
+            env={**workspace.environment, "TERM": "dumb"},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """All that was shown up to `text`, which must come."""
+        deadline = time.monotonic() + 60
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"waited in vain for {text!r} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.seen += os.read(self.master, 4096).decode()
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+
+def test_a_session_on_a_terminal(trained: Workspace):
+    terminal = Terminal(trained, "inference.max_new_tokens=5", "inference.seed=1")
+    assert "(step 8)" in terminal.wait_for("/help tells the rest")
+    terminal.wait_for("> ")
+    terminal.type("def f\n")
+    terminal.wait_for("def f")  # what was typed, shown back
+    terminal.wait_for("def f")  # and with its continuation
+    terminal.wait_for("> ")
+    terminal.type("/set max_new_tokens 100000\n")
+    terminal.wait_for("> ")
+    terminal.type("def g\n")
+    terminal.wait_for("def g")
+    terminal.wait_for("def g")
+    os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: it ends the text, not the session
+    terminal.wait_for("> ")
+    terminal.type("/config\n")
+    terminal.wait_for("max_new_tokens 100000")
+    terminal.wait_for("> ")
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.process.wait(timeout=30) == 0
+    history = trained.folder / "cache" / "gpt2" / "history"
+    assert history.read_text().splitlines()[-3:] == ["/set max_new_tokens 100000", "def g", "/config"]
+    history.unlink()
+
+
+def test_a_prompt_from_a_pipe_and_nothing_but_text_back(trained: Workspace):
+    options = ["inference=greedy", "inference.max_new_tokens=8"]
+    given = trained.run("generate.py", "prompt=def f\nx", *options)
+    assert "tokens at" in given.stderr
+    piped = subprocess.run(
+        trained.command("generate.py", *options, "quiet=true"),
+        input="def f\nx\n",
+        cwd=trained.folder,
+        env=trained.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (piped.stdout, piped.stderr) == (given.stdout, "")
