@@ -302,7 +302,7 @@ def typed(defaults: Any, values: dict[str, Any], check: Callable[[Any], Faults])
     config, found = OmegaConf.structured(defaults), []
     for key, value in values.items():
         try:
-            config[key] = value
+            OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
             found.append(f"{key}: {str(error).splitlines()[0]}")
     result = OmegaConf.to_object(config)
