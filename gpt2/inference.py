@@ -18,6 +18,7 @@ import torch
 from gpt2.config import InferenceConfig, UserError, inference_faults
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
+from gpt2.packed import pack
 from gpt2.pretrained import open_model
 from gpt2.session import Session
 from gpt2.sources import cache_folder
@@ -110,6 +111,7 @@ class TextGenerator:
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
         self.model = self.trained.build().to(cuda_or_else(device)).eval()
+        pack(self.model)
         self.speed = Speed()  # of the latest text
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:

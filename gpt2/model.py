@@ -205,6 +205,7 @@ class GPT2Model(nn.Module):
             for _ in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.head: nn.Module | None = None  # in place of the token embedding, which is it: see gpt2.packed
         self._initialize()
 
     def _initialize(self) -> None:
@@ -280,7 +281,9 @@ class GPT2Model(nn.Module):
         return self.final_norm(hidden_states)
 
     def _head(self, hidden_states: Tensor) -> Tensor:
-        return F.linear(hidden_states, self.token_embedding.weight)  # tied
+        if self.head is not None:
+            return self.head(hidden_states)
+        return F.linear(hidden_states, self.token_embedding.weight)
 
     @torch.no_grad()
     def generate(
