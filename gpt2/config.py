@@ -119,6 +119,9 @@ class InferenceConfig:
     num_return_sequences: int = 1
     stream: bool = True
 
+    min_p: float | None = None  # tokens less likely than this share of the likeliest are left out; null: none
+    stop: list[str] = field(default_factory=list)  # texts before which to end
+    stop_at_end_of_text: bool = True  # false: go on after <|endoftext|>, with another document
     seed: int | None = None  # null: another text each time
 
 
@@ -265,6 +268,7 @@ _INFERENCE_BOUNDS = {
     **dict.fromkeys(("max_new_tokens", "num_return_sequences", "top_k"), COUNT),
     "temperature": NOT_NEGATIVE,
     "top_p": (_TINY, 1, "above 0 and at most 1"),
+    "min_p": (0, 1, "between 0 and 1"),
     "repetition_penalty": (1e-3, 1e3, "between 0.001 and 1000"),
     "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
 }
@@ -379,7 +383,10 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
 
 
 def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Faults:
-    return _outside(vars(config), _INFERENCE_BOUNDS, prefix)
+    found = _outside(vars(config), _INFERENCE_BOUNDS, prefix)
+    if "" in config.stop:
+        found.append(f"{prefix}stop: an empty text stands everywhere, so nothing would ever be written")
+    return found
 
 
 def optuna_faults(config: OptunaConfig, prefix: str = "optuna.") -> Faults:

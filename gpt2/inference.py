@@ -55,6 +55,21 @@ def timed(tokens: Iterator[torch.Tensor], speed: Speed) -> Iterator[int]:
         yield number
 
 
+def before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
+    """A text in pieces, up to the stop that is complete first. Held back is only what may be the beginning of one."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if found := [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]:
+            _, start = min(found)
+            yield held[:start]
+            return
+        kept = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - kept]
+        held = held[len(held) - kept :]
+    yield held
+
+
 def stream_text(
     model: GPT2Model,
     tokenizer: GPT2Tokenizer,
@@ -63,7 +78,7 @@ def stream_text(
     seed: int | None,
     speed: Speed | None = None,
 ) -> Iterator[str]:
-    """The continuation of a prompt in pieces, up to `<|endoftext|>` or `config.max_new_tokens` tokens.
+    """The continuation of a prompt in pieces, up to what `config` stops at or `config.max_new_tokens` tokens.
 
     The randomness is its own: sampling while training leaves the training as it is. An empty prompt begins a document.
 
@@ -87,12 +102,14 @@ def stream_text(
         config.top_p,
         config.repetition_penalty,
         config.do_sample,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if config.stop_at_end_of_text else None,
         generator=generator,
+        min_p=config.min_p,
     )
     speed = speed or Speed()
     speed.prompt_tokens = len(prompt_ids)
-    yield from tokenizer.stream(i for i in timed(tokens, speed) if i != tokenizer.eos_token_id)
+    ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
+    yield from before_stop(tokenizer.stream(i for i in timed(tokens, speed) if i not in ends), config.stop)
 
 
 class TextGenerator:

@@ -298,6 +298,7 @@ class GPT2Model(nn.Module):
         eos_token_id: int | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
+        min_p: float | None = None,
     ) -> Generator[Tensor, None, Tensor]:
         """Continue input_ids (b, t) token by token, without dropout.
 
@@ -305,7 +306,7 @@ class GPT2Model(nn.Module):
 
         Args:
             temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
-            top_k, top_p, repetition_penalty: See `gpt2.sampling`.
+            top_k, top_p, min_p, repetition_penalty: See `gpt2.sampling`.
             eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
             generator: Source of randomness; the global one if None.
             use_cache: Keep keys and values; without, all that the model sees is computed anew for each token.
@@ -329,7 +330,7 @@ class GPT2Model(nn.Module):
                 unseen = input_ids[:, start + cache.used :]
                 logits = self._head(self._hidden_states(unseen, None, cache)[:, -1])
                 token = next_token(
-                    logits, input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator
+                    logits, input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator, min_p
                 )
                 if eos_token_id is not None:
                     token = token.masked_fill(ended, eos_token_id)

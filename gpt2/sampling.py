@@ -35,6 +35,14 @@ def keep_top_p(logits: Tensor, p: float | None) -> Tensor:
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 
 
+def keep_min_p(logits: Tensor, p: float | None) -> Tensor:
+    """Leave the tokens of each row (b, v) at least p times as likely as the likeliest (Nguyen et al., 2024)."""
+    if p is None:
+        return logits
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+
+
 def next_token(
     logits: Tensor,
     input_ids: Tensor,
@@ -44,10 +52,11 @@ def next_token(
     repetition_penalty: float = 1.0,
     do_sample: bool = True,
     generator: torch.Generator | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """Choose one token a row (b,) from logits (b, v), given what stands before it, input_ids (b, t)."""
     logits = penalize_repetition(logits.float(), input_ids, repetition_penalty)
     if not do_sample or temperature < COLDEST:
         return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    logits = keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p)
     return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(-1)

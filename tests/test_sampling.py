@@ -5,13 +5,14 @@ import torch
 from torch.testing import assert_close
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from gpt2.sampling import keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2.sampling import keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 VOCABULARY = 50
 
@@ -29,6 +30,7 @@ FILTERS = [
     *((penalize_repetition, RepetitionPenaltyLogitsProcessor, penalty) for penalty in (1.0, 1.2, 5.0, 0.5)),
     *((keep_top_k, TopKLogitsWarper, k) for k in (1, 2, 17, VOCABULARY - 1, VOCABULARY, 10 * VOCABULARY)),
     *((keep_top_p, TopPLogitsWarper, p) for p in (1e-9, 1e-6, 0.1, 0.5, 0.95, 0.999999)),
+    *((keep_min_p, MinPLogitsWarper, p) for p in (0.0, 1e-6, 0.05, 0.5, 1.0)),
 ]
 named = {"ids": lambda value: getattr(value, "__name__", str(value))}
 
@@ -55,7 +57,10 @@ def test_filter_changes_neither_its_input_nor_one_row_by_another(ours, theirs, v
     assert_close(together, torch.cat(alone), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("keep", "all_of_it"), [(keep_top_k, None), (keep_top_p, None), (keep_top_p, 1.0)])
+@pytest.mark.parametrize(
+    ("keep", "all_of_it"),
+    [(keep_top_k, None), (keep_top_p, None), (keep_top_p, 1.0), (keep_min_p, None), (keep_min_p, 0.0)],
+)
 def test_all_is_all(keep, all_of_it):
     logits = random_logits(spread=30.0)  # some probabilities are 0 in fp32
     assert torch.equal(keep(logits, all_of_it), logits)
