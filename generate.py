@@ -1,5 +1,6 @@
 """Write text with a trained model: `python generate.py prompt="..."`."""
 
+import logging
 import sys
 
 from gpt2.command_line import script
@@ -14,6 +15,8 @@ def main(config: GenerateRun) -> None:
         if not config.quiet:
             print(text, file=sys.stderr)
 
+    if config.quiet:
+        logging.getLogger("gpt2").setLevel(logging.WARNING)
     generator = TextGenerator(str(config.checkpoint), config.device)
     note(generator.trained.describe())
     if config.prompt is None and sys.stdin.isatty():

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # before torch is imported: --help and mistakes are 
     run_script("generate")
     raise SystemExit
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from gpt2.pretrained import open_model
 from gpt2.session import Session
 from gpt2.sources import cache_folder
 from gpt2.tokenizer import GPT2Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -130,9 +133,14 @@ class TextGenerator:
         self.model = self.trained.build().to(cuda_or_else(device)).eval()
         pack(self.model)
         self.speed = Speed()  # of the latest text
+        self.told_of_window = False
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""
+        context = self.model.config.context_length
+        if len(self.tokenizer.encode(prompt)) + config.max_new_tokens > context and not self.told_of_window:
+            self.told_of_window = True
+            log.info("Beyond %s tokens, its context, the model sees the last of the text only.", f"{context:,}")
         seed = None if config.seed is None else config.seed + number
         self.speed = Speed()
         return stream_text(self.model, self.tokenizer, prompt, config, seed, self.speed)

@@ -333,6 +333,17 @@ def test_the_example_of_the_generator(capsys):
 
 
 @pytest.mark.usefixtures("trained_here")
+def test_it_is_said_once_that_the_context_does_not_hold_all(caplog):
+    generator = TextGenerator("checkpoints/best_model.pth", "cpu")
+    with caplog.at_level("INFO"):
+        generator.generate_text("a", InferenceConfig(max_new_tokens=15))
+        assert "its context" not in caplog.text
+        for _ in range(2):
+            generator.generate_text("ab", InferenceConfig(max_new_tokens=15))
+    assert caplog.text.count("Beyond 16 tokens, its context") == 1
+
+
+@pytest.mark.usefixtures("trained_here")
 def test_several_texts_of_one_seed_differ_and_come_again(capsys):
     config = InferenceConfig(max_new_tokens=20, num_return_sequences=2, seed=1)
     generator = TextGenerator("checkpoints/best_model.pth", "cpu")
