@@ -26,6 +26,8 @@ def main(config: EvaluateRun) -> None:
     choose_device(config.device)  # refuses a missing one before any work
     keep_freed_memory()
     trained = open_model(config.checkpoint)
+    place = Path(config.output) if config.output else place_of_evaluation(trained.source)
+    earlier = earlier_results(place)
     model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
     blocks = load_split(config.data, config.split, config.stride)
     if not len(blocks):
@@ -40,7 +42,6 @@ def main(config: EvaluateRun) -> None:
     print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
 
-    place = Path(config.output) if config.output else place_of_evaluation(trained.source)
     about = {
         **asdict(config),
         "step": trained.record and trained.record["progress"]["step"],
@@ -51,20 +52,34 @@ def main(config: EvaluateRun) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
-    keep(place, {**numbers, **about})
+    write(place, {**numbers, **about, "earlier": earlier})
     print(f"\nwritten to {place}")
 
 
-def keep(place: Path, result: dict[str, Any]) -> None:
-    """Write a result; those that the file holds already go on in it, under `earlier`."""
-    earlier = []
-    if place.is_file():
-        before = json.loads(place.read_text(encoding="utf-8"))
-        earlier = [*before.pop("earlier", []), before]
-    place.parent.mkdir(parents=True, exist_ok=True)
+def earlier_results(place: Path) -> list[dict[str, Any]]:
+    """What a file of results holds: it goes on in the next one.
+
+    Raises:
+        UserError: It is some other file.
+    """
+    if not place.is_file():
+        return []
+    try:
+        newest = json.loads(place.read_text(encoding="utf-8"))
+        return [*newest.pop("earlier"), newest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"output: {place} is there and holds no result of an evaluation; name another file") from error
+
+
+def write(place: Path, result: dict[str, Any]) -> None:
+    """Write a file of results, whole or not at all."""
     beside = place.with_name(f".{place.name}.tmp")
-    beside.write_text(json.dumps({**result, "earlier": earlier}, indent=2) + "\n", encoding="utf-8")
-    beside.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        beside.replace(place)
+    except OSError as error:
+        raise UserError(f"output: cannot write {place}: {error.strerror}") from error
 
 
 def place_of_evaluation(source: str) -> Path:

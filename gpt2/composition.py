@@ -168,7 +168,7 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
             tokenizer = trained.tokenizer_for_text()
         except UserError as error:
             return [f"data.tokenizer: {error}; name the one that it was trained with"]
-        composed.data.tokenizer = trained.source
+        composed.data.tokenizer = trained.source if trained.tokenizer else "gpt2"  # what `tokenizer_for_text` gave
     elif wanted == "train":
         return [f"data.tokenizer: the tokens of a new one mean nothing to {model}; left out, it is the model's own"]
     else:

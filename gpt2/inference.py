@@ -150,8 +150,8 @@ class TextGenerator:
         for number in range(config.num_return_sequences):
             if number:
                 print("-" * 80)
+            continuation = self.stream(prompt, config, number)  # first, for what it has to say belongs above the text
             print(prompt, end="", flush=True)
-            continuation = self.stream(prompt, config, number)
             for piece in continuation if config.stream else ["".join(continuation)]:
                 print(piece, end="", flush=True)
             print()

@@ -94,3 +94,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace = Workspace(folder)
     workspace.output = workspace.run("train.py", *TINY, "wandb=offline", "sample_prompt=def f").stdout
     return workspace
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What `save_pretrained` of transformers makes of a small model without zeros or ones among its weights."""
+    from tests.helpers import noisy_model, tiny_config, transformers_twin  # torch is for those who ask for it
+
+    transformers_twin(noisy_model(tiny_config(vocab_size=257), std=0.1)).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"

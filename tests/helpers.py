@@ -12,6 +12,7 @@ from torch import Tensor
 from gpt2.config import GPT2Config
 from gpt2.hugging_face import their_layout, their_name
 from gpt2.model import GPT2Model
+from gpt2.tokenizer import GPT2Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -81,8 +82,20 @@ def transformers_twin(model: GPT2Model):
     return twin
 
 
+def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer | None = None) -> None:
+    """Put a tokenizer, bytes by default, into a folder of weights."""
+    (tokenizer or GPT2Tokenizer.of_bytes()).to_folder(folder, context_length=16)
+
+
+def only_a_pickle(folder: Path) -> None:
+    """Leave a folder's weights under the name of a pickle."""
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
+
+CORPUS = "The quick brown fox jumps over the lazy dog. " * 50
 
 _SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2003\u2028\u2029\u3000"  # all that Unicode calls white space, in kinds
 _CONTROLS = "".join(map(chr, (*range(9), *range(0x0E, 0x20), 0x7F))) + "\u200b\u200d\u202e\ufeff\ufffd\ufffe"

@@ -295,6 +295,14 @@ def test_a_mistake_is_one_line(trained: Workspace, arguments, complaint):
     assert complaint in line
 
 
+def test_a_file_of_something_else_is_not_written_over(trained: Workspace, tmp_path):
+    for content in ("notes", "[]", '{"loss": 1}'):
+        (tmp_path / "mine.json").write_text(content)
+        (line,) = trained.run("evaluate.py", f"output='{tmp_path}/mine.json'", expect=2).stderr.splitlines()
+        assert "holds no result of an evaluation; name another file" in line
+        assert (tmp_path / "mine.json").read_text() == content
+
+
 def test_a_text_of_one_token_cannot_be_evaluated(trained: Workspace, tmp_path):
     (tmp_path / "a.txt").write_text("")
     done = trained.run("evaluate.py", "data=text", f"data.files=['{tmp_path}/a.txt']", "split=train", expect=2)

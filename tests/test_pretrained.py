@@ -1,0 +1,225 @@
+"""Trained models by name: what is taken from them, what is refused, and the commands that start from one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from gpt2 import checkpoint
+from gpt2.command_line import command_line_faults
+from gpt2.composition import compose, resolve
+from gpt2.config import GPT2Config, UserError
+from gpt2.pretrained import export, following, open_model
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.conftest import TINY, Workspace
+from tests.helpers import CORPUS, only_a_pickle, tiny_config, write_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shape follows the weights
+
+
+def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder):
+    trained = open_model(str(folder))
+    assert following(trained, GPT2Config(), set()) == trained.config
+    dropout = {"dropout": 0.3, "attention_dropout": 0.2, "residual_dropout": 0.1}
+    found = following(trained, GPT2Config(**dropout, context_length=8, initializer_range=0.5), {"residual_dropout"})
+    assert (found.dropout, found.attention_dropout, found.residual_dropout) == (0.3, 0.2, 0.1)
+    assert found.initializer_range == 0.5
+    assert (found.context_length, found.d_model) == (8, 16)
+
+
+def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
+    trained = open_model(str(folder))
+    with pytest.raises(UserError) as refused:
+        following(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
+    assert refused.value.faults == [
+        f"model.context_length: 32 contradicts train.init_from={folder}, which has 16",
+        f"model.d_model: 768 contradicts train.init_from={folder}, which has 16",
+        f"model.num_heads: 8 contradicts train.init_from={folder}, which has 4",
+    ]
+
+
+def test_a_shorter_context_leaves_out_the_last_positions(folder):
+    trained = open_model(str(folder))
+    whole, cropped = trained.build().eval(), trained.build(tiny_config(vocab_size=257, context_length=5)).eval()
+    input_ids = torch.randint(257, (2, 5), generator=torch.Generator().manual_seed(0))
+    assert_close(cropped(input_ids)[0], whole(input_ids)[0], atol=0, rtol=0)
+    assert cropped.position_embedding.weight.shape == (5, 16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_that_name(workspace, folder, name):
+    write_tokenizer(folder)
+    workspace.cache_as_from_hub(name, folder)
+    (workspace.folder / "gpt2").mkdir()
+    options = ["prompt=ab", "inference=greedy", "inference.max_new_tokens=5"]
+    cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
+    local = workspace.run("generate.py", f"checkpoint={folder}", *options)
+    assert cached.stdout == local.stdout
+    assert cached.stderr.splitlines()[-2] == "gpt2"
+
+
+def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):
+    (line,) = workspace.run("evaluate.py", "checkpoint=gpt2-xl", expect=2).stderr.splitlines()
+    assert "gpt2-xl: there is no such folder here, and config.json is not to be had from the Hugging Face Hub" in line
+
+
+def test_a_part_of_a_repository_in_the_cache_is_no_model(workspace, folder):
+    write_tokenizer(folder)
+    (folder / "config.json").unlink()
+    workspace.cache_as_from_hub("openai-community/gpt2", folder)
+    (line,) = workspace.run("generate.py", "checkpoint=gpt2", "prompt=x", expect=2).stderr.splitlines()
+    assert "config.json is not to be had from the Hugging Face Hub or its cache" in line
+
+
+@pytest.mark.parametrize("name", ["outputs/missing", "checkpoints/best_model.pth", ""])
+def test_a_path_that_leads_nowhere_is_not_looked_up_elsewhere(workspace, name):
+    (workspace.folder / "outputs").mkdir()
+    (line,) = workspace.run("generate.py", f"checkpoint={name}", "prompt=x", expect=2).stderr.splitlines()
+    assert f"checkpoint: there is no '{name}' here" in line
+
+
+def test_weights_without_a_tokenizer_get_none_made_up(workspace, folder):
+    for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
+        text = ["data=text", "data.files=[corpus.txt]", f"{key}={folder}"]
+        (line,) = workspace.run(script, *text, expect=2).stderr.splitlines()
+        assert f"data.tokenizer: {folder} holds no tokenizer" in line
+        (line,) = workspace.run(script, *text, "data.tokenizer=train", expect=2).stderr.splitlines()
+        assert f"data.tokenizer: the tokens of a new one mean nothing to {key}={folder}" in line
+    assert "loss" in workspace.run("evaluate.py", *text, "data.tokenizer=bytes").stdout
+    GPT2Tokenizer.train([CORPUS], 300).to_folder(workspace.folder, 16)
+    (line,) = workspace.run("evaluate.py", *text, "data.tokenizer=.", expect=2).stderr.splitlines()
+    assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in line or "tokens are more" in line
+
+
+def test_a_token_that_someone_added_does_no_harm(workspace, folder):
+    """A padding token beyond the model's vocabulary, as fine-tuning scripts add it: no text is ever encoded to it."""
+    tokenizer = GPT2Tokenizer.of_bytes()
+    padded = GPT2Tokenizer({**tokenizer.vocabulary, "[PAD]": 257}, [])
+    write_tokenizer(folder, padded)
+    text = ["data=text", "data.files=[corpus.txt]"]
+    assert "bits per byte" in workspace.run("evaluate.py", *text, f"checkpoint={folder}").stdout
+    export(open_model(str(folder)), folder.parent / "out")
+    described = json.loads((folder.parent / "out" / "tokenizer.json").read_text())
+    assert [token["content"] for token in described["added_tokens"]] == ["<|endoftext|>", "[PAD]"]
+
+
+def test_damaged_weights_are_found_before_the_data_are_prepared(workspace, folder):
+    write_tokenizer(folder)
+    only_a_pickle(folder)
+    for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
+        done = workspace.run(script, "data=text", "data.files=[corpus.txt]", f"{key}={folder}", expect=2)
+        assert "a pickle" in done.stderr
+        assert "Tokenizing" not in done.stdout + done.stderr
+
+
+FINE_TUNE = [
+    argument for argument in TINY if not argument.startswith(("model", "data.tokenizer")) or "dropout" in argument
+]
+
+
+def test_fine_tuning_takes_shape_and_tokenizer_from_the_weights_and_resumes_without_them(workspace, folder):
+    tokenizer = GPT2Tokenizer.train([CORPUS], 257)
+    write_tokenizer(folder, tokenizer)
+    done = workspace.run("train.py", *FINE_TUNE, f"train.init_from={folder}", "model.dropout=0.2")
+    assert f"Weights from {folder}" in done.stdout
+    (run,) = workspace.runs()
+    trained = open_model(str(run))
+    assert trained.config == tiny_config(vocab_size=257, dropout=0.2)
+    assert trained.tokenizer.fingerprint == tokenizer.fingerprint
+    before, after = open_model(str(folder)).tensors(), trained.tensors()
+    moved = max((before[name] - after[name]).abs().max() for name in before)
+    assert 0 < moved < 0.05  # 8 steps from the weights, not from anywhere else
+    assert trained.run["train"]["init_from"] == str(folder)
+    resolved = OmegaConf.load(run / ".hydra" / "config.yaml")
+    assert (resolved.model.d_model, resolved.data.max_length, resolved.data.tokenizer) == (16, 16, str(folder))
+    export(trained, workspace.folder / "out")
+    assert f"| started from | {folder} |" in (workspace.folder / "out" / "README.md").read_text()
+
+    shutil.rmtree(folder)
+    resumed = workspace.run("train.py", "resume=latest", "train.max_steps=10")
+    assert "Going on after step 8" in resumed.stdout
+
+
+def test_the_run_that_goes_on_from_a_run_has_its_weights(workspace):
+    workspace.run("train.py", *TINY)
+    (first,) = workspace.runs()
+    workspace.run("train.py", *FINE_TUNE, f"train.init_from={first}", "train.learning_rate=1e-30", "name=second")
+    (second,) = workspace.folder.glob("outputs/runs/second/*")
+    assert_close(open_model(str(second)).tensors(), open_model(str(first)).tensors(), atol=1e-6, rtol=0)
+
+
+def test_contradictions_are_refused_together_before_anything_is_written(workspace, folder):
+    write_tokenizer(folder)
+    done = workspace.run(
+        "train.py", *FINE_TUNE, f"train.init_from={folder}", "model=gpt2_nano", "data.tokenizer=train", expect=2
+    )
+    keys = [line.split(":")[1].strip() for line in done.stderr.splitlines()]
+    assert keys[0] == "data.tokenizer"
+    assert {"model.context_length", "model.d_model", "model.num_layers", "model.d_ff"} <= set(keys)
+    assert not (workspace.folder / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model=gpt2"],
+            {"model.d_model", "model.num_heads", "model.num_layers", "model.d_ff", "model.context_length"},
+        ),
+        (["model.d_model=768"], {"model.d_model"}),
+        (["model.use_bias=false", "model.num_layers=3"], {"model.use_bias", "model.num_layers"}),
+        ([], set()),
+    ],
+)
+def test_what_was_asked_for_by_name_contradicts_even_where_it_is_the_default(folder, overrides, expected):
+    write_tokenizer(folder)
+    found = command_line_faults("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
+    assert {line.split(":")[0] for line in found} == expected
+
+
+def test_what_refers_to_another_value_was_asked_for(folder):
+    write_tokenizer(folder)
+    line = ["hparams_search=optuna", f"train.init_from='{folder}'", "model.dropout=0.1", "data=stdlib"]
+    config = resolve("train", compose("train", line), line)
+    assert (config.model.dropout, config.model.attention_dropout, config.model.residual_dropout) == (0.1, 0.1, 0.1)
+
+
+def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
+    write_tokenizer(folder)
+    (tmp_path / "other").mkdir()
+    write_tokenizer(tmp_path / "other", GPT2Tokenizer.train([CORPUS], 257 + 40))
+    for name, key in (("train", "train.init_from"), ("evaluate", "checkpoint")):
+        (fault,) = command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", f"data.tokenizer='{tmp_path}/other'"])
+        assert fault == f"data.tokenizer: {tmp_path}/other is not that of {key}={folder}; left out, it is"
+        assert not command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
+
+
+def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
+    elsewhere = Workspace(tmp_path)
+    shutil.copy(trained.runs()[0] / "checkpoints" / checkpoint.BEST, tmp_path / "model.pth")
+    options = ["prompt=def f", "inference.seed=1"]
+    here = trained.run("generate.py", *options).stdout
+    assert elsewhere.run("generate.py", *options, "checkpoint=model.pth").stdout == here
+
+
+def test_export_as_a_command(trained, tmp_path):
+    done = trained.module("gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}")
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:
+        assert "transformer.wte.weight" in file.keys()  # noqa: SIM118
+    card = (tmp_path / "a b" / "out" / "README.md").read_text()
+    assert "| data | corpus.txt |" in card
+    again = trained.module("gpt2.main", "export", f"to={tmp_path}")
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    missing = trained.module("gpt2.main", "export")
+    assert (missing.returncode, missing.stderr) == (2, "error: to: the folder to write is missing, to=FOLDER\n")
