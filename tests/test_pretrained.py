@@ -16,7 +16,7 @@ from gpt2.config import GPT2Config, UserError
 from gpt2.pretrained import export, following, open_model
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import TINY, Workspace
-from tests.helpers import CORPUS, only_a_pickle, tiny_config, write_tokenizer
+from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, transformers_twin, write_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The shape follows the weights
@@ -98,6 +98,20 @@ def test_weights_without_a_tokenizer_get_none_made_up(workspace, folder):
     GPT2Tokenizer.train([CORPUS], 300).to_folder(workspace.folder, 16)
     (line,) = workspace.run("evaluate.py", *text, "data.tokenizer=.", expect=2).stderr.splitlines()
     assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in line or "tokens are more" in line
+
+
+def test_weights_of_gpt2s_size_without_a_tokenizer_get_gpt2s_in_every_script(workspace, tmp_path):
+    """From another repository of the Hub; what lies in the cache as GPT-2's tokenizer is bytes here."""
+    transformers_twin(noisy_model(tiny_config(vocab_size=50257))).save_pretrained(tmp_path / "weights")
+    workspace.cache_as_from_hub("someone/model", tmp_path / "weights")
+    write_tokenizer(tmp_path / "weights")
+    workspace.cache_as_from_hub("openai-community/gpt2", tmp_path / "weights")
+    text = ["data=text", "data.files=[corpus.txt]"]
+    scored = workspace.run("evaluate.py", "checkpoint=someone/model", *text)
+    written = workspace.run("generate.py", "checkpoint=someone/model", "prompt=a", "inference.max_new_tokens=3")
+    for done in (scored, written):
+        assert "someone/model holds no tokenizer" in done.stderr
+    assert "bits per byte" in scored.stdout
 
 
 def test_a_token_that_someone_added_does_no_harm(workspace, folder):
