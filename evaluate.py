@@ -21,14 +21,19 @@ def main(config: EvaluateRun) -> None:
     from gpt2.data_loader import as_it_is, load_split
     from gpt2.device import choose_device, keep_freed_memory
     from gpt2.evaluate import Evaluator
+    from gpt2.packed import quantize, refuse_int8
     from gpt2.pretrained import describe_data, open_model
 
-    choose_device(config.device)  # refuses a missing one before any work
+    device = choose_device(config.device)  # refuses a missing one before any work
+    if config.quantization:
+        refuse_int8(device, "quantization")
     keep_freed_memory()
     trained = open_model(config.checkpoint)
     place = Path(config.output) if config.output else place_of_evaluation(trained.source)
     earlier = earlier_results(place)
     model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
+    if config.quantization:
+        quantize(model)
     blocks = load_split(config.data, config.split, config.stride)
     if not len(blocks):
         raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")

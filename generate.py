@@ -1,15 +1,25 @@
 """Write text with a trained model: `python generate.py prompt="..."`."""
 
+import json
 import logging
 import sys
 
 from gpt2.command_line import script
-from gpt2.config import GenerateRun
+from gpt2.config import GenerateRun, UserError
+from gpt2.prompts import read_prompts
 
 
 @script("generate")
 def main(config: GenerateRun) -> None:
+    if config.prompt is not None and config.prompts_file is not None:
+        raise UserError("prompts_file: there is a prompt= already, drop one of the two")
+    records = read_prompts(config.prompts_file) if config.prompts_file is not None else []
+    side_by_side = config.inference.num_return_sequences * max(1, len(records))
+
+    from gpt2.device import choose_device
     from gpt2.inference import TextGenerator
+
+    choose_device(config.device)  # refuses a missing one before any work
 
     def note(text: object) -> None:
         if not config.quiet:
@@ -17,14 +27,31 @@ def main(config: GenerateRun) -> None:
 
     if config.quiet:
         logging.getLogger("gpt2").setLevel(logging.WARNING)
-    generator = TextGenerator(str(config.checkpoint), config.device)
-    note(generator.trained.describe())
-    if config.prompt is None and sys.stdin.isatty():
+    generator = TextGenerator(
+        str(config.checkpoint),
+        config.device,
+        config.inference.precision,
+        config.inference.quantization,
+        config.inference.compile,
+        texts=min(side_by_side, config.batch_size) if records else side_by_side,
+        allow_special_tokens=config.allow_special_tokens,
+    )
+    note(generator.describe())
+    if records:
+        of_each = config.inference.num_return_sequences
+        continuations = generator.continuations(
+            [record["prompt"] for record in records], config.inference, config.batch_size
+        )
+        for number, continuation in enumerate(continuations):
+            line = {**records[number // of_each], **vars(continuation)}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    elif config.prompt is None and sys.stdin.isatty():
         generator.interactive_mode(config.inference)
+        return
     else:
         prompt = sys.stdin.read().removesuffix("\n") if config.prompt is None else config.prompt
         generator.generate_text(prompt, config.inference)
-        note(generator.speed)
+    note(generator.speed)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,14 @@ class InferenceConfig:
     stop_at_end_of_text: bool = True  # false: go on after <|endoftext|>, with another document
     seed: int | None = None  # null: another text each time
 
+    # How a trained model is loaded for writing; the samples of a training are written with the model as it is trained.
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the weights and all that is computed
+    quantization: Literal["int8"] | None = None  # weights in 8 bits, on a CPU: a quarter of the bytes, nearly as good
+    compile: bool = False  # torch.compile on CUDA: up to a minute at the start, faster after it
+
+
+WHEN_LOADED = ("precision", "quantization", "compile")  # of InferenceConfig: nothing that a loaded model can change
+
 
 @dataclass
 class OptunaConfig:
@@ -168,6 +176,9 @@ class GenerateRun:
     """All that `generate.py` needs. `prompt` is taken from the command line exactly as the shell passed it."""
 
     prompt: str | None = None  # null: what is typed, in a session on a terminal; or else standard input, to its end
+    prompts_file: str | None = None  # a prompt a line, or JSON objects with a "prompt" if its name ends in .jsonl
+    batch_size: int = 8  # texts of prompts_file that are written side by side
+    allow_special_tokens: bool = False  # true: <|endoftext|> in a prompt is the special token, not its characters
     checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
     device: str = "auto"
     inference: InferenceConfig = field(default_factory=InferenceConfig)
@@ -185,6 +196,7 @@ class EvaluateRun:
     batch_size: int = 8  # windows in one forward pass
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    quantization: Literal["int8"] | None = None  # as InferenceConfig has it: what it costs
     output: str | None = None  # null: evaluation.json in the checkpoint's run folder, or else in outputs/evaluations
 
 
@@ -386,6 +398,11 @@ def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Fau
     found = _outside(vars(config), _INFERENCE_BOUNDS, prefix)
     if "" in config.stop:
         found.append(f"{prefix}stop: an empty text stands everywhere, so nothing would ever be written")
+    if config.quantization and config.precision != "fp32":
+        found.append(
+            f"{prefix}precision: {config.precision} contradicts {prefix}quantization={config.quantization}, "
+            f"drop one of the two"
+        )
     return found
 
 
@@ -403,7 +420,8 @@ def optuna_faults(config: OptunaConfig, prefix: str = "optuna.") -> Faults:
 def faults(config: Run) -> Faults:
     """All that is wrong with a composed configuration, a line each; empty when it can run."""
     if isinstance(config, GenerateRun):
-        return inference_faults(config.inference) + device_faults(config.device, "device")
+        found = _outside(vars(config), {"batch_size": COUNT}, "")
+        return found + inference_faults(config.inference) + device_faults(config.device, "device")
     if isinstance(config, EvaluateRun):
         return evaluation_faults(config)
     if isinstance(config, ExportRun):
@@ -415,6 +433,8 @@ def evaluation_faults(config: EvaluateRun) -> Faults:
     length = config.data.max_length
     bounds = {"batch_size": COUNT, "stride": (1, length, f"between 1 and data.max_length={length}")}
     found = _outside(vars(config), bounds, "") + data_faults(config.data) + device_faults(config.device, "device")
+    if config.quantization and config.precision != "fp32":
+        found.append(f"precision: {config.precision} contradicts quantization={config.quantization}, take fp32")
     if config.output is not None and not _can_be_written(Path(config.output)):
         found.append(f"output: {config.output!r} cannot be written; name a file, in a folder that may be written to")
     return found

@@ -11,16 +11,21 @@ if __name__ == "__main__":  # before torch is imported: --help and mistakes are 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from gpt2.config import InferenceConfig, UserError, inference_faults
+from gpt2.decoding import Recorder, write
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
-from gpt2.packed import pack
+from gpt2.packed import pack, quantize, refuse_int8
 from gpt2.pretrained import open_model
+from gpt2.sampling import next_token
 from gpt2.session import Session
 from gpt2.sources import cache_folder
 from gpt2.tokenizer import GPT2Tokenizer
@@ -30,32 +35,154 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Speed:
-    """How long a text took: reading its prompt, up to the first new token, and writing the rest."""
+    """How long some texts took: reading their prompts, up to the first new token, and writing the rest."""
 
+    texts: int = 0
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     new_tokens: int = 0
-    decode_seconds: float = 0.0  # from the first new token to the last
+    decode_seconds: float = 0.0  # from each text's first new token on
 
     def __str__(self) -> str:
         prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
         told = f"read {self.prompt_tokens:,} tokens at {prefill:,.0f} a second, wrote {self.new_tokens:,}"
-        if self.new_tokens < 2:
+        if self.new_tokens <= self.texts:
             return told
-        return f"{told} at {(self.new_tokens - 1) / max(self.decode_seconds, 1e-9):,.1f}"
+        return f"{told} at {(self.new_tokens - self.texts) / max(self.decode_seconds, 1e-9):,.1f}"
 
 
-def timed(tokens: Iterator[torch.Tensor], speed: Speed) -> Iterator[int]:
-    """The tokens of one sequence as numbers, the time they take kept in `speed`."""
-    began = time.perf_counter()
-    for token in tokens:
-        number = int(token)  # waits for the device
-        now = time.perf_counter()
-        if speed.new_tokens == 0:
-            speed.prefill_seconds, first = now - began, now
-        speed.new_tokens += 1
-        speed.decode_seconds = now - first
-        yield number
+class Batch:
+    """Some texts that are written side by side. Each is read on its own, and written as far as it is read.
+
+    What a text says depends on its own prompt and seed, not on the others; but for rounding, which differs between
+    products of different sizes and could decide between two tokens that are as good as equally likely.
+    """
+
+    def __init__(
+        self,
+        model: GPT2Model,
+        tokenizer: GPT2Tokenizer,
+        prompts: Sequence[list[int]],
+        config: InferenceConfig,
+        seeds: Sequence[int | None],
+        speed: Speed | None = None,
+        recorder: Recorder | None = None,
+        with_log_probabilities: bool = False,
+    ):
+        """
+        Args:
+            prompts: The tokens of each.
+            seeds: Of the randomness of each; another one each time if None.
+            speed: Where to count.
+            recorder: See `gpt2.decoding`.
+
+        Raises:
+            UserError: `config` makes no sense.
+        """
+        if found := inference_faults(config):
+            raise UserError(*found)
+        device = model.token_embedding.weight.device
+        generators = [torch.Generator(device) for _ in seeds]
+        for generator, seed in zip(generators, seeds, strict=True):
+            if seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(seed)
+        choose = partial(
+            next_token,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            repetition_penalty=config.repetition_penalty,
+            do_sample=config.do_sample,
+            generator=generators,
+            min_p=config.min_p,
+        )
+        longest = max(map(len, prompts))
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        attention_mask = None if min(map(len, prompts)) == longest else torch.tensor(real, device=device)
+        steps = write(
+            model,
+            torch.tensor(padded, device=device),
+            config.max_new_tokens,
+            choose,
+            attention_mask,
+            recorder=recorder,
+        )
+        self.speed = speed or Speed()
+        self.speed.texts += len(prompts)
+        self.speed.prompt_tokens += sum(map(len, prompts))
+        self.steps = on_host(with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
+        self.written: list[list[list[float]]] = []  # for each step: the tokens and, if wanted, their log-probabilities
+        ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
+        self.texts = [Text(self, i, tokenizer, ends, config.stop) for i in range(len(prompts))]
+
+    def step(self, number: int) -> list[list[float]] | None:
+        """The step of that number, from 0, written now unless it was before; None after the last."""
+        if number == len(self.written):
+            began = time.perf_counter()
+            step = next(self.steps, None)
+            seconds = time.perf_counter() - began
+            if step is None:
+                return None
+            self.written.append(step)
+            if number == 0:
+                self.speed.prefill_seconds += seconds
+            else:
+                self.speed.decode_seconds += seconds
+        return self.written[number]
+
+
+class Text:
+    """One text of a `Batch`: an iterator over its pieces, each character as soon as it is whole.
+
+    Attributes:
+        tokens: How many were written by now; one that ends a document and those of a stop text count.
+        log_probability: Of these tokens, in nats, by the model's own logits: before temperature, penalty and filters.
+    """
+
+    def __init__(self, batch: Batch, row: int, tokenizer: GPT2Tokenizer, ends: set[int], stops: list[str]):
+        self.batch, self.row, self.ends = batch, row, ends
+        self.tokens, self.log_probability = 0, 0.0
+        self.pieces = before_stop(tokenizer.stream(self._ids()), stops)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+    def _ids(self) -> Iterator[int]:
+        while step := self.batch.step(self.tokens):
+            token, *log_probability = (values[self.row] for values in step)
+            self.tokens += 1
+            self.batch.speed.new_tokens += 1
+            self.log_probability += sum(log_probability)
+            if token in self.ends:
+                return
+            yield int(token)
+
+
+def with_log_probability(token: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (b,) and their log-probabilities (b,) by logits (b, v)."""
+    return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+
+
+def on_host(steps: Iterator[Sequence[Tensor]]) -> Iterator[list[list[float]]]:
+    """The tensors of each step as lists. A GPU is given its next step before this one's result is waited for."""
+    waiting: tuple[torch.cuda.Event, list[Tensor]] | None = None
+    for tensors in steps:
+        if tensors[0].device.type != "cuda":
+            yield [tensor.tolist() for tensor in tensors]
+            continue
+        before = waiting
+        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+        waiting = torch.cuda.Event(), copies
+        waiting[0].record()
+        if before:
+            before[0].synchronize()
+            yield [copy.tolist() for copy in before[1]]
+    if waiting:
+        waiting[0].synchronize()
+        yield [copy.tolist() for copy in waiting[1]]
 
 
 def before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
@@ -79,7 +206,6 @@ def stream_text(
     prompt: str,
     config: InferenceConfig,
     seed: int | None,
-    speed: Speed | None = None,
 ) -> Iterator[str]:
     """The continuation of a prompt in pieces, up to what `config` stops at or `config.max_new_tokens` tokens.
 
@@ -88,73 +214,119 @@ def stream_text(
     Raises:
         UserError: `config` makes no sense.
     """
-    if found := inference_faults(config):
-        raise UserError(*found)
-    device = model.token_embedding.weight.device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
-    tokens = model.generate(
-        torch.tensor([prompt_ids], device=device),
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        config.repetition_penalty,
-        config.do_sample,
-        eos_token_id=tokenizer.eos_token_id if config.stop_at_end_of_text else None,
-        generator=generator,
-        min_p=config.min_p,
-    )
-    speed = speed or Speed()
-    speed.prompt_tokens = len(prompt_ids)
-    ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
-    yield from before_stop(tokenizer.stream(i for i in timed(tokens, speed) if i not in ends), config.stop)
+    return iter(Batch(model, tokenizer, [prompt_ids], config, [seed]).texts[0])
+
+
+@dataclass
+class Continuation:
+    """What was written after a prompt."""
+
+    prompt: str
+    text: str
+    tokens: int  # see `Text`
+    log_probability: float  # nats
 
 
 class TextGenerator:
     """Writes text with a trained model."""
 
-    def __init__(self, model_path: str, device: str = "cuda"):
+    def __init__(
+        self,
+        model_path: str,
+        device: str = "cuda",
+        precision: str = "fp32",
+        quantization: str | None = None,
+        compile: bool = False,
+        texts: int = 1,
+        allow_special_tokens: bool = False,
+    ):
         """Load a trained model.
 
         Args:
             model_path: A checkpoint, or any other name of a trained model that `gpt2.pretrained.open_model` takes.
             device: See `gpt2.device.cuda_or_else`.
+            precision, quantization, compile: As in `InferenceConfig`.
+            texts: How many will be written side by side; on a CPU, the weights are laid out for so many.
+            allow_special_tokens: `<|endoftext|>` in a prompt is the special token, and not thirteen characters.
 
         Raises:
-            UserError: There is none of that name, it is damaged, or it holds no tokenizer.
+            UserError: There is none of that name, it is damaged, it holds no tokenizer, or it cannot be quantized here.
         """
+        where = cuda_or_else(device)
+        if quantization == "int8":
+            refuse_int8(where)
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
-        self.model = self.trained.build().to(cuda_or_else(device)).eval()
-        pack(self.model)
-        self.speed = Speed()  # of the latest text
+        self.where, self.format = where, quantization or precision
+        self.model = self.trained.build().to(where, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
+        self.allow_special_tokens = allow_special_tokens
+        self.recorder = Recorder(self.model, compile) if where.type == "cuda" else None
+        if compile and not self.recorder:
+            log.info("inference.compile is for CUDA: on %s nothing is compiled.", where)
+        if quantization == "int8":
+            quantize(self.model)
+        else:
+            pack(self.model, texts)
+        self.speed = Speed()  # of the latest texts
         self.told_of_window = False
+
+    def describe(self) -> str:
+        """What writes, in a few words."""
+        return f"{self.trained.describe()} on {self.where.type} in {self.format}"
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt; an empty one begins a document."""
+        ids = self.tokenizer.encode(prompt, self.allow_special_tokens) or [self.tokenizer.eos_token_id]
+        if max(ids) >= self.model.config.vocab_size:
+            known = self.model.config.vocab_size
+            raise UserError(f"prompt: its token {max(ids)} is none of the {known} that {self.trained.source} knows")
+        return ids
+
+    def batch(self, prompts: Sequence[str], config: InferenceConfig, numbers: Sequence[int], **options: bool) -> Batch:
+        """Continuations of prompts, side by side. `numbers`: which of several texts each is, with a seed of its own."""
+        prompt_ids = [self.encode(prompt) for prompt in prompts]
+        context = self.model.config.context_length
+        if max(map(len, prompt_ids)) + config.max_new_tokens > context and not self.told_of_window:
+            self.told_of_window = True
+            log.info("Beyond %s tokens, its context, the model sees the last of the text only.", f"{context:,}")
+        seeds = [None if config.seed is None else config.seed + number for number in numbers]
+        return Batch(self.model, self.tokenizer, prompt_ids, config, seeds, self.speed, self.recorder, **options)
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""
-        context = self.model.config.context_length
-        if len(self.tokenizer.encode(prompt)) + config.max_new_tokens > context and not self.told_of_window:
-            self.told_of_window = True
-            log.info("Beyond %s tokens, its context, the model sees the last of the text only.", f"{context:,}")
-        seed = None if config.seed is None else config.seed + number
         self.speed = Speed()
-        return stream_text(self.model, self.tokenizer, prompt, config, seed, self.speed)
+        return iter(self.batch([prompt], config, [number]).texts[0])
 
     def generate_text(self, prompt: str, config: InferenceConfig) -> None:
         """Print `prompt` and its continuation, as it comes (`config.stream`) or when it is done."""
-        for number in range(config.num_return_sequences):
+        self.speed = Speed()
+        numbers = range(config.num_return_sequences)
+        # First, for what it has to say belongs above the text.
+        texts = self.batch([prompt] * len(numbers), config, numbers).texts
+        for number, text in enumerate(texts):
             if number:
                 print("-" * 80)
-            continuation = self.stream(prompt, config, number)  # first, for what it has to say belongs above the text
             print(prompt, end="", flush=True)
-            for piece in continuation if config.stream else ["".join(continuation)]:
+            for piece in text if config.stream else ["".join(text)]:
                 print(piece, end="", flush=True)
             print()
+
+    def continuations(
+        self, prompts: Sequence[str], config: InferenceConfig, batch_size: int = 8
+    ) -> Iterator[Continuation]:
+        """`config.num_return_sequences` continuations of each prompt, in order, `batch_size` at a time.
+
+        Each says what it would say alone, see `Batch`.
+        """
+        self.speed = Speed()
+        wanted = ((prompt, number) for prompt in prompts for number in range(config.num_return_sequences))
+        while some := list(islice(wanted, batch_size)):
+            asked, numbers = zip(*some, strict=True)
+            batch = self.batch(asked, config, numbers, with_log_probabilities=True)
+            for prompt, text in zip(asked, batch.texts, strict=True):
+                written = "".join(text)
+                yield Continuation(prompt, written, text.tokens, text.log_probability)
 
     def interactive_mode(self, config: InferenceConfig) -> None:
         """Continue each line that is typed, see `gpt2.session`, until Ctrl-D."""

@@ -6,9 +6,10 @@ files, devices or logging.
 Axes: b batch, t time, c channel (d_model), h head, d head dimension, v vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from itertools import repeat
-from math import ceil, sqrt
+from math import sqrt
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPT2Config, model_faults
-from gpt2.sampling import next_token
+from gpt2.decoding import BlockCache, FixedPlace, causal_mask, write
+from gpt2.sampling import Randomness, next_token
 
 IGNORE = -100  # a label that takes no part in the loss, as in transformers
 
@@ -27,66 +29,30 @@ def shifted(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def causal_mask(attention_mask: Tensor, t: int | None = None) -> Tensor:
-    """Who may look at whom, (b, 1, t, T): the last t of T tokens, all of them by default, at those before them.
-
-    Every token may look at itself, padding too: a softmax over nothing is NaN on some backends.
+def attend(
+    qkv: Tensor,
+    num_heads: int,
+    attention_mask: Tensor | None = None,
+    past: BlockCache | FixedPlace | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Causal attention of all heads: queries, keys and values (b, t, 3 * c), side by side, to (b, t, c).
 
     Args:
-        attention_mask: (b, T), 1 for a real token and 0 for padding.
+        attention_mask: (b, 1, t, T), see `causal_mask`.
+        past: The tokens before these; these are added to it.
     """
-    total = attention_mask.size(-1)
-    triangle = torch.ones(total, total, dtype=torch.bool, device=attention_mask.device).tril()
-    itself = torch.eye(total, dtype=torch.bool, device=attention_mask.device)
-    mask = triangle & (rearrange(attention_mask.bool(), "b T -> b 1 1 T") | itself)
-    return mask if t is None else mask[:, :, -t:]
-
-
-class BlockCache:
-    """The keys and values of the tokens that one block has seen, in memory that is taken once, for `length` tokens."""
-
-    def __init__(self, length: int):
-        self.length = length
-        self.used = 0  # tokens that are in it
-        self.pair: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (b, h, t, d) of the next t tokens. Returns all there are by now, (b, h, used, d)."""
-        b, h, t, d = k.shape
-        if self.pair is None:
-            self.pair = k.new_empty(b, h, self.length, d), v.new_empty(b, h, self.length, d)
-        start, self.used = self.used, self.used + t
-        for kept, new in zip(self.pair, (k, v), strict=True):
-            kept[:, :, start : self.used] = new
-        keys, values = self.pair
-        return keys[:, :, : self.used], values[:, :, : self.used]
-
-
-class KVCache:
-    """What all blocks have seen, so that the next token costs one token's work."""
-
-    def __init__(self, num_layers: int, length: int):
-        self.blocks = [BlockCache(length) for _ in range(num_layers)]
-
-    @property
-    def used(self) -> int:
-        """How many tokens are in it."""
-        return self.blocks[0].used
-
-    def clear(self) -> None:
-        """Forget them; the memory stays."""
-        for block in self.blocks:
-            block.used = 0
-
-
-def window_start(length: int, context_length: int) -> int:
-    """Where the part begins that a model sees of a text of `length` tokens: at 0 as long as all of it fits.
-
-    After that it moves on by a quarter of the context at a time. Positions are counted within the window, so each
-    move makes all cached keys and values useless: moving at every token would save nothing.
-    """
-    step = max(1, context_length // 4)
-    return step * ceil(max(0, length - context_length) / step)
+    q, kv = rearrange(qkv, "b t (qkv h d) -> qkv b h t d", qkv=3, h=num_heads).split((1, 2))
+    k, v = kv if past is None else past.extend(kv)
+    mixed = F.scaled_dot_product_attention(
+        q[0],
+        k,
+        v,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        is_causal=attention_mask is None and qkv.size(1) > 1,  # a single token is the last: it sees all there are
+    )
+    return rearrange(mixed, "b h t d -> b t (h d)")
 
 
 class MultiHeadAttention(nn.Module):
@@ -103,7 +69,7 @@ class MultiHeadAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past: BlockCache | None = None,
+        past: BlockCache | FixedPlace | None = None,
     ) -> Tensor:
         """(b, t, c) -> (b, t, c).
 
@@ -113,20 +79,8 @@ class MultiHeadAttention(nn.Module):
         """
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = causal_mask(attention_mask)
-        q, k, v = rearrange(self.qkv(hidden_states), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.num_heads)
-        if past is not None:
-            k, v = past.extend(k, v)
-
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attention_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=attention_mask is None and q.size(-2) > 1,  # a single token is the last: it sees all there are
-        )
-
-        return self.out(rearrange(mixed, "b h t d -> b t (h d)"))
+        dropout = self.dropout if self.training else 0.0
+        return self.out(attend(self.qkv(hidden_states), self.num_heads, attention_mask, past, dropout))
 
 
 class FeedForward(nn.Module):
@@ -167,7 +121,7 @@ class DecoderBlock(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past: BlockCache | None = None,
+        past: BlockCache | FixedPlace | None = None,
     ) -> Tensor:
         """(b, t, c) -> (b, t, c). The rest as `MultiHeadAttention` takes it."""
         attended = self.attention(self.attention_norm(hidden_states), attention_mask, past)
@@ -205,7 +159,9 @@ class GPT2Model(nn.Module):
             for _ in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.head: nn.Module | None = None  # in place of the token embedding, which is it: see gpt2.packed
+        self.head: Callable[[Tensor], Tensor] | None = (
+            None  # in place of the token embedding, which is it: see gpt2.packed
+        )
         self._initialize()
 
     def _initialize(self) -> None:
@@ -256,24 +212,28 @@ class GPT2Model(nn.Module):
         )
         return logits, total / (targets != IGNORE).sum().clamp(min=1)
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        """(b, t) -> (b, t, c): everything but the head. With a cache, `input_ids` come after what is in it.
-
-        `attention_mask` (b, T) covers both. A token is at the place that its position among all T tokens gives it.
-        """
-        t, start = input_ids.size(1), cache.used if cache else 0
+    def _hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Sequence[BlockCache | FixedPlace] = (),
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """(b, t) -> (b, t, c): everything but the head."""
+        t, start = input_ids.size(1), cache[0].used if cache else 0
         if not 1 <= t <= self.config.context_length - start:
             raise ValueError(
                 f"{start + t} tokens are none or more than the context_length of {self.config.context_length}"
             )
         if attention_mask is None and start and t > 1:
             attention_mask = torch.ones(1, start + t, device=input_ids.device)
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = causal_mask(attention_mask, t)
+        if positions is None:
+            positions = torch.arange(start, start + t, device=input_ids.device)
 
-        positions = torch.arange(start, start + t, device=input_ids.device)
         hidden_states = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
-        for block, past in zip(self.blocks, cache.blocks if cache else repeat(None), strict=False):
+        for block, past in zip(self.blocks, cache or repeat(None), strict=False):
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint(block, hidden_states, attention_mask, use_reentrant=False)
             else:
@@ -285,7 +245,22 @@ class GPT2Model(nn.Module):
             return self.head(hidden_states)
         return F.linear(hidden_states, self.token_embedding.weight)
 
-    @torch.no_grad()
+    def last_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Sequence[BlockCache | FixedPlace],
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b, v) after input_ids (b, t), which come after what is in the cache of each block.
+
+        Args:
+            attention_mask: (b, T) over what is in the cache and these, 1 real and 0 padding, or what `causal_mask`
+                makes of it, (b, 1, t, T).
+            positions: Where each token stands in its text, (b, t); as many as come before it if None.
+        """
+        return self._head(self._hidden_states(input_ids, attention_mask, cache, positions)[:, -1])
+
     def generate(
         self,
         input_ids: Tensor,
@@ -296,20 +271,17 @@ class GPT2Model(nn.Module):
         repetition_penalty: float = 1.0,
         do_sample: bool = True,
         eos_token_id: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Randomness = None,
         use_cache: bool = True,
         min_p: float | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Generator[Tensor, None, Tensor]:
-        """Continue input_ids (b, t) token by token, without dropout.
-
-        Once the text is longer than `context_length`, the model sees a window of it, see `window_start`.
+        """Continue input_ids (b, t) token by token, see `gpt2.decoding.write`.
 
         Args:
             temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
-            top_k, top_p, min_p, repetition_penalty: See `gpt2.sampling`.
+            top_k, top_p, min_p, repetition_penalty, generator: See `gpt2.sampling`.
             eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
-            generator: Source of randomness; the global one if None.
-            use_cache: Keep keys and values; without, all that the model sees is computed anew for each token.
 
         Yields:
             The next token of each sequence, (b,).
@@ -317,30 +289,25 @@ class GPT2Model(nn.Module):
         Returns:
             The whole sequences, prompt included, (b, t + n).
         """
-        was_training = self.training
-        self.eval()
-        try:
-            ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-            context, start = self.config.context_length, 0
-            cache = KVCache(self.config.num_layers, min(input_ids.size(1) + max_new_tokens, context))
-            for _ in range(max_new_tokens):
-                start, before = window_start(input_ids.size(1), context), start
-                if start != before or not use_cache:
-                    cache.clear()  # where the window has moved, each token that stays has another position now
-                unseen = input_ids[:, start + cache.used :]
-                logits = self._head(self._hidden_states(unseen, None, cache)[:, -1])
-                token = next_token(
-                    logits, input_ids, temperature, top_k, top_p, repetition_penalty, do_sample, generator, min_p
-                )
-                if eos_token_id is not None:
-                    token = token.masked_fill(ended, eos_token_id)
-                    ended = ended | (token == eos_token_id)
-                input_ids = torch.cat((input_ids, rearrange(token, "b -> b 1")), dim=1)
-                yield token
-                if eos_token_id is not None and ended.all():
-                    break
-        finally:
-            self.train(was_training)
+        choose = partial(
+            next_token,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            do_sample=do_sample,
+            generator=generator,
+            min_p=min_p,
+        )
+        ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+        for token, _ in write(self, input_ids, max_new_tokens, choose, attention_mask, use_cache):
+            if eos_token_id is not None:
+                token = token.masked_fill(ended, eos_token_id)
+                ended = ended | (token == eos_token_id)
+            input_ids = torch.cat((input_ids, rearrange(token, "b -> b 1")), dim=1)
+            yield token
+            if eos_token_id is not None and ended.all():
+                break
         return input_ids
 
     def num_parameters(self) -> int:

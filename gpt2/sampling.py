@@ -3,8 +3,14 @@
 Axes: b sequences, v vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# Where chance comes from: PyTorch's global generator, one for all rows, or one for each, so that a row does not depend
+# on the others.
+Randomness = torch.Generator | Sequence[torch.Generator] | None
 
 COLDEST = 1e-5  # below it, logits over temperature leave the range of fp32; greedy is what they would amount to
 
@@ -51,7 +57,7 @@ def next_token(
     top_p: float | None = None,
     repetition_penalty: float = 1.0,
     do_sample: bool = True,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     min_p: float | None = None,
 ) -> Tensor:
     """Choose one token a row (b,) from logits (b, v), given what stands before it, input_ids (b, t)."""
@@ -59,4 +65,18 @@ def next_token(
     if not do_sample or temperature < COLDEST:
         return logits.argmax(-1)
     logits = keep_min_p(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), min_p)
-    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator).squeeze(-1)
+    return draw(logits.softmax(-1), generator)
+
+
+def draw(probabilities: Tensor, generator: Randomness = None) -> Tensor:
+    """One index a row (b,), drawn by its probabilities (b, v): torch.multinomial, without waiting for the device.
+
+    An exponential clock for each index, at the rate of its probability: the first to ring is drawn.
+    """
+    clocks = torch.empty_like(probabilities)
+    if isinstance(generator, Sequence):
+        for row, own in zip(clocks, generator, strict=True):
+            row.exponential_(generator=own)
+    else:
+        clocks.exponential_(generator=generator)
+    return (probabilities / clocks).argmax(-1)

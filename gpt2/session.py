@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2.config import InferenceConfig, UserError, inference_faults, typed
+from gpt2.config import WHEN_LOADED, InferenceConfig, UserError, inference_faults, typed
 
 WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
 HELP = """\
@@ -55,6 +55,9 @@ class Session:
         if not command:
             self.write(line.removeprefix(" ") if line.startswith(" /") else line, self.config)
         elif command == "/set" and len(words) == 2:
+            if words[0] in WHEN_LOADED:
+                print(f"error: {words[0]} is settled when a model is loaded: leave, and say inference.{words[0]}=...")
+                return
             try:
                 value = {words[0]: None if words[1] == "null" else words[1]}
                 self.config = typed(self.config, value, lambda config: inference_faults(config, prefix=""))

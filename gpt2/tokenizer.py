@@ -5,6 +5,7 @@ OpenAI's (`gpt2`, or a folder that holds such a vocabulary), none at all (`bytes
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class GPT2Tokenizer:
     """GPT-2's byte-level BPE. Every text can be encoded, and decodes to itself.
 
     `<|endoftext|>` in a text is thirteen ordinary characters: the special token `eos_token_id` exists as a number
-    only, so no text, from a corpus or from a user, can ever bring it in.
+    only, so no text, from a corpus or from a user, can bring it in unless `encode` is told to allow it.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
@@ -201,8 +202,17 @@ class GPT2Tokenizer:
         unused = set(self.added_tokens) - {END_OF_TEXT}
         return 1 + max(i for token, i in self.vocabulary.items() if token not in unused)
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a text. Half a surrogate pair, which is no character, becomes a question mark."""
+    def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
+        """The tokens of a text. Half a surrogate pair, which is no character, becomes a question mark.
+
+        Args:
+            allow_special_tokens: Where the text names an added token, such as `<|endoftext|>`, it is that token.
+        """
+        if allow_special_tokens:
+            longest_first = sorted(self.added_tokens, key=len, reverse=True)
+            parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)  # what they name is every other one
+            encoded = ([self.vocabulary[part]] if n % 2 else self.encode(part) for n, part in enumerate(parts))
+            return [i for ids in encoded for i in ids]
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self.backend.encode(text, add_special_tokens=False).ids
 

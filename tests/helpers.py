@@ -1,7 +1,7 @@
 """What several test files share: the material beside the checkout, and the bridge to GPT-2 as `transformers` has it."""
 
 import string
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,28 @@ def noisy_model(config: GPT2Config, seed: int = 0, std: float = 0.2) -> GPT2Mode
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * std)
     return model
+
+
+def random_ids(config: GPT2Config, b: int, t: int, seed: int = 1) -> Tensor:
+    return torch.randint(config.vocab_size, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+def padding_mask(side: str, b: int, t: int) -> Tensor:
+    """(b, t): row i has i positions of padding on that side."""
+    mask = torch.ones(b, t, dtype=torch.long)
+    for row in range(1, b):
+        mask[row, slice(t - row, t) if side == "right" else slice(row)] = 0
+    return mask
+
+
+def finish(generator: Generator) -> tuple[list[Tensor], Tensor]:
+    """All that a generator yields, and what it returns."""
+    yielded = []
+    while True:
+        try:
+            yielded.append(next(generator))
+        except StopIteration as stop:
+            return yielded, stop.value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -163,18 +163,28 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
         check_command_line("train", get_args_parser().parse_args(["-m", sweep[0], "model.num_heads=16"]))
 
 
+@pytest.mark.usefixtures("in_trained")
 @pytest.mark.parametrize(
     ("script", "arguments", "complaint"),
     [
         ("generate", ["-m", "inference.seed=1,2"], "-m: only train.py makes several runs"),
         ("train", ["-m", "resume=latest"], "one run at a time"),
         ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search is many runs, it needs -m"),
+        ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
+        ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),
+        ("generate", ["inference.quantization=int8", "inference.precision=bf16"], "contradicts inference.quantization"),
+        ("evaluate", ["quantization=int8", "precision=bf16"], "precision: bf16 contradicts quantization=int8"),
         ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),
     ],
 )
 def test_what_makes_no_sense_for_a_script_is_refused(script, arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         check_command_line(script, get_args_parser().parse_args(arguments))
+
+
+@pytest.fixture
+def in_trained(trained: Workspace, monkeypatch) -> None:
+    monkeypatch.chdir(trained.folder)
 
 
 @pytest.mark.parametrize("value", ["outputs/runs/a/1", "it's (2), x=y", 'C:\\odd "name"'])

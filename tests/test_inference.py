@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from gpt2.config import InferenceConfig, UserError
-from gpt2.inference import Speed, before_stop, stream_text
+from gpt2.decoding import window_start
+from gpt2.inference import Batch, Speed, before_stop, stream_text
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import noisy_model, tiny_config
@@ -73,10 +74,75 @@ def test_the_smallest_share_leaves_only_the_likeliest(model):
     assert texts[0] == texts[1]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Side by side
+
+PROMPTS = ["ab", "c" * 12, "\N{SNOWMAN}", "d" * 40]  # to beyond the context
+
+
+def batch(model: GPT2Model, prompts: list[str], config: InferenceConfig, **options) -> Batch:
+    seeds = [config.seed] * len(prompts)
+    return Batch(model, BYTES, [BYTES.encode(prompt) for prompt in prompts], config, seeds, **options)
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_what_a_text_says_does_not_depend_on_the_others(model, do_sample):
+    config = InferenceConfig(max_new_tokens=30, do_sample=do_sample, seed=4)
+    alone = ["".join(stream_text(model, BYTES, prompt, config, 4)) for prompt in PROMPTS]
+    assert len(set(alone)) == len(PROMPTS)
+    for some in (slice(None), slice(None, None, -1), slice(1, 3)):
+        assert ["".join(text) for text in batch(model, PROMPTS[some], config).texts] == alone[some]
+
+
+def test_texts_may_be_read_in_any_order_and_no_further_than_wanted(model):
+    config = InferenceConfig(max_new_tokens=30, seed=4, stop_at_end_of_text=False)
+    expected = ["".join(text) for text in batch(model, PROMPTS, config).texts]
+    some = batch(model, PROMPTS, config)
+    first, last = iter(some.texts[0]), iter(some.texts[-1])
+    pieces = list(zip(first, last, strict=True))  # a piece of one, a piece of the other, ...
+    assert ["".join(text) for text in zip(*pieces, strict=True)] == [expected[0], expected[-1]]
+    assert len(some.written) == 30
+    lazy = batch(model, PROMPTS, config)
+    next(iter(lazy.texts[1]))
+    assert len(lazy.written) == 1
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_it_was_drawn_by(model):
+    config = InferenceConfig(max_new_tokens=9, temperature=2.0, top_k=5, seed=4, stop_at_end_of_text=False)
+    some = batch(model, PROMPTS[:3], config, with_log_probabilities=True)
+    for prompt, text in zip(PROMPTS, some.texts):  # noqa: B905 (all but the longest)
+        list(text)
+        ids = [int(step[0][text.row]) for step in some.written]
+        prompt_ids = BYTES.encode(prompt)
+        total = 0.0
+        for n, token in enumerate(ids):
+            before = (prompt_ids + ids[:n])[window_start(len(prompt_ids) + n, 16) :]
+            logits = model.eval()(torch.tensor([before]))[0][0, -1]
+            total += logits.log_softmax(-1)[token].item()
+        assert text.tokens == 9
+        assert text.log_probability == pytest.approx(total, abs=1e-4)
+
+
+def test_only_tokens_up_to_the_end_count(model):
+    config = InferenceConfig(max_new_tokens=40, seed=2, stop_at_end_of_text=False)
+    whole = batch(model, ["ab"], config)
+    list(whole.texts[0])
+    ids = [int(step[0][0]) for step in whole.written]
+    stop = next(i for i in ids[5:] if i < 128)  # a character that is a token
+    config.stop = [chr(stop)]
+    speed = Speed()
+    (text,) = batch(model, ["ab"], config, speed=speed).texts
+    list(text)
+    assert text.tokens == speed.new_tokens == ids.index(stop) + 1
+
+
 def test_the_speed_counts_what_was_read_and_written(model):
     speed = Speed()
     config = InferenceConfig(max_new_tokens=7, stop_at_end_of_text=False)
-    list(stream_text(model, BYTES, "abc", config, 1, speed))
-    assert (speed.prompt_tokens, speed.new_tokens) == (3, 7)
+    for text in batch(model, ["abc", "defg"], config, speed=speed).texts:
+        list(text)
+    assert (speed.texts, speed.prompt_tokens, speed.new_tokens) == (2, 7, 14)
     assert speed.prefill_seconds > 0
-    assert str(speed).startswith("read 3 tokens at ")
+    assert speed.decode_seconds > 0
+    assert str(speed).startswith("read 7 tokens at ")
+    assert ", wrote 14 at " in str(speed)

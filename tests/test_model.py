@@ -12,8 +12,18 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2.config import GPT2Config
-from gpt2.model import DecoderBlock, GPT2Model, KVCache, MultiHeadAttention, window_start
-from tests.helpers import NO_DROPOUT, ROOT, from_transformers, noisy_model, tiny_config, transformers_twin
+from gpt2.model import DecoderBlock, GPT2Model, MultiHeadAttention
+from tests.helpers import (
+    NO_DROPOUT,
+    ROOT,
+    finish,
+    from_transformers,
+    noisy_model,
+    padding_mask,
+    random_ids,
+    tiny_config,
+    transformers_twin,
+)
 
 SHAPES = [
     {},
@@ -22,28 +32,6 @@ SHAPES = [
     {"d_model": 8, "num_heads": 8, "context_length": 33, "layer_norm_epsilon": 1e-2},
 ]
 close = {"atol": 1e-5, "rtol": 1e-5}
-
-
-def random_ids(config: GPT2Config, b: int, t: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(config.vocab_size, (b, t), generator=torch.Generator().manual_seed(seed))
-
-
-def padding_mask(side: str, b: int, t: int) -> torch.Tensor:
-    """(b, t): row i has i positions of padding on that side."""
-    mask = torch.ones(b, t, dtype=torch.long)
-    for row in range(1, b):
-        mask[row, slice(t - row, t) if side == "right" else slice(row)] = 0
-    return mask
-
-
-def finish(generator) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """All that a generator yields, and what it returns."""
-    yielded = []
-    while True:
-        try:
-            yielded.append(next(generator))
-        except StopIteration as stop:
-            return yielded, stop.value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,65 +349,6 @@ def test_same_seed_writes_the_same_text_and_leaves_the_global_randomness_alone()
     torch.set_rng_state(state)
     text(5)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_beyond_its_context_the_model_sees_a_window_that_moves_by_a_quarter():
-    model = noisy_model(tiny_config(context_length=8), seed=5, std=0.4).eval()
-    prompt = random_ids(model.config, 2, 11)  # longer than the context from the start
-    tokens, text = finish(model.generate(prompt, 14, do_sample=False))
-    for length, token in enumerate(tokens, start=11):
-        window = text[:, window_start(length, 8) : length]
-        assert torch.equal(token, model(window)[0][:, -1].argmax(-1))
-
-
-@pytest.mark.parametrize("context", [1, 2, 3, 7, 8, 1024])
-def test_the_window_holds_all_that_fits_and_then_at_least_three_quarters(context):
-    starts = [window_start(length, context) for length in range(1, 5 * context)]
-    assert starts[:context] == [0] * context
-    assert starts == sorted(starts)
-    sizes = [length - start for length, start in enumerate(starts, start=1)][context:]
-    assert all(context - max(1, context // 4) < size <= context for size in sizes)
-    moves = len(set(starts)) - 1
-    assert moves <= 4 * 4 + 1 or context < 8
-
-
-@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.3}], ids=str)
-@pytest.mark.parametrize("length", [1, 5, 16, 23])
-def test_with_and_without_a_cache_the_text_is_the_same(options, length):
-    """From an empty page, to the edge of the context, and far beyond it."""
-    model = noisy_model(tiny_config(), seed=length)
-    prompt = random_ids(model.config, 3, length)
-    cached, recomputed = (finish(model.generate(prompt, 30, **options, use_cache=flag))[1] for flag in (True, False))
-    assert torch.equal(cached, recomputed)
-
-
-@pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 1, 9], [1, 15]], ids=str)
-@pytest.mark.parametrize("side", [None, "left", "right"])
-def test_a_text_in_pieces_through_a_cache_is_the_text_in_one(pieces, side):
-    model = noisy_model(tiny_config()).eval()
-    input_ids = random_ids(model.config, 3, 16)
-    mask = None if side is None else padding_mask(side, 3, 16)
-    whole = model._hidden_states(input_ids, mask)
-    cache, parts = KVCache(model.config.num_layers, 16), []
-    for piece in input_ids.split(pieces, dim=1):
-        until = cache.used + piece.size(1)
-        parts.append(model._hidden_states(piece, None if mask is None else mask[:, :until], cache))
-    assert_close(torch.cat(parts, dim=1), whole, **close)
-
-
-def test_with_a_cache_the_model_reads_each_token_once():
-    model = noisy_model(tiny_config())
-    read = []
-    model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].size(1)))
-    finish(model.generate(random_ids(model.config, 2, 5), 10))
-    assert read == [5] + [1] * 9
-
-
-def test_a_cache_takes_keys_in_the_format_that_the_model_computes_in():
-    model = noisy_model(tiny_config())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        tokens, _ = finish(model.generate(random_ids(model.config, 2, 5), 4, do_sample=False))
-    assert len(tokens) == 4
 
 
 @pytest.mark.parametrize("training", [True, False])

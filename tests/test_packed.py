@@ -1,4 +1,6 @@
-"""Packed layers are the plain ones, but for rounding."""
+"""Layers laid out for writing are the plain ones, but for rounding."""
+
+from math import exp
 
 import pytest
 import torch
@@ -6,37 +8,135 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from gpt2.packed import PackedLinear, has_packing, pack
-from tests.helpers import noisy_model, tiny_config
+from gpt2 import packed
+from gpt2.config import UserError
+from gpt2.evaluate import score
+from gpt2.model import GPT2Model
+from gpt2.packed import Int8Linear, Linear, PackedLinear, fastest, layouts, pack, quantize
+from tests.helpers import CORPUS, finish, noisy_model, random_ids, tiny_config
 
-pytestmark = pytest.mark.skipif(not has_packing(), reason="this PyTorch has no packed layers")
 close = {"atol": 1e-5, "rtol": 1e-5}
+EXACT = [Linear, *layouts(torch.float32)]
+shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (8, 1)], ids=str)
 
 
+@pytest.mark.parametrize("outputs", [32, 50, 7])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (8, 1)], ids=str)
-def test_a_packed_layer_gives_what_the_plain_one_gives(shape, bias):
+@pytest.mark.parametrize("kind", EXACT)
+@shapes
+def test_a_layer_in_any_layout_gives_what_the_plain_one_gives(kind, shape, bias, outputs):
     torch.manual_seed(0)
-    weight, x = torch.randn(50, 24), torch.randn(*shape, 24)
-    offset = torch.randn(50) if bias else None
-    with torch.no_grad():
-        assert_close(PackedLinear(weight, offset)(x), F.linear(x, weight, offset), **close)
+    weight, x, residual = torch.randn(outputs, 24), torch.randn(*shape, 24), torch.randn(*shape, outputs)
+    offset = torch.randn(outputs) if bias else None
+    layer, expected = kind(weight, offset), F.linear(x, weight, offset)
+    assert_close(layer(x), expected, **close)
+    assert_close(layer.gelu(x), F.gelu(expected, approximate="tanh"), **close)
+    assert_close(layer.add(x, residual), residual + expected, **close)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_a_packed_model_gives_the_same_logits_and_writes_the_same_text(use_bias):
-    plain, packed = (noisy_model(tiny_config(use_bias=use_bias)).eval() for _ in range(2))
-    assert pack(packed, only_if_faster=False)
-    assert not [layer for layer in packed.modules() if isinstance(layer, nn.Linear)]
-    input_ids = torch.randint(61, (3, 9), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("kind", EXACT[1:])
+def test_a_packed_model_gives_the_same_logits_and_writes_the_same_text(kind, use_bias):
+    plain, changed = (noisy_model(tiny_config(use_bias=use_bias)).eval() for _ in range(2))
+    assert pack(changed, kinds=[kind]) is kind
+    assert not [layer for layer in changed.modules() if isinstance(layer, nn.Linear)]
+    input_ids = random_ids(plain.config, 3, 9)
     with torch.no_grad():
-        assert_close(packed(input_ids)[0], plain(input_ids)[0], **close)
-    texts = [torch.stack(list(model.generate(input_ids, 20, do_sample=False))) for model in (plain, packed)]
+        assert_close(changed(input_ids)[0], plain(input_ids)[0], **close)
+        mask = torch.ones(3, 9)
+        mask[1, :4] = 0
+        real = changed(input_ids, attention_mask=mask)[0][mask.bool()]
+        assert_close(real, plain(input_ids, attention_mask=mask)[0][mask.bool()], **close)
+    texts = [finish(model.generate(input_ids, 20, do_sample=False))[1] for model in (plain, changed)]
     assert torch.equal(*texts)
 
 
-def test_a_small_model_and_one_in_half_precision_stay_as_they_are():
+@pytest.mark.skipif(PackedLinear not in EXACT, reason="this PyTorch has no packed layers")
+def test_a_model_in_bf16_can_be_packed():
+    plain, changed = (noisy_model(tiny_config(), std=0.05).bfloat16().eval() for _ in range(2))
+    assert pack(changed, kinds=layouts(torch.bfloat16)) is PackedLinear
+    input_ids = random_ids(plain.config, 3, 9)
+    with torch.no_grad():
+        assert_close(changed(input_ids)[0], plain(input_ids)[0], atol=2e-2, rtol=2e-2)
+
+
+def test_a_small_model_stays_as_it_is():
     model = noisy_model(tiny_config())
-    assert not pack(model)
-    assert not pack(model.to(torch.bfloat16), only_if_faster=False)
+    assert pack(model) is Linear
     assert model.head is None
+
+
+@pytest.mark.parametrize(("seconds", "best"), [((1.0, 0.5), 1), ((1.0, 0.95), 0), ((1.0, 2.0), 0), ((1, 0.8, 0.4), 2)])
+def test_the_fastest_is_taken_if_it_is_worth_it(monkeypatch, seconds, best):
+    """On a clock that only the layers move."""
+    clock = [0.0]
+    monkeypatch.setattr(packed.time, "perf_counter", lambda: clock[0])
+
+    def kind(cost: float) -> type[Linear]:
+        class Costly(Linear):
+            def __call__(self, x):
+                clock[0] += cost
+
+        return Costly
+
+    kinds = [kind(cost) for cost in seconds]
+    assert fastest(kinds, torch.zeros(8, 8), texts=1) is kinds[best]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+@pytest.fixture(scope="module")
+def learned() -> GPT2Model:
+    """A model that has learned something, so that its weights and what they are multiplied by are no longer noise."""
+    model = GPT2Model(tiny_config(vocab_size=128, context_length=32, d_model=64, d_ff=256))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    text = torch.tensor(list(CORPUS.encode()))
+    for step in range(60):
+        starts = torch.randint(len(text) - 32, (16,), generator=torch.Generator().manual_seed(step))
+        batch = torch.stack([text[start : start + 32] for start in starts])
+        optimizer.zero_grad()
+        model(batch, labels=batch)[1].backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_a_model_in_8_bits_is_nearly_as_good(learned):
+    text = torch.tensor(list(CORPUS.encode()[: 33 * 60])).view(60, 33)
+    batches = [{"input_ids": text[:, :-1], "targets": text[:, 1:]}]
+    before = exp(score(learned, batches, torch.device("cpu")).loss)
+    assert before < 8, "it is to have learned something"
+    quantize(learned)
+    after = exp(score(learned, batches, torch.device("cpu")).loss)
+    assert after != before
+    assert after == pytest.approx(before, rel=0.01)
+
+
+@shapes
+def test_a_layer_in_8_bits_is_near_the_plain_one(shape):
+    torch.manual_seed(0)
+    weight, x, offset, residual = (torch.randn(*size) for size in ((50, 24), (*shape, 24), (50,), (*shape, 50)))
+    layer, expected = Int8Linear(weight, offset), F.linear(x, weight, offset)
+    # Each of 24 products is off by half a step of x and of the weight, one in 254 of the largest value.
+    bound = 24 * (x.abs().max() * weight.abs().max() / 127 + 1e-6)
+    assert (layer(x) - expected).abs().max() < bound / 4
+    assert_close(layer.add(x, residual), residual + layer(x), **close)
+    assert_close(layer.gelu(x), F.gelu(layer(x), approximate="tanh"), **close)
+
+
+def test_in_8_bits_no_token_depends_on_another():
+    torch.manual_seed(0)
+    layer, x = Int8Linear(torch.randn(50, 24)), torch.randn(3, 5, 24)
+    x[0, 0] *= 1e4  # a scale of all would leave nothing of the others
+    x[1, 1] = 0.0
+    together = layer(x)
+    assert torch.equal(together[1, 1], torch.zeros(50))
+    for row in range(3):
+        for t in range(5):
+            assert_close(together[row, t], layer(x[row : row + 1, t : t + 1])[0, 0], atol=1e-6, rtol=1e-6)
+
+
+def test_8_bits_are_for_a_cpu():
+    with pytest.raises(UserError, match=r"inference.quantization: int8 is for a CPU"):
+        quantize(noisy_model(tiny_config()).to("meta"))

@@ -64,7 +64,7 @@ def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_th
     cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
     local = workspace.run("generate.py", f"checkpoint={folder}", *options)
     assert cached.stdout == local.stdout
-    assert cached.stderr.splitlines()[-2] == "gpt2"
+    assert cached.stderr.splitlines()[-2] == "gpt2 on cpu in fp32"
 
 
 def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):

@@ -1,9 +1,11 @@
 """The scripts as a user runs them, on a text and a model that take seconds."""
 
+import json
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.tracking import read_metrics
-from tests.conftest import SHARED, TINY, Workspace
+from tests.conftest import ROOT, SHARED, TINY, Workspace
 
 
 def test_a_run_leaves_everything_in_its_folder(trained):
@@ -86,6 +88,59 @@ def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(tr
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trained, tmp_path):
+    records = [{"prompt": "def f", "id": 1}, {"prompt": "é\n🦜" * 9, "id": "x"}, {"prompt": ""}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ["inference.seed=3", "inference.num_return_sequences=2", "quiet=true"]
+    done = trained.run("generate.py", f"prompts_file='{tmp_path}/prompts.jsonl'", "batch_size=4", *options)
+    assert done.stderr == ""
+    lines = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
+    assert [(line["prompt"], line.get("id")) for line in lines] == [
+        (record["prompt"], record.get("id")) for record in records for _ in range(2)
+    ]
+    for n, record in enumerate(records):
+        alone = trained.run("generate.py", f"prompt={record['prompt']}", *options).stdout
+        together = [record["prompt"] + line["text"] + "\n" for line in lines[2 * n : 2 * n + 2]]
+        assert ("-" * 80 + "\n").join(together) == alone
+    assert all(line["tokens"] == 12 and line["log_probability"] < 0 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["prompts_file=nowhere.txt"], "prompts_file: nowhere.txt cannot be read"),
+        (["prompts_file=corpus.txt", "prompt=x"], "prompts_file: there is a prompt= already"),
+        (["prompt=x", "inference.quantization=int8", "device=cuda"], "device: there is no cuda here"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(trained, arguments, complaint):
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = trained.run("generate.py", *arguments, expect=2)
+    assert done.stdout == ""
+    assert complaint in done.stderr
+
+
+@pytest.mark.parametrize("form", ["inference.precision=bf16", "inference.quantization=int8"])
+def test_a_model_writes_in_other_formats_and_says_so(trained, form):
+    done = trained.run("generate.py", "prompt=def f", "inference=greedy", form)
+    assert done.stdout.startswith("def f")
+    assert f"on cpu in {form.split('=')[1]}\n" in done.stderr
+
+
+def test_writing_needs_no_library_of_training(trained):
+    script = f"""
+import runpy, sys
+sys.argv[1:] = ["prompt=x"]
+runpy.run_path({str(ROOT / "generate.py")!r}, run_name="__main__")
+print({{"datasets", "wandb", "optuna", "matplotlib", "transformers"}} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=trained.folder, env=trained.environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
 def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):

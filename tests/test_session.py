@@ -54,6 +54,7 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
         ("/set temperature -1", "temperature: -1.0 is not a finite number of at least 0"),
         ("/set top_p 2", "top_p: 2.0 is not above 0 and at most 1"),
         ("/set top_k many", "top_k: Value 'many' of type 'str' could not be converted to Integer"),
+        ("/set quantization int8", "quantization is settled when a model is loaded"),
         ("/set colour blue", "colour: Key 'colour' not in 'InferenceConfig'"),
         ("/set temperature", "/set temperature is none of /set KEY VALUE"),
         ("/sett a b", "/sett a b is none of"),

@@ -84,6 +84,16 @@ def test_no_text_brings_in_the_special_token(tokenizer):
     assert tokenizer.decode([tokenizer.eos_token_id]) == END_OF_TEXT
 
 
+def test_a_text_names_special_tokens_only_where_that_is_allowed(tokenizer):
+    text = "a<|endoftext|>b <|endoftext|><|endoftext|>"
+    end = [tokenizer.eos_token_id]
+    allowed = tokenizer.encode(text, allow_special_tokens=True)
+    assert allowed == [*tokenizer.encode("a"), *end, *tokenizer.encode("b "), *end, *end]
+    assert tokenizer.decode(allowed) == tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token_id not in tokenizer.encode(text)
+    assert tokenizer.encode("", allow_special_tokens=True) == []
+
+
 def test_saved_tokenizer_is_the_same(tokenizer):
     again = GPT2Tokenizer.from_json(tokenizer.to_json())
     assert again.vocabulary == tokenizer.vocabulary
@@ -231,8 +241,24 @@ def test_streamed_pieces_are_the_decoded_text(source, trained):
         text = tokenizer.decode(ids)
         assert "".join(tokenizer.stream(iter(ids))) == text
         assert text == b"".join(tokenizer.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        assert text == tokenizer.backend.decode(ids, skip_special_tokens=False)
         replaced += "\ufffd" in text
     assert replaced > 400  # it was not all easy
+
+
+def test_streamed_pieces_of_whole_and_broken_characters(trained):
+    """Emoji and Chinese, whose characters are of several tokens, cut anywhere."""
+    text = "".join(nasty_texts(40, seed=3)) + "漢字かな交じり文👩🏽‍🚀🇩🇪🏴‍☠️" * 20
+    ids = trained.encode(text)
+    random = np.random.default_rng(1)
+    replaced = 0
+    for _ in range(500):
+        start = random.integers(len(ids))
+        part = ids[start : start + random.integers(1, 30)]
+        pieces = list(trained.stream(part))
+        assert "".join(pieces) == trained.backend.decode(part, skip_special_tokens=False)
+        replaced += "\ufffd" in pieces[-1]
+    assert replaced > 50
 
 
 def test_a_character_appears_as_soon_as_it_is_whole():

@@ -1,0 +1,41 @@
+"""Prompts from a file."""
+
+import pytest
+
+from gpt2.config import UserError
+from gpt2.prompts import read_prompts
+
+
+def test_a_line_is_a_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes('one\r\n  two \n\n{"prompt": 1}\nthree\u2028still'.encode())
+    assert read_prompts(file) == [{"prompt": p} for p in ("one", "  two ", '{"prompt": 1}', "three\u2028still")]
+
+
+def test_json_lines_bring_what_else_they_hold(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt": ""}\n')
+    assert read_prompts(str(file)) == [{"prompt": "a\nb", "id": 7}, {"prompt": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("p.txt", b"", r"p.txt holds no prompt"),
+        ("p.txt", b"\n \n", r"p.txt holds no prompt"),
+        ("p.txt", b"\xff\xfe", r"p.txt cannot be read: 'utf-8' codec"),
+        ("p.jsonl", b'{"prompt": "a"}\nb\n', r"p.jsonl, line 2: no JSON"),
+        ("p.jsonl", b'\n{"text": "a"}\n', r'line 2: no object with a text under "prompt"'),
+        ("p.jsonl", b'{"prompt": 3}\n', r"line 1: no object"),
+        ("p.jsonl", b'"prompt"\n', r"line 1: no object"),
+    ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_named(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"prompts_file: .*{complaint}"):
+        read_prompts(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"prompts_file: .*nowhere.txt cannot be read: .*No such file"):
+        read_prompts(tmp_path / "nowhere.txt")
