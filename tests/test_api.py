@@ -433,8 +433,9 @@ def tables(document: str) -> dict[str, list[list[str]]]:
 def test_the_tables_of_the_document_are_the_fields_of_the_classes(cls):
     hints = inspect.get_annotations(cls)
     expected = [
-        [field.name, str(getattr(hints[field.name], "__name__", hints[field.name])), repr(getattr(cls(), field.name))]
+        [field.name, hint.__name__ if isinstance(hint, type) else str(hint), repr(getattr(cls(), field.name))]
         for field in dataclasses.fields(cls)
+        for hint in [hints[field.name]]
     ]
     found = [[name, kind.replace(" or ", " | "), default] for name, kind, default, _ in tables(DOCUMENT)[cls.__name__]]
     assert [[name, default] for name, _, default in found] == [[name, default] for name, _, default in expected]
