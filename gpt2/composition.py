@@ -189,6 +189,14 @@ def complete_export(composed: DictConfig, _overrides: list[str]) -> DictConfig:
     return composed
 
 
+def complete_benchmark(composed: DictConfig, _overrides: list[str]) -> DictConfig:
+    """Take the shape of the trained model, if one is named."""
+    if composed.checkpoint is not None:
+        trained = open_model(composed.checkpoint)
+        composed.checkpoint, composed.model = trained.source, trained.config
+    return composed
+
+
 def resumed_checkpoint(resume: str) -> Path:
     folder = checkpoint.latest_run() if resume == "latest" else Path(resume)
     path = next(folder.glob(f"*/{checkpoint.LAST}"), None)
@@ -232,4 +240,5 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
     "evaluate": complete_evaluate,
     "generate": complete_generate,
     "export": complete_export,
+    "benchmark_generation": complete_benchmark,
 }

@@ -208,12 +208,29 @@ class ExportRun:
     to: str | None = None  # a folder that is not there yet
 
 
-Run = TrainRun | EvaluateRun | GenerateRun | ExportRun
+@dataclass
+class GenerationBenchmark:
+    """All that `python -m gpt2.main benchmark generation` needs."""
+
+    model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
+    checkpoint: str | None = None  # a trained model instead, see gpt2/pretrained.py
+    device: str = "auto"
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    repetitions: int = 5
+    formats: list[str] = field(default_factory=lambda: ["fp32", "bf16", "int8"])  # of our weights; int8 on a CPU
+    compile: bool = False  # ours, on CUDA
+    json: str | None = None  # a file for everything that was measured
+
+
+Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark
 SCHEMAS: dict[str, type[Run]] = {
     "train": TrainRun,
     "evaluate": EvaluateRun,
     "generate": GenerateRun,
     "export": ExportRun,
+    "benchmark_generation": GenerationBenchmark,
 }
 
 
@@ -426,6 +443,8 @@ def faults(config: Run) -> Faults:
         return evaluation_faults(config)
     if isinstance(config, ExportRun):
         return export_faults(config)
+    if isinstance(config, GenerationBenchmark):
+        return generation_benchmark_faults(config)
     return training_run_faults(config)
 
 
@@ -452,6 +471,21 @@ def export_faults(config: ExportRun) -> Faults:
     if Path(config.to).exists():
         return [f"to: {config.to} is there already; name a folder that is not"]
     return []
+
+
+def generation_benchmark_faults(config: GenerationBenchmark) -> Faults:
+    counts = {"prompt_tokens": COUNT, "new_tokens": (2, _INFINITY, "at least 2"), "repetitions": COUNT}
+    found = model_faults(config.model) + device_faults(config.device, "device") + _outside(vars(config), counts, "")
+    if not config.batch_sizes or min(config.batch_sizes) < 1:
+        found.append(f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1")
+    if wrong := set(config.formats) - {"fp32", "bf16", "int8"}:
+        found.append(f"formats: {', '.join(sorted(wrong))} is none of fp32, bf16, int8")
+    context = config.model.context_length
+    if config.prompt_tokens + config.new_tokens > context:
+        found.append(f"new_tokens: with prompt_tokens they do not fit into model.context_length={context}")
+    if config.json is not None and not _can_be_written(Path(config.json)):
+        found.append(f"json: {config.json!r} cannot be written; name a file, in a folder that may be written to")
+    return found
 
 
 def training_run_faults(config: TrainRun) -> Faults:

@@ -23,7 +23,7 @@ from gpt2.config import InferenceConfig, UserError, inference_faults
 from gpt2.decoding import Recorder, write
 from gpt2.device import cuda_or_else
 from gpt2.model import GPT2Model
-from gpt2.packed import pack, quantize, refuse_int8
+from gpt2.packed import Linear, pack, quantize, refuse_int8
 from gpt2.pretrained import open_model
 from gpt2.sampling import next_token
 from gpt2.session import Session
@@ -218,6 +218,11 @@ def stream_text(
     return iter(Batch(model, tokenizer, [prompt_ids], config, [seed]).texts[0])
 
 
+def lay_out(model: GPT2Model, quantization: str | None, texts: int) -> type[Linear]:
+    """Lay out the weights of a model for writing so many texts side by side, see `gpt2.packed`."""
+    return quantize(model) if quantization == "int8" else pack(model, texts)
+
+
 @dataclass
 class Continuation:
     """What was written after a prompt."""
@@ -264,10 +269,7 @@ class TextGenerator:
         self.recorder = Recorder(self.model, compile) if where.type == "cuda" else None
         if compile and not self.recorder:
             log.info("inference.compile is for CUDA: on %s nothing is compiled.", where)
-        if quantization == "int8":
-            quantize(self.model)
-        else:
-            pack(self.model, texts)
+        lay_out(self.model, quantization, texts)
         self.speed = Speed()  # of the latest texts
         self.told_of_window = False
 

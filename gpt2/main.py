@@ -10,13 +10,14 @@ from pathlib import Path
 
 from gpt2.command_line import script
 from gpt2.composition import ROOT
-from gpt2.config import ExportRun
+from gpt2.config import ExportRun, GenerationBenchmark
 
 COMMANDS = {
     "train": "train a model: train.py",
     "evaluate": "score a trained model on a corpus: evaluate.py",
     "generate": "write text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
+    "benchmark": "measure speed against transformers: benchmark generation",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
 }
 
@@ -39,19 +40,37 @@ def export(config: ExportRun) -> None:
     print(f"\nIn Python:  transformers.pipeline('text-generation', {str(folder)!r})")
 
 
+@script("benchmark_generation")
+def benchmark_generation(config: GenerationBenchmark) -> None:
+    from gpt2 import benchmark
+
+    benchmark.generation(config)
+
+
+BENCHMARKS = {"generation": "how fast text is written"}
+
+
+def take_word(usage: str, choices: dict[str, str]) -> str:
+    """Take the next word of the command line, one of the choices; or else list them, and leave."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in choices:
+        del sys.argv[1]
+        return word
+    asked = word in ("-h", "--help")
+    if word and not asked:
+        print(f"error: there is no {word}", file=sys.stderr)
+    lines = (f"  {choice:<10} {purpose}" for choice, purpose in choices.items())
+    print("\n".join([f"usage: {usage}", "", *lines]), file=sys.stdout if asked else sys.stderr)
+    sys.exit(0 if asked else 2)
+
+
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        asked = name in ("-h", "--help")
-        lines = (f"  {command:<10} {purpose}" for command, purpose in COMMANDS.items())
-        if name and not asked:
-            print(f"error: there is no command {name}", file=sys.stderr)
-        text = "\n".join(["usage: python -m gpt2.main COMMAND [OVERRIDES]", "", *lines])
-        print(text, file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else 2)
-    del sys.argv[1]
+    name = take_word("python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
         export()
+    elif name == "benchmark":
+        take_word("python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
+        benchmark_generation()
     elif name == "optimize":
         run_script("train", "-m", "hparams_search=optuna")
     else:

@@ -170,7 +170,7 @@ def pack(model: GPT2Model, texts: int = 1, kinds: Sequence[type[Linear]] | None 
     return kind
 
 
-def quantize(model: GPT2Model) -> None:
+def quantize(model: GPT2Model) -> type[Linear]:
     """Turn all linear layers of a model on a CPU into 8-bit integers. It can then only be evaluated.
 
     Raises:
@@ -178,6 +178,7 @@ def quantize(model: GPT2Model) -> None:
     """
     refuse_int8(model.token_embedding.weight.device)
     replace_layers(model, Int8Linear)
+    return Int8Linear
 
 
 def replace_layers(model: GPT2Model, kind: type[Linear]) -> None:

@@ -1,0 +1,237 @@
+"""Speed against `transformers`, measured so as to be believed: the same weights, one process, in turn, medians."""
+
+import copy
+import json
+import logging
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CompileConfig, GPT2LMHeadModel
+
+from gpt2.config import GenerationBenchmark
+from gpt2.decoding import Recorder, write
+from gpt2.device import choose_device, describe
+from gpt2.hugging_face import write_folder
+from gpt2.inference import lay_out, on_host
+from gpt2.model import GPT2Model
+from gpt2.pretrained import open_model
+from gpt2.sampling import next_token
+from gpt2.tracking import track
+
+log = logging.getLogger(__name__)
+
+FORMATS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a weight
+READ_BYTES = 256 << 20  # enough that no cache holds it
+
+
+@dataclass
+class Writing:
+    """What one contestant did once."""
+
+    prefill_seconds: float  # up to the first new token
+    step_seconds: float  # a token after it, by the median
+    tokens: Tensor  # (b, n)
+
+    @classmethod
+    def timed(cls, clock: list[float], tokens: Tensor) -> "Writing":
+        """From the times at the beginning and at each token."""
+        steps = [after - before for before, after in pairwise(clock)]
+        return cls(steps[0], median(steps[1:]), tokens)
+
+
+Write = Callable[[Tensor, int], Writing]  # from prompts (b, t) and a number of new tokens
+
+
+@dataclass
+class Contestant:
+    name: str
+    write: Write
+    bytes_of_weight: int = 4
+    layout: str = "Linear"  # of the weights, see `gpt2.packed`
+
+
+def ours(model: GPT2Model, recorder: Recorder | None) -> Write:
+    def run(input_ids: Tensor, max_new_tokens: int) -> Writing:
+        choose = partial(next_token, do_sample=False)
+        steps = write(model, input_ids, max_new_tokens, choose, recorder=recorder)
+        clock, tokens = [time.perf_counter()], []
+        for (token,) in on_host(step[:1] for step in steps):
+            clock.append(time.perf_counter())
+            tokens.append(token)
+        return Writing.timed(clock, torch.tensor(tokens).T)
+
+    return run
+
+
+def theirs(model: Any, **options: Any) -> Write:
+    def run(input_ids: Tensor, max_new_tokens: int) -> Writing:
+        clock = [time.perf_counter()]
+
+        def tick(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            clock.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        whole = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[tick],
+            **options,
+        )
+        return Writing.timed(clock, whole[:, input_ids.size(1) :].cpu())
+
+    return run
+
+
+def read_bandwidth(memory: Tensor) -> float:
+    """Bytes a second at which the device reads memory, by a sum over some of it."""
+    began = time.perf_counter()
+    float(memory.sum())  # waits for the device
+    return memory.nbytes / (time.perf_counter() - began)
+
+
+class GenerationComparison:
+    """`transformers`' generate against ours in each number format. Greedy, so that the tokens can be compared."""
+
+    def __init__(self, config: GenerationBenchmark):
+        self.config = config
+        self.device = choose_device(config.device)
+        torch.manual_seed(0)
+        self.model = (open_model(config.checkpoint).build() if config.checkpoint else GPT2Model(config.model)).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), self.model.config, self.model.state_dict(), None, card="")
+            twin: Any = GPT2LMHeadModel.from_pretrained(folder)
+        self.twin = twin.to(self.device).eval()
+        self.memory = torch.ones(READ_BYTES // 4, device=self.device)
+        self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
+
+    def contestants(self, batch_size: int) -> list[Contestant]:
+        """That of `transformers` with its defaults first."""
+        compiled: Any = CompileConfig()
+        compiled._compile_all_devices = True  # on a CPU too
+        static = {"cache_implementation": "static", "compile_config": compiled}
+        found = [
+            Contestant("transformers", theirs(self.twin)),
+            Contestant("transformers, static, compiled", theirs(self.twin, **static)),
+        ]
+        for form in self.config.formats:
+            if form == "int8" and self.device.type != "cpu":
+                continue
+            dtype = torch.bfloat16 if form == "bf16" else torch.float32
+            model = copy.deepcopy(self.model).to(self.device, dtype)
+            layout = lay_out(model, form if form == "int8" else None, batch_size)
+            recorder = Recorder(model, self.config.compile) if self.device.type == "cuda" else None
+            found.append(Contestant(f"gpt2, {form}", ours(model, recorder), FORMATS[form], layout.__name__))
+        return found
+
+    @torch.no_grad()
+    def compare(self, batch_size: int) -> list[dict[str, Any]]:
+        """A row for each contestant."""
+        config = self.config
+        generator = torch.Generator().manual_seed(batch_size)
+        vocabulary = self.model.config.vocab_size
+        input_ids = torch.randint(vocabulary, (batch_size, config.prompt_tokens), generator=generator).to(self.device)
+        runs: list[tuple[Contestant, float, list[Writing]]] = []
+        for contestant in self.contestants(batch_size):
+            began = time.perf_counter()
+            try:
+                contestant.write(input_ids, config.new_tokens)  # compilers and caches set themselves up
+            except RuntimeError as error:
+                log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
+                continue
+            runs.append((contestant, time.perf_counter() - began, []))
+        bandwidths = []
+        with track(f"Batch {batch_size}", unit="repetitions") as advance:
+            for repetition in range(config.repetitions):
+                bandwidths.append(read_bandwidth(self.memory))
+                for contestant, _, writings in runs:
+                    writings.append(contestant.write(input_ids, config.new_tokens))
+                advance(repetition + 1, config.repetitions)
+
+        reference = runs[0][2][0].tokens
+        bandwidth = median(bandwidths)
+        rows: list[dict[str, Any]] = []
+        for contestant, first_seconds, writings in runs:
+            seconds = median(writing.step_seconds for writing in writings)
+            rows.append(
+                {
+                    "batch_size": batch_size,
+                    "contestant": contestant.name,
+                    "layout": contestant.layout,
+                    "tokens_per_second": batch_size / seconds,
+                    "tokens_per_second_of_each": [batch_size / writing.step_seconds for writing in writings],
+                    "share_of_floor": self.weights * contestant.bytes_of_weight / bandwidth / seconds,
+                    "prefill_seconds": median(writing.prefill_seconds for writing in writings),
+                    "first_seconds": first_seconds,
+                    "same_tokens": (writings[0].tokens == reference).float().mean().item(),
+                    "read_bytes_per_second": bandwidth,
+                }
+            )
+        best_of_theirs = max(row["tokens_per_second"] for row in rows if row["contestant"].startswith("transformers"))
+        return [{**row, "ratio": row["tokens_per_second"] / best_of_theirs} for row in rows]
+
+
+HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
+WIDTHS = (10, 20, 8, 10, 12, 9, 13, 14)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"batch {rows[0]['batch_size']}, memory read at {rows[0]['read_bytes_per_second'] / 1e9:.1f} GB/s"]
+    lines.append(f"{HEAD[0]:<32}" + "".join(f"{title:>{width}}" for title, width in zip(HEAD[1:], WIDTHS, strict=True)))
+    for row in rows:
+        each = row["tokens_per_second_of_each"]
+        cells = (
+            f"{row['tokens_per_second']:,.1f}",
+            f"{min(each):,.1f} - {max(each):,.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['share_of_floor']:.0%}",
+            f"{row['prefill_seconds'] * 1e3:,.0f}",
+            f"{row['first_seconds']:.1f}",
+            f"{row['same_tokens']:.0%}",
+            row["layout"],
+        )
+        lines.append(
+            f"{row['contestant']:<32}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        )
+    return "\n".join(lines)
+
+
+def generation(config: GenerationBenchmark) -> None:
+    """Print a table for each batch size, and write it all to `config.json`."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    comparison = GenerationComparison(config)
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    where = describe(comparison.device)
+    print(
+        f"{comparison.weights / 1e6:,.1f} million weights read a token, prompts of {config.prompt_tokens} tokens, ",
+        end="",
+    )
+    print(f"{config.new_tokens} new ones, greedy, medians of {config.repetitions}")
+    print(f"{where}, {', '.join(f'{name} {version}' for name, version in versions.items())}")
+    rows = []
+    for batch_size in config.batch_sizes:
+        rows += (found := comparison.compare(batch_size))
+        print(f"\n{table(found)}", flush=True)
+    print("\nratio: to the best of transformers. floor: the bytes of the weights over the bandwidth of the memory.")
+    if config.json is not None:
+        result = {"benchmark": "generation", "config": asdict(config), "device": where, **versions, "results": rows}
+        Path(config.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {config.json}")
