@@ -43,7 +43,8 @@ def main(config: EvaluateRun) -> None:
     metrics = evaluator.evaluate()
 
     split, stride = blocks.path.stem, blocks.stride
-    print(f"model  {trained.describe()}")
+    form = f", {config.quantization}" if config.quantization else ""
+    print(f"model  {trained.describe()}{form}")
     print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
 

@@ -233,5 +233,6 @@ def generation(config: GenerationBenchmark) -> None:
     print("\nratio: to the best of transformers. floor: the bytes of the weights over the bandwidth of the memory.")
     if config.json is not None:
         result = {"benchmark": "generation", "config": asdict(config), "device": where, **versions, "results": rows}
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
         Path(config.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"written to {config.json}")

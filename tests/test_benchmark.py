@@ -1,0 +1,83 @@
+"""Speed is not tested, but that it is measured on the same work."""
+
+import json
+
+import pytest
+import torch
+
+from gpt2.benchmark import GenerationComparison, Writing, ours, read_bandwidth, table, theirs
+from gpt2.config import GenerationBenchmark
+from tests.conftest import Workspace
+from tests.helpers import random_ids, tiny_config
+
+
+def test_times_are_those_of_the_first_token_and_of_the_typical_one_after_it():
+    writing = Writing.timed([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
+    assert (writing.prefill_seconds, writing.step_seconds) == (3.0, 0.5)
+
+
+def test_both_write_the_same_tokens_from_the_same_weights():
+    comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
+    input_ids = random_ids(comparison.model.config, 3, 5)
+    writings = [write(input_ids, 8) for write in (theirs(comparison.twin), ours(comparison.model, None))]
+    assert torch.equal(*(writing.tokens for writing in writings))
+    assert writings[0].tokens.shape == (3, 8)
+    assert len(set(writings[0].tokens.flatten().tolist())) > 2
+    assert comparison.weights == comparison.model.num_parameters() - 16 * 16  # the position table
+
+
+def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
+    config = GenerationBenchmark(tiny_config(), device="cpu", new_tokens=3, prompt_tokens=2, repetitions=2)
+    comparison = GenerationComparison(config)
+    broken = comparison.contestants
+
+    def contestants(batch_size: int):
+        first, compiled, *rest = broken(batch_size)
+
+        def fails(*_):
+            raise RuntimeError("no compiler\nand so on")
+
+        compiled.write = fails
+        return [first, compiled, *rest]
+
+    monkeypatch.setattr(comparison, "contestants", contestants)
+    rows = comparison.compare(batch_size=2)
+    assert [row["contestant"] for row in rows] == ["transformers", "gpt2, fp32", "gpt2, bf16", "gpt2, int8"]
+    assert "transformers, static, compiled is left out: no compiler" in caplog.text
+    assert all(len(row["tokens_per_second_of_each"]) == 2 for row in rows)
+    assert rows[0]["ratio"] == rows[0]["same_tokens"] == 1
+    weights, share = comparison.weights, rows[-1]["share_of_floor"]
+    assert share == pytest.approx(weights / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
+    assert len(table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_the_bandwidth_is_bytes_over_seconds(monkeypatch):
+    clock = iter([1.0, 1.5])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert read_bandwidth(torch.ones(1000)) == 8000
+
+
+def test_there_is_one_benchmark_by_now(workspace: Workspace):
+    for arguments in ([], ["nothing"]):
+        done = workspace.module("gpt2.main", "benchmark", *arguments)
+        assert done.returncode == 2
+        assert "  generation" in done.stderr
+    done = workspace.module("gpt2.main", "benchmark", "generation", "new_tokens=1", "batch_sizes=[0]", "formats=[fp8]")
+    assert done.returncode == 2
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" new_tokens", " batch_sizes", " formats"]
+
+
+@pytest.mark.slow
+def test_the_command_prints_tables_and_writes_what_it_measured(workspace: Workspace):
+    shape = ["model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.vocab_size=300"]
+    work = ["new_tokens=3", "prompt_tokens=4", "repetitions=2", "batch_sizes=[1,3]", "json=speed/result.json"]
+    done = workspace.module("gpt2.main", "benchmark", "generation", *shape, *work)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workspace.folder / "speed" / "result.json").read_text())
+    assert [(row["batch_size"], row["contestant"]) for row in result["results"]] == [
+        (batch_size, name)
+        for batch_size in (1, 3)
+        for name in ("transformers", "transformers, static, compiled", "gpt2, fp32", "gpt2, bf16", "gpt2, int8")
+    ]
+    for row in result["results"]:
+        assert f"{row['tokens_per_second']:,.1f}" in done.stdout
