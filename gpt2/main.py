@@ -50,26 +50,26 @@ def benchmark_generation(config: GenerationBenchmark) -> None:
 BENCHMARKS = {"generation": "how fast text is written"}
 
 
-def take_word(usage: str, choices: dict[str, str]) -> str:
-    """Take the next word of the command line, one of the choices; or else list them, and leave."""
+def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
+    """Take the next word of the command line, a choice of that kind; or else list them, and leave."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in choices:
         del sys.argv[1]
         return word
     asked = word in ("-h", "--help")
     if word and not asked:
-        print(f"error: there is no {word}", file=sys.stderr)
+        print(f"error: there is no {kind} {word}", file=sys.stderr)
     lines = (f"  {choice:<10} {purpose}" for choice, purpose in choices.items())
     print("\n".join([f"usage: {usage}", "", *lines]), file=sys.stdout if asked else sys.stderr)
     sys.exit(0 if asked else 2)
 
 
 def main() -> None:
-    name = take_word("python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
+    name = take_word("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
         export()
     elif name == "benchmark":
-        take_word("python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
+        take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
         benchmark_generation()
     elif name == "optimize":
         run_script("train", "-m", "hparams_search=optuna")

@@ -229,9 +229,11 @@ def test_the_module_is_the_same_command_line(workspace):
     assert "export" in workspace.module("gpt2.main", "--help").stdout
 
 
-@pytest.mark.parametrize(("script", "group"), [("evaluate", "data"), ("generate", "inference")])
+@pytest.mark.parametrize(
+    ("script", "group"), [("evaluate", "data"), ("generate", "inference"), ("benchmark_generation", "model")]
+)
 def test_help_names_all_choices_of_the_group_that_a_script_has(script, group):
-    assert f"{group}={'|'.join(choices(group))}\n" in (CONF / "hydra" / "help" / f"{script}.yaml").read_text()
+    assert f"{group}={'|'.join(choices(group))}" in (CONF / "hydra" / "help" / f"{script}.yaml").read_text()
 
 
 def test_help_names_only_keys_that_exist():
