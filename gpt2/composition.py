@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2 import checkpoint
-from gpt2.config import SCHEMAS, GPT2Config, Run, TrainRun, UserError, faults
+from gpt2.config import SCHEMAS, GPT2Config, Run, TrainRun, UserError
+from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

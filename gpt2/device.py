@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpt2.config import UserError, device_faults
+from gpt2.config import UserError
+from gpt2.faults import device_faults
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.checkpoint import refuse_misfits, save_tensors, shapes_of
-from gpt2.config import GPT2Config, UserError, model_from_file
+from gpt2.config import GPT2Config, UserError
+from gpt2.faults import model_from_file
 from gpt2.tokenizer import GPT2Tokenizer
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gpt2.config import InferenceConfig, UserError, inference_faults
+from gpt2.config import InferenceConfig, UserError
 from gpt2.decoding import Recorder, write
 from gpt2.device import cuda_or_else
+from gpt2.faults import inference_faults
 from gpt2.model import GPT2Model
 from gpt2.packed import Linear, pack, quantize, refuse_int8
 from gpt2.pretrained import open_model

@@ -17,8 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import GPT2Config, model_faults
+from gpt2.config import GPT2Config
 from gpt2.decoding import BlockCache, FixedPlace, causal_mask, write
+from gpt2.faults import model_faults
 from gpt2.sampling import Randomness, next_token
 
 IGNORE = -100  # a label that takes no part in the loss, as in transformers

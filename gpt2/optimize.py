@@ -20,18 +20,9 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch.utils.data import DataLoader
 
-from gpt2.config import (
-    PRUNERS,
-    SAMPLERS,
-    GPT2Config,
-    OptunaConfig,
-    TrainingConfig,
-    UserError,
-    model_faults,
-    optuna_faults,
-    training_faults,
-)
+from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig, UserError
 from gpt2.device import choose_device
+from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
 from gpt2.model import GPT2Model
 from gpt2.tracking import Record, Tracker
 from gpt2.train import Trainer

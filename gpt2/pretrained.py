@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2 import checkpoint, hugging_face
-from gpt2.config import OPENAI, GPT2Config, UserError, is_on_hub, model_from_file
+from gpt2.config import GPT2Config, UserError
+from gpt2.faults import OPENAI, is_on_hub, model_from_file
 from gpt2.hub import hub_folder
 from gpt2.tokenizer import TOKENIZER_FILES, GPT2Tokenizer
 

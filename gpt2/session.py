@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gpt2.config import WHEN_LOADED, InferenceConfig, UserError, inference_faults, typed
+from gpt2.config import WHEN_LOADED, InferenceConfig, UserError
+from gpt2.faults import inference_faults, typed
 
 WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
 HELP = """\

@@ -10,7 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from gpt2.config import DataConfig, UserError, files_matching
+from gpt2.config import DataConfig, UserError
+from gpt2.faults import files_matching
 from gpt2.hub import WITHOUT_NETWORK, connect
 from gpt2.tracking import is_terminal
 

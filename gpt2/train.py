@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint
-from gpt2.config import TrainingConfig, UserError, training_faults
+from gpt2.config import TrainingConfig, UserError
 from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, choose_precision, peak_flops
 from gpt2.evaluate import Batch, as_inputs, count_targets, perplexity, score
+from gpt2.faults import training_faults
 from gpt2.model import GPT2Model
 from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from gpt2.tokenizer import GPT2Tokenizer

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from gpt2.command_line import as_argument, check_command_line, command_line_faults, take_prompt
 from gpt2.composition import CONF, compose, parsed, resolve
-from gpt2.config import GenerateRun, TrainRun, UserError, faults
+from gpt2.config import GenerateRun, TrainRun, UserError
+from gpt2.faults import faults
 from tests.conftest import ROOT, Workspace
 
 NASTY_PROMPTS = [

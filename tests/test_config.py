@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.config import (
-    DataConfig,
-    GenerateRun,
-    GPT2Config,
-    InferenceConfig,
-    OptunaConfig,
-    TrainingConfig,
-    TrainRun,
-    faults,
-    optuna_faults,
-    training_faults,
-)
+from gpt2.config import DataConfig, GenerateRun, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig, TrainRun
+from gpt2.faults import faults, optuna_faults, training_faults
 from tests.helpers import ROOT, shared
 
 GROUPS = {"model": GPT2Config, "train": TrainingConfig, "data": DataConfig, "inference": InferenceConfig}
