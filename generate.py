@@ -13,6 +13,8 @@ from gpt2.prompts import read_prompts
 def main(config: GenerateRun) -> None:
     if config.prompt is not None and config.prompts_file is not None:
         raise UserError("prompts_file: there is a prompt= already, drop one of the two")
+    if config.prompt is None and config.prompts_file is None and sys.stdin is None:
+        raise UserError("prompt: there is none, and standard input is closed")
     records = read_prompts(config.prompts_file) if config.prompts_file is not None else []
     side_by_side = config.inference.num_return_sequences * max(1, len(records))
 
@@ -45,7 +47,7 @@ def main(config: GenerateRun) -> None:
         for number, continuation in enumerate(continuations):
             line = {**records[number // of_each], **vars(continuation)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif config.prompt is None and sys.stdin.isatty():
+    elif config.prompt is None and sys.stdin is not None and sys.stdin.isatty():
         generator.interactive_mode(config.inference)
         return
     else:

@@ -185,6 +185,10 @@ class GenerationComparison:
 
 
 HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
+LEGEND = """\
+ratio: to the better of the two ways of transformers. of floor: the floor is the bytes of the weights over the bandwidth
+of the memory. first s: the first run, with what is set up and compiled. same tokens: as in the first line. weights:
+their layout, see gpt2/packed.py"""
 WIDTHS = (10, 20, 8, 10, 12, 9, 13, 14)
 
 
@@ -213,6 +217,8 @@ def generation(config: GenerationBenchmark) -> None:
     """Print a table for each batch size, and write it all to `config.json`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if config.compile and choose_device(config.device).type != "cuda":
+        log.warning("compile=true is for CUDA: ours is not compiled.")
     comparison = GenerationComparison(config)
     versions = {
         "torch": torch.__version__,
@@ -230,7 +236,7 @@ def generation(config: GenerationBenchmark) -> None:
     for batch_size in config.batch_sizes:
         rows += (found := comparison.compare(batch_size))
         print(f"\n{table(found)}", flush=True)
-    print("\nratio: to the best of transformers. floor: the bytes of the weights over the bandwidth of the memory.")
+    print(f"\n{LEGEND}")
     if config.json is not None:
         result = {"benchmark": "generation", "config": asdict(config), "device": where, **versions, "results": rows}
         Path(config.json).parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOSPC
+from io import TextIOWrapper
 from itertools import islice, product
 from math import inf
 from pathlib import Path
@@ -47,6 +49,9 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
+            for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark
+                if isinstance(stream, TextIOWrapper):
+                    stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
             with faults_as_lines():
                 if runs_something(options):
@@ -110,11 +115,22 @@ def faults_as_lines() -> Iterator[None]:
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        leave_stdout_alone()
         sys.exit(0)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
+        leave_stdout_alone()
+        sys.exit(1)
+
+
+def leave_stdout_alone() -> None:
+    """Nobody takes what is still to be written; Python would complain when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2 import checkpoint
-from gpt2.config import SCHEMAS, GPT2Config, Run, TrainRun, UserError
+from gpt2.config import SCHEMAS, GenerateRun, GPT2Config, Run, TrainRun, UserError
 from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
@@ -76,6 +76,8 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(config, Run)
+    if isinstance(config, TrainRun | GenerateRun):  # neither a shell nor Hydra makes a line break of it
+        config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     if found := faults(config):
         raise UserError(*found)
     return config

@@ -195,7 +195,12 @@ class Decoder:
         b, t = input_ids.shape
         self.model, self.use_cache = model, use_cache
         self.lengths = [t] * b
+        if max_new_tokens < 0:
+            raise ValueError(f"{max_new_tokens} new tokens are fewer than none")
         if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                shapes = f"{tuple(attention_mask.shape)}, of input_ids {tuple(input_ids.shape)}"
+                raise ValueError(f"the attention_mask is of shape {shapes}; it needs a value for each token")
             self.lengths = attention_mask.bool().sum(1).tolist()
             input_ids = aligned_right(input_ids, attention_mask.bool())
         if t == 0 or min(self.lengths) == 0:
@@ -285,7 +290,7 @@ def write(
         The next token of each text (b,), and the logits (b, v) that it was chosen by, to be read before going on.
 
     Raises:
-        ValueError: A text has no token.
+        ValueError: A text has no token, or the mask another shape.
     """
     was_training = model.training
     model.eval()

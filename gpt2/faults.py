@@ -193,8 +193,14 @@ def data_faults(config: DataConfig, prefix: str = "data.") -> Faults:
 
 def inference_faults(config: InferenceConfig, prefix: str = "inference.") -> Faults:
     found = _outside(vars(config), _INFERENCE_BOUNDS, prefix)
-    if "" in config.stop:
+    if isinstance(config.stop, str):
+        found.append(f"{prefix}stop: a list of texts is wanted, not {config.stop!r}")
+    elif "" in config.stop:
         found.append(f"{prefix}stop: an empty text stands everywhere, so nothing would ever be written")
+    if config.precision not in ("fp32", "bf16"):
+        found.append(f"{prefix}precision: {config.precision!r} is none of fp32, bf16")
+    if config.quantization not in (None, "int8"):
+        found.append(f"{prefix}quantization: {config.quantization!r} is neither int8 nor none")
     if config.quantization and config.precision != "fp32":
         found.append(
             f"{prefix}precision: {config.precision} contradicts {prefix}quantization={config.quantization}, "
@@ -258,11 +264,14 @@ def generation_benchmark_faults(config: GenerationBenchmark) -> Faults:
     found = model_faults(config.model) + device_faults(config.device, "device") + _outside(vars(config), counts, "")
     if not config.batch_sizes or min(config.batch_sizes) < 1:
         found.append(f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1")
-    if wrong := set(config.formats) - {"fp32", "bf16", "int8"}:
-        found.append(f"formats: {', '.join(sorted(wrong))} is none of fp32, bf16, int8")
-    context = config.model.context_length
-    if config.prompt_tokens + config.new_tokens > context:
-        found.append(f"new_tokens: with prompt_tokens they do not fit into model.context_length={context}")
+    if not config.formats or set(config.formats) - {"fp32", "bf16", "int8"}:
+        found.append(f"formats: {config.formats} are not one or more of fp32, bf16, int8")
+    context, prompt = config.model.context_length, config.prompt_tokens
+    if not found and prompt + config.new_tokens > context:
+        found.append(
+            f"new_tokens: {prompt} tokens of a prompt and {config.new_tokens} new ones do not fit into "
+            f"model.context_length={context}, prompt_tokens={context // 2} new_tokens={context - context // 2} would"
+        )
     if config.json is not None and not _can_be_written(Path(config.json)):
         found.append(f"json: {config.json!r} cannot be written; name a file, in a folder that may be written to")
     return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpt2.config import InferenceConfig, UserError
-from gpt2.decoding import Recorder, write
+from gpt2.decoding import Recorder, window_start, write
 from gpt2.device import cuda_or_else
 from gpt2.faults import inference_faults
 from gpt2.model import GPT2Model
@@ -39,7 +39,7 @@ class Speed:
     """How long some texts took: reading their prompts, up to the first new token, and writing the rest."""
 
     texts: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # that the model saw: the last of them, where the context does not hold all
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0  # from each text's first new token on
@@ -113,7 +113,8 @@ class Batch:
         )
         self.speed = speed or Speed()
         self.speed.texts += len(prompts)
-        self.speed.prompt_tokens += sum(map(len, prompts))
+        context = model.config.context_length
+        self.speed.prompt_tokens += sum(len(prompt) - window_start(len(prompt), context) for prompt in prompts)
         self.steps = on_host(with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
         self.written: list[list[list[float]]] = []  # for each step: the tokens and, if wanted, their log-probabilities
         ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
@@ -259,6 +260,8 @@ class TextGenerator:
         Raises:
             UserError: There is none of that name, it is damaged, it holds no tokenizer, or it cannot be quantized here.
         """
+        if found := inference_faults(InferenceConfig(precision=precision, quantization=quantization)):  # type: ignore[arg-type]
+            raise UserError(*found)
         where = cuda_or_else(device)
         if quantization == "int8":
             refuse_int8(where)
@@ -321,7 +324,12 @@ class TextGenerator:
         """`config.num_return_sequences` continuations of each prompt, in order, `batch_size` at a time.
 
         Each says what it would say alone, see `Batch`.
+
+        Raises:
+            UserError: `config` or `batch_size` makes no sense.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size: {batch_size} is not a whole number of at least 1")
         self.speed = Speed()
         wanted = ((prompt, number) for prompt in prompts for number in range(config.num_return_sequences))
         while some := list(islice(wanted, batch_size)):

@@ -42,6 +42,9 @@ def export(config: ExportRun) -> None:
 
 @script("benchmark_generation")
 def benchmark_generation(config: GenerationBenchmark) -> None:
+    from gpt2.device import choose_device
+
+    choose_device(config.device)  # refuses a missing one before more is imported
     from gpt2 import benchmark
 
     benchmark.generation(config)

@@ -17,9 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import GPT2Config
+from gpt2.config import GPT2Config, InferenceConfig
 from gpt2.decoding import BlockCache, FixedPlace, causal_mask, write
-from gpt2.faults import model_faults
+from gpt2.faults import inference_faults, model_faults
 from gpt2.sampling import Randomness, next_token
 
 IGNORE = -100  # a label that takes no part in the loss, as in transformers
@@ -289,7 +289,15 @@ class GPT2Model(nn.Module):
 
         Returns:
             The whole sequences, prompt included, (b, t + n).
+
+        Raises:
+            ValueError: A value is out of its range, or a sequence has no token.
         """
+        asked = InferenceConfig(
+            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, min_p=min_p
+        )
+        if found := inference_faults(asked, prefix=""):
+            raise ValueError("; ".join(found))
         choose = partial(
             next_token,
             temperature=temperature,

@@ -19,8 +19,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts_file: {path} cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"prompts_file: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts_file: {path} is no text in UTF-8: {error}") from error
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise UserError(f"prompts_file: {path} holds no prompt")

@@ -1,9 +1,14 @@
 """An interactive session on a terminal: a line in, its continuation out, and the sampling changed on the way."""
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from gpt2.config import WHEN_LOADED, InferenceConfig, UserError
 from gpt2.faults import inference_faults, typed
@@ -11,11 +16,18 @@ from gpt2.faults import inference_faults, typed
 WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
 HELP = """\
 Each line is continued. Ctrl-C ends the text that is being written, Ctrl-D leaves.
-  /set KEY VALUE   change the sampling, such as /set temperature 0.5 or /set top_k null
+  /set KEY VALUE   change the sampling: /set temperature 0.5, /set top_k null, /set stop ["\\n", "end"]
   /config          show it
   /reset           take it back to what it was at first
   /help            this
 A text that begins with a slash is told from a command by a space before it."""
+
+
+def value_of(text: str) -> Any:
+    """What a value is that was typed as YAML has it: null, true, 0.5, a text, or a list [a, "b"]."""
+    with suppress(YAMLError):
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
+    return text
 
 
 class Session:
@@ -50,7 +62,7 @@ class Session:
 
     def answer(self, line: str) -> None:
         """Do what a command says, or continue a text. A mistake is told in a line, and nothing has changed."""
-        command, *words = line.split() if line.startswith("/") else [""]
+        command, *words = line.split(maxsplit=2) if line.startswith("/") else [""]
         if not line.strip():
             return
         if not command:
@@ -59,19 +71,23 @@ class Session:
             if words[0] in WHEN_LOADED:
                 print(f"error: {words[0]} is settled when a model is loaded: leave, and say inference.{words[0]}=...")
                 return
+            value = value_of(words[1])
+            if isinstance(getattr(self.config, words[0], None), list) and not isinstance(value, list):
+                value = [value]
             try:
-                value = {words[0]: None if words[1] == "null" else words[1]}
-                self.config = typed(self.config, value, lambda config: inference_faults(config, prefix=""))
+                self.config = typed(self.config, {words[0]: value}, lambda config: inference_faults(config, prefix=""))
             except UserError as error:
                 print("\n".join(f"error: {fault}" for fault in error.faults))
         elif line.strip() == "/config":
-            print("\n".join(f"{key} {'null' if value is None else value}" for key, value in vars(self.config).items()))
+            print(
+                "\n".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in vars(self.config).items())
+            )
         elif line.strip() == "/reset":
             self.config = replace(self.first)
         elif line.strip() == "/help":
             print(HELP)
         else:
-            print(f"error: {line.strip()} is none of /set KEY VALUE, /config, /reset, /help")
+            print(f"error: {line.strip()} is none of /set KEY VALUE, /config, /reset, /help; Ctrl-D leaves")
 
     def remember(self) -> None:
         with suppress(ImportError, OSError):  # a history is a convenience

@@ -75,7 +75,8 @@ def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> I
             done = so_far
             now = time.perf_counter()
             out_of = "" if of is None else f" of {of:,}"
-            amount = f"{so_far:,}{out_of} {unit}, {so_far / max(now - started, 1e-9):,.0f} a second"
+            rate = so_far / max(now - started, 1e-9)
+            amount = f"{so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
             progress.update(task, amount=amount)
             if progress.disable and now - last_line > seconds_between_lines:
                 log.info("%s: %s", description, amount)

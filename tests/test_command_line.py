@@ -171,6 +171,12 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
         ("generate", ["-m", "inference.seed=1,2"], "-m: only train.py makes several runs"),
         ("train", ["-m", "resume=latest"], "one run at a time"),
         ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search is many runs, it needs -m"),
+        (
+            "benchmark_generation",
+            ["model=gpt2_nano"],
+            "64 tokens .* and 128 .*=64, prompt_tokens=32 new_tokens=32 would",
+        ),
+        ("benchmark_generation", ["formats=[]"], "formats: "),
         ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
         ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),
         ("generate", ["inference.quantization=int8", "inference.precision=bf16"], "contradicts inference.quantization"),

@@ -149,12 +149,36 @@ def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others()
     assert torch.equal(drawn([1]), all_of_them[[1]])
 
 
-@pytest.mark.parametrize(("input_ids", "mask"), [([[]], None), ([[1, 2], [3, 4]], [[1, 1], [0, 0]])], ids=str)
-def test_a_text_of_nothing_is_refused(input_ids, mask):
+@pytest.mark.parametrize(
+    ("input_ids", "mask", "complaint"),
+    [
+        ([[]], None, "a text without a token"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "a text without a token"),
+        ([[1, 2]], [[1, 1, 1]], r"attention_mask is of shape \(1, 3\), of input_ids \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_texts_that_make_no_sense_are_refused(input_ids, mask, complaint):
     model = noisy_model(tiny_config())
     mask = mask if mask is None else torch.tensor(mask)
-    with pytest.raises(ValueError, match="a text without a token"):
+    with pytest.raises(ValueError, match=complaint):
         next(write(model, torch.tensor(input_ids, dtype=torch.long), 1, greedy, mask))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"temperature": -1.0}, "temperature: -1.0 is not"),
+        ({"top_k": 0, "top_p": 2.0}, "top_k: 0 is not .*; top_p: 2.0 is not"),
+        ({"min_p": 2.0}, "min_p: 2.0 is not"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is not"),
+        ({"max_new_tokens": -1}, "-1 new tokens"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, complaint):
+    model = noisy_model(tiny_config())
+    with pytest.raises(ValueError, match=complaint):
+        next(model.generate(torch.tensor([[1]]), **{"max_new_tokens": 1, **options}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,4 +145,7 @@ def test_the_speed_counts_what_was_read_and_written(model):
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0
     assert str(speed).startswith("read 7 tokens at ")
+    beyond = Speed()
+    list(batch(model, ["x" * 17], config, speed=beyond).texts[0])
+    assert beyond.prompt_tokens == 13, "what the window leaves of it"
     assert ", wrote 14 at " in str(speed)

@@ -23,7 +23,7 @@ def test_json_lines_bring_what_else_they_hold(tmp_path):
     [
         ("p.txt", b"", r"p.txt holds no prompt"),
         ("p.txt", b"\n \n", r"p.txt holds no prompt"),
-        ("p.txt", b"\xff\xfe", r"p.txt cannot be read: 'utf-8' codec"),
+        ("p.txt", b"\xff\xfe", r"p.txt is no text in UTF-8: 'utf-8' codec"),
         ("p.jsonl", b'{"prompt": "a"}\nb\n', r"p.jsonl, line 2: no JSON"),
         ("p.jsonl", b'\n{"text": "a"}\n', r'line 2: no object with a text under "prompt"'),
         ("p.jsonl", b'{"prompt": 3}\n', r"line 1: no object"),

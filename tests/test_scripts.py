@@ -91,7 +91,7 @@ def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(tr
 
 
 def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trained, tmp_path):
-    records = [{"prompt": "def f", "id": 1}, {"prompt": "é\n🦜" * 9, "id": "x"}, {"prompt": ""}]
+    records = [{"prompt": "def f", "id": 1}, {"prompt": "é\n🦜" * 9, "id": "x"}, {"prompt": ""}, {"prompt": "?"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ["inference.seed=3", "inference.num_return_sequences=2", "quiet=true"]
     done = trained.run("generate.py", f"prompts_file='{tmp_path}/prompts.jsonl'", "batch_size=4", *options)
@@ -121,6 +121,25 @@ def test_what_cannot_be_written_is_refused(trained, arguments, complaint):
     done = trained.run("generate.py", *arguments, expect=2)
     assert done.stdout == ""
     assert complaint in done.stderr
+
+
+def test_a_place_that_cannot_take_the_text_is_no_traceback(trained, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    command = shlex.join(trained.command("generate.py", "inference.max_new_tokens=5"))
+
+    def run(rest: str, **environment: str) -> subprocess.CompletedProcess:
+        environment = {**trained.environment, **environment}
+        return subprocess.run(
+            f"{command} {rest}", shell=True, cwd=trained.folder, env=environment, capture_output=True, text=True
+        )
+
+    assert json.loads(run(f"prompts_file={tmp_path}/odd.jsonl").stdout)["prompt"] == "?"
+    assert run("prompt=é", PYTHONIOENCODING="ascii").stdout.startswith("?")
+    closed = run("<&-")
+    assert (closed.returncode, closed.stderr) == (2, "error: prompt: there is none, and standard input is closed\n")
+    full = run("prompt=x > /dev/full")
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1] == "error: No space left on device: standard output"
 
 
 @pytest.mark.parametrize("form", ["inference.precision=bf16", "inference.quantization=int8"])

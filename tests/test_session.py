@@ -42,7 +42,10 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
     assert (config.temperature, config.top_k, config.do_sample, config.max_new_tokens) == (0.5, None, False, 7)
     assert config.seed == 3
     session.answer("/config")
-    assert {"temperature 0.5", "top_k null", "do_sample False"} <= set(capsys.readouterr().out.splitlines())
+    assert {"temperature 0.5", "top_k null", "do_sample false"} <= set(capsys.readouterr().out.splitlines())
+    for typed, stop in (('["\\n\\n", end]', ["\n\n", "end"]), ("a b", ["a b"]), ("null: x:", ["null: x:"]), ("[]", [])):
+        session.answer(f"/set stop {typed}")
+        assert session.config.stop == stop
     session.answer("/reset")
     session.answer("text")
     assert session.written[1][1] == InferenceConfig(seed=3)
