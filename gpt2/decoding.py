@@ -6,6 +6,7 @@ Axes: b batch, t time, h head, d head dimension, v vocabulary; T is all of the t
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,11 @@ class BlockCache:
             self._memory = like.new_zeros(2, b, h, self.length, d)
         return self._memory
 
+    def filled(self) -> Tensor:
+        """What is in it, (kv, b, h, used, d)."""
+        assert self._memory is not None
+        return self._memory[..., : self.used, :]
+
     def extend(self, kv: Tensor) -> Tensor:
         """Add keys and values (kv, b, h, t, d) of the next t tokens. Returns all by now, (kv, b, h, used, d)."""
         memory = self.memory(kv)
@@ -82,6 +88,24 @@ class KVCache:
         """Forget them; the memory stays."""
         for block in self.blocks:
             block.used = 0
+
+    def count_one(self) -> None:
+        """A token has come in that was put in its place by the device alone."""
+        for block in self.blocks:
+            block.used += 1
+
+    def drop_first(self, columns: int) -> None:
+        """Forget the first ones; what comes after moves to the beginning."""
+        for block in self.blocks:
+            if columns:
+                kept = block.filled()[..., columns:, :].clone()
+                block.used -= columns
+                block.filled().copy_(kept)
+
+    def replace_last(self, rows: list[int], other: "KVCache") -> None:
+        """Put what another cache holds of some rows in the place of the last columns of these rows."""
+        for block, new in zip(self.blocks, other.blocks, strict=True):
+            block.filled()[:, rows, :, -new.used :] = new.filled()
 
 
 class FixedPlace:
@@ -126,8 +150,9 @@ class RecordedStep:
         self.positions.add_(1)
         return logits
 
-    def begin(self, used: int, padding: Tensor) -> None:
-        """Go on after `used` columns of the cache, of which the first (b, 1) are padding."""
+    def begin(self, used: int, paddings: list[int]) -> None:
+        """Go on after `used` columns of the cache, the first of which are padding, so many in each row."""
+        padding = torch.tensor(paddings, device=self.mask.device).unsqueeze(1)
         columns = torch.arange(self.length, device=self.mask.device)
         self.mask.copy_(rearrange((columns >= padding) & (columns < used), "b T -> b 1 1 T"))
         self.positions.copy_(used - padding)
@@ -175,6 +200,8 @@ class Recorder:
         """A step for b texts of `length` tokens at most, prompt included."""
         length = min(128 * ceil(length / 128), self.model.config.context_length)  # so that few lengths are recorded
         if self.kept is None or self.kept[0] != (b, length):
+            if self.kept and self.compiled:
+                torch.compiler.reset()  # it refuses to compile one function for ever more shapes
             self.kept = (b, length), RecordedStep(self.model, b, length, self.compiled)
         return self.kept[1]
 
@@ -205,11 +232,10 @@ class Decoder:
             input_ids = aligned_right(input_ids, attention_mask.bool())
         if t == 0 or min(self.lengths) == 0:
             raise ValueError("a text without a token has no next one")
-        self.memory = input_ids.new_empty(b, t + max_new_tokens)
-        self.memory[:, :t] = input_ids
+        self.memory = input_ids
         self.end = t
         self.starts: list[int] = []  # of the window in each text
-        self.padding: Tensor | None = None  # (b, 1), columns of the window that are none of the text's
+        self.paddings: list[int] = []  # columns at the beginning of the cache that are none of each text's
         length = min(max(self.lengths) + max_new_tokens, model.config.context_length)
         self.recorded = recorder.step(b, length) if recorder and use_cache else None
         self.cache = self.recorded.cache if self.recorded else KVCache(model.config.num_layers, length)
@@ -221,6 +247,8 @@ class Decoder:
 
     def append(self, token: Tensor) -> None:
         """Add a token (b,) to each text."""
+        if self.end == self.memory.size(1):
+            self.memory = torch.cat((self.memory, torch.empty_like(self.memory)), dim=1)
         self.memory[:, self.end] = token
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
@@ -228,31 +256,56 @@ class Decoder:
     def next_logits(self) -> Tensor:
         """The logits (b, v) of what comes after each text."""
         starts = [window_start(length, self.model.config.context_length) for length in self.lengths]
-        is_read = starts == self.starts and self.use_cache and (not self.recorded or self.recorded.reader is self)
-        if is_read:
-            return self.recorded(self.text[:, -1]) if self.recorded else self._read()
-        # Where a window has moved, each token that stays in it has another position now.
+        is_cached = bool(self.starts) and self.use_cache and (not self.recorded or self.recorded.reader is self)
+        moved = [row for row, start in enumerate(starts) if not is_cached or start != self.starts[row]]
         self.starts = starts
-        self.cache.clear()
-        sizes = [length - start for length, start in zip(self.lengths, starts, strict=True)]
-        padding = torch.tensor([[max(sizes) - size] for size in sizes], device=self.text.device)
-        self.padding = padding if len(set(sizes)) > 1 else None
-        logits = self._read()
+        if not moved:
+            if self.recorded:
+                self.cache.count_one()
+                return self.recorded(self.text[:, -1])
+            return self._read(self.text[:, -1:], self.cache, self.paddings)
+        if len(moved) == len(starts):
+            logits, self.paddings = self._read_windows(moved, self.cache)
+        else:
+            logits = self._move_windows(moved)
         if self.recorded:
             self.recorded.reader = self
-            self.recorded.begin(self.cache.used, padding)
+            self.recorded.begin(self.cache.used, self.paddings)
         return logits
 
-    def _read(self) -> Tensor:
-        """The logits after what the cache does not hold yet of the windows."""
-        columns = max(length - start for length, start in zip(self.lengths, self.starts, strict=True))
-        unread = columns - self.cache.used
-        if self.padding is None:
-            return self.model.last_logits(self.text[:, -unread:], None, self.cache.blocks)
-        places = torch.arange(columns, device=self.text.device)
-        mask = causal_mask(places >= self.padding, unread)
-        positions = (places - self.padding).clamp(min=0)[:, -unread:]
-        return self.model.last_logits(self.text[:, -unread:], mask, self.cache.blocks, positions)
+    def _read_windows(self, rows: list[int], cache: KVCache) -> tuple[Tensor, list[int]]:
+        """Read all that the model is to see of some texts. Their logits (rows, v), and their padding in the cache."""
+        cache.clear()
+        sizes = [self.lengths[row] - self.starts[row] for row in rows]
+        columns = max(sizes)
+        paddings = [columns - size for size in sizes]
+        return self._read(self.text[rows, -columns:], cache, paddings), paddings
+
+    def _move_windows(self, moved: list[int]) -> Tensor:
+        """Read anew those texts whose window has moved, for each token in it has another position now.
+
+        Of the others a token is read, as in any step. All stay aligned at their ends.
+        """
+        sizes = [length - start for length, start in zip(self.lengths, self.starts, strict=True)]
+        columns = max(sizes)
+        self.paddings = [columns - size for size in sizes]
+        self.cache.drop_first(self.cache.used - (columns - 1))
+        logits = self._read(self.text[:, -1:], self.cache, self.paddings)  # of those that have moved, not theirs
+        anew = KVCache(len(self.cache.blocks), max(sizes[row] for row in moved))
+        logits[moved], _ = self._read_windows(moved, anew)
+        self.cache.replace_last(moved, anew)
+        return logits
+
+    def _read(self, input_ids: Tensor, cache: KVCache, paddings: list[int]) -> Tensor:
+        """The logits (b, v) after input_ids (b, t), which come after what is in the cache."""
+        if not any(paddings):
+            return self.model.last_logits(input_ids, None, cache.blocks)
+        t = input_ids.size(1)
+        columns = torch.arange(cache.used + t, device=input_ids.device)
+        positions = columns - torch.tensor(paddings, device=input_ids.device).unsqueeze(1)
+        return self.model.last_logits(
+            input_ids, causal_mask(positions >= 0, t), cache.blocks, positions[:, -t:].clamp(min=0)
+        )
 
 
 def aligned_right(input_ids: Tensor, real: Tensor) -> Tensor:
@@ -292,14 +345,23 @@ def write(
     Raises:
         ValueError: A text has no token, or the mask another shape.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, recorder)
-        for _ in range(max_new_tokens):
+    decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, recorder)
+    for _ in range(max_new_tokens):
+        with evaluating(model):  # and not while the caller has the word, who may train, or never come back
             logits = decoder.next_logits()
-            token = choose(logits, decoder.text)
-            decoder.append(token)
-            yield token, logits
+        token = choose(logits, decoder.text)
+        decoder.append(token)
+        yield token, logits
+
+
+@contextmanager
+def evaluating(model: "GPT2Model") -> Iterator[None]:
+    """Without dropout, if it has any."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()

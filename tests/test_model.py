@@ -358,9 +358,12 @@ def test_generate_writes_without_dropout_and_restores_the_mode(training, abandon
     prompt = random_ids(model.config, 1, 4)
     keeps_gradients = []
     model.final_norm.register_forward_hook(lambda *_: keeps_gradients.append(torch.is_grad_enabled()))
+    modes = []
+    model.final_norm.register_forward_hook(lambda module, *_: modes.append(module.training))
     generator = model.generate(prompt, 5, do_sample=False)
     next(generator)
-    assert not model.training
+    assert modes == [False]
+    assert model.training is training, "between two tokens the caller may train"
     assert keeps_gradients == [False]
     assert torch.is_grad_enabled(), "between two tokens the caller may train"
     if abandon:
