@@ -35,7 +35,7 @@ def main(config: GenerateRun) -> None:
         config.inference.precision,
         config.inference.quantization,
         config.inference.compile,
-        texts=min(side_by_side, config.batch_size) if records else side_by_side,
+        texts=min(side_by_side, config.batch_size),
         allow_special_tokens=config.allow_special_tokens,
     )
     note(generator.describe())

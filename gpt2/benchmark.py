@@ -150,6 +150,8 @@ class GenerationComparison:
             try:
                 contestant.write(input_ids, config.new_tokens)  # compilers and caches set themselves up
             except RuntimeError as error:
+                if not runs:  # what all others are compared with
+                    raise
                 log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
                 continue
             runs.append((contestant, time.perf_counter() - began, []))

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2 import checkpoint
-from gpt2.config import SCHEMAS, GenerateRun, GPT2Config, Run, TrainRun, UserError
+from gpt2.config import SCHEMAS, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun, UserError
 from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
@@ -108,7 +108,10 @@ def complete_generate(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """Sample as the model's own run did."""
     trained = open_model(composed.checkpoint)
     composed.checkpoint = trained.source
-    return with_group_of(trained.run, "inference", composed, overrides) if trained.run else composed
+    if not trained.run:
+        return composed
+    sampling = {key: value for key, value in trained.run["inference"].items() if key not in WHEN_LOADED}
+    return with_group_of({"inference": sampling}, "inference", composed, overrides)
 
 
 def complete_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -192,9 +195,11 @@ def complete_export(composed: DictConfig, _overrides: list[str]) -> DictConfig:
     return composed
 
 
-def complete_benchmark(composed: DictConfig, _overrides: list[str]) -> DictConfig:
+def complete_benchmark(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """Take the shape of the trained model, if one is named."""
     if composed.checkpoint is not None:
+        if any(key.split(".")[0] == "model" for key in keys_of(overrides)):
+            raise UserError("model: checkpoint= brings a model of its own, drop one of the two")
         trained = open_model(composed.checkpoint)
         composed.checkpoint, composed.model = trained.source, trained.config
     return composed

@@ -170,7 +170,7 @@ class GenerateRun:
 
     prompt: str | None = None  # null: what is typed, in a session on a terminal; or else standard input, to its end
     prompts_file: str | None = None  # a prompt a line, or JSON objects with a "prompt" if its name ends in .jsonl
-    batch_size: int = 8  # texts of prompts_file that are written side by side
+    batch_size: int = 8  # texts that are written side by side, where there are several
     allow_special_tokens: bool = False  # true: <|endoftext|> in a prompt is the special token, not its characters
     checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
     device: str = "auto"

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.config import (
+    WHEN_LOADED,
     DataConfig,
     EvaluateRun,
     ExportRun,
@@ -284,6 +285,12 @@ def training_run_faults(config: TrainRun) -> Faults:
         *data_faults(config.data),
         *inference_faults(config.inference),
     ]
+    for key in WHEN_LOADED:
+        if getattr(config.inference, key) != getattr(InferenceConfig(), key):
+            found.append(
+                f"inference.{key}: the samples of a training are written by the model as it is trained, "
+                f"this is for generate.py"
+            )
     if config.data.max_length > config.model.context_length:
         found.append(
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "

@@ -117,8 +117,13 @@ class Batch:
         self.speed.prompt_tokens += sum(len(prompt) - window_start(len(prompt), context) for prompt in prompts)
         self.steps = on_host(with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
         self.written: list[list[list[float]]] = []  # for each step: the tokens and, if wanted, their log-probabilities
-        ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
-        self.texts = [Text(self, i, tokenizer, ends, config.stop) for i in range(len(prompts))]
+        self.rows, self.tokenizer = len(prompts), tokenizer
+        self.ends = {tokenizer.eos_token_id} if config.stop_at_end_of_text else set()
+        self.stops = config.stop
+
+    def texts(self) -> list["Text"]:
+        """All of them, from their beginnings."""
+        return [Text(self, row) for row in range(self.rows)]
 
     def step(self, number: int) -> list[list[float]] | None:
         """The step of that number, from 0, written now unless it was before; None after the last."""
@@ -137,20 +142,19 @@ class Batch:
 
 
 class Text:
-    """One text of a `Batch`: an iterator over its pieces, each character as soon as it is whole.
+    """One text of a `Batch`: its pieces, each character as soon as it is whole.
 
     Attributes:
         tokens: How many were written by now; one that ends a document and those of a stop text count.
         log_probability: Of these tokens, in nats, by the model's own logits: before temperature, penalty and filters.
     """
 
-    def __init__(self, batch: Batch, row: int, tokenizer: GPT2Tokenizer, ends: set[int], stops: list[str]):
-        self.batch, self.row, self.ends = batch, row, ends
+    def __init__(self, batch: Batch, row: int):
+        self.batch, self.row = batch, row
         self.tokens, self.log_probability = 0, 0.0
-        self.pieces = before_stop(tokenizer.stream(self._ids()), stops)
 
     def __iter__(self) -> Iterator[str]:
-        return self.pieces
+        return before_stop(self.batch.tokenizer.stream(self._ids()), self.batch.stops)
 
     def _ids(self) -> Iterator[int]:
         while step := self.batch.step(self.tokens):
@@ -158,7 +162,7 @@ class Text:
             self.tokens += 1
             self.batch.speed.new_tokens += 1
             self.log_probability += sum(log_probability)
-            if token in self.ends:
+            if token in self.batch.ends:
                 return
             yield int(token)
 
@@ -171,8 +175,8 @@ def with_log_probability(token: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]
 def on_host(steps: Iterator[Sequence[Tensor]]) -> Iterator[list[list[float]]]:
     """The tensors of each step as lists. A GPU is given its next step before this one's result is waited for."""
     waiting: tuple[torch.cuda.Event, list[Tensor]] | None = None
-    for tensors in steps:
-        if tensors[0].device.type != "cuda":
+    for number, tensors in enumerate(steps):
+        if number == 0 or tensors[0].device.type != "cuda":  # nothing delays the first token
             yield [tensor.tolist() for tensor in tensors]
             continue
         before = waiting
@@ -217,7 +221,7 @@ def stream_text(
         UserError: `config` makes no sense.
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
-    return iter(Batch(model, tokenizer, [prompt_ids], config, [seed]).texts[0])
+    return iter(Batch(model, tokenizer, [prompt_ids], config, [seed]).texts()[0])
 
 
 def lay_out(model: GPT2Model, quantization: str | None, texts: int) -> type[Linear]:
@@ -254,7 +258,8 @@ class TextGenerator:
             model_path: A checkpoint, or any other name of a trained model that `gpt2.pretrained.open_model` takes.
             device: See `gpt2.device.cuda_or_else`.
             precision, quantization, compile: As in `InferenceConfig`.
-            texts: How many will be written side by side; on a CPU, the weights are laid out for so many.
+            texts: How many will be written side by side: by `generate_text`, if it is asked for several, and by
+                `continuations`; on a CPU, the weights are laid out for so many.
             allow_special_tokens: `<|endoftext|>` in a prompt is the special token, and not thirteen characters.
 
         Raises:
@@ -269,7 +274,7 @@ class TextGenerator:
         self.tokenizer = self.trained.tokenizer_for_text()
         self.where, self.format = where, quantization or precision
         self.model = self.trained.build().to(where, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
-        self.allow_special_tokens = allow_special_tokens
+        self.texts, self.allow_special_tokens = texts, allow_special_tokens
         self.recorder = Recorder(self.model, compile) if where.type == "cuda" else None
         if compile and not self.recorder:
             log.info("inference.compile is for CUDA: on %s nothing is compiled.", where)
@@ -302,21 +307,28 @@ class TextGenerator:
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number`: which of several texts, each with a seed of its own."""
         self.speed = Speed()
-        return iter(self.batch([prompt], config, [number]).texts[0])
+        return iter(self.batch([prompt], config, [number]).texts()[0])
 
     def generate_text(self, prompt: str, config: InferenceConfig) -> None:
-        """Print `prompt` and its continuation, as it comes (`config.stream`) or when it is done."""
+        """Print `prompt` and its continuation, as it comes (`config.stream`) or when it is done.
+
+        Raises:
+            UserError: `config` makes no sense.
+        """
+        if found := inference_faults(config):
+            raise UserError(*found)
         self.speed = Speed()
-        numbers = range(config.num_return_sequences)
-        # First, for what it has to say belongs above the text.
-        texts = self.batch([prompt] * len(numbers), config, numbers).texts
-        for number, text in enumerate(texts):
-            if number:
-                print("-" * 80)
-            print(prompt, end="", flush=True)
-            for piece in text if config.stream else ["".join(text)]:
-                print(piece, end="", flush=True)
-            print()
+        for start in range(0, config.num_return_sequences, self.texts):
+            numbers = range(start, min(start + self.texts, config.num_return_sequences))
+            # First, for what it has to say belongs above the text.
+            batch = self.batch([prompt] * len(numbers), config, numbers)
+            for number, text in zip(numbers, batch.texts(), strict=True):
+                if number:
+                    print("-" * 80)
+                print(prompt, end="", flush=True)
+                for piece in text if config.stream else ["".join(text)]:
+                    print(piece, end="", flush=True)
+                print()
 
     def continuations(
         self, prompts: Sequence[str], config: InferenceConfig, batch_size: int = 8
@@ -328,14 +340,17 @@ class TextGenerator:
         Raises:
             UserError: `config` or `batch_size` makes no sense.
         """
+        found = inference_faults(config)
         if batch_size < 1:
-            raise UserError(f"batch_size: {batch_size} is not a whole number of at least 1")
+            found.append(f"batch_size: {batch_size} is not a whole number of at least 1")
+        if found:
+            raise UserError(*found)
         self.speed = Speed()
         wanted = ((prompt, number) for prompt in prompts for number in range(config.num_return_sequences))
         while some := list(islice(wanted, batch_size)):
             asked, numbers = zip(*some, strict=True)
             batch = self.batch(asked, config, numbers, with_log_probabilities=True)
-            for prompt, text in zip(asked, batch.texts, strict=True):
+            for prompt, text in zip(asked, batch.texts(), strict=True):
                 written = "".join(text)
                 yield Continuation(prompt, written, text.tokens, text.log_probability)
 

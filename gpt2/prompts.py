@@ -18,7 +18,8 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = file.read().split("\n")
     except OSError as error:
         raise UserError(f"prompts_file: {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -34,7 +35,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 def record_of(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise UserError(f'{where}: no object with a text under "prompt", such as {{"prompt": "Once upon a time"}}')

@@ -356,6 +356,54 @@ def test_several_texts_of_one_seed_differ_and_come_again(capsys):
 
 
 @pytest.mark.usefixtures("trained_here")
+def test_several_texts_are_the_same_one_after_another_and_side_by_side(capsys):
+    config = InferenceConfig(max_new_tokens=20, num_return_sequences=5, seed=1)
+    printed = []
+    for texts in (1, 2, 5, 9):
+        TextGenerator("checkpoints/best_model.pth", "cpu", texts=texts).generate_text("a", config)
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert printed[0].count("-" * 80) == 4
+
+
+@pytest.mark.usefixtures("trained_here")
+def test_how_a_model_is_loaded_for_writing():
+    plain, other = (TextGenerator("checkpoints/best_model.pth", "cpu", **options) for options in ({}, OTHERWISE))
+    assert (plain.model.token_embedding.weight.dtype, other.model.token_embedding.weight.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+    )
+    end = plain.tokenizer.eos_token_id
+    assert other.encode("a<|endoftext|>") == [*plain.encode("a"), end]
+    assert end not in plain.encode("a<|endoftext|>")
+    assert plain.encode("") == [end]
+    (line,) = TextGenerator("checkpoints/best_model.pth", "cpu", quantization="int8").continuations(
+        ["ab"], InferenceConfig(max_new_tokens=4, stop_at_end_of_text=False)
+    )
+    assert (line.prompt, line.tokens) == ("ab", 4)
+
+
+OTHERWISE = {"precision": "bf16", "allow_special_tokens": True}
+
+
+@pytest.mark.usefixtures("trained_here")
+@pytest.mark.parametrize(
+    ("act", "complaint"),
+    [
+        (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is neither int8 nor none"),
+        (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of fp32, bf16"),
+        (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
+        (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),
+        (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(num_return_sequences=0)), "sequences: 0"),
+        (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")), "stop: a list of texts"),
+    ],
+)
+def test_what_a_writer_cannot_do_is_told_in_a_line(act, complaint):
+    with pytest.raises(UserError, match=complaint):
+        act("checkpoints/best_model.pth")
+
+
+@pytest.mark.usefixtures("trained_here")
 def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, capsys):
     lines = iter(["def f", KeyboardInterrupt(), "", "def g", EOFError()])
 

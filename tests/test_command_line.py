@@ -134,6 +134,7 @@ def test_a_checkpoint_brings_its_sampling_and_the_command_line_changes_it(traine
     assert inference("inference.top_k=7").max_new_tokens == 12
     assert inference("inference.top_k=7").top_k == 7
     assert inference("inference=greedy").max_new_tokens == 100  # a whole group takes the place of the run's
+    assert inference(r"inference.stop=['a\n','b ']").stop == ["a\n", "b "]
 
 
 # The scripts themselves
@@ -177,6 +178,8 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
             "64 tokens .* and 128 .*=64, prompt_tokens=32 new_tokens=32 would",
         ),
         ("benchmark_generation", ["formats=[]"], "formats: "),
+        ("benchmark_generation", ["checkpoint=x", "model=gpt2_nano"], "model: checkpoint= brings a model of its own"),
+        ("train", ["inference.quantization=int8"], "inference.quantization: the samples of a training are written by"),
         ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
         ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),
         ("generate", ["inference.quantization=int8", "inference.precision=bf16"], "contradicts inference.quantization"),

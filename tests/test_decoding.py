@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gpt2.decoding import KVCache, Recorder, causal_mask, window_start, write
+from gpt2.decoding import KVCache, Recorder, aligned_right, causal_mask, window_start, write
 from gpt2.model import GPT2Model
 from gpt2.sampling import next_token
 from tests.helpers import finish, noisy_model, padding_mask, random_ids, tiny_config
@@ -223,6 +223,14 @@ def test_the_step_compiles_into_one_graph():
     assert torch.equal(compiled, new_tokens(write(model, input_ids, 30, greedy, real)))
 
 
+@pytest.mark.slow
+def test_more_shapes_compile_than_the_compiler_keeps():
+    model = noisy_model(tiny_config(num_layers=1))
+    recorder = Recorder(model, compiled=True)
+    for b in range(1, 11):
+        assert len(list(write(model, random_ids(model.config, b, 3), 2, greedy, recorder=recorder))) == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_step_on_cuda_writes_the_same(compiled):
@@ -232,3 +240,29 @@ def test_a_recorded_step_on_cuda_writes_the_same(compiled):
     for _ in range(2):
         plain, recorded = (new_tokens(write(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
         assert torch.equal(plain, recorded)
+
+
+def test_padding_is_moved_to_the_left_and_becomes_a_token_of_the_text():
+    input_ids = torch.tensor([[1, 2, 9, 9], [9, 3, 4, 5], [9, 6, 7, 9], [1, 2, 3, 4]])
+    moved = aligned_right(input_ids, input_ids != 9)
+    assert moved.tolist() == [[2, 2, 1, 2], [5, 3, 4, 5], [7, 7, 6, 7], [1, 2, 3, 4]]
+
+
+def test_of_texts_beyond_the_context_only_those_are_read_anew_whose_window_moves():
+    model = noisy_model(tiny_config(context_length=64))
+    input_ids, real = padded(texts_of_lengths(model, *range(30, 62, 4)), "left")
+    read = []
+    model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
+    list(write(model, input_ids, 200, greedy, real))
+    # A window of 49 is read every 16 tokens, and each token once.
+    assert sum(read[1:]) < 8 * 200 * (1 + 49 / 16) * 1.2
+
+
+def test_two_writers_on_a_model_in_training_leave_it_so():
+    model = noisy_model(tiny_config()).train()
+    first, second = (write(model, text, 5, greedy) for text in texts_of_lengths(model, 3, 4))
+    next(first)
+    list(second)
+    assert model.training
+    first.close()
+    assert model.training

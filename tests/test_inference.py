@@ -1,5 +1,8 @@
 """From tokens to text on the screen."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -91,26 +94,26 @@ def test_what_a_text_says_does_not_depend_on_the_others(model, do_sample):
     alone = ["".join(stream_text(model, BYTES, prompt, config, 4)) for prompt in PROMPTS]
     assert len(set(alone)) == len(PROMPTS)
     for some in (slice(None), slice(None, None, -1), slice(1, 3)):
-        assert ["".join(text) for text in batch(model, PROMPTS[some], config).texts] == alone[some]
+        assert ["".join(text) for text in batch(model, PROMPTS[some], config).texts()] == alone[some]
 
 
 def test_texts_may_be_read_in_any_order_and_no_further_than_wanted(model):
     config = InferenceConfig(max_new_tokens=30, seed=4, stop_at_end_of_text=False)
-    expected = ["".join(text) for text in batch(model, PROMPTS, config).texts]
+    expected = ["".join(text) for text in batch(model, PROMPTS, config).texts()]
     some = batch(model, PROMPTS, config)
-    first, last = iter(some.texts[0]), iter(some.texts[-1])
+    first, last = iter(some.texts()[0]), iter(some.texts()[-1])
     pieces = list(zip(first, last, strict=True))  # a piece of one, a piece of the other, ...
     assert ["".join(text) for text in zip(*pieces, strict=True)] == [expected[0], expected[-1]]
     assert len(some.written) == 30
     lazy = batch(model, PROMPTS, config)
-    next(iter(lazy.texts[1]))
+    next(iter(lazy.texts()[1]))
     assert len(lazy.written) == 1
 
 
 def test_log_probabilities_are_those_of_the_model_whatever_it_was_drawn_by(model):
     config = InferenceConfig(max_new_tokens=9, temperature=2.0, top_k=5, seed=4, stop_at_end_of_text=False)
     some = batch(model, PROMPTS[:3], config, with_log_probabilities=True)
-    for prompt, text in zip(PROMPTS, some.texts):  # noqa: B905 (all but the longest)
+    for prompt, text in zip(PROMPTS, some.texts()):  # noqa: B905 (all but the longest)
         list(text)
         ids = [int(step[0][text.row]) for step in some.written]
         prompt_ids = BYTES.encode(prompt)
@@ -126,12 +129,12 @@ def test_log_probabilities_are_those_of_the_model_whatever_it_was_drawn_by(model
 def test_only_tokens_up_to_the_end_count(model):
     config = InferenceConfig(max_new_tokens=40, seed=2, stop_at_end_of_text=False)
     whole = batch(model, ["ab"], config)
-    list(whole.texts[0])
+    list(whole.texts()[0])
     ids = [int(step[0][0]) for step in whole.written]
     stop = next(i for i in ids[5:] if i < 128)  # a character that is a token
     config.stop = [chr(stop)]
     speed = Speed()
-    (text,) = batch(model, ["ab"], config, speed=speed).texts
+    (text,) = batch(model, ["ab"], config, speed=speed).texts()
     list(text)
     assert text.tokens == speed.new_tokens == ids.index(stop) + 1
 
@@ -139,13 +142,31 @@ def test_only_tokens_up_to_the_end_count(model):
 def test_the_speed_counts_what_was_read_and_written(model):
     speed = Speed()
     config = InferenceConfig(max_new_tokens=7, stop_at_end_of_text=False)
-    for text in batch(model, ["abc", "defg"], config, speed=speed).texts:
+    for text in batch(model, ["abc", "defg"], config, speed=speed).texts():
         list(text)
     assert (speed.texts, speed.prompt_tokens, speed.new_tokens) == (2, 7, 14)
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0
     assert str(speed).startswith("read 7 tokens at ")
     beyond = Speed()
-    list(batch(model, ["x" * 17], config, speed=beyond).texts[0])
+    list(batch(model, ["x" * 17], config, speed=beyond).texts()[0])
     assert beyond.prompt_tokens == 13, "what the window leaves of it"
     assert ", wrote 14 at " in str(speed)
+
+
+@pytest.mark.parametrize("stop", [[], ["\ufffd"]], ids=str)
+def test_texts_that_are_left_give_their_memory_back_at_once(model, stop):
+    """Without a wait for the collector of cycles, which would come at any time, and late."""
+    gc.collect()
+    gc.disable()
+    try:
+        some = batch(model, PROMPTS, InferenceConfig(max_new_tokens=30, stop=stop, seed=1))
+        texts = some.texts()
+        for text in texts:
+            next(iter(text))
+        steps = weakref.ref(some.steps)
+        assert steps() is not None
+        del some, texts, text
+        assert steps() is None
+    finally:
+        gc.enable()

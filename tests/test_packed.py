@@ -40,6 +40,7 @@ def test_a_packed_model_gives_the_same_logits_and_writes_the_same_text(kind, use
     plain, changed = (noisy_model(tiny_config(use_bias=use_bias)).eval() for _ in range(2))
     assert pack(changed, kinds=[kind]) is kind
     assert not [layer for layer in changed.modules() if isinstance(layer, nn.Linear)]
+    assert type(changed.head) is kind
     input_ids = random_ids(plain.config, 3, 9)
     with torch.no_grad():
         assert_close(changed(input_ids)[0], plain(input_ids)[0], **close)
@@ -135,6 +136,18 @@ def test_in_8_bits_no_token_depends_on_another():
     for row in range(3):
         for t in range(5):
             assert_close(together[row, t], layer(x[row : row + 1, t : t + 1])[0, 0], atol=1e-6, rtol=1e-6)
+
+
+def test_in_8_bits_no_output_depends_on_another():
+    torch.manual_seed(0)
+    weight, x = torch.randn(50, 24), torch.randn(3, 24)
+    expected = Int8Linear(weight)(x)
+    weight[7] *= 1e4
+    weight[8] = 0.0
+    others = [i for i in range(50) if i not in (7, 8)]
+    found = Int8Linear(weight)(x)
+    assert torch.equal(found[:, others], expected[:, others])
+    assert torch.equal(found[:, 8], torch.zeros(3))
 
 
 def test_8_bits_are_for_a_cpu():

@@ -12,6 +12,12 @@ def test_a_line_is_a_prompt(tmp_path):
     assert read_prompts(file) == [{"prompt": p} for p in ("one", "  two ", '{"prompt": 1}', "three\u2028still")]
 
 
+def test_the_mark_that_windows_puts_before_a_text_is_none_of_it(tmp_path):
+    for name, content in (("p.txt", "one\rstill\r\n"), ("p.jsonl", '{"prompt": "one\\rstill"}')):
+        (tmp_path / name).write_bytes(("\ufeff" + content).encode())
+        assert read_prompts(tmp_path / name) == [{"prompt": "one\rstill"}]
+
+
 def test_json_lines_bring_what_else_they_hold(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt": ""}\n')
@@ -27,6 +33,8 @@ def test_json_lines_bring_what_else_they_hold(tmp_path):
         ("p.jsonl", b'{"prompt": "a"}\nb\n', r"p.jsonl, line 2: no JSON"),
         ("p.jsonl", b'\n{"text": "a"}\n', r'line 2: no object with a text under "prompt"'),
         ("p.jsonl", b'{"prompt": 3}\n', r"line 1: no object"),
+        ("p.jsonl", b'{"prompt": ' + b"[" * 100_000, r"line 1: no JSON"),
+        ("p.json", b"\n", r"p.json holds no prompt"),
         ("p.jsonl", b'"prompt"\n', r"line 1: no object"),
     ],
 )
