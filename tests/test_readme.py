@@ -53,10 +53,8 @@ def test_every_script_call_of_the_readme_runs_in_the_order_it_stands_there(works
         line = " ".join(arguments)
         has_data_here = "experiment=" in line or "data=text" in line
         if script == "-m":
-            small = (
-                [*tiny_model, "new_tokens=2", "prompt_tokens=4", "repetitions=1"] if "benchmark" in arguments else []
-            )
-            done = workspace.module(*arguments, *small)
+            small = ["model=gpt2_nano", *tiny_model, "new_tokens=2", "prompt_tokens=4", "repetitions=1"]
+            done = workspace.module(*arguments, *(small if "benchmark" in arguments else []))
             assert done.returncode == 0, done.stderr
         elif script == "train.py" and "resume=latest" in line:
             workspace.run(script, *arguments, "train.max_steps=3")
