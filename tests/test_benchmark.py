@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gpt2.benchmark import GenerationComparison, Writing, ours, read_bandwidth, table, theirs
+from gpt2.benchmark import Contestant, GenerationComparison, Writing, ours, read_bandwidth, table, theirs
 from gpt2.config import GenerationBenchmark
 from tests.conftest import Workspace
 from tests.helpers import random_ids, tiny_config
@@ -49,6 +49,33 @@ def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
     weights, share = comparison.weights, rows[-1]["share_of_floor"]
     assert share == pytest.approx(weights / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
     assert len(table(rows).splitlines()) == 2 + len(rows)
+
+
+def test_the_figures_of_a_row(monkeypatch):
+    """From contestants that take just so long."""
+    comparison = GenerationComparison(GenerationBenchmark(tiny_config(), device="cpu", new_tokens=2, prompt_tokens=2))
+    tokens = torch.tensor([[1, 2], [3, 4]])
+
+    def takes(seconds: list[float], written: torch.Tensor = tokens):
+        each = iter([9.0, *seconds])  # the first run counts for nothing
+        return lambda *_: Writing(prefill_seconds=1.0, step_seconds=next(each), tokens=written)
+
+    contestants = [
+        Contestant("transformers", takes([0.4, 0.2, 0.3, 0.2, 0.1])),
+        Contestant("transformers, compiled", takes([0.1] * 5)),
+        Contestant("gpt2, bf16", takes([0.05] * 5, torch.tensor([[1, 2], [3, 5]])), 2, "Sliced"),
+    ]
+    monkeypatch.setattr(comparison, "contestants", lambda batch_size: contestants)
+    bandwidths = iter([1e6, 3e6, 2e6, 4e6, 1e6])
+    monkeypatch.setattr("gpt2.benchmark.read_bandwidth", lambda memory: next(bandwidths))
+    first, second, ours = comparison.compare(batch_size=2)
+    assert [row["tokens_per_second"] for row in (first, second, ours)] == pytest.approx([10, 20, 40])
+    assert first["tokens_per_second_of_each"] == pytest.approx([5, 10, 2 / 0.3, 10, 20])
+    assert [row["ratio"] for row in (first, second, ours)] == pytest.approx([0.5, 1, 2])
+    assert [row["same_tokens"] for row in (first, second, ours)] == [1, 1, 0.75]
+    assert ours["share_of_floor"] == pytest.approx(comparison.weights * 2 / 2e6 / 0.05)
+    assert second["share_of_floor"] == pytest.approx(comparison.weights * 4 / 2e6 / 0.1)
+    assert (ours["layout"], ours["prefill_seconds"]) == ("Sliced", 1.0)
 
 
 def test_the_bandwidth_is_bytes_over_seconds(monkeypatch):
