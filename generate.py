@@ -47,7 +47,7 @@ def main(config: GenerateRun) -> None:
         for number, continuation in enumerate(continuations):
             line = {**records[number // of_each], **vars(continuation)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif config.prompt is None and sys.stdin is not None and sys.stdin.isatty():
+    elif config.prompt is None and sys.stdin.isatty():
         generator.interactive_mode(config.inference)
         return
     else:

@@ -123,7 +123,7 @@ def faults_as_lines() -> Iterator[None]:
     except OSError as error:
         if error.errno != ENOSPC:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'standard output'}", file=sys.stderr)
+        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
         leave_stdout_alone()
         sys.exit(1)
 

@@ -114,12 +114,16 @@ def typed(defaults: Any, values: dict[str, Any], check: Callable[[Any], Faults])
         UserError: With all that is wrong with them.
     """
     config, found = OmegaConf.structured(defaults), []
+    result = defaults
     for key, value in values.items():
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
             found.append(f"{key}: {str(error).splitlines()[0]}")
-    result = OmegaConf.to_object(config)
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # a value that refers to another one, which is not there
+        found.append(str(error).splitlines()[0])
     if found := found or check(result):
         raise UserError(*found)
     return result

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from yaml import YAMLError
+import yaml
 
 from gpt2.config import WHEN_LOADED, InferenceConfig, UserError
 from gpt2.faults import inference_faults, typed
@@ -25,8 +24,8 @@ A text that begins with a slash is told from a command by a space before it."""
 
 def value_of(text: str) -> Any:
     """What a value is that was typed as YAML has it: null, true, 0.5, a text, or a list [a, "b"]."""
-    with suppress(YAMLError):
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore[index,call-overload]
+    with suppress(yaml.YAMLError):
+        return yaml.safe_load(f"value: {text}")["value"]
     return text
 
 
@@ -79,9 +78,8 @@ class Session:
             except UserError as error:
                 print("\n".join(f"error: {fault}" for fault in error.faults))
         elif line.strip() == "/config":
-            print(
-                "\n".join(f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in vars(self.config).items())
-            )
+            for key, value in vars(self.config).items():
+                print(key, json.dumps(value, ensure_ascii=False))
         elif line.strip() == "/reset":
             self.config = replace(self.first)
         elif line.strip() == "/help":

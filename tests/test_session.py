@@ -43,7 +43,7 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
     assert config.seed == 3
     session.answer("/config")
     assert {"temperature 0.5", "top_k null", "do_sample false"} <= set(capsys.readouterr().out.splitlines())
-    for typed, stop in (('["\\n\\n", end]', ["\n\n", "end"]), ("a b", ["a b"]), ("null: x:", ["null: x:"]), ("[]", [])):
+    for typed, stop in (('["\\n\\n", end]', ["\n\n", "end"]), ("a b", ["a b"]), ("User:", ["User:"]), ("[]", [])):
         session.answer(f"/set stop {typed}")
         assert session.config.stop == stop
     session.answer("/reset")
@@ -58,6 +58,8 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
         ("/set top_p 2", "top_p: 2.0 is not above 0 and at most 1"),
         ("/set top_k many", "top_k: Value 'many' of type 'str' could not be converted to Integer"),
         ("/set quantization int8", "quantization is settled when a model is loaded"),
+        ("/set seed ${x}", "Interpolation key 'x' not found"),
+        ("/set stop ${", "stop: no viable alternative at input '${'"),
         ("/set colour blue", "colour: Key 'colour' not in 'InferenceConfig'"),
         ("/set temperature", "/set temperature is none of /set KEY VALUE"),
         ("/sett a b", "/sett a b is none of"),

@@ -1,0 +1,81 @@
+"""TextGenerator: how a model is loaded for writing, and several texts of a prompt."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.config import InferenceConfig, UserError
+from gpt2.inference import TextGenerator
+from tests.helpers import write_tokenizer
+
+
+@pytest.fixture
+def trained(folder: Path) -> str:
+    """The name of a model with a context of 16 tokens that are bytes."""
+    write_tokenizer(folder)
+    return str(folder)
+
+
+def test_it_is_said_once_that_the_context_does_not_hold_all(trained, caplog):
+    generator = TextGenerator(trained, "cpu")
+    with caplog.at_level("INFO"):
+        generator.generate_text("a", InferenceConfig(max_new_tokens=15))
+        assert "its context" not in caplog.text
+        for _ in range(2):
+            generator.generate_text("ab", InferenceConfig(max_new_tokens=15))
+    assert caplog.text.count("Beyond 16 tokens, its context") == 1
+
+
+def test_several_texts_of_one_seed_differ_and_come_again(trained, capsys):
+    config = InferenceConfig(max_new_tokens=20, num_return_sequences=2, seed=1)
+    generator = TextGenerator(trained, "cpu")
+    texts = []
+    for _ in range(2):
+        generator.generate_text("a", config)
+        texts.append(capsys.readouterr().out.split("-" * 80 + "\n"))
+    assert texts[0] == texts[1]
+    assert texts[0][0].strip() != texts[0][1].strip()
+
+
+def test_several_texts_are_the_same_one_after_another_and_side_by_side(trained, capsys):
+    config = InferenceConfig(max_new_tokens=20, num_return_sequences=5, seed=1)
+    printed = []
+    for texts in (1, 2, 5, 9):
+        TextGenerator(trained, "cpu", texts=texts).generate_text("a", config)
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert printed[0].count("-" * 80) == 4
+
+
+def test_how_a_model_is_loaded_for_writing(trained):
+    otherwise = {"precision": "bf16", "allow_special_tokens": True}
+    plain, other = (TextGenerator(trained, "cpu", **options) for options in ({}, otherwise))
+    assert (plain.model.token_embedding.weight.dtype, other.model.token_embedding.weight.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+    )
+    end = plain.tokenizer.eos_token_id
+    assert other.encode("a<|endoftext|>") == [*plain.encode("a"), end]
+    assert end not in plain.encode("a<|endoftext|>")
+    assert plain.encode("") == [end]
+    (line,) = TextGenerator(trained, "cpu", quantization="int8").continuations(
+        ["ab"], InferenceConfig(max_new_tokens=4, stop_at_end_of_text=False)
+    )
+    assert (line.prompt, line.tokens) == ("ab", 4)
+
+
+@pytest.mark.parametrize(
+    ("act", "complaint"),
+    [
+        (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is neither int8 nor none"),
+        (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of fp32, bf16"),
+        (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
+        (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),
+        (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(num_return_sequences=0)), "sequences: 0"),
+        (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")), "stop: a list of texts"),
+    ],
+)
+def test_what_a_writer_cannot_do_is_told_in_a_line(trained, act, complaint):
+    with pytest.raises(UserError, match=complaint):
+        act(trained)
