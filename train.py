@@ -4,12 +4,16 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.command_line import as_argument, run_folder, script
+from gpt2.command_line import as_argument, output_folder, script
 from gpt2.config import GPT2Config, TrainRun, UserError
+from gpt2.failures import explain
 
 log = logging.getLogger("gpt2")
 
@@ -24,7 +28,7 @@ def main(config: TrainRun) -> float | None:
     """Train, and return the best validation loss: what a sweep minimises."""
     import torch  # here, so that a mistake in the configuration is answered before seconds of imports
 
-    from gpt2.checkpoint import LAST
+    from gpt2.checkpoint import read_record
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.device import choose_device, keep_freed_memory
     from gpt2.inference import stream_text
@@ -34,8 +38,8 @@ def main(config: TrainRun) -> float | None:
 
     choose_device(config.train.device, "train.device")  # refuses a missing one before any work
     keep_freed_memory()
-    folder = run_folder()
-    if not config.resume and (folder / "metrics.jsonl").exists():
+    folder = output_folder()
+    if not config.resume and not config.train.auto_resume and (folder / "metrics.jsonl").exists():
         raise UserError(
             f"{folder} already holds a run; go on with it (resume={os.path.relpath(folder)}) or take another"
         )
@@ -48,11 +52,13 @@ def main(config: TrainRun) -> float | None:
 
     def write_sample(step: int) -> str:
         pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
-        return config.sample_prompt + "".join(pieces)
+        return config.sample_prompt + "".join(takewhile(lambda _: trainer.interrupted_by is None, pieces))
 
     settings = asdict(replace(config, model=model.config))
     checkpoint_dir = folder / config.train.checkpoint_dir
-    with Tracker(folder, start_wandb(config.wandb, folder, Path("outputs"), config.name, settings)) as tracker:
+    wandb_id = read_record(Path(config.resume))["wandb_id"] if config.resume else None
+    wandb_run = start_wandb(config.wandb, folder, Path("outputs"), config.name, settings, wandb_id)
+    with explained(config, folder), Tracker(folder, wandb_run) as tracker:
         trainer = Trainer(
             model,
             train_loader,
@@ -64,8 +70,8 @@ def main(config: TrainRun) -> float | None:
             run=asdict(config),
         )
         if config.resume:
-            trainer.load_checkpoint(str(checkpoint_dir / LAST))
-            tracker.cut_back(trainer.progress.step)
+            trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
+        tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
         announce(trainer)
         trainer.train()
 
@@ -73,6 +79,19 @@ def main(config: TrainRun) -> float | None:
     if trainer.interrupted_by:
         sys.exit(128 + trainer.interrupted_by)
     return trainer.progress.best_val_loss
+
+
+@contextmanager
+def explained(config: TrainRun, folder: Path) -> Iterator[None]:
+    """Tell what ends a run and is no bug in a line, with how to go on."""
+    try:
+        yield
+    except Exception as error:
+        command = f"python train.py {as_argument('resume', os.path.relpath(folder))}"
+        told = explain(error, config, folder, command)
+        if told is None:
+            raise
+        raise told from error
 
 
 def trained_model(config: TrainRun) -> "GPT2Model | None":
@@ -122,6 +141,7 @@ def announce(trainer: "Trainer") -> None:
 def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     """Say how it went, where everything lies, and what to type next."""
     from gpt2.evaluate import perplexity
+    from gpt2.run_folder import best_first
     from gpt2.tracking import draw_curves, read_metrics, time_left
 
     metrics = folder / "metrics.jsonl"
@@ -135,7 +155,7 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
         log.info(
             f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})"
         )
-    kept = ", ".join(path.name for path in sorted((folder / config.train.checkpoint_dir).glob("*.pth")))
+    kept = ", ".join(path.name for path in best_first(folder / config.train.checkpoint_dir))
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
     log.info(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")

@@ -2,15 +2,19 @@
 
 No pickle: loading a checkpoint runs no code. It is written beside its target, flushed to the disk and then renamed,
 so a name always holds a whole checkpoint, the old one or the new one. Everything that generation or resuming needs
-travels inside.
+travels inside, and all of it is under checksums: a tensor under one of its own, the rest under that of the header.
 """
 
+import hashlib
 import json
 import os
-import shutil
-import tempfile
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.config import GPT2Config, UserError
 
@@ -19,113 +23,252 @@ if TYPE_CHECKING:
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
 
-FORMAT = 1
-BEST, LAST = "best_model.pth", "last.pth"  # names that users were promised; the content is safetensors all the same
-KEY = "gpt2"  # of our JSON among the header's metadata
-LARGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
+FORMAT = 2
+UNFINISHED = ".saving-"  # what the name of a file begins with until it is whole
+
+# Our metadata in the header of the file, each a text as safetensors wants it.
+RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
+NO_SUM = "0" * 64  # stands in the header in place of its own checksum while that is computed
+LARGEST_HEADER = 32 * 2**20  # bytes; a tokenizer of 50,000 tokens takes 5 MB
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "uint8": "U8",
+}
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One file: written
 
 
 def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
-    """Write a checkpoint so that whatever happens, `path` is either untouched or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {KEY: json.dumps({"format": FORMAT, **record})}
-    with _beside(path) as temporary:
-        save_tensors(tensors, temporary, metadata)
-        _move(temporary, path)
+    """Write a checkpoint so that whatever happens, `path` is either untouched or complete.
 
+    A tensor's checksum is known once the tensor is written, and stands before it in the file. So the header is written
+    twice: with room for the checksums, and with them. No tensor is held twice in memory for that.
 
-def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
-    """Write a new safetensors file that whoever may read other new files may read: left alone, only its owner may."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    except SafetensorError as error:  # its word for a full disk
-        raise OSError(f"{path}: {error}") from error
-    path.chmod(mode)
-
-
-def copy(source: Path, target: Path) -> None:
-    """Give a checkpoint a second name, without a second copy of its bytes where the filesystem can.
-
-    A checkpoint is never changed in place, only replaced, so two names for one file stay two checkpoints.
+    Raises:
+        OSError: There is no room for it, or no permission.
     """
-    with _beside(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:  # a filesystem without hard links
-            shutil.copyfile(source, temporary)
-        _move(temporary, target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, **record})
+    with beside(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
+            sums = {name: hashlib.sha256(_write_tensor(file, tensors[name])).hexdigest() for name in _layout(tensors)}
+            file.seek(0)
+            file.write(_checked_header(tensors, text, sums))
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
 
 
-class _beside:
-    """A name that nobody uses, in the same folder as `path`; nothing is left under it afterwards."""
-
-    def __init__(self, path: Path):
-        self.folder = tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent)
-
-    def __enter__(self) -> Path:
-        return Path(self.folder.__enter__()) / "checkpoint"
-
-    def __exit__(self, *error: Any) -> None:
-        self.folder.__exit__(*error)
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
+    """Write a plain safetensors file. https://huggingface.co/docs/safetensors describes the format."""
+    with path.open("wb") as file:
+        file.write(_header(tensors, metadata))
+        for name in _layout(tensors):
+            _write_tensor(file, tensors[name])
 
 
-def _move(temporary: Path, target: Path) -> None:
-    _flush(temporary)
-    temporary.replace(target)
-    _flush(target.parent)
+def _write_tensor(file: BinaryIO, tensor: "Tensor") -> memoryview:
+    """Write the bytes of a tensor, and return them."""
+    import torch
+
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    file.write(content)
+    return content
 
 
-def _flush(path: Path) -> None:
-    """Have the disk, not only the kernel, hold a file or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _checked_header(tensors: "dict[str, Tensor]", record: str, sums: dict[str, str]) -> bytes:
+    header = _header(tensors, {RECORD: record, TENSOR_SUMS: json.dumps(sums), HEADER_SUM: NO_SUM})
+    return header.replace(_assigned(NO_SUM), _assigned(hashlib.sha256(header[8:]).hexdigest()))
+
+
+def _assigned(header_sum: str) -> bytes:
+    """How a header's checksum stands in it; nowhere else, for quotes within a text are escaped."""
+    return f'"{HEADER_SUM}":"{header_sum}"'.encode()
+
+
+def _layout(tensors: "dict[str, Tensor]") -> list[str]:
+    """The order of tensors in a file: those of wide numbers first, which keeps all of them aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
+    """The length and the header of a safetensors file."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for name in _layout(tensors):
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name in the same folder as `path`; nothing is left under it afterwards, or else by `remove_unfinished`."""
+    temporary = path.with_name(UNFINISHED + path.name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(folder: Path) -> None:
+    """Have the disk, not only the kernel, hold a folder's names."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# One file: read
+
+
+@dataclass
+class Stored:
+    """Where a tensor lies in a file, in bytes, and the checksum of what lies there."""
+
+    begin: int
+    end: int
+    sha256: str
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """All of a checkpoint but its tensors. Quick, whatever the model's size, and without importing torch.
 
     Raises:
-        UserError: There is no such file, or it is no checkpoint of ours.
+        UserError: There is no such file, it is no checkpoint of ours, or what was read of it is damaged.
     """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > LARGEST_HEADER:
-                raise ValueError("its header is too long to be one")
-            header = json.loads(file.read(length))
-        record = json.loads(header["__metadata__"][KEY])
-        written_in = record.get("format")
-    except OSError as error:
-        raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"checkpoint: {path} is not a checkpoint that this program wrote") from error
-    if written_in != FORMAT:
-        raise UserError(f"checkpoint: {path} has format {written_in}, this version reads format {FORMAT}")
+    return _read_header(path)[0]
+
+
+def verify(path: Path, prefix: str = "") -> dict[str, Any]:
+    """Read all of a checkpoint, or its tensors with that prefix, against the checksums. Returns the record.
+
+    Raises:
+        UserError: It is damaged; what of it is damaged is named.
+    """
+    status = path.stat() if path.exists() else None
+    unchanged = status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return _verify(path, prefix, unchanged)
+
+
+@lru_cache
+def _verify(path: Path, prefix: str, _unchanged: Any) -> dict[str, Any]:
+    """See `verify`. A command asks several times, and a large file takes seconds."""
+    record, tensors = _read_header(path)
+    damaged = []
+    with path.open("rb") as file:
+        for name, stored in tensors.items():
+            if name.startswith(prefix):
+                file.seek(stored.begin)
+                if _sum_of(file, stored.end - stored.begin) != stored.sha256:
+                    damaged.append(name)
+    if damaged:
+        raise _damaged_tensors(path, damaged)
     return record
 
 
+def _sum_of(file: BinaryIO, length: int) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(length, 2**20)))
+    while length and (count := file.readinto(buffer[: min(length, len(buffer))])):  # type: ignore[attr-defined]
+        digest.update(buffer[:count])
+        length -= count
+    return digest.hexdigest()
+
+
+def _damaged_tensors(path: Path, names: list[str]) -> UserError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return UserError(f"checkpoint: {path} is damaged: the checksum of {shown} is another one")
+
+
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
-    """The tensors whose names begin with `prefix`, named without it.
+    """The tensors whose names begin with `prefix`, named without it, after a look at their checksums.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: They are damaged, or the file is no checkpoint.
     """
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    _, stored = _read_header(path)
+    wanted = [name for name in stored if name.startswith(prefix)]
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118  # no mapping
-            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint: {path} is damaged: {error}") from error
+    contents = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+    damaged = [name for name in wanted if hashlib.sha256(contents[name]).hexdigest() != stored[name].sha256]
+    if damaged:
+        raise _damaged_tensors(path, damaged)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The record and the places of the tensors. Its own checksum has been looked at, and the size of the file."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"checkpoint: cannot read {path}: it is no file")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(LARGEST_HEADER, size):
+                raise ValueError("its header is too long to be one")
+            text = file.read(length)
+        header = _parse(text, size)
+        metadata = header.pop("__metadata__")
+        header_sum = metadata[HEADER_SUM]
+        if hashlib.sha256(text.replace(_assigned(header_sum), _assigned(NO_SUM))).hexdigest() != header_sum:
+            raise UserError(f"checkpoint: {path} is damaged: the checksum of its header is another one")
+        del text
+        record = _parse(metadata.pop(RECORD).encode(), size)
+        if record["format"] != FORMAT:
+            raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
+        sums, data = json.loads(metadata[TENSOR_SUMS]), 8 + length
+        tensors = {
+            name: Stored(data + entry["data_offsets"][0], data + entry["data_offsets"][1], sums[name])
+            for name, entry in header.items()
+        }
+    except OSError as error:
+        raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(
+            f"checkpoint: {path} is not a checkpoint that this program wrote, or its beginning is damaged"
+        ) from error
+    expected = max((stored.end for stored in tensors.values()), default=data)
+    if size != expected:
+        raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {expected:,}")
+    return record, tensors
+
+
+def _parse(text: bytes, size_of_file: int) -> Any:
+    """JSON, unless it would take much more memory than the file has bytes: a text does not, many small values do."""
+    if len(STRING.sub(b"", text)) > 2**18 + size_of_file // 64:
+        raise ValueError("too many values")
+    return json.loads(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors that fit a model
 
 
 def shapes_of(config: GPT2Config) -> Shapes:
@@ -149,39 +292,3 @@ def refuse_misfits(source: str, found: Shapes, expected: Shapes) -> None:
     if any(kinds.values()):
         told = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
         raise UserError(f"{source}: its tensors are not those of the GPT-2 that it describes: {told}")
-
-
-def latest_run(runs: Path = Path("outputs/runs")) -> Path:
-    """The run folder whose checkpoints are newest.
-
-    Raises:
-        UserError: There is none.
-    """
-    checkpoints = [path for name in (BEST, LAST) for path in runs.glob(f"*/*/*/{name}")]
-    if not checkpoints:
-        raise UserError(
-            f"checkpoint: no run with a checkpoint in {runs.absolute()}; train one with "
-            f"`python train.py experiment=quickstart`, or name one with checkpoint=PATH"
-        )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
-
-
-def find(path: str | None, key: str = "checkpoint") -> Path:
-    """The checkpoint that a user means: a file, the best one of a run folder, or, if None, of the latest run.
-
-    A run that was never evaluated has no best checkpoint; then it is its last. `key` is what the user named it by.
-
-    Raises:
-        UserError: There is none.
-    """
-    place = latest_run() if path is None else Path(path)
-    if place.is_file():
-        return place
-    for name in (BEST, LAST):
-        for found in (*place.glob(name), *place.glob(f"*/{name}")):
-            return found
-    raise UserError(
-        f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors"
-        if place.is_dir()
-        else f"{key}: there is no {place}"
-    )

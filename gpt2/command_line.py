@@ -13,8 +13,8 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from errno import ENOSPC
+from contextlib import contextmanager, nullcontext, suppress
+from hashlib import sha256
 from io import TextIOWrapper
 from itertools import islice, product
 from math import inf
@@ -33,6 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
 from gpt2.config import GenerateRun, UserError
+from gpt2.failures import machine_error
+from gpt2.interruption import leave_when_asked
+from gpt2.run_folder import LOCK, held
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 
@@ -48,6 +51,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
+            leave_when_asked()
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
             for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark
                 if isinstance(stream, TextIOWrapper):
@@ -55,8 +59,11 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
             options = get_args_parser().parse_intermixed_args(arguments)
             with faults_as_lines():
                 if runs_something(options):
+                    logging.disable(logging.WARNING)  # the run will say all that again
                     check_command_line(name, options)
-                    arguments += resume_arguments(options.overrides)
+                    if name == "train" and not options.multirun:
+                        arguments += folder_arguments(options.overrides)
+                    logging.disable(logging.NOTSET)
 
             def job(composed: DictConfig) -> Any:
                 return run_job(name, task, composed, prompt)
@@ -74,24 +81,24 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
     in_sweep = job.mode == RunMode.MULTIRUN
-    with faults_as_lines():
+    with faults_as_lines(), held(output_folder()) if name == "train" else nullcontext():
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt
         if job.output_subdir is not None:  # what runs, which a trained model may have completed
-            OmegaConf.save(OmegaConf.structured(config), run_folder() / job.output_subdir / "config.yaml")
+            OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
         try:
             return task(config)
-        except (UserError, KeyboardInterrupt) as error:
+        except (UserError, KeyboardInterrupt, SystemExit) as error:
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
                 log.error("error: %s", error)
                 return inf
             if job.output_subdir is not None:
-                remove_if_nothing_happened(run_folder())
+                remove_if_nothing_happened(output_folder())
             raise
 
 
-def run_folder() -> Path:
+def output_folder() -> Path:
     """Where the run under way keeps everything."""
     return Path(HydraConfig.get().runtime.output_dir)
 
@@ -99,7 +106,7 @@ def run_folder() -> Path:
 def remove_if_nothing_happened(folder: Path) -> None:
     """Remove the folder of a run that found out, before it began, that it cannot: only Hydra has written to it."""
     files = (path for path in folder.rglob("*") if path.is_file())
-    if all(path.parent.name == ".hydra" or path.suffix == ".log" for path in files):
+    if all(path.parent.name == ".hydra" or path.suffix == ".log" or path.name == LOCK for path in files):
         shutil.rmtree(folder)
         with suppress(OSError):  # other runs of that name are there
             folder.parent.rmdir()
@@ -113,17 +120,18 @@ def faults_as_lines() -> Iterator[None]:
     except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         leave_stdout_alone()
         sys.exit(0)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno != ENOSPC:
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = machine_error(error)
+        if told is None:
             raise
-        print(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         leave_stdout_alone()
         sys.exit(1)
 
@@ -141,13 +149,27 @@ def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, os.fsencode(texts[-1]).decode("utf-8", "replace") if texts else None
 
 
-def resume_arguments(overrides: list[str]) -> list[str]:
-    """What makes Hydra work in the folder of the run that is resumed, and leave its `.hydra` as it was."""
-    values = [override.value() for override in parsed(overrides) if override.key_or_group == "resume"]
-    if not values or values[-1] is None:
+def folder_arguments(overrides: list[str]) -> list[str]:
+    """What makes Hydra work in the folder of the run that is resumed, and leave its `.hydra` as it was.
+
+    With `train.auto_resume` that is the folder of this very command line, whether anything is in it yet or not.
+    """
+    composed = compose("train", overrides)
+    chosen = [override.value() for override in parsed(overrides) if override.key_or_group == "hydra.run.dir"]
+    if composed.resume is None and not composed.train.auto_resume:
         return []
-    folder = str(resumed_checkpoint(str(values[-1])).parent.parent)
-    return [f"hydra.run.dir={QuotedString(folder, Quote.single).with_quotes()}", "hydra.output_subdir=null"]
+    if composed.resume is not None:
+        resume = composed.resume
+    elif chosen:
+        resume = chosen[-1]
+    else:
+        identity = sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
+        resume = f"outputs/runs/{composed.name}/auto-{identity}"
+    path = resumed_checkpoint(str(resume))
+    folder = str(path.parent.parent if path else resume)
+    arguments = {"hydra.run.dir": folder, "resume": resume}
+    quoted = [f"{key}={QuotedString(str(value), Quote.single).with_quotes()}" for key, value in arguments.items()]
+    return [*quoted, "hydra.output_subdir=null"] if path else quoted
 
 
 def as_argument(key: str, value: str) -> str:
@@ -189,7 +211,7 @@ def check_command_line(name: str, options: Namespace) -> None:
             continue
         if override.is_delete():
             found.append(f"{text}: nothing can be taken out; null switches an optional value off")
-        elif override.key_or_group == "resume" and options.multirun:
+        elif override.key_or_group in ("resume", "train.auto_resume") and options.multirun:
             found.append(f"{text}: one run at a time, without -m")
         elif override.key_or_group == "hparams_search" and override.value() and not options.multirun:
             found.append(f"{text}: a search is many runs, it needs -m")

@@ -5,17 +5,19 @@ resume, takes the place of defaults, never of what was asked for.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, run_folder
 from gpt2.config import SCHEMAS, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun, UserError
 from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
@@ -26,14 +28,16 @@ CONF = ROOT / "conf"
 # What a resumed run may be told anew: how long it goes on, and what has no part in its result.
 CHANGEABLE = {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "sample_prompt"),
-    *("train.save_every", "train.eval_every", "train.log_every"),
+    *("train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_every"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
-    *("wandb.mode", "wandb.project", "wandb.entity"),
+    *("train.on_nonfinite", "train.nonfinite_limit", "train.deterministic", "train.auto_resume"),
+    *("wandb.mode", "wandb.project", "wandb.entity", "resume", "resume_changes"),
 }
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF), job_name=name):
+    is_under_way = GlobalHydra.instance().is_initialized()  # in a run; it has the same `conf/`
+    with nullcontext() if is_under_way else hydra.initialize_config_dir(str(CONF), job_name=name):
         return hydra.compose(name, overrides)
 
 
@@ -138,7 +142,12 @@ def complete_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
 def complete_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
     """Go on with the configuration of the run that is resumed, or take the shape of the model that is started from."""
     if composed.resume is not None:
-        return with_configuration_of_run(composed, overrides)
+        path = resumed_checkpoint(composed.resume)
+        if path is not None:
+            return with_configuration_of_run(path, composed, overrides)
+        if not composed.train.auto_resume:
+            raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it")
+        composed.resume = None  # it ended before its first checkpoint, so it begins anew
     if composed.train.init_from is None:
         return composed
     trained = open_model(composed.train.init_from, "train.init_from")
@@ -205,42 +214,77 @@ def complete_benchmark(composed: DictConfig, overrides: list[str]) -> DictConfig
     return composed
 
 
-def resumed_checkpoint(resume: str) -> Path:
-    folder = checkpoint.latest_run() if resume == "latest" else Path(resume)
-    path = next(folder.glob(f"*/{checkpoint.LAST}"), None)
-    if path is None:
-        raise UserError(f"resume: {folder} is no run folder with a checkpoint {checkpoint.LAST} in it")
-    return path
+def resumed_checkpoint(resume: str) -> Path | None:
+    """The newest intact checkpoint of a run folder, or of the latest run; None if it has none.
+
+    Raises:
+        UserError: All that it has are damaged.
+    """
+    folder = run_folder.folder_of_run(run_folder.latest_run() if resume == "latest" else Path(resume))
+    return folder and run_folder.intact(run_folder.newest_first(folder))
 
 
-def with_configuration_of_run(composed: DictConfig, overrides: list[str]) -> DictConfig:
+def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration that a run was started with, changed where the command line may change it."""
-    path = resumed_checkpoint(composed.resume)
-    record = checkpoint.read_record(path)
+    record, run = checkpoint.read_record(path), path.parent.parent
     saved, done = record["run"], record["progress"]["step"]
     if saved is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to go on with")
     result = merged(TrainRun, saved)
-    refused = []
-    for override in parsed(overrides):
-        key = override.key_or_group
-        if key in CHANGEABLE:
-            OmegaConf.update(result, key, override.value())
-        elif key != "resume" and not key.startswith("hydra.") and override.value() != OmegaConf.select(result, key):
-            refused.append(f"{override.input_line}: a resumed run keeps its {key}{_as_it_was(result, key)}")
+    result.resume_changes = False
+    found: list[str] = []
+    asked = asked_of_run(composed, overrides, started_with(run))
+    for key, new in asked.items():
+        old = OmegaConf.select(result, key)
+        if key in CHANGEABLE or (new != old and composed.resume_changes):
+            OmegaConf.update(result, key, new)
+        elif new != old:
+            found.append(f"{key}: {new} was asked for, the run has {old}; it keeps that unless resume_changes=true")
     if result.train.max_steps is not None and result.train.max_steps < done:
-        refused.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
-    if refused:
-        raise UserError(*refused)
-    result.resume = str(path.parent.parent)
-    if result.data.tokenizer not in ("train", "bytes"):  # the checkpoint holds what may be gone elsewhere by now
-        result.data.tokenizer = str(path)
+        found.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
+    if found:
+        raise UserError(*found)
+    result.resume = str(path)
+    if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in asked:
+        result.data.tokenizer = str(path)  # the checkpoint holds what may be gone elsewhere by now
     return result
 
 
-def _as_it_was(config: DictConfig, key: str) -> str:
-    value = OmegaConf.select(config, key)
-    return "" if OmegaConf.is_config(value) else f"={value}"
+def started_with(run: Path) -> set[str]:
+    """The command line that a run was started with, as Hydra keeps it in the run's folder."""
+    file = run / ".hydra" / "overrides.yaml"
+    return set(OmegaConf.load(file)) if file.is_file() else set()
+
+
+def asked_of_run(composed: DictConfig, overrides: list[str], known: set[str]) -> dict[str, Any]:
+    """What a command line says of single values, key by key, also by the groups and presets that it chooses.
+
+    What it was told in the same words when it began (`known`) is no news to a run, but for what may change any time.
+    """
+    wanted, default = leaves(composed), leaves(compose_or_refuse("train"))
+    asked: dict[str, Any] = {}
+    for override in parsed(overrides):
+        key = override.key_or_group
+        if key.startswith("hydra.") or (override.input_line in known and key not in CHANGEABLE):
+            continue
+        if key in wanted:
+            asked[key] = wanted[key]
+        elif key in composed and OmegaConf.is_dict(composed[key]):
+            asked |= {leaf: value for leaf, value in wanted.items() if leaf.startswith(f"{key}.")}
+        else:  # a preset
+            asked |= {leaf: value for leaf, value in wanted.items() if value != default.get(leaf)}
+    return asked
+
+
+def leaves(config: DictConfig) -> dict[str, Any]:
+    """The values of a configuration by their full keys; a list is a value."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    result: dict[str, Any] = {}
+    for key, value in plain.items():
+        inner = value if isinstance(value, dict) else {}
+        result |= {f"{key!s}.{name}": v for name, v in inner.items()} or {str(key): value}
+    return result
 
 
 COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {

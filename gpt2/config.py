@@ -16,11 +16,25 @@ from omegaconf import OmegaConf
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend: printed one line a fault, without a traceback, exit code 2."""
+    """What the person at the keyboard can mend: printed one line a fault, without a traceback."""
+
+    exit_code = 2  # a mistake, found before any work
 
     def __init__(self, *faults: str):
         super().__init__("\n".join(faults))
         self.faults = list(faults)
+
+
+class MachineError(UserError):
+    """The machine has no room on its disk, or not enough memory."""
+
+    exit_code = 1
+
+
+class Divergence(UserError):
+    """Training came to numbers that are not finite."""
+
+    exit_code = 3
 
 
 @dataclass
@@ -73,6 +87,11 @@ class TrainingConfig:
     compile: bool = False  # torch.compile the training step
     min_learning_rate: float | None = None  # where the cosine ends; null: a tenth of learning_rate
     eval_batches: int | None = None  # null: the whole split
+    keep_checkpoints: int = 2  # the newest so many, and the best
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do at a loss or gradient that is NaN or infinite
+    nonfinite_limit: int = 20  # so many steps are skipped one after another; one more ends the run
+    deterministic: bool = False  # the same bits each time on a GPU too, more slowly
+    auto_resume: bool = False  # the same command line goes on with the run it began: for schedulers that restart jobs
 
 
 @dataclass
@@ -162,6 +181,7 @@ class TrainRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
     resume: str | None = None  # a run folder, or `latest`
+    resume_changes: bool = False  # true: a resumed run may be told anything anew
 
 
 @dataclass

@@ -112,7 +112,7 @@ def pack(documents: Iterable[str], tokenizer: GPT2Tokenizer, path: Path, descrip
             encoded = tokenizer.encode_batch([text for text, _ in batch])
             for ids, (_, ends_document) in zip(encoded, batch, strict=True):
                 tokens = [*ids, tokenizer.eos_token_id] if ends_document else ids
-                np.asarray(tokens, dtype=dtype).tofile(file)
+                file.write(np.asarray(tokens, dtype=dtype).data)
                 total += len(tokens)
             advance(total)
     return total

@@ -6,7 +6,6 @@ function of (seed, epoch, position), so a place in the data is one integer and r
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gpt2.config import DataConfig, TrainingConfig
+from gpt2.config import DataConfig, TrainingConfig, UserError
 from gpt2.corpus import prepare
+from gpt2.interruption import leave_to_parent
 from gpt2.model import IGNORE
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -114,7 +114,16 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
         about = prepared.about
         return TokenBlocks(path, about["dtype"], data_config.max_length, tokenizer, about["fingerprint"])
 
-    test = "test" if prepared.about["tokens"]["test"] > 1 else "validation"
+    tokens, length = prepared.about["tokens"], data_config.max_length
+    for split, key in (("train", "a longer text"), ("validation", "a larger data.validation_fraction")):
+        if tokens[split] < 2:
+            raise UserError(f"data: the {split} split has no token to predict; {key} would give it some")
+        if tokens[split] <= length:
+            log.warning(
+                "Note: the %s split has only %s tokens, less than one block of data.max_length=%s.",
+                *(split, f"{tokens[split]:,}", length),
+            )
+    test = "test" if tokens["test"] > 1 else "validation"
     return blocks("train"), blocks("validation"), blocks(test), tokenizer
 
 
@@ -151,7 +160,7 @@ def get_dataloaders(
     common: dict[str, Any] = {
         "num_workers": min(config.num_workers, os.cpu_count() or 1),
         "pin_memory": config.pin_memory and on_cuda,
-        "worker_init_fn": _leave_interrupts_to_parent,
+        "worker_init_fn": _start_worker,
         # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
         "generator": torch.Generator(),
     }
@@ -168,10 +177,8 @@ def get_dataloaders(
     return train_loader, val_loader, test_loader
 
 
-def _leave_interrupts_to_parent(_worker: int) -> None:
-    """Ctrl-C goes to every process of a terminal, SIGTERM often to a whole group; the trainer alone decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(_worker: int) -> None:
+    leave_to_parent()  # the trainer alone decides when it is over
 
 
 def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,11 @@ def count_targets(batch: Batch) -> int:
     return int((batch["targets"] != IGNORE).sum())
 
 
+def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
+    """Whether any of the first batches has a token to predict; a loss over none would be no number."""
+    return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
+
+
 def perplexity(loss: float) -> float:
     """e to the loss; infinite where that is beyond a float."""
     return exp(loss) if loss < 700 else inf

@@ -61,8 +61,8 @@ _MODEL_BOUNDS = {
 }
 _TRAINING_BOUNDS = {
     **dict.fromkeys(("batch_size", "accumulation_steps", "max_epochs", "max_steps", "eval_batches"), COUNT),
-    **dict.fromkeys(("save_every", "eval_every", "log_every"), COUNT),
-    **dict.fromkeys(("warmup_steps", "num_workers"), COUNT_OR_ZERO),
+    **dict.fromkeys(("save_every", "eval_every", "log_every", "keep_checkpoints"), COUNT),
+    **dict.fromkeys(("warmup_steps", "num_workers", "nonfinite_limit"), COUNT_OR_ZERO),
     **dict.fromkeys(("weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
     **dict.fromkeys(("learning_rate", "epsilon", "max_training_hours"), POSITIVE),
     **dict.fromkeys(("beta1", "beta2"), PROBABILITY),
@@ -144,6 +144,8 @@ def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
         )
     if config.precision not in ("auto", "fp32", "bf16", "fp16"):
         found.append(f"{prefix}precision: {config.precision!r} is none of auto, fp32, bf16, fp16")
+    if config.on_nonfinite not in ("stop", "skip"):
+        found.append(f"{prefix}on_nonfinite: {config.on_nonfinite!r} is neither stop nor skip")
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         found.append(
             f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"

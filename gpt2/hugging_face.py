@@ -200,7 +200,7 @@ def write_folder(
     if not config.use_bias:
         tensors = {**_zero_biases(tensors, config), **tensors}
     theirs = {f"transformer.{their_name(name)}": their_layout(name, tensor) for name, tensor in tensors.items()}
-    save_tensors(theirs, folder / WEIGHTS, {"format": "pt"})
+    save_tensors(folder / WEIGHTS, theirs, {"format": "pt"})
 
     end_of_text = tokenizer and tokenizer.eos_token_id
     tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}

@@ -20,7 +20,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.trial import FrozenTrial, Trial, TrialState
 from torch.utils.data import DataLoader
 
-from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig, UserError
+from gpt2.config import Divergence, GPT2Config, OptunaConfig, TrainingConfig, UserError
 from gpt2.device import choose_device
 from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
 from gpt2.model import GPT2Model
@@ -75,7 +75,7 @@ class Reporter(Tracker):
         super().__init__()
         self.trial, self.total_steps, self.evaluations = trial, total_steps, 0
 
-    def log(self, record: Record) -> None:
+    def log(self, record: Record, sample: str | None = None) -> None:
         """Raises optuna.TrialPruned if other trials did better by now; not at the last step, which finishes a trial."""
         if "val/loss" not in record:
             return
@@ -198,7 +198,7 @@ class OptunaOptimizer:
         trainer.tracker = Reporter(trial, trainer.total_steps)
         try:
             trainer.train()
-        except UserError as error:  # its one cause: the loss is no number any more, a verdict on the parameters
+        except Divergence as error:  # a verdict on the parameters
             raise optuna.TrialPruned(str(error).partition(";")[0]) from error  # without its advice for a single run
         if trainer.interrupted_by is not None:
             raise KeyboardInterrupt(trainer.interrupted_by)

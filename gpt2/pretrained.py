@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2 import checkpoint, hugging_face
+from gpt2 import checkpoint, hugging_face, run_folder
 from gpt2.config import GPT2Config, UserError
 from gpt2.faults import OPENAI, is_on_hub, model_from_file
 from gpt2.hub import hub_folder
@@ -116,7 +116,7 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         UserError: There is none, or it is none that can be read.
     """
     if name is None:
-        return CheckpointModel(checkpoint.find(None, key))
+        return CheckpointModel(run_folder.find(None, key))
     name, path = str(name), Path(name)
     if is_on_hub(name):
         return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
@@ -126,7 +126,7 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
     if path.suffix in (".safetensors", ".bin"):
         raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
-    return CheckpointModel(checkpoint.find(name, key))
+    return CheckpointModel(run_folder.find(name, key))
 
 
 def open_tokenizer(name: str) -> GPT2Tokenizer:
@@ -290,7 +290,7 @@ def _training(record: dict[str, Any]) -> str:
         "validation loss": loss,
         "started from": train.get("init_from") or "random weights",
         **{name: train[name] for name in ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")},
-        "PyTorch": record["torch"],
+        "PyTorch": record["versions"]["torch"],
     }
     return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items())
 

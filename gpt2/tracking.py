@@ -153,29 +153,44 @@ class Tracker:
     def path(self) -> Path | None:
         return self.folder and self.folder / "metrics.jsonl"
 
-    def cut_back(self, step: int) -> None:
-        """Forget what came after `step`: a resumed run goes through it again."""
-        if self.path and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            temporary.replace(self.path)
+    def cut_back(self, step: int, evaluated_at: int) -> None:
+        """Forget what came after `step`, or after the evaluation at `evaluated_at`: a resumed run does it again."""
+        if self.folder is None or self.path is None:
+            return
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
+        self.samples = [(r["step"], r["sample"]) for r in kept if "sample" in r]
+        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
 
-    def log(self, record: Record) -> None:
-        """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null."""
+    def log(self, record: Record, sample: str | None = None) -> None:
+        """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null.
+
+        A sample of text goes with it into `metrics.jsonl`, is a section of `samples.md`, and a row of a growing table
+        in W&B.
+        """
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+        self._append("metrics.jsonl", json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
         self._tell_wandb(lambda run: run.log(record))
+        if sample is not None:
+            self.samples.append((record["step"], sample))
+            self._append("samples.md", _section(*self.samples[-1]))
+            self._tell_wandb(lambda run: run.log({"samples": _table(self.samples), "step": record["step"]}))
 
-    def sample(self, step: int, text: str) -> None:
-        """Keep a sample of text: `samples.md` in the run folder, a growing table in W&B."""
-        self.samples.append((step, text))
+    def flush(self) -> None:
+        """Have the disk, not only the kernel, hold all that was logged."""
+        if self.path and self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def _append(self, name: str, text: str) -> None:
         if self.folder:
-            with (self.folder / "samples.md").open("a", encoding="utf-8") as file:
-                file.write(f"## Step {step:,}\n\n```\n{text}\n```\n\n")
-        self._tell_wandb(lambda run: run.log({"samples": _table(self.samples), "step": step}))
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    @property
+    def wandb_id(self) -> str | None:
+        return None if self.wandb_run is None else self.wandb_run.id
 
     def __enter__(self) -> "Tracker":
         return self
@@ -202,19 +217,33 @@ class Tracker:
             self.wandb_run = None
 
 
+def _section(step: int, sample: str) -> str:
+    return f"## Step {step:,}\n\n```\n{sample}\n```\n\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give a file another content, all of it or none."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def _table(samples: list[tuple[int, str]]) -> Any:
     import wandb
 
     return wandb.Table(columns=["step", "text"], data=[list(sample) for sample in samples])
 
 
-def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, settings: Record) -> Any:
+def start_wandb(
+    config: WandbConfig, run_folder: Path, root: Path, name: str, settings: Record, known_id: str | None = None
+) -> Any:
     """Begin, or go on with, this run's W&B run, never asking a question. None if it is off or refuses.
 
     Args:
         run_folder: Keeps the id, so that a resumed run is the same W&B run.
         root: All runs' W&B files lie together in `root/wandb`.
         settings: The resolved configuration, plain and nested.
+        known_id: Of the W&B run to go on with, from a checkpoint, should the folder no longer have it.
     """
     if config.mode == "off":
         return None
@@ -222,7 +251,7 @@ def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, se
 
     id_file = run_folder / "wandb_id"
     if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
+        id_file.write_text(known_id or uuid.uuid4().hex[:12])
     root.mkdir(parents=True, exist_ok=True)
     for mode in _modes(config.mode):
         try:
@@ -236,6 +265,7 @@ def start_wandb(config: WandbConfig, run_folder: Path, root: Path, name: str, se
                 group=name,
                 job_type="train",
                 config=settings,
+                allow_val_change=True,  # of a run that is resumed longer
                 mode=mode,
                 # Neither the command line nor the terminal's text goes in: either may hold a secret.
                 settings=wandb.Settings(console="off", silent=True, init_timeout=10, x_disable_meta=True),

@@ -1,13 +1,11 @@
 """The training loop."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2 import checkpoint
-from gpt2.config import TrainingConfig, UserError
+from gpt2 import checkpoint, fault_injection, run_folder
+from gpt2.config import Divergence, TrainingConfig, UserError
 from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, choose_precision, peak_flops
-from gpt2.evaluate import Batch, as_inputs, count_targets, perplexity, score
+from gpt2.evaluate import Batch, as_inputs, count_targets, has_targets, perplexity, score
 from gpt2.faults import training_faults
+from gpt2.interruption import deferred
 from gpt2.model import GPT2Model
+from gpt2.nonfinite import ADVICE, NonFiniteSteps, broken, gradient_norms
 from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.reproducibility import RandomState, make_deterministic, versions
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking import ProgressLine, Tracker
 
@@ -38,10 +39,17 @@ class Progress:
     position: int = 0  # batches of this epoch that are used up
     tokens: int = 0  # predicted so far
     seconds: float = 0.0  # spent in `train`, over all resumptions
-    steps_since_log: int = 0
     evaluated_at: int = 0  # the step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
+
+    def is_best(self) -> bool:
+        """Whether no earlier evaluation was better than one that was made here."""
+        return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss
+
+    def is_as_in(self, other: "Progress | None") -> bool:
+        """Whether nothing but time has passed."""
+        return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
 
 
 class Trainer:
@@ -67,15 +75,22 @@ class Trainer:
             run: The configuration of the whole run, kept in its checkpoints so that it can be resumed from them.
 
         Raises:
-            UserError: `config` makes no sense, its device is not there, or the data have tokens unknown to the model.
+            UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
+                there are none.
         """
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         found = training_faults(config)
+        if not len(train_loader):
+            found.append("data: the training split is empty")
+        if not has_targets(val_loader, config.eval_batches):
+            found.append("data: the validation split has no token to predict")
         if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
             known = model.config.vocab_size
             found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
         if found:
             raise UserError(*found)
+        if config.deterministic:
+            make_deterministic()
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device, "train.device")
@@ -85,6 +100,7 @@ class Trainer:
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = self.precision.scaler()
+        self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
         self.train_loader, self.val_loader = train_loader, val_loader
         self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
         self.tracker = tracker or Tracker()
@@ -93,76 +109,91 @@ class Trainer:
         self.tokenizer = tokenizer
 
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
-        self.total_steps = min(config.max_steps or self._epoch_limit, self._epoch_limit)
+        most_steps = config.max_epochs * self.steps_per_epoch
+        self.total_steps = min(config.max_steps or most_steps, most_steps)
         self.progress = Progress()
         self.stop_reason: str | None = None
         self.interrupted_by: int | None = None  # the signal
         self.progress_line = ProgressLine(self.total_steps)
-        self.loss_since_log = torch.zeros((), device=self.device)  # sum over progress.steps_since_log steps
+        self.losses_since_log = self._no_losses()
         self._clock = self._log_clock = time.perf_counter()
         self._validation_line = self._clock
-        self._gradient_norm = torch.zeros(())  # of the last step
-        self._saved: Progress | None = None  # what `last.pth` holds
+        self._saved: Progress | None = None  # what the newest checkpoint holds
         self._tokens_at_log = 0
-
-    @property
-    def _epoch_limit(self) -> int:
-        return self.config.max_epochs * self.steps_per_epoch
+        fault_injection.install(self)
 
     # The loop
 
     def train(self) -> None:
-        """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, whichever is first, or Ctrl-C.
+        """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, whichever is first, or a signal.
 
-        Ctrl-C and SIGTERM let the step finish and save it; `interrupted_by` then holds the signal. Afterwards
+        Ctrl-C, SIGTERM and SIGUSR1 let the step finish and save it; `interrupted_by` then holds the signal. Afterwards
         `stop_reason` says why training ended. `last.pth` exists then, and `best_model.pth` unless it was interrupted
-        before any evaluation.
+        before any evaluation. Nobody else may write to `checkpoint_dir` meanwhile.
 
         Raises:
-            UserError: The loss became NaN or infinite. Checkpoints from before are intact.
+            Divergence: A loss or a gradient became NaN or infinite. Checkpoints from before are intact.
+            OSError: There is no room for a checkpoint, or for the metrics. Checkpoints from before are intact.
         """
         self.interrupted_by = None
+        run_folder.remove_unfinished(self.checkpoint_dir)
         self._clock = time.perf_counter() - self.progress.seconds
         self._restart_speed()
         self.progress_line = ProgressLine(self.total_steps, self.progress.step)
-        with self._finish_step_on_signal(), self.progress_line:
+        with deferred(self.interrupt), self.progress_line:
+            if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
+                self._name_newest()
             if self.progress.step and self.progress.step % self.config.eval_every == 0:
-                self._evaluate()  # the interruption may have come before this step's evaluation
+                self._evaluate()
             while not self._should_stop():
                 self.train_epoch()
             if not self.interrupted_by:
                 self._evaluate()
-            self._save_last()
+            self._save()
+
+    def interrupt(self, number: int) -> None:
+        """Have training end after this step, and say later that the signal of that number was why."""
+        self.interrupted_by = number
 
     def train_epoch(self) -> float:
         """Train on what is left of the epoch, or up to the end of training. Returns the mean of its step losses."""
-        epoch_loss, steps = torch.zeros((), device=self.device), 0
+        losses = self._no_losses()
         self.model.train()
         for micro_batches in self._steps_of_epoch():
-            step_loss, gradient_norm = self.train_step(micro_batches)
-            epoch_loss += step_loss
-            steps += 1
+            done = self.train_step(micro_batches)
+            if done is None:
+                break
+            step_loss, gradient_norm = done
+            losses += _counted(step_loss)
             self._after_step(step_loss, gradient_norm)
             if self._should_stop():
                 break
         if self.progress.position >= len(self.train_loader):
             self.progress.epoch += 1
             self.progress.position = 0
-        return float(epoch_loss / max(1, steps))
+        return _mean(losses)
 
-    def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor] | None:
         """One update of the weights. Returns its loss and its gradient's norm, on the device: nothing waits for them.
 
         The loss is the mean over the predicted tokens of all micro-batches together, so how they are cut up does not
-        matter.
+        matter. An interruption between two of them gives the step up, and nothing has happened; then None.
+
+        Raises:
+            Divergence: See `NonFiniteSteps.admits`.
         """
+        before = RandomState.of_torch(self.device) if len(micro_batches) > 1 else None
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
         counts = [count_targets(batch) for batch in micro_batches]
         step_loss = torch.zeros((), device=self.device)
-        for batch, count in zip(micro_batches, counts, strict=True):
+        for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+            if number and before and self.interrupted_by is not None:
+                before.restore()
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
             inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
             with self.precision.autocast():
                 _, loss = self.forward(**inputs)
@@ -172,8 +203,11 @@ class Trainer:
 
         self.scaler.unscale_(self.optimizer)
         limit = self.config.gradient_clip or float("inf")
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
+        norms = gradient_norms(self.model)
+        gradient_norm = torch.linalg.vector_norm(norms)
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, gradient_norm)
+        if self.nonfinite.admits(self._place(len(micro_batches)), step_loss, norms):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -196,6 +230,16 @@ class Trainer:
             go_on=self._show_validation,
         ).loss
 
+    def _place(self, micro_batches: int) -> str:
+        """Which step is under way, and where in the data it is."""
+        first = self.progress.position + 1
+        batches = f"batch {first}" if micro_batches == 1 else f"batches {first} to {first + micro_batches - 1}"
+        return f"step {self.progress.step + 1} ({batches} of epoch {self.progress.epoch + 1})"
+
+    def _no_losses(self) -> Tensor:
+        """What `_counted` losses are added to."""
+        return torch.zeros(2, device=self.device)
+
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """The micro-batches of each step that is left of the epoch; the last step may have fewer."""
         sampler = self.train_loader.batch_sampler
@@ -214,7 +258,7 @@ class Trainer:
             self.stop_reason = "interrupted"
         elif self.config.max_steps is not None and self.progress.step >= self.config.max_steps:
             self.stop_reason = f"train.max_steps={self.config.max_steps} reached"
-        elif self.progress.step >= self._epoch_limit:
+        elif self.progress.epoch >= self.config.max_epochs:
             self.stop_reason = f"train.max_epochs={self.config.max_epochs} reached"
         elif self.progress.seconds >= self.config.max_training_hours * 3600:
             self.stop_reason = f"train.max_training_hours={self.config.max_training_hours} reached"
@@ -225,9 +269,7 @@ class Trainer:
     # What happens now and then
 
     def _after_step(self, step_loss: Tensor, gradient_norm: Tensor) -> None:
-        self.loss_since_log += step_loss
-        self.progress.steps_since_log += 1
-        self._gradient_norm = gradient_norm
+        self.losses_since_log += _counted(step_loss)
         step = self.progress.step
         self.progress_line.step(step)
         if step % self.config.log_every == 0 or step == 1:
@@ -235,14 +277,13 @@ class Trainer:
         if step % self.config.eval_every == 0:
             self._evaluate()
         if step % self.config.save_every == 0:
-            self._save_last()
+            self._save()
 
     def _log(self, gradient_norm: Tensor) -> None:
-        """Record the mean loss and the speed since the last time."""
-        loss = float(self.loss_since_log / self.progress.steps_since_log)
-        self._refuse_nonfinite(loss)
-        self.loss_since_log.zero_()
-        self.progress.steps_since_log = 0
+        """Record the mean loss and the speed since the last time. Of steps that were left out there is no loss."""
+        self.nonfinite.hear()
+        loss = _mean(self.losses_since_log)
+        self.losses_since_log.zero_()
         now = time.perf_counter()
         tokens_per_second = (self.progress.tokens - self._tokens_at_log) / (now - self._log_clock)
         self._restart_speed()
@@ -256,6 +297,8 @@ class Trainer:
             "train/mfu": self._model_flops_utilization(tokens_per_second),
             "train/epoch": self.progress.epoch + self.progress.position / len(self.train_loader),
         }
+        if self.nonfinite.total:
+            record["train/steps_left_out"] = self.nonfinite.total
         self.tracker.log({**self._now(), **record})
         left = self._seconds_left()
         self.progress_line.figures(loss, tokens_per_second, left)
@@ -271,17 +314,23 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        """Validate, show a sample, and keep the model if it is the best so far. Once a step."""
+        """Validate, show a sample, and keep the model if it is the best so far. Once a step.
+
+        An interruption gives it up, and nothing has happened: the run that goes on begins with it.
+        """
         if self.progress.evaluated_at == self.progress.step:
             return
+        self.nonfinite.hear()
         began = time.perf_counter()
         loss = self.validate()
+        text = self.write_sample(self.progress.step) if self.write_sample and self.interrupted_by is None else None
         if self.interrupted_by is not None:
             return
-        self._refuse_nonfinite(loss)
+        if not isfinite(loss):
+            raise Divergence(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
-        self.tracker.log({**self._now(), "val/loss": loss, "val/perplexity": perplexity(loss)})
+        self.tracker.log({**self._now(), "val/loss": loss, "val/perplexity": perplexity(loss)}, sample=text)
         log.info(
             "step %s  validation loss %.4f  perplexity %.2f%s",
             f"{self.progress.step:,}",
@@ -289,16 +338,13 @@ class Trainer:
             perplexity(loss),
             "  (best so far)" if is_best else "",
         )
-        if self.write_sample:
-            text = self.write_sample(self.progress.step)
-            self.tracker.sample(self.progress.step, text)
+        if text is not None:
             harmless = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)  # no escape sequences
             log.info("%s", "\n".join(f"    | {line}" for line in harmless.split("\n")))
         self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
         if is_best:
             self.progress.best_val_loss = loss
-            self._save_last()
-            checkpoint.copy(self.checkpoint_dir / checkpoint.LAST, self.checkpoint_dir / checkpoint.BEST)
+            self._save()
 
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""
@@ -334,94 +380,112 @@ class Trainer:
         context = getattr(self.train_loader.dataset, "length", self.model.config.context_length)
         return peak and tokens_per_second * self.model.flops_per_token(context) / peak
 
-    def _refuse_nonfinite(self, value: float, what: str = "loss") -> None:
-        if not isfinite(value):
-            raise UserError(
-                f"step {self.progress.step}: the {what} is no longer a finite number; "
-                f"a smaller train.learning_rate or a longer train.warmup_steps may help "
-                f"(checkpoints from before are in {self.checkpoint_dir})"
-            )
-
-    @contextmanager
-    def _finish_step_on_signal(self) -> Iterator[None]:
-        """Let Ctrl-C and SIGTERM only set `interrupted_by`; a second one acts as it always does."""
-
-        def remember(number: int, _frame: Any) -> None:
-            self.interrupted_by = number
-            for other, handler in before.items():
-                signal.signal(other, handler)
-            log.info("Finishing this step, then saving. Once more, and it stops at once.")
-
-        try:
-            before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are somebody else's
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     # Checkpoints
 
-    def _save_last(self) -> None:
+    def _save(self) -> None:
         """Save, unless nothing has happened since the last time: a large model is not written twice in one step."""
-        here = replace(self.progress, seconds=0.0)
-        if here != self._saved:
-            began = time.perf_counter()
-            self.save_checkpoint(checkpoint.LAST)
-            self._saved = here
-            self._log_clock += time.perf_counter() - began
+        began = time.perf_counter()
+        if not self.progress.is_as_in(self._saved):
+            self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
+            self.save_checkpoint(run_folder.step_name(self.progress.step))
+            self._saved = replace(self.progress)
+            self._name_newest()
+        run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step)
+        self._log_clock += time.perf_counter() - began
+
+    def _name_newest(self) -> None:
+        """Give the newest checkpoint the names under which it is looked for."""
+        newest = self.checkpoint_dir / run_folder.step_name(self.progress.step)
+        run_folder.add_name(newest, run_folder.LAST)
+        if self.progress.is_best():
+            run_folder.add_name(newest, run_folder.BEST)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write everything that resuming and generating need to `checkpoint_dir/filename`."""
-        self._refuse_nonfinite(float(self.loss_since_log))
-        if not self.scaler.is_enabled():  # a scaler leaves such a step out by itself
-            self._refuse_nonfinite(float(self._gradient_norm), "norm of the gradient")
+        """Write everything that resuming and generating need to `checkpoint_dir/filename`.
+
+        Raises:
+            Divergence: A number in it is not finite. Nothing was written.
+            OSError: There is no room for it. Nothing was written.
+        """
+        self.nonfinite.hear()
         self.progress.seconds = time.perf_counter() - self._clock
-        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for name, tensor in optimizer_tensors(self.optimizer, self.model).items():
-            tensors[f"optimizer/{name}"] = tensor
-        tensors["rng/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors["loss_since_log"] = self.loss_since_log
+        state = RandomState.now(self.device)
+        tensors = {
+            **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **{f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer, self.model).items()},
+            **{f"random/{name}": tensor for name, tensor in state.tensors.items()},
+            "losses_since_log": self.losses_since_log,
+        }
+        if names := broken(tensors):
+            raise Divergence(f"step {self.progress.step}: {names[0]} is no longer finite, and is not saved; {ADVICE}")
         record = {
             "model": asdict(self.model.config),
             "train": asdict(self.config),
             "run": self.run,
+            "wandb_id": self.tracker.wandb_id,
             "tokenizer": self.tokenizer and self.tokenizer.to_json(),
             "data": getattr(self.train_loader.dataset, "fingerprint", None),
             "progress": asdict(self.progress),
+            "steps_left_out": self.nonfinite.state(),
             "scaler": self.scaler.state_dict(),
-            "torch": torch.__version__,
+            "random": state.elsewhere,
+            "versions": versions(),
         }
         checkpoint.write(self.checkpoint_dir / filename, tensors, record)
 
-    def load_checkpoint(self, filepath: str) -> None:
-        """Take up a run where `save_checkpoint` left it.
+    def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
+        """Take up a run where `save_checkpoint` left it, and log what is not as it was then.
 
-        The loaders must be those of that run, with its batch size and seed: a place in the data is a number of batches.
+        Args:
+            accept_other_data: Go on with another corpus, from the beginning of the epoch.
 
         Raises:
-            UserError: The file is missing, damaged, or of a model of another shape or another corpus.
+            UserError: The file is missing, damaged, or of a model of another shape or of another corpus.
         """
         path = Path(filepath)
         record = checkpoint.read_record(path)
-        if record["model"] != asdict(self.model.config):
-            differing = [key for key, value in asdict(self.model.config).items() if record["model"].get(key) != value]
-            raise UserError(f"checkpoint: {path} holds a model that differs in {', '.join(differing)}")
+        weights = checkpoint.read_tensors(path, "model/")
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        checkpoint.refuse_misfits(str(path), found, expected)
+        if record["model"]["num_heads"] != self.model.config.num_heads:  # which no shape tells
+            raise UserError(f"checkpoint: {path} holds a model with {record['model']['num_heads']} heads")
         data = getattr(self.train_loader.dataset, "fingerprint", None)
-        if record["data"] != data:
+        is_same_data = record["data"] == data
+        if not is_same_data and not accept_other_data:
             raise UserError(f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {data})")
-        self.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
+        self._tell_changes(record, data)
+
+        self.model.load_state_dict(weights)
         load_optimizer_tensors(self.optimizer, self.model, checkpoint.read_tensors(path, "optimizer/"))
         if self.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
             self.scaler.load_state_dict(record["scaler"])
+        self.nonfinite.load_state(record["steps_left_out"])
         self.progress = Progress(**record["progress"])
+        blocks_used = self.progress.position * record["train"]["batch_size"]
+        self.progress.position = blocks_used // self.config.batch_size if is_same_data else 0
         self._clock = time.perf_counter() - self.progress.seconds
-        self.loss_since_log = checkpoint.read_tensors(path, "loss_since_log")[""].to(self.device)
-        torch.set_rng_state(checkpoint.read_tensors(path, "rng/cpu")[""])
-        if self.device.type == "cuda" and (states := checkpoint.read_tensors(path, "rng/cuda")):
-            torch.cuda.set_rng_state(states[""], self.device)
+        self.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].to(self.device)
+        RandomState(self.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
+        if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
+            self._saved = replace(self.progress)
+
+    def _tell_changes(self, record: dict[str, Any], data: str | None) -> None:
+        now = {"model": asdict(self.model.config), "train": asdict(self.config), "versions": versions()}
+        then = {key: record[key] for key in now}
+        now, then = {**now, "data": {"fingerprint": data}}, {**then, "data": {"fingerprint": record["data"]}}
+        for group, values in now.items():
+            for key, value in values.items():
+                if then[group].get(key) != value:
+                    log.info("Changed: %s.%s is %s, it was %s", group, key, value, then[group].get(key))
+
+
+def _counted(loss: Tensor) -> Tensor:
+    """(2,): a loss and 1, to be added up; zeros if it is not finite, for then its step was left out."""
+    return torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+
+
+def _mean(losses: Tensor) -> float:
+    """Of what `_counted` returned; NaN of nothing."""
+    total, count = losses.tolist()
+    return total / count if count else nan

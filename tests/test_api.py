@@ -278,7 +278,9 @@ def test_the_example_of_the_trainer(model, loaders, train_config):
     config = train_config
     trainer = Trainer(model, train_loader, val_loader, config)
     assert trainer.train() is None
-    assert sorted(path.name for path in Path("checkpoints").iterdir()) == ["best_model.pth", "last.pth"]
+    assert sorted(path.name for path in Path("checkpoints").iterdir()) == [
+        *("best_model.pth", "last.pth", "step_00000003.pth", "step_00000006.pth"),
+    ]
 
 
 def test_the_methods_of_the_trainer(config, loaders, train_config, tmp_path):

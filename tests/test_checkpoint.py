@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, run_folder
 from gpt2.config import UserError
 
 TENSORS = {"model/a": torch.arange(6.0).reshape(2, 3), "rng/cpu": torch.arange(5, dtype=torch.uint8)}
@@ -62,16 +62,6 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_copy_stays_when_the_original_is_replaced(tmp_path):
-    last, best = tmp_path / checkpoint.LAST, tmp_path / checkpoint.BEST
-    checkpoint.write(last, TENSORS, RECORD)
-    checkpoint.copy(last, best)
-    checkpoint.write(last, {"model/a": torch.zeros(2)}, RECORD)
-    assert torch.equal(checkpoint.read_tensors(best)["model/a"], TENSORS["model/a"])
-    checkpoint.copy(last, best)
-    assert torch.equal(checkpoint.read_tensors(best)["model/a"], torch.zeros(2))
-
-
 def absurd_header(path: Path) -> None:
     path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
 
@@ -121,19 +111,19 @@ def make_run(folder: Path, *names: str, age: float = 0.0) -> Path:
 
 def test_a_checkpoint_is_found_by_file_by_run_folder_and_by_being_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    old = make_run(Path("outputs/runs/a/1"), checkpoint.BEST, checkpoint.LAST, age=100)
-    new = make_run(Path("outputs/runs/b/0"), checkpoint.LAST)
-    assert checkpoint.find(str(old)) == old / "checkpoints" / checkpoint.BEST
-    assert checkpoint.find(str(old / "checkpoints")) == old / "checkpoints" / checkpoint.BEST
-    assert checkpoint.find(str(old / "checkpoints" / checkpoint.LAST)) == old / "checkpoints" / checkpoint.LAST
-    assert checkpoint.find(None) == new / "checkpoints" / checkpoint.LAST  # never evaluated: it has no best
+    old = make_run(Path("outputs/runs/a/1"), run_folder.BEST, run_folder.LAST, age=100)
+    new = make_run(Path("outputs/runs/b/0"), run_folder.LAST)
+    assert run_folder.find(str(old)) == old / "checkpoints" / run_folder.BEST
+    assert run_folder.find(str(old / "checkpoints")) == old / "checkpoints" / run_folder.BEST
+    assert run_folder.find(str(old / "checkpoints" / run_folder.LAST)) == old / "checkpoints" / run_folder.LAST
+    assert run_folder.find(None) == new / "checkpoints" / run_folder.LAST  # never evaluated: it has no best
 
 
 @pytest.mark.parametrize("path", [None, "nowhere", "."])
 def test_no_checkpoint_is_one_line_too(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^checkpoint: "):
-        checkpoint.find(path)
+        run_folder.find(path)
 
 
 def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path):

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from gpt2 import checkpoint
+from gpt2 import run_folder
 from gpt2.command_line import command_line_faults
 from gpt2.composition import compose, resolve
 from gpt2.config import GPT2Config, UserError
@@ -219,7 +219,7 @@ def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
 
 def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
     elsewhere = Workspace(tmp_path)
-    shutil.copy(trained.runs()[0] / "checkpoints" / checkpoint.BEST, tmp_path / "model.pth")
+    shutil.copy(trained.runs()[0] / "checkpoints" / run_folder.BEST, tmp_path / "model.pth")
     options = ["prompt=def f", "inference.seed=1"]
     here = trained.run("generate.py", *options).stdout
     assert elsewhere.run("generate.py", *options, "checkpoint=model.pth").stdout == here

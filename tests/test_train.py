@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpt2 import checkpoint
-from gpt2.config import DataConfig, GPT2Config, InferenceConfig, TrainingConfig, UserError
+from gpt2 import checkpoint, run_folder
+from gpt2.config import DataConfig, Divergence, GPT2Config, InferenceConfig, TrainingConfig, UserError
 from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
 from gpt2.evaluate import Evaluator, score
 from gpt2.inference import TextGenerator
@@ -166,7 +166,7 @@ def test_training_stops_at_whichever_limit_comes_first_and_says_so(blocks, tmp_p
     trainer.train()
     assert trainer.progress.step == steps
     assert trainer.stop_reason == f"{reason} reached"
-    assert (tmp_path / checkpoint.LAST).is_file()
+    assert (tmp_path / run_folder.LAST).is_file()
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
@@ -174,7 +174,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path / "kept", tracker=tracker, max_epochs=12, eval_every=2, learning_rate=0.1)
     trainer.train()
     losses = {r["step"]: r["val/loss"] for r in read_metrics(tmp_path / "metrics.jsonl") if "val/loss" in r}
-    best = checkpoint.read_record(tmp_path / "kept" / checkpoint.BEST)["progress"]
+    best = checkpoint.read_record(tmp_path / "kept" / run_folder.BEST)["progress"]
     assert best["val_loss"] == min(losses.values()) == losses[best["step"]]
     assert len(losses) == 30
 
@@ -182,13 +182,13 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=9, eval_every=2, log_every=1)
     trainer.train()
-    before = (tmp_path / checkpoint.LAST).read_bytes()
+    before = (tmp_path / run_folder.LAST).read_bytes()
     trainer.config.max_steps, trainer.total_steps = 20, 20
     with torch.no_grad():
         trainer.model.final_norm.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match="no longer a finite number"):
+    with pytest.raises(Divergence, match=r"step 10 \(batch 5 of epoch 2\): the loss is nan and the gradient of"):
         trainer.train()
-    assert (tmp_path / checkpoint.LAST).read_bytes() == before
+    assert (tmp_path / run_folder.LAST).read_bytes() == before
 
 
 # Interruption: k + k steps are 2k steps
@@ -201,8 +201,8 @@ class InterruptsAt(Tracker):
         super().__init__(folder)
         self.interrupts_at = step
 
-    def log(self, record):
-        super().log(record)
+    def log(self, record, sample=None):
+        super().log(record, sample)
         if record["step"] == self.interrupts_at and "train/loss" in record:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -232,12 +232,12 @@ def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_pat
     assert first.progress.step == stop_at
 
     second = make_trainer(blocks, folder, tracker=Tracker(folder), **options)
-    second.load_checkpoint(str(folder / checkpoint.LAST))
-    second.tracker.cut_back(second.progress.step)
+    second.load_checkpoint(str(folder / run_folder.LAST))
+    second.tracker.cut_back(second.progress.step, second.progress.evaluated_at)
     second.train()
 
-    assert_same_state(straight / checkpoint.LAST, folder / checkpoint.LAST)
-    assert_same_state(straight / checkpoint.BEST, folder / checkpoint.BEST)
+    assert_same_state(straight / run_folder.LAST, folder / run_folder.LAST)
+    assert_same_state(straight / run_folder.BEST, folder / run_folder.BEST)
     assert logged(folder) == logged(straight)
 
 
@@ -252,9 +252,9 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path
 
     again = make_trainer(blocks, tmp_path / "b", tracker=tracker, **options)
     again.load_checkpoint(str(tmp_path / "a" / "step_4"))
-    tracker.cut_back(4)
+    tracker.cut_back(4, 0)
     again.train()
-    assert_same_state(tmp_path / "a" / checkpoint.LAST, tmp_path / "b" / checkpoint.LAST)
+    assert_same_state(tmp_path / "a" / run_folder.LAST, tmp_path / "b" / run_folder.LAST)
     assert logged(tmp_path) == before
 
 
@@ -275,8 +275,8 @@ def test_a_checkpoint_of_another_shape_is_refused(blocks, tmp_path):
     make_trainer(blocks, tmp_path, max_steps=1).train()
     other = make_trainer(blocks, tmp_path)
     other.model.config.num_heads = 4
-    with pytest.raises(UserError, match="differs in num_heads"):
-        other.load_checkpoint(str(tmp_path / checkpoint.LAST))
+    with pytest.raises(UserError, match="holds a model with 2 heads"):
+        other.load_checkpoint(str(tmp_path / run_folder.LAST))
 
 
 # The promised API from text to text, without Hydra

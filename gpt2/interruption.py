@@ -1,0 +1,62 @@
+"""Signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1, by which Slurm can warn ahead.
+
+A process that is asked to end says so by its exit code, 128 and the number of the signal, as a shell would: 130 after
+Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)) is not None]
+
+
+def leave(number: int, _frame: Any = None) -> None:
+    """End the process by an exception, so that what is half done is cleaned up on the way."""
+    _say(f"Interrupted by {signal.Signals(number).name}.")
+    raise SystemExit(128 + number)
+
+
+def leave_when_asked() -> None:
+    """From now on SIGTERM and SIGUSR1 end the process by `leave`; Ctrl-C stays Python's own KeyboardInterrupt."""
+    for number in SIGNALS:
+        if number != signal.SIGINT:
+            signal.signal(number, leave)
+
+
+@contextmanager
+def deferred(remember: Callable[[int], None]) -> Iterator[None]:
+    """Have the first signal only remembered, by its number; a second one acts as it did before."""
+
+    def note(number: int, _frame: Any) -> None:
+        remember(number)
+        restore()
+        _say("Interrupted: finishing this step, then saving. Once more, and it stops at once.")
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _say(text: str) -> None:
+    """Past Python's buffers: a signal may come while they are in use."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+def leave_to_parent() -> None:
+    """In a child: Ctrl-C goes to every process of a terminal, SIGTERM often to a whole group; the parent decides."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

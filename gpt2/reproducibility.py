@@ -1,0 +1,68 @@
+"""What a run's numbers depend on beside its configuration and data: random states, algorithms, versions."""
+
+import os
+import platform
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RandomState:
+    """The state of every global generator: PyTorch's on the CPU and on `device`, Python's, NumPy's."""
+
+    device: torch.device
+    tensors: dict[str, Tensor]  # of PyTorch
+    elsewhere: dict[str, Any] = field(default_factory=dict)  # plain values, fit for JSON
+
+    @classmethod
+    def of_torch(cls, device: torch.device) -> "RandomState":
+        """PyTorch's alone: all that a model draws from."""
+        states = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            states["mps"] = torch.mps.get_rng_state()
+        return cls(device, states)
+
+    @classmethod
+    def now(cls, device: torch.device) -> "RandomState":
+        kind, keys, *rest = np.random.get_state(legacy=True)
+        elsewhere = {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+        return cls(device, cls.of_torch(device).tensors, elsewhere)
+
+    def restore(self) -> None:
+        """Set the generators back. A state of a kind of device that is not here is left out."""
+        torch.set_rng_state(self.tensors["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.tensors:
+            torch.cuda.set_rng_state(self.tensors["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in self.tensors:
+            torch.mps.set_rng_state(self.tensors["mps"])
+        if self.elsewhere:
+            version, numbers, gauss = self.elsewhere["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            np.random.set_state(tuple(self.elsewhere["numpy"]))
+
+
+def make_deterministic() -> None:
+    """Have PyTorch use algorithms only that give the same bits each time, or raise where there is none.
+
+    On a CPU they do so anyway, for the same number of threads.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the device is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the last bits of a number may depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "numpy": np.__version__,
+    }
