@@ -120,6 +120,9 @@ def beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(UNFINISHED + path.name)
     try:
         yield temporary
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails does not know it
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -262,7 +265,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
 
 def _parse(text: bytes, size_of_file: int) -> Any:
     """JSON, unless it would take much more memory than the file has bytes: a text does not, many small values do."""
-    if len(STRING.sub(b"", text)) > 2**18 + size_of_file // 64:
+    outside_of_strings = len(text) - sum(match.end() - match.start() for match in STRING.finditer(text))
+    if outside_of_strings > 2**18 + size_of_file // 64:
         raise ValueError("too many values")
     return json.loads(text)
 

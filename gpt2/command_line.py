@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
 from gpt2.config import GenerateRun, UserError
 from gpt2.failures import machine_error
-from gpt2.interruption import leave_when_asked
+from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.run_folder import LOCK, held
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
@@ -64,6 +64,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                     if name == "train" and not options.multirun:
                         arguments += folder_arguments(options.overrides)
                     logging.disable(logging.NOTSET)
+                    os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra cannot write for want of room is ours to tell
 
             def job(composed: DictConfig) -> Any:
                 return run_job(name, task, composed, prompt)
@@ -82,12 +83,12 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     job = HydraConfig.get()
     in_sweep = job.mode == RunMode.MULTIRUN
     with faults_as_lines(), held(output_folder()) if name == "train" else nullcontext():
-        config = resolve(name, composed, list(job.overrides.task))
-        if isinstance(config, GenerateRun):
-            config.prompt = prompt
-        if job.output_subdir is not None:  # what runs, which a trained model may have completed
-            OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
         try:
+            config = resolve(name, composed, list(job.overrides.task))
+            if isinstance(config, GenerateRun):
+                config.prompt = prompt
+            if job.output_subdir is not None:  # what runs, which a trained model may have completed
+                OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
             return task(config)
         except (UserError, KeyboardInterrupt, SystemExit) as error:
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
@@ -116,7 +117,8 @@ def remove_if_nothing_happened(folder: Path) -> None:
 def faults_as_lines() -> Iterator[None]:
     """Print a user's mistake as lines and exit with 2; leave quietly where nobody reads on, or on Ctrl-C."""
     try:
-        yield
+        with leaving_as_asked():
+            yield
     except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

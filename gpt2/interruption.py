@@ -13,8 +13,13 @@ from typing import Any
 SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)) is not None]
 
 
+_asked: int | None = None  # by which signal this process was asked to end
+
+
 def leave(number: int, _frame: Any = None) -> None:
     """End the process by an exception, so that what is half done is cleaned up on the way."""
+    global _asked
+    _asked = number
     _say(f"Interrupted by {signal.Signals(number).name}.")
     raise SystemExit(128 + number)
 
@@ -24,6 +29,17 @@ def leave_when_asked() -> None:
     for number in SIGNALS:
         if number != signal.SIGINT:
             signal.signal(number, leave)
+
+
+@contextmanager
+def leaving_as_asked() -> Iterator[None]:
+    """Let the exception of `leave` arrive, whatever the code that it came through has made of it."""
+    try:
+        yield
+    except BaseException as error:
+        if _asked is not None and not isinstance(error, SystemExit):
+            raise SystemExit(128 + _asked) from error
+        raise
 
 
 @contextmanager

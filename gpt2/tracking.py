@@ -52,7 +52,23 @@ class ConsoleHandler(logging.StreamHandler):
         if isinstance(sys.exc_info()[1], BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
         else:
+            _raise_full_disk()
             super().handleError(record)
+
+
+class LogFile(logging.FileHandler):
+    """Log lines in a file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        _raise_full_disk()
+        super().handleError(record)
+
+
+def _raise_full_disk() -> None:
+    """Let what `logging` would print with a traceback, and go on, end the run as it does anywhere else."""
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError):
+        raise error
 
 
 def is_terminal() -> bool:
@@ -184,9 +200,14 @@ class Tracker:
                 os.fsync(file.fileno())
 
     def _append(self, name: str, text: str) -> None:
-        if self.folder:
+        if self.folder is None:
+            return
+        try:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(text)
+        except OSError as error:
+            error.filename = str(self.folder / name)
+            raise
 
     @property
     def wandb_id(self) -> str | None:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2 import checkpoint, fault_injection, run_folder
+from gpt2 import checkpoint, fault_injection, run_folder, snapshot
 from gpt2.config import Divergence, TrainingConfig, UserError
 from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, choose_precision, peak_flops
@@ -21,35 +21,14 @@ from gpt2.evaluate import Batch, as_inputs, count_targets, has_targets, perplexi
 from gpt2.faults import training_faults
 from gpt2.interruption import deferred
 from gpt2.model import GPT2Model
-from gpt2.nonfinite import ADVICE, NonFiniteSteps, broken, gradient_norms
-from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from gpt2.reproducibility import RandomState, make_deterministic, versions
+from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
+from gpt2.optimizer import build_optimizer, learning_rate
+from gpt2.reproducibility import RandomState, make_deterministic
+from gpt2.snapshot import Progress
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking import ProgressLine, Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Progress:
-    """How far a run has come: all that a resumed run must know beside tensors."""
-
-    step: int = 0  # optimizer updates made
-    epoch: int = 0
-    position: int = 0  # batches of this epoch that are used up
-    tokens: int = 0  # predicted so far
-    seconds: float = 0.0  # spent in `train`, over all resumptions
-    evaluated_at: int = 0  # the step of the newest evaluation
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-
-    def is_best(self) -> bool:
-        """Whether no earlier evaluation was better than one that was made here."""
-        return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss
-
-    def is_as_in(self, other: "Progress | None") -> bool:
-        """Whether nothing but time has passed."""
-        return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
 
 
 class Trainer:
@@ -409,29 +388,7 @@ class Trainer:
         """
         self.nonfinite.hear()
         self.progress.seconds = time.perf_counter() - self._clock
-        state = RandomState.now(self.device)
-        tensors = {
-            **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
-            **{f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(self.optimizer, self.model).items()},
-            **{f"random/{name}": tensor for name, tensor in state.tensors.items()},
-            "losses_since_log": self.losses_since_log,
-        }
-        if names := broken(tensors):
-            raise Divergence(f"step {self.progress.step}: {names[0]} is no longer finite, and is not saved; {ADVICE}")
-        record = {
-            "model": asdict(self.model.config),
-            "train": asdict(self.config),
-            "run": self.run,
-            "wandb_id": self.tracker.wandb_id,
-            "tokenizer": self.tokenizer and self.tokenizer.to_json(),
-            "data": getattr(self.train_loader.dataset, "fingerprint", None),
-            "progress": asdict(self.progress),
-            "steps_left_out": self.nonfinite.state(),
-            "scaler": self.scaler.state_dict(),
-            "random": state.elsewhere,
-            "versions": versions(),
-        }
-        checkpoint.write(self.checkpoint_dir / filename, tensors, record)
+        checkpoint.write(self.checkpoint_dir / filename, *snapshot.take(self))
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
         """Take up a run where `save_checkpoint` left it, and log what is not as it was then.
@@ -443,41 +400,10 @@ class Trainer:
             UserError: The file is missing, damaged, or of a model of another shape or of another corpus.
         """
         path = Path(filepath)
-        record = checkpoint.read_record(path)
-        weights = checkpoint.read_tensors(path, "model/")
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        checkpoint.refuse_misfits(str(path), found, expected)
-        if record["model"]["num_heads"] != self.model.config.num_heads:  # which no shape tells
-            raise UserError(f"checkpoint: {path} holds a model with {record['model']['num_heads']} heads")
-        data = getattr(self.train_loader.dataset, "fingerprint", None)
-        is_same_data = record["data"] == data
-        if not is_same_data and not accept_other_data:
-            raise UserError(f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {data})")
-        self._tell_changes(record, data)
-
-        self.model.load_state_dict(weights)
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.read_tensors(path, "optimizer/"))
-        if self.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
-            self.scaler.load_state_dict(record["scaler"])
-        self.nonfinite.load_state(record["steps_left_out"])
-        self.progress = Progress(**record["progress"])
-        blocks_used = self.progress.position * record["train"]["batch_size"]
-        self.progress.position = blocks_used // self.config.batch_size if is_same_data else 0
+        snapshot.restore(self, path, accept_other_data)
         self._clock = time.perf_counter() - self.progress.seconds
-        self.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].to(self.device)
-        RandomState(self.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
         if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
             self._saved = replace(self.progress)
-
-    def _tell_changes(self, record: dict[str, Any], data: str | None) -> None:
-        now = {"model": asdict(self.model.config), "train": asdict(self.config), "versions": versions()}
-        then = {key: record[key] for key in now}
-        now, then = {**now, "data": {"fingerprint": data}}, {**then, "data": {"fingerprint": record["data"]}}
-        for group, values in now.items():
-            for key, value in values.items():
-                if then[group].get(key) != value:
-                    log.info("Changed: %s.%s is %s, it was %s", group, key, value, then[group].get(key))
 
 
 def _counted(loss: Tensor) -> Tensor:

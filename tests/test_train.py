@@ -275,7 +275,7 @@ def test_a_checkpoint_of_another_shape_is_refused(blocks, tmp_path):
     make_trainer(blocks, tmp_path, max_steps=1).train()
     other = make_trainer(blocks, tmp_path)
     other.model.config.num_heads = 4
-    with pytest.raises(UserError, match="holds a model with 2 heads"):
+    with pytest.raises(UserError, match="holds a model of another shape: num_heads=2, not 4"):
         other.load_checkpoint(str(tmp_path / run_folder.LAST))
 
 

@@ -1,0 +1,121 @@
+"""All of a training under way that a checkpoint holds, and taking it up again."""
+
+import logging
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gpt2 import checkpoint
+from gpt2.config import Divergence, UserError
+from gpt2.nonfinite import ADVICE, broken
+from gpt2.optimizer import load_optimizer_tensors, optimizer_tensors
+from gpt2.reproducibility import RandomState, versions
+
+if TYPE_CHECKING:
+    from gpt2.train import Trainer
+
+log = logging.getLogger(__name__)
+
+SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # fixed by weights
+
+
+@dataclass
+class Progress:
+    """How far a run has come: all that a resumed run must know beside tensors."""
+
+    step: int = 0  # optimizer updates made
+    epoch: int = 0
+    position: int = 0  # batches of this epoch that are used up
+    tokens: int = 0  # predicted so far
+    seconds: float = 0.0  # spent in `train`, over all resumptions
+    evaluated_at: int = 0  # the step of the newest evaluation
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+
+    def is_best(self) -> bool:
+        """Whether no earlier evaluation was better than one that was made here."""
+        return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss
+
+    def is_as_in(self, other: "Progress | None") -> bool:
+        """Whether nothing but time has passed."""
+        return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
+
+
+def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the record of a checkpoint.
+
+    Raises:
+        Divergence: A number in it is not finite.
+    """
+    random = RandomState.now(trainer.device)
+    tensors = {
+        **{f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()},
+        **{f"optimizer/{name}": t for name, t in optimizer_tensors(trainer.optimizer, trainer.model).items()},
+        **{f"random/{name}": tensor for name, tensor in random.tensors.items()},
+        "losses_since_log": trainer.losses_since_log,
+    }
+    if names := broken(tensors):
+        raise Divergence(f"step {trainer.progress.step}: {names[0]} is no longer finite, and is not saved; {ADVICE}")
+    record = {
+        **_circumstances(trainer),
+        "run": trainer.run,
+        "wandb_id": trainer.tracker.wandb_id,
+        "tokenizer": trainer.tokenizer and trainer.tokenizer.to_json(),
+        "progress": asdict(trainer.progress),
+        "steps_left_out": trainer.nonfinite.state(),
+        "scaler": trainer.scaler.state_dict(),
+        "random": random.elsewhere,
+    }
+    return tensors, record
+
+
+def _circumstances(trainer: "Trainer") -> dict[str, Any]:
+    """What decides how a training goes on, beside its state."""
+    return {
+        "model": asdict(trainer.model.config),
+        "train": asdict(trainer.config),
+        "data": getattr(trainer.train_loader.dataset, "fingerprint", None),
+        "versions": versions(),
+    }
+
+
+def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
+    """Have a trainer go on from a checkpoint, and log what is not as it was then.
+
+    Raises:
+        UserError: The file is missing, damaged, or of a model of another shape or of another corpus.
+    """
+    record, now = checkpoint.read_record(path), _circumstances(trainer)
+    model = record["model"]
+    if other := [f"{k}={model.get(k)}, not {now['model'][k]}" for k in SHAPE if model.get(k) != now["model"][k]]:
+        raise UserError(f"checkpoint: {path} holds a model of another shape: {', '.join(other)}")
+    is_same_data = record["data"] == now["data"]
+    if not is_same_data and not accept_other_data:
+        raise UserError(
+            f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {now['data']}); "
+            f"resume_changes=true goes on with these"
+        )
+    before = _flat(record)
+    for key, value in _flat(now).items():
+        if before.get(key) != value:
+            log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
+
+    trainer.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
+    load_optimizer_tensors(trainer.optimizer, trainer.model, checkpoint.read_tensors(path, "optimizer/"))
+    if trainer.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
+        trainer.scaler.load_state_dict(record["scaler"])
+    trainer.nonfinite.load_state(record["steps_left_out"])
+    progress = Progress(**record["progress"])
+    blocks_used = progress.position * record["train"]["batch_size"]
+    position = blocks_used // trainer.config.batch_size if is_same_data else 0
+    trainer.progress = replace(progress, position=position)
+    trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].to(trainer.device)
+    RandomState(trainer.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
+
+
+def _flat(circumstances: dict[str, Any]) -> dict[str, Any]:
+    groups = ("model", "train", "versions")
+    values = {f"{group}.{key}": value for group in groups for key, value in circumstances[group].items()}
+    return {**values, "data": circumstances["data"]}

@@ -1,0 +1,47 @@
+"""All that may go wrong with a run, done to it: `python -m tests.stress`. Prints a table, fails if anything was found.
+
+`--small` does a little of each, as the tests do; names of experiments do only those.
+"""
+
+import argparse
+import logging
+import platform
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.stress.experiments import EXPERIMENTS, Row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
+    parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help=", ".join(EXPERIMENTS))
+    parser.add_argument("--small", action="store_true", help="a little of each")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="repeats what another run did")
+    options = parser.parse_args()
+    logging.disable()  # the warnings are what is tested
+    print(f"{platform.machine()}, Python {platform.python_version()}, seed {options.seed}\n")
+    print(f"{'fault':<58}{'injected':>8}  {'':<38}{'found':>5}  remark")
+    wrong: list[str] = []
+    for name in options.experiments or EXPERIMENTS:
+        experiment, count, few = EXPERIMENTS[name]
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            rows = experiment(few if options.small else count, Path(folder) / name, random.Random(options.seed))
+        rows[0].remark = f"{rows[0].remark}  {time.monotonic() - began:.0f} s".strip()
+        for row in rows:
+            show(row)
+            wrong += row.found
+    if wrong:
+        print("\n" + "\n".join(wrong), file=sys.stderr)
+        sys.exit(1)
+
+
+def show(row: Row) -> None:
+    print(f"{row.fault:<58}{row.injected:>8}  {row.counted:<38}{len(row.found):>5}  {row.remark}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

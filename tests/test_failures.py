@@ -1,0 +1,153 @@
+"""What ends a run and is no bug: told in a line, with what makes the same steps in less memory."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.config import DataConfig, Divergence, MachineError, TrainingConfig, TrainRun
+from gpt2.failures import explain, is_out_of_memory, machine_error
+from gpt2.run_folder import LAST, step_name
+
+RESUME = "python train.py resume=outputs/runs/a/1"
+
+
+def raised(function, *arguments, **options) -> Exception:
+    with pytest.raises(Exception) as caught:
+        function(*arguments, **options)
+    return caught.value
+
+
+OUT_OF_MEMORY = {
+    "python": lambda: raised(lambda: bytearray(2**62)),
+    "numpy": lambda: raised(np.zeros, 2**60, dtype=np.uint8),
+    "torch_cpu": lambda: raised(torch.empty, 2**60, dtype=torch.uint8),
+    "torch_cuda": lambda: torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.1 GiB.\nSee documentation."
+    ),
+    "bare": MemoryError,
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_memory_that_is_full_is_told_in_a_line(kind):
+    error = OUT_OF_MEMORY[kind]()
+    assert is_out_of_memory(error)
+    told = machine_error(error)
+    assert told.startswith("out of memory: ")
+    assert told.removeprefix("out of memory: ").strip()
+    assert "\n" not in told
+    assert "See documentation" not in told
+
+
+def test_what_was_asked_for_is_told():
+    assert "1152921504606846976 bytes" in machine_error(OUT_OF_MEMORY["torch_cpu"]())
+    assert "Tried to allocate 20.00 MiB" in machine_error(OUT_OF_MEMORY["torch_cuda"]())
+    assert machine_error(MemoryError()) == "out of memory: MemoryError"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_told_with_its_reason_and_where(tmp_path, number):
+    path = tmp_path / "not there yet" / "step.pth"
+    told = machine_error(OSError(number, os.strerror(number), str(path)))
+    assert re.fullmatch(rf"{os.strerror(number)}: {re.escape(str(path))} \([\d,.]+ MB are free there\)", told)
+    assert machine_error(OSError(number, os.strerror(number))) == os.strerror(number)
+    assert machine_error(OSError(number, os.strerror(number), 3)) == os.strerror(number)  # a descriptor
+    assert not is_out_of_memory(OSError(number, os.strerror(number)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_indeed():
+    def write():
+        with Path("/dev/full").open("w") as file:
+            file.write("x")
+
+    assert machine_error(raised(write)) == os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError("no space left"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        ValueError("can't allocate memory"),
+        KeyboardInterrupt(),
+        Divergence("step 3"),
+    ],
+)
+def test_any_other_error_is_none_of_the_machine(tmp_path, error):
+    assert machine_error(error) is None
+    assert isinstance(error, Divergence | KeyboardInterrupt) or explain(error, TrainRun(), tmp_path, RESUME) is None
+
+
+def test_memory_is_told_without_torch():
+    code = (
+        "import sys; from gpt2.failures import machine_error; print(machine_error(MemoryError('x')));"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "out of memory: x\n"
+
+
+def run_of(batch_size: int, accumulation_steps: int = 1) -> TrainRun:
+    train = TrainingConfig(batch_size=batch_size, accumulation_steps=accumulation_steps, learning_rate=3e-4)
+    return TrainRun(train=train, data=DataConfig(max_length=512))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 8, 9, 12, 15, 35, 49, 97, 1000])
+@pytest.mark.parametrize("accumulation_steps", [1, 3, 16])
+def test_what_is_proposed_makes_steps_of_the_same_size_in_smaller_passes(tmp_path, batch_size, accumulation_steps):
+    told = str(explain(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
+    [proposal] = re.findall(r"(train\.batch_size=(\d+) train\.accumulation_steps=(\d+)) makes the same steps", told)
+    smaller, more = int(proposal[1]), int(proposal[2])
+    assert smaller * more == batch_size * accumulation_steps
+    assert 1 <= smaller < batch_size
+    assert smaller >= batch_size // 2 or all(batch_size % n for n in range(smaller + 1, batch_size))  # the next smaller
+    assert f"A pass was train.batch_size={batch_size} blocks of data.max_length=512 tokens" in told
+    assert f"a step train.accumulation_steps={accumulation_steps} of them" in told
+
+
+def test_a_pass_of_one_block_cannot_be_cut_so_its_activations_are_computed_twice(tmp_path):
+    told = str(explain(MemoryError(), run_of(1), tmp_path, RESUME))
+    assert "train.gradient_checkpointing=true makes the same steps in less memory" in told
+    assert "and so does" not in told
+    assert "accumulation_steps=1 of them" in told
+
+
+@pytest.mark.xfail(strict=True, reason="it is proposed whether or not it is on")
+def test_what_is_on_already_is_not_proposed(tmp_path):
+    config = run_of(1)
+    config.train.gradient_checkpointing = True
+    assert "train.gradient_checkpointing=true" not in str(explain(MemoryError(), config, tmp_path, RESUME))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "exit_code", "command"),
+    [
+        (Divergence("step 9: the loss is nan"), Divergence, 3, "train.learning_rate=0.00015 resume_changes=true"),
+        (OSError(errno.ENOSPC, "No space left on device"), MachineError, 1, ""),
+        (MemoryError(), MachineError, 1, "train.batch_size=4 train.accumulation_steps=2 resume_changes=true"),
+    ],
+)
+def test_how_to_go_on_is_told_where_something_is_saved(tmp_path, error, kind, exit_code, command):
+    nothing = explain(error, run_of(8), tmp_path, RESUME)
+    assert (type(nothing), nothing.exit_code) == (kind, exit_code)
+    assert "go on with" not in str(nothing)
+    (tmp_path / "checkpoints").mkdir()
+    for name in (step_name(999), step_name(1200), LAST):
+        (tmp_path / "checkpoints" / name).touch()
+    saved = explain(error, run_of(8), tmp_path, RESUME)
+    assert type(saved) is kind
+    assert str(saved).startswith(str(nothing))
+    assert str(saved).endswith(f". Step 1,200 is saved, go on with: {RESUME} {command}".rstrip())
+    assert len(saved.faults) == 1
+    assert "\n" not in saved.faults[0]

@@ -1,0 +1,373 @@
+"""Steps that are not finite: what they leave untouched, what is told of them, and when they end a run."""
+
+import json
+import signal
+from math import inf, isnan, nan
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.test_train as training
+from gpt2 import checkpoint, fault_injection, run_folder
+from gpt2.config import Divergence, TrainingConfig
+from gpt2.nonfinite import NonFiniteSteps, broken, gradient_norms
+from gpt2.optimizer import build_optimizer, optimizer_tensors
+from gpt2.tracking import Tracker, read_metrics
+from tests.helpers import noisy_model, tiny_config
+from tests.test_train import InterruptsAt, assert_same_state, logged, make_trainer
+
+blocks = training.blocks  # the fixture
+FIRST = "token_embedding.weight"
+LAST = "final_norm.bias"
+
+both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["host_waits", "host_runs_ahead"])
+
+
+def make_judge(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteSteps:
+    """Of a small model. `ahead`: as on CUDA, where the optimizer leaves out by itself and the host hears it later."""
+    config = TrainingConfig(learning_rate=1e-2, **options)
+    model = noisy_model(tiny_config())
+    judge = NonFiniteSteps(model, build_optimizer(model, config), config, loss_is_scaled)
+    judge.host_runs_ahead = ahead
+    return judge
+
+
+def take_step(judge: NonFiniteSteps, number: int, spoiled: str | None = None, value: float = nan, loss: float = 1.0):
+    """A step with a random gradient, the same for the same number; one element of that parameter's is spoiled."""
+    random = torch.Generator().manual_seed(number)
+    for name, parameter in judge.model.named_parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+        if name == spoiled:
+            parameter.grad.view(-1)[-1] = value
+    admitted = judge.admits(f"step {number}", torch.tensor(loss), gradient_norms(judge.model))
+    if admitted:
+        judge.optimizer.step()
+    return admitted
+
+
+def state(judge: NonFiniteSteps) -> dict[str, torch.Tensor]:
+    tensors = {**judge.model.state_dict(), **optimizer_tensors(judge.optimizer, judge.model)}
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert not [name for name in left if not torch.equal(left[name], right[name])]
+
+
+WRONG = [
+    ({"spoiled": FIRST}, f"the gradient of {FIRST} is not finite"),
+    ({"spoiled": LAST, "value": -inf}, f"the gradient of {LAST} is not finite"),
+    ({"loss": nan}, "the loss is nan"),
+    ({"loss": -inf, "spoiled": LAST, "value": inf}, f"the loss is -inf and the gradient of {LAST} is not finite"),
+]
+
+
+@both_ways
+@pytest.mark.parametrize(("wrong", "told"), WRONG)
+@pytest.mark.parametrize("number", [1, 4])
+def test_stop_raises_before_anything_changed_and_says_where(ahead, wrong, told, number):
+    judge = make_judge(ahead)
+    for good in range(1, number):
+        take_step(judge, good)
+    before = state(judge)
+    with pytest.raises(Divergence, match=f"^step {number}: {told}; the weights are as before it") as end:
+        take_step(judge, number, **wrong)
+        assert ahead  # it is told when the next step is under way, and before that changes anything
+        take_step(judge, number + 1)
+    assert_same({name: tensor for name, tensor in state(judge).items() if name in before}, before)
+    assert "\n" not in str(end.value)
+
+
+@both_ways
+def test_one_look_is_enough_and_nothing_is_told_twice(ahead, caplog):
+    judge = make_judge(ahead, on_nonfinite="skip")
+    assert judge.hear()
+    take_step(judge, 1, loss=nan)
+    assert judge.hear() is not ahead
+    assert judge.hear()
+    assert judge.total == 1
+    assert len(caplog.records) == 1
+    assert "step 1: the loss is nan: left out, 1 so far" in caplog.text
+
+
+def test_the_first_parameter_is_named_and_the_others_are_counted():
+    judge = make_judge()
+    for parameter in judge.model.parameters():
+        parameter.requires_grad_(False)
+    judge.model.final_norm.weight.requires_grad_(True)
+    judge.model.final_norm.bias.requires_grad_(True)
+    judge.optimizer = build_optimizer(judge.model, judge.config)
+    for parameter in (judge.model.final_norm.weight, judge.model.final_norm.bias):
+        parameter.grad = torch.full_like(parameter, inf)
+    told = r"the gradient of final_norm.weight is not finite, nor that of 1 other parameters"
+    with pytest.raises(Divergence, match=told):
+        judge.admits("step 1", torch.tensor(1.0), gradient_norms(judge.model))
+
+
+@both_ways
+@pytest.mark.parametrize("wrong", [wrong for wrong, _ in WRONG])
+@pytest.mark.parametrize("left_out", [{1}, {3}, {1, 2, 5}, {6}])
+def test_a_skipped_step_is_as_if_it_had_not_been(ahead, wrong, left_out):
+    skipping, never = make_judge(ahead, on_nonfinite="skip"), make_judge()
+    for number in range(1, 7):
+        take_step(skipping, number, **(wrong if number in left_out else {}))
+        if number not in left_out:
+            take_step(never, number)
+    skipping.hear()
+    assert_same(state(skipping), state(never))
+    assert skipping.total == len(left_out)
+    assert skipping.in_a_row == (6 in left_out)
+
+
+@both_ways
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_so_many_steps_are_skipped_one_after_another_and_one_more_ends_the_run(ahead, limit):
+    judge = make_judge(ahead, on_nonfinite="skip", nonfinite_limit=limit)
+    number = 0
+    for _ in range(2):  # a good step begins the count anew
+        for _ in range(limit):
+            take_step(judge, number := number + 1, loss=nan)
+        take_step(judge, number := number + 1)
+        judge.hear()
+        assert judge.in_a_row == 0
+    before = state(judge)
+    for _ in range(limit):
+        take_step(judge, number := number + 1, loss=nan)
+    with pytest.raises(Divergence, match=f"^step {number + 1}: .* more than train.nonfinite_limit={limit} steps"):
+        take_step(judge, number + 1, loss=nan)
+        judge.hear()
+    assert judge.total == 3 * limit + 1
+    assert_same(state(judge), before)
+
+
+@both_ways
+def test_the_count_goes_on_after_a_resumption(ahead):
+    options = {"on_nonfinite": "skip", "nonfinite_limit": 3}
+    first, second = make_judge(ahead, **options), make_judge(ahead, **options)
+    for number in (1, 2, 4, 5):
+        take_step(first, number, loss=nan)
+        if number == 2:
+            take_step(first, 3)
+    first.hear()
+    second.load_state(json.loads(json.dumps(first.state())))
+    assert second.state() == first.state() == {"total": 4, "in_a_row": 2}
+    take_step(second, 6, loss=nan)
+    with pytest.raises(Divergence, match="nonfinite_limit=3"):
+        take_step(second, 7, loss=nan)
+        second.hear()
+    assert second.total == 6
+
+
+@both_ways
+def test_fp16_takes_an_overflowing_gradient_for_a_scale_that_is_too_large_but_no_loss(ahead):
+    judge = make_judge(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
+    assert take_step(judge, 1, spoiled=FIRST, value=inf)  # for the scaler itself leaves it out
+    judge.hear()
+    with pytest.raises(Divergence, match="step 2: the loss is nan"):
+        take_step(judge, 2, loss=nan)
+        judge.hear()
+
+
+@pytest.mark.xfail(strict=True, reason="the scaler looks at gradients only, and it is left to the scaler")
+@both_ways
+def test_fp16_leaves_out_a_step_whose_loss_alone_is_not_finite(ahead):
+    judge, scaler = make_judge(ahead, loss_is_scaled=True, on_nonfinite="skip"), torch.amp.GradScaler("cpu")
+    before = state(judge)
+    for parameter in judge.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    scaler.scale(torch.tensor(1.0))
+    scaler.unscale_(judge.optimizer)
+    if judge.admits("step 1", torch.tensor(nan), gradient_norms(judge.model)):
+        scaler.step(judge.optimizer)
+    judge.hear()
+    assert judge.total == 1
+    assert_same({name: state(judge)[name] for name in before}, before)
+
+
+def test_broken_names_what_holds_a_number_that_is_none():
+    good = {
+        "large": torch.full((9,), 3e38),  # whose sum is infinite
+        "bf16": torch.full((9,), 3e38, dtype=torch.bfloat16),
+        "fp16": torch.full((9,), 65504.0, dtype=torch.float16),
+        "fp64": torch.tensor([1e308, 1e308], dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        "zero_dim": torch.tensor(1.0),
+        "integers": torch.tensor([2**62, -1]),
+        "bytes": torch.tensor([255], dtype=torch.uint8),
+    }
+    assert broken(good) == []
+    for name in ("large", "bf16", "fp16", "fp64", "zero_dim"):
+        for value in (nan, inf, -inf):
+            spoiled = {**good, name: good[name].clone()}
+            spoiled[name].view(-1)[-1] = value
+            assert broken(spoiled) == [name]
+
+
+# A whole run
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    return lambda text: monkeypatch.setenv(fault_injection.VARIABLE, text)
+
+
+def run(blocks, folder: Path, ahead: bool = False, tracker: type[Tracker] | None = None, load: bool = False, **options):
+    """A run of 9 steps, evaluated, saved and logged at each unless told otherwise."""
+    folder.mkdir(exist_ok=True)
+    each = {"eval_every": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 99, "max_steps": 9}
+    trainer = make_trainer(blocks, folder, 0.1, tracker=(tracker or Tracker)(folder), **{**each, **options})
+    trainer.nonfinite.host_runs_ahead = ahead
+    if load:
+        trainer.load_checkpoint(str(folder / run_folder.LAST))
+        trainer.tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
+    trainer.train()
+    return trainer
+
+
+def assert_finite_checkpoints(folder: Path, *steps: int) -> None:
+    assert [run_folder.step_of(path) for path in sorted(folder.glob("step_*"))] == list(steps)
+    for path in folder.glob("*.pth"):
+        checkpoint.verify(path)
+        assert broken(checkpoint.read_tensors(path)) == []
+
+
+def losses(folder: Path) -> dict[int, float | None]:
+    return {r["step"]: r["train/loss"] for r in read_metrics(folder / "metrics.jsonl") if "train/loss" in r}
+
+
+NOT_FINITE = ["nan_loss", "inf_loss", "nan_gradient", "inf_gradient"]
+
+
+@both_ways
+@pytest.mark.parametrize("kind", [*NOT_FINITE, "nan_weight"])
+def test_a_run_stops_at_the_step_that_is_not_finite_and_keeps_what_is_from_before(blocks, tmp_path, fault, kind, ahead):
+    fault(f"{kind}@7")
+    with pytest.raises(Divergence, match=r"^step 7 \(batch 2 of epoch 2\): the (loss|gradient of)") as end:
+        run(blocks, tmp_path, ahead)
+    assert ("the loss is" in str(end.value)) == (kind in ("nan_loss", "inf_loss", "nan_weight"))
+    assert_finite_checkpoints(tmp_path, 1, 2, 3, 4, 5, 6)
+    assert checkpoint.read_record(tmp_path / run_folder.LAST)["progress"]["step"] == 6
+    assert None not in losses(tmp_path).values()
+
+
+@both_ways
+@pytest.mark.parametrize("only", ["log_every", "eval_every", "save_every"])
+def test_nothing_is_logged_or_saved_of_the_step_that_stops_a_run(blocks, tmp_path, fault, ahead, only):
+    fault("nan_gradient@7")
+    with pytest.raises(Divergence, match=r"^step 7 "):
+        run(blocks, tmp_path, ahead, **{"log_every": 99, "eval_every": 99, "save_every": 99, only: 1})
+    assert max(record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")) == (1 if "save" in only else 6)
+    assert_finite_checkpoints(tmp_path, *([] if "log" in only else range(1, 7)))  # each evaluation is the best so far
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "out_of_host_memory"])
+def test_a_run_out_of_memory_keeps_what_is_from_before(blocks, tmp_path, fault, kind):
+    fault(f"{kind}@7")
+    with pytest.raises(RuntimeError, match=r"out of memory|can't allocate memory"):
+        run(blocks, tmp_path)
+    assert_finite_checkpoints(tmp_path, 1, 2, 3, 4, 5, 6)
+
+
+@both_ways
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_a_run_that_skips_never_logs_or_saves_what_is_not_finite(blocks, tmp_path, fault, kind, ahead):
+    fault(f"{kind}@1,{kind}@4-6")
+    trainer = run(blocks, tmp_path, ahead, on_nonfinite="skip", nonfinite_limit=3)
+    assert_finite_checkpoints(tmp_path, *range(1, 10))
+    assert trainer.progress.step == 9
+    by_step = losses(tmp_path)
+    # Where the gradient alone is spoiled there is a loss; of a step without one, the record says so.
+    without = {1, 4, 5, 6} if kind in ("nan_loss", "inf_loss") else set()
+    assert {step for step, loss in by_step.items() if loss is None} == without
+    assert all(1 < loss < 5 for loss in by_step.values() if loss is not None)
+    records = {r["step"]: r for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r}
+    assert [records[n]["train/steps_left_out"] for n in range(1, 10)] == [1, 1, 1, 2, 3, 4, 4, 4, 4]
+    assert {step for step, record in records.items() if record["train/grad_norm"] is None} == {1, 4, 5, 6}
+    saved = [checkpoint.read_record(path)["steps_left_out"]["in_a_row"] for path in sorted(tmp_path.glob("step_*"))]
+    assert saved == [1, 0, 0, 1, 2, 3, 0, 0, 0]
+
+
+def test_whether_the_host_runs_ahead_makes_no_difference_to_a_run(blocks, tmp_path, fault):
+    fault("nan_loss@2,inf_gradient@4-5,inf_loss@9")
+    for options in ({}, {"eval_every": 99, "save_every": 4, "log_every": 3}):
+        for ahead in (False, True):
+            run(blocks, tmp_path / str(ahead), ahead, on_nonfinite="skip", **options)
+        assert_same_state(tmp_path / "False" / run_folder.LAST, tmp_path / "True" / run_folder.LAST)
+        assert logged(tmp_path / "False") == logged(tmp_path / "True")
+        for path in (tmp_path / "False").glob("*.pth"):
+            left_out = [
+                checkpoint.read_record(tmp_path / way / path.name)["steps_left_out"] for way in ("False", "True")
+            ]
+            assert left_out[0] == left_out[1]
+
+
+def test_the_mean_loss_that_is_logged_is_that_of_the_steps_that_were_taken(blocks, tmp_path, fault):
+    fault("nan_loss@5,inf_loss@7-9")
+    run(blocks, tmp_path / "each", on_nonfinite="skip")
+    trainer = run(blocks, tmp_path / "third", on_nonfinite="skip", log_every=3)
+    each, third = losses(tmp_path / "each"), losses(tmp_path / "third")
+    assert third == {
+        1: each[1],
+        3: pytest.approx((each[2] + each[3]) / 2),
+        6: pytest.approx((each[4] + each[6]) / 2),
+        9: None,
+    }
+    assert trainer.losses_since_log.tolist() == [0, 0]
+
+
+def test_the_loss_of_an_epoch_without_a_finite_step_is_no_number(blocks, tmp_path, fault):
+    fault("nan_loss@1-5")
+    trainer = make_trainer(blocks, tmp_path, on_nonfinite="skip")
+    assert isnan(trainer.train_epoch())
+
+
+@both_ways
+@pytest.mark.parametrize("stop_at", [3, 5, 6])
+def test_a_skipping_run_that_was_interrupted_is_the_uninterrupted_one(blocks, tmp_path, fault, ahead, stop_at):
+    fault("nan_loss@3-5,inf_gradient@8")
+    options = {"on_nonfinite": "skip", "ahead": ahead, "eval_every": 4, "save_every": 99}
+    run(blocks, tmp_path / "straight", **options)
+    first = run(blocks, tmp_path / "cut", tracker=lambda folder: InterruptsAt(folder, stop_at), **options)
+    assert (first.interrupted_by, first.progress.step) == (signal.SIGINT, stop_at)
+    run(blocks, tmp_path / "cut", load=True, **options)
+    for name in (run_folder.LAST, run_folder.BEST):
+        assert_same_state(tmp_path / "straight" / name, tmp_path / "cut" / name)
+        left_out = [checkpoint.read_record(tmp_path / run / name)["steps_left_out"] for run in ("straight", "cut")]
+        assert left_out[0] == left_out[1]
+    assert logged(tmp_path / "straight") == logged(tmp_path / "cut")
+
+
+@both_ways
+def test_an_interruption_does_not_lengthen_the_limit(blocks, tmp_path, fault, ahead):
+    fault("nan_gradient@3-9")
+    options = {"on_nonfinite": "skip", "nonfinite_limit": 3, "ahead": ahead, "eval_every": 99, "save_every": 99}
+    run(blocks, tmp_path, tracker=lambda folder: InterruptsAt(folder, 4), **options)
+    with pytest.raises(Divergence, match=r"^step 6 .* more than train.nonfinite_limit=3"):
+        run(blocks, tmp_path, load=True, **options)
+
+
+def test_weights_that_are_not_finite_are_never_saved_even_if_skipping(blocks, tmp_path, fault):
+    fault("nan_weight@4")
+    with pytest.raises(Divergence, match=r"^step 4: .*final_norm.bias is no longer finite, and is not saved"):
+        run(blocks, tmp_path, on_nonfinite="skip", eval_every=99)
+    assert_finite_checkpoints(tmp_path, 1, 2, 3)
+
+
+@both_ways
+def test_fp16_lowers_its_scale_where_a_gradient_overflows_and_stops_where_a_loss_does(blocks, tmp_path, fault, ahead):
+    options = {"precision": "fp16", "ahead": ahead}
+    fault("inf_gradient@4-5")
+    trainer = run(blocks, tmp_path, **options)
+    assert trainer.nonfinite.total == 2
+    assert trainer.scaler.get_scale() == 2**16 / 4
+    before, after = (checkpoint.read_tensors(tmp_path / run_folder.step_name(step), "model/") for step in (3, 5))
+    assert_same(before, after)
+    assert None not in losses(tmp_path).values()
+    norms = {r["train/grad_norm"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/grad_norm" in r}
+    assert all(0.1 < norm < 10 for norm in norms - {None})  # without the scale
+    fault("nan_loss@4")
+    with pytest.raises(Divergence, match=r"^step 4 .*the loss is nan"):
+        run(blocks, tmp_path / "stopped", **options)
+    assert_finite_checkpoints(tmp_path / "stopped", 1, 2, 3)

@@ -1,0 +1,62 @@
+"""Random states: kept, restored, and left alone."""
+
+import json
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.reproducibility import RandomState
+
+CPU = torch.device("cpu")
+
+
+def draw() -> dict[str, list]:
+    """Of every generator; Gaussian numbers, of which NumPy and Python make two at a time and keep one."""
+    return {
+        "python": [random.gauss(0, 1), random.random()],
+        "numpy": [np.random.randn(), np.random.rand()],
+        "torch": torch.randn(3).tolist(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leave_as_it_was() -> Iterator[None]:
+    before = RandomState.now(CPU)
+    yield
+    before.restore()
+
+
+@pytest.mark.parametrize("drawn", range(3))  # with and without a second number that is kept
+@pytest.mark.parametrize("through_json", [True, False])
+def test_every_generator_goes_on_as_it_would_have(drawn, through_json):
+    for _ in range(drawn):
+        draw()
+    state = RandomState.now(CPU)
+    expected = [draw() for _ in range(400)]  # more than the state has numbers
+    elsewhere = json.loads(json.dumps(state.elsewhere)) if through_json else state.elsewhere
+    RandomState(CPU, state.tensors, elsewhere).restore()
+    assert [draw() for _ in range(400)] == expected
+    state.restore()  # what was drawn has not changed it
+    assert draw() == expected[0]
+
+
+def test_the_state_of_torch_leaves_the_others_alone():
+    state = RandomState.of_torch(CPU)
+    first = draw()
+    state.restore()
+    second = draw()
+    assert second["torch"] == first["torch"]
+    assert second["python"] != first["python"]
+    assert second["numpy"] != first["numpy"]
+    assert state.elsewhere == {}
+
+
+def test_a_state_of_another_kind_of_device_is_left_out():
+    state = RandomState.of_torch(CPU)
+    elsewhere = RandomState(CPU, {**state.tensors, "cuda": torch.zeros(16, dtype=torch.uint8)})
+    first = draw()
+    elsewhere.restore()
+    assert draw()["torch"] == first["torch"]

@@ -1,0 +1,197 @@
+"""Going on with a run from the command line: what may change, who may write, and what happens when things go wrong."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gpt2 import checkpoint, run_folder
+from gpt2.tracking import read_metrics
+from tests.conftest import TINY, Workspace
+from tests.test_scripts import wait_for
+
+AUTO = [*TINY, "train.auto_resume=true"]
+LONG = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5"]
+
+
+def steps(run: Path, key: str = "train/loss") -> list[int]:
+    return [record["step"] for record in read_metrics(run / "metrics.jsonl") if key in record]
+
+
+def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        workspace.command("train.py", *arguments),
+        cwd=workspace.folder,
+        env=workspace.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[checkpoint._read_header(path)[1]["model/final_norm.bias"].begin] ^= 1
+    path.unlink()  # its other names stay what they were
+    path.write_bytes(content)
+
+
+def test_the_same_command_goes_on_with_its_run_and_does_nothing_when_that_is_finished(workspace: Workspace):
+    first = start(workspace, *AUTO, *LONG)
+    metrics = workspace.folder / "outputs/runs/gpt2"
+    wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
+    first.send_signal(signal.SIGUSR1)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGUSR1
+    (run,) = workspace.runs()
+    assert f"train.py resume={run.relative_to(workspace.folder)}" in output
+    stopped_at = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["progress"]["step"]
+
+    again = start(workspace, *AUTO, *LONG)
+    wait_for(lambda: steps(run)[-1] > stopped_at + 10)
+    again.send_signal(signal.SIGTERM)
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 128 + signal.SIGTERM
+    assert f"Going on after step {stopped_at:,}" in output
+    assert steps(run) == sorted(set(steps(run)))
+    assert workspace.runs() == [run]
+
+    done = workspace.run("train.py", *AUTO)  # another command: another run
+    assert len(workspace.runs()) == 2
+    assert "Going on" not in done.stdout
+    other = max(workspace.runs(), key=lambda path: path.stat().st_mtime)
+    before = (other / "checkpoints" / run_folder.LAST).read_bytes()
+    assert "Going on after step 8" in workspace.run("train.py", *AUTO).stdout
+    assert (other / "checkpoints" / run_folder.LAST).read_bytes() == before
+    assert steps(other, "val/loss") == [4, 8]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(workspace: Workspace):
+    running = start(workspace, *AUTO, *LONG, "train.save_every=99999", "train.eval_every=99999", "wandb=offline")
+    metrics = workspace.folder / "outputs/runs/gpt2"
+    wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
+    running.kill()
+    running.communicate()
+    (run,) = workspace.runs()
+    wandb_id = (run / "wandb_id").read_text()
+    command = [*AUTO, *LONG, "train.save_every=99999", "train.eval_every=99999", "wandb=offline"]
+    again = start(workspace, *command)
+    wait_for(lambda: steps(run)[:1] == [1] and (run / ".lock").read_text().startswith(f"process {again.pid} "))
+    again.send_signal(signal.SIGINT)
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 130
+    assert "Going on after" not in output
+    assert steps(run) == sorted(set(steps(run)))
+    assert (run / "wandb_id").read_text() == wandb_id
+
+
+def test_a_second_process_is_refused_and_told_who_is_at_work(workspace: Workspace):
+    running = start(workspace, *AUTO, *LONG, "train.save_every=5")
+    wait_for(lambda: list(workspace.folder.glob("outputs/runs/*/*/checkpoints/last.pth")))
+    (run,) = workspace.runs()
+    before = (run / ".hydra" / "config.yaml").read_text()
+    for arguments in (["resume=latest"], [*AUTO, *LONG, "train.save_every=5"]):
+        refused = workspace.run("train.py", *arguments, expect=2)
+        assert f"is being written by process {running.pid} on " in refused.stderr
+        assert "Going on" not in refused.stdout
+    running.kill()
+    running.communicate()
+    assert (run / ".hydra" / "config.yaml").read_text() == before
+    workspace.run("train.py", "resume=latest", f"train.max_steps={steps(run)[-1] + 5}")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace: Workspace):
+    workspace.run("train.py", *TINY, "train.max_steps=6", "train.save_every=2")
+    (run,) = workspace.runs()
+    newest, before = run_folder.newest_first(run / "checkpoints")[:2]
+    damage(newest)
+    (run / "checkpoints" / run_folder.LAST).unlink()
+    (run / "checkpoints" / run_folder.BEST).unlink()
+    written = workspace.run("generate.py", "prompt=def f")
+    assert f"{newest.relative_to(workspace.folder)} is damaged: the checksum of " in written.stderr
+    assert f"Taken instead: {before.relative_to(workspace.folder)}" in written.stderr
+    resumed = workspace.run("train.py", "resume=latest")
+    assert f"{newest.name} is damaged" in resumed.stdout
+    assert "Going on after step 4" in resumed.stdout
+    assert steps(run, "val/loss") == [4, 6]
+    for path in (run / "checkpoints").iterdir():
+        checkpoint.verify(path)
+        damage(path)
+    refused = workspace.run("train.py", "resume=latest", expect=2)
+    assert len(refused.stderr.splitlines()) == 4
+
+
+def test_what_would_change_the_run_is_refused_or_listed(workspace: Workspace):
+    options = ["data.tokenizer=train", "data.vocab_size=270"]
+    workspace.run("train.py", *TINY, *options)
+    (run,) = workspace.runs()
+    changes = {
+        "train.batch_size=2": "train.batch_size: 2 was asked for, the run has 4",
+        "train.accumulation_steps=3": "train.accumulation_steps: 3 was asked for, the run has 1",
+        "train.seed=5": "train.seed: 5 was asked for, the run has 1",
+        "train.weight_decay=0.5": "train.weight_decay: 0.5 was asked for, the run has 0.01",
+        "model.dropout=0.3": "model.dropout: 0.3 was asked for, the run has 0.0",
+        "data.validation_fraction=0.2": "data.validation_fraction: 0.2 was asked for, the run has 0.1",
+        "name=other": "name: other was asked for, the run has gpt2",
+        "inference=greedy": "inference.do_sample: False was asked for, the run has True",
+        "experiment=quickstart": "model.d_model: 128 was asked for, the run has 32",
+    }
+    refused = workspace.run("train.py", "resume=latest", *changes, expect=2)
+    assert not [told for told in changes.values() if told not in refused.stderr], refused.stderr
+    same = ["data=text", "train.batch_size=4", *options]
+    workspace.run("train.py", "resume=latest", *same, "train.max_steps=9")
+
+    accepted = ["train.batch_size=2", "train.seed=5", "model.dropout=0.3", "data.validation_fraction=0.2"]
+    done = workspace.run("train.py", "resume=latest", "train.max_steps=12", *accepted, "resume_changes=true")
+    for told in ("train.batch_size is 2, it was 4", "train.seed is 5, it was 1", "model.dropout is 0.3, it was 0.0"):
+        assert f"Changed: {told}" in done.stdout
+    assert "Changed: data is" in done.stdout
+    assert "Going on after step 9" in done.stdout
+    kept = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
+    assert (kept["train"]["batch_size"], kept["model"]["dropout"], kept["resume_changes"]) == (2, 0.3, True)
+    assert workspace.run("train.py", "resume=latest", "train.max_steps=14").stdout.count("Changed") == 1
+    shape = workspace.run("train.py", "resume=latest", "model.d_model=64", "resume_changes=true", expect=2)
+    assert "holds a model of another shape: d_model=32, not 64" in shape.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "told"),
+    [
+        ("nan_gradient@6", 3, "step 6 (batch 6 of epoch 1): the gradient of final_norm.weight is not finite"),
+        ("out_of_memory@6", 1, "train.batch_size=2 train.accumulation_steps=2 makes the same steps in less memory"),
+        ("out_of_host_memory@6", 1, "train.gradient_checkpointing=true"),
+    ],
+)
+def test_what_ends_a_run_is_told_in_a_line_with_how_to_go_on(workspace: Workspace, fault, code, told):
+    workspace.environment["GPT2_FAULT"] = fault
+    ended = workspace.run("train.py", *TINY, expect=code)
+    (line,) = ended.stderr.splitlines()
+    assert told in line
+    assert "Step 4 is saved, go on with: python train.py resume=outputs/runs/gpt2/" in line
+    del workspace.environment["GPT2_FAULT"]
+    arguments = line.split("python train.py ")[1].split()
+    assert "Going on after step 4" in workspace.run("train.py", *arguments).stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_preparation_ends_it_and_leaves_nothing_behind(workspace: Workspace, number):
+    (workspace.folder / "corpus.txt").write_text("some more words to be counted " * 400_000)
+    running = start(workspace, *TINY, "data.tokenizer=train", "data.vocab_size=300")
+    wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.making-*")))
+    os.kill(running.pid, number)
+    output, _ = running.communicate(timeout=10)
+    assert running.returncode == 128 + number
+    assert "Traceback" not in output
+    assert not list(workspace.folder.glob("cache/gpt2/tokens/.making-*"))
+    assert workspace.runs() == []
+
+
+def test_texts_too_short_are_told_of_before_training(workspace: Workspace):
+    (workspace.folder / "corpus.txt").write_text("a" * 25)
+    noted = workspace.run("train.py", *TINY)
+    assert "the train split has only 23 tokens, less than one block of data.max_length=32" in noted.stdout
+    (workspace.folder / "corpus.txt").write_text("a")
+    refused = workspace.run("train.py", *TINY, expect=2)
+    assert refused.stderr == "error: data: there is no text in the train split\n"
