@@ -141,7 +141,7 @@ def announce(trainer: "Trainer") -> None:
 def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     """Say how it went, where everything lies, and what to type next."""
     from gpt2.evaluate import perplexity
-    from gpt2.run_folder import best_first
+    from gpt2.run_folder import BEST, LAST, best_first
     from gpt2.tracking import draw_curves, read_metrics, time_left
 
     metrics = folder / "metrics.jsonl"
@@ -155,7 +155,8 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
         log.info(
             f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})"
         )
-    kept = ", ".join(path.name for path in best_first(folder / config.train.checkpoint_dir))
+    names = [path.name for path in best_first(folder / config.train.checkpoint_dir)]
+    kept = ", ".join([*(name for name in (BEST, LAST) if name in names), "step_*.pth"])
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
     log.info(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")

@@ -38,7 +38,7 @@ SAFETENSORS_DTYPES = {
     "int64": "I64",
     "uint8": "U8",
 }
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # ends with the text where that is cut
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,20 +246,22 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         record = _parse(metadata.pop(RECORD).encode(), size)
         if record["format"] != FORMAT:
             raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
-        sums, data = json.loads(metadata[TENSOR_SUMS]), 8 + length
+        sums, data = _parse(metadata[TENSOR_SUMS].encode(), size), 8 + length
         tensors = {
             name: Stored(data + entry["data_offsets"][0], data + entry["data_offsets"][1], sums[name])
             for name, entry in header.items()
         }
+        ends = [data, *sorted(stored.end for stored in tensors.values())]
+        if sorted(stored.begin for stored in tensors.values()) != ends[:-1]:
+            raise ValueError("its tensors overlap")
     except OSError as error:
         raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(
             f"checkpoint: {path} is not a checkpoint that this program wrote, or its beginning is damaged"
         ) from error
-    expected = max((stored.end for stored in tensors.values()), default=data)
-    if size != expected:
-        raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {expected:,}")
+    if size != ends[-1]:
+        raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {ends[-1]:,}")
     return record, tensors
 
 

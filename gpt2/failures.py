@@ -5,7 +5,7 @@ The line says what happened, what would help, and how to go on from what is save
 
 import os
 import shutil
-from errno import EDQUOT, EFBIG, ENOSPC
+from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from pathlib import Path
 
 from gpt2.config import Divergence, MachineError, TrainRun, UserError
@@ -16,6 +16,8 @@ def machine_error(error: BaseException) -> str | None:
     """A full disk or memory in a line; None for any other error."""
     if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
         return f"{error.strerror}{_where(error)}"
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # of PyTorch, about shared memory
+        return _first_sentences(error)
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
@@ -31,6 +33,8 @@ def _where(error: OSError) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU or of the host; told by its name, for torch may not be loaded."""
     is_allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == ENOMEM
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_allocation
 
 
@@ -56,10 +60,15 @@ def explain(error: Exception, config: TrainRun, run: Path, command: str) -> User
     if not is_out_of_memory(error):
         return MachineError(f"{problem}; make room{_saved(run, command)}")
     smaller, also = "train.gradient_checkpointing=true", ""
+    if train.batch_size == 1 and train.gradient_checkpointing:
+        return MachineError(
+            f"{problem}, with the smallest passes there are; a smaller model or data.max_length would do"
+        )
     if train.batch_size > 1:
         parts = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
         batch_size, passes = train.batch_size // parts, train.accumulation_steps * parts
-        smaller, also = f"train.batch_size={batch_size} train.accumulation_steps={passes}", f", and so does {smaller}"
+        also = "" if train.gradient_checkpointing else f", and so does {smaller}"
+        smaller = f"train.batch_size={batch_size} train.accumulation_steps={passes}"
     return MachineError(
         f"{problem}. A pass was train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
         f"tokens, a step train.accumulation_steps={train.accumulation_steps} of them; {smaller} makes the same steps "

@@ -24,9 +24,9 @@ def install(trainer: "Trainer") -> None:
     """Hang the faults that are asked for on the model of a trainer."""
     for fault in filter(None, os.environ.get(VARIABLE, "").split(",")):
         match = re.fullmatch(r"(\w+)@(\d+)(?:-(\d+))?", fault)
-        if not match or match[1] not in KINDS:
+        steps = range(int(match[2]), int(match[3] or match[2]) + 1) if match else range(0)
+        if not match or match[1] not in KINDS or not steps or not steps[0]:
             raise ValueError(f"{VARIABLE}={fault}: KIND@STEP or KIND@FIRST-LAST is wanted, KIND of {', '.join(KINDS)}")
-        steps = range(int(match[2]), int(match[3] or match[2]) + 1)
 
         def is_due(steps: range = steps) -> bool:
             return trainer.model.training and trainer.progress.step + 1 in steps

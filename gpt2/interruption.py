@@ -55,8 +55,11 @@ def deferred(remember: Callable[[int], None]) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    before: dict[int, Any] = {}
     try:
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        for number in SIGNALS:
+            before[number] = signal.getsignal(number)
+            signal.signal(number, note)
     except ValueError:  # not the main thread: signals are somebody else's
         yield
         return

@@ -110,16 +110,18 @@ def intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         UserError: All are damaged.
     """
     found: list[str] = []
-    seen: list[tuple[int, int]] = []
+    damaged: list[Path] = []
     for path in candidates:
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in seen:  # another name of a file that is damaged
+        if any(path.exists() and path.samefile(other) for other in damaged if other.exists()):
             continue
-        seen.append((status.st_dev, status.st_ino))
         try:
-            _refuse_another(path, checkpoint.verify(path, prefix))
+            record = checkpoint.verify(path, prefix)
         except UserError as error:
+            damaged.append(path)
             found += error.faults
+            continue
+        if fault := _wrong_name(path, record):
+            found.append(fault)
             continue
         for fault in found:
             log.warning("%s", fault)
@@ -131,15 +133,16 @@ def intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
     return None
 
 
-def _refuse_another(path: Path, record: dict[str, Any]) -> None:
-    """A checkpoint that is whole, but under a name that is not its own."""
+def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
+    """What is wrong with a checkpoint that is whole, but under a name that is not its own."""
     progress = record.get("progress") or {}
     step, number = progress.get("step"), step_of(path)
     if number is not None and number != step:
-        raise UserError(f"checkpoint: {path} is not that of step {number:,}, but of step {step:,}")
+        return f"checkpoint: {path} is not that of step {number}, but of step {step}"
     is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
     if path.name == BEST and not is_best:
-        raise UserError(f"checkpoint: {path} is not the best one, but another of its run")
+        return f"checkpoint: {path} is not the best one, but another of its run"
+    return None
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -156,7 +159,7 @@ def best_first(folder: Path) -> list[Path]:
 
 def folder_of_run(run: Path) -> Path | None:
     """Where the checkpoints of a run lie; `run` may be that folder itself. None if there are none."""
-    return next((path.parent for pattern in ("*.pth", "*/*.pth") for path in sorted(run.glob(pattern))), None)
+    return next((path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in sorted(run.glob(pattern))), None)
 
 
 def latest_run(runs: Path = Path("outputs/runs")) -> Path:
@@ -165,7 +168,7 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
     Raises:
         UserError: There is none.
     """
-    checkpoints = list(runs.glob("*/*/*/*.pth"))
+    checkpoints = list(runs.glob("*/*/*/[!.]*.pth"))
     if not checkpoints:
         raise UserError(
             f"checkpoint: no run with a checkpoint in {runs.absolute()}; train one with "

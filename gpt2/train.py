@@ -259,7 +259,7 @@ class Trainer:
             self._save()
 
     def _log(self, gradient_norm: Tensor) -> None:
-        """Record the mean loss and the speed since the last time. Of steps that were left out there is no loss."""
+        """Record the mean loss and the speed since the last time. A loss that is not finite is left out."""
         self.nonfinite.hear()
         loss = _mean(self.losses_since_log)
         self.losses_since_log.zero_()

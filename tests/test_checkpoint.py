@@ -269,20 +269,12 @@ def peak_memory(read, path: Path) -> int:
 @pytest.mark.parametrize("value", ["0", "1.5", "[]", "{}", '{"a":0}', '"ab"', '""'])
 def test_many_small_values_in_a_header_are_not_built_in_memory(tmp_path, value):
     path = tmp_path / "step.pth"
-    text = f'{{"__metadata__":{{"gpt2":[{",".join([value] * (4_000_000 // (len(value) + 1)))}]}}}}'.encode()
+    text = f'{{"__metadata__":{{"gpt2":[{",".join([value] * (2_000_000 // (len(value) + 1)))}]}}}}'.encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     assert peak_memory(checkpoint.read_record, path) < 4 * path.stat().st_size  # a good one takes 3 times its header
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "record",
-        pytest.param(
-            "sums", marks=pytest.mark.xfail(strict=True, reason="the checksums of tensors are parsed without a look")
-        ),
-    ],
-)
+@pytest.mark.parametrize("place", ["record", "sums"])
 def test_nor_are_many_small_values_in_the_texts_of_a_header_whose_checksum_is_right(tmp_path, place):
     path, bomb = tmp_path / "step.pth", f"[{','.join(['[]'] * 1_300_000)}]"
     forge(path, **{"record": f'{{"format":{checkpoint.FORMAT}}}', place: bomb}, x={"data_offsets": [0, 0]})
@@ -320,17 +312,16 @@ def test_a_claim_of_a_huge_header_takes_no_memory(tmp_path):
         assert peak_memory(checkpoint.read_record, tmp_path / "step.pth") < 2**20
 
 
-@pytest.mark.xfail(strict=True, reason="looking for texts takes time with the square of the number of quotes")
 def test_a_header_whose_length_is_damaged_is_refused_as_quickly_as_any(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(3_000)})})
+    checkpoint.write(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(20_000)})})
     content = path.read_bytes()
     length = header_length(content)
     flip = next(2**bit for bit in reversed(range(25)) if length & 2**bit and length - 2**bit > length * 2 / 3)
     path.write_bytes((length - flip).to_bytes(8, "little") + content[8:])  # now it ends within the record
     began = time.process_time()
     assert is_refused(checkpoint.read_record, path)
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - began < 5  # with the square of its length it would be 50
 
 
 # The format

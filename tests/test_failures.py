@@ -123,7 +123,6 @@ def test_a_pass_of_one_block_cannot_be_cut_so_its_activations_are_computed_twice
     assert "accumulation_steps=1 of them" in told
 
 
-@pytest.mark.xfail(strict=True, reason="it is proposed whether or not it is on")
 def test_what_is_on_already_is_not_proposed(tmp_path):
     config = run_of(1)
     config.train.gradient_checkpointing = True

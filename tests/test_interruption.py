@@ -94,7 +94,6 @@ def test_off_the_main_thread_signals_stay_with_whom_they_are(acted):
     assert (remembered, acted) == ([], [signal.SIGTERM])
 
 
-@pytest.mark.xfail(strict=True, raises=NameError, reason="there is nothing to restore yet, not even an empty one")
 @pytest.mark.parametrize("number", SIGNALS[:2])
 def test_a_signal_that_comes_while_its_handlers_are_put_in_place_is_remembered_or_acts(acted, monkeypatch, number):
     set_handler, installed = signal.signal, []
