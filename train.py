@@ -43,6 +43,8 @@ def main(config: TrainRun) -> float | None:
         raise UserError(
             f"{folder} already holds a run; go on with it (resume={os.path.relpath(folder)}) or take another"
         )
+    if not config.resume and (folder / "metrics.jsonl").exists():
+        log.warning(f"Note: {os.path.relpath(folder)} holds no checkpoint to go on from: its run begins anew")
     model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
     train_set, val_set, test_set, tokenizer = load_text_data(config.data)
     train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
@@ -56,7 +58,12 @@ def main(config: TrainRun) -> float | None:
 
     settings = asdict(replace(config, model=model.config))
     checkpoint_dir = folder / config.train.checkpoint_dir
-    wandb_id = read_record(Path(config.resume))["wandb_id"] if config.resume else None
+    kept, wandb_id = asdict(config), None
+    if config.resume:
+        record = read_record(Path(config.resume))
+        wandb_id = record["wandb_id"]
+        if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
+            kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
     wandb_run = start_wandb(config.wandb, folder, Path("outputs"), config.name, settings, wandb_id)
     with explained(config, folder), Tracker(folder, wandb_run) as tracker:
         trainer = Trainer(
@@ -67,7 +74,7 @@ def main(config: TrainRun) -> float | None:
             str(checkpoint_dir),
             tracker,
             write_sample,
-            run=asdict(config),
+            run=kept,
         )
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)

@@ -54,7 +54,9 @@ def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> N
     Raises:
         OSError: There is no room for it, or no permission.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flush(path.parent.parent)
     text = json.dumps({"format": FORMAT, **record})
     with beside(path) as temporary:
         with temporary.open("wb") as file:

@@ -51,7 +51,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
-            leave_when_asked()
+            leave_when_asked(also_by_ctrl_c=name != "generate")  # where Ctrl-C ends a text
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
             for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark
                 if isinstance(stream, TextIOWrapper):
@@ -106,8 +106,8 @@ def output_folder() -> Path:
 
 def remove_if_nothing_happened(folder: Path) -> None:
     """Remove the folder of a run that found out, before it began, that it cannot: only Hydra has written to it."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    if all(path.parent.name == ".hydra" or path.suffix == ".log" or path.name == LOCK for path in files):
+    hydras = {folder / LOCK, folder / f"{HydraConfig.get().job.name}.log", *(folder / ".hydra").glob("*")}
+    if all(path in hydras for path in folder.rglob("*") if not path.is_dir()):
         shutil.rmtree(folder)
         with suppress(OSError):  # other runs of that name are there
             folder.parent.rmdir()
@@ -160,13 +160,14 @@ def folder_arguments(overrides: list[str]) -> list[str]:
     chosen = [override.value() for override in parsed(overrides) if override.key_or_group == "hydra.run.dir"]
     if composed.resume is None and not composed.train.auto_resume:
         return []
-    if composed.resume is not None:
-        resume = composed.resume
-    elif chosen:
-        resume = chosen[-1]
-    else:
-        identity = sha256("\n".join(sorted(overrides)).encode()).hexdigest()[:8]
-        resume = f"outputs/runs/{composed.name}/auto-{identity}"
+    if chosen and composed.resume is not None:
+        raise UserError("hydra.run.dir: a run that is resumed goes on in its own folder; drop one of the two")
+    if chosen and "${" in str(chosen[-1]):
+        raise UserError(f"hydra.run.dir: train.auto_resume needs a plain name, {chosen[-1]} may be another each time")
+    last = {override.key_or_group: override.input_line for override in parsed(overrides)}
+    identity = sha256("\n".join(sorted(map(str, last.values()))).encode()).hexdigest()[:8]
+    own = f"outputs/runs/{composed.name}/auto-{identity}"
+    resume = composed.resume or (chosen[-1] if chosen else own)
     path = resumed_checkpoint(str(resume))
     folder = str(path.parent.parent if path else resume)
     arguments = {"hydra.run.dir": folder, "resume": resume}

@@ -31,6 +31,7 @@ CHANGEABLE = {
     *("train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_every"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("train.on_nonfinite", "train.nonfinite_limit", "train.deterministic", "train.auto_resume"),
+    *("data.cache_dir", "data.preprocessing_num_workers"),
     *("wandb.mode", "wandb.project", "wandb.entity", "resume", "resume_changes"),
 }
 
@@ -80,6 +81,8 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from error
     assert isinstance(config, Run)
+    if isinstance(config, TrainRun) and config.resume is None:
+        config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
     if isinstance(config, TrainRun | GenerateRun):  # neither a shell nor Hydra makes a line break of it
         config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     if found := faults(config):
@@ -226,14 +229,14 @@ def resumed_checkpoint(resume: str) -> Path | None:
 
 def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
     """The configuration that a run was started with, changed where the command line may change it."""
-    record, run = checkpoint.read_record(path), path.parent.parent
+    record = checkpoint.read_record(path)
     saved, done = record["run"], record["progress"]["step"]
     if saved is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to go on with")
     result = merged(TrainRun, saved)
     result.resume_changes = False
     found: list[str] = []
-    asked = asked_of_run(composed, overrides, started_with(run))
+    asked = asked_of_run(composed, overrides, set(saved["started_with"]))
     for key, new in asked.items():
         old = OmegaConf.select(result, key)
         if key in CHANGEABLE or (new != old and composed.resume_changes):
@@ -250,22 +253,18 @@ def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[
     return result
 
 
-def started_with(run: Path) -> set[str]:
-    """The command line that a run was started with, as Hydra keeps it in the run's folder."""
-    file = run / ".hydra" / "overrides.yaml"
-    return set(OmegaConf.load(file)) if file.is_file() else set()
-
-
 def asked_of_run(composed: DictConfig, overrides: list[str], known: set[str]) -> dict[str, Any]:
     """What a command line says of single values, key by key, also by the groups and presets that it chooses.
 
-    What it was told in the same words when it began (`known`) is no news to a run, but for what may change any time.
+    What it was told in the same words when it began (`known`) is no news to a run, but for what may change any time;
+    and that is none to one that goes on by itself, for it may have been told since.
     """
     wanted, default = leaves(composed), leaves(compose_or_refuse("train"))
     asked: dict[str, Any] = {}
     for override in parsed(overrides):
         key = override.key_or_group
-        if key.startswith("hydra.") or (override.input_line in known and key not in CHANGEABLE):
+        may_be_news = key in CHANGEABLE and not composed.train.auto_resume
+        if key.startswith("hydra.") or (override.input_line in known and not may_be_news):
             continue
         if key in wanted:
             asked[key] = wanted[key]

@@ -182,6 +182,7 @@ class TrainRun:
     sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
     resume: str | None = None  # a run folder, or `latest`
     resume_changes: bool = False  # true: a resumed run may be told anything anew
+    started_with: list[str] = field(default_factory=list)  # the command line that began it; filled in, not asked for
 
 
 @dataclass

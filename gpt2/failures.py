@@ -14,13 +14,17 @@ from gpt2.run_folder import folder_of_run, newest_first, step_of
 
 def machine_error(error: BaseException) -> str | None:
     """A full disk or memory in a line; None for any other error."""
-    if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG):
+    if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # of PyTorch, about shared memory
         return _first_sentences(error)
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
 
 
 def _where(error: OSError) -> str:
@@ -32,7 +36,8 @@ def _where(error: OSError) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU or of the host; told by its name, for torch may not be loaded."""
-    is_allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_allocation = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     if isinstance(error, OSError):
         return error.errno == ENOMEM
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_allocation

@@ -6,6 +6,7 @@ Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -24,10 +25,10 @@ def leave(number: int, _frame: Any = None) -> None:
     raise SystemExit(128 + number)
 
 
-def leave_when_asked() -> None:
-    """From now on SIGTERM and SIGUSR1 end the process by `leave`; Ctrl-C stays Python's own KeyboardInterrupt."""
+def leave_when_asked(also_by_ctrl_c: bool) -> None:
+    """From now on signals end the process by `leave`; Ctrl-C may stay what it is to Python, a KeyboardInterrupt."""
     for number in SIGNALS:
-        if number != signal.SIGINT:
+        if number != signal.SIGINT or also_by_ctrl_c:
             signal.signal(number, leave)
 
 
@@ -44,12 +45,23 @@ def leaving_as_asked() -> Iterator[None]:
 
 @contextmanager
 def deferred(remember: Callable[[int], None]) -> Iterator[None]:
-    """Have the first signal only remembered, by its number; a second one acts as it did before."""
+    """Have the first signal only remembered, by its number. A second Ctrl-C acts as it did before.
+
+    Other signals are not as impatient: a scheduler sends two as a matter of course, and so does a terminal with a
+    program between, to the group and through that program; half a second apart they are one. A signal is remembered
+    too that came earlier and has been lost: Python ignores exceptions where it finalizes objects.
+    """
+    first: float | None = None
 
     def note(number: int, _frame: Any) -> None:
-        remember(number)
-        restore()
-        _say("Interrupted: finishing this step, then saving. Once more, and it stops at once.")
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            remember(number)
+            _say("Interrupted: finishing this step, then saving. Ctrl-C once more, and it stops at once.")
+        elif number == signal.SIGINT and time.monotonic() - first > 0.5:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -64,6 +76,8 @@ def deferred(remember: Callable[[int], None]) -> Iterator[None]:
         yield
         return
     try:
+        if _asked is not None:
+            remember(_asked)
         yield
     finally:
         restore()

@@ -117,5 +117,5 @@ def _on_its_way_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(tensor.device))
     return copy, arrived

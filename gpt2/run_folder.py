@@ -10,20 +10,21 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import UNFINISHED, beside, flush, rename
-from gpt2.config import UserError
+from gpt2.config import TrainingConfig, UserError
 
 log = logging.getLogger(__name__)
 
 BEST, LAST = "best_model.pth", "last.pth"  # the content is safetensors all the same
 OF_STEP = re.compile(r"step_(\d{8,})\.pth")
 LOCK = ".lock"
+USUAL = TrainingConfig().checkpoint_dir  # a copy of it may lie beside it under another name
 
 
 @contextmanager
@@ -82,9 +83,12 @@ def add_name(path: Path, name: str) -> None:
         rename(temporary, target)
 
 
-def prune(folder: Path, keep: int, step: int) -> None:
-    """Leave the newest `keep` checkpoints up to `step`. Later ones were given up: the run went on from an older one."""
-    numbered = _numbered(folder)
+def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
+    """Leave the newest `keep` checkpoints up to `step`. Later ones were given up: the run went on from an older one.
+
+    Those of another run are to be `spared`.
+    """
+    numbered = [(number, path) for number, path in _numbered(folder) if path not in spared]
     kept = [path for number, path in numbered if number <= step][-keep:]
     for _, path in numbered:
         if path not in kept:
@@ -140,7 +144,7 @@ def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
     if number is not None and number != step:
         return f"checkpoint: {path} is not that of step {number}, but of step {step}"
     is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
-    if path.name == BEST and not is_best:
+    if path.name == BEST and progress.get("evaluated_at") and not is_best:
         return f"checkpoint: {path} is not the best one, but another of its run"
     return None
 
@@ -159,7 +163,8 @@ def best_first(folder: Path) -> list[Path]:
 
 def folder_of_run(run: Path) -> Path | None:
     """Where the checkpoints of a run lie; `run` may be that folder itself. None if there are none."""
-    return next((path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in sorted(run.glob(pattern))), None)
+    folders = {path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in run.glob(pattern)}
+    return min(folders, key=lambda folder: (folder != run, folder.name != USUAL, folder.name), default=None)
 
 
 def latest_run(runs: Path = Path("outputs/runs")) -> Path:

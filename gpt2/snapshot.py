@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gpt2 import checkpoint
@@ -77,6 +78,11 @@ def _circumstances(trainer: "Trainer") -> dict[str, Any]:
         "model": asdict(trainer.model.config),
         "train": asdict(trainer.config),
         "data": getattr(trainer.train_loader.dataset, "fingerprint", None),
+        "machine": {
+            "device": trainer.device.type,
+            "precision": trainer.precision.name,
+            "threads": torch.get_num_threads(),
+        },
         "versions": versions(),
     }
 
@@ -111,11 +117,11 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
     blocks_used = progress.position * record["train"]["batch_size"]
     position = blocks_used // trainer.config.batch_size if is_same_data else 0
     trainer.progress = replace(progress, position=position)
-    trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].to(trainer.device)
+    trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].clone().to(trainer.device)
     RandomState(trainer.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
 
 
 def _flat(circumstances: dict[str, Any]) -> dict[str, Any]:
-    groups = ("model", "train", "versions")
+    groups = ("model", "train", "machine", "versions")
     values = {f"{group}.{key}": value for group in groups for key, value in circumstances[group].items()}
     return {**values, "data": circumstances["data"]}

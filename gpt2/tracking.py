@@ -18,7 +18,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
+from gpt2.checkpoint import beside, rename
 from gpt2.config import WandbConfig
+from gpt2.failures import is_full_disk
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +50,11 @@ class ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Where nobody reads any more, as after `| head`, the run goes on and says no more there."""
-        if isinstance(sys.exc_info()[1], BrokenPipeError):
+        """Where nobody reads any more, after `| head` or on a terminal that was closed, the run goes on in silence."""
+        _raise_full_disk()
+        if isinstance(sys.exc_info()[1], OSError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
         else:
-            _raise_full_disk()
             super().handleError(record)
 
 
@@ -67,7 +69,7 @@ class LogFile(logging.FileHandler):
 def _raise_full_disk() -> None:
     """Let what `logging` would print with a traceback, and go on, end the run as it does anywhere else."""
     error = sys.exc_info()[1]
-    if isinstance(error, OSError):
+    if error is not None and is_full_disk(error):
         raise error
 
 
@@ -149,11 +151,13 @@ class ProgressLine:
 def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # also what is no UTF-8
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -173,9 +177,14 @@ class Tracker:
         """Forget what came after `step`, or after the evaluation at `evaluated_at`: a resumed run does it again."""
         if self.folder is None or self.path is None:
             return
+        if not self.path.exists():
+            return
         records = read_metrics(self.path)
         kept = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
         self.samples = [(r["step"], r["sample"]) for r in kept if "sample" in r]
+        lost = len(self.path.read_bytes().splitlines()) - len(records)
+        if lost > 1:  # a crash leaves one line unfinished
+            log.warning("%s: %s lines are damaged and left out", self.path, lost)
         _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
 
@@ -243,10 +252,16 @@ def _section(step: int, sample: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Give a file another content, all of it or none."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Give a file another content, all of it or none; also if the power goes."""
+    content = text.encode()
+    if path.exists() and path.read_bytes() == content:
+        return
+    with beside(path) as temporary:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
 
 
 def _table(samples: list[tuple[int, str]]) -> Any:
@@ -271,7 +286,7 @@ def start_wandb(
     import wandb
 
     id_file = run_folder / "wandb_id"
-    if not id_file.exists():
+    if not id_file.exists() or not id_file.read_text():
         id_file.write_text(known_id or uuid.uuid4().hex[:12])
     root.mkdir(parents=True, exist_ok=True)
     for mode in _modes(config.mode):

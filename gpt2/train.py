@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint, fault_injection, run_folder, snapshot
 from gpt2.config import Divergence, TrainingConfig, UserError
-from gpt2.data_loader import ShuffledBatches
+from gpt2.data_loader import ShuffledBatches, TokenBlocks
 from gpt2.device import choose_device, choose_precision, peak_flops
 from gpt2.evaluate import Batch, as_inputs, count_targets, has_targets, perplexity, score
 from gpt2.faults import training_faults
@@ -61,7 +61,8 @@ class Trainer:
         found = training_faults(config)
         if not len(train_loader):
             found.append("data: the training split is empty")
-        if not has_targets(val_loader, config.eval_batches):
+        is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
+        if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
             found.append("data: the validation split has no token to predict")
         if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
             known = model.config.vocab_size
@@ -99,6 +100,8 @@ class Trainer:
         self._validation_line = self._clock
         self._saved: Progress | None = None  # what the newest checkpoint holds
         self._tokens_at_log = 0
+        self._goes_on_here = False  # whether the checkpoints in `checkpoint_dir` are those of this run
+        self._spared: set[Path] = set()  # those that are not
         fault_injection.install(self)
 
     # The loop
@@ -115,6 +118,9 @@ class Trainer:
             OSError: There is no room for a checkpoint, or for the metrics. Checkpoints from before are intact.
         """
         self.interrupted_by = None
+        self._spared = set() if self._goes_on_here else set(run_folder.newest_first(self.checkpoint_dir))
+        if self._spared:
+            log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
         run_folder.remove_unfinished(self.checkpoint_dir)
         self._clock = time.perf_counter() - self.progress.seconds
         self._restart_speed()
@@ -126,7 +132,7 @@ class Trainer:
                 self._evaluate()
             while not self._should_stop():
                 self.train_epoch()
-            if not self.interrupted_by:
+            if self.interrupted_by is None:
                 self._evaluate()
             self._save()
 
@@ -368,8 +374,9 @@ class Trainer:
             self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
             self.save_checkpoint(run_folder.step_name(self.progress.step))
             self._saved = replace(self.progress)
+            self._goes_on_here = True
             self._name_newest()
-        run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step)
+        run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
         self._log_clock += time.perf_counter() - began
 
     def _name_newest(self) -> None:
@@ -402,6 +409,7 @@ class Trainer:
         path = Path(filepath)
         snapshot.restore(self, path, accept_other_data)
         self._clock = time.perf_counter() - self.progress.seconds
+        self._goes_on_here = path.parent.resolve() == self.checkpoint_dir.resolve()
         if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
             self._saved = replace(self.progress)
 

@@ -1,6 +1,7 @@
 """Going on with a run from the command line: what may change, who may write, and what happens when things go wrong."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -85,6 +86,54 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(workspace
     assert "Going on after" not in output
     assert steps(run) == sorted(set(steps(run)))
     assert (run / "wandb_id").read_text() == wandb_id
+
+
+def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace):
+    workspace.run("train.py", *AUTO)
+    (run,) = workspace.runs()
+    (run / ".hydra" / "overrides.yaml").write_bytes(b"\0\0\0")  # as after a power cut
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n5\n{"tokens": 3}\n{"step": 8, "tok')
+    (run / "backup").mkdir()
+    shutil.copy(run / "checkpoints" / "step_00000004.pth", run / "backup")
+    longer = workspace.run("train.py", f"resume={run}", "train.max_steps=12")
+    assert "metrics.jsonl: 4 lines are damaged and left out" in longer.stdout
+    assert "Going on after step 8" in longer.stdout
+    assert "Going on after step 12" in workspace.run("train.py", *AUTO).stdout  # longer stays longer
+    assert steps(run, "val/loss") == [4, 8, 12]
+    assert (run / "backup").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["resume=latest", "hydra.run.dir=elsewhere"],
+            "hydra.run.dir: a run that is resumed goes on in its own folder",
+        ),
+        ([*AUTO, "hydra.run.dir=runs/${name}"], "hydra.run.dir: train.auto_resume needs a plain name"),
+        (["resume=nowhere"], "resume: nowhere is no run folder with a checkpoint in it"),
+        ([*AUTO, "-m", "train.seed=1,2"], "train.auto_resume=true: one run at a time, without -m"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(trained: Workspace, arguments, told):
+    assert told in trained.run("train.py", *arguments, expect=2).stderr
+
+
+def test_a_run_survives_the_terminal_that_it_was_started_on(workspace: Workspace):
+    ours, theirs = os.openpty()
+    command = workspace.command("train.py", *TINY, *LONG, "train.max_steps=3000")
+    environment = {**workspace.environment, "TERM": "dumb"}
+    running = subprocess.Popen(
+        command, cwd=workspace.folder, env=environment, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    wait_for(
+        lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))
+    )
+    os.close(ours)
+    assert running.wait(timeout=60) == 0
+    assert steps(workspace.runs()[0], "val/loss")[-1] == 3000
 
 
 def test_a_second_process_is_refused_and_told_who_is_at_work(workspace: Workspace):

@@ -258,6 +258,14 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path
     assert logged(tmp_path) == before
 
 
+def test_another_run_in_the_same_folder_is_told_of_and_spared(blocks, tmp_path, caplog):
+    make_trainer(blocks, tmp_path, max_steps=8, save_every=2, eval_every=4).train()
+    make_trainer(blocks, tmp_path, max_steps=3, save_every=1, keep_checkpoints=1).train()
+    assert "holds another run" in caplog.text
+    kept = {path.name for path in tmp_path.glob("step_*")}
+    assert kept == {"step_00000003.pth", "step_00000006.pth", "step_00000008.pth"}
+
+
 def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=2)
     trainer.train()

@@ -45,7 +45,8 @@ class Row:
 def complain(place: Place, ended: Ended, expected: set[int]) -> Iterator[str]:
     """What is wrong with the way a process ended."""
     if ended.code not in expected or "Traceback" in ended.output:
-        yield f"{place.folder}: exit code {ended.code}, {ended.output[-500:]}"
+        told = ended.output[ended.output.find("Traceback") :] if "Traceback" in ended.output else ended.output[-500:]
+        yield f"{place.folder}: exit code {ended.code}, {told}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,8 @@ def signals(count: int, folder: Path, random: random.Random) -> list[Row]:
         for _ in range(random.randint(1, 5)):
             process = place.start("train.py", *SMALL, *options)
             kind = random.choice((*SIGNALS, signal.SIGKILL))
-            time.sleep(random.uniform(0.1, usual))
+            place.wait_until_it_hears(process)
+            time.sleep(random.uniform(0, usual))
             os.kill(process, kind)
             ended = place.wait(process)
             sent += 1

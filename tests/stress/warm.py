@@ -88,6 +88,14 @@ class Place:
             sys.stderr.flush()
             os._exit(code)
 
+    @staticmethod
+    def wait_until_it_hears(process: int) -> None:
+        """Until a process has said what it does at SIGTERM: before, it is no script of ours yet."""
+        caught = 0
+        while not caught & 1 << signal.SIGTERM - 1:
+            caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16)
+            time.sleep(0.002)
+
     def wait(self, process: int, seconds: float = 120) -> Ended:
         began = time.monotonic()
         while time.monotonic() < began + seconds:
