@@ -35,6 +35,14 @@ class Progress:
     val_loss: float | None = None
     best_val_loss: float | None = None
 
+    def advance(self, batches: int, of_epoch: int, tokens: int) -> None:
+        """Count a step. The end of an epoch is the beginning of the next: one place has one name, whoever arrives."""
+        self.step += 1
+        self.tokens += tokens
+        self.position += batches
+        if self.position >= of_epoch:
+            self.epoch, self.position = self.epoch + 1, 0
+
     def is_best(self) -> bool:
         """Whether no earlier evaluation was better than one that was made here."""
         return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss

@@ -153,9 +153,6 @@ class Trainer:
             self._after_step(step_loss, gradient_norm)
             if self._should_stop():
                 break
-        if self.progress.position >= len(self.train_loader):
-            self.progress.epoch += 1
-            self.progress.position = 0
         return _mean(losses)
 
     def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor] | None:
@@ -196,9 +193,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-        self.progress.step += 1
-        self.progress.position += len(micro_batches)
-        self.progress.tokens += sum(counts)
+        self.progress.advance(len(micro_batches), len(self.train_loader), sum(counts))
         return step_loss, gradient_norm
 
     def validate(self) -> float:

@@ -1,6 +1,7 @@
 """The training loop: its arithmetic, its stops, and that an interrupted run is the uninterrupted one."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -239,6 +240,25 @@ def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_pat
     assert_same_state(straight / run_folder.LAST, folder / run_folder.LAST)
     assert_same_state(straight / run_folder.BEST, folder / run_folder.BEST)
     assert logged(folder) == logged(straight)
+
+
+def test_a_run_that_was_killed_after_its_last_save_ends_as_if_nothing_had_happened(blocks, tmp_path):
+    """That save is made at the end of an epoch, before the run is over."""
+    options = {"dropout": 0.1, "max_steps": 10, "save_every": 5, "eval_every": 3}
+    straight = make_trainer(blocks, tmp_path / "straight", **options)
+
+    def after_step(*numbers: torch.Tensor) -> None:
+        Trainer._after_step(straight, *numbers)
+        if straight.progress.step == 10:  # what a process leaves that is killed now
+            shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+
+    straight._after_step = after_step
+    straight.train()
+    resumed = make_trainer(blocks, tmp_path / "killed", **options)
+    resumed.load_checkpoint(str(tmp_path / "killed" / run_folder.LAST))
+    resumed.train()
+    assert (straight.progress.epoch, straight.progress.position) == (2, 0)
+    assert_same_state(tmp_path / "straight" / run_folder.LAST, tmp_path / "killed" / run_folder.LAST)
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path):

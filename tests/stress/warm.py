@@ -10,9 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch; a process with threads could not be forked
-os.environ["WANDB_MODE"] = "disabled"
-
 import matplotlib.backends.backend_agg  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch
