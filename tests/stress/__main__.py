@@ -10,9 +10,25 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.stress.experiments import EXPERIMENTS, Row
+from tests.stress.disks import damages, full_disks
+from tests.stress.hostile import hostile_files
+from tests.stress.interruptions import kills, kills_at_every_call, signals
+from tests.stress.numbers import not_finite
+from tests.stress.table import Row
+
+EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
+    # how often in all, and in the tests of every change
+    "kills": (kills, 200, 12),
+    "calls": (kills_at_every_call, 1000, 5),
+    "signals": (signals, 30, 4),
+    "damages": (damages, 500, 105),
+    "disks": (full_disks, 10, 3),
+    "hostile": (hostile_files, 11, 11),
+    "numbers": (not_finite, 12, 6),
+}
 
 
 def main() -> None:
