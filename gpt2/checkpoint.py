@@ -58,15 +58,11 @@ def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         flush(path.parent.parent)
     text = json.dumps({"format": FORMAT, **record})
-    with beside(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
-            sums = {name: hashlib.sha256(_write_tensor(file, tensors[name])).hexdigest() for name in _layout(tensors)}
-            file.seek(0)
-            file.write(_checked_header(tensors, text, sums))
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+    with replacing(path) as file:
+        file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
+        sums = {name: hashlib.sha256(_write_tensor(file, tensors[name])).hexdigest() for name in _layout(tensors)}
+        file.seek(0)
+        file.write(_checked_header(tensors, text, sums))
 
 
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
@@ -127,6 +123,17 @@ def beside(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once the disk holds all of it, or not at all."""
+    with beside(path) as temporary:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
 
 
 def rename(temporary: Path, path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from gpt2.checkpoint import beside, rename
+from gpt2.checkpoint import replacing
 from gpt2.config import WandbConfig
 from gpt2.failures import is_full_disk
 
@@ -256,12 +256,8 @@ def _replace(path: Path, text: str) -> None:
     content = text.encode()
     if path.exists() and path.read_bytes() == content:
         return
-    with beside(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _table(samples: list[tuple[int, str]]) -> Any:
