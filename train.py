@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -11,21 +10,24 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.command_line import as_argument, output_folder, script
+from gpt2.command_line import output_folder, script
+from gpt2.composition import as_argument
 from gpt2.config import GPT2Config, TrainRun, UserError
 from gpt2.failures import explain
+from gpt2.interruption import Interrupted
 
 log = logging.getLogger("gpt2")
 
 if TYPE_CHECKING:
     from gpt2.model import GPT2Model
+    from gpt2.study import TrialUnderWay
     from gpt2.tokenizer import GPT2Tokenizer
     from gpt2.train import Trainer
 
 
 @script("train")
-def main(config: TrainRun) -> float | None:
-    """Train, and return the best validation loss: what a sweep minimises."""
+def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None:
+    """Train, and return the best validation loss: what a study minimises, of which this may be a trial."""
     import torch  # here, so that a mistake in the configuration is answered before seconds of imports
 
     from gpt2.checkpoint import read_record
@@ -64,8 +66,8 @@ def main(config: TrainRun) -> float | None:
         wandb_id = record["wandb_id"]
         if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
             kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
-    wandb_run = start_wandb(config.wandb, folder, Path("outputs"), config.name, settings, wandb_id)
-    with explained(config, folder), Tracker(folder, wandb_run) as tracker:
+    wandb_run = start_wandb(config, folder, Path("outputs"), settings, wandb_id)
+    with explained(config, folder, trial), Tracker(folder, wandb_run) as tracker:
         trainer = Trainer(
             model,
             train_loader,
@@ -73,27 +75,31 @@ def main(config: TrainRun) -> float | None:
             config.train,
             str(checkpoint_dir),
             tracker,
-            write_sample,
+            write_sample if trial is None else None,  # nobody reads them all
             run=kept,
         )
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
         tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
         announce(trainer)
+        if trial:
+            return trial.train(trainer)
         trainer.train()
 
     conclude(trainer, config, folder)
     if trainer.interrupted_by:
-        sys.exit(128 + trainer.interrupted_by)
+        raise Interrupted.by(trainer.interrupted_by)
     return trainer.progress.best_val_loss
 
 
 @contextmanager
-def explained(config: TrainRun, folder: Path) -> Iterator[None]:
-    """Tell what ends a run and is no bug in a line, with how to go on."""
+def explained(config: TrainRun, folder: Path, trial: "TrialUnderWay | None") -> Iterator[None]:
+    """Tell what ends a run and is no bug in a line, with how to go on; a study has its own way with that."""
     try:
         yield
     except Exception as error:
+        if trial:
+            raise
         command = f"python train.py {as_argument('resume', os.path.relpath(folder))}"
         told = explain(error, config, folder, command)
         if told is None:

@@ -7,16 +7,14 @@ hands, for it is text and no expression.
 
 import logging
 import os
-import re
-import shlex
 import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from hashlib import sha256
 from io import TextIOWrapper
-from itertools import islice, product
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import hydra
 from hydra._internal.utils import get_args_parser  # private, hence the exact pin of hydra-core
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -36,14 +34,14 @@ from gpt2.config import GenerateRun, UserError
 from gpt2.failures import machine_error
 from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.run_folder import LOCK, held
+from gpt2.search_space import candidates, combined, searched
+from gpt2.sweeper import run_trial, study_faults, study_sweeper
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 
-MOST_COMBINATIONS = 32  # of a sweep that are checked before it begins; more would take longer than they save
-
 log = logging.getLogger(__name__)
 
-Task = Callable[[Any], Any]
+Task = Callable[..., Any]
 
 
 def script(name: str) -> Callable[[Task], Callable[[], None]]:
@@ -81,15 +79,12 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
+    if name == "train" and composed.trial.number is not None:
+        return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
     in_sweep = job.mode == RunMode.MULTIRUN
-    with faults_as_lines(), held(output_folder()) if name == "train" else nullcontext():
+    with faults_as_lines():
         try:
-            config = resolve(name, composed, list(job.overrides.task))
-            if isinstance(config, GenerateRun):
-                config.prompt = prompt
-            if job.output_subdir is not None:  # what runs, which a trained model may have completed
-                OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
-            return task(config)
+            return run_locked(name, task, composed, prompt)
         except (UserError, KeyboardInterrupt, SystemExit) as error:
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
                 log.error("error: %s", error)
@@ -97,6 +92,18 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
             if job.output_subdir is not None:
                 remove_if_nothing_happened(output_folder())
             raise
+
+
+def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
+    """Run what was composed, completed and checked, as the only one that writes to the run's folder."""
+    job = HydraConfig.get()
+    with held(output_folder()) if name == "train" else nullcontext():
+        config = resolve(name, composed, list(job.overrides.task))
+        if isinstance(config, GenerateRun):
+            config.prompt = prompt
+        if job.output_subdir is not None:  # what runs, which a trained model may have completed
+            OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
+        return task(config)
 
 
 def output_folder() -> Path:
@@ -175,12 +182,6 @@ def folder_arguments(overrides: list[str]) -> list[str]:
     return [*quoted, "hydra.output_subdir=null"] if path else quoted
 
 
-def as_argument(key: str, value: str) -> str:
-    """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
-    plain = re.fullmatch(r"[\w./:-]+", value)
-    return shlex.quote(f"{key}={value if plain else QuotedString(value, Quote.double).with_quotes()}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checking a command line before anything runs
 
@@ -214,6 +215,8 @@ def check_command_line(name: str, options: Namespace) -> None:
             continue
         if override.is_delete():
             found.append(f"{text}: nothing can be taken out; null switches an optional value off")
+        elif override.key_or_group.split(".")[0] == "trial":
+            found.append(f"{text}: a study fills that in")
         elif override.key_or_group in ("resume", "train.auto_resume") and options.multirun:
             found.append(f"{text}: one run at a time, without -m")
         elif override.key_or_group == "hparams_search" and override.value() and not options.multirun:
@@ -223,25 +226,30 @@ def check_command_line(name: str, options: Namespace) -> None:
         else:
             fixed.append(text)
 
-    if not swept or found:
+    if found or not options.multirun:
         found += command_line_faults(name, fixed)
     else:
-        for combination in islice(product(*map(candidates, swept)), MOST_COMBINATIONS):
-            found += command_line_faults(name, [*fixed, *combination])
+        found += sweep_faults(fixed, swept)
     if found:
         raise UserError(*dict.fromkeys(found))
 
 
-def candidates(override: Override) -> list[str]:
-    """The overrides that a sweep over one key amounts to: every choice, or both ends of an interval."""
-    value = override.value()
-    key = override.get_key_element()
-    if isinstance(value, IntervalSweep):
-        return [f"{key}={value.start}", f"{key}={value.end}"]
-    if isinstance(value, Glob):  # names files of the group, which exist
-        names = sorted(path.stem for path in (CONF / override.key_or_group).glob("*.yaml"))
-        return [f"{key}={choice}" for choice in value.filter(names)]
-    return [f"{key}={text}" for text in override.sweep_string_iterator()]
+def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
+    """All that is wrong with a sweep, or with a study and both ends of everything that it searches."""
+    found: list[str] = []
+    try:
+        sweeper = study_sweeper(fixed)
+    except UserError:
+        return command_line_faults("train", fixed)
+    if sweeper:
+        found += study_faults(sweeper)
+        try:
+            swept = searched(sweeper, swept, fixed)
+        except UserError as error:
+            return found + error.faults
+    for combination in combined(list(map(candidates, swept))):
+        found += command_line_faults("train", [*fixed, *combination])
+    return found
 
 
 def command_line_faults(name: str, overrides: list[str]) -> list[str]:

@@ -4,6 +4,9 @@ What a trained model brings with it, its shape, its tokenizer, its sampling, its
 resume, takes the place of defaults, never of what was asked for.
 """
 
+import re
+import shlex
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,24 +25,31 @@ from gpt2.config import SCHEMAS, WHEN_LOADED, GenerateRun, GPT2Config, Run, Trai
 from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
+# A folder of presets may not be there yet.
+warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main, path=.* is not available")
+
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
 
-# What a resumed run may be told anew: how long it goes on, and what has no part in its result.
-CHANGEABLE = {
-    *("train.max_steps", "train.max_epochs", "train.max_training_hours", "sample_prompt"),
-    *("train.save_every", "train.keep_checkpoints", "train.eval_every", "train.log_every"),
+# What has no part in the result of a run.
+WITHOUT_PART = {
+    *("sample_prompt", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
-    *("train.on_nonfinite", "train.nonfinite_limit", "train.deterministic", "train.auto_resume"),
-    *("data.cache_dir", "data.preprocessing_num_workers"),
+    *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
     *("wandb.mode", "wandb.project", "wandb.entity", "resume", "resume_changes"),
+}
+# What a resumed run may be told anew: that, and how long it goes on.
+CHANGEABLE = WITHOUT_PART | {
+    *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
+    *("train.on_nonfinite", "train.nonfinite_limit"),
 }
 
 
-def compose(name: str, overrides: list[str]) -> DictConfig:
+def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """What Hydra makes of `conf/` and a command line; `with_hydra`, its own node too."""
     is_under_way = GlobalHydra.instance().is_initialized()  # in a run; it has the same `conf/`
     with nullcontext() if is_under_way else hydra.initialize_config_dir(str(CONF), job_name=name):
-        return hydra.compose(name, overrides)
+        return hydra.compose(name, overrides, return_hydra_config=with_hydra)
 
 
 def compose_or_refuse(name: str) -> DictConfig:
@@ -93,6 +103,36 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
 def merged(schema: type, *layers: Any) -> DictConfig:
     """The layers over a schema's defaults, each checked against it."""
     return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
+
+
+def as_argument(key: str, value: Any) -> str:
+    """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
+    return shlex.quote(f"{key}={_in_hydras_grammar(value)}")
+
+
+def _in_hydras_grammar(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_in_hydras_grammar, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    is_plain = re.fullmatch(r"[\w./:-]+", value)
+    return value if is_plain else QuotedString(value, Quote.double).with_quotes()
+
+
+def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a command line comes to, as groups to choose and the values that differ from what those say.
+
+    Args:
+        without: Groups that are not to be chosen; what they say becomes values.
+    """
+    chosen, usual = (compose("train", words, with_hydra=True).hydra.runtime.choices for words in (overrides, []))
+    choices = {
+        str(group): str(choice)
+        for group, choice in chosen.items()
+        if choice not in (None, usual.get(group)) and not str(group).startswith("hydra/") and group not in without
+    }
+    before = leaves(compose("train", [f"{group}={choice}" for group, choice in choices.items()]))
+    return choices, {key: v for key, v in leaves(compose("train", overrides)).items() if v != before.get(key)}
 
 
 def keys_of(overrides: list[str]) -> set[str]:
@@ -247,7 +287,7 @@ def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[
         found.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
     if found:
         raise UserError(*found)
-    result.resume = str(path)
+    result.resume, result.trial = str(path), composed.trial
     if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in asked:
         result.data.tokenizer = str(path)  # the checkpoint holds what may be gone elsewhere by now
     return result
@@ -275,9 +315,9 @@ def asked_of_run(composed: DictConfig, overrides: list[str], known: set[str]) ->
     return asked
 
 
-def leaves(config: DictConfig) -> dict[str, Any]:
+def leaves(config: DictConfig, resolved: bool = True) -> dict[str, Any]:
     """The values of a configuration by their full keys; a list is a value."""
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = OmegaConf.to_container(config, resolve=resolved)
     assert isinstance(plain, dict)
     result: dict[str, Any] = {}
     for key, value in plain.items():

@@ -6,13 +6,15 @@ see (a relation between two fields) is found by `gpt2.faults`. Nothing heavy is 
 before torch is loaded.
 """
 
+import math
 import secrets
 import sysconfig
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 class UserError(Exception):
@@ -150,14 +152,36 @@ class OptunaConfig:
     """A hyperparameter study."""
 
     n_trials: int = 50  # in all: a study that a storage holds is only filled up
-    timeout: int | None = None  # seconds after which no trial begins
+    timeout: int | None = None  # seconds after which the study ends; a trial that is under way is saved, to go on later
     study_name: str = "gpt2_optimization"
-    storage: str | None = None  # a database URL such as sqlite:///study.db; null: memory
+    storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
     direction: str = "minimize"  # or maximize: of each trial's lowest validation loss
     sampler: str = "TPE"  # TPE, Random, CmaEs, GP or QMC, in any case
     pruner: str = "MedianPruner"  # or median, SuccessiveHalvingPruner or asha, HyperbandPruner or hyperband, none
     n_startup_trials: int = 10  # drawn at random before TPE, CmaEs or GP begins; completed before the median prunes
     n_warmup_steps: int = 5  # evaluations: so many of each trial are not judged by the median or by asha
+
+    trial_timeout: int | None = None  # seconds of training after which a trial is given up
+    keep: Literal["best", "all"] = "best"  # the trials whose checkpoints stay
+
+
+@dataclass
+class StudyConfig:
+    """`hydra.sweeper`, when a study is run from the command line: `OptunaConfig`, its sampler and pruner as groups."""
+
+    _target_: str = "gpt2.sweeper.StudySweeper"
+    defaults: list[Any] = field(default_factory=lambda: [{"sampler": "tpe"}, {"pruner": "median"}])
+    sampler: Any = MISSING  # conf/hydra/sweeper/sampler
+    pruner: Any = MISSING  # conf/hydra/sweeper/pruner
+    n_trials: int = 50
+    timeout: int | None = None
+    study_name: str = "gpt2_optimization"
+    storage: str | None = None  # null: study.db in the sweep's folder
+    direction: str = "minimize"
+    trial_timeout: int | None = None
+    keep: Literal["best", "all"] = "best"
+    n_jobs: int = 1  # trials that a launcher is handed at a time
+    params: dict[str, str] = field(default_factory=dict)  # the space: what a sweep says of each key
 
 
 @dataclass
@@ -167,6 +191,14 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online when logged in, otherwise offline
     project: str = "gpt2"
     entity: str | None = None
+
+
+@dataclass
+class TrialConfig:
+    """Which trial of which study a run is; null of none."""
+
+    study: str | None = None
+    number: int | None = None
 
 
 @dataclass
@@ -183,6 +215,7 @@ class TrainRun:
     resume: str | None = None  # a run folder, or `latest`
     resume_changes: bool = False  # true: a resumed run may be told anything anew
     started_with: list[str] = field(default_factory=list)  # the command line that began it; filled in, not asked for
+    trial: TrialConfig = field(default_factory=TrialConfig)  # filled in by a study, not asked for
 
 
 @dataclass
@@ -248,11 +281,22 @@ SCHEMAS: dict[str, type[Run]] = {
 }
 
 
+def steps_for_tokens(tokens: Any, _root_: DictConfig) -> int:
+    """The steps that train on so many tokens, at the batch size that a run has: `train.max_steps=${steps:1e9}`."""
+    per_step = _root_.train.batch_size * _root_.train.accumulation_steps * _root_.data.max_length
+    return max(1, round(tokens / per_step))
+
+
 def register() -> None:
-    """Give Hydra the schema of each command and the two resolvers that `conf/` uses."""
+    """Give Hydra the schema of each command and of a study, and the resolvers that `conf/` uses."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
+    store.store(group="hydra/sweeper", name="study", node=StudyConfig)
+    OmegaConf.register_resolver("steps", steps_for_tokens, replace=True)
+    OmegaConf.register_resolver("times", lambda factor, value: max(1, round(factor * value)), replace=True)
+    OmegaConf.register_resolver("divide", lambda value, by: math.ceil(value / by), replace=True)
+    OmegaConf.register_resolver("repository", lambda: str(Path(__file__).resolve().parents[1]), replace=True)
     OmegaConf.register_resolver("python_library", lambda: sysconfig.get_path("stdlib"), replace=True)
     OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
 

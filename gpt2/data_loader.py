@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gpt2.config import DataConfig, TrainingConfig, UserError
 from gpt2.corpus import prepare
@@ -175,6 +175,28 @@ def get_dataloaders(
     val_loader = shuffled(val_dataset, seed=0)
     test_loader = DataLoader(test_dataset, batch_size=config.batch_size, **common)
     return train_loader, val_loader, test_loader
+
+
+def batch_size_of(loader: DataLoader) -> int | None:
+    """The blocks in a batch; None if the loader is of a kind of which `with_batch_size` makes no other one."""
+    sampler = loader.batch_sampler
+    return sampler.batch_size if isinstance(sampler, ShuffledBatches) else loader.batch_size
+
+
+def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
+    """A loader of the same data in the same order, in batches of another size; the same one if that is None."""
+    if batch_size is None:
+        return loader
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
+    common: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
+    sampler = loader.batch_sampler
+    if isinstance(sampler, ShuffledBatches):
+        batches = ShuffledBatches(sampler.number_of_blocks, batch_size, sampler.seed)
+        return DataLoader(loader.dataset, batch_sampler=batches, **common)
+    if not isinstance(loader.dataset, IterableDataset):
+        common["sampler"] = loader.sampler
+    return DataLoader(loader.dataset, batch_size=batch_size, drop_last=loader.drop_last, **common)
 
 
 def _start_worker(_worker: int) -> None:

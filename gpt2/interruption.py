@@ -17,12 +17,20 @@ SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := get
 _asked: int | None = None  # by which signal this process was asked to end
 
 
+class Interrupted(SystemExit):
+    """The process ends as it was asked to. Its exit code is 128 and the number of the signal."""
+
+    @classmethod
+    def by(cls, number: int) -> "Interrupted":
+        return cls(128 + number)
+
+
 def leave(number: int, _frame: Any = None) -> None:
     """End the process by an exception, so that what is half done is cleaned up on the way."""
     global _asked
     _asked = number
     _say(f"Interrupted by {signal.Signals(number).name}.")
-    raise SystemExit(128 + number)
+    raise Interrupted.by(number)
 
 
 def leave_when_asked(also_by_ctrl_c: bool) -> None:
@@ -39,7 +47,7 @@ def leaving_as_asked() -> Iterator[None]:
         yield
     except BaseException as error:
         if _asked is not None and not isinstance(error, SystemExit):
-            raise SystemExit(128 + _asked) from error
+            raise Interrupted.by(_asked) from error
         raise
 
 

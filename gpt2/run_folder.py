@@ -28,8 +28,8 @@ USUAL = TrainingConfig().checkpoint_dir  # a copy of it may lie beside it under 
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Let nobody else write to a run folder meanwhile.
+def held(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Let nobody else write to a run folder meanwhile, or do what else a lock of that name in it stands for.
 
     The lock is the kernel's and goes with the process that has it: one that was killed holds nothing, and neither do
     the data workers that outlive it for a moment.
@@ -39,7 +39,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     import fcntl
 
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    with (folder / name).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -51,6 +51,15 @@ def held(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+def is_held(lock: Path) -> bool:
+    """Whether another process holds a lock. Never to be asked of a lock of one's own: that would give it up."""
+    try:
+        with held(lock.parent, lock.name):
+            return False
+    except UserError:
+        return True
 
 
 def step_name(step: int) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from gpt2.checkpoint import replacing
-from gpt2.config import WandbConfig
+from gpt2.config import TrainRun
 from gpt2.failures import is_full_disk
 
 log = logging.getLogger(__name__)
@@ -117,9 +117,9 @@ def time_left(seconds: float | None) -> str:
 class ProgressLine:
     """Step, loss, speed and time left on one line of a terminal; nothing where there is none."""
 
-    def __init__(self, total_steps: int, step: int = 0):
+    def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         columns = (
-            TextColumn("step"),
+            TextColumn(f"{label}  step" if label else "step", markup=False),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
@@ -168,6 +168,7 @@ class Tracker:
         self.folder = folder
         self.wandb_run = wandb_run
         self.samples: list[tuple[int, str]] = []
+        self.has_failed: bool | None = None  # None: if an exception ends it
 
     @property
     def path(self) -> Path | None:
@@ -226,8 +227,19 @@ class Tracker:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-        """End W&B's run, as failed if an exception ended ours."""
-        self._tell_wandb(lambda run: run.finish(exit_code=0 if error is None else 1))
+        """End W&B's run, as failed if ours did."""
+        has_failed = error is not None if self.has_failed is None else self.has_failed
+        self._tell_wandb(lambda run: run.finish(exit_code=int(has_failed)))
+
+    def ended(self, state: str, has_failed: bool) -> None:
+        """Say how a trial ended; it is also a tag in W&B."""
+        self.has_failed = has_failed
+
+        def tell(run: Any) -> None:
+            run.summary["trial/state"] = state
+            run.tags = (*(run.tags or ()), state)
+
+        self._tell_wandb(tell)
 
     def where_in_wandb(self) -> str | None:
         """Where to look at the run in W&B, or how to get it there; None without W&B."""
@@ -266,10 +278,10 @@ def _table(samples: list[tuple[int, str]]) -> Any:
     return wandb.Table(columns=["step", "text"], data=[list(sample) for sample in samples])
 
 
-def start_wandb(
-    config: WandbConfig, run_folder: Path, root: Path, name: str, settings: Record, known_id: str | None = None
-) -> Any:
+def start_wandb(run: TrainRun, run_folder: Path, root: Path, settings: Record, known_id: str | None = None) -> Any:
     """Begin, or go on with, this run's W&B run, never asking a question. None if it is off or refuses.
+
+    The trials of a study are grouped by its name, other runs by theirs.
 
     Args:
         run_folder: Keeps the id, so that a resumed run is the same W&B run.
@@ -277,6 +289,7 @@ def start_wandb(
         settings: The resolved configuration, plain and nested.
         known_id: Of the W&B run to go on with, from a checkpoint, should the folder no longer have it.
     """
+    config, trial = run.wandb, run.trial
     if config.mode == "off":
         return None
     import wandb
@@ -287,15 +300,16 @@ def start_wandb(
     root.mkdir(parents=True, exist_ok=True)
     for mode in _modes(config.mode):
         try:
-            run = wandb.init(
+            started = wandb.init(
                 project=config.project,
                 entity=config.entity,
                 dir=str(root),
                 id=id_file.read_text(),
                 resume="allow",
-                name=f"{name}-{run_folder.name}",
-                group=name,
-                job_type="train",
+                name=f"{run.name}-{run_folder.name}" if trial.number is None else f"{trial.study}-{trial.number:04}",
+                group=trial.study or run.name,
+                job_type="train" if trial.number is None else "trial",
+                reinit="finish_previous",  # a run before in this process that did not end
                 config=settings,
                 allow_val_change=True,  # of a run that is resumed longer
                 mode=mode,
@@ -306,9 +320,9 @@ def start_wandb(
             log.warning("W&B (%s) did not start: %s", mode, " ".join(str(error).split()))
             wandb.teardown()  # it still holds the id that the next attempt takes
             continue
-        run.define_metric("tokens")
-        run.define_metric("*", step_metric="tokens")
-        return run
+        started.define_metric("tokens")
+        started.define_metric("*", step_metric="tokens")
+        return started
     return None
 
 

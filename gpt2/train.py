@@ -44,6 +44,7 @@ class Trainer:
         tracker: Tracker | None = None,
         write_sample: Callable[[int], str] | None = None,
         run: dict[str, Any] | None = None,
+        on_evaluation: "Callable[[Trainer], None] | None" = None,
     ):
         """
         Args:
@@ -52,6 +53,8 @@ class Trainer:
             tracker: Where numbers go; nowhere if None.
             write_sample: Given the step, writes the text that each evaluation shows; no samples if None.
             run: The configuration of the whole run, kept in its checkpoints so that it can be resumed from them.
+            on_evaluation: Called after each evaluation, when it is logged and, if it is the best, saved; what it raises
+                ends training.
 
         Raises:
             UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
@@ -86,6 +89,8 @@ class Trainer:
         self.tracker = tracker or Tracker()
         self.write_sample = write_sample
         self.run = run
+        self.on_evaluation = on_evaluation
+        self.label = ""  # in front of the progress line
         self.tokenizer = tokenizer
 
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
@@ -124,7 +129,7 @@ class Trainer:
         run_folder.remove_unfinished(self.checkpoint_dir)
         self._clock = time.perf_counter() - self.progress.seconds
         self._restart_speed()
-        self.progress_line = ProgressLine(self.total_steps, self.progress.step)
+        self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
         with deferred(self.interrupt), self.progress_line:
             if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
                 self._name_newest()
@@ -325,6 +330,8 @@ class Trainer:
         if is_best:
             self.progress.best_val_loss = loss
             self._save()
+        if self.on_evaluation:
+            self.on_evaluation(self)
 
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""

@@ -9,8 +9,8 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2.command_line import as_argument, check_command_line, command_line_faults, take_prompt
-from gpt2.composition import CONF, compose, parsed, resolve
+from gpt2.command_line import check_command_line, command_line_faults, take_prompt
+from gpt2.composition import CONF, as_argument, compose, parsed, resolve
 from gpt2.config import GenerateRun, TrainRun, UserError
 from gpt2.faults import faults
 from tests.conftest import ROOT, Workspace
@@ -226,7 +226,7 @@ def test_help_is_short_and_needs_no_torch(workspace, script):
     assert "data=" in done.stdout or "inference=" in done.stdout
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
     assert "hydra" in imported  # the pattern finds imports
-    assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy"}
+    assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy", "optuna", "joblib", "submitit"}
 
 
 def test_the_module_is_the_same_command_line(workspace):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gpt2.config import WandbConfig
+from gpt2.config import TrainRun, WandbConfig
 from gpt2.tracking import Tracker, _modes, draw_curves, read_metrics, start_wandb, time_left
 
 
@@ -94,7 +94,7 @@ def test_a_wandb_that_fails_is_dropped_with_one_warning_and_the_file_has_everyth
 
 
 def test_wandb_off_starts_nothing(tmp_path):
-    assert start_wandb(WandbConfig(mode="off"), tmp_path, tmp_path / "outputs", "name", {}) is None
+    assert start_wandb(TrainRun(wandb=WandbConfig(mode="off")), tmp_path, tmp_path / "outputs", {}) is None
     assert not (tmp_path / "outputs").exists()
 
 
@@ -104,7 +104,8 @@ def test_a_server_that_refuses_does_not_stop_the_run(tmp_path, monkeypatch, capl
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     with caplog.at_level(logging.WARNING):
-        run = start_wandb(WandbConfig(mode="online"), run_folder, tmp_path / "outputs", "name", {"a": 1})
+        config = TrainRun("name", wandb=WandbConfig(mode="online"))
+        run = start_wandb(config, run_folder, tmp_path / "outputs", {"a": 1})
     assert run is not None
     assert run.offline
     with Tracker(run_folder, run) as tracker:

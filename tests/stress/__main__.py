@@ -17,6 +17,7 @@ from tests.stress.disks import damages, full_disks
 from tests.stress.hostile import hostile_files
 from tests.stress.interruptions import kills, kills_at_every_call, signals
 from tests.stress.numbers import not_finite
+from tests.stress.studies import deaths, shared_studies, sweeper_kills
 from tests.stress.table import Row
 
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
@@ -28,6 +29,9 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
     "disks": (full_disks, 10, 3),
     "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 6),
+    "studies": (sweeper_kills, 50, 4),
+    "shared": (shared_studies, 50, 2),
+    "deaths": (deaths, 8, 8),
 }
 
 

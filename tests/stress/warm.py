@@ -19,6 +19,8 @@ import gpt2.command_line
 import gpt2.corpus
 import gpt2.inference
 import gpt2.optimize
+import gpt2.study_report
+import gpt2.sweeper
 import gpt2.train  # noqa: F401  # what the scripts will ask for
 from gpt2 import checkpoint, run_folder
 from gpt2.tracking import read_metrics

@@ -1,0 +1,133 @@
+"""Studies whose processes are killed, share a storage, or start at once, and trials that die in every way."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from tests.stress.table import Row, complain
+from tests.stress.warm import Place
+
+# A trial of 8 steps with four evaluations; a study draws two at random, then TPE goes on.
+TRIAL = [
+    *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
+    *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
+    *("train.batch_size=4", "train.num_workers=0", "train.max_steps=8", "train.eval_every=2", "train.eval_batches=2"),
+    *("train.warmup_steps=2", "train.log_every=1", "train.save_every=2"),
+]
+NAME = "study"
+STUDY = ["-m", "hparams_search=optuna", f"hydra.sweeper.study_name={NAME}", *TRIAL]
+STUDY += ["hydra.sweeper.sampler.n_startup_trials=2"]
+NO_PRUNER = "hydra/sweeper/pruner=none"
+
+
+def trials_of(place: Place) -> list[FrozenTrial]:
+    storage = f"sqlite:///{place.folder}/outputs/sweeps/{NAME}/study.db"
+    return optuna.load_study(study_name=NAME, storage=storage).trials
+
+
+def complaints(trials: list[FrozenTrial], count: int, unfinished_ok: bool = False) -> list[str]:
+    """What is wrong with a study that should have ended with so many trials."""
+    found = [] if len(trials) == count else [f"{len(trials)} trials, not {count}"]
+    found += [f"trial {t.number} is {t.state.name}" for t in trials if not t.state.is_finished() and not unfinished_ok]
+    draws = {tuple(trial.params.values()) for trial in trials}
+    return found if len(draws) == len(trials) else [*found, "a draw is repeated"]
+
+
+def results(trials: list[FrozenTrial]) -> list[tuple]:
+    return [(t.number, t.state.name, t.value, t.params, t.intermediate_values) for t in trials]
+
+
+def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
+    """SIGKILL at random moments, the same command again after each, until studies have ended and `count` is reached."""
+    command = [*STUDY, "hydra.sweeper.n_trials=5", NO_PRUNER]
+    straight = Place(folder / "straight")
+    ended = straight.run("train.py", *command)
+    lost = list(complain(straight, ended, {0}))
+    expected, longest = results(trials_of(straight)), ended.seconds
+    killed = studies = 0
+    while killed < count:
+        studies += 1
+        place = Place(folder / f"study {studies}")
+        for attempt in range(100):
+            process = place.start("train.py", *command)
+            if attempt < 8 and killed < count:
+                time.sleep(random.uniform(0.05, longest))
+                os.kill(process, signal.SIGKILL)
+            ended = place.wait(process)
+            if ended.code != -signal.SIGKILL:
+                break
+            killed += 1
+        lost += complain(place, ended, {0})
+        trials = trials_of(place)
+        lost += [f"{place.folder}: {complaint}" for complaint in complaints(trials, 5)]
+        if results(trials) != expected:
+            lost.append(f"{place.folder}: not the study that was not killed: {results(trials)}, not {expected}")
+        shutil.rmtree(place.folder)
+    return [
+        Row("SIGKILL of a study at a random moment", killed, "lost, double or other trials", lost, f"{studies} studies")
+    ]
+
+
+def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]:
+    """Three processes that start one study on a fresh storage in the same moment, by turns SQLite and a journal."""
+    lost: list[str] = []
+    for number in range(count):
+        file = folder / f"{number}" / "shared"
+        url = f"{('sqlite', 'journal')[number % 2]}:///{file}"
+        command = [*STUDY, "hydra.sweeper.n_trials=4", "train.max_steps=2", f"hydra.sweeper.storage='{url}'"]
+        places = [Place(folder / f"{number}" / f"{worker}") for worker in range(3)]
+        for place in places:
+            place.environment = {"OMP_NUM_THREADS": "1"}
+        processes = [place.start("train.py", *command) for place in places]
+        for place, process in zip(places, processes, strict=True):
+            lost += complain(place, place.wait(process), {0})
+        from gpt2.storage import open_storage
+
+        trials = optuna.load_study(study_name=NAME, storage=open_storage(url)).trials
+        lost += [f"{file}: {complaint}" for complaint in complaints(trials, 4)]
+        runs = sorted(int(run.name) for place in places for run in place.folder.glob(f"outputs/sweeps/{NAME}/[0-9]*"))
+        if runs != [0, 1, 2, 3]:
+            lost.append(f"{file}: runs {runs}")
+        shutil.rmtree(folder / f"{number}")
+    return [Row("three processes begin one study at once", count, "lost or double trials, lost workers", lost)]
+
+
+WAYS_TO_DIE = {  # of trial 1: its state, and what its reason says
+    "exception@3#1": ("FAIL", "RuntimeError: on purpose"),
+    "memory_error@3#1": ("PRUNED", "out of memory"),
+    "out_of_memory@3#1": ("PRUNED", "out of memory"),
+    "nan_loss@3#1": ("PRUNED", "the loss is nan"),
+    "exit@3#1": ("FAIL", "SystemExit: 7"),
+    "no_evaluation@1-9#1": ("FAIL", "it gave None"),
+    "slow@1-9#1": ("PRUNED", "past its time, 1 s"),
+    "kill@3#1": ("FAIL", "its process died 5 times"),
+}
+
+
+def deaths(count: int, folder: Path, random: random.Random) -> list[Row]:
+    """A trial that dies in one of the ways there are; the others must not notice."""
+    lost: list[str] = []
+    for number, (fault, (state, reason)) in enumerate(list(WAYS_TO_DIE.items())[:count]):
+        place = Place(folder / f"{number}", {"GPT2_FAULT": fault})
+        steps = "train.max_steps=40" if fault.startswith("slow") else "train.max_steps=8"
+        command = [*STUDY, "hydra.sweeper.n_trials=4", NO_PRUNER, "hydra.sweeper.trial_timeout=1", steps]
+        for _ in range(6):
+            ended = place.run("train.py", *command)
+            if ended.code != -signal.SIGKILL:
+                break
+        lost += complain(place, ended, {0})
+        trials = trials_of(place)
+        lost += [f"{fault}: {complaint}" for complaint in complaints(trials, 4)]
+        states = [trial.state.name for trial in trials]
+        if states != ["COMPLETE", state, "COMPLETE", "COMPLETE"]:
+            lost.append(f"{fault}: {states}, {[trial.user_attrs for trial in trials]}")
+        elif reason not in trials[1].user_attrs["reason"]:
+            lost.append(f"{fault}: the reason is {trials[1].user_attrs['reason']}")
+        shutil.rmtree(place.folder)
+    return [Row("a trial dies", min(count, len(WAYS_TO_DIE)), "studies that did not go on, or misjudge it", lost)]
