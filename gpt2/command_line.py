@@ -79,7 +79,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
-    if name == "train" and composed.trial.number is not None:
+    if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
     in_sweep = job.mode == RunMode.MULTIRUN
     with faults_as_lines():
@@ -215,12 +215,14 @@ def check_command_line(name: str, options: Namespace) -> None:
             continue
         if override.is_delete():
             found.append(f"{text}: nothing can be taken out; null switches an optional value off")
-        elif override.key_or_group.split(".")[0] == "trial":
+        elif override.key_or_group.split(".")[0] == "study":
             found.append(f"{text}: a study fills that in")
         elif override.key_or_group in ("resume", "train.auto_resume") and options.multirun:
             found.append(f"{text}: one run at a time, without -m")
         elif override.key_or_group == "hparams_search" and override.value() and not options.multirun:
             found.append(f"{text}: a search is many runs, it needs -m")
+        elif override.is_sweep_override() and override.key_or_group.startswith("hydra."):
+            found.append(f"{text}: a sweep is over KEY=..., such as train.beta2=0.9,0.99; Hydra's own have one value")
         elif override.is_sweep_override() and options.multirun:
             swept.append(override)
         else:

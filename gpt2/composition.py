@@ -26,7 +26,7 @@ from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
 # A folder of presets may not be there yet.
-warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main, path=.* is not available")
+warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -287,7 +287,7 @@ def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[
         found.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
     if found:
         raise UserError(*found)
-    result.resume, result.trial = str(path), composed.trial
+    result.resume, result.study = str(path), composed.study
     if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in asked:
         result.data.tokenizer = str(path)  # the checkpoint holds what may be gone elsewhere by now
     return result

@@ -194,11 +194,11 @@ class WandbConfig:
 
 
 @dataclass
-class TrialConfig:
+class StudyOfRun:
     """Which trial of which study a run is; null of none."""
 
-    study: str | None = None
-    number: int | None = None
+    name: str | None = None
+    trial: int | None = None
 
 
 @dataclass
@@ -215,7 +215,7 @@ class TrainRun:
     resume: str | None = None  # a run folder, or `latest`
     resume_changes: bool = False  # true: a resumed run may be told anything anew
     started_with: list[str] = field(default_factory=list)  # the command line that began it; filled in, not asked for
-    trial: TrialConfig = field(default_factory=TrialConfig)  # filled in by a study, not asked for
+    study: StudyOfRun = field(default_factory=StudyOfRun)  # filled in by a study, not asked for
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What the hardware is and can do: which device, which number format, how many operations a second at best."""
 
 import ctypes
+import gc
 import logging
 import re
 from dataclasses import dataclass
@@ -111,6 +112,17 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+def free_memory() -> None:
+    """Give back what a model that is gone has left: circles of references, and what C library and PyTorch keep."""
+    gc.collect()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_flops(precision: Precision) -> float | None:

@@ -28,7 +28,7 @@ def install(trainer: "Trainer") -> None:
         steps = range(int(match[2]), int(match[3] or match[2]) + 1) if match else range(0)
         if not match or match[1] not in KINDS or not steps or not steps[0]:
             raise ValueError(f"{VARIABLE}={fault}: KIND@STEP or KIND@FIRST-LAST is wanted, KIND of {', '.join(KINDS)}")
-        if match[4] is not None and ((trainer.run or {}).get("trial") or {}).get("number") != int(match[4]):
+        if match[4] is not None and ((trainer.run or {}).get("study") or {}).get("trial") != int(match[4]):
             continue
 
         def is_due(steps: range = steps) -> bool:

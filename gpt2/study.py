@@ -7,7 +7,6 @@ one that is interrupted goes back to WAITING, is taken again before any new one,
 Knows neither Hydra nor W&B. What a trial's training is, is up to who runs it.
 """
 
-import gc
 import json
 import logging
 import shutil
@@ -193,8 +192,9 @@ class Study:
                 if now.state == TrialState.RUNNING:
                     self._put_back(now, MOST_KILLS, problem)
         for trial in trials:
-            self._mine += 1
-            log.info("%s", self.line(self._trial(trial.number)))
+            now = self._trial(trial.number)
+            self._mine += now.state.is_finished()
+            log.info("%s", self.line(now))
 
     # What it knows
 
@@ -241,16 +241,16 @@ class Study:
             against = "the best so far"
         seconds = trial.user_attrs.get(SPENT, {}).get("seconds")
         left = self.config.n_trials - done
-        clock = "" if seconds is None else f"{seconds:,.0f} s"
+        clock = [] if seconds is None else [f"{seconds:,.0f} s"]
         if left > 0 and self._mine:
-            clock += f", {_clock((time.time() - self._began) / self._mine * left)} left"
+            clock.append(f"{_clock((time.time() - self._began) / self._mine * left)} left")
         reason = f"  ({trial.user_attrs[REASON]})" if trial.user_attrs.get(REASON) else ""
         return "  ".join(
             [
                 f"trial {trial.number:>3} {shown_state(trial):<11} {shown_value(trial)}",
                 f"{against:<26}",
                 shown_parameters(trial),
-                clock + reason,
+                ", ".join(clock) + reason,
             ]
         )
 
@@ -334,6 +334,7 @@ class Outcome:
     reason: str | None = None
     value: float | None = None
     stops_study: BaseException | None = None  # why no other trial should begin
+    traceback: str | None = None
 
 
 class TrialUnderWay:
@@ -448,7 +449,9 @@ class TrialUnderWay:
         except BaseException as error:  # noqa: BLE001  # whatever it is, the study goes on
             outcome = self._of_error(error)
             if outcome.ending == Ending.FAILED:
-                self.storage.set_trial_user_attr(self.trial_id, "traceback", traceback.format_exc())
+                outcome.traceback = traceback.format_exc()
+        from gpt2.device import free_memory  # here, for it brings torch
+
         free_memory()
         self._tell(outcome)
         return outcome
@@ -470,7 +473,7 @@ class TrialUnderWay:
         if isinstance(error, Interrupted) and error.code == Interrupted.by(SIGALRM).code:
             return Outcome(Ending.INTERRUPTED, "the study's time is up")
         if isinstance(error, Interrupted | KeyboardInterrupt):
-            return Outcome(Ending.INTERRUPTED, "interrupted", stops_study=error)
+            return Outcome(Ending.INTERRUPTED, "asked to end", stops_study=error)
         if is_full_disk(error):  # no other trial would find more
             told = MachineError(f"{machine_error(error)}; make room, and the same command goes on")
             return Outcome(Ending.INTERRUPTED, "no room on the disk", stops_study=told)
@@ -485,6 +488,8 @@ class TrialUnderWay:
                 log.warning("Trial %s was ended by another process meanwhile", self.number)
                 return
             storage.set_trial_user_attr(self.trial_id, REASON, outcome.reason)  # None too: it may have had one before
+            if outcome.traceback:
+                storage.set_trial_user_attr(self.trial_id, "traceback", outcome.traceback)
             if self._spent:
                 storage.set_trial_user_attr(self.trial_id, SPENT, self._spent)
             if state == TrialState.WAITING:
@@ -499,13 +504,3 @@ class TrialUnderWay:
         for trial in self.study.get_trials(deepcopy=False, states=STOPPED):
             if best is None or trial.number != best.number:
                 shutil.rmtree(self.checkpoints(trial.number), ignore_errors=True)
-
-
-def free_memory() -> None:
-    """Before the next model comes: what hangs in a circle of references, and what PyTorch keeps of a GPU."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

@@ -52,7 +52,7 @@ KEY = "hydra.sweeper."
 ENVIRONMENT = "GPT2_STUDY"  # what jobs must know and no file may: the storage, for its password; and the deadline
 INSTANTIATED = ("optuna.samplers.*", "optuna.pruners.*")
 GRID, QMC = "optuna.samplers.GridSampler", "optuna.samplers.QMCSampler"  # their draws are places in one sequence
-WITHOUT_PART_IN_STUDY = ("name", "trial", "inference", "started_with")  # keys or groups
+WITHOUT_PART_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,9 @@ def study_of(sweeper: DictConfig) -> OptunaConfig:
 def study_faults(sweeper: DictConfig) -> Faults:
     """What is wrong with a study, apart from its space."""
     from gpt2.storage import storage_fault
+    from gpt2.study import quietly
 
+    quietly()
     found = optuna_faults(study_of(sweeper), KEY)
     if sweeper.n_jobs < 1:
         found.append(f"{KEY}n_jobs: {sweeper.n_jobs} is not a whole number of at least 1")
@@ -228,8 +230,8 @@ class StudySweeper(Sweeper):
             (
                 *(f"{key}={'null' if value is None else value}" for key, value in trial.params.items()),
                 *self.fixed,
-                f"trial.study='{self.sweeper.study_name}'",
-                f"trial.number={trial.number}",
+                f"study.name='{self.sweeper.study_name}'",
+                f"study.trial={trial.number}",
                 f"hydra.sweep.subdir={trial.number}",
             )
             for trial in trials
@@ -283,7 +285,7 @@ class StudySweeper(Sweeper):
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
         choices, values = preset(overrides, without={"hparams_search", "wandb"})
-        values = {"name": name, **{key: v for key, v in values.items() if key not in WITHOUT_PART}}
+        values = {key: value for key, value in values.items() if not key.startswith("wandb.")} | {"name": name}
         comment = f"Trial {best.number} of the study {name}: validation loss {best.value:.4f}"
         with replacing(self.folder / "best.yaml") as file:
             file.write(preset_file(f"{comment}\npython train.py +{name}=best", choices, values).encode())
@@ -342,7 +344,7 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
 
     job = HydraConfig.get()
     told = json.loads(os.environ[ENVIRONMENT])
-    config, number = study_of(job.sweeper), composed.trial.number
+    config, number = study_of(job.sweeper), composed.study.trial
     config.storage = told["storage"]
     trial = TrialUnderWay(
         number,
@@ -356,7 +358,8 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
     composed.resume, composed.train.auto_resume = job.runtime.output_dir, True
     outcome = trial.run(lambda: run(trial))
     if outcome.reason:
-        logging.getLogger("gpt2").info("This trial is %s: %s", outcome.ending.value, outcome.reason)
+        told = f"{outcome.ending.value}: {outcome.reason}\n{outcome.traceback or ''}"
+        logging.getLogger("gpt2").info("How this trial ended: %s", told.rstrip())
     if outcome.stops_study is not None and not isinstance(outcome.stops_study, UserError):
         raise outcome.stops_study
     return outcome.stops_study or outcome.value

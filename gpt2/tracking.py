@@ -289,7 +289,7 @@ def start_wandb(run: TrainRun, run_folder: Path, root: Path, settings: Record, k
         settings: The resolved configuration, plain and nested.
         known_id: Of the W&B run to go on with, from a checkpoint, should the folder no longer have it.
     """
-    config, trial = run.wandb, run.trial
+    config, study = run.wandb, run.study
     if config.mode == "off":
         return None
     import wandb
@@ -306,9 +306,9 @@ def start_wandb(run: TrainRun, run_folder: Path, root: Path, settings: Record, k
                 dir=str(root),
                 id=id_file.read_text(),
                 resume="allow",
-                name=f"{run.name}-{run_folder.name}" if trial.number is None else f"{trial.study}-{trial.number:04}",
-                group=trial.study or run.name,
-                job_type="train" if trial.number is None else "trial",
+                name=f"{run.name}-{run_folder.name}" if study.trial is None else f"{study.name}-{study.trial:04}",
+                group=study.name or run.name,
+                job_type="train" if study.trial is None else "trial",
                 reinit="finish_previous",  # a run before in this process that did not end
                 config=settings,
                 allow_val_change=True,  # of a run that is resumed longer

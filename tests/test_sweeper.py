@@ -1,0 +1,310 @@
+"""Studies from the command line: the real `train.py -m` on runs of a second, and what it leaves behind."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+
+from gpt2 import checkpoint, run_folder
+from gpt2.command_line import check_command_line
+from gpt2.composition import CONF, compose, resolve
+from gpt2.config import UserError
+from tests.conftest import ROOT, TINY, Workspace
+
+TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
+STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
+PRUNING = ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"]
+PRUNING += ["hydra.sweeper.pruner.n_warmup_steps=0", "hydra.sweeper.n_trials=6", "wandb=offline"]
+STORAGE = "sqlite:///kept-elsewhere.db"
+
+
+def study_in(folder: Path, name: str = "mine", storage: str | None = None) -> optuna.Study:
+    storage = storage or f"sqlite:///{folder}/outputs/sweeps/{name}/study.db"
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace with one finished study, for tests that only look at it."""
+    from tests.conftest import TEXT
+
+    folder = tmp_path_factory.mktemp("studied")
+    (folder / "corpus.txt").write_text(TEXT)
+    workspace = Workspace(folder)
+    workspace.command_line = [*STUDY, *PRUNING, f"hydra.sweeper.storage='{STORAGE}'"]
+    workspace.output = workspace.run("train.py", *workspace.command_line).stdout
+    workspace.study = study_in(folder, storage=STORAGE.replace("///", f"///{folder}/"))
+    workspace.sweep = folder / "outputs" / "sweeps" / "mine"
+    return workspace
+
+
+def test_pruned_trials_are_pruned_and_the_others_complete(studied):
+    trials = studied.study.trials
+    assert [trial.number for trial in trials] == list(range(6))
+    pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in trials)
+    for trial in trials:
+        evaluations = len(trial.intermediate_values)
+        assert list(trial.intermediate_values) == list(range(evaluations))
+        assert 1 <= evaluations <= 3 if trial in pruned else evaluations == 4
+        assert trial.user_attrs["spent"]["steps"] == 2 * evaluations
+        if trial in pruned:
+            assert trial.user_attrs["reason"] == f"behind other trials at step {2 * evaluations}"
+        else:
+            assert trial.value == min(trial.intermediate_values.values())
+
+
+def test_what_is_searched_reaches_the_runs(studied):
+    best = studied.study.best_trial
+    record = checkpoint.read_record(run_folder.find(str(studied.sweep / str(best.number))))
+    for key, value in best.params.items():
+        group, _, name = key.partition(".")
+        if key != "train.batch_size":  # fixed on the command line
+            assert record[group][name] == value
+    assert record["model"]["attention_dropout"] == record["model"]["residual_dropout"] == best.params["model.dropout"]
+    assert record["run"]["study"] == {"name": "mine", "trial": best.number}
+    assert "train.batch_size" not in best.params
+
+
+def test_a_study_leaves_a_report_and_the_best_checkpoints(studied):
+    names = {path.name for path in studied.sweep.iterdir()}
+    files = {"study.md", "study.log", "trials.csv", "best.yaml", "history.png", "evaluations.png", "slices.png"}
+    assert files | {str(number) for number in range(6)} == names - {"importances.png"}
+    best = studied.study.best_trial.number
+    assert [path.parent.name for path in studied.sweep.glob("*/checkpoints")] == [str(best)]
+    assert all((studied.sweep / str(number) / "train.log").stat().st_size for number in range(6))
+    with (studied.sweep / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in rows] == [trial.value for trial in studied.study.trials]
+    report = (studied.sweep / "study.md").read_text()
+    assert f"The best is trial {best}, {studied.study.best_value:.4f}" in report
+    assert "pruning spared" in report
+
+
+def test_each_trial_has_a_line(studied):
+    lines = [line for line in studied.output.splitlines() if line.startswith("trial ")]
+    assert [int(line.split()[1]) for line in lines] == list(range(6))
+    for line, trial in zip(lines, studied.study.trials, strict=True):
+        assert f"{trial.state.name.lower()} " in line
+        assert f"{trial.value:.4f}" in line
+        assert f"learning_rate={trial.params['train.learning_rate']:.3g}" in line
+    assert all(" left" in line for line in lines[:-1])
+    assert "Traceback" not in studied.output
+    assert "step 2/8" not in studied.output  # the rest is in train.log
+
+
+def test_the_storage_is_written_down_nowhere(studied):
+    """A URL may hold a password."""
+    files = [path for path in studied.folder.rglob("*") if path.is_file()]
+    texts = [path for path in files if not path.name.startswith("kept-elsewhere")]
+    assert len(texts) > 30
+    told = [path for path in texts if b"kept-elsewhere" in path.read_bytes()]
+    assert told == []
+    assert "kept-elsewhere" not in studied.output
+
+
+def test_wandb_has_a_run_for_each_trial_with_its_number_and_state(studied):
+    states = {}
+    for folder in sorted((studied.folder / "outputs" / "wandb").glob("offline-run-*")):
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
+            env=studied.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        text = json.dumps(records)
+        assert '"mine"' in text
+        number = int(re.search(r"mine-(\d{4})", text)[1])
+        trial = studied.study.trials[number]
+        assert trial.state.name.lower() in text
+        states[number] = trial.state.name
+    assert sorted(states) == list(range(6))
+
+
+def test_the_best_trial_runs_again_as_a_preset_and_as_it_is_printed(studied, monkeypatch):
+    monkeypatch.chdir(studied.folder)
+    best = studied.study.best_trial
+    saved = OmegaConf.load(studied.sweep / str(best.number) / ".hydra" / "config.yaml")
+    commands = re.findall(r"^python train.py (.*)$", (studied.sweep / "study.md").read_text(), re.MULTILINE)
+    assert commands[0] == "+mine=best"
+    for command in commands:
+        line = shlex.split(command)
+        config = resolve("train", compose("train", line), line)
+        for group in ("model", "train", "data"):
+            expected = {key: value for key, value in saved[group].items() if key != "auto_resume"}
+            assert {key: getattr(getattr(config, group), key) for key in expected} == expected
+    again = studied.run("train.py", "+mine=best", "wandb=off").stdout
+    assert f"best {best.value:.4f}" in again or f"validation loss {best.value:.4f}" in again
+
+
+def test_the_same_command_has_nothing_left_to_do_and_another_one_is_refused(studied):
+    before = [trial.datetime_complete for trial in studied.study.trials]
+    again = studied.run("train.py", *studied.command_line)
+    assert "6 trials, 6 of them done" in again.stdout
+    assert [trial.datetime_complete for trial in studied.study.trials] == before
+    refused = studied.run("train.py", *studied.command_line, "train.max_steps=9", "train.beta2=0.9", expect=2)
+    assert refused.stderr.splitlines() == [
+        "error: train.beta2: 0.9 was asked for, the study has a search from 0.9 to 0.999",
+        "error: train.max_steps: 9 was asked for, the study has 8",
+        "error: study_name: mine has begun otherwise; give this study a name of its own",
+    ]
+
+
+def test_a_study_in_which_everything_fails_says_so_in_a_line(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "exception@1-9"
+    failed = workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", expect=1)
+    (line,) = failed.stderr.splitlines()
+    assert line == "error: study mine: none of its 2 trials gave a value (trial 0: RuntimeError: on purpose)"
+    assert all("on purpose" in trial.user_attrs["traceback"] for trial in study_in(workspace.folder).trials)
+    assert "Traceback" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
+
+
+def test_a_storage_out_of_reach_is_told_without_its_password(workspace: Workspace):
+    storage = "hydra.sweeper.storage='postgresql+psycopg2://me:secret@127.0.0.1:9/db'"
+    refused = workspace.run("train.py", *STUDY, storage, expect=2)
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: storage: postgresql+psycopg2://me:***@127.0.0.1:9/db cannot be opened: ")
+    assert "secret" not in refused.stderr + refused.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused before the first trial
+
+
+def check(*arguments: str) -> None:
+    check_command_line("train", get_args_parser().parse_args(list(arguments)))
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / "hydra" / "sweeper" / group).glob("*.yaml"))
+
+
+PAIRS = [*((sampler, "asha") for sampler in names("sampler")), *(("random", pruner) for pruner in names("pruner"))]
+
+
+@pytest.mark.parametrize(("sampler", "pruner"), PAIRS)
+def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler, pruner):
+    line = ["train.learning_rate=1e-3,1e-2", "train.warmup_steps=5", "train.batch_size=8", "train.weight_decay=0.1"]
+    line += ["train.beta2=0.9", "model.dropout=0.0", "data=stdlib", "model=gpt2_nano"]
+    check("-m", "hparams_search=optuna", f"hydra/sweeper/sampler={sampler}", f"hydra/sweeper/pruner={pruner}", *line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["hydra.sweeper.n_trials=0"], r"hydra.sweeper.n_trials: 0 is not a whole number of at least 1"),
+        (["hydra.sweeper.n_trails=5"], r"Key 'n_trails' not in 'StudyConfig'. Did you mean: 'n_trials'"),
+        (["hydra.sweeper.n_jobs=0"], r"hydra.sweeper.n_jobs: 0 is not"),
+        (["hydra.sweeper.study_name=model"], r"hydra.sweeper.study_name: 'model' must be letters"),
+        (["hydra.sweeper.study_name=a/b"], r"hydra.sweeper.study_name: 'a/b' must be letters"),
+        (["hydra.sweeper.direction=up"], r"hydra.sweeper.direction: 'up' is neither minimize nor maximize"),
+        (["hydra.sweeper.storage=study.db"], r"hydra.sweeper.storage: 'study.db' is none of sqlite:///FILE"),
+        (["hydra.sweeper.storage='redis://me:secret@host'"], r"'redis://me:\*\*\*@host' is none of"),
+        (["hydra/sweeper/pruner=medain"], r"Could not find 'hydra/sweeper/pruner/medain'. Available options.* median"),
+        (["+hydra.sweeper.sampler.speed=3"], r"hydra.sweeper.sampler: .*unexpected keyword argument 'speed'"),
+        (["hydra.sweeper.pruner.n_min_trials=0"], r"hydra.sweeper.pruner: .*must be at least 1, but got"),
+        (["hydra/sweeper/sampler=grid"], r"train.learning_rate=.*: a grid needs values, such as train.learning_rate="),
+        (["train.learning_rate=interval(1e-4, -1)"], r"train.learning_rate: -1.0 is not a finite number above 0"),
+        (["model.num_heads=choice(4,7)"], r"model.num_heads: 7 heads do not divide"),
+        (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over KEY=..., such as train.beta2=0.9,0.99"),
+        (["model.num_heads=choice(4,7"], r"not of the form key=value"),
+        (["study.trial=3"], r"study.trial=3: a study fills that in"),
+        (["train.auto_resume=true"], r"one run at a time, without -m"),
+    ],
+)
+def test_a_mistake_in_a_study_is_told_before_its_first_trial(arguments, fault):
+    with pytest.raises(UserError, match=fault) as told:
+        check("-m", "hparams_search=optuna", "data=stdlib", "model=gpt2_nano", *arguments)
+    assert "secret" not in str(told.value)
+
+
+def test_both_ends_and_every_choice_are_composed(monkeypatch):
+    composed = []
+
+    def remember(name: str, overrides: list[str]) -> list[str]:
+        composed.extend(overrides)
+        return []
+
+    monkeypatch.setattr("gpt2.command_line.command_line_faults", remember)
+    check("-m", "hparams_search=optuna")
+    space = OmegaConf.load(CONF / "hparams_search" / "optuna.yaml").hydra.sweeper.params
+    for key, text in space.items():
+        tried = {override for override in composed if override.startswith(f"{key}=")}
+        assert len(tried) == (4 if "choice" in text else 2)
+
+
+def test_nothing_left_to_search_is_told():
+    values = ["train.learning_rate=1e-3", "train.batch_size=4", "train.warmup_steps=5", "train.weight_decay=0.1"]
+    with pytest.raises(UserError, match="nothing is left to search"):
+        check("-m", "hparams_search=optuna", *values, "train.beta2=0.9", "model.dropout=0.0", "data=stdlib")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In other processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace: Workspace, launcher):
+    workspace.environment["GPT2_FAULT"] = "kill@3#1"
+    two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4", f"hydra/launcher={launcher}"]
+    workspace.run("train.py", *STUDY, *two, "hydra/sweeper/pruner=none")
+    trials = study_in(workspace.folder).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].user_attrs["reason"].startswith("its process died 2 times, ")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_parallel_study_saves_what_is_under_way(workspace: Workspace):
+    long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    command = workspace.command("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
+    process = subprocess.Popen(
+        command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    from tests.test_scripts import wait_for
+
+    wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) == 2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["WAITING", "WAITING"]
+    workspace.run("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
+    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.slow
+def test_twenty_trials_in_one_process_do_not_make_it_grow(workspace: Workspace):
+    """A process trains 20 models, one after another, each of 10 MB of weights and twice that in its optimizer."""
+    script = f"""
+import resource, runpy, sys, gpt2.study as study
+sys.path.insert(0, {str(ROOT)!r})
+grown, tell = [], study.TrialUnderWay._tell
+def measured(self, outcome):
+    tell(self, outcome)
+    with open("/proc/self/statm") as file:
+        grown.append(int(file.read().split()[1]) * resource.getpagesize() / 1e6)
+study.TrialUnderWay._tell = measured
+sys.argv[1:] = {[*STUDY, "hydra.sweeper.n_trials=20", "model.d_model=256", "model.d_ff=1024", "model.num_layers=3"]}
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+print("grown", *grown)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=workspace.folder, env=workspace.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    sizes = [float(size) for size in done.stdout.splitlines()[-1].split()[1:]]
+    assert len(sizes) == 20
+    assert sizes[-1] - sizes[4] < 10, sizes
