@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from functools import partial
 from hashlib import sha256
 from io import TextIOWrapper
@@ -241,7 +242,7 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
     found: list[str] = []
     try:
         sweeper = study_sweeper(fixed)
-    except UserError:
+    except UserError:  # that does not compose, whatever is swept
         return command_line_faults("train", fixed)
     if sweeper:
         found += study_faults(sweeper)
@@ -249,9 +250,31 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
             swept = searched(sweeper, swept, fixed)
         except UserError as error:
             return found + error.faults
+    composed = compose("train", fixed)
     for combination in combined(list(map(candidates, swept))):
-        found += command_line_faults("train", [*fixed, *combination])
+        changed = with_values(composed, list(combination))
+        try:
+            if changed is None:
+                found += command_line_faults("train", [*fixed, *combination])
+            else:
+                resolve("train", changed, [*fixed, *combination])
+        except UserError as error:
+            found += error.faults
     return found
+
+
+def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None:
+    """A composition with values changed, in a quarter of the time that another one takes; None if it takes that."""
+    result = deepcopy(composed)
+    for override in parsed(overrides):
+        key = override.key_or_group
+        if override.is_add() or "." not in key or OmegaConf.is_config(OmegaConf.select(result, key)):
+            return None
+        try:
+            OmegaConf.update(result, key, override.value())
+        except OmegaConfBaseException:
+            return None
+    return result
 
 
 def command_line_faults(name: str, overrides: list[str]) -> list[str]:

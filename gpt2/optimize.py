@@ -6,7 +6,6 @@ the study, its pruning and its report are the same.
 
 import logging
 import shutil
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from gpt2.data_loader import batch_size_of, with_batch_size
 from gpt2.device import choose_device
 from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
 from gpt2.model import GPT2Model
-from gpt2.study import Study, TrialUnderWay, seed_of_trial
+from gpt2.study import Study, TrialUnderWay, optuna_is_quiet, seed_of_trial
 from gpt2.train import Trainer
 
 log = logging.getLogger(__name__)
@@ -126,22 +125,18 @@ class OptunaOptimizer:
             UserError: The storage cannot be used, holds another study of that name, or no trial gave a value.
             Interrupted: Ctrl-C or SIGTERM. The trial that was under way is saved and waits, to be gone on with.
         """
-        verbosity = optuna.logging.get_verbosity()
-        with warnings.catch_warnings():
-            try:
-                study = self._open()
-                self.study = study.optuna
-                with study:
-                    while trials := study.claim():
-                        try:
-                            self._run(trials[0].number, study)
-                        finally:
-                            study.settle(trials)
-                best = study.best_or_failure()
-                study_report.write(study.optuna, study.folder)
-                return dict(best.params)
-            finally:
-                optuna.logging.set_verbosity(verbosity)
+        with optuna_is_quiet():
+            study = self._open()
+            self.study = study.optuna
+            with study:
+                while trials := study.claim():
+                    try:
+                        self._run(trials[0].number, study)
+                    finally:
+                        study.settle(trials)
+            best = study.best_or_failure()
+            study_report.write(study.optuna, study.folder)
+            return dict(best.params)
 
     def _open(self) -> Study:
         seed = self.training_config.seed

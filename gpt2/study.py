@@ -9,6 +9,7 @@ Knows neither Hydra nor W&B. What a trial's training is, is up to who runs it.
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import inf, isfinite
 from pathlib import Path
-from signal import SIGALRM
+from signal import SIGALRM, SIGTERM
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,10 +55,17 @@ class StudyFailure(UserError):
     exit_code = 1
 
 
-def quietly() -> None:
+@contextmanager
+def optuna_is_quiet() -> Iterator[None]:
     """Leave it to this module to tell what happens."""
+    verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,7 +96,6 @@ class Study:
         Raises:
             UserError: The storage cannot be opened, or holds a study of that name which is another one.
         """
-        quietly()
         self.config, self.space, self.make_sampler = config, space, make_sampler
         self.folder, self.run_folder = folder, run_folder
         self.deadline = time.time() + (config.timeout or inf)
@@ -348,16 +355,16 @@ class TrialUnderWay:
         pruner: optuna.pruners.BasePruner,
         checkpoints: Callable[[int], Path],
         deadline: float = inf,
-        label: str = "",
+        ends_with_parent: bool = False,
     ):
         """
         Args:
             checkpoints: The folder of a trial, given its number, that is needed no more when it has ended.
             deadline: When the study has to end, in seconds since 1970.
+            ends_with_parent: Whether this process is to save and leave when the one that started it is gone.
         """
-        quietly()
         self.number, self.config, self.checkpoints, self.deadline = number, config, checkpoints, deadline
-        self.label = label or f"trial {number}"
+        self.parent = os.getppid() if ends_with_parent else None
         self.storage = storage
         # The sampler is not asked; a GridSampler would take another cell.
         self.study = optuna.load_study(
@@ -401,7 +408,7 @@ class TrialUnderWay:
     def _watched(self, trainer: "Trainer") -> Iterator[None]:
         """Hear of a trainer's evaluations, and have it end in time."""
         trainer.on_evaluation = self._report
-        trainer.label = self.label
+        trainer.label = f"trial {self.number} of {self.config.n_trials}"
         self._tell_evaluation(trainer)  # of one that goes on: its process may have died just before it could tell
         is_over = threading.Event()
         clock = threading.Thread(target=self._end_in_time, args=(trainer, is_over), daemon=True)
@@ -418,8 +425,10 @@ class TrialUnderWay:
     def _end_in_time(self, trainer: "Trainer", is_over: threading.Event) -> None:
         own = time.time() + (self.config.trial_timeout or inf) - trainer.progress.seconds
         end = min(own, self.deadline)
-        while not is_over.wait(max(0.0, min(end - time.time(), 3600.0))):  # no lock waits for ever longer than that
-            if time.time() >= end:
+        while not is_over.wait(max(0.0, min(end - time.time(), 1.0))):
+            if self.parent not in (None, os.getppid()):
+                trainer.interrupt(SIGTERM)
+            elif time.time() >= end:
                 self._is_past_its_time = own <= self.deadline
                 trainer.interrupt(SIGALRM)
                 end = time.time() + 0.2  # once more, should training only just begin

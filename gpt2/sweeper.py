@@ -87,9 +87,8 @@ def study_of(sweeper: DictConfig) -> OptunaConfig:
 def study_faults(sweeper: DictConfig) -> Faults:
     """What is wrong with a study, apart from its space."""
     from gpt2.storage import storage_fault
-    from gpt2.study import quietly
+    from gpt2.study import optuna_is_quiet
 
-    quietly()
     found = optuna_faults(study_of(sweeper), KEY)
     if sweeper.n_jobs < 1:
         found.append(f"{KEY}n_jobs: {sweeper.n_jobs} is not a whole number of at least 1")
@@ -104,7 +103,8 @@ def study_faults(sweeper: DictConfig) -> Faults:
         found.append(f"{KEY}storage: {fault}")
     for key, make in (("sampler", lambda: sampler_factory(sweeper, {})(0)), ("pruner", lambda: make_pruner(sweeper))):
         try:
-            make()
+            with optuna_is_quiet():
+                make()
         except Exception as error:  # noqa: BLE001  # Optuna's, or Hydra's of a setting that there is not
             found.append(f"{KEY}{key}: {_last_line(error)}")
     return found
@@ -177,14 +177,27 @@ class StudySweeper(Sweeper):
         Raises:
             UserError: The study cannot be opened, is another one, or no trial gave a value.
         """
-        from hydra_plugins.hydra_optuna_sweeper._impl import (
-            create_params_from_overrides,  # private, hence the exact pin
-        )
+        from gpt2.study import optuna_is_quiet
+
+        with optuna_is_quiet():
+            study = self._open(arguments)
+            told = {"storage": study.config.storage, "deadline": study.deadline, "sweeper": os.getpid()}
+            os.environ[ENVIRONMENT] = json.dumps(told)
+            with study_log(self.folder):
+                try:
+                    self._run(study)
+                except Interrupted:
+                    done = f"{len(study.done())} of {study.config.n_trials} trials are done"
+                    log.info(f"{done}. The same command goes on.")
+                    raise
+
+    def _open(self, arguments: list[str]) -> "Study":
+        from hydra_plugins.hydra_optuna_sweeper import _impl as plugin  # private, hence the exact pin
 
         from gpt2.study import Study
 
         params = [f"{key}={value}" for key, value in self.sweeper.params.items()]
-        space, fixed, _ = create_params_from_overrides([*params, *arguments])
+        space, fixed, _ = plugin.create_params_from_overrides([*params, *arguments])
         space = {key: distribution for key, distribution in space.items() if key not in fixed}
         self.fixed = [f"{key}={value}" for key, value in fixed.items()]
         config = study_of(self.sweeper)
@@ -203,13 +216,7 @@ class StudySweeper(Sweeper):
         )
         if folders and not study.optuna.get_trials(deepcopy=False):
             raise UserError(f"{self.folder} holds runs of a study that its storage does not know; move one away")
-        os.environ[ENVIRONMENT] = json.dumps({"storage": config.storage, "deadline": study.deadline})
-        with study_log(self.folder):
-            try:
-                self._run(study)
-            except Interrupted:
-                log.info("%s of %s trials are done. The same command goes on.", len(study.done()), config.n_trials)
-                raise
+        return study
 
     def _run(self, study: "Study") -> None:
         self._announce(study)
@@ -340,26 +347,27 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
     Returns its loss; or why no other trial should begin.
     """
     from gpt2.storage import open_storage
-    from gpt2.study import TrialUnderWay
+    from gpt2.study import TrialUnderWay, optuna_is_quiet
 
     job = HydraConfig.get()
     told = json.loads(os.environ[ENVIRONMENT])
     config, number = study_of(job.sweeper), composed.study.trial
     config.storage = told["storage"]
-    trial = TrialUnderWay(
-        number,
-        open_storage(config.storage),
-        config,
-        make_pruner(job.sweeper),
-        lambda number: Path(job.sweep.dir) / str(number) / composed.train.checkpoint_dir,
-        told["deadline"],
-        f"trial {number} of {config.n_trials}",
-    )
-    composed.resume, composed.train.auto_resume = job.runtime.output_dir, True
-    outcome = trial.run(lambda: run(trial))
+    with optuna_is_quiet():
+        trial = TrialUnderWay(
+            number,
+            open_storage(config.storage),
+            config,
+            make_pruner(job.sweeper),
+            checkpoints=lambda number: Path(job.sweep.dir) / str(number) / composed.train.checkpoint_dir,
+            deadline=told["deadline"],
+            ends_with_parent=os.getpid() != told["sweeper"],
+        )
+        composed.resume, composed.train.auto_resume = job.runtime.output_dir, True
+        outcome = trial.run(lambda: run(trial))
     if outcome.reason:
-        told = f"{outcome.ending.value}: {outcome.reason}\n{outcome.traceback or ''}"
-        logging.getLogger("gpt2").info("How this trial ended: %s", told.rstrip())
+        text = f"{outcome.ending.value}: {outcome.reason}\n{outcome.traceback or ''}"
+        logging.getLogger("gpt2").info("How this trial ended: %s", text.rstrip())
     if outcome.stops_study is not None and not isinstance(outcome.stops_study, UserError):
         raise outcome.stops_study
     return outcome.stops_study or outcome.value

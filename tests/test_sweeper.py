@@ -239,6 +239,7 @@ def test_both_ends_and_every_choice_are_composed(monkeypatch):
         return []
 
     monkeypatch.setattr("gpt2.command_line.command_line_faults", remember)
+    monkeypatch.setattr("gpt2.command_line.with_values", lambda *_: None)
     check("-m", "hparams_search=optuna")
     space = OmegaConf.load(CONF / "hparams_search" / "optuna.yaml").hydra.sweeper.params
     for key, text in space.items():
@@ -268,7 +269,9 @@ def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_parallel_study_saves_what_is_under_way(workspace: Workspace):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspace, ended_by):
+    """Ctrl-C reaches all its processes; SIGKILL only the sweeper, and the others follow it."""
     long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     command = workspace.command("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
@@ -278,11 +281,15 @@ def test_ctrl_c_in_a_parallel_study_saves_what_is_under_way(workspace: Workspace
     from tests.test_scripts import wait_for
 
     wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) == 2)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 128 + signal.SIGINT
-    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["WAITING", "WAITING"]
+    (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
+    assert process.wait(timeout=60) == (130 if ended_by == signal.SIGINT else -ended_by)
+    if ended_by == signal.SIGINT:
+        assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["WAITING", "WAITING"]
     workspace.run("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
-    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
+    trials = study_in(workspace.folder).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
+    for trial in trials:
+        assert "Going on after step" in (workspace.folder / f"outputs/sweeps/mine/{trial.number}/train.log").read_text()
 
 
 @pytest.mark.slow
