@@ -181,7 +181,7 @@ class StudyConfig:
     trial_timeout: int | None = None
     keep: Literal["best", "all"] = "best"
     n_jobs: int = 1  # trials that a launcher is handed at a time
-    params: dict[str, str] = field(default_factory=dict)  # the space: what a sweep says of each key
+    params: dict[str, str | None] = field(default_factory=dict)  # the space: a sweep by its key; null: it is not searched
 
 
 @dataclass
@@ -287,6 +287,16 @@ def steps_for_tokens(tokens: Any, _root_: DictConfig) -> int:
     return max(1, round(tokens / per_step))
 
 
+def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
+    """The steps that take so much compute, 6 FLOPs a token and weight, without those of the embeddings.
+
+    The measure of Kaplan et al. (2020), by which models of other shapes compare.
+    """
+    model = _root_.model
+    weights = model.num_layers * model.d_model * (4 * model.d_model + 2 * model.d_ff)
+    return steps_for_tokens(flops / (6 * weights), _root_)
+
+
 def register() -> None:
     """Give Hydra the schema of each command and of a study, and the resolvers that `conf/` uses."""
     store = ConfigStore.instance()
@@ -294,6 +304,7 @@ def register() -> None:
         store.store(name=f"{name}_schema", node=schema)
     store.store(group="hydra/sweeper", name="study", node=StudyConfig)
     OmegaConf.register_resolver("steps", steps_for_tokens, replace=True)
+    OmegaConf.register_resolver("steps_of_compute", steps_of_compute, replace=True)
     OmegaConf.register_resolver("times", lambda factor, value: max(1, round(factor * value)), replace=True)
     OmegaConf.register_resolver("divide", lambda value, by: math.ceil(value / by), replace=True)
     OmegaConf.register_resolver("repository", lambda: str(Path(__file__).resolve().parents[1]), replace=True)

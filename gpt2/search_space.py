@@ -60,7 +60,7 @@ def searched(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -> li
         UserError: It is empty, cannot be parsed, or has no end where a grid is asked for.
     """
     try:
-        ours = parsed([f"{key}={value}" for key, value in sweeper.params.items()])
+        ours = parsed([f"{key}={value}" for key, value in sweeper.params.items() if value is not None])
     except HydraException as error:
         raise UserError(f"hydra.sweeper.params: {explain(error)}") from error
     told = {override.key_or_group for override in [*parsed(fixed), *swept]}

@@ -380,6 +380,9 @@ class TrialUnderWay:
         """Whether it began once, and was interrupted."""
         return not {REASON, DEATHS}.isdisjoint(self.storage.get_trial(self.trial_id).user_attrs)
 
+    def is_orphaned(self) -> bool:
+        return self.parent not in (None, os.getppid())
+
     # While it trains
 
     def train(self, trainer: "Trainer") -> float | None:
@@ -426,7 +429,7 @@ class TrialUnderWay:
         own = time.time() + (self.config.trial_timeout or inf) - trainer.progress.seconds
         end = min(own, self.deadline)
         while not is_over.wait(max(0.0, min(end - time.time(), 1.0))):
-            if self.parent not in (None, os.getppid()):
+            if self.is_orphaned():
                 trainer.interrupt(SIGTERM)
             elif time.time() >= end:
                 self._is_past_its_time = own <= self.deadline

@@ -196,7 +196,7 @@ class StudySweeper(Sweeper):
 
         from gpt2.study import Study
 
-        params = [f"{key}={value}" for key, value in self.sweeper.params.items()]
+        params = [f"{key}={value}" for key, value in self.sweeper.params.items() if value is not None]
         space, fixed, _ = plugin.create_params_from_overrides([*params, *arguments])
         space = {key: distribution for key, distribution in space.items() if key not in fixed}
         self.fixed = [f"{key}={value}" for key, value in fixed.items()]
@@ -368,6 +368,9 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
     if outcome.reason:
         text = f"{outcome.ending.value}: {outcome.reason}\n{outcome.traceback or ''}"
         logging.getLogger("gpt2").info("How this trial ended: %s", text.rstrip())
+    if trial.is_orphaned():  # nobody takes what this would return, and its process would wait for more to do
+        logging.shutdown()
+        os._exit(1)
     if outcome.stops_study is not None and not isinstance(outcome.stops_study, UserError):
         raise outcome.stops_study
     return outcome.stops_study or outcome.value

@@ -8,6 +8,8 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -18,7 +20,8 @@ from omegaconf import OmegaConf
 from gpt2 import checkpoint, run_folder
 from gpt2.command_line import check_command_line
 from gpt2.composition import CONF, compose, resolve
-from gpt2.config import UserError
+from gpt2.config import UserError, steps_of_compute
+from gpt2.model import GPT2Model
 from tests.conftest import ROOT, TINY, Workspace
 
 TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
@@ -247,6 +250,19 @@ def test_both_ends_and_every_choice_are_composed(monkeypatch):
         assert len(tried) == (4 if "choice" in text else 2)
 
 
+def test_the_shape_is_searched_at_equal_compute():
+    check("-m", "hparams_search=optuna_shape", "data=stdlib")
+    for shape in (["model.d_model=256", "model.num_layers=24"], ["model.d_model=768"]):
+        line = ["hparams_search=optuna_shape", *shape, "data=stdlib"]
+        config = resolve("train", compose("train", line), line)
+        model, train = config.model, config.train
+        assert (model.num_heads * 64, model.d_ff) == (model.d_model, 4 * model.d_model)
+        weights = GPT2Model(replace(model, vocab_size=1, context_length=1, use_bias=False)).num_parameters()
+        flops = 6 * weights * train.max_steps * train.batch_size * config.data.max_length
+        assert flops == pytest.approx(1e16, rel=0.01)
+        assert steps_of_compute(2e16, OmegaConf.structured(config)) == pytest.approx(2 * train.max_steps, rel=0.01)
+
+
 def test_nothing_left_to_search_is_told():
     values = ["train.learning_rate=1e-3", "train.batch_size=4", "train.warmup_steps=5", "train.weight_decay=0.1"]
     with pytest.raises(UserError, match="nothing is left to search"):
@@ -266,6 +282,16 @@ def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace:
     trials = study_in(workspace.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert trials[1].user_attrs["reason"].startswith("its process died 2 times, ")
+
+
+def pids_in(folder: Path) -> list[int]:
+    """The processes whose working directory that is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
 
 
 @pytest.mark.slow
@@ -290,6 +316,7 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
     for trial in trials:
         assert "Going on after step" in (workspace.folder / f"outputs/sweeps/mine/{trial.number}/train.log").read_text()
+    wait_for(lambda: not pids_in(workspace.folder), seconds=20)
 
 
 @pytest.mark.slow
