@@ -181,7 +181,7 @@ class StudyConfig:
     trial_timeout: int | None = None
     keep: Literal["best", "all"] = "best"
     n_jobs: int = 1  # trials that a launcher is handed at a time
-    params: dict[str, str | None] = field(default_factory=dict)  # the space: a sweep by its key; null: it is not searched
+    params: dict[str, str | None] = field(default_factory=dict)  # the space: key: sweep; null: not searched
 
 
 @dataclass
