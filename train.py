@@ -20,9 +20,9 @@ log = logging.getLogger("gpt2")
 
 if TYPE_CHECKING:
     from gpt2.model import GPT2Model
-    from gpt2.study import TrialUnderWay
     from gpt2.tokenizer import GPT2Tokenizer
     from gpt2.train import Trainer
+    from gpt2.trial import TrialUnderWay
 
 
 @script("train")

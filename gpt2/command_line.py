@@ -36,7 +36,7 @@ from gpt2.failures import machine_error
 from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.run_folder import LOCK, held
 from gpt2.search_space import candidates, combined, searched
-from gpt2.sweeper import run_trial, study_faults, study_sweeper
+from gpt2.sweeper import launcher_fault, run_trial, study_faults, study_sweeper
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 
@@ -244,6 +244,8 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
         sweeper = study_sweeper(fixed)
     except UserError:  # that does not compose, whatever is swept
         return command_line_faults("train", fixed)
+    if fault := launcher_fault(fixed):
+        found.append(fault)
     if sweeper:
         found += study_faults(sweeper)
         try:

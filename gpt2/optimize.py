@@ -21,8 +21,9 @@ from gpt2.data_loader import batch_size_of, with_batch_size
 from gpt2.device import choose_device
 from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
 from gpt2.model import GPT2Model
-from gpt2.study import Study, TrialUnderWay, optuna_is_quiet, seed_of_trial
+from gpt2.study import Study, seed_of_trial
 from gpt2.train import Trainer
+from gpt2.trial import TrialUnderWay, optuna_is_quiet
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from gpt2.study import best_of
+from gpt2.trial import best_of
 
 COMPLETE, PRUNED, BEST, FAINT = "#3f6ea3", "#b9b9b9", "#c8502d", "#9db4d0"
 MARK_OF_PRUNED: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNED, "linestyle": "none"}

@@ -10,8 +10,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.checkpoint import replacing
-from gpt2.study import REASON, SPENT, best_of, shown_parameters, shown_state, shown_value
+from gpt2.study import shown_parameters, shown_state, shown_value
 from gpt2.study_pictures import draw
+from gpt2.trial import REASON, SPENT, best_of
 
 
 def write(study: optuna.Study, folder: Path, how_to_run_best: str = "") -> None:

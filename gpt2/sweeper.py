@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, Trial
 
-    from gpt2.study import Study, TrialUnderWay
+    from gpt2.study import Study
+    from gpt2.trial import TrialUnderWay
 
 log = logging.getLogger("study")
 
@@ -87,7 +89,7 @@ def study_of(sweeper: DictConfig) -> OptunaConfig:
 def study_faults(sweeper: DictConfig) -> Faults:
     """What is wrong with a study, apart from its space."""
     from gpt2.storage import storage_fault
-    from gpt2.study import optuna_is_quiet
+    from gpt2.trial import optuna_is_quiet
 
     found = optuna_faults(study_of(sweeper), KEY)
     if sweeper.n_jobs < 1:
@@ -108,6 +110,15 @@ def study_faults(sweeper: DictConfig) -> Faults:
         except Exception as error:  # noqa: BLE001  # Optuna's, or Hydra's of a setting that there is not
             found.append(f"{KEY}{key}: {_last_line(error)}")
     return found
+
+
+def launcher_fault(overrides: list[str]) -> str | None:
+    """What is missing for the launcher that a command line chooses."""
+    target = compose("train", overrides, with_hydra=True).hydra.launcher._target_
+    package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
+    if package is None or find_spec(f"hydra_plugins.{package}") is not None:
+        return None
+    return f"hydra/launcher: needs a package that is not installed, `pip install {package.replace('_', '-')}==1.4.0rc3`"
 
 
 def _last_line(error: Exception) -> str:
@@ -177,7 +188,7 @@ class StudySweeper(Sweeper):
         Raises:
             UserError: The study cannot be opened, is another one, or no trial gave a value.
         """
-        from gpt2.study import optuna_is_quiet
+        from gpt2.trial import optuna_is_quiet
 
         with optuna_is_quiet():
             study = self._open(arguments)
@@ -347,7 +358,7 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
     Returns its loss; or why no other trial should begin.
     """
     from gpt2.storage import open_storage
-    from gpt2.study import TrialUnderWay, optuna_is_quiet
+    from gpt2.trial import TrialUnderWay, optuna_is_quiet
 
     job = HydraConfig.get()
     told = json.loads(os.environ[ENVIRONMENT])

@@ -13,7 +13,7 @@ import time
 from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from optuna.storages import BaseStorage
 
@@ -35,6 +35,8 @@ class Life(Enum):
 class Worker:
     """This process, as far as a study is concerned: a context in which it is alive."""
 
+    _here: ClassVar[set[Path]] = set()  # the locks of this process, which it may not ask for itself
+
     def __init__(self, folder: Path, storage: BaseStorage):
         """
         Args:
@@ -49,19 +51,25 @@ class Worker:
     def __enter__(self) -> "Worker":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(held(self.folder, self.name))
+        self._here.add(self.lock)
         threading.Thread(target=self._give_signs, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._is_over.set()
-        (self.folder / self.name).unlink(missing_ok=True)
+        self._here.discard(self.lock)
+        self.lock.unlink(missing_ok=True)
         self._stack.close()
         with suppress(OSError):  # others are at work, or died at it
             self.folder.rmdir()
 
+    @property
+    def lock(self) -> Path:
+        return (self.folder / self.name).resolve()
+
     def takes(self, trial_id: int) -> None:
         """Sign a trial."""
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str((self.folder / self.name).resolve())}
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str(self.lock)}
         self.storage.set_trial_user_attr(trial_id, WORKER, who)
         self._give_sign(trial_id)
         self.trials.add(trial_id)
@@ -88,7 +96,7 @@ class Worker:
         if who is None:  # taken, but not yet signed, when its process died: that happens while nobody else looks
             return Life.DEAD
         lock = Path(who["lock"])
-        if lock == (self.folder / self.name).resolve() or (lock.exists() and is_held(lock)):
+        if lock in self._here or (lock.exists() and is_held(lock)):
             return Life.ALIVE
         if (run_folder / LOCK).exists() and is_held(run_folder / LOCK):
             return Life.ORPHANED

@@ -263,6 +263,12 @@ def test_the_shape_is_searched_at_equal_compute():
         assert steps_of_compute(2e16, OmegaConf.structured(config)) == pytest.approx(2 * train.max_steps, rel=0.01)
 
 
+def test_a_launcher_that_is_not_installed_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gpt2.sweeper.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"`pip install hydra-submitit-launcher==1\.4\.0rc3`"):
+        check("-m", "train.beta2=0.9,0.95", "hydra/launcher=submitit_slurm", "data=stdlib")
+
+
 def test_nothing_left_to_search_is_told():
     values = ["train.learning_rate=1e-3", "train.batch_size=4", "train.warmup_steps=5", "train.weight_decay=0.1"]
     with pytest.raises(UserError, match="nothing is left to search"):

@@ -1,0 +1,43 @@
+"""Which combinations of a sweep are checked before it begins."""
+
+from itertools import combinations, product
+
+import pytest
+
+from gpt2.composition import parsed
+from gpt2.search_space import MOST_COMBINATIONS, candidates, combined
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.seed=1,2,3", ["train.seed=1", "train.seed=2", "train.seed=3"]),
+        ("train.beta2=interval(0.9, 0.99)", ["train.beta2=0.9", "train.beta2=0.99"]),
+        ("train.warmup_steps=int(tag(log, interval(10, 500)))", ["train.warmup_steps=10", "train.warmup_steps=500"]),
+        ("train.seed=range(1, 4)", ["train.seed=1", "train.seed=2", "train.seed=3"]),
+        ("model=glob(gpt2_n*)", ["model=gpt2_nano"]),
+    ],
+)
+def test_a_sweep_over_a_key_amounts_to_its_choices_or_both_ends(override, expected):
+    assert candidates(parsed([override])[0]) == expected
+
+
+def test_a_few_combinations_are_all_there():
+    choices = [["a", "b"], ["c", "d", "e"], ["f"]]
+    assert combined(choices) == list(product(*choices))
+    assert combined([]) == [()]
+    assert len(combined([[str(n) for n in range(100)]])) == 100
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 2, 4, 2), (7, 5, 2), (2,) * 12, (40, 3), (3, 3, 3, 3)])
+def test_of_many_there_is_every_pair(sizes):
+    choices = [[f"{place}={option}" for option in range(size)] for place, size in enumerate(sizes)]
+    rows = combined(choices)
+    everything = set(product(*choices))
+    assert len(everything) > MOST_COMBINATIONS
+    assert set(rows) <= everything
+    assert len(rows) < len(everything) or len(sizes) == 2
+    pairs = {pair for one, other in combinations(choices, 2) for pair in product(one, other)}
+    assert pairs == {pair for row in rows for pair in combinations(row, 2)}
+    largest = sorted(sizes)[-2:]
+    assert len(rows) <= 3 * largest[0] * largest[1]  # no fewer can have the pairs of the two longest

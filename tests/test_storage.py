@@ -1,0 +1,169 @@
+"""Where a study is kept: opened at once by many, whole after a crash, and its password told to nobody."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from gpt2.config import UserError
+from gpt2.storage import exclusive, file_of, open_storage, storage_fault, without_password
+
+SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///a/b.db", "journal:///a.log", "postgresql://me@host/db", "mysql+pymysql://me:pw@host/db", None]
+)
+def test_these_are_storages(url):
+    assert storage_fault(url) is None
+
+
+@pytest.mark.parametrize("url", ["study.db", "sqlite://", "sqlite:///", "redis://me:pw@host", "postgresql:/x", ""])
+def test_these_are_none(url):
+    assert "is none of sqlite:///FILE" in storage_fault(url)
+
+
+def test_a_file_is_found_in_its_url():
+    assert file_of("sqlite:///a/b.db") == Path("a/b.db")
+    assert file_of("journal:////abs/c.log") == Path("/abs/c.log")
+    assert file_of("postgresql://host/db") is None
+
+
+@pytest.mark.parametrize("password", ["simple", SECRET, "ä%20b"])
+def test_no_password_is_left_in_a_text(password):
+    url = f"postgresql://me:{password}@host:5432/db"
+    for text in (f"cannot reach {url}.", f"password is {password}", f"('{url}', {password!r})"):
+        hidden = without_password(text, url)
+        assert password not in hidden
+        assert "***" in hidden
+    assert without_password(url, url).endswith("@host:5432/db")
+    assert password not in without_password(f"begin {url} end")
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "journal"])
+def test_a_storage_keeps_a_study_for_others(tmp_path, scheme):
+    url = f"{scheme}:///{tmp_path}/deep/er/study"
+    study = optuna.create_study(study_name="a", storage=open_storage(url))
+    study.tell(study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
+    child = multiprocessing.get_context("spawn").Process(target=_add_a_trial, args=(url,))
+    child.start()
+    child.join()
+    assert [trial.value for trial in study.get_trials()] == [1.0, 2.0]
+
+
+def _add_a_trial(url: str) -> None:
+    study = optuna.load_study(study_name="a", storage=open_storage(url))
+    study.tell(study.ask(), 2.0)
+
+
+def test_a_journal_that_a_crash_cut_short_is_mended(tmp_path, caplog):
+    url, file = f"journal:///{tmp_path}/study", tmp_path / "study"
+    optuna.create_study(study_name="a", storage=open_storage(url)).enqueue_trial({"x": 1})
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"op_code": 4, "worker_')
+    open_storage.__globals__["_open"].cache_clear()
+    study = optuna.load_study(study_name="a", storage=open_storage(url))
+    study.enqueue_trial({"x": 2})
+    assert len(study.trials) == 2
+    assert "cut short" in caplog.text
+
+
+def test_one_process_at_a_time_and_a_dead_one_keeps_nobody_out(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def hold() -> None:
+        with exclusive(url):
+            ready.set()
+            time.sleep(60)
+
+    child = context.Process(target=hold)
+    child.start()
+    ready.wait(30)
+    began = time.monotonic()
+    killer = context.Process(target=lambda: (time.sleep(0.5), os.kill(child.pid, signal.SIGKILL)))
+    killer.start()
+    with exclusive(url):
+        assert time.monotonic() - began > 0.4
+    for process in (child, killer):
+        process.join()
+
+
+def test_a_place_that_takes_no_file_is_told_in_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as told:
+        open_storage(f"journal:///{tmp_path}/file/study")
+    assert len(told.value.faults) == 1
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory):
+    """The URL of a PostgreSQL server of our own, with a password."""
+    pytest.importorskip("psycopg2")
+    binaries = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
+    initdb = next(filter(None, binaries), None)
+    if initdb is None or (os.geteuid() == 0 and shutil.which("runuser") is None):
+        pytest.skip("there is no PostgreSQL here")
+    folder = tmp_path_factory.mktemp("postgresql")
+    as_user = []
+    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+        as_user = ["runuser", "-u", "nobody", "--"]
+        shutil.chown(folder, "nobody")
+        for parent in folder.parents[:3]:
+            parent.chmod(0o755)
+    (folder / "password").write_text("secret")
+    (folder / "password").chmod(0o644)
+    options = ["-D", f"{folder}/data", "-U", "me", "-A", "scram-sha-256", f"--pwfile={folder}/password"]
+    subprocess.run([*as_user, initdb, *options], check=True, capture_output=True, cwd=folder)
+    command = [
+        *as_user,
+        str(Path(initdb).with_name("postgres")),
+        "-D",
+        f"{folder}/data",
+        "-p",
+        "54329",
+        "-k",
+        str(folder),
+    ]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=folder)
+    import psycopg2
+
+    for _ in range(100):
+        try:
+            psycopg2.connect("postgresql://me:secret@127.0.0.1:54329/postgres").close()
+            break
+        except psycopg2.OperationalError:
+            time.sleep(0.1)
+    yield "postgresql+psycopg2://me:secret@127.0.0.1:54329/postgres"
+    server.terminate()
+    server.wait()
+
+
+@pytest.mark.slow
+def test_three_processes_share_a_study_in_postgresql_and_its_password_is_written_down_nowhere(postgresql, workspace):
+    from tests.test_sweeper import STUDY
+
+    workspace.environment["STUDIES"] = postgresql
+    literal = workspace.command("train.py", *STUDY, "hydra.sweeper.n_trials=5", f"hydra.sweeper.storage='{postgresql}'")
+    by_name = [*literal[:-1], "hydra.sweeper.storage='${oc.env:STUDIES}'"]
+    processes = [
+        subprocess.Popen(
+            command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for command in (literal, by_name, literal)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    study = optuna.load_study(study_name="mine", storage=postgresql)
+    assert [trial.state.is_finished() for trial in study.trials] == [True] * 5
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 5
+    files = [path for path in workspace.folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"secret" in path.read_bytes()]
+    assert b"secret" not in b"".join(outputs)

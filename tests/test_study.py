@@ -1,0 +1,202 @@
+"""Handing trials out: exactly so many, whoever asks, whatever became of those who had them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
+
+from gpt2.config import OptunaConfig
+from gpt2.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
+from gpt2.worker import SECONDS_UNTIL_DEAD, SIGN_OF_LIFE, WORKER, Life, Worker
+from tests.conftest import ROOT
+
+SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
+
+
+def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None) -> Study:
+    config = OptunaConfig(n_trials=n_trials, storage=f"sqlite:///{folder}/study.db", timeout=timeout)
+    return Study(
+        config,
+        SPACE,
+        lambda number: RandomSampler(seed_of_trial(1, number)),
+        optuna.pruners.NopPruner(),
+        folder,
+        lambda number: folder / str(number),
+        fixed={},
+    )
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.optuna.trials]
+
+
+def test_no_more_are_handed_out_than_there_are_left(tmp_path):
+    with study_in(tmp_path) as one, study_in(tmp_path) as other:
+        first, second = one.claim(), other.claim(5)
+        assert [trial.number for trial in [*first, *second]] == [0, 1, 2]
+        assert one.claim() == other.claim() == []
+        for trial in [*first, *second]:
+            one.optuna.tell(trial.number, 1.0)
+        assert one.claim() == []
+    with study_in(tmp_path, n_trials=4) as more:
+        assert [trial.number for trial in more.claim(2)] == [3]
+
+
+def test_no_trial_is_handed_out_after_the_time_is_up(tmp_path):
+    with study_in(tmp_path, timeout=1) as study:
+        study.deadline = time.time()
+        assert study.claim() == []
+
+
+CLAIM_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_study import study_in
+study = study_in(Path(sys.argv[1])).__enter__()
+study.claim(int(sys.argv[2]))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def claim_and_die(folder: Path, most: int = 1) -> None:
+    died = subprocess.run(
+        [sys.executable, "-c", CLAIM_AND_DIE, str(folder), str(most)], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert died.returncode == -signal.SIGKILL
+
+
+def test_a_trial_whose_process_died_is_taken_again_as_it_was(tmp_path):
+    claim_and_die(tmp_path, most=2)
+    with study_in(tmp_path) as study:
+        before = [trial.params for trial in study.optuna.trials]
+        assert states(study) == ["RUNNING", "RUNNING"]
+        (first,) = study.claim(3)  # alone: it may be what kills
+        assert (first.number, first.params) == (0, before[0])
+        study.optuna.tell(first.number, 1.0)
+        (second,) = study.claim(3)
+        assert (second.number, second.params) == (1, before[1])
+
+
+def test_a_trial_that_kills_every_process_is_given_up(tmp_path):
+    for _ in range(MOST_DEATHS):
+        claim_and_die(tmp_path)
+    with study_in(tmp_path) as study:
+        assert [trial.number for trial in study.claim()] == [1]
+        assert states(study) == ["FAIL", "RUNNING"]
+        assert study.optuna.trials[0].user_attrs["reason"] == f"its process died {MOST_DEATHS} times"
+
+
+def test_news_of_a_trial_gives_it_more_lives(tmp_path):
+    for number in range(MOST_DEATHS + 2):
+        claim_and_die(tmp_path)
+        study = study_in(tmp_path)
+        study.storage.set_trial_intermediate_value(study._id(0), number, 1.0)
+    with study_in(tmp_path) as study:
+        assert [trial.number for trial in study.claim()] == [0]
+
+
+def test_a_job_that_did_not_end_its_trial_is_tried_once_more(tmp_path, caplog):
+    with study_in(tmp_path, n_trials=1) as study:
+        for attempt in range(MOST_KILLS):
+            trials = study.claim()
+            study.settle(trials, "TerminatedWorkerError: of loky")
+            assert states(study) == (["WAITING"] if attempt < MOST_KILLS - 1 else ["FAIL"])
+        assert study.claim() == []
+        with pytest.raises(StudyFailure, match="its process died 2 times, TerminatedWorkerError: of loky"):
+            study.best_or_failure()
+
+
+def test_a_draw_depends_on_the_number_of_its_trial_not_on_who_draws_it(tmp_path):
+    def draws(folder: Path, *counts: int) -> list[dict]:
+        folder.mkdir()
+        for n_trials in counts:
+            with study_in(folder, n_trials) as study:
+                while trials := study.claim():
+                    study.optuna.tell(trials[0].number, 1.0)
+        return [trial.params for trial in study.optuna.trials]
+
+    straight = draws(tmp_path / "straight", 6)
+    assert straight == draws(tmp_path / "in parts", 1, 2, 5, 6)
+    assert len({params["train.beta2"] for params in straight}) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who is alive
+
+
+@pytest.fixture
+def storage() -> optuna.storages.BaseStorage:
+    return optuna.storages.InMemoryStorage()
+
+
+def signed_by(folder: Path, storage) -> dict:
+    """The attributes of a trial that another process signed, which was killed."""
+    script = """
+import os, signal, sys, json, optuna
+from pathlib import Path
+from gpt2.worker import Worker
+storage = optuna.storages.InMemoryStorage()
+study = optuna.create_study(storage=storage)
+worker = Worker(Path(sys.argv[1]), storage).__enter__()
+worker.takes(study.ask()._trial_id)
+print(json.dumps(study.trials[0].user_attrs), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, cwd=ROOT)
+    return json.loads(done.stdout)
+
+
+def test_a_process_on_this_machine_is_known_to_be_dead_at_once(tmp_path, storage):
+    attributes = signed_by(tmp_path, storage)
+    with Worker(tmp_path, storage) as worker:
+        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.sees({}, tmp_path / "0") == Life.DEAD
+
+
+def test_one_on_another_machine_is_alive_while_it_gives_signs(tmp_path, storage):
+    attributes = signed_by(tmp_path, storage)
+    attributes[WORKER]["host"] = "elsewhere"
+    with Worker(tmp_path, storage) as worker:
+        assert worker.sees(attributes, tmp_path / "0") == Life.ALIVE
+        attributes[SIGN_OF_LIFE] = time.time() - SECONDS_UNTIL_DEAD - 1
+        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
+
+
+def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_path, storage):
+    study = optuna.create_study(storage=storage)
+    with Worker(tmp_path, storage) as one:
+        one.takes(study.ask()._trial_id)
+        attributes = study.trials[0].user_attrs
+        assert one.sees(attributes, tmp_path / "0") == Life.ALIVE
+        script = "import sys, json, gpt2.worker as w; from pathlib import Path; t = w.Worker(Path(sys.argv[1]), None)"
+        script += "; print(t.sees(json.loads(sys.argv[2]), Path('none')))"
+        told = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), json.dumps(attributes)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert told.stdout.strip() == "Life.ALIVE", told.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_that_has_outlived_its_sweeper_is_waited_for(tmp_path, storage):
+    attributes = signed_by(tmp_path, storage)
+    (tmp_path / "0").mkdir()
+    script = "import sys, time; from pathlib import Path; from gpt2.run_folder import held\n"
+    script += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    orphan = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "0")], stdout=subprocess.PIPE, cwd=ROOT)
+    assert orphan.stdout.readline() == b"held\n"
+    with Worker(tmp_path, storage) as worker:
+        assert worker.sees(attributes, tmp_path / "0") == Life.ORPHANED
+        orphan.kill()
+        orphan.wait()
+        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
