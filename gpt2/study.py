@@ -223,7 +223,7 @@ class Study:
         reason = f"  ({trial.user_attrs[REASON]})" if trial.user_attrs.get(REASON) else ""
         return "  ".join(
             [
-                f"trial {trial.number:>3} {shown_state(trial):<11} {shown_value(trial)}",
+                f"trial {trial.number:>3} {shown_state(trial):<11} {shown_value(trial):<11}",
                 f"{against:<26}",
                 shown_parameters(trial),
                 ", ".join(clock) + reason,

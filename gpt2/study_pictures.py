@@ -9,7 +9,7 @@ import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
@@ -126,6 +126,7 @@ def importances(study: optuna.Study) -> Figure | None:
     axes.set_xlim(0, 1.12 * max(values))
     axes.set_xticks([])
     _plain(axes, xlabel="importance for being among the best tenth of the complete trials")
+    axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     return figure
 
@@ -159,6 +160,9 @@ def _slice(axes: Axes, key: str, trials: list[FrozenTrial], best: FrozenTrial | 
         axes.set_xticks(range(len(distribution.choices)), list(map(str, distribution.choices)))
     elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.log:
         axes.set_xscale("log")
+        is_short = max(places) < 10 * min(places)  # too short for powers of ten to label it
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}" if is_short else NullFormatter())
     for place, trial, value in zip(places, trials, _values(trials), strict=True):
         if trial.state == TrialState.PRUNED:
             axes.plot(place, value, **MARK_OF_PRUNED)
