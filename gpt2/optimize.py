@@ -21,6 +21,7 @@ from gpt2.data_loader import batch_size_of, with_batch_size
 from gpt2.device import choose_device
 from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
 from gpt2.model import GPT2Model
+from gpt2.storage import failures_in_a_line
 from gpt2.study import Study, seed_of_trial
 from gpt2.train import Trainer
 from gpt2.trial import TrialUnderWay, optuna_is_quiet
@@ -123,10 +124,11 @@ class OptunaOptimizer:
         result says why in `user_attrs["reason"]`.
 
         Raises:
+            MachineError: The storage is out of reach, or the disk is full; what is done is kept.
             UserError: The storage cannot be used, holds another study of that name, or no trial gave a value.
             Interrupted: Ctrl-C or SIGTERM. The trial that was under way is saved and waits, to be gone on with.
         """
-        with optuna_is_quiet():
+        with optuna_is_quiet(), failures_in_a_line(self.optuna_config.storage):
             study = self._open()
             self.study = study.optuna
             with study:

@@ -12,10 +12,12 @@ from typing import Any
 
 import optuna
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.config import UserError
+from gpt2.config import MachineError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ ADVISORY_LOCK = {  # a server's own lock, given back when the connection that to
     "postgresql": ("SELECT pg_advisory_lock(20240)", "SELECT pg_advisory_unlock(20240)"),
     "mysql": ("SELECT GET_LOCK('gpt2', -1)", "SELECT RELEASE_LOCK('gpt2')"),
 }
+FAILURES = (StorageInternalError, SQLAlchemyError)  # of a server, or of the way to it
 PATIENCE = 60  # seconds that a process waits for another one's write to a SQLite file
 
 
@@ -106,6 +109,20 @@ def _mend_journal(file: Path) -> None:
     if whole != content:
         log.warning("%s: a last line that was cut short is taken out", file)
         os.truncate(file, len(whole))
+
+
+@contextmanager
+def failures_in_a_line(url: str | None) -> Iterator[None]:
+    """Let a storage that is out of reach end a study as a full disk would: nothing is lost.
+
+    Raises:
+        MachineError: It is.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        told = without_password(" ".join(str(error.__cause__ or error).split()), url)
+        raise MachineError(f"storage: {told[:300]}; what is done is kept, the same command goes on") from None
 
 
 @contextmanager

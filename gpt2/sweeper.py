@@ -188,9 +188,10 @@ class StudySweeper(Sweeper):
         Raises:
             UserError: The study cannot be opened, is another one, or no trial gave a value.
         """
+        from gpt2.storage import failures_in_a_line
         from gpt2.trial import optuna_is_quiet
 
-        with optuna_is_quiet():
+        with optuna_is_quiet(), failures_in_a_line(self.sweeper.storage):
             study = self._open(arguments)
             told = {"storage": study.config.storage, "deadline": study.deadline, "sweeper": os.getpid()}
             os.environ[ENVIRONMENT] = json.dumps(told)

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from gpt2.config import Divergence, MachineError, OptunaConfig
 from gpt2.failures import is_full_disk, is_out_of_memory, machine_error
 from gpt2.interruption import Interrupted
-from gpt2.storage import exclusive
+from gpt2.storage import FAILURES, exclusive, failures_in_a_line
 
 if TYPE_CHECKING:
     from gpt2.train import Trainer
@@ -203,7 +203,11 @@ class TrialUnderWay:
         from gpt2.device import free_memory  # here, for it brings torch
 
         free_memory()
-        self._tell(outcome)
+        try:
+            with failures_in_a_line(self.config.storage):
+                self._tell(outcome)
+        except MachineError as error:
+            outcome = Outcome(Ending.INTERRUPTED, "the study cannot be told", stops_study=error)
         return outcome
 
     def _of_value(self, value: float | None) -> Outcome:
@@ -227,6 +231,8 @@ class TrialUnderWay:
         if is_full_disk(error):  # no other trial would find more
             told = MachineError(f"{machine_error(error)}; make room, and the same command goes on")
             return Outcome(Ending.INTERRUPTED, "no room on the disk", stops_study=told)
+        if isinstance(error, FAILURES):
+            return Outcome(Ending.INTERRUPTED, "the storage is out of reach")
         if is_out_of_memory(error):
             return Outcome(Ending.OUT_OF_MEMORY, machine_error(error))
         return Outcome(Ending.FAILED, f"{type(error).__name__}: {text}")
