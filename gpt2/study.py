@@ -125,10 +125,21 @@ class Study:
     def _ask(self) -> Trial:
         """A trial that waits, or else a new one. Its draw depends on its number and what is known by then, not on when
         this process began: resumed, a sampler that is seeded once would repeat itself (Optuna's issue 3255)."""
-        self.optuna.sampler = self.make_sampler(len(self._trials()))
-        trial = self.optuna.ask(self.space)
+        waiting = self._trials(TrialState.WAITING)
+        self.optuna.sampler = self.make_sampler(waiting[0].number if waiting else len(self._trials()))
+        trial = self.optuna.ask()
+        self._draw(trial)
         self.worker.takes(self._id(trial.number))
         return trial
+
+    def _draw(self, trial: Trial) -> None:
+        """Give a trial its parameters. One whose process died while it drew them gets those that it would have got."""
+        before = trial.distributions
+        together = {} if before.keys() == self.space.keys() else trial.relative_params
+        for key, distribution in self.space.items():
+            if key in before and key not in together:  # drawn again only to leave the generator where it was then
+                self.optuna.sampler.sample_independent(self.optuna, self._trial(trial.number), key, distribution)
+            trial._suggest(key, distribution)
 
     def _put_back_what_is_dead(self) -> bool:
         """Have the trials wait that nobody works on any more. Whether others will soon be of that kind."""

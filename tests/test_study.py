@@ -14,7 +14,9 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 
 from gpt2.config import OptunaConfig
+from gpt2.optimize import make_sampler
 from gpt2.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
+from gpt2.trial import optuna_is_quiet
 from gpt2.worker import SECONDS_UNTIL_DEAD, SIGN_OF_LIFE, WORKER, Life, Worker
 from tests.conftest import ROOT
 
@@ -126,6 +128,31 @@ def test_a_draw_depends_on_the_number_of_its_trial_not_on_who_draws_it(tmp_path)
     straight = draws(tmp_path / "straight", 6)
     assert straight == draws(tmp_path / "in parts", 1, 2, 5, 6)
     assert len({params["train.beta2"] for params in straight}) == 6
+
+
+@pytest.mark.parametrize("sampler", ["TPE", "Random", "CmaEs"])
+def test_a_draw_that_was_cut_short_is_completed_as_it_would_have_been(tmp_path, sampler):
+    space = {f"train.x{n}": FloatDistribution(0, 1) for n in range(4)}
+
+    def draws(folder: Path, cut: bool) -> list[dict]:
+        config = OptunaConfig(n_trials=4, sampler=sampler, n_startup_trials=2, storage=f"sqlite:///{folder}.db")
+        samplers = lambda number: make_sampler(config, seed_of_trial(1, number))  # noqa: E731
+        nop = optuna.pruners.NopPruner()
+        study = Study(config, space, samplers, nop, folder, lambda number: folder / str(number), fixed={})
+        with study:
+            for number in range(4):
+                if cut:
+                    study.optuna.sampler = samplers(number)
+                    begun = study.optuna.ask()
+                    for key in list(space)[:2]:
+                        begun._suggest(key, space[key])
+                (trial,) = study.claim()
+                assert trial.number == number
+                study.optuna.tell(number, sum(trial.params.values()))
+        return [trial.params for trial in study.optuna.trials]
+
+    with optuna_is_quiet():
+        assert draws(tmp_path / "cut", cut=True) == draws(tmp_path / "straight", cut=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
