@@ -32,11 +32,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
 from gpt2.config import GenerateRun, UserError
-from gpt2.failures import machine_error
+from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.run_folder import LOCK, held
 from gpt2.search_space import candidates, combined, searched
-from gpt2.sweeper import launcher_fault, run_trial, study_faults, study_sweeper
+from gpt2.sweeper import launcher_fault, launcher_of, run_trial, study_faults, study_sweeper
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 
@@ -129,7 +129,7 @@ def faults_as_lines() -> Iterator[None]:
             yield
     except UserError as error:
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print(f"error: {without_password(fault)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         leave_stdout_alone()
@@ -216,6 +216,8 @@ def check_command_line(name: str, options: Namespace) -> None:
             continue
         if override.is_delete():
             found.append(f"{text}: nothing can be taken out; null switches an optional value off")
+        elif override.key_or_group in ("hydra", "hydra.sweeper") and isinstance(override.value(), dict):
+            found.append(f"{override.key_or_group}: one key at a time, such as hydra.sweeper.n_trials=20")
         elif override.key_or_group.split(".")[0] == "study":
             found.append(f"{text}: a study fills that in")
         elif override.key_or_group in ("resume", "train.auto_resume") and options.multirun:
@@ -242,12 +244,13 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
     found: list[str] = []
     try:
         sweeper = study_sweeper(fixed)
-    except UserError:  # that does not compose, whatever is swept
-        return command_line_faults("train", fixed)
-    if fault := launcher_fault(fixed):
+    except UserError as error:  # whatever is swept
+        return command_line_faults("train", fixed) or error.faults
+    launcher = launcher_of(fixed)
+    if fault := launcher_fault(launcher):
         found.append(fault)
     if sweeper:
-        found += study_faults(sweeper)
+        found += study_faults(sweeper, launcher)
         try:
             swept = searched(sweeper, swept, fixed)
         except UserError as error:
@@ -258,6 +261,8 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
         try:
             if changed is None:
                 found += command_line_faults("train", [*fixed, *combination])
+                if found:  # of keys; the next combination has the same, and each takes its time
+                    break
             else:
                 resolve("train", changed, [*fixed, *combination])
         except UserError as error:

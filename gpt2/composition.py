@@ -92,7 +92,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
         raise UserError(explain(error)) from error
     assert isinstance(config, Run)
     if isinstance(config, TrainRun) and config.resume is None:
-        config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra."))]
+        config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
     if isinstance(config, TrainRun | GenerateRun):  # neither a shell nor Hydra makes a line break of it
         config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     if found := faults(config):
@@ -304,7 +304,7 @@ def asked_of_run(composed: DictConfig, overrides: list[str], known: set[str]) ->
     for override in parsed(overrides):
         key = override.key_or_group
         may_be_news = key in CHANGEABLE and not composed.train.auto_resume
-        if key.startswith("hydra.") or (override.input_line in known and not may_be_news):
+        if key.startswith(("hydra.", "study.")) or (override.input_line in known and not may_be_news):
             continue
         if key in wanted:
             asked[key] = wanted[key]

@@ -199,6 +199,7 @@ class StudyOfRun:
 
     name: str | None = None
     trial: int | None = None
+    claim: str | None = None  # which time that it was taken; a job of another time has no say any more
 
 
 @dataclass

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import re
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,8 @@ def keep_freed_memory() -> None:
 
 def free_memory() -> None:
     """Give back what a model that is gone has left: circles of references, and what C library and PyTorch keep."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # of so many models it compiles, and then no more
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:

@@ -4,6 +4,7 @@ The line says what happened, what would help, and how to go on from what is save
 """
 
 import os
+import re
 import shutil
 from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from pathlib import Path
@@ -25,6 +26,15 @@ def machine_error(error: BaseException) -> str | None:
 
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
+
+
+def without_password(text: str, url: str | None = None) -> str:
+    """A text with the password of a URL starred out, wherever it stands; that of `url` by itself too."""
+    password = re.search(r"://[^/@:]*:(.+)@", url or "")
+    if password and password[1]:
+        text = text.replace(password[1], "***")
+    text = re.sub(r"(://[^/@:\s]*:)[^\s]*@", r"\1***@", text)
+    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", text)
 
 
 def _where(error: OSError) -> str:

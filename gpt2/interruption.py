@@ -1,7 +1,7 @@
-"""Signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1, by which Slurm can warn ahead.
+"""Signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1 or 2, by which Slurm can warn ahead.
 
 A process that is asked to end says so by its exit code, 128 and the number of the signal, as a shell would: 130 after
-Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, 140 after SIGUSR2.
 """
 
 import os
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)) is not None]
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
 
 
 _asked: int | None = None  # by which signal this process was asked to end

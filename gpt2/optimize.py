@@ -161,7 +161,8 @@ class OptunaOptimizer:
 
     def _run(self, number: int, study: Study) -> None:
         config = self.optuna_config
-        trial = TrialUnderWay(number, study.storage, config, make_pruner(config), self._folder, study.deadline)
+        claim = study.claims[number]
+        trial = TrialUnderWay(number, study.storage, config, make_pruner(config), self._folder, claim, study.deadline)
         outcome = trial.run(lambda: self._train(trial))
         if outcome.stops_study is not None:
             raise outcome.stops_study

@@ -53,13 +53,23 @@ def held(folder: Path, name: str = LOCK) -> Iterator[None]:
         yield
 
 
-def is_held(lock: Path) -> bool:
-    """Whether another process holds a lock. Never to be asked of a lock of one's own: that would give it up."""
+def is_held(lock: Path) -> bool | None:
+    """Whether another process holds a lock; None where nobody can tell, for the filesystem has no locks.
+
+    Never to be asked of a lock of one's own: that would give it up.
+    """
+    import fcntl
+
     try:
-        with held(lock.parent, lock.name):
-            return False
-    except UserError:
+        with lock.open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except (BlockingIOError, PermissionError):
         return True
+    except OSError:
+        return None
+    return False
 
 
 def step_name(step: int) -> str:

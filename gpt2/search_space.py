@@ -70,6 +70,10 @@ def searched(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -> li
         value = override.value()
         if not override.is_sweep_override():
             found.append(f"hydra.sweeper.params: {override.input_line} is no search, it has one value")
+        elif isinstance(value, IntervalSweep) and not value.start < value.end:  # type: ignore[operator]
+            found.append(f"{override.input_line}: an interval goes from the smaller to the larger end")
+        elif tags := set(getattr(value, "tags", ())) - {"log"}:
+            found.append(f"{override.input_line}: there is no tag {', '.join(map(str, tags))}, only log")
         elif "GridSampler" in sweeper.sampler.get("_target_", "") and isinstance(value, IntervalSweep):
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             if not whole:

@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.config import MachineError, UserError
+from gpt2.failures import without_password
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def storage_fault(url: str | None) -> str | None:
 def file_of(url: str | None) -> Path | None:
     """The file that a storage on this machine is kept in; None for a server."""
     for scheme in (SQLITE, JOURNAL):
-        if url is not None and url.startswith(scheme) and len(url) > len(scheme):
+        if url is not None and url.startswith(scheme) and len(url) > len(scheme) and "?" not in url:
             return Path(url.removeprefix(scheme))
     return None
 
@@ -53,22 +54,22 @@ def _server_kind(url: str) -> str | None:
     return match and match[1]
 
 
-def without_password(text: str, url: str | None = None) -> str:
-    """A text with the password of a URL starred out, wherever it stands; that of `url` by itself too."""
-    password = re.search(r"://[^/@:]*:(.+)@", url or "")
-    if password and password[1]:
-        text = text.replace(password[1], "***")
-    return re.sub(r"(://[^/@:\s]*:)[^\s]*@", r"\1***@", text)
-
-
 class _FileLockOfJournal:
-    """The lock of Optuna's journal, as the kernel keeps it: a process that is killed leaves none behind."""
+    """The lock of Optuna's journal, as the kernel keeps it: a process that is killed leaves none behind.
+
+    Who takes it finds whole lines. Behind one that a crash has cut short, the next would stand on the same line.
+    """
 
     def __init__(self, file: Path):
-        self._lock = FileLock(f"{file}.append-lock")
+        self._file, self._lock = file, FileLock(f"{file}.append-lock")
 
     def acquire(self) -> bool:
         self._lock.acquire()
+        with self._file.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                log.warning("%s: a last line that was cut short is taken out", self._file)
         return True
 
     def release(self) -> None:
@@ -93,22 +94,12 @@ def _open(url: str) -> BaseStorage:
         with exclusive(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if file is not None and url.startswith(JOURNAL):
-                _mend_journal(file)
                 return JournalStorage(JournalFileBackend(str(file), _FileLockOfJournal(file)))  # type: ignore[arg-type]
             options = {"connect_args": {"timeout": PATIENCE}} if file is not None else {"pool_pre_ping": True}
             return RDBStorage(url, engine_kwargs=options)
     except Exception as error:  # noqa: BLE001  # the database's, its driver's, SQLAlchemy's or Optuna's
         told = without_password(" ".join(str(error).split()), url)
         raise UserError(f"storage: {without_password(url)} cannot be opened: {told}") from None
-
-
-def _mend_journal(file: Path) -> None:
-    """Take out a last line that a crash has cut short: the next one would be written behind it, on the same line."""
-    content = file.read_bytes() if file.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        log.warning("%s: a last line that was cut short is taken out", file)
-        os.truncate(file, len(whole))
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2.config import OptunaConfig, UserError
+from gpt2.run_folder import LOCK, is_held, step_of
 from gpt2.storage import exclusive, open_storage
 from gpt2.tracking import time_left
 from gpt2.trial import DEATHS, REASON, SPENT, STOPPED, best_of
@@ -79,6 +80,7 @@ class Study:
             )
             self._refuse_another(fixed)
         self.worker = Worker(folder, self.storage)
+        self.claims: dict[int, str] = {}  # of each trial that was taken here, the newest
         self._mine = 0  # trials that ended here
         self._began = time.time()
 
@@ -105,7 +107,17 @@ class Study:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        for trial_id in list(self.worker.trials):  # taken, and not settled: something came in between
+            trial = self.storage.get_trial(trial_id)
+            if trial.state == TrialState.RUNNING and not self._leave(trial):
+                self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            log.info("%s", self.line(self._trial(trial.number)))
         self.worker.__exit__(*error)
+
+    def _leave(self, trial: FrozenTrial) -> bool:
+        """Have no more to do with a trial that is said to run. Whether another process still works on it."""
+        self.worker.leaves(self._id(trial.number))
+        return bool(is_held(self.run_folder(trial.number) / LOCK))
 
     def claim(self, most: int = 1) -> list[Trial]:
         """The next trials, at most so many; none if all are done or under way, or the time is up."""
@@ -114,22 +126,25 @@ class Study:
                 has_orphans = self._put_back_what_is_dead()
                 taken: list[Trial] = []
                 while len(taken) < most and len(self._trials(TrialState.RUNNING, *STOPPED)) < self.config.n_trials:
-                    taken.append(self._ask())
-                    if self._trial(taken[0].number).user_attrs.get(DEATHS):  # alone: it may be what kills
+                    waiting = self._trials(TrialState.WAITING)
+                    may_kill = bool(waiting and waiting[0].user_attrs.get(DEATHS))
+                    if taken and may_kill:
+                        break
+                    taken.append(self._ask(waiting))
+                    if may_kill:  # alone
                         break
             if taken or not has_orphans:
                 return taken
             time.sleep(1)
         return []
 
-    def _ask(self) -> Trial:
+    def _ask(self, waiting: list[FrozenTrial]) -> Trial:
         """A trial that waits, or else a new one. Its draw depends on its number and what is known by then, not on when
         this process began: resumed, a sampler that is seeded once would repeat itself (Optuna's issue 3255)."""
-        waiting = self._trials(TrialState.WAITING)
         self.optuna.sampler = self.make_sampler(waiting[0].number if waiting else len(self._trials()))
         trial = self.optuna.ask()
         self._draw(trial)
-        self.worker.takes(self._id(trial.number))
+        self.claims[trial.number] = self.worker.takes(self._id(trial.number))
         return trial
 
     def _draw(self, trial: Trial) -> None:
@@ -153,8 +168,9 @@ class Study:
 
     def _put_back(self, trial: FrozenTrial, most_deaths: int = MOST_DEATHS, problem: str | None = None) -> None:
         """Have a trial wait whose process died, unless that happens to it time and again."""
-        news = len(trial.intermediate_values)
-        deaths, news_before = trial.user_attrs.get(DEATHS, (0, 0))
+        saved = [step_of(path) or 0 for path in self.run_folder(trial.number).rglob("step_*.pth")]
+        news = [len(trial.intermediate_values), max(saved, default=0)]
+        deaths, news_before = trial.user_attrs.get(DEATHS, (0, [0, 0]))
         deaths = deaths + 1 if news == news_before else 1
         trial_id = self._id(trial.number)
         self.storage.set_trial_user_attr(trial_id, DEATHS, (deaths, news))
@@ -169,15 +185,17 @@ class Study:
     def settle(self, trials: list[Trial], problem: str | None = None) -> None:
         """See what has become of trials that were handed out here, and tell it; put back those that nobody ended.
 
+        One whose process lives on is left to it: a launcher may give up on a batch of which only one job has died.
+
         Args:
             problem: What may be the reason for that.
         """
         with exclusive(self.config.storage):
             for trial in trials:
-                self.worker.trials.discard(self._id(trial.number))
                 now = self._trial(trial.number)
-                if now.state == TrialState.RUNNING:
+                if now.state == TrialState.RUNNING and not self._leave(now):
                     self._put_back(now, MOST_KILLS, problem)
+                self.worker.trials.discard(self._id(trial.number))
         for trial in trials:
             now = self._trial(trial.number)
             self._mine += now.state.is_finished()
@@ -214,8 +232,14 @@ class Study:
         if best := self.best():
             return best
         done = self.done()
+        if elsewhere := self._trials(TrialState.RUNNING):
+            raise StudyFailure(
+                f"study {self.config.study_name}: none of its trials has given a value yet, other processes run "
+                f"{len(elsewhere)} of them"
+            )
         if not done:
-            raise StudyFailure(f"study {self.config.study_name}: no trial was finished in the time that it had")
+            told = "no trial was finished in the time that it had; the same command goes on"
+            raise StudyFailure(f"study {self.config.study_name}: {told}")
         reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
         told = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
         raise StudyFailure(f"study {self.config.study_name}: none of its {len(done)} trials gave a value ({told})")

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpt2.trial import best_of
 
 COMPLETE, PRUNED, BEST, FAINT = "#3f6ea3", "#b9b9b9", "#c8502d", "#9db4d0"
+FEWEST_FOR_IMPORTANCES = 10  # complete trials
 MARK_OF_PRUNED: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNED, "linestyle": "none"}
 
 
@@ -42,12 +43,14 @@ def _plain(axes: Axes, **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _limit(axes: Axes, values: list[float]) -> None:
-    """Leave room for what lies near the best, not for a trial that went astray."""
+def _limit(axes: Axes, study: optuna.Study, values: list[float]) -> None:
+    """Of many values, leave room for the better nine tenths, not for what went astray."""
     values = sorted(values)
-    low, high = values[0], values[int(0.9 * (len(values) - 1))]
-    margin = 0.08 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + 2 * margin)
+    worst = len(values) // 10 if len(values) >= 20 else 0
+    is_less_better = study.direction == optuna.study.StudyDirection.MINIMIZE
+    kept = values[: len(values) - worst] if is_less_better else values[worst:]
+    margin = 0.08 * (kept[-1] - kept[0]) or 0.1
+    axes.set_ylim(kept[0] - margin, kept[-1] + margin)
 
 
 def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
@@ -66,7 +69,8 @@ def history(study: optuna.Study) -> Figure | None:
         return None
     figure = _figure()
     axes = figure.subplots()
-    axes.plot([t.number for t in pruned], _values(pruned), label="pruned, when it was", **MARK_OF_PRUNED)
+    if pruned:
+        axes.plot([t.number for t in pruned], _values(pruned), label="pruned, when it was", **MARK_OF_PRUNED)
     axes.plot([t.number for t in complete], _values(complete), "o", color=COMPLETE, label="complete")
     better = min if study.direction == optuna.study.StudyDirection.MINIMIZE else max
     so_far = [better(_values(complete)[: n + 1]) for n in range(len(complete))]
@@ -74,7 +78,7 @@ def history(study: optuna.Study) -> Figure | None:
     axes.step(
         [*(t.number for t in complete), last], [*so_far, so_far[-1]], where="post", color=BEST, label="best so far"
     )
-    _limit(axes, _values([*complete, *pruned]))
+    _limit(axes, study, _values([*complete, *pruned]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes, xlabel="trial", ylabel="validation loss (nats a token)")
     axes.legend(frameon=False)
@@ -99,10 +103,12 @@ def evaluations(study: optuna.Study) -> Figure | None:
         if is_pruned:
             axes.plot(*points[-1], **MARK_OF_PRUNED)
         last_values += [value for _, value in points]
-    _limit(axes, last_values)
+    _limit(axes, study, last_values)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes, xlabel="evaluation", ylabel="validation loss (nats a token)")
-    handles = [Line2D([], [], color=FAINT, label="complete"), Line2D([], [], label="pruned", **MARK_OF_PRUNED)]
+    handles = [Line2D([], [], color=FAINT, label="complete")]
+    if any(trial.state == TrialState.PRUNED for trial in trials):
+        handles.append(Line2D([], [], label="pruned", **MARK_OF_PRUNED))
     if best:
         handles.insert(0, Line2D([], [], color=BEST, linewidth=2, label=f"trial {best.number}, the best"))
     axes.legend(handles=handles, frameon=False)
@@ -111,6 +117,8 @@ def evaluations(study: optuna.Study) -> Figure | None:
 
 def importances(study: optuna.Study) -> Figure | None:
     """How much each parameter has to do with being among the better trials, by PED-ANOVA (Watanabe et al., 2023)."""
+    if len(_trials(study, TrialState.COMPLETE)) < FEWEST_FOR_IMPORTANCES:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -144,7 +152,7 @@ def slices(study: optuna.Study) -> Figure | None:
     best = best_of(study)
     for axes, key in zip(grid.flat, keys, strict=False):
         _slice(axes, key, [trial for trial in trials if key in trial.params], best)
-    _limit(grid[0][0], _values(trials))
+    _limit(grid[0][0], study, _values(trials))
     for row in grid:
         row[0].set_ylabel("validation loss")
     for axes in list(grid.flat)[len(keys) :]:
@@ -158,7 +166,7 @@ def _slice(axes: Axes, key: str, trials: list[FrozenTrial], best: FrozenTrial | 
     if isinstance(distribution, CategoricalDistribution):
         places = [distribution.choices.index(choice) for choice in places]
         axes.set_xticks(range(len(distribution.choices)), list(map(str, distribution.choices)))
-    elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.log:
+    elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.log and len(set(places)) > 1:
         axes.set_xscale("log")
         is_short = max(places) < 10 * min(places)  # too short for powers of ten to label it
         axes.xaxis.set_major_formatter("{x:g}")

@@ -73,7 +73,7 @@ def study_sweeper(overrides: list[str]) -> DictConfig | None:
         if sweeper.get("_target_") != StudyConfig._target_:
             return None
         if sweeper.storage is None:
-            sweeper.storage = f"sqlite:///{composed.hydra.sweep.dir}/study.db"
+            sweeper.storage = f"sqlite:///{Path(composed.hydra.sweep.dir).absolute()}/study.db"
         OmegaConf.resolve(sweeper)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from error
@@ -86,7 +86,7 @@ def study_of(sweeper: DictConfig) -> OptunaConfig:
     return OptunaConfig(**{name: sweeper[name] for name in same - {"sampler", "pruner"}})
 
 
-def study_faults(sweeper: DictConfig) -> Faults:
+def study_faults(sweeper: DictConfig, launcher: str) -> Faults:
     """What is wrong with a study, apart from its space."""
     from gpt2.storage import storage_fault
     from gpt2.trial import optuna_is_quiet
@@ -94,6 +94,9 @@ def study_faults(sweeper: DictConfig) -> Faults:
     found = optuna_faults(study_of(sweeper), KEY)
     if sweeper.n_jobs < 1:
         found.append(f"{KEY}n_jobs: {sweeper.n_jobs} is not a whole number of at least 1")
+    is_one_by_one = "BasicLauncher" in launcher
+    if sweeper.n_jobs > 1 and is_one_by_one:
+        found.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
     name = sweeper.study_name
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
     if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in groups:  # it becomes a group, +NAME=best
@@ -112,9 +115,13 @@ def study_faults(sweeper: DictConfig) -> Faults:
     return found
 
 
-def launcher_fault(overrides: list[str]) -> str | None:
-    """What is missing for the launcher that a command line chooses."""
-    target = compose("train", overrides, with_hydra=True).hydra.launcher._target_
+def launcher_of(overrides: list[str]) -> str:
+    """The class of the launcher that a command line chooses."""
+    return compose("train", overrides, with_hydra=True).hydra.launcher._target_
+
+
+def launcher_fault(target: str) -> str | None:
+    """What is missing for a launcher."""
     package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
     if package is None or find_spec(f"hydra_plugins.{package}") is not None:
         return None
@@ -202,6 +209,8 @@ class StudySweeper(Sweeper):
                     done = f"{len(study.done())} of {study.config.n_trials} trials are done"
                     log.info(f"{done}. The same command goes on.")
                     raise
+                finally:
+                    del os.environ[ENVIRONMENT]
 
     def _open(self, arguments: list[str]) -> "Study":
         from hydra_plugins.hydra_optuna_sweeper import _impl as plugin  # private, hence the exact pin
@@ -236,21 +245,18 @@ class StudySweeper(Sweeper):
             import gpt2.train  # noqa: F401  # before a trial is taken, which should not die while this is loaded
         with study:
             while trials := study.claim(self.sweeper.n_jobs):
-                problem = None
-                try:
-                    problem = self._launch(trials)
-                finally:
-                    study.settle(trials, problem)
+                study.settle(trials, self._launch(study, trials))
         self._conclude(study)
 
-    def _launch(self, trials: "list[Trial]") -> str | None:
+    def _launch(self, study: "Study", trials: "list[Trial]") -> str | None:
         """Run trials to their ends. Returns what kept any of them from telling it themselves."""
         jobs = [
             (
-                *(f"{key}={'null' if value is None else value}" for key, value in trial.params.items()),
+                *(f"{key}={value}" for key, value in trial.params.items()),
                 *self.fixed,
                 f"study.name='{self.sweeper.study_name}'",
                 f"study.trial={trial.number}",
+                f"study.claim='{study.claims[trial.number]}'",
                 f"hydra.sweep.subdir={trial.number}",
             )
             for trial in trials
@@ -284,9 +290,12 @@ class StudySweeper(Sweeper):
         """
         from gpt2 import study_report
 
+        if study.best() is None:
+            study_report.write(study.optuna, self.folder)
         best = study.best_or_failure()
         name, in_full = self._write_best(best)
-        again = f"python train.py +{name}=best"
+        is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # where presets are looked for
+        again = f"python train.py +{name}=best" if is_found else in_full
         study_report.write(
             study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```"
         )
@@ -296,7 +305,8 @@ class StudySweeper(Sweeper):
             f"Everything is in {self.folder}:\n"
             f"  study.md (all trials in a table), trials.csv, {files}\n"
             f"  best.yaml, and the best trial's checkpoints in {best.number}/\n\n"
-            f"Train the best one again, longer, otherwise:  {again}"
+            f"Train the best one again, longer, otherwise:  {again}\n"
+            f"Write with it:  python generate.py {as_argument('checkpoint', str(self.folder / str(best.number)))}"
         )
 
     def _write_best(self, best: "FrozenTrial") -> tuple[str, str]:
@@ -304,7 +314,8 @@ class StudySweeper(Sweeper):
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
         choices, values = preset(overrides, without={"hparams_search", "wandb"})
-        values = {key: value for key, value in values.items() if not key.startswith("wandb.")} | {"name": name}
+        searched = {key: value for key, value in best.params.items() if "." in key}
+        values = {**searched, **{key: v for key, v in values.items() if not key.startswith("wandb.")}, "name": name}
         comment = f"Trial {best.number} of the study {name}: validation loss {best.value:.4f}"
         with replacing(self.folder / "best.yaml") as file:
             file.write(preset_file(f"{comment}\npython train.py +{name}=best", choices, values).encode())
@@ -328,7 +339,7 @@ def _name(config: DictConfig) -> str:
 
 def hide_storage(config: DictConfig) -> None:
     """Take the storage out of what Hydra hands to jobs and writes into their folders: its URL may hold a password."""
-    overrides = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith(f"{KEY}storage=")]
+    overrides = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith(f"{KEY}storage")]
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweeper.storage = None
         config.hydra.overrides.hydra = [*overrides, f"{KEY}storage=null"]
@@ -372,6 +383,7 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
             config,
             make_pruner(job.sweeper),
             checkpoints=lambda number: Path(job.sweep.dir) / str(number) / composed.train.checkpoint_dir,
+            claim=composed.study.claim,
             deadline=told["deadline"],
             ends_with_parent=os.getpid() != told["sweeper"],
         )
@@ -383,9 +395,10 @@ def run_trial(composed: DictConfig, run: "Callable[[TrialUnderWay], float | None
     if trial.is_orphaned():  # nobody takes what this would return, and its process would wait for more to do
         logging.shutdown()
         os._exit(1)
-    if outcome.stops_study is not None and not isinstance(outcome.stops_study, UserError):
+    if os.getpid() == told["sweeper"] and not isinstance(outcome.stops_study, UserError | None):
         raise outcome.stops_study
-    return outcome.stops_study or outcome.value
+    # In a process of its own, one that was asked to end has only left its trial to another one.
+    return outcome.stops_study if isinstance(outcome.stops_study, UserError) else outcome.value
 
 
 Plugins.instance().register(StudySweeper)

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from gpt2.config import Divergence, MachineError, OptunaConfig
+from gpt2.config import Divergence, MachineError, OptunaConfig, UserError
 from gpt2.failures import is_full_disk, is_out_of_memory, machine_error
 from gpt2.interruption import Interrupted
+from gpt2.run_folder import LOCK, is_held
 from gpt2.storage import FAILURES, exclusive, failures_in_a_line
+from gpt2.worker import WORKER
 
 if TYPE_CHECKING:
     from gpt2.train import Trainer
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REASON, SPENT, DEATHS = "reason", "spent", "deaths"  # user attributes of a trial
-STOPPED = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+JUDGED = (TrialState.COMPLETE, TrialState.PRUNED)
+STOPPED = (*JUDGED, TrialState.FAIL)
 
 
 @contextmanager
@@ -92,12 +95,14 @@ class TrialUnderWay:
         config: OptunaConfig,
         pruner: optuna.pruners.BasePruner,
         checkpoints: Callable[[int], Path],
+        claim: str,
         deadline: float = inf,
         ends_with_parent: bool = False,
     ):
         """
         Args:
             checkpoints: The folder of a trial, given its number, that is needed no more when it has ended.
+            claim: What `Worker.takes` returned when the trial was taken for this process.
             deadline: When the study has to end, in seconds since 1970.
             ends_with_parent: Whether this process is to save and leave when the one that started it is gone.
         """
@@ -111,8 +116,16 @@ class TrialUnderWay:
         study_id = self.storage.get_study_id_from_name(config.study_name)
         self.trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.trial = Trial(self.study, self.trial_id)
+        self.claim = claim
         self._is_past_its_time = False
+        self._signal: int | None = None  # by which somebody asked this process to end
         self._spent: dict[str, float] = {}
+
+    def is_ours(self) -> bool:
+        """Whether the trial is under way, and nobody has taken it again since."""
+        trial = self.storage.get_trial(self.trial_id)
+        who = trial.user_attrs.get(WORKER)  # None: left to whoever works on it
+        return trial.state == TrialState.RUNNING and (who is None or who["claim"] == self.claim)
 
     def goes_on(self) -> bool:
         """Whether it began once, and was interrupted."""
@@ -140,6 +153,8 @@ class TrialUnderWay:
             outcome = self._of_value(trainer.progress.best_val_loss)
             return outcome.value
         except BaseException as error:
+            if trainer.interrupted_by not in (None, SIGALRM):
+                self._signal = trainer.interrupted_by
             outcome = self._of_error(error)
             raise
         finally:
@@ -167,6 +182,8 @@ class TrialUnderWay:
         own = time.time() + (self.config.trial_timeout or inf) - trainer.progress.seconds
         end = min(own, self.deadline)
         while not is_over.wait(max(0.0, min(end - time.time(), 1.0))):
+            if trainer.interrupted_by not in (None, SIGALRM):  # by somebody, which counts more
+                continue
             if self.is_orphaned():
                 trainer.interrupt(SIGTERM)
             elif time.time() >= end:
@@ -176,30 +193,33 @@ class TrialUnderWay:
 
     def _report(self, trainer: "Trainer") -> None:
         """Tell the study of an evaluation, and end a trial that is behind; never at its last step."""
-        step = trainer.progress.step
-        self._tell_evaluation(trainer)
-        if step < trainer.total_steps and self.trial.should_prune():
+        step, is_news = trainer.progress.step, self._tell_evaluation(trainer)
+        if is_news and step < trainer.total_steps and self.trial.should_prune():
             raise optuna.TrialPruned(f"behind other trials at step {step:,}")
 
-    def _tell_evaluation(self, trainer: "Trainer") -> None:
-        """Numbered from 0, as Optuna's pruners want it: an evaluation has the same number in a run that was resumed."""
+    def _tell_evaluation(self, trainer: "Trainer") -> bool:
+        """Numbered from 0, as Optuna's pruners want it. Whether it is news: a run that goes on repeats evaluations."""
         number = (trainer.progress.evaluated_at - 1) // trainer.config.eval_every
         loss = trainer.progress.val_loss
-        if loss is not None and number not in self.storage.get_trial(self.trial_id).intermediate_values:
-            self.trial.report(loss, number)
+        if loss is None or number in self.storage.get_trial(self.trial_id).intermediate_values:
+            return False
+        self.trial.report(loss, number)
+        return True
 
     # When it ends
 
     def run(self, train: Callable[[], float | None]) -> Outcome:
         """Train, and tell the study how it went."""
-        if self.storage.get_trial(self.trial_id).state.is_finished():  # by a process that was taken to be dead
-            return Outcome(Ending.INTERRUPTED, "finished elsewhere")
+        if not self.is_ours():  # this process came late, and was taken to be dead
+            return Outcome(Ending.INTERRUPTED, "taken by another process")
         try:
             outcome = self._of_value(train())
         except BaseException as error:  # noqa: BLE001  # whatever it is, the study goes on
             outcome = self._of_error(error)
             if outcome.ending == Ending.FAILED:
                 outcome.traceback = traceback.format_exc()
+        if self._signal is not None:  # however the trial ended in that moment
+            outcome.stops_study = Interrupted.by(self._signal)
         from gpt2.device import free_memory  # here, for it brings torch
 
         free_memory()
@@ -222,9 +242,9 @@ class TrialUnderWay:
             return Outcome(Ending.PRUNED, text)
         if isinstance(error, Divergence):
             return Outcome(Ending.DIVERGED, text.partition(";")[0])  # without its advice for a single run
-        if isinstance(error, Interrupted) and self._is_past_its_time:
-            return Outcome(Ending.PAST_ITS_TIME, f"past its time, {self.config.trial_timeout} s")
         if isinstance(error, Interrupted) and error.code == Interrupted.by(SIGALRM).code:
+            if self._is_past_its_time:
+                return Outcome(Ending.PAST_ITS_TIME, f"past its time, {self.config.trial_timeout} s")
             return Outcome(Ending.INTERRUPTED, "the study's time is up")
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return Outcome(Ending.INTERRUPTED, "asked to end", stops_study=error)
@@ -235,13 +255,15 @@ class TrialUnderWay:
             return Outcome(Ending.INTERRUPTED, "the storage is out of reach")
         if is_out_of_memory(error):
             return Outcome(Ending.OUT_OF_MEMORY, machine_error(error))
+        if isinstance(error, UserError) and not self.study.get_trials(deepcopy=False, states=JUDGED):
+            return Outcome(Ending.INTERRUPTED, text, stops_study=error)  # no trial got by it: a device, data, a file
         return Outcome(Ending.FAILED, f"{type(error).__name__}: {text}")
 
     def _tell(self, outcome: Outcome) -> None:
         storage, state = self.storage, outcome.ending.state
         with exclusive(self.config.storage):
-            if storage.get_trial(self.trial_id).state != TrialState.RUNNING:
-                log.warning("Trial %s was ended by another process meanwhile", self.number)
+            if not self.is_ours():
+                log.warning("Trial %s was taken by another process meanwhile", self.number)
                 return
             storage.set_trial_user_attr(self.trial_id, REASON, outcome.reason)  # None too: it may have had one before
             if outcome.traceback:
@@ -258,5 +280,6 @@ class TrialUnderWay:
     def _remove_what_is_not_best(self) -> None:
         best = best_of(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=STOPPED):
-            if best is None or trial.number != best.number:
-                shutil.rmtree(self.checkpoints(trial.number), ignore_errors=True)
+            folder = self.checkpoints(trial.number)
+            if (best is None or trial.number != best.number) and not is_held(folder.parent / LOCK):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -67,12 +67,19 @@ class Worker:
     def lock(self) -> Path:
         return (self.folder / self.name).resolve()
 
-    def takes(self, trial_id: int) -> None:
-        """Sign a trial."""
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str(self.lock)}
+    def takes(self, trial_id: int) -> str:
+        """Sign a trial. Returns what tells this time from any other that it is taken."""
+        claim = secrets.token_hex(4)
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str(self.lock), "claim": claim}
         self.storage.set_trial_user_attr(trial_id, WORKER, who)
         self._give_sign(trial_id)
         self.trials.add(trial_id)
+        return claim
+
+    def leaves(self, trial_id: int) -> None:
+        """Have no more to do with a trial, which somebody else may be working on."""
+        self.trials.discard(trial_id)
+        self.storage.set_trial_user_attr(trial_id, WORKER, None)
 
     def _give_signs(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
@@ -93,13 +100,13 @@ class Worker:
             run_folder: Of its training, which may outlive the process that started it.
         """
         who = attributes.get(WORKER)
-        if who is None:  # taken, but not yet signed, when its process died: that happens while nobody else looks
-            return Life.DEAD
-        lock = Path(who["lock"])
-        if lock in self._here or (lock.exists() and is_held(lock)):
+        lock = Path(who["lock"]) if who else None
+        if lock in self._here or (lock and is_held(lock)):
             return Life.ALIVE
-        if (run_folder / LOCK).exists() and is_held(run_folder / LOCK):
+        if is_held(run_folder / LOCK):
             return Life.ORPHANED
-        is_out_of_sight = who["host"] != socket.gethostname() or not lock.exists()
+        if not who or not lock:  # not signed when its process died, while nobody else looked; or given up
+            return Life.DEAD
+        is_out_of_sight = who["host"] != socket.gethostname() or not lock.exists() or is_held(lock) is None
         is_fresh = time.time() - attributes.get(SIGN_OF_LIFE, 0) < SECONDS_UNTIL_DEAD
         return Life.ALIVE if is_out_of_sight and is_fresh else Life.DEAD

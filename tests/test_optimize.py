@@ -374,7 +374,7 @@ def test_a_storage_that_cannot_be_used_is_told_without_its_password(tmp_path):
         make_optimizer(tmp_path, storage=f"sqlite:///{tmp_path}/file/study.db").optimize()
     assert len(told.value.faults[0].splitlines()) == 1
     with pytest.raises(UserError) as told:
-        make_optimizer(tmp_path, storage="postgresql+psycopg2://me:secret@127.0.0.1:9/db").optimize()
+        make_optimizer(tmp_path, storage="postgresql://me:secret@127.0.0.1:9/db").optimize()
     assert "secret" not in str(told.value)
 
 

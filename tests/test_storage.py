@@ -12,7 +12,8 @@ import optuna
 import pytest
 
 from gpt2.config import UserError
-from gpt2.storage import exclusive, file_of, open_storage, storage_fault, without_password
+from gpt2.failures import without_password
+from gpt2.storage import exclusive, file_of, open_storage, storage_fault
 
 SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
 
@@ -65,12 +66,13 @@ def _add_a_trial(url: str) -> None:
 def test_a_journal_that_a_crash_cut_short_is_mended(tmp_path, caplog):
     url, file = f"journal:///{tmp_path}/study", tmp_path / "study"
     optuna.create_study(study_name="a", storage=open_storage(url)).enqueue_trial({"x": 1})
-    whole = file.read_bytes()
-    file.write_bytes(whole + b'{"op_code": 4, "worker_')
-    open_storage.__globals__["_open"].cache_clear()
-    study = optuna.load_study(study_name="a", storage=open_storage(url))
-    study.enqueue_trial({"x": 2})
-    assert len(study.trials) == 2
+    for n, is_another_process in ((2, False), (3, True)):
+        file.write_bytes(file.read_bytes() + b'{"op_code": 4, "worker_')
+        if is_another_process:
+            open_storage.__globals__["_open"].cache_clear()
+        study = optuna.load_study(study_name="a", storage=open_storage(url))
+        study.enqueue_trial({"x": n})
+        assert len(study.trials) == n
     assert "cut short" in caplog.text
 
 
@@ -106,7 +108,7 @@ def test_a_place_that_takes_no_file_is_told_in_a_line(tmp_path):
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory: pytest.TempPathFactory):
     """The URL of a PostgreSQL server of our own, with a password."""
-    pytest.importorskip("psycopg2")
+    psycopg = pytest.importorskip("psycopg")
     binaries = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     initdb = next(filter(None, binaries), None)
     if initdb is None or (os.geteuid() == 0 and shutil.which("runuser") is None):
@@ -133,15 +135,13 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory):
         str(folder),
     ]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=folder)
-    import psycopg2
-
     for _ in range(100):
         try:
-            psycopg2.connect("postgresql://me:secret@127.0.0.1:54329/postgres").close()
+            psycopg.connect("postgresql://me:secret@127.0.0.1:54329/postgres").close()
             break
-        except psycopg2.OperationalError:
+        except psycopg.OperationalError:
             time.sleep(0.1)
-    yield "postgresql+psycopg2://me:secret@127.0.0.1:54329/postgres"
+    yield "postgresql://me:secret@127.0.0.1:54329/postgres"
     server.terminate()
     server.wait()
 

@@ -18,11 +18,12 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from gpt2 import checkpoint, run_folder
-from gpt2.command_line import check_command_line
+from gpt2.command_line import check_command_line, with_values
 from gpt2.composition import CONF, compose, resolve
 from gpt2.config import UserError, steps_of_compute
 from gpt2.model import GPT2Model
 from tests.conftest import ROOT, TINY, Workspace
+from tests.test_scripts import wait_for
 
 TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
 STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
@@ -76,7 +77,7 @@ def test_what_is_searched_reaches_the_runs(studied):
         if key != "train.batch_size":  # fixed on the command line
             assert record[group][name] == value
     assert record["model"]["attention_dropout"] == record["model"]["residual_dropout"] == best.params["model.dropout"]
-    assert record["run"]["study"] == {"name": "mine", "trial": best.number}
+    assert (record["run"]["study"]["name"], record["run"]["study"]["trial"]) == ("mine", best.number)
     assert "train.batch_size" not in best.params
 
 
@@ -175,11 +176,29 @@ def test_a_study_in_which_everything_fails_says_so_in_a_line(workspace: Workspac
     assert "Traceback" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
 
 
+def test_a_mistake_that_all_trials_share_stops_the_study_and_is_forgotten_when_it_is_mended(workspace: Workspace):
+    wrong = workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", "train.device=cuda:9", expect=2)
+    assert wrong.stderr.startswith("error: train.device: there is no cuda:9 here")
+    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["WAITING"]
+    workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", "train.device=cpu")
+    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
+
+
+def test_values_put_into_a_composition_are_those_of_another_one():
+    line = ["experiment=quickstart", "hparams_search=optuna"]
+    values = ["train.batch_size=16", "model.dropout=0.25", "train.learning_rate=1e-3", "sample_prompt='a b'"]
+    changed = with_values(compose("train", line), values[:3])
+    assert changed == compose("train", [*line, *values[:3]])
+    assert changed.train.max_steps == pytest.approx(compose("train", line).train.max_steps / 2, abs=1)
+    assert with_values(compose("train", line), ["model=gpt2"]) is None
+    assert with_values(compose("train", line), ["train.batch_size=x"]) is None
+
+
 def test_a_storage_out_of_reach_is_told_without_its_password(workspace: Workspace):
-    storage = "hydra.sweeper.storage='postgresql+psycopg2://me:secret@127.0.0.1:9/db'"
+    storage = "hydra.sweeper.storage='postgresql://me:secret@127.0.0.1:9/db'"
     refused = workspace.run("train.py", *STUDY, storage, expect=2)
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("error: storage: postgresql+psycopg2://me:***@127.0.0.1:9/db cannot be opened: ")
+    assert line.startswith("error: storage: postgresql://me:***@127.0.0.1:9/db cannot be opened: ")
     assert "secret" not in refused.stderr + refused.stdout
 
 
@@ -211,6 +230,15 @@ def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler,
         (["hydra.sweeper.n_trials=0"], r"hydra.sweeper.n_trials: 0 is not a whole number of at least 1"),
         (["hydra.sweeper.n_trails=5"], r"Key 'n_trails' not in 'StudyConfig'. Did you mean: 'n_trials'"),
         (["hydra.sweeper.n_jobs=0"], r"hydra.sweeper.n_jobs: 0 is not"),
+        (["hydra.sweeper.n_jobs=2"], r"hydra.sweeper.n_jobs: 2 trials at a time need hydra/launcher=joblib"),
+        (["hydra.sweeper={n_trials:3}"], r"hydra.sweeper: one key at a time"),
+        (
+            ["hydra.sweeper.storage='${oc.env:NOBODY_HAS_SET_IT}'"],
+            r"Environment variable 'NOBODY_HAS_SET_IT' not found",
+        ),
+        (["train.learning_rate=interval(1e-2, 1e-4)"], r"an interval goes from the smaller to the larger end"),
+        (["train.learning_rate=tag(lg, interval(1e-4, 1e-2))"], r"there is no tag lg, only log"),
+        (["train.learning_rat=interval(1e-4, 1e-2)"], r"Key 'learning_rat' not in 'TrainingConfig'"),
         (["hydra.sweeper.study_name=model"], r"hydra.sweeper.study_name: 'model' must be letters"),
         (["hydra.sweeper.study_name=a/b"], r"hydra.sweeper.study_name: 'a/b' must be letters"),
         (["hydra.sweeper.direction=up"], r"hydra.sweeper.direction: 'up' is neither minimize nor maximize"),
@@ -220,7 +248,7 @@ def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler,
         (["+hydra.sweeper.sampler.speed=3"], r"hydra.sweeper.sampler: .*unexpected keyword argument 'speed'"),
         (["hydra.sweeper.pruner.n_min_trials=0"], r"hydra.sweeper.pruner: .*must be at least 1, but got"),
         (["hydra/sweeper/sampler=grid"], r"train.learning_rate=.*: a grid needs values, such as train.learning_rate="),
-        (["train.learning_rate=interval(1e-4, -1)"], r"train.learning_rate: -1.0 is not a finite number above 0"),
+        (["train.learning_rate=interval(-1, 1e-4)"], r"train.learning_rate: -1.0 is not a finite number above 0"),
         (["model.num_heads=choice(4,7)"], r"model.num_heads: 7 heads do not divide"),
         (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over KEY=..., such as train.beta2=0.9,0.99"),
         (["model.num_heads=choice(4,7"], r"not of the form key=value"),
@@ -282,12 +310,26 @@ def test_nothing_left_to_search_is_told():
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace: Workspace, launcher):
-    workspace.environment["GPT2_FAULT"] = "kill@3#1"
-    two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4", f"hydra/launcher={launcher}"]
+    workspace.environment["GPT2_FAULT"] = "kill@3#1,slow@1-99#0"  # the one that is slow outlives the one that is killed
+    two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=4", f"hydra/launcher={launcher}", "train.max_steps=30"]
     workspace.run("train.py", *STUDY, *two, "hydra/sweeper/pruner=none")
     trials = study_in(workspace.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
     assert trials[1].user_attrs["reason"].startswith("its process died 2 times, ")
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_asked_to_end_leaves_its_trial_to_another(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
+    command = workspace.command("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none")
+    process = subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) >= 2)
+    holder = (workspace.folder / "outputs/sweeps/mine/1/.lock").read_text()
+    os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
+    assert process.wait(timeout=120) == 0
+    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
+    assert "Going on after step" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
 
 
 def pids_in(folder: Path) -> list[int]:
@@ -310,8 +352,6 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
     process = subprocess.Popen(
         command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    from tests.test_scripts import wait_for
-
     wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) == 2)
     (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
     assert process.wait(timeout=60) == (130 if ended_by == signal.SIGINT else -ended_by)
