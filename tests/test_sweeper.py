@@ -167,6 +167,7 @@ def test_the_same_command_has_nothing_left_to_do_and_another_one_is_refused(stud
     ]
 
 
+@pytest.mark.slow
 def test_a_study_in_which_everything_fails_says_so_in_a_line(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "exception@1-9"
     failed = workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", expect=1)
@@ -176,6 +177,7 @@ def test_a_study_in_which_everything_fails_says_so_in_a_line(workspace: Workspac
     assert "Traceback" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_trials_share_stops_the_study_and_is_forgotten_when_it_is_mended(workspace: Workspace):
     wrong = workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", "train.device=cuda:9", expect=2)
     assert wrong.stderr.startswith("error: train.device: there is no cuda:9 here")
@@ -369,14 +371,14 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
 def test_twenty_trials_in_one_process_do_not_make_it_grow(workspace: Workspace):
     """A process trains 20 models, one after another, each of 10 MB of weights and twice that in its optimizer."""
     script = f"""
-import resource, runpy, sys, gpt2.study as study
+import resource, runpy, sys, gpt2.trial as trial
 sys.path.insert(0, {str(ROOT)!r})
-grown, tell = [], study.TrialUnderWay._tell
+grown, tell = [], trial.TrialUnderWay._tell
 def measured(self, outcome):
     tell(self, outcome)
     with open("/proc/self/statm") as file:
         grown.append(int(file.read().split()[1]) * resource.getpagesize() / 1e6)
-study.TrialUnderWay._tell = measured
+trial.TrialUnderWay._tell = measured
 sys.argv[1:] = {[*STUDY, "hydra.sweeper.n_trials=20", "model.d_model=256", "model.d_ff=1024", "model.num_layers=3"]}
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 print("grown", *grown)
