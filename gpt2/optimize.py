@@ -144,7 +144,8 @@ class OptunaOptimizer:
     def _open(self) -> Study:
         seed = self.training_config.seed
         same = "QMC" in self.optuna_config.sampler.upper()  # draws are places in one sequence
-        return Study(
+        others = sorted(path.name for path in Path(self.training_config.checkpoint_dir).glob("trial_*"))
+        study = Study(
             self.optuna_config,
             self.space,
             lambda number: make_sampler(self.optuna_config, seed if same else seed_of_trial(seed, number)),
@@ -158,6 +159,9 @@ class OptunaOptimizer:
                 if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
             },
         )
+        if others and self.optuna_config.storage and not study.optuna.get_trials(deepcopy=False):
+            raise UserError(f"train.checkpoint_dir: {study.folder} holds {others[0]} of another study")
+        return study
 
     def _run(self, number: int, study: Study) -> None:
         config = self.optuna_config

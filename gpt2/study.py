@@ -86,11 +86,13 @@ class Study:
 
     def _refuse_another(self, fixed: dict[str, Any]) -> None:
         """Remember what the study is about, or hold against it what it is said to be about."""
-        config, known = self.config, self.optuna.user_attrs
+        config, trials = self.config, self._trials()
         asked = {**{key: {"searched": _plain(distribution)} for key, distribution in self.space.items()}, **fixed}
-        if FIXED not in known and not self.optuna.get_trials(deepcopy=False):
+        before = self.optuna.user_attrs.get(FIXED, asked)
+        has_begun = any(trial.state != TrialState.WAITING or trial.intermediate_values for trial in trials)
+        if not has_begun and all(trial.params.keys() <= self.space.keys() for trial in trials):
+            before = asked  # nothing came of it so far: its first command may have been mistaken
             self.optuna.set_user_attr(FIXED, asked)
-        before = known.get(FIXED, asked)
         found = [
             f"{key}: {_shown(asked.get(key))} was asked for, the study has {_shown(before.get(key))}"
             for key in dict.fromkeys([*asked, *before])

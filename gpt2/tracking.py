@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -231,13 +231,14 @@ class Tracker:
         has_failed = error is not None if self.has_failed is None else self.has_failed
         self._tell_wandb(lambda run: run.finish(exit_code=int(has_failed)))
 
-    def ended(self, state: str, has_failed: bool) -> None:
-        """Say how a trial ended; it is also a tag in W&B."""
+    def ended(self, state: str, has_failed: bool, states: Collection[str]) -> None:
+        """Say how a trial ended, in one of the `states` that there are; it is also a tag in W&B."""
         self.has_failed = has_failed
 
         def tell(run: Any) -> None:
             run.summary["trial/state"] = state
-            run.tags = (*(run.tags or ()), state)
+            others = [tag for tag in run.tags or () if tag not in states]  # it may have been interrupted once
+            run.tags = (*others, state)
 
         self._tell_wandb(tell)
 

@@ -158,7 +158,8 @@ class TrialUnderWay:
             outcome = self._of_error(error)
             raise
         finally:
-            trainer.tracker.ended(outcome.ending.value, has_failed=outcome.ending == Ending.FAILED)
+            endings = [ending.value for ending in Ending]
+            trainer.tracker.ended(outcome.ending.value, outcome.ending == Ending.FAILED, endings)
 
     @contextmanager
     def _watched(self, trainer: "Trainer") -> Iterator[None]:

@@ -195,6 +195,12 @@ def test_a_study_that_was_resumed_is_the_one_that_was_not(tmp_path):
     assert trials_of(tmp_path / "one", 6) == trials_of(tmp_path / "other", 1, 3, 4, 6)
 
 
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    make_optimizer(tmp_path, n_trials=1, storage=f"sqlite:///{tmp_path / 'one.db'}").optimize()
+    with pytest.raises(UserError, match=r"train.checkpoint_dir: .* holds trial_0 of another study"):
+        make_optimizer(tmp_path, n_trials=1, storage=f"sqlite:///{tmp_path / 'other.db'}").optimize()
+
+
 def test_a_study_goes_on_only_as_it_began(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     make_optimizer(tmp_path, n_trials=1, storage=storage).optimize()

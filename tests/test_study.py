@@ -13,7 +13,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 
-from gpt2.config import OptunaConfig
+from gpt2.config import OptunaConfig, UserError
 from gpt2.optimize import make_sampler
 from gpt2.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
 from gpt2.trial import optuna_is_quiet
@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
 
 
-def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None) -> Study:
+def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None, **fixed: int) -> Study:
     config = OptunaConfig(n_trials=n_trials, storage=f"sqlite:///{folder}/study.db", timeout=timeout)
     return Study(
         config,
@@ -32,7 +32,7 @@ def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None) -> Stu
         optuna.pruners.NopPruner(),
         folder,
         lambda number: folder / str(number),
-        fixed={},
+        fixed=fixed,
     )
 
 
@@ -56,6 +56,18 @@ def test_no_trial_is_handed_out_after_the_time_is_up(tmp_path):
     with study_in(tmp_path, timeout=1) as study:
         study.deadline = time.time()
         assert study.claim() == []
+
+
+def test_what_a_study_is_about_may_be_mended_until_something_came_of_it(tmp_path):
+    with study_in(tmp_path, steps=1) as study:
+        study.claim()  # and no more
+    assert states(study) == ["WAITING"]
+    with study_in(tmp_path, steps=2) as study:
+        (trial,) = study.claim()
+        study.optuna.tell(trial.number, 1.0)
+    with pytest.raises(UserError, match="steps: 1 was asked for, the study has 2"):
+        study_in(tmp_path, steps=1)
+    assert states(study_in(tmp_path, steps=2)) == ["COMPLETE"]
 
 
 CLAIM_AND_DIE = """
