@@ -57,6 +57,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                     stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
             with faults_as_lines():
+                if options.multirun and not runs_something(options):
+                    raise UserError("-m: not together with --cfg, --info and --help; one run is shown without it")
                 if runs_something(options):
                     logging.disable(logging.WARNING)  # the run will say all that again
                     check_command_line(name, options)

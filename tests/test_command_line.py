@@ -229,6 +229,11 @@ def test_help_is_short_and_needs_no_torch(workspace, script):
     assert not imported & {"torch", "transformers", "datasets", "wandb", "numpy", "optuna", "joblib", "submitit"}
 
 
+def test_a_sweep_cannot_be_shown_as_one_run(workspace):
+    (line,) = refuse(workspace, "-m", "train.beta2=0.9,0.95", "--cfg", "job")
+    assert line.startswith("error: -m: not together with --cfg")
+
+
 def test_the_module_is_the_same_command_line(workspace):
     assert workspace.module("gpt2.main", "train", "--help").stdout.startswith("Train GPT-2")
     refused = workspace.module("gpt2.main", "train", "train.lrr=1")

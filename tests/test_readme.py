@@ -64,7 +64,8 @@ def test_every_script_call_of_the_readme_runs_in_the_order_it_stands_there(works
             trials = ["hydra.sweeper.n_trials=2"] if "hparams_search" in line else []
             workspace.run(script, *arguments, *SHORT, *trials, *([] if "init_from" in line else tiny_model))
         elif script == "train.py" or "data=wikitext" in line:
-            workspace.run(script, *arguments, *([] if "--" in line else ["--cfg", "job"]))
+            asked = [argument for argument in arguments if argument != "-m"]
+            workspace.run(script, *asked, *([] if "--" in line else ["--cfg", "job"]))
         else:
             workspace.run(script, *arguments)
 
