@@ -57,8 +57,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                     stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
             with faults_as_lines():
-                if options.multirun and not runs_something(options):
-                    raise UserError("-m: not together with --cfg, --info and --help; one run is shown without it")
+                if options.multirun and (options.cfg or options.info):
+                    raise UserError("-m: not together with --cfg and --info; one run is shown without it")
                 if runs_something(options):
                     logging.disable(logging.WARNING)  # the run will say all that again
                     check_command_line(name, options)
@@ -258,13 +258,15 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
         except UserError as error:
             return found + error.faults
     composed = compose("train", fixed)
+    refused: set[str] = set()  # what does not compose, whatever else there is
     for combination in combined(list(map(candidates, swept))):
+        if not refused.isdisjoint(combination):
+            continue
         changed = with_values(composed, list(combination))
         try:
             if changed is None:
                 found += command_line_faults("train", [*fixed, *combination])
-                if found:  # of keys; the next combination has the same, and each takes its time
-                    break
+                refused |= {text for text in combination if any(fault.startswith(f"{text}: ") for fault in found)}
             else:
                 resolve("train", changed, [*fixed, *combination])
         except UserError as error:
