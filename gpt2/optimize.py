@@ -103,6 +103,7 @@ class OptunaOptimizer:
         batch_size = batch_size_of(train_loader)
         if batch_size is None:
             del self.space["train.batch_size"]
+            log.info("The batch size is not searched: the batches of this train_loader are cut by the caller.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
         found = optuna_faults(optuna_config)
@@ -142,13 +143,12 @@ class OptunaOptimizer:
             return dict(best.params)
 
     def _open(self) -> Study:
-        seed = self.training_config.seed
-        same = "QMC" in self.optuna_config.sampler.upper()  # draws are places in one sequence
+        config, seed = self.optuna_config, self.training_config.seed
         others = sorted(path.name for path in Path(self.training_config.checkpoint_dir).glob("trial_*"))
         study = Study(
             self.optuna_config,
             self.space,
-            lambda number: make_sampler(self.optuna_config, seed if same else seed_of_trial(seed, number)),
+            lambda number: make_sampler(config, seed_of_trial(seed, number, config.sampler)),
             make_pruner(self.optuna_config),
             Path(self.training_config.checkpoint_dir),
             self._folder,

@@ -5,12 +5,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
@@ -124,8 +125,6 @@ def exclusive(url: str | None) -> Iterator[None]:
         with FileLock(f"{file}.lock"):
             yield
     elif kind is not None and url is not None:
-        import sqlalchemy
-
         take, give_back = map(sqlalchemy.text, ADVISORY_LOCK[kind])
         engine = _engine(url)
         with engine.connect() as connection:
@@ -135,13 +134,10 @@ def exclusive(url: str | None) -> Iterator[None]:
             finally:
                 connection.execute(give_back)
     else:
-        with nullcontext():
-            yield
+        yield
 
 
 @cache
 def _engine(url: str) -> Any:
     """A connection of its own for the lock: Optuna's go back to its pool in between."""
-    import sqlalchemy
-
     return sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")

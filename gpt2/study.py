@@ -9,6 +9,7 @@ Knows neither Hydra nor W&B. What a trial's training is, is up to who runs it.
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from math import inf
@@ -299,6 +300,12 @@ def _shown(value: Any, key: str = "a search") -> str:
     return f"{key} from {space['low']:g} to {space['high']:g}{' (log)' if space['log'] else ''}"
 
 
-def seed_of_trial(seed: int, number: int) -> int:
-    """Of 32 bits, another one for each trial."""
+def seed_of_trial(seed: int, number: int, sampler: str) -> int:
+    """Of 32 bits, another one for each trial; the same for samplers whose draws are places in one sequence.
+
+    Args:
+        sampler: Its name or class, such as QMC or optuna.samplers.QMCSampler.
+    """
+    if re.search("QMC|Grid", sampler, re.IGNORECASE):
+        return seed % 2**32
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -53,7 +53,7 @@ log = logging.getLogger("study")
 KEY = "hydra.sweeper."
 ENVIRONMENT = "GPT2_STUDY"  # what jobs must know and no file may: the storage, for its password; and the deadline
 INSTANTIATED = ("optuna.samplers.*", "optuna.pruners.*")
-GRID, QMC = "optuna.samplers.GridSampler", "optuna.samplers.QMCSampler"  # their draws are places in one sequence
+GRID = "optuna.samplers.GridSampler"
 WITHOUT_PART_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
@@ -148,7 +148,7 @@ def sampler_factory(sweeper: DictConfig, space: "dict[str, BaseDistribution]") -
     def of_trial(number: int) -> "BaseSampler":
         if seed is None:
             return make(**grid)
-        return make(seed=seed % 2**32 if target in (GRID, QMC) else seed_of_trial(seed, number), **grid)
+        return make(seed=seed_of_trial(seed, number, target), **grid)
 
     return of_trial
 

@@ -61,15 +61,7 @@ class Trainer:
                 there are none.
         """
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        found = training_faults(config)
-        if not len(train_loader):
-            found.append("data: the training split is empty")
-        is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
-        if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
-            found.append("data: the validation split has no token to predict")
-        if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
-            known = model.config.vocab_size
-            found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
+        found = training_faults(config) + data_faults(train_loader, val_loader, config, model, tokenizer)
         if found:
             raise UserError(*found)
         if config.deterministic:
@@ -414,6 +406,26 @@ class Trainer:
         self._goes_on_here = path.parent.resolve() == self.checkpoint_dir.resolve()
         if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
             self._saved = replace(self.progress)
+
+
+def data_faults(
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    config: TrainingConfig,
+    model: GPT2Model,
+    tokenizer: GPT2Tokenizer | None,
+) -> list[str]:
+    """What keeps a model from being trained on these data."""
+    found = []
+    if not len(train_loader):
+        found.append("data: the training split is empty")
+    is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
+    if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
+        found.append("data: the validation split has no token to predict")
+    if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
+        known = model.config.vocab_size
+        found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
+    return found
 
 
 def _counted(loss: Tensor) -> Tensor:

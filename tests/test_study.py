@@ -28,7 +28,7 @@ def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None, **fixe
     return Study(
         config,
         SPACE,
-        lambda number: RandomSampler(seed_of_trial(1, number)),
+        lambda number: RandomSampler(seed_of_trial(1, number, "Random")),
         optuna.pruners.NopPruner(),
         folder,
         lambda number: folder / str(number),
@@ -148,7 +148,7 @@ def test_a_draw_that_was_cut_short_is_completed_as_it_would_have_been(tmp_path, 
 
     def draws(folder: Path, cut: bool) -> list[dict]:
         config = OptunaConfig(n_trials=4, sampler=sampler, n_startup_trials=2, storage=f"sqlite:///{folder}.db")
-        samplers = lambda number: make_sampler(config, seed_of_trial(1, number))  # noqa: E731
+        samplers = lambda number: make_sampler(config, seed_of_trial(1, number, config.sampler))  # noqa: E731
         nop = optuna.pruners.NopPruner()
         study = Study(config, space, samplers, nop, folder, lambda number: folder / str(number), fixed={})
         with study:
