@@ -23,6 +23,8 @@ def main(config: EvaluateRun) -> None:
     from gpt2.evaluate import Evaluator
     from gpt2.packed import quantize, refuse_int8
     from gpt2.pretrained import describe_data, open_model
+    from gpt2.tracking import Tracker
+    from gpt2.wandb_run import plain, start_wandb
 
     device = choose_device(config.device)  # refuses a missing one before any work
     if config.quantization:
@@ -40,16 +42,22 @@ def main(config: EvaluateRun) -> None:
     loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
 
     evaluator = Evaluator(model, loader, config.device, config.precision)
-    metrics = evaluator.evaluate()
-
     split, stride = blocks.path.stem, blocks.stride
+    experiment = trained.experiment
+    guest = start_wandb(
+        config.wandb, name=f"{experiment} {split}", group=experiment, job_type="evaluate", settings=plain(config)
+    )
+    with Tracker(guest=guest):
+        metrics = evaluator.evaluate()
+        guest.summarize(metrics)
+
     form = f", {config.quantization}" if config.quantization else ""
     print(f"model  {trained.describe()}{form}")
     print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
 
     about = {
-        **asdict(config),
+        **plain(config),
         "step": trained.record and trained.record["progress"]["step"],
         "split": split,
         "stride": stride,
@@ -60,6 +68,8 @@ def main(config: EvaluateRun) -> None:
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
     write(place, {**numbers, **about, "earlier": earlier})
     print(f"\nwritten to {place}")
+    if where := guest.where():
+        print(f"W&B: {where}")
 
 
 def earlier_results(place: Path) -> list[dict[str, Any]]:

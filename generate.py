@@ -3,10 +3,15 @@
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from gpt2.command_line import script
 from gpt2.config import GenerateRun, UserError
 from gpt2.prompts import read_prompts
+
+if TYPE_CHECKING:
+    from gpt2.inference import TextGenerator
 
 
 @script("generate")
@@ -20,6 +25,8 @@ def main(config: GenerateRun) -> None:
 
     from gpt2.device import choose_device
     from gpt2.inference import TextGenerator
+    from gpt2.tracking import Tracker
+    from gpt2.wandb_run import plain, start_wandb
 
     choose_device(config.device)  # refuses a missing one before any work
 
@@ -39,6 +46,23 @@ def main(config: GenerateRun) -> None:
         allow_special_tokens=config.allow_special_tokens,
     )
     note(generator.describe())
+    if config.prompt is None and not records and sys.stdin.isatty():
+        generator.interactive_mode(config.inference)
+        return
+    experiment = generator.trained.experiment
+    guest = start_wandb(
+        config.wandb, name=f"{experiment} texts", group=experiment, job_type="generate", settings=plain(config)
+    )
+    with Tracker(guest=guest):
+        rows = [list(pair) for pair in write(config, records, generator)]
+        guest.show_table("texts", ["prompt", "text"], rows)
+    note(generator.speed)
+    if where := guest.where():
+        note(f"W&B: {where}")
+
+
+def write(config: GenerateRun, records: list[dict[str, Any]], generator: "TextGenerator") -> Iterator[tuple[str, str]]:
+    """Write the texts that were asked for, and yield each prompt with what was written after it."""
     if records:
         of_each = config.inference.num_return_sequences
         continuations = generator.continuations(
@@ -47,13 +71,11 @@ def main(config: GenerateRun) -> None:
         for number, continuation in enumerate(continuations):
             line = {**records[number // of_each], **vars(continuation)}
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif config.prompt is None and sys.stdin.isatty():
-        generator.interactive_mode(config.inference)
-        return
+            yield continuation.prompt, continuation.text
     else:
         prompt = sys.stdin.read().removesuffix("\n") if config.prompt is None else config.prompt
         generator.generate_text(prompt, config.inference)
-    note(generator.speed)
+        yield from ((prompt, text) for text in generator.written)
 
 
 if __name__ == "__main__":

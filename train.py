@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt2.command_line import output_folder, script
-from gpt2.composition import as_argument
+from gpt2.composition import as_argument, title
 from gpt2.config import GPT2Config, TrainRun, UserError
 from gpt2.failures import explain
 from gpt2.interruption import Interrupted
@@ -35,8 +35,10 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
     from gpt2.device import choose_device, keep_freed_memory
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
-    from gpt2.tracking import Tracker, start_wandb
+    from gpt2.pictures import draw_curves
+    from gpt2.tracking import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
+    from gpt2.wandb_run import start_of_training
 
     choose_device(config.train.device, "train.device")  # refuses a missing one before any work
     keep_freed_memory()
@@ -58,33 +60,36 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
         pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
         return config.sample_prompt + "".join(takewhile(lambda _: trainer.interrupted_by is None, pieces))
 
-    settings = asdict(replace(config, model=model.config))
-    checkpoint_dir = folder / config.train.checkpoint_dir
     kept, wandb_id = asdict(config), None
     if config.resume:
         record = read_record(Path(config.resume))
         wandb_id = record["wandb_id"]
         if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
             kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
-    wandb_run = start_wandb(config, folder, Path("outputs"), settings, wandb_id)
-    with explained(config, folder, trial), Tracker(folder, wandb_run) as tracker:
+    with explained(config, folder, trial):
+        tracker = Tracker(folder, about=facts(config, model))
         trainer = Trainer(
             model,
             train_loader,
             val_loader,
             config.train,
-            str(checkpoint_dir),
+            str(folder / config.train.checkpoint_dir),
             tracker,
             write_sample if trial is None else None,  # nobody reads them all
             run=kept,
         )
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
-        tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
-        announce(trainer)
-        if trial:
-            return trial.train(trainer)
-        trainer.train()
+        with tracker:
+            tracker.guest = start_of_training(replace(config, model=model.config), folder, tracker.about, wandb_id)
+            tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
+            announce(trainer)
+            if trial:
+                return trial.train(trainer)
+            trainer.train()
+            if trainer.interrupted_by:
+                tracker.ended(Ended(INTERRUPTED, 128 + trainer.interrupted_by))
+            draw_curves(folder / METRICS, folder / "curves.png")
 
     conclude(trainer, config, folder)
     if trainer.interrupted_by:
@@ -130,6 +135,26 @@ def with_vocabulary(config: GPT2Config, tokenizer: "GPT2Tokenizer") -> GPT2Confi
     return replace(config, vocab_size=tokenizer.vocab_size)
 
 
+def facts(config: TrainRun, model: "GPT2Model") -> dict[str, Any]:
+    """What tells this run from others, and on what it runs: for `run.json` and W&B."""
+    from gpt2.device import choose_device, choose_precision, hardware
+    from gpt2.failures import without_password
+    from gpt2.reproducibility import commit, versions
+
+    train, device = config.train, choose_device(config.train.device)
+    precision = choose_precision(train.precision if train.mixed_precision else "fp32", device)
+    return {
+        "title": without_password(title(config.started_with)) or config.name,
+        "tags": list(dict.fromkeys(config.choices.values())),
+        "parameters": model.num_parameters(),
+        "flops_per_token": model.flops_per_token(config.data.max_length),
+        "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
+        "repository": commit(),
+        "machine": {**hardware(device), "precision": precision.name},
+        "versions": versions(),
+    }
+
+
 def announce(trainer: "Trainer") -> None:
     """Say what is about to happen: size, batch, length, hardware."""
     from gpt2.device import describe
@@ -153,13 +178,12 @@ def announce(trainer: "Trainer") -> None:
 
 def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     """Say how it went, where everything lies, and what to type next."""
+    from gpt2.console import time_left
     from gpt2.evaluate import perplexity
     from gpt2.run_folder import BEST, LAST, best_first
-    from gpt2.tracking import draw_curves, read_metrics, time_left
+    from gpt2.tracking import METRICS, read_metrics
 
-    metrics = folder / "metrics.jsonl"
-    draw_curves(metrics, folder / "curves.png")
-    losses = [record["val/loss"] for record in read_metrics(metrics) if record.get("val/loss") is not None]
+    losses = [record["val/loss"] for record in read_metrics(folder / METRICS) if record.get("val/loss") is not None]
     took = time_left(trainer.progress.seconds)
     log.info(f"\nStopped after step {trainer.progress.step:,}, {took}: {trainer.stop_reason}.")
     if losses:
@@ -173,7 +197,7 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
     log.info(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")
-    if where := trainer.tracker.where_in_wandb():
+    if where := trainer.tracker.guest.where():
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
         log.info(f"\nGo on with:  python train.py {as_argument('resume', place)}")

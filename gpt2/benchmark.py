@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
 from gpt2.config import GenerationBenchmark
+from gpt2.console import track
 from gpt2.decoding import Recorder, write
 from gpt2.device import choose_device, describe
 from gpt2.hugging_face import write_folder
@@ -27,7 +28,6 @@ from gpt2.inference import lay_out, on_host
 from gpt2.model import GPT2Model
 from gpt2.pretrained import open_model
 from gpt2.sampling import next_token
-from gpt2.tracking import track
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
-from gpt2.config import GenerateRun, UserError
+from gpt2.config import GenerateRun, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.run_folder import LOCK, held
@@ -104,9 +104,16 @@ def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None =
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt
+        if isinstance(config, TrainRun) and config.resume is None:
+            config.choices = {group: file for group, file in job.runtime.choices.items() if is_choice(group, file)}
         if job.output_subdir is not None:  # what runs, which a trained model may have completed
             OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
         return task(config)
+
+
+def is_choice(group: str, file: str | None) -> bool:
+    """Whether a group of `conf/` tells something of a run by the file that was chosen."""
+    return file not in (None, "default") and group not in ("wandb", "hparams_search") and not group.startswith("hydra/")
 
 
 def output_folder() -> Path:

@@ -36,7 +36,7 @@ WITHOUT_PART = {
     *("sample_prompt", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
-    *("wandb.mode", "wandb.project", "wandb.entity", "resume", "resume_changes"),
+    *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints", "resume", "resume_changes"),
 }
 # What a resumed run may be told anew: that, and how long it goes on.
 CHANGEABLE = WITHOUT_PART | {
@@ -133,6 +133,22 @@ def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dic
     }
     before = leaves(compose("train", [f"{group}={choice}" for group, choice in choices.items()]))
     return choices, {key: v for key, v in leaves(compose("train", overrides)).items() if v != before.get(key)}
+
+
+def title(overrides: list[str], longest: int = 100) -> str:
+    """What a command line asks for, in the words that tell runs apart: `model=gpt2_xl train.seed=2` is gpt2_xl seed=2.
+
+    What has no part in a run's result is left out, and so is a value that is long.
+    """
+    words = []
+    for override in parsed(overrides):
+        key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+        if key in WITHOUT_PART or key.startswith("hydra.") or key == "wandb":
+            continue
+        last = key.rpartition(".")[2]
+        words.append(f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value)
+    text = " ".join(words)
+    return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
 
 
 def keys_of(overrides: list[str]) -> set[str]:

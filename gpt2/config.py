@@ -191,6 +191,7 @@ class WandbConfig:
     mode: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online when logged in, otherwise offline
     project: str = "gpt2"
     entity: str | None = None
+    log_checkpoints: Literal["none", "best"] = "none"  # best: upload it when the run ends, which may take ten minutes
 
 
 @dataclass
@@ -216,6 +217,7 @@ class TrainRun:
     resume: str | None = None  # a run folder, or `latest`
     resume_changes: bool = False  # true: a resumed run may be told anything anew
     started_with: list[str] = field(default_factory=list)  # the command line that began it; filled in, not asked for
+    choices: dict[str, str] = field(default_factory=dict)  # the file of each group of conf/; filled in, not asked for
     study: StudyOfRun = field(default_factory=StudyOfRun)  # filled in by a study, not asked for
 
 
@@ -231,6 +233,7 @@ class GenerateRun:
     device: str = "auto"
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     quiet: bool = False  # say nothing of the model and its speed on standard error
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))  # prompts and texts, as a table
 
 
 @dataclass
@@ -245,6 +248,7 @@ class EvaluateRun:
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     quantization: Literal["int8"] | None = None  # as InferenceConfig has it: what it costs
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     output: str | None = None  # null: evaluation.json in the checkpoint's run folder, or else in outputs/evaluations
 
 
@@ -270,6 +274,21 @@ class GenerationBenchmark:
     formats: list[str] = field(default_factory=lambda: ["fp32", "bf16", "int8"])  # of our weights; int8 on a CPU
     compile: bool = False  # ours, on CUDA
     json: str | None = None  # a file for everything that was measured
+
+
+@dataclass
+class StudyPlan:
+    """`experiments/<study>/study.yaml`: the runs of a recorded study, and how they are shown.
+
+    Its runs are all variants at all values of the sweep with all seeds.
+    """
+
+    variants: list[str] = MISSING  # files beside it: what +<study>=<variant> chooses
+    sweep: dict[str, list[Any]] = field(default_factory=dict)  # key: values
+    seeds: list[int] = field(default_factory=lambda: [1])  # train.seed
+    metric: str = "loss"  # what is compared, a column of gpt2/runs.py
+    x: str = "variant"  # what it is shown over: a key, or a column
+    lines: str = "variant"  # a line in the picture for each value of this key
 
 
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark

@@ -20,10 +20,10 @@ import numpy as np
 from filelock import FileLock
 
 from gpt2.config import DataConfig, UserError
+from gpt2.console import track
 from gpt2.pretrained import open_tokenizer
 from gpt2.sources import Documents, Source, cache_folder, dataset_source, text_source
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking import track
 
 log = logging.getLogger(__name__)
 

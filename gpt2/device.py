@@ -3,9 +3,13 @@
 import ctypes
 import gc
 import logging
+import os
+import platform
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,6 +98,24 @@ def choose_precision(name: str, device: torch.device) -> Precision:
         return Precision("fp32", device)
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older chips only emulate it
     return Precision("bf16" if has_bf16 else "fp16", device)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a run's speed depends on: the device and its memory in GB, the CPU, its cores, the threads that compute."""
+    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"device": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1), **about}
+    return {"device": device.type, **about}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> str:

@@ -14,10 +14,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gpt2.console import track
 from gpt2.device import choose_precision, cuda_or_else
 from gpt2.model import IGNORE, GPT2Model, shifted
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking import track
 
 Batch = dict[str, Tensor]
 

@@ -275,6 +275,7 @@ class TextGenerator:
         self.where, self.format = where, quantization or precision
         self.model = self.trained.build().to(where, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
         self.texts, self.allow_special_tokens = texts, allow_special_tokens
+        self.written: list[str] = []  # what `generate_text` has printed last, without the prompt
         self.recorder = Recorder(self.model, compile) if where.type == "cuda" else None
         if compile and not self.recorder:
             log.info("inference.compile is for CUDA: on %s nothing is compiled.", where)
@@ -317,7 +318,7 @@ class TextGenerator:
         """
         if found := inference_faults(config):
             raise UserError(*found)
-        self.speed = Speed()
+        self.speed, self.written = Speed(), []
         for start in range(0, config.num_return_sequences, self.texts):
             numbers = range(start, min(start + self.texts, config.num_return_sequences))
             # First, for what it has to say belongs above the text.
@@ -326,9 +327,12 @@ class TextGenerator:
                 if number:
                     print("-" * 80)
                 print(prompt, end="", flush=True)
+                pieces = []
                 for piece in text if config.stream else ["".join(text)]:
                     print(piece, end="", flush=True)
+                    pieces.append(piece)
                 print()
+                self.written.append("".join(pieces))
 
     def continuations(
         self, prompts: Sequence[str], config: InferenceConfig, batch_size: int = 8

@@ -8,9 +8,10 @@ import runpy
 import sys
 from pathlib import Path
 
-from gpt2.command_line import script
+from gpt2.command_line import faults_as_lines, script
 from gpt2.composition import ROOT
-from gpt2.config import ExportRun, GenerationBenchmark
+from gpt2.config import ExportRun, GenerationBenchmark, UserError
+from gpt2.interruption import leave_when_asked
 
 COMMANDS = {
     "train": "train a model: train.py",
@@ -18,6 +19,8 @@ COMMANDS = {
     "generate": "write text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
     "benchmark": "measure speed against transformers: benchmark generation",
+    "compare": "put runs side by side, in a table and a picture: compare RUN ...",
+    "study": "run a recorded study, or what it lacks, and write what was found: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
 }
 
@@ -50,6 +53,33 @@ def benchmark_generation(config: GenerationBenchmark) -> None:
     benchmark.generation(config)
 
 
+def compare() -> None:
+    """`compare [RUN ...]`."""
+    about = "put runs side by side: run folders, folders with runs in them, patterns; without any, outputs/runs"
+    options = {
+        "sort": "loss (the default), best, tokens_per_second, ..., or a key such as train.learning_rate",
+        "html": "write everything into this one HTML file",
+        "picture": "where the picture goes, default: outputs/comparison.png",
+    }
+    flags = {"json": "for programs, instead of the table", "markdown": "for documents, instead of the table"}
+    places, chosen = take_arguments("compare [RUN ...] [OPTIONS]", about, options, flags)
+    from gpt2.compare import run
+
+    run(places, chosen)
+
+
+def study() -> None:
+    """`study FOLDER [jobs=N]`."""
+    about = "run what a recorded study lacks, collect its results, and write its table and pictures anew"
+    options = {"jobs": "runs at a time, default: one a core on a CPU, one on a GPU; 0 only collects"}
+    places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
+    if len(places) != 1 or not chosen.get("jobs", "1").isdigit():
+        raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
+    from gpt2 import recorded_study
+
+    recorded_study.run(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
+
+
 BENCHMARKS = {"generation": "how fast text is written"}
 
 
@@ -67,6 +97,35 @@ def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
     sys.exit(0 if asked else 2)
 
 
+def take_arguments(
+    usage: str, about: str, options: dict[str, str], flags: dict[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Split the command line into places, and options by name; a flag, `--name`, is an option too.
+
+    Raises:
+        UserError: It has an option that there is not.
+    """
+    flags = flags or {}
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        names = {**{f"{name}=...": text for name, text in options.items()}, **{f"--{n}": t for n, t in flags.items()}}
+        lines = (f"  {name:<12} {text}" for name, text in names.items())
+        print("\n".join([f"usage: python -m gpt2.main {usage}", "", f"{about}.", "", *lines]))
+        sys.exit(0)
+    places, chosen, found = [], {}, []
+    for word in sys.argv[1:]:
+        name, is_option, value = word.removeprefix("--").partition("=")
+        if (name in options and is_option) or (name in flags and word.startswith("--")):
+            chosen[name] = value
+        elif word.startswith("-") or (is_option and not Path(word).exists()):
+            known = ", ".join([*(f"{name}=..." for name in options), *(f"--{name}" for name in flags)])
+            found.append(f"{word}: there is no such option; there are {known}")
+        else:
+            places.append(word)
+    if found:
+        raise UserError(*found)
+    return places, chosen
+
+
 def main() -> None:
     name = take_word("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
@@ -74,6 +133,10 @@ def main() -> None:
     elif name == "benchmark":
         take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
         benchmark_generation()
+    elif name in ("compare", "study"):
+        leave_when_asked(also_by_ctrl_c=True)
+        with faults_as_lines():
+            {"compare": compare, "study": study}[name]()
     elif name == "optimize":
         run_script("train", "-m", "hparams_search=optuna")
     else:

@@ -106,6 +106,11 @@ class TrainedModel:
     def describe(self) -> str:
         return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
 
+    @property
+    def experiment(self) -> str:
+        """The name of the run that trained it; without one, where it is from."""
+        return self.run["name"] if self.run else self.source
+
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
     """The trained model of that name, see the top of this file; None is the best checkpoint of the latest run.

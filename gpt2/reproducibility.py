@@ -3,7 +3,9 @@
 import os
 import platform
 import random
+import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +58,19 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the device is first used
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def commit() -> dict[str, Any] | None:
+    """Of this repository: the commit that is checked out, and whether tracked files differ from it; None if unknown."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):  # a copy without its history, or a machine without git
+        return None
+    return {"commit": head, "dirty": bool(changes)}
 
 
 def versions() -> dict[str, str | None]:

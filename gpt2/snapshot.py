@@ -70,7 +70,7 @@ def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
     record = {
         **_circumstances(trainer),
         "run": trainer.run,
-        "wandb_id": trainer.tracker.wandb_id,
+        "wandb_id": trainer.tracker.guest.id,
         "tokenizer": trainer.tokenizer and trainer.tokenizer.to_json(),
         "progress": asdict(trainer.progress),
         "steps_left_out": trainer.nonfinite.state(),

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from gpt2.config import DataConfig, UserError
+from gpt2.console import is_terminal
 from gpt2.faults import files_matching
 from gpt2.hub import WITHOUT_NETWORK, connect
-from gpt2.tracking import is_terminal
 
 if TYPE_CHECKING:
     import datasets

@@ -23,9 +23,9 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2.config import OptunaConfig, UserError
+from gpt2.console import time_left
 from gpt2.run_folder import LOCK, is_held, step_of
 from gpt2.storage import exclusive, open_storage
-from gpt2.tracking import time_left
 from gpt2.trial import DEATHS, REASON, SPENT, STOPPED, best_of
 from gpt2.worker import Life, Worker
 

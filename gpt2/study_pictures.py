@@ -1,6 +1,5 @@
 """What a study has found, in pictures: its course, its trials on their way, what mattered, and how."""
 
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +13,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
+from gpt2.pictures import BEST, FAINT, new_figure, plain, png
 from gpt2.trial import best_of
 
-COMPLETE, PRUNED, BEST, FAINT = "#3f6ea3", "#b9b9b9", "#c8502d", "#9db4d0"
+COMPLETE, PRUNED = "#3f6ea3", "#b9b9b9"
 FEWEST_FOR_IMPORTANCES = 10  # complete trials
 MARK_OF_PRUNED: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNED, "linestyle": "none"}
 
@@ -27,20 +27,8 @@ def draw(study: optuna.Study) -> dict[str, bytes]:
     drawn = {}
     for name, figure in figures.items():
         if figure is not None:
-            content = io.BytesIO()
-            figure.savefig(content, format="png")
-            drawn[name] = content.getvalue()
+            drawn[name] = png(figure)
     return drawn
-
-
-def _figure(width: float = 8, height: float = 4.5) -> Figure:
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def _plain(axes: Axes, **labels: Any) -> None:
-    axes.set(**labels)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _limit(axes: Axes, study: optuna.Study, values: list[float]) -> None:
@@ -67,7 +55,7 @@ def history(study: optuna.Study) -> Figure | None:
     complete, pruned = (_trials(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
     if not complete:
         return None
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     if pruned:
         axes.plot([t.number for t in pruned], _values(pruned), label="pruned, when it was", **MARK_OF_PRUNED)
@@ -80,7 +68,7 @@ def history(study: optuna.Study) -> Figure | None:
     )
     _limit(axes, study, _values([*complete, *pruned]))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes, xlabel="trial", ylabel="validation loss (nats a token)")
+    plain(axes, xlabel="trial", ylabel="validation loss (nats a token)")
     axes.legend(frameon=False)
     return figure
 
@@ -90,7 +78,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
     trials = [t for t in _trials(study, TrialState.COMPLETE, TrialState.PRUNED) if t.intermediate_values]
     if not trials:
         return None
-    figure = _figure()
+    figure = new_figure()
     axes = figure.subplots()
     best = best_of(study)
     last_values = []
@@ -105,7 +93,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
         last_values += [value for _, value in points]
     _limit(axes, study, last_values)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes, xlabel="evaluation", ylabel="validation loss (nats a token)")
+    plain(axes, xlabel="evaluation", ylabel="validation loss (nats a token)")
     handles = [Line2D([], [], color=FAINT, label="complete")]
     if any(trial.state == TrialState.PRUNED for trial in trials):
         handles.append(Line2D([], [], label="pruned", **MARK_OF_PRUNED))
@@ -127,13 +115,13 @@ def importances(study: optuna.Study) -> Figure | None:
         return None
     if not shares or not sum(shares.values()) > 0:
         return None
-    figure = _figure(height=1.2 + 0.45 * len(shares))
+    figure = new_figure(height=1.2 + 0.45 * len(shares))
     axes = figure.subplots()
     names, values = list(reversed(shares.keys())), list(reversed(shares.values()))
     axes.bar_label(axes.barh(names, values, color=COMPLETE), fmt=lambda share: f"{share:.0%}", padding=4)
     axes.set_xlim(0, 1.12 * max(values))
     axes.set_xticks([])
-    _plain(axes, xlabel="importance for being among the best tenth of the complete trials")
+    plain(axes, xlabel="importance for being among the best tenth of the complete trials")
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
     return figure
@@ -147,7 +135,7 @@ def slices(study: optuna.Study) -> Figure | None:
         return None
     columns = min(3, len(keys))
     rows = -(-len(keys) // columns)
-    figure = _figure(3.2 * columns + 0.6, 2.8 * rows)
+    figure = new_figure(3.2 * columns + 0.6, 2.8 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     best = best_of(study)
     for axes, key in zip(grid.flat, keys, strict=False):
@@ -178,7 +166,7 @@ def _slice(axes: Axes, key: str, trials: list[FrozenTrial], best: FrozenTrial | 
             axes.plot(place, value, "o", color=BEST, markersize=7, zorder=3)
         else:
             axes.plot(place, value, "o", color=COMPLETE, markersize=4)
-    _plain(axes, xlabel=key)
+    plain(axes, xlabel=key)
 
 
 PICTURES: dict[str, Callable[[optuna.Study], Figure | None]] = {

@@ -35,9 +35,9 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.checkpoint import replacing
 from gpt2.composition import CONF, WITHOUT_PART, as_argument, compose, explain, leaves, parsed, preset
 from gpt2.config import OptunaConfig, StudyConfig, UserError
+from gpt2.console import ConsoleHandler, LogFile
 from gpt2.faults import Faults, optuna_faults
 from gpt2.interruption import Interrupted
-from gpt2.tracking import ConsoleHandler, LogFile
 
 if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it
     from optuna.distributions import BaseDistribution

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint, fault_injection, run_folder, snapshot
 from gpt2.config import Divergence, TrainingConfig, UserError
+from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
 from gpt2.device import choose_device, choose_precision, peak_flops
-from gpt2.evaluate import Batch, as_inputs, count_targets, has_targets, perplexity, score
+from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
 from gpt2.faults import training_faults
 from gpt2.interruption import deferred
 from gpt2.model import GPT2Model
@@ -26,7 +27,7 @@ from gpt2.optimizer import build_optimizer, learning_rate
 from gpt2.reproducibility import RandomState, make_deterministic
 from gpt2.snapshot import Progress
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking import ProgressLine, Tracker
+from gpt2.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Trainer:
         self.on_evaluation = on_evaluation
         self.label = ""  # in front of the progress line
         self.tokenizer = tokenizer
+        self._bytes_of_token = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
 
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
         most_steps = config.max_epochs * self.steps_per_epoch
@@ -198,6 +200,9 @@ class Trainer:
 
         NaN if an interruption cut it short.
         """
+        return self._score_validation().loss
+
+    def _score_validation(self) -> Score:
         return score(
             self.model,
             self.val_loader,
@@ -205,7 +210,8 @@ class Trainer:
             self.precision.autocast(),
             self.config.eval_batches,
             go_on=self._show_validation,
-        ).loss
+            bytes_of_token=self._bytes_of_token,
+        )
 
     def _place(self, micro_batches: int) -> str:
         """Which step is under way, and where in the data it is."""
@@ -299,7 +305,8 @@ class Trainer:
             return
         self.nonfinite.hear()
         began = time.perf_counter()
-        loss = self.validate()
+        found = self._score_validation()
+        loss = found.loss
         text = self.write_sample(self.progress.step) if self.write_sample and self.interrupted_by is None else None
         if self.interrupted_by is not None:
             return
@@ -307,7 +314,10 @@ class Trainer:
             raise Divergence(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
-        self.tracker.log({**self._now(), "val/loss": loss, "val/perplexity": perplexity(loss)}, sample=text)
+        record = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        if self.tokenizer:
+            record["val/bits_per_byte"] = found.bits_per_byte
+        self.tracker.log({**self._now(), **record}, sample=text)
         log.info(
             "step %s  validation loss %.4f  perplexity %.2f%s",
             f"{self.progress.step:,}",

@@ -24,6 +24,7 @@ from gpt2.failures import is_full_disk, is_out_of_memory, machine_error
 from gpt2.interruption import Interrupted
 from gpt2.run_folder import LOCK, is_held
 from gpt2.storage import FAILURES, exclusive, failures_in_a_line
+from gpt2.tracking import Ended
 from gpt2.worker import WORKER
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ class TrialUnderWay:
             outcome = self._of_error(error)
             raise
         finally:
-            endings = [ending.value for ending in Ending]
-            trainer.tracker.ended(outcome.ending.value, outcome.ending == Ending.FAILED, endings)
+            has_failed = outcome.ending == Ending.FAILED
+            trainer.tracker.ended(Ended(outcome.ending.value, int(has_failed), outcome.reason))
 
     @contextmanager
     def _watched(self, trainer: "Trainer") -> Iterator[None]:

@@ -39,6 +39,7 @@ class Workspace:
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            "WANDB_MODE": "disabled",  # where a test does not say otherwise
         }
         (folder / "home").mkdir()
 

@@ -10,7 +10,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from gpt2.command_line import check_command_line, command_line_faults, take_prompt
-from gpt2.composition import CONF, as_argument, compose, parsed, resolve
+from gpt2.composition import CONF, as_argument, compose, parsed, resolve, title
 from gpt2.config import GenerateRun, TrainRun, UserError
 from gpt2.faults import faults
 from tests.conftest import ROOT, Workspace
@@ -256,3 +256,18 @@ def test_help_names_only_keys_that_exist():
     for section, key in re.findall(r"\b(train|data|inference|model)\.([a-z_]+)\b(?!\.)", text):
         if (section, key) != ("train", "py"):
             assert hasattr(getattr(TrainRun(), section), key), f"{section}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], ""),
+        (["model=gpt2_medium", "train.learning_rate=3e-4", "train.seed=2"], "gpt2_medium learning_rate=3e-4 seed=2"),
+        (["experiment=quickstart", "wandb=off", "train.device=cpu", "hydra.run.dir=x"], "quickstart"),
+        (["+learning_rate=width_64"], "width_64"),
+        ([f"data.files=[{'x' * 60}]"], "files=…"),
+        ([f"train.seed={'1' * 39}"] * 4, f"seed={'1' * 39} seed={'1' * 39} seed=1111…"),
+    ],
+)
+def test_a_run_is_named_by_what_tells_it_from_others(overrides, named):
+    assert title(overrides) == named

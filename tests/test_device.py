@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gpt2.config import UserError
-from gpt2.device import choose_device, choose_precision, cuda_or_else, known_peak
+from gpt2.device import choose_device, choose_precision, cuda_or_else, hardware, known_peak
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,10 @@ def test_precision_on_a_cpu_is_fp32_unless_asked(asked, name):
     precision = choose_precision(asked, torch.device("cpu"))
     assert precision.name == name
     assert not precision.scaler().is_enabled()
+
+
+def test_the_hardware_of_a_run_is_named():
+    about = hardware(torch.device("cpu"))
+    assert about["device"] == "cpu"
+    assert about["cpu"]
+    assert min(about["cores"], about["threads"]) >= 1

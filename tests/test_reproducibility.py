@@ -2,12 +2,14 @@
 
 import json
 import random
+import subprocess
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
+from gpt2 import reproducibility
 from gpt2.reproducibility import RandomState
 
 CPU = torch.device("cpu")
@@ -60,3 +62,20 @@ def test_a_state_of_another_kind_of_device_is_left_out():
     first = draw()
     elsewhere.restore()
     assert draw()["torch"] == first["torch"]
+
+
+def test_the_commit_of_this_repository_is_known_and_whether_it_was_changed(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "reproducibility.py"))
+    assert reproducibility.commit() is None  # a copy without its history
+    (tmp_path / "file").write_text("a")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    clean = reproducibility.commit()
+    assert len(clean["commit"]) == 40
+    assert not clean["dirty"]
+    (tmp_path / "other").write_text("not tracked")
+    assert reproducibility.commit() == clean
+    (tmp_path / "file").write_text("b")
+    assert reproducibility.commit() == {**clean, "dirty": True}

@@ -19,7 +19,8 @@ from tests.conftest import ROOT, SHARED, TINY, Workspace
 def test_a_run_leaves_everything_in_its_folder(trained):
     (run,) = trained.runs()
     assert sorted(path.name for path in run.iterdir()) == [
-        *(".hydra", ".lock", "checkpoints", "curves.png", "metrics.jsonl", "samples.md", "train.log", "wandb_id"),
+        *(".hydra", ".lock", "checkpoints", "curves.png", "metrics.jsonl"),
+        *("run.json", "samples.md", "train.log", "wandb_id"),
     ]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         *(run_folder.BEST, run_folder.LAST, "step_00000004.pth", "step_00000008.pth"),

@@ -1,14 +1,13 @@
-"""Metrics, pictures and W&B: what is told is kept, and no listener can stop a run."""
+"""Metrics, samples and how a run ended: what is told is kept."""
 
 import json
-import logging
-import subprocess
-import sys
+from contextlib import nullcontext
 
 import pytest
 
-from gpt2.config import TrainRun, WandbConfig
-from gpt2.tracking import Tracker, _modes, draw_curves, read_metrics, start_wandb, time_left
+from gpt2.config import Divergence, UserError
+from gpt2.interruption import Interrupted
+from gpt2.tracking import Ended, Guest, Tracker, read_about, read_metrics
 
 
 def record(step: int, **values: float) -> dict:
@@ -61,77 +60,58 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_are_drawn_also_of_a_run_that_was_never_evaluated(tmp_path):
-    tracker = Tracker(tmp_path)
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "nothing.png")
-    tracker.log(record(1, **{"train/loss": 2.5}))
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "training.png")
-    tracker.log(record(2, **{"val/loss": 2.0}))
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "both.png")
-    pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("nothing", "training", "both")]
-    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
-    assert len(set(pictures)) == 3
-
-
-class BrokenGuest:
-    """A W&B run whose connection is gone."""
-
-    calls = 0
-
-    def log(self, _record):
-        self.calls += 1
-        raise ConnectionError("gone")
-
-
-def test_a_wandb_that_fails_is_dropped_with_one_warning_and_the_file_has_everything(tmp_path, caplog):
-    guest = BrokenGuest()
-    with caplog.at_level(logging.WARNING), Tracker(tmp_path, guest) as tracker:
-        for step in (1, 2, 3):
-            tracker.log(record(step))
-    assert guest.calls == 1
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-
-
-def test_wandb_off_starts_nothing(tmp_path):
-    assert start_wandb(TrainRun(wandb=WandbConfig(mode="off")), tmp_path, tmp_path / "outputs", {}) is None
-    assert not (tmp_path / "outputs").exists()
-
-
-def test_a_server_that_refuses_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    run_folder = tmp_path / "run"
-    run_folder.mkdir()
-    with caplog.at_level(logging.WARNING):
-        config = TrainRun("name", wandb=WandbConfig(mode="online"))
-        run = start_wandb(config, run_folder, tmp_path / "outputs", {"a": 1})
-    assert run is not None
-    assert run.offline
-    with Tracker(run_folder, run) as tracker:
-        tracker.log(record(1))
-        assert "wandb sync" in tracker.where_in_wandb()
-    assert "kept offline" in caplog.text
-    assert (run_folder / "wandb_id").read_text() == run.id
-
-
-def test_asking_for_online_without_an_account_is_offline_without_a_question(workspace):
-    """In a process of its own: within one, wandb remembers an account."""
-    code = "import logging as l; l.basicConfig(); from gpt2.tracking import _modes as m; print(m('online'), m('auto'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=workspace.environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "['offline'] ['offline']"
-    assert done.stderr.count("nobody is logged in") == 1
-
-
-def test_the_environment_variable_of_wandb_counts_in_auto(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert _modes("auto") == ["offline"]
-
-
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3661, "1:01:01"), (None, "-:--"), (float("inf"), "-:--")]
+    ("error", "state", "exit_code"),
+    [
+        (None, "finished", 0),
+        (Interrupted.by(15), "interrupted", 143),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (Divergence("the loss is nan"), "diverged", 3),
+        (UserError("no"), "failed", 2),
+        (ZeroDivisionError("division"), "failed", 1),
+        (SystemExit(7), "failed", 1),
+    ],
 )
-def test_time_left_is_written_as_clocks_do(seconds, text):
-    assert time_left(seconds) == text
+def test_how_a_run_ends_is_kept_and_told(tmp_path, error, state, exit_code):
+    heard = []
+
+    class Listener(Guest):
+        def finish(self, ended: Ended, folder) -> None:
+            heard.append((ended.state, ended.exit_code))
+
+    tracker = Tracker(tmp_path, Listener(), about={"parameters": 7})
+    with pytest.raises(type(error)) if error else nullcontext(), tracker:
+        assert read_about(tmp_path)["state"] == "running"
+        if error:
+            raise error
+    about = read_about(tmp_path)
+    assert (about["state"], about["exit_code"], about["parameters"]) == (state, exit_code, 7)
+    assert heard == [(state, exit_code)]
+
+
+def test_a_run_that_goes_on_keeps_when_it_began_and_forgets_how_it_had_ended(tmp_path):
+    with pytest.raises(ZeroDivisionError), Tracker(tmp_path, about={"title": "a"}):
+        raise ZeroDivisionError
+    first = read_about(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({**first, "started": "2026-01-01T00:00:00+00:00"}))
+    with Tracker(tmp_path, about={"title": "a"}):
+        now = read_about(tmp_path)
+        assert (now["state"], now["reason"], now["ended"]) == ("running", None, None)
+    assert read_about(tmp_path)["started"] == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path)
+    with pytest.raises(ZeroDivisionError), tracker:
+        monkeypatch.setattr(tracker, "_write_about", full)
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"state":'])
+def test_a_run_json_that_is_none_tells_nothing(tmp_path, content):
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    assert read_about(tmp_path) == {}

@@ -1,0 +1,86 @@
+"""Runs in one picture: validation loss against tokens and against time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from gpt2.compare import Comparison
+from gpt2.pictures import new_figure, plain
+from gpt2.runs import RunResult
+
+MOST_NAMED = 12  # runs, or groups of seeds, in a legend; the rest is grey
+GREY = "#c9c9c9"
+
+
+def colours(values: Sequence[Any]) -> list[str]:
+    """A colour for each of some distinct values: a scale for three or more numbers, which have an order."""
+    if len(values) > 2 and all(isinstance(value, int | float) for value in values):
+        order = sorted(range(len(values)), key=lambda place: values[place])
+        scale = colormaps["viridis"]
+        return [to_hex(scale(0.9 * order.index(place) / (len(values) - 1))) for place in range(len(values))]
+    scale = colormaps["tab10"] if len(values) <= 10 else colormaps["tab20"]
+    return [to_hex(scale(place % scale.N)) for place in range(len(values))]
+
+
+def curves(found: Comparison, identify: Callable[[RunResult], str] | None = None) -> Figure:
+    """Draw all runs; those that differ by their seed only have one colour, and one line in the legend.
+
+    Args:
+        identify: The id of a run's lines, in SVG.
+    """
+    groups: dict[str, list[RunResult]] = {}
+    for run in found.runs:
+        groups.setdefault(found.label(run, with_seed=False), []).append(run)
+    key = "val/bits_per_byte" if _tokenizers_differ(found) else "val/loss"
+    figure = new_figure(11, 4.8)
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    named = list(groups)[:MOST_NAMED]
+    palette = dict(zip(named, colours(_values(found, [groups[label][0] for label in named])), strict=True))
+    unit, seconds = _unit_of_time(found.runs)
+    for label, runs in groups.items():
+        for number, run in enumerate(runs):
+            style: dict[str, Any] = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
+            if label in palette and number == 0:
+                style["label"] = f"{label} ({len(runs)} seeds)" if len(runs) > 1 and len(named) > 1 else label
+            for axes, x in ((by_tokens, "tokens"), (by_time, "seconds")):
+                points = [(place / (seconds if x == "seconds" else 1), y) for place, y in run.curve(key, x)]
+                _line(axes, points, style, identify and identify(run))
+    ylabel = "bits a byte" if key == "val/bits_per_byte" else "validation loss (nats a token)"
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    plain(by_tokens, xlabel="tokens", ylabel=ylabel)
+    plain(by_time, xlabel=unit)
+    if len(groups) > len(named):
+        by_tokens.plot([], [], color=GREY, label=f"{len(groups) - len(named)} others")
+    handles, labels = by_tokens.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    return figure
+
+
+def _line(axes: Axes, points: list[tuple[float, float]], style: dict[str, Any], gid: str | None) -> None:
+    if points:
+        x, y = zip(*points, strict=True)
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 25 else {}
+        axes.plot(x, y, linewidth=1.4, gid=gid and f"{gid}-{id(axes)}", **mark, **style)
+
+
+def _values(found: Comparison, runs: list[RunResult]) -> list[Any]:
+    """What tells runs apart, if it is one key; else nothing with an order."""
+    keys = [key for key in found.telling if key != "train.seed"]
+    return [run.config.get(keys[0]) if len(keys) == 1 else found.label(run) for run in runs]
+
+
+def _tokenizers_differ(found: Comparison) -> bool:
+    """Whether bits a byte are what compares; then all runs must have them."""
+    has_bits = all(run.values("val/bits_per_byte") for run in found.runs if run.values("val/loss"))
+    return has_bits and any("tokenizers" in note for note in found.notes)
+
+
+def _unit_of_time(runs: list[RunResult]) -> tuple[str, float]:
+    longest = max((run.last("seconds") or 0 for run in runs), default=0)
+    return ("hours", 3600) if longest > 2 * 3600 else ("minutes", 60) if longest > 120 else ("seconds", 1)

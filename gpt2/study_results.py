@@ -1,0 +1,250 @@
+"""What a recorded study has found: `results.csv`, a table and pictures in its `README.md`."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from gpt2.checkpoint import replacing
+from gpt2.compare import Comparison, as_markdown, shown_value
+from gpt2.compare_pictures import colours, curves
+from gpt2.config import StudyPlan
+from gpt2.pictures import new_figure, plain, png
+from gpt2.runs import COLUMNS, RunResult
+from gpt2.tracking import DIVERGED
+
+if TYPE_CHECKING:
+    from gpt2.recorded_study import Point
+
+RESULTS, README = "results.csv", "README.md"
+OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
+FIGURES = ("steps", "tokens", "text_bytes", "flops", "parameters", "loss", "best", "bits_per_byte")
+UNITS = {
+    "loss": "validation loss (nats a token)",
+    "best": "lowest validation loss (nats a token)",
+    "bits_per_byte": "bits a byte of text",
+    "flops": "floating point operations of training",
+    "text_bytes": "bytes of text read",
+}
+
+
+@dataclass
+class Cell:
+    """What the runs of a study came to that differ by their seed only."""
+
+    variant: str
+    values: dict[str, Any]  # of the sweep
+    runs: list[RunResult]
+    metric: str
+
+    def of(self, key: str) -> Any:
+        """The value of a key of the configuration, or of a column, in the mean; or the variant."""
+        if key == "variant":
+            return self.variant
+        if key in COLUMNS:
+            found = [value for run in self.runs if (value := COLUMNS[key].of(run)) is not None]
+            return mean(found) if found else None
+        return self.runs[0].config.get(key)
+
+    @property
+    def results(self) -> list[float]:
+        """Of the runs that did not diverge."""
+        kept = (COLUMNS[self.metric].of(run) for run in self.runs if run.state != DIVERGED)
+        return [value for value in kept if value is not None]
+
+    @property
+    def value(self) -> float:
+        """Their mean; what a run is worth that diverged is infinitely bad."""
+        worst = inf if COLUMNS[self.metric].is_less_better else -inf
+        return mean(self.results) if self.results else worst
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the best and the worst."""
+        return (max(self.results) - min(self.results)) / 2 if self.results else 0.0
+
+    def shown(self) -> str:
+        if not self.results:
+            return "diverged"
+        lost = len(self.runs) - len(self.results)
+        text = f"{COLUMNS[self.metric].shown(self.value)} ± {self.spread:.3f}" if len(self.runs) > 1 else ""
+        return (text or COLUMNS[self.metric].shown(self.value)) + (f" ({lost} diverged)" if lost else "")
+
+
+class Results:
+    """The runs of a study, all of them done."""
+
+    def __init__(self, name: str, plan: StudyPlan, points: "Iterable[Point]"):
+        self.name, self.plan = name, plan
+        self.runs = [(point, RunResult(point.folder)) for point in points]
+        groups: dict[str, Cell] = {}
+        for point, run in self.runs:
+            swept = {key: value for key, value in point.values.items() if key in plan.sweep}
+            cell = groups.setdefault(f"{point.variant} {swept}", Cell(point.variant, swept, [], plan.metric))
+            cell.runs.append(run)
+        self.cells = list(groups.values())
+
+    @property
+    def sign(self) -> int:
+        return 1 if COLUMNS[self.plan.metric].is_less_better else -1
+
+    def lines(self) -> dict[Any, list[Cell]]:
+        """The cells of each line of the picture, in the order of the plan."""
+        lines: dict[Any, list[Cell]] = {}
+        for cell in self.cells:
+            lines.setdefault(cell.of(self.plan.lines), []).append(cell)
+        return lines
+
+    def best(self, cells: list[Cell]) -> Cell:
+        return min(cells, key=lambda cell: self.sign * cell.value)
+
+    def csv(self) -> str:
+        """A line a run."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        keys = list(self.runs[0][0].values)
+        writer.writerow(["variant", *keys, "state", *FIGURES, "seconds", "tokens_per_second"])
+        for point, run in self.runs:
+            figures = [COLUMNS[name].of(run) for name in FIGURES]
+            rest = [run.last("seconds"), run.tokens_per_second]
+            shown = ("" if value is None else f"{value:.6g}" for value in [*figures, *rest])
+            writer.writerow([point.variant, *(shown_value(v) for v in point.values.values()), run.state, *shown])
+        return file.getvalue()
+
+    def table(self) -> str:
+        """A row a line of the picture, a column a value of what it is drawn over; the best of each row is bold."""
+        key = self.plan.x if self.plan.x not in COLUMNS else next(iter(self.plan.sweep), "variant")
+        heads = list(dict.fromkeys(cell.of(key) for cell in self.cells))
+        rows = [[f"{_short(self.plan.lines)} \\ {_short(key)}", *map(shown_value, heads)]]
+        for line, cells in self.lines().items():
+            best = self.best(cells)
+            by_head = {cell.of(key): f"**{cell.shown()}**" if cell is best else cell.shown() for cell in cells}
+            rows.append([shown_value(line), *(by_head.get(head, "") for head in heads)])
+        return as_markdown(rows)
+
+    def section(self) -> str:
+        """What stands in the README."""
+        seeds = len(self.plan.seeds)
+        what = UNITS.get(self.plan.metric, COLUMNS[self.plan.metric].header)
+        spread = f", mean of {seeds} seeds ± half the distance between the best and the worst" if seeds > 1 else ""
+        hours = sum(run.last("seconds") or 0 for _, run in self.runs) / 3600
+        machines = dict.fromkeys(map(_machine, (run for _, run in self.runs)))
+        return "\n\n".join(
+            [
+                f"{what[0].upper()}{what[1:]} at the end of training{spread}. The best of each row is bold.",
+                self.table(),
+                f"![{what} over {_short(self.plan.x)}](results.png)",
+                f"![the runs on their way: the best of each {_short(self.plan.lines)}](curves.png)",
+                f"{len(self.runs)} runs, {hours:.1f} hours of training one after another, on {'; '.join(machines)}.",
+            ]
+        )
+
+    def picture(self) -> Figure:
+        """The metric over `plan.x`: means, the range over seeds, and the best of each line in a ring."""
+        figure = new_figure(8, 5)
+        axes = figure.subplots()
+        lines, metric = self.lines(), COLUMNS[self.plan.metric]
+        places = [cell.of(self.plan.x) for cell in self.cells]
+        is_number = all(isinstance(place, int | float) for place in places)
+        names = list(dict.fromkeys(places))
+        for (line, cells), colour in zip(lines.items(), colours(list(lines)), strict=True):
+            drawn = [cell for cell in cells if cell.results]
+            if not drawn:
+                continue
+            drawn.sort(key=lambda cell: cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)))
+            x = [cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)) for cell in drawn]
+            y = [cell.value for cell in drawn]
+            axes.plot(x, y, "-", color=colour, linewidth=1.6, label=shown_value(line))
+            axes.vlines(x, [min(c.results) for c in drawn], [max(c.results) for c in drawn], color=colour, linewidth=1)
+            for place, cell in zip(x, drawn, strict=True):
+                axes.plot([place] * len(cell.results), cell.results, ".", color=colour, markersize=5)
+            best = drawn.index(self.best(drawn))
+            axes.plot(x[best], y[best], "o", markersize=11, markerfacecolor="none", color=colour)
+        if is_number and min(places) > 0 and max(places) >= 8 * min(places):
+            axes.set_xscale("log")
+        if self.plan.x not in COLUMNS:
+            axes.set_xticks(names if is_number else range(len(names)), [shown_value(name) for name in names])
+            axes.minorticks_off()
+        plain(
+            axes,
+            xlabel=UNITS.get(self.plan.x, _short(self.plan.x)),
+            ylabel=UNITS.get(self.plan.metric, metric.header),
+        )
+        axes.legend(title=_short(self.plan.lines), frameon=False)
+        return figure
+
+    def curves(self) -> Figure:
+        """The runs of the best cell of each line, on their way."""
+        return curves(Comparison([run for cells in self.lines().values() for run in self.best(cells).runs]))
+
+    def write(self, folder: Path) -> list[str]:
+        """Write everything. Returns the names of the files."""
+        readme = folder / README
+        text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
+        contents = {
+            RESULTS: self.csv().encode(),
+            "results.png": png(self.picture()),
+            "curves.png": png(self.curves()),
+            README: with_section(text, self.section()).encode(),
+        }
+        for name, content in contents.items():
+            with replacing(folder / name) as file:
+                file.write(content)
+        return list(contents)
+
+    def beside_recorded(self, folder: Path) -> str | None:
+        """How these results compare with those in the folder, of an earlier time; None without any."""
+        path = folder / RESULTS
+        if not path.exists():
+            return None
+        now = _means(self.csv(), self.plan)
+        then = _means(path.read_text(encoding="utf-8"), self.plan)
+        both = [key for key in now if key in then]
+        if not both:
+            return None
+        off = {key: abs(mean(now[key]) - mean(then[key])) for key in both}
+        within = [key for key in both if off[key] <= max(then[key]) - min(then[key])]
+        same = sum(now[key] == then[key] for key in both)
+        return (
+            f"Beside the recorded results: {len(within)} of {len(both)} means lie within the recorded range over seeds,"
+            f" {same} are the same to all digits; the largest difference is {max(off.values()):.4f}"
+        )
+
+
+def _means(text: str, plan: StudyPlan) -> dict[str, list[float]]:
+    """The results in a `results.csv`, by all that its runs have in common but their seed."""
+    found: dict[str, list[float]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        key = json.dumps([row["variant"], *(row.get(name) for name in plan.sweep)])
+        if row.get(plan.metric) and row["state"] != DIVERGED:
+            found.setdefault(key, []).append(float(row[plan.metric]))
+    return found
+
+
+def with_section(text: str, section: str) -> str:
+    """A README with our part of it exchanged, or added at its end."""
+    marked = f"{OPENING}\n\n{section}\n\n{CLOSING}"
+    pattern = re.escape(OPENING) + ".*?" + re.escape(CLOSING)
+    if re.search(pattern, text, re.DOTALL):
+        return re.sub(pattern, lambda _: marked, text, flags=re.DOTALL)
+    return f"{text.rstrip()}\n\n{marked}\n"
+
+
+def _short(key: str) -> str:
+    return COLUMNS[key].header if key in COLUMNS else key.rpartition(".")[2].replace("_", " ")
+
+
+def _machine(run: RunResult) -> str:
+    machine, versions = run.about.get("machine") or {}, run.about.get("versions") or {}
+    device = machine.get("device")
+    place = f"{machine.get('cpu')} with {machine.get('cores')} cores" if device == "cpu" else device
+    threads = f", {machine.get('threads')} a run" if device == "cpu" else ""
+    return f"{place}{threads} (PyTorch {versions.get('torch')}, Python {versions.get('python')})"

@@ -1,0 +1,299 @@
+"""Runs side by side: what differs, what each came to, and where to look."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2 import runs as runs_module
+from gpt2.compare import Comparison, as_markdown, as_text, is_number, run, short_names
+from gpt2.compare_page import page
+from gpt2.compare_pictures import colours, curves
+from gpt2.config import UserError
+from gpt2.runs import COLUMNS, RunResult, differences, find_runs
+from tests.conftest import TINY
+from tests.helpers import ROOT
+
+
+def make_run(folder: Path, losses: tuple[float, ...] = (3.0, 2.0), state: str = "finished", **config) -> RunResult:
+    """A run folder as train.py leaves it, with values of its configuration by full key."""
+    (folder / ".hydra").mkdir(parents=True)
+    nested: dict = {}
+    for key, value in {"name": "tiny", **config}.items():
+        *groups, name = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(nested))
+    lines = []
+    for number, loss in enumerate(losses, 1):
+        at = {"step": number * 10, "tokens": number * 1000, "seconds": number * 36.0}
+        lines.append({**at, "train/loss": loss + 0.1, "train/tokens_per_second": 100.0 * number, "train/mfu": None})
+        lines.append({**at, "val/loss": loss, "val/bits_per_byte": loss / 2, "sample": f"text <b>{number}</b>"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "run.json").write_text(
+        json.dumps({"title": folder.name, "state": state, "parameters": 1234, "flops_per_token": 100.0})
+    )
+    return RunResult(folder)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Comparison:
+    make_run(tmp_path / "a", (3.0, 1.8, 2.5), **{"train.learning_rate": 1e-3, "train.seed": 1})
+    make_run(tmp_path / "b", (3.0, 2.0), **{"train.learning_rate": 3e-3, "train.seed": 1})
+    return Comparison(find_runs([str(tmp_path)]))
+
+
+def test_the_figures_of_a_run_are_those_of_its_metrics(tmp_path):
+    result = make_run(tmp_path / "a", (3.0, 1.8, 2.5))
+    figures = {name: column.of(result) for name, column in COLUMNS.items()}
+    assert figures == {
+        "loss": 2.5,
+        "best": 1.8,
+        "bits_per_byte": 1.25,
+        "steps": 30,
+        "tokens": 3000,
+        "tokens_per_second": 250.0,
+        "hours": 0.03,
+        "mfu": None,
+        "flops": 300_000.0,
+        "parameters": 1234,
+        "text_bytes": pytest.approx(3000 * 2 / 0.6931471805599453),
+    }
+
+
+def test_a_folder_with_nothing_but_metrics_is_a_run_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "seconds": 1.0, "train/loss": 3.0}\n{"st')
+    (only,) = find_runs([str(tmp_path)])
+    assert (only.last("train/loss"), only.best_loss, only.config, only.state) == (3.0, None, {}, None)
+    assert "n/a" in as_text(Comparison([only]).rows())
+
+
+def test_runs_are_found_by_folder_pattern_and_sweep_and_each_once(tmp_path):
+    for number in (10, 9, 1):
+        make_run(tmp_path / "sweep" / str(number))
+    place = str(tmp_path / "sweep")
+    assert [found.folder.name for found in find_runs([place])] == ["1", "9", "10"]
+    assert [found.folder.name for found in find_runs([f"{place}/9", f"{place}/*", f"{place}/1"])] == ["9", "1", "10"]
+
+
+def test_all_places_without_a_run_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as refused:
+        find_runs([str(tmp_path / "empty"), str(tmp_path / "gone"), str(tmp_path / "no*")])
+    assert [("no run" in fault, "not there" in fault) for fault in refused.value.faults] == [
+        *((True, False), (False, True), (False, True))
+    ]
+
+
+def test_what_a_run_was_not_told_it_had_by_default(tmp_path):
+    """A run of an earlier version does not differ by what that did not know yet."""
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"train.on_nonfinite": "stop"})
+    assert differences([first, second]) == []
+    third = make_run(tmp_path / "c", **{"train.on_nonfinite": "skip"})
+    assert differences([first, second, third]) == ["train.on_nonfinite"]
+
+
+def test_the_table_begins_with_what_differs_and_is_sorted_by_what_is_asked_for(two):
+    head, *rows = two.rows()
+    assert head == ["run", "learning_rate", "val loss", "best", "bits/byte", "tokens", "tokens/s", "hours", "MFU"]
+    assert [row[:4] for row in rows] == [["b", "0.003", "2.0000", "2.0000"], ["a", "0.001", "2.5000", "1.8000"]]
+    order = {key: [result.folder.name for result in Comparison(two.runs, key).runs] for key in ("best", "tokens")}
+    assert order == {"best": ["a", "b"], "tokens": ["a", "b"]}  # more tokens come first
+    assert [result.folder.name for result in Comparison(two.runs, "train.learning_rate").runs] == ["a", "b"]
+    assert Comparison(two.runs, "flops").rows()[0][-1] == "FLOPs"
+    with pytest.raises(UserError, match="there is no lss"):
+        Comparison(two.runs, "lss")
+
+
+def test_a_run_without_a_figure_comes_last(tmp_path):
+    make_run(tmp_path / "a", ())
+    make_run(tmp_path / "b")
+    assert [found.folder.name for found in Comparison(find_runs([str(tmp_path)])).runs] == ["b", "a"]
+
+
+def test_a_label_names_only_what_tells_runs_apart(tmp_path):
+    for width, seed in ((32, 1), (32, 2), (64, 1)):
+        config = {"model.d_model": width, "model.d_ff": 4 * width, "train.seed": seed, "train.log_every": seed}
+        make_run(tmp_path / f"{width}-{seed}", **config)
+    found = Comparison(find_runs([str(tmp_path)]))
+    assert found.keys == ["model.d_model", "model.d_ff", "train.seed"]
+    assert {found.label(result) for result in found.runs} == {
+        *("d_model=32 seed=1", "d_model=32 seed=2", "d_model=64 seed=1")
+    }
+    assert {found.label(result, with_seed=False) for result in found.runs} == {"d_model=32", "d_model=64"}
+
+
+def test_runs_that_are_the_same_are_told_apart_by_their_folders(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    found = Comparison(find_runs([str(tmp_path)]))
+    assert [found.label(result) for result in found.runs] == ["a", "b"]
+
+
+def test_keys_of_the_same_name_keep_their_group():
+    assert short_names(["data.vocab_size", "model.vocab_size", "model.d_ff"]) == {
+        "data.vocab_size": "data.vocab_size",
+        "model.vocab_size": "model.vocab_size",
+        "model.d_ff": "d_ff",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "note"),
+    [
+        ({"model.vocab_size": 300}, "tokenizers differ"),
+        ({"data.files": ["b.txt"]}, "data differ (files)"),
+        ({"train.eval_batches": 3}, "validated on parts"),
+        ({"train.learning_rate": 1.0}, None),
+    ],
+)
+def test_what_does_not_compare_is_said(tmp_path, changed, note):
+    base = {"data.files": ["a.txt"], "train.eval_batches": 5, "train.batch_size": 4}
+    make_run(tmp_path / "a", **base)
+    make_run(tmp_path / "b", **{**base, **changed})
+    notes = Comparison(find_runs([str(tmp_path)])).notes
+    assert notes == [] if note is None else len(notes) == 1 and note in notes[0]
+
+
+@pytest.mark.parametrize(("held", "state"), [(True, "running"), (False, "killed")])
+def test_a_run_under_way_and_one_whose_process_vanished_are_told_apart(tmp_path, held, state):
+    folder = tmp_path / "a"
+    make_run(folder, state="running")
+    code = "import sys; from pathlib import Path; from gpt2.run_folder import held\nwith held(Path(sys.argv[1])):"
+    command = [sys.executable, "-c", f"{code} print(); input()", str(folder)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline()
+    if not held:
+        holder.kill()
+        holder.wait()
+    assert RunResult(folder).state == state
+    assert Comparison([RunResult(folder)]).rows()[1][-1] == state
+    holder.communicate()
+
+
+def test_tables_are_aligned_and_nothing_breaks_out_of_them():
+    rows = [["run", "x"], ["a|b", "1"], ["c", "12,500"]]
+    assert as_text(rows) == "run       x\na|b       1\nc    12,500"
+    assert as_markdown(rows) == "| run | x |\n| --- | ---: |\n| a\\|b | 1 |\n| c | 12,500 |"
+
+
+@pytest.mark.parametrize("cell", ["1", "-0.5", "1.31e+06", "12,500", "31.2%", "2.38 ± 0.01", "**2.38**", "n/a", ""])
+def test_numbers_of_all_kinds_are_numbers(cell):
+    assert is_number(cell)
+    assert not is_number(f"{cell}x")
+
+
+def test_colours_are_a_scale_for_numbers_and_distinct_for_names():
+    scale = colours([3, 1, 2])
+    assert [scale[1], scale[2], scale[0]] == colours([1, 2, 3])
+    assert len(set(colours(["a", "b"]))) == 2
+
+
+def test_seeds_share_a_line_in_the_legend(tmp_path):
+    for rate in (1e-3, 3e-3):
+        for seed in (1, 2):
+            make_run(tmp_path / f"{rate}-{seed}", **{"train.learning_rate": rate, "train.seed": seed})
+    figure = curves(Comparison(find_runs([str(tmp_path)])))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("learning_rate=0.001 (2 seeds)", "learning_rate=0.003 (2 seeds)")
+    ]
+    by_tokens, by_time = figure.axes
+    assert len(by_tokens.lines) == len(by_time.lines) == 4
+    assert list(by_tokens.lines[0].get_xdata()) == [1000, 2000]
+    assert list(by_time.lines[0].get_xdata()) == [36, 72]
+
+
+def test_many_runs_leave_the_worst_grey(tmp_path):
+    for number in range(15):
+        make_run(tmp_path / str(number), (3.0 + number / 10,), **{"train.weight_decay": number / 100})
+    (legend,) = curves(Comparison(find_runs([str(tmp_path)]))).legends
+    assert [text.get_text() for text in legend.get_texts()][-1] == "3 others"
+
+
+def test_other_tokenizers_are_drawn_in_bits_a_byte(tmp_path):
+    make_run(tmp_path / "a", **{"model.vocab_size": 300})
+    make_run(tmp_path / "b", **{"model.vocab_size": 400})
+    assert curves(Comparison(find_runs([str(tmp_path)]))).axes[0].get_ylabel() == "bits a byte"
+
+
+def test_a_picture_of_runs_that_have_nothing_yet_is_empty_and_no_error(tmp_path):
+    make_run(tmp_path / "a", ())
+    assert not curves(Comparison(find_runs([str(tmp_path)]))).axes[0].lines
+
+
+def test_the_page_needs_nothing_beside_it_and_shows_text_as_text(two):
+    text = page(two)
+    assert "<svg" in text
+    assert "text &lt;b&gt;3&lt;/b&gt;" in text
+    assert "<b>" not in text
+    assert not re.findall(r"""(src|href)=.(?!#)|url\((?!#)|@import|<link""", text)
+    assert text.count("<tr id=") == text.count("<details><summary>learning_rate=") == 2
+    assert 'id="run-0-' in text
+
+
+def test_json_has_full_names_and_numbers(two, capsys):
+    run([str(two.parent)], {"json": ""})
+    records = json.loads(capsys.readouterr().out)
+    assert [record["loss"] for record in records] == [2.0, 2.5]
+    assert records[0]["config"] == {"train.learning_rate": 0.003}
+    assert {"folder", "title", "state", *runs_module.COLUMNS} <= records[0].keys()
+
+
+def test_files_are_written_where_they_are_asked_for_and_a_place_that_cannot_be_is_refused(two, tmp_path, capsys):
+    run([str(two.parent)], {"html": str(tmp_path / "new" / "page.html"), "picture": str(tmp_path / "c.png")})
+    assert (tmp_path / "new" / "page.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "c.png") in capsys.readouterr().out
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        run([str(two.parent)], {"picture": str(tmp_path / "file" / "c.png")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As typed
+
+
+def test_real_runs_are_compared_without_torch(workspace):
+    workspace.run("train.py", *TINY, "train.max_steps=4")
+    workspace.run("train.py", *TINY, "train.max_steps=4", "train.learning_rate=1e-2")
+    done = workspace.module("gpt2.main", "compare")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "learning_rate" in done.stdout
+    assert "0.01" in done.stdout
+    assert (workspace.folder / "outputs" / "comparison.png").exists()
+    table = workspace.module("gpt2.main", "compare", "outputs/runs/*/*", "--markdown", "sort=train.learning_rate")
+    assert [line.split(" | ")[1] for line in table.stdout.splitlines()] == ["learning_rate", "---:", "0.0003", "0.01"]
+    code = "import sys; sys.argv[1:] = ['compare']\nimport gpt2.main; gpt2.main.main(); print('torch' in sys.modules)"
+    silent = subprocess.run(
+        [sys.executable, "-c", code], cwd=workspace.folder, env=workspace.environment, capture_output=True, text=True
+    )
+    assert silent.stdout.endswith("False\n"), silent.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["outputs/runs/gone"], "error: outputs/runs/gone is not there"),
+        (["--jsn"], "error: --jsn: there is no such option; there are sort=..., html=..."),
+        (["srt=loss"], "error: srt=loss: there is no such option"),
+        (["corpus.txt"], "error: corpus.txt has no run in it"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(workspace, arguments, told):
+    done = workspace.module("gpt2.main", "compare", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_lists_the_options(workspace):
+    done = workspace.module("gpt2.main", "compare", "--help")
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("usage: python -m gpt2.main compare", "sort=...", "--json", "html=..."))
