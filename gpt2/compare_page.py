@@ -96,7 +96,7 @@ def _svg(found: Comparison) -> str:
     content = io.StringIO()
     places = {run.folder: place for place, run in enumerate(found.runs)}
     with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "gpt2"}):
-        figure = curves(found, lambda run: f"run-{places[run.folder]}")
+        figure = curves(found, identify=lambda run: f"run-{places[run.folder]}")
         figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = content.getvalue()
     return text[text.index("<svg") :]

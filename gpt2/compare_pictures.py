@@ -1,4 +1,4 @@
-"""Runs in one picture: validation loss against tokens and against time."""
+"""Runs in one picture: validation loss against tokens, and against time or compute."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from gpt2.compare import Comparison
 from gpt2.pictures import new_figure, plain
-from gpt2.runs import RunResult
+from gpt2.runs import UNITS, RunResult
 
 MOST_NAMED = 12  # runs, or groups of seeds, in a legend; the rest is grey
 GREY = "#c9c9c9"
@@ -27,10 +27,11 @@ def colours(values: Sequence[Any]) -> list[str]:
     return [to_hex(scale(place % scale.N)) for place in range(len(values))]
 
 
-def curves(found: Comparison, identify: Callable[[RunResult], str] | None = None) -> Figure:
+def curves(found: Comparison, cost: str = "seconds", identify: Callable[[RunResult], str] | None = None) -> Figure:
     """Draw all runs; those that differ by their seed only have one colour, and one line in the legend.
 
     Args:
+        cost: What the right half is drawn against: seconds or flops.
         identify: The id of a run's lines, in SVG.
     """
     groups: dict[str, list[RunResult]] = {}
@@ -38,22 +39,21 @@ def curves(found: Comparison, identify: Callable[[RunResult], str] | None = None
         groups.setdefault(found.label(run, with_seed=False), []).append(run)
     key = "val/bits_per_byte" if _tokenizers_differ(found) else "val/loss"
     figure = new_figure(11, 4.8)
-    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    by_tokens, by_cost = figure.subplots(1, 2, sharey=True)
     named = list(groups)[:MOST_NAMED]
     palette = dict(zip(named, colours(_values(found, [groups[label][0] for label in named])), strict=True))
-    unit, seconds = _unit_of_time(found.runs)
+    unit, size = _unit_of_time(found.runs) if cost == "seconds" else (UNITS[cost], 1.0)
     for label, runs in groups.items():
         for number, run in enumerate(runs):
             style: dict[str, Any] = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
             if label in palette and number == 0:
                 style["label"] = f"{label} ({len(runs)} seeds)" if len(runs) > 1 and len(named) > 1 else label
-            for axes, x in ((by_tokens, "tokens"), (by_time, "seconds")):
-                points = [(place / (seconds if x == "seconds" else 1), y) for place, y in run.curve(key, x)]
+            for axes, x, part in ((by_tokens, "tokens", 1.0), (by_cost, cost, size)):
+                points = [(place / part, y) for place, y in run.curve(key, x)]
                 _line(axes, points, style, identify and identify(run))
-    ylabel = "bits a byte" if key == "val/bits_per_byte" else "validation loss (nats a token)"
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-    plain(by_tokens, xlabel="tokens", ylabel=ylabel)
-    plain(by_time, xlabel=unit)
+    plain(by_tokens, xlabel="tokens", ylabel=UNITS["bits_per_byte" if key == "val/bits_per_byte" else "loss"])
+    plain(by_cost, xlabel=unit)
     if len(groups) > len(named):
         by_tokens.plot([], [], color=GREY, label=f"{len(groups) - len(named)} others")
     handles, labels = by_tokens.get_legend_handles_labels()

@@ -93,8 +93,10 @@ class RunResult:
         return tokens * loss / log(2) / bits if loss and bits and tokens else None
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
-        """Points of two logged values, at the records that have both."""
-        return [(r[x], r[y]) for r in self.records if r.get(y) is not None and r.get(x) is not None]
+        """Points of two logged values, at the records that have both; `flops` counts as one."""
+        factor = self.about.get("flops_per_token") if x == "flops" else 1
+        key = "tokens" if x == "flops" else x
+        return [(r[key] * factor, r[y]) for r in self.records if None not in (r.get(y), r.get(key), factor)]
 
 
 @dataclass
@@ -124,6 +126,14 @@ COLUMNS = {
     "mfu": Column("MFU", lambda run: run.last("train/mfu"), "{:.1%}".format, is_less_better=False),
     "flops": Column("FLOPs", lambda run: run.flops, "{:.3g}".format),
     "parameters": Column("parameters", lambda run: run.about.get("parameters"), "{:,}".format),
+}
+
+UNITS = {  # what axes say
+    "loss": "validation loss (nats a token)",
+    "best": "lowest validation loss (nats a token)",
+    "bits_per_byte": "bits a byte of text",
+    "flops": "floating point operations of training",
+    "text_bytes": "bytes of text read",
 }
 
 

@@ -18,7 +18,7 @@ from gpt2.compare import Comparison, as_markdown, shown_value
 from gpt2.compare_pictures import colours, curves
 from gpt2.config import StudyPlan
 from gpt2.pictures import new_figure, plain, png
-from gpt2.runs import COLUMNS, RunResult
+from gpt2.runs import COLUMNS, UNITS, RunResult
 from gpt2.tracking import DIVERGED
 
 if TYPE_CHECKING:
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 RESULTS, README = "results.csv", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
 FIGURES = ("steps", "tokens", "text_bytes", "flops", "parameters", "loss", "best", "bits_per_byte")
-UNITS = {
-    "loss": "validation loss (nats a token)",
-    "best": "lowest validation loss (nats a token)",
-    "bits_per_byte": "bits a byte of text",
-    "flops": "floating point operations of training",
-    "text_bytes": "bytes of text read",
-}
 
 
 @dataclass
@@ -182,8 +175,9 @@ class Results:
         return figure
 
     def curves(self) -> Figure:
-        """The runs of the best cell of each line, on their way."""
-        return curves(Comparison([run for cells in self.lines().values() for run in self.best(cells).runs]))
+        """The runs of the best cell of each line, on their way; against compute, for several share a machine."""
+        runs = [run for cells in self.lines().values() for run in self.best(cells).runs]
+        return curves(Comparison(runs), cost="flops")
 
     def write(self, folder: Path) -> list[str]:
         """Write everything. Returns the names of the files."""

@@ -145,7 +145,8 @@ class WandbRun(Guest):
 
     @staticmethod
     def _define(run: "wandb.Run") -> None:
-        run.define_metric("tokens")
+        for name in ("tokens", "step", "seconds"):  # what there is to draw against
+            run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
@@ -193,7 +194,7 @@ class WandbRun(Guest):
     def _conclude(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
         import wandb
 
-        run.summary.update({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})})
+        run.summary.update(harmless({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})}))
         if run.job_type == "trial":
             run.tags = (*(tag for tag in run.tags or () if tag not in _endings()), ended.state)
         if folder and (picture := folder / "curves.png").exists():

@@ -6,10 +6,12 @@ to end, 1 to be rid of the process. `finish_timeout` bounds what uploads; a thre
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import wandb
@@ -64,7 +66,9 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **how: Any) -
     except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
         log.warning("W&B did not start: %s", _line(error))
         return None
+    kept = Path(how["dir"]) / "wandb"
     for mode in ("online", "offline") if is_online and can_go_online() else ("offline",):
+        before = set(kept.glob("*run-*"))
         begin = partial(wandb.init, mode=mode, settings=settings(finish_seconds), **how)
         try:
             run = within(INIT_SECONDS + GRACE_SECONDS, begin)
@@ -72,6 +76,8 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **how: Any) -
             log.warning("W&B (%s) did not start: %s", mode, _line(error))
             _stay_offline()
             end_service(0)  # it still holds the id that the next attempt takes
+            for empty in set(kept.glob("*run-*")) - before:
+                shutil.rmtree(empty, ignore_errors=True)
         else:
             os.environ.pop("WANDB_SERVICE", None)  # ours: a process that we start may go on after us
             return run
