@@ -24,7 +24,7 @@ def main(config: EvaluateRun) -> None:
     from gpt2.packed import quantize, refuse_int8
     from gpt2.pretrained import describe_data, open_model
     from gpt2.tracking import Tracker
-    from gpt2.wandb_run import plain, start_wandb
+    from gpt2.wandb_run import start_wandb, told
 
     device = choose_device(config.device)  # refuses a missing one before any work
     if config.quantization:
@@ -45,7 +45,7 @@ def main(config: EvaluateRun) -> None:
     split, stride = blocks.path.stem, blocks.stride
     experiment = trained.experiment
     guest = start_wandb(
-        config.wandb, name=f"{experiment} {split}", group=experiment, job_type="evaluate", settings=plain(config)
+        config.wandb, name=f"{experiment} {split}", group=experiment, job_type="evaluate", settings=told(asdict(config))
     )
     with Tracker(guest=guest):
         metrics = evaluator.evaluate()
@@ -57,7 +57,7 @@ def main(config: EvaluateRun) -> None:
     evaluator.print_metrics(metrics)
 
     about = {
-        **plain(config),
+        **{key: value for key, value in asdict(config).items() if key != "wandb"},
         "step": trained.record and trained.record["progress"]["step"],
         "split": split,
         "stride": stride,

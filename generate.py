@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gpt2.command_line import script
@@ -26,7 +27,7 @@ def main(config: GenerateRun) -> None:
     from gpt2.device import choose_device
     from gpt2.inference import TextGenerator
     from gpt2.tracking import Tracker
-    from gpt2.wandb_run import plain, start_wandb
+    from gpt2.wandb_run import start_wandb, told
 
     choose_device(config.device)  # refuses a missing one before any work
 
@@ -47,15 +48,20 @@ def main(config: GenerateRun) -> None:
     )
     note(generator.describe())
     if config.prompt is None and not records and sys.stdin.isatty():
+        if config.wandb.mode != "off":
+            note("W&B gets nothing of a session.")
         generator.interactive_mode(config.inference)
         return
     experiment = generator.trained.experiment
     guest = start_wandb(
-        config.wandb, name=f"{experiment} texts", group=experiment, job_type="generate", settings=plain(config)
+        config.wandb, name=f"{experiment} texts", group=experiment, job_type="generate", settings=told(asdict(config))
     )
     with Tracker(guest=guest):
-        rows = [list(pair) for pair in write(config, records, generator)]
-        guest.show_table("texts", ["prompt", "text"], rows)
+        rows: list[list[str]] = []
+        try:
+            rows.extend(map(list, write(config, records, generator)))
+        finally:  # it may be interrupted
+            guest.show_table("texts", ["prompt", "text"], rows)
     note(generator.speed)
     if where := guest.where():
         note(f"W&B: {where}")

@@ -67,7 +67,7 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
         if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
             kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
     with explained(config, folder, trial):
-        tracker = Tracker(folder, about=facts(config, model))
+        tracker = Tracker(folder, about=facts(config, model, {**kept, "model": asdict(model.config)}))
         trainer = Trainer(
             model,
             train_loader,
@@ -81,7 +81,7 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
         with tracker:
-            tracker.guest = start_of_training(replace(config, model=model.config), folder, tracker.about, wandb_id)
+            tracker.guest = start_of_training(config, folder, tracker.about, wandb_id)
             tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
             announce(trainer)
             if trial:
@@ -135,16 +135,19 @@ def with_vocabulary(config: GPT2Config, tokenizer: "GPT2Tokenizer") -> GPT2Confi
     return replace(config, vocab_size=tokenizer.vocab_size)
 
 
-def facts(config: TrainRun, model: "GPT2Model") -> dict[str, Any]:
-    """What tells this run from others, and on what it runs: for `run.json` and W&B."""
+def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dict[str, Any]:
+    """What tells this run from others, and on what it runs: for `run.json` and W&B.
+
+    Args:
+        settings: Its whole configuration, plain; `.hydra` has only that with which it began.
+    """
     from gpt2.device import choose_device, choose_precision, hardware
-    from gpt2.failures import without_password
     from gpt2.reproducibility import commit, versions
 
     train, device = config.train, choose_device(config.train.device)
     precision = choose_precision(train.precision if train.mixed_precision else "fp32", device)
     return {
-        "title": without_password(title(config.started_with)) or config.name,
+        "title": title(config.started_with) or config.name,
         "tags": list(dict.fromkeys(config.choices.values())),
         "parameters": model.num_parameters(),
         "flops_per_token": model.flops_per_token(config.data.max_length),
@@ -152,6 +155,7 @@ def facts(config: TrainRun, model: "GPT2Model") -> dict[str, Any]:
         "repository": commit(),
         "machine": {**hardware(device), "precision": precision.name},
         "versions": versions(),
+        "config": settings,
     }
 
 

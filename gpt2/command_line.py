@@ -34,7 +34,7 @@ from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, 
 from gpt2.config import GenerateRun, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
-from gpt2.run_folder import LOCK, held
+from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
 from gpt2.sweeper import launcher_fault, launcher_of, run_trial, study_faults, study_sweeper
 
@@ -92,7 +92,7 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
                 log.error("error: %s", error)
                 return inf
-            if job.output_subdir is not None:
+            if job.output_subdir is not None and not isinstance(error, Held):
                 remove_if_nothing_happened(output_folder())
             raise
 
@@ -106,6 +106,8 @@ def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None =
             config.prompt = prompt
         if isinstance(config, TrainRun) and config.resume is None:
             config.choices = {group: file for group, file in job.runtime.choices.items() if is_choice(group, file)}
+            if config.train.init_from is not None:  # which brought its own shape
+                config.choices["model"] = Path(config.train.init_from).name
         if job.output_subdir is not None:  # what runs, which a trained model may have completed
             OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
         return task(config)

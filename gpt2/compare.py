@@ -1,9 +1,5 @@
-"""Runs side by side: what differs between them, and what each came to. Needs no account, only their folders.
+"""Runs side by side: what differs between them, and what each came to. Needs no account, only their folders."""
 
-`python -m gpt2.main compare outputs/runs/a outputs/runs/b`
-"""
-
-import json
 import os
 import re
 from collections import Counter
@@ -15,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.config import UserError
-from gpt2.runs import COLUMNS, RunResult, differences
+from gpt2.runs import COLUMNS, SEED, RunResult, differences
 from gpt2.tracking import FINISHED
 
-SEED = "train.seed"
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
-TOLD = ("tags", "started", "ended", "repository", "machine", "versions")  # of run.json, in --json
 # What has to do neither with the result of a run nor with its speed; groups end in a dot.
 NOT_COMPARED = (
     *("started_with", "resume", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
@@ -38,7 +32,7 @@ def short_names(keys: list[str]) -> dict[str, str]:
 def shown_value(value: Any) -> str:
     """Such as 0.003, gpt2, [a, b]."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.10g}"
     if isinstance(value, list):
         return f"[{', '.join(map(shown_value, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -86,13 +80,21 @@ class Comparison:
     def _distinguished(self, keys: list[str]) -> int:
         return len({repr([run.config.get(key) for key in keys]) for run in self.runs})
 
-    def label(self, run: RunResult, with_seed: bool = True) -> str:
+    def label(self, run: RunResult) -> str:
         """What tells a run from the others; its folder, if its configuration does not."""
-        keys = [key for key in self.telling if with_seed or key != SEED]
         if not run.config or (not self.telling and len(self.runs) > 1):
             return self.place(run)
-        values = (shown_value(run.config.get(key)) if key == "name" else self.named(run, key) for key in keys)
-        return " ".join(values) or run.title
+        return self._shown(run, self.telling) or run.title
+
+    def group(self, run: RunResult) -> str:
+        """The same without the seed: of runs that differ by nothing else, the name."""
+        if not run.config:
+            return self.place(run)
+        keys = [key for key in self.telling if key != SEED]
+        return self._shown(run, keys) or (shown_value(run.config["name"]) if self.telling else self.label(run))
+
+    def _shown(self, run: RunResult, keys: list[str]) -> str:
+        return " ".join(shown_value(run.config.get(key)) if key == "name" else self.named(run, key) for key in keys)
 
     def named(self, run: RunResult, key: str) -> str:
         value = shown_value(run.config.get(key))
@@ -106,12 +108,16 @@ class Comparison:
     def place(self, run: RunResult) -> str:
         return str(run.folder.absolute().relative_to(self.parent))
 
+    @property
+    def tokenizers_differ(self) -> bool:
+        return not {"data.tokenizer", "data.vocab_size", "model.vocab_size"}.isdisjoint(self.keys)
+
     @cached_property
     def notes(self) -> list[str]:
         """What to know before believing the figures."""
         found = []
         data = [key for key in self.keys if key.startswith("data.")]
-        if {"data.tokenizer", "data.vocab_size", "model.vocab_size"} & set(self.keys):
+        if self.tokenizers_differ:
             found.append("The tokenizers differ: losses are per token and do not compare, bits/byte do.")
         elif data:
             found.append(f"The data differ ({', '.join(self.names[key] for key in data)}): so does what is predicted.")
@@ -199,49 +205,11 @@ def as_text(rows: list[list[str]]) -> str:
 def as_markdown(rows: list[list[str]]) -> str:
     columns = list(zip(*rows, strict=True))
     rule = ["---:" if all(is_number(cell) for cell in column[1:]) else "---" for column in columns]
-    cells = ([cell.replace("|", r"\|") for cell in row] for row in (rows[0], rule, *rows[1:]))
+    cells = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in (rows[0], rule, *rows[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def is_number(cell: str) -> bool:
     """Whether a cell of a table is one, such as 12,500 or 31% or **2.38 ± 0.01**, or stands for one not there."""
-    return cell in ("n/a", "null", "") or re.fullmatch(r"\**-?[\d,.]+(e[+-]?\d+)?%?( ± [\d.]+)?\**", cell) is not None
-
-
-def run(places: list[str], options: dict[str, str]) -> None:
-    """Compare runs as the command line says: see `gpt2.main`.
-
-    Raises:
-        UserError: There is no run, or a file cannot be written.
-    """
-    from gpt2.runs import find_runs
-
-    found = Comparison(find_runs(places or ["outputs/runs"]), options.get("sort", "loss"))
-    if "json" in options:
-        print(json.dumps(found.records(), indent=2))
-    elif "markdown" in options:
-        print("\n\n".join([as_markdown(found.rows()), *found.notes]))
-    else:
-        print(f"{len(found.runs)} runs in {os.path.relpath(found.parent)}\n\n{as_text(found.rows())}")
-        print("".join(f"\n{note}" for note in found.notes), end="\n" if found.notes else "")
-    _write_files(found, options)
-
-
-def _write_files(found: Comparison, options: dict[str, str]) -> None:
-    from gpt2.compare_page import page
-    from gpt2.compare_pictures import curves
-    from gpt2.pictures import png
-
-    files: dict[Path, Callable[[], bytes]] = {}
-    if "picture" in options or not {"json", "markdown", "html"} & options.keys():
-        files[Path(options.get("picture") or "outputs/comparison.png")] = lambda: png(curves(found))
-    if "html" in options:
-        files[Path(options["html"] or "outputs/comparison.html")] = lambda: page(found).encode()
-    for path, content in files.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content())
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-    if not {"json", "markdown"} & options.keys():
-        print(f"\nwritten to {', '.join(map(str, files))}")
+    number = r"\**-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( ± [\d.]+)?\**"
+    return cell in ("n/a", "null", "") or re.fullmatch(number, cell) is not None

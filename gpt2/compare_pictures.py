@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from gpt2.compare import Comparison
-from gpt2.pictures import new_figure, plain
-from gpt2.runs import UNITS, RunResult
+from gpt2.pictures import as_label, new_figure, plain
+from gpt2.runs import SEED, UNITS, RunResult
 
 MOST_NAMED = 12  # runs, or groups of seeds, in a legend; the rest is grey
 GREY = "#c9c9c9"
@@ -36,8 +36,8 @@ def curves(found: Comparison, cost: str = "seconds", identify: Callable[[RunResu
     """
     groups: dict[str, list[RunResult]] = {}
     for run in found.runs:
-        groups.setdefault(found.label(run, with_seed=False), []).append(run)
-    key = "val/bits_per_byte" if _tokenizers_differ(found) else "val/loss"
+        groups.setdefault(found.group(run), []).append(run)
+    key = "val/bits_per_byte" if _needs_bits(found) else "val/loss"
     figure = new_figure(11, 4.8)
     by_tokens, by_cost = figure.subplots(1, 2, sharey=True)
     named = list(groups)[:MOST_NAMED]
@@ -47,7 +47,9 @@ def curves(found: Comparison, cost: str = "seconds", identify: Callable[[RunResu
         for number, run in enumerate(runs):
             style: dict[str, Any] = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
             if label in palette and number == 0:
-                style["label"] = f"{label} ({len(runs)} seeds)" if len(runs) > 1 and len(named) > 1 else label
+                seeds = len({run.config.get(SEED) for run in runs})
+                many = f" ({seeds} seeds)" if seeds > 1 else f" ({len(runs)} runs)" if len(runs) > 1 else ""
+                style["label"] = as_label(label + many)
             for axes, x, part in ((by_tokens, "tokens", 1.0), (by_cost, cost, size)):
                 points = [(place / part, y) for place, y in run.curve(key, x)]
                 _line(axes, points, style, identify and identify(run))
@@ -71,14 +73,14 @@ def _line(axes: Axes, points: list[tuple[float, float]], style: dict[str, Any], 
 
 def _values(found: Comparison, runs: list[RunResult]) -> list[Any]:
     """What tells runs apart, if it is one key; else nothing with an order."""
-    keys = [key for key in found.telling if key != "train.seed"]
-    return [run.config.get(keys[0]) if len(keys) == 1 else found.label(run) for run in runs]
+    keys = [key for key in found.telling if key != SEED]
+    return [run.config.get(keys[0]) if len(keys) == 1 else found.group(run) for run in runs]
 
 
-def _tokenizers_differ(found: Comparison) -> bool:
+def _needs_bits(found: Comparison) -> bool:
     """Whether bits a byte are what compares; then all runs must have them."""
     has_bits = all(run.values("val/bits_per_byte") for run in found.runs if run.values("val/loss"))
-    return has_bits and any("tokenizers" in note for note in found.notes)
+    return has_bits and found.tokenizers_differ
 
 
 def _unit_of_time(runs: list[RunResult]) -> tuple[str, float]:

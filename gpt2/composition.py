@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2 import checkpoint, run_folder
 from gpt2.config import SCHEMAS, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun, UserError
+from gpt2.failures import without_secrets
 from gpt2.faults import faults
 from gpt2.pretrained import TrainedModel, following, open_model, open_tokenizer
 
@@ -107,12 +108,12 @@ def merged(schema: type, *layers: Any) -> DictConfig:
 
 def as_argument(key: str, value: Any) -> str:
     """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
-    return shlex.quote(f"{key}={_in_hydras_grammar(value)}")
+    return shlex.quote(f"{key}={in_hydras_grammar(value)}")
 
 
-def _in_hydras_grammar(value: Any) -> str:
+def in_hydras_grammar(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{','.join(map(_in_hydras_grammar, value))}]"
+        return f"[{','.join(map(in_hydras_grammar, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
     is_plain = re.fullmatch(r"[\w./:-]+", value)
@@ -147,7 +148,7 @@ def title(overrides: list[str], longest: int = 100) -> str:
             continue
         last = key.rpartition(".")[2]
         words.append(f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value)
-    text = " ".join(words)
+    text = without_secrets(" ".join(words))
     return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
 
 

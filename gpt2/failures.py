@@ -37,6 +37,12 @@ def without_password(text: str, url: str | None = None) -> str:
     return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", text)
 
 
+def without_secrets(text: str) -> str:
+    """A text with all of its URLs that may be one starred out: user, password, token, the values of the query."""
+    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
+    return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
+
+
 def _where(error: OSError) -> str:
     if not isinstance(error.filename, str | os.PathLike):
         return ""

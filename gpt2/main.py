@@ -3,9 +3,11 @@
 Those that are scripts run the script, so that there is one of each; the others are here.
 """
 
+import json
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.command_line import faults_as_lines, script
@@ -63,9 +65,47 @@ def compare() -> None:
     }
     flags = {"json": "for programs, instead of the table", "markdown": "for documents, instead of the table"}
     places, chosen = take_arguments("compare [RUN ...] [OPTIONS]", about, options, flags)
-    from gpt2.compare import run
+    kind = Path(chosen.get("picture") or "comparison.png").suffix.removeprefix(".")
+    if kind not in ("png", "svg", "pdf"):
+        raise UserError(f"picture: {chosen['picture']} is none of .png, .svg and .pdf")
+    from gpt2.compare import Comparison, as_markdown, as_text
+    from gpt2.runs import find_runs
 
-    run(places, chosen)
+    found = Comparison(find_runs(places or ["outputs/runs"]), chosen.get("sort", "loss"))
+    files: dict[str, Callable[[], bytes]] = {}
+    if "html" in chosen:
+        from gpt2.compare_page import page
+
+        files[chosen["html"] or "outputs/comparison.html"] = lambda: page(found).encode()
+    if "picture" in chosen or not {"json", "markdown", "html"} & chosen.keys():
+        from gpt2.compare_pictures import curves
+        from gpt2.pictures import picture
+
+        files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(found), kind)
+    if "json" in chosen:
+        finite = json.loads(json.dumps(found.records()), parse_constant=lambda _: None)  # JSON knows no infinity
+        print(json.dumps(finite, indent=2))
+    elif "markdown" in chosen:
+        print("\n\n".join([as_markdown(found.rows()), *found.notes]))
+    else:
+        print(f"{len(found.runs)} runs in {os.path.relpath(found.parent)}\n\n{as_text(found.rows())}\n")
+        print("".join(f"{note}\n" for note in found.notes), end="")
+    for name, content in files.items():
+        write(Path(name), content())
+        print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & chosen.keys() else sys.stdout)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file that was asked for.
+
+    Raises:
+        UserError: That cannot be.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def study() -> None:
@@ -73,7 +113,7 @@ def study() -> None:
     about = "run what a recorded study lacks, collect its results, and write its table and pictures anew"
     options = {"jobs": "runs at a time, default: one a core on a CPU, one on a GPU; 0 only collects"}
     places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
-    if len(places) != 1 or not chosen.get("jobs", "1").isdigit():
+    if len(places) != 1 or not chosen.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
     from gpt2 import recorded_study
 
@@ -113,10 +153,10 @@ def take_arguments(
         sys.exit(0)
     places, chosen, found = [], {}, []
     for word in sys.argv[1:]:
-        name, is_option, value = word.removeprefix("--").partition("=")
-        if (name in options and is_option) or (name in flags and word.startswith("--")):
-            chosen[name] = value
-        elif word.startswith("-") or (is_option and not Path(word).exists()):
+        name, is_option, value = word.partition("=")
+        if (name in options and is_option) or (word.startswith("--") and word[2:] in flags):
+            chosen[name.removeprefix("--")] = value
+        elif word.startswith("-") or (is_option and name.isidentifier() and not Path(word).exists()):
             known = ", ".join([*(f"{name}=..." for name in options), *(f"--{name}" for name in flags)])
             found.append(f"{word}: there is no such option; there are {known}")
         else:

@@ -25,9 +25,15 @@ def plain(axes: Axes, **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def png(figure: Figure) -> bytes:
+def as_label(text: str) -> str:
+    """A text as a label that shows it: matplotlib sets what stands between dollars, and hides what begins with _."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def picture(figure: Figure, kind: str = "png") -> bytes:
+    """A file's content: png, svg or pdf."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format=kind)
     return content.getvalue()
 
 

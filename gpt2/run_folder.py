@@ -27,6 +27,10 @@ LOCK = ".lock"
 USUAL = TrainingConfig().checkpoint_dir  # a copy of it may lie beside it under another name
 
 
+class Held(UserError):
+    """A run folder is another process's."""
+
+
 @contextmanager
 def held(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Let nobody else write to a run folder meanwhile, or do what else a lock of that name in it stands for.
@@ -35,7 +39,7 @@ def held(folder: Path, name: str = LOCK) -> Iterator[None]:
     the data workers that outlive it for a moment.
 
     Raises:
-        UserError: Another process holds it; it is named.
+        Held: Another process holds it; it is named.
     """
     import fcntl
 
@@ -44,7 +48,7 @@ def held(folder: Path, name: str = LOCK) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            raise UserError(f"{folder} is being written by {file.read() or 'another process'}") from error
+            raise Held(f"{folder} is being written by {file.read() or 'another process'}") from error
         except OSError as error:
             log.warning("%s cannot be locked (%s): see to it that no second process writes there.", folder, error)
         file.truncate(0)

@@ -1,7 +1,7 @@
 """Run folders as they are read: what was configured, how far they came, what they reached. Also while they go on."""
 
 import glob
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import log
@@ -15,6 +15,7 @@ from gpt2.config import TrainRun, UserError
 from gpt2.run_folder import LOCK, is_held
 from gpt2.tracking import METRICS, RUNNING, Record, read_about, read_metrics
 
+SEED = "train.seed"
 KILLED = "killed"  # a run that was going on when its process vanished
 
 
@@ -41,10 +42,12 @@ class RunResult:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Its configuration, resolved, by full key. Empty of a run that was started from Python."""
-        try:
-            nested = yaml.safe_load((self.folder / ".hydra" / "config.yaml").read_bytes())
-        except (OSError, yaml.YAMLError):
-            return {}
+        nested = self.about.get("config")
+        if nested is None:  # of an earlier version
+            try:
+                nested = yaml.safe_load((self.folder / ".hydra" / "config.yaml").read_bytes())
+            except (OSError, yaml.YAMLError):
+                return {}
         return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
     @property
@@ -109,11 +112,6 @@ class Column:
     is_less_better: bool = True
 
 
-def short(number: float) -> str:
-    """In four digits, such as 0.003, 1.31e+06, 12,500."""
-    return f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
-
-
 COLUMNS = {
     "loss": Column("val loss", lambda run: run.last("val/loss"), "{:.4f}".format),
     "best": Column("best", lambda run: run.best_loss, "{:.4f}".format),
@@ -143,18 +141,21 @@ def find_runs(places: Iterable[str]) -> list[RunResult]:
     Raises:
         UserError: With each place that has none.
     """
-    folders: dict[Path, None] = {}
+    folders: dict[Path, Path] = {}
     found: list[str] = []
     for place in places:
-        matches = sorted(glob.glob(place)) if glob.has_magic(place) else [place]
+        matches = [place] if Path(place).exists() or not glob.has_magic(place) else sorted(glob.glob(place))
         runs = [run for match in matches for run in _runs_in(Path(match))]
         if not runs:
             there = "has no run in it" if matches and Path(matches[0]).exists() else "is not there"
             found.append(f"{place} {there}; a run is a folder with a {METRICS}, such as outputs/runs/NAME/TIME")
-        folders |= dict.fromkeys(runs)
+        folders |= {run.resolve(): run for run in runs}
     if found:
         raise UserError(*found)
-    return [RunResult(folder) for folder in folders]
+    try:
+        return [RunResult(folder) for folder in folders.values()]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -168,8 +169,8 @@ def _as_people_count(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
 
 
-def differences(runs: list[RunResult], without: Collection[str] = ()) -> list[str]:
+def differences(runs: list[RunResult]) -> list[str]:
     """The keys of the configuration in which runs differ, in its order; runs that have none are left out."""
     configs = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if key not in without and len({repr(config.get(key)) for config in configs}) > 1]
+    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]

@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from gpt2.pictures import BEST, FAINT, new_figure, plain, png
+from gpt2.pictures import BEST, FAINT, new_figure, picture, plain
 from gpt2.trial import best_of
 
 COMPLETE, PRUNED = "#3f6ea3", "#b9b9b9"
@@ -23,11 +23,11 @@ MARK_OF_PRUNED: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNE
 
 def draw(study: optuna.Study) -> dict[str, bytes]:
     """PNGs by their names: those that the study has something for."""
-    figures = {name: picture(study) for name, picture in PICTURES.items()}
+    figures = {name: draw_it(study) for name, draw_it in PICTURES.items()}
     drawn = {}
     for name, figure in figures.items():
         if figure is not None:
-            drawn[name] = png(figure)
+            drawn[name] = picture(figure)
     return drawn
 
 

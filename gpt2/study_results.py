@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -17,16 +17,17 @@ from gpt2.checkpoint import replacing
 from gpt2.compare import Comparison, as_markdown, shown_value
 from gpt2.compare_pictures import colours, curves
 from gpt2.config import StudyPlan
-from gpt2.pictures import new_figure, plain, png
+from gpt2.pictures import as_label, new_figure, picture, plain
 from gpt2.runs import COLUMNS, UNITS, RunResult
+from gpt2.study_plan import Point, key_of_columns
 from gpt2.tracking import DIVERGED
-
-if TYPE_CHECKING:
-    from gpt2.recorded_study import Point
 
 RESULTS, README = "results.csv", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
-FIGURES = ("steps", "tokens", "text_bytes", "flops", "parameters", "loss", "best", "bits_per_byte")
+FIGURES = (
+    *("steps", "tokens", "text_bytes", "flops", "parameters"),
+    *("loss", "best", "bits_per_byte", "tokens_per_second"),
+)
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Cell:
 
     @property
     def value(self) -> float:
-        """Their mean; what a run is worth that diverged is infinitely bad."""
+        """Their mean; infinitely bad if any run diverged, or none has the metric."""
         worst = inf if COLUMNS[self.metric].is_less_better else -inf
-        return mean(self.results) if self.results else worst
+        return mean(self.results) if len(self.results) == len(self.runs) else worst
 
     @property
     def spread(self) -> float:
@@ -65,17 +66,18 @@ class Cell:
         return (max(self.results) - min(self.results)) / 2 if self.results else 0.0
 
     def shown(self) -> str:
+        diverged = sum(run.state == DIVERGED for run in self.runs)
         if not self.results:
-            return "diverged"
-        lost = len(self.runs) - len(self.results)
-        text = f"{COLUMNS[self.metric].shown(self.value)} ± {self.spread:.3f}" if len(self.runs) > 1 else ""
-        return (text or COLUMNS[self.metric].shown(self.value)) + (f" ({lost} diverged)" if lost else "")
+            return "diverged" if diverged else "n/a"
+        spread = f" ± {self.spread:.3f}" if len(self.results) > 1 else ""
+        lost = f" ({diverged} of {len(self.runs)} diverged)" if diverged else ""
+        return f"{COLUMNS[self.metric].shown(mean(self.results))}{spread}{lost}"
 
 
 class Results:
     """The runs of a study, all of them done."""
 
-    def __init__(self, name: str, plan: StudyPlan, points: "Iterable[Point]"):
+    def __init__(self, name: str, plan: StudyPlan, points: Iterable[Point]):
         self.name, self.plan = name, plan
         self.runs = [(point, RunResult(point.folder)) for point in points]
         groups: dict[str, Cell] = {}
@@ -104,17 +106,17 @@ class Results:
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         keys = list(self.runs[0][0].values)
-        writer.writerow(["variant", *keys, "state", *FIGURES, "seconds", "tokens_per_second"])
+        figures = dict.fromkeys([*FIGURES, self.plan.metric])
+        writer.writerow(["variant", *keys, "state", *figures, "seconds"])
         for point, run in self.runs:
-            figures = [COLUMNS[name].of(run) for name in FIGURES]
-            rest = [run.last("seconds"), run.tokens_per_second]
-            shown = ("" if value is None else f"{value:.6g}" for value in [*figures, *rest])
+            values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
+            shown = ("" if value is None else value for value in values)
             writer.writerow([point.variant, *(shown_value(v) for v in point.values.values()), run.state, *shown])
         return file.getvalue()
 
     def table(self) -> str:
         """A row a line of the picture, a column a value of what it is drawn over; the best of each row is bold."""
-        key = self.plan.x if self.plan.x not in COLUMNS else next(iter(self.plan.sweep), "variant")
+        key = key_of_columns(self.plan)
         heads = list(dict.fromkeys(cell.of(key) for cell in self.cells))
         rows = [[f"{_short(self.plan.lines)} \\ {_short(key)}", *map(shown_value, heads)]]
         for line, cells in self.lines().items():
@@ -140,7 +142,7 @@ class Results:
             ]
         )
 
-    def picture(self) -> Figure:
+    def over_x(self) -> Figure:
         """The metric over `plan.x`: means, the range over seeds, and the best of each line in a ring."""
         figure = new_figure(8, 5)
         axes = figure.subplots()
@@ -154,8 +156,8 @@ class Results:
                 continue
             drawn.sort(key=lambda cell: cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)))
             x = [cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)) for cell in drawn]
-            y = [cell.value for cell in drawn]
-            axes.plot(x, y, "-", color=colour, linewidth=1.6, label=shown_value(line))
+            y = [mean(cell.results) for cell in drawn]
+            axes.plot(x, y, "-", color=colour, linewidth=1.6, label=as_label(shown_value(line)))
             axes.vlines(x, [min(c.results) for c in drawn], [max(c.results) for c in drawn], color=colour, linewidth=1)
             for place, cell in zip(x, drawn, strict=True):
                 axes.plot([place] * len(cell.results), cell.results, ".", color=colour, markersize=5)
@@ -164,7 +166,7 @@ class Results:
         if is_number and min(places) > 0 and max(places) >= 8 * min(places):
             axes.set_xscale("log")
         if self.plan.x not in COLUMNS:
-            axes.set_xticks(names if is_number else range(len(names)), [shown_value(name) for name in names])
+            axes.set_xticks(names if is_number else range(len(names)), [as_label(shown_value(name)) for name in names])
             axes.minorticks_off()
         plain(
             axes,
@@ -185,8 +187,8 @@ class Results:
         text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
         contents = {
             RESULTS: self.csv().encode(),
-            "results.png": png(self.picture()),
-            "curves.png": png(self.curves()),
+            "results.png": picture(self.over_x()),
+            "curves.png": picture(self.curves()),
             README: with_section(text, self.section()).encode(),
         }
         for name, content in contents.items():
@@ -217,9 +219,10 @@ def _means(text: str, plan: StudyPlan) -> dict[str, list[float]]:
     """The results in a `results.csv`, by all that its runs have in common but their seed."""
     found: dict[str, list[float]] = {}
     for row in csv.DictReader(io.StringIO(text)):
-        key = json.dumps([row["variant"], *(row.get(name) for name in plan.sweep)])
-        if row.get(plan.metric) and row["state"] != DIVERGED:
-            found.setdefault(key, []).append(float(row[plan.metric]))
+        key = json.dumps([row.get("variant"), *(row.get(name) for name in plan.sweep)])
+        value = row.get(plan.metric)
+        if value and row.get("state") != DIVERGED:
+            found.setdefault(key, []).append(float(value))
     return found
 
 

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,8 @@ Sample = tuple[int, str]  # the step, and what was written
 
 METRICS, ABOUT = "metrics.jsonl", "run.json"
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
+PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # of trials
+ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME))
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -63,7 +64,8 @@ class Ended:
             return cls(DIVERGED, error.exit_code, str(error))
         if isinstance(error, KeyboardInterrupt | Interrupted):
             return cls(INTERRUPTED, getattr(error, "code", 130))
-        return cls(FAILED, getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}")
+        code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+        return cls(FAILED, code if isinstance(code, int) else 1, f"{type(error).__name__}: {error}")
 
 
 class Guest:
@@ -162,9 +164,16 @@ class Tracker:
 
     def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
         ended = self.how_it_ended or (Ended.by(error) if error else Ended(FINISHED))
-        with suppress(OSError) if error else nullcontext():  # the disk may be full, which is told already
+        try:
             self._write_about({**read_about(self.folder), **vars(ended), "ended": _now()} if self.folder else {})
-        self.guest.finish(ended, self.folder)
+        except OSError as full:
+            if not error:
+                ended = Ended.by(full)
+                raise
+        finally:
+            self.guest.finish(ended, self.folder)
+            if error and (where := self.guest.where()):  # who ended well says so among other things
+                log.info("W&B: %s", where)
 
     def _write_about(self, about: Record) -> None:
         if self.folder:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from gpt2 import tracking
 from gpt2.config import Divergence, MachineError, OptunaConfig, UserError
 from gpt2.failures import is_full_disk, is_out_of_memory, machine_error
 from gpt2.interruption import Interrupted
 from gpt2.run_folder import LOCK, is_held
 from gpt2.storage import FAILURES, exclusive, failures_in_a_line
-from gpt2.tracking import Ended
+from gpt2.tracking import FINISHED, Ended
 from gpt2.worker import WORKER
 
 if TYPE_CHECKING:
@@ -59,12 +60,12 @@ class Ending(Enum):
     """How a trial ended, as a reader wants to know it."""
 
     COMPLETE = "complete"
-    PRUNED = "pruned"
-    DIVERGED = "diverged"
-    OUT_OF_MEMORY = "out of memory"
-    PAST_ITS_TIME = "past its time"
-    FAILED = "failed"
-    INTERRUPTED = "interrupted"
+    PRUNED = tracking.PRUNED
+    DIVERGED = tracking.DIVERGED
+    OUT_OF_MEMORY = tracking.OUT_OF_MEMORY
+    PAST_ITS_TIME = tracking.PAST_ITS_TIME
+    FAILED = tracking.FAILED
+    INTERRUPTED = tracking.INTERRUPTED
 
     @property
     def state(self) -> TrialState:
@@ -84,6 +85,12 @@ class Outcome:
     value: float | None = None
     stops_study: BaseException | None = None  # why no other trial should begin
     traceback: str | None = None
+
+    def ended(self, signal: int) -> Ended:
+        """The same as a run by itself has it."""
+        codes = {Ending.DIVERGED: 3, Ending.OUT_OF_MEMORY: 1, Ending.FAILED: 1, Ending.INTERRUPTED: 128 + signal}
+        state = FINISHED if self.ending == Ending.COMPLETE else self.ending.value
+        return Ended(state, codes.get(self.ending, 0), self.reason)
 
 
 class TrialUnderWay:
@@ -159,8 +166,7 @@ class TrialUnderWay:
             outcome = self._of_error(error)
             raise
         finally:
-            has_failed = outcome.ending == Ending.FAILED
-            trainer.tracker.ended(Ended(outcome.ending.value, int(has_failed), outcome.reason))
+            trainer.tracker.ended(outcome.ended(trainer.interrupted_by or SIGTERM))
 
     @contextmanager
     def _watched(self, trainer: "Trainer") -> Iterator[None]:

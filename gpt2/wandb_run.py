@@ -8,19 +8,20 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Collection
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.config import TrainRun, UserError, WandbConfig
-from gpt2.failures import without_password
-from gpt2.tracking import Ended, Guest, Record
+from gpt2.failures import without_secrets
+from gpt2.tracking import ENDINGS, Ended, Guest, Record
 
 if TYPE_CHECKING:
     import wandb
 
 log = logging.getLogger(__name__)
+
+Table = tuple[str, list[str | int], list[list[Any]]]  # its name, columns and rows
 
 ROOT = Path("outputs")  # all runs' files lie together in its folder `wandb`
 OURS_ALONE = ("wandb", "started_with", "resume", "resume_changes")  # of a configuration: nothing that runs compare by
@@ -47,32 +48,34 @@ def start_wandb(
     mode = wanted_mode(config.mode)
     if mode == "off":
         return Guest()
-    from gpt2 import wandb_service as service
+    how = {"name": name, "group": group, "tags": [tag[:64] for tag in tags], "config": settings or {}}
+    try:
+        from gpt2 import wandb_service as service
 
-    ROOT.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # not into the home directory
-    seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
-    run = service.start(
-        mode == "online",
-        seconds,
-        project=config.project,
-        entity=config.entity,
-        dir=str(ROOT),
-        id=identity or new_identity(),
-        resume="allow",
-        name=name,
-        group=group,
-        job_type=job_type,
-        tags=[tag[:64] for tag in tags],  # W&B takes no longer ones
-        config=harmless(settings or {}),
-        reinit="finish_previous",  # a run before in this process that did not end
-        allow_val_change=True,  # of a run that is resumed longer
-    )
-    if run is None:
+        ROOT.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # not into the home directory
+        seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
+        run = service.start(
+            mode == "online",
+            seconds,
+            **harmless(how),
+            project=config.project,
+            entity=config.entity,
+            dir=str(ROOT),
+            id=identity or new_identity(),
+            resume="allow",
+            job_type=job_type,
+            reinit="finish_previous",  # a run before in this process that did not end
+            allow_val_change=True,  # of a run that is resumed longer
+        )
+        if run is None:
+            return Guest()
+        if config.mode == "online" and run.offline:
+            log.warning("W&B: nobody is logged in here (`wandb login` does that), or nobody answers: kept offline.")
+        return WandbRun(run, config, seconds)
+    except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
+        log.warning("W&B did not start: %s", _line(error))
         return Guest()
-    if config.mode == "online" and run.offline:
-        log.warning("W&B: nobody is logged in here (`wandb login` does that), or nobody answers: kept offline.")
-    return WandbRun(run, config, seconds)
 
 
 def start_of_training(config: TrainRun, run_folder: Path, about: Record, known_id: str | None = None) -> Guest:
@@ -95,7 +98,7 @@ def start_of_training(config: TrainRun, run_folder: Path, about: Record, known_i
         group=study.name or config.name,
         job_type="train" if study.trial is None else "trial",
         tags=about["tags"],
-        settings={**plain(config), **facts, "folder": os.path.relpath(run_folder)},
+        settings={**told(about["config"]), **facts, "folder": os.path.relpath(run_folder)},
         identity=id_file.read_text(),
     )
 
@@ -113,21 +116,28 @@ def new_identity() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def plain(config: Any) -> Record:
-    """A configuration as W&B shows and filters it: nested, without what has no part in a comparison."""
-    values = {key: value for key, value in asdict(config).items() if key not in OURS_ALONE}
-    if isinstance(config, TrainRun):
+def told(config: Record) -> Record:
+    """A plain configuration as W&B shows and filters it: nested, without what has no part in a comparison."""
+    values = {key: value for key, value in config.items() if key not in OURS_ALONE}
+    if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
     return values
 
 
+def kept_offline(run_folders: Iterable[Path]) -> str | None:
+    """How to upload those of some runs of `train.py` that W&B keeps offline; None if there are none."""
+    ids = [path.read_text() for folder in run_folders if (path := folder / "wandb_id").exists()]
+    count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{identity}")) for identity in ids)
+    return f"{count} runs are kept offline; `wandb sync {ROOT}/wandb/offline-run-*` uploads them" if count else None
+
+
 def harmless(value: Any) -> Any:
-    """The same without passwords in URLs."""
+    """The same without what may be secret in URLs."""
     if isinstance(value, dict):
         return {key: harmless(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [harmless(inner) for inner in value]
-    return without_password(value) if isinstance(value, str) else value
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 class WandbRun(Guest):
@@ -140,7 +150,9 @@ class WandbRun(Guest):
         self.url = None if run.offline else run.url
         self._hears = self._takes_tables = self._is_uploaded = True
         self._table: threading.Thread | None = None
-        self._next_table: tuple[str, list[str | int], list[list[Any]]] | None = None
+        self._newest_table: Table | None = None
+        self._next_table: Table | None = None
+        self._rows_told = 0
         self._say(self._define)
 
     @staticmethod
@@ -157,11 +169,18 @@ class WandbRun(Guest):
     def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
         """In a thread: a table asks the server first, which takes 20 seconds where none answers.
 
-        While it does, only the newest table waits to be next.
+        While it does, only the newest table waits to be next. W&B keeps every version of a table whole, so one goes
+        in when it has grown by a tenth; the last one goes in at the end.
         """
-        if not (self._hears and self._takes_tables):
+        self._newest_table = name, columns, rows
+        if len(rows) >= 1.1 * self._rows_told:
+            self._hand_in_table()
+
+    def _hand_in_table(self) -> None:
+        if not (self._hears and self._takes_tables) or self._newest_table is None:
             return
-        self._next_table = name, columns, rows
+        self._next_table, self._newest_table = self._newest_table, None
+        self._rows_told = len(self._next_table[2])
         if self._table is None or not self._table.is_alive():
             self._table = threading.Thread(target=self._log_tables, daemon=True, name="wandb table")
             self._table.start()
@@ -185,18 +204,21 @@ class WandbRun(Guest):
     def finish(self, ended: Ended, folder: Path | None = None) -> None:
         from gpt2 import wandb_service as service
 
-        if self._table is not None:
-            self._table.join(service.GRACE_SECONDS if self.url else service.FINISH_SECONDS)
-        self._takes_tables = False
-        self._say(lambda run: self._conclude(run, ended, folder))
-        self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self._hears
+        try:
+            self._hand_in_table()
+            if self._table is not None:
+                self._table.join(service.GRACE_SECONDS if self.url else service.FINISH_SECONDS)
+            self._takes_tables = False
+            self._say(lambda run: self._conclude(run, ended, folder))
+        finally:
+            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self._hears
 
     def _conclude(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
         import wandb
 
         run.summary.update(harmless({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})}))
         if run.job_type == "trial":
-            run.tags = (*(tag for tag in run.tags or () if tag not in _endings()), ended.state)
+            run.tags = (*(tag for tag in run.tags or () if tag not in ENDINGS), ended.state)
         if folder and (picture := folder / "curves.png").exists():
             run.log({"curves": wandb.Image(str(picture))})
         if folder and self.config.log_checkpoints == "best":
@@ -206,6 +228,7 @@ class WandbRun(Guest):
     def _upload_best(run: "wandb.Run", folder: Path) -> None:
         import wandb
 
+        from gpt2 import wandb_service as service
         from gpt2.run_folder import find
 
         try:
@@ -214,7 +237,8 @@ class WandbRun(Guest):
             return
         artifact = wandb.Artifact(f"model-{run.id}", type="model")
         artifact.add_file(str(checkpoint))
-        run.log_artifact(artifact, aliases=["best"])
+        # It asks the server first, and has no limit of its own.
+        service.within(service.STAGING_SECONDS, lambda: run.log_artifact(artifact, aliases=["best"]))
 
     def where(self) -> str | None:
         if self.url is None:
@@ -235,10 +259,3 @@ class WandbRun(Guest):
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _endings() -> set[str]:
-    """The states of a trial: it may have been interrupted once, and have another one now."""
-    from gpt2.trial import Ending
-
-    return {ending.value for ending in Ending}

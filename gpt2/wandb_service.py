@@ -23,6 +23,7 @@ LOGIN_SECONDS = 3.0  # for one small question to the server
 INIT_SECONDS = 4.0  # to begin the run there
 FINISH_SECONDS = 4.0  # to upload what is left
 UPLOAD_SECONDS = 600.0  # the same with checkpoints, which somebody asked for
+STAGING_SECONDS = 60.0  # to copy a checkpoint to where it is uploaded from
 GRACE_SECONDS = 1.0  # for wandb to keep to these
 RETRY_SECONDS = 600.0
 
@@ -66,9 +67,9 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **how: Any) -
     except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
         log.warning("W&B did not start: %s", _line(error))
         return None
-    kept = Path(how["dir"]) / "wandb"
+    kept, own = Path(how["dir"]) / "wandb", f"*run-*-{how['id']}"
     for mode in ("online", "offline") if is_online and can_go_online() else ("offline",):
-        before = set(kept.glob("*run-*"))
+        before = set(kept.glob(own))
         begin = partial(wandb.init, mode=mode, settings=settings(finish_seconds), **how)
         try:
             run = within(INIT_SECONDS + GRACE_SECONDS, begin)
@@ -76,8 +77,11 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **how: Any) -
             log.warning("W&B (%s) did not start: %s", mode, _line(error))
             _stay_offline()
             end_service(0)  # it still holds the id that the next attempt takes
-            for empty in set(kept.glob("*run-*")) - before:
+            for empty in set(kept.glob(own)) - before:
                 shutil.rmtree(empty, ignore_errors=True)
+        except BaseException:  # asked to end meanwhile; wandb would say later that all went well
+            end_service(1)
+            raise
         else:
             os.environ.pop("WANDB_SERVICE", None)  # ours: a process that we start may go on after us
             return run

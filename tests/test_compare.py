@@ -8,20 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from gpt2 import main
 from gpt2 import runs as runs_module
-from gpt2.compare import Comparison, as_markdown, as_text, is_number, run, short_names
+from gpt2.compare import Comparison, as_markdown, as_text, is_number, short_names
 from gpt2.compare_page import page
 from gpt2.compare_pictures import colours, curves
 from gpt2.config import UserError
+from gpt2.pictures import picture
 from gpt2.runs import COLUMNS, RunResult, differences, find_runs
 from tests.helpers import ROOT
 
 
 def make_run(folder: Path, losses: tuple[float, ...] = (3.0, 2.0), state: str = "finished", **config) -> RunResult:
     """A run folder as train.py leaves it, with values of its configuration by full key."""
-    (folder / ".hydra").mkdir(parents=True)
+    folder.mkdir(parents=True)
     nested: dict = {}
     for key, value in {"name": "tiny", **config}.items():
         *groups, name = key.split(".")
@@ -29,16 +30,14 @@ def make_run(folder: Path, losses: tuple[float, ...] = (3.0, 2.0), state: str = 
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = value
-    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(nested))
     lines = []
     for number, loss in enumerate(losses, 1):
         at = {"step": number * 10, "tokens": number * 1000, "seconds": number * 36.0}
         lines.append({**at, "train/loss": loss + 0.1, "train/tokens_per_second": 100.0 * number, "train/mfu": None})
         lines.append({**at, "val/loss": loss, "val/bits_per_byte": loss / 2, "sample": f"text <b>{number}</b>"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "run.json").write_text(
-        json.dumps({"title": folder.name, "state": state, "parameters": 1234, "flops_per_token": 100.0})
-    )
+    about = {"title": f"{folder.name} seed={nested.get('train', {}).get('seed')}", "state": state, "config": nested}
+    (folder / "run.json").write_text(json.dumps({**about, "parameters": 1234, "flops_per_token": 100.0}))
     return RunResult(folder)
 
 
@@ -126,7 +125,7 @@ def test_a_label_names_only_what_tells_runs_apart(tmp_path):
     assert {found.label(result) for result in found.runs} == {
         *("d_model=32 seed=1", "d_model=32 seed=2", "d_model=64 seed=1")
     }
-    assert {found.label(result, with_seed=False) for result in found.runs} == {"d_model=32", "d_model=64"}
+    assert {found.group(result) for result in found.runs} == {"d_model=32", "d_model=64"}
 
 
 def test_runs_that_are_the_same_are_told_apart_by_their_folders(tmp_path):
@@ -210,6 +209,36 @@ def test_seeds_share_a_line_in_the_legend(tmp_path):
     assert list(by_time.lines[0].get_xdata()) == [36, 72]
 
 
+def test_runs_that_differ_by_the_seed_alone_are_one_line_and_repetitions_are_no_seeds(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "seeds" / str(seed), **{"train.seed": seed})
+    for number in range(2):
+        make_run(tmp_path / "again" / str(number), **{"train.learning_rate": 1.0})
+    make_run(tmp_path / "again" / "other", **{"train.learning_rate": 2.0})
+
+    def legend(place: str) -> list[str]:
+        return [t.get_text() for t in curves(Comparison(find_runs([str(tmp_path / place)]))).legends[0].get_texts()]
+
+    assert legend("seeds") == ["tiny (2 seeds)"]
+    assert sorted(legend("again")) == ["learning_rate=1 (2 runs)", "learning_rate=2"]
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    make_run(tmp_path / "1.2.3", name=r"$\foo$ a")
+    make_run(tmp_path / "b", name="_b")
+    found = Comparison(find_runs([str(tmp_path)]))
+    picture(curves(found))
+    assert "1.2.3" in page(found)
+    (legend,) = curves(found).legends
+    assert {text.get_text().strip("\u200b").replace("\\$", "$") for text in legend.get_texts()} == {r"$\foo$ a", "_b"}
+
+
+def test_places_with_strange_names_are_found_and_each_run_once(tmp_path, monkeypatch):
+    make_run(tmp_path / "a[1]=b")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_runs(["a[1]=b", str(tmp_path / "a[1]=b")])) == 1
+
+
 def test_many_runs_leave_the_worst_grey(tmp_path):
     for number in range(15):
         make_run(tmp_path / str(number), (3.0 + number / 10,), **{"train.weight_decay": number / 100})
@@ -238,22 +267,50 @@ def test_the_page_needs_nothing_beside_it_and_shows_text_as_text(two):
     assert 'id="run-0-' in text
 
 
-def test_json_has_full_names_and_numbers(two, capsys):
-    run([str(two.parent)], {"json": ""})
+def typed(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare", *words])
+    main.compare()
+
+
+def test_json_has_full_names_and_numbers(two, capsys, monkeypatch):
+    typed(monkeypatch, str(two.parent), "--json")
     records = json.loads(capsys.readouterr().out)
     assert [record["loss"] for record in records] == [2.0, 2.5]
     assert records[0]["config"] == {"train.learning_rate": 0.003}
     assert {"folder", "title", "state", *runs_module.COLUMNS} <= records[0].keys()
 
 
-def test_files_are_written_where_they_are_asked_for_and_a_place_that_cannot_be_is_refused(two, tmp_path, capsys):
-    run([str(two.parent)], {"html": str(tmp_path / "new" / "page.html"), "picture": str(tmp_path / "c.png")})
+def test_files_are_written_where_they_are_asked_for_and_a_place_that_cannot_be_is_refused(
+    two, tmp_path, capsys, monkeypatch
+):
+    typed(monkeypatch, str(two.parent), f"html={tmp_path}/new/page.html", f"picture={tmp_path}/c.svg")
     assert (tmp_path / "new" / "page.html").read_text().startswith("<!doctype html>")
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert str(tmp_path / "c.png") in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "c.svg").read_text()
+    assert f"written to {tmp_path}/c.svg" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        run([str(two.parent)], {"picture": str(tmp_path / "file" / "c.png")})
+        typed(monkeypatch, str(two.parent), f"picture={tmp_path}/file/c.png")
+    with pytest.raises(UserError, match=r"none of \.png, \.svg"):
+        typed(monkeypatch, str(two.parent), "picture=c.jpg")
+
+
+def test_a_resumed_run_is_compared_by_what_it_was_told_last(trained, workspace):
+    (real,) = trained.runs()
+    copy = workspace.folder / "outputs" / "runs" / "gpt2" / "a"
+    shutil.copytree(real, copy)
+    workspace.run(
+        "train.py",
+        f"resume={copy}",
+        "resume_changes=true",
+        "train.learning_rate=0.5",
+        "train.max_steps=9",
+        "wandb=off",
+        "data.files=[corpus.txt]",
+    )
+    found = Comparison([RunResult(real), RunResult(copy)])
+    assert "train.learning_rate" in found.keys
+    assert RunResult(copy).config["train.learning_rate"] == 0.5
+    assert RunResult(copy).config["data.tokenizer"] == "bytes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,9 +322,9 @@ def test_real_runs_are_compared_without_torch(trained, workspace):
     for name, rate in (("a", "0.0003"), ("b", "0.01")):
         copy = workspace.folder / "outputs" / "runs" / "gpt2" / name
         shutil.copytree(real, copy)
-        config = copy / ".hydra" / "config.yaml"
-        assert "learning_rate: 0.0003" in config.read_text()
-        config.write_text(config.read_text().replace("learning_rate: 0.0003", f"learning_rate: {rate}"))
+        about = copy / "run.json"
+        assert '"learning_rate": 0.0003' in about.read_text()
+        about.write_text(about.read_text().replace('"learning_rate": 0.0003', f'"learning_rate": {rate}'))
     code = "import sys; sys.argv[1:] = ['compare']\nimport gpt2.main; gpt2.main.main(); print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=workspace.folder, env=workspace.environment, capture_output=True, text=True
@@ -287,6 +344,8 @@ def test_real_runs_are_compared_without_torch(trained, workspace):
         (["--jsn"], "error: --jsn: there is no such option; there are sort=..., html=..."),
         (["srt=loss"], "error: srt=loss: there is no such option"),
         (["corpus.txt"], "error: corpus.txt has no run in it"),
+        (["--json=x"], "error: --json=x: there is no such option"),
+        (["outputs/runs/*seed=1"], "error: outputs/runs/*seed=1 is not there"),
     ],
 )
 def test_a_mistake_is_told_in_a_line(workspace, arguments, told):

@@ -69,7 +69,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
         (Divergence("the loss is nan"), "diverged", 3),
         (UserError("no"), "failed", 2),
         (ZeroDivisionError("division"), "failed", 1),
-        (SystemExit(7), "failed", 1),
+        (SystemExit(7), "failed", 7),
     ],
 )
 def test_how_a_run_ends_is_kept_and_told(tmp_path, error, state, exit_code):
@@ -108,6 +108,22 @@ def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path, monke
     with pytest.raises(ZeroDivisionError), tracker:
         monkeypatch.setattr(tracker, "_write_about", full)
         raise ZeroDivisionError
+
+
+def test_a_disk_that_is_full_at_a_good_end_is_told_to_the_guest_too(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    heard = []
+
+    class Listener(Guest):
+        def finish(self, ended: Ended, folder) -> None:
+            heard.append((ended.state, ended.exit_code))
+
+    tracker = Tracker(tmp_path, Listener())
+    with pytest.raises(OSError, match="No space"), tracker:
+        monkeypatch.setattr(tracker, "_write_about", full)
+    assert heard == [("failed", 1)]
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"state":'])

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 
 from gpt2 import wandb_service
 from gpt2.config import TrainRun, WandbConfig
+from gpt2.reproducibility import commit
 from gpt2.tracking import Ended, Guest, Tracker, read_metrics
-from gpt2.wandb_run import WandbRun, harmless, plain, start_wandb, wanted_mode
+from gpt2.wandb_run import WandbRun, harmless, kept_offline, start_wandb, told, wanted_mode
 from tests.conftest import TINY, Workspace
 from tests.test_tracking import record
 from tests.wandb_file import read_wandb
@@ -54,7 +56,8 @@ def test_a_run_is_told_in_the_conventions_by_which_runs_compare(trained):
     assert (config["model"]["d_model"], config["train"]["batch_size"], config["tokens_per_step"]) == (32, 4, 128)
     assert config["parameters"] > 10_000
     assert config["machine"]["cores"]
-    assert "commit" in (config["repository"] or {"commit": None})
+    assert (config["repository"] is None) == (commit() is None)
+    assert not commit() or len(config["repository"]["commit"]) == 40
     assert config["choices"]["model"] == "gpt2_nano"
     assert not {"wandb", "started_with", "resume"} & config.keys()
 
@@ -115,14 +118,14 @@ def test_trials_of_a_study_are_told_apart_and_each_by_how_it_ended(workspace):
     workspace.run(
         "train.py", "-m", *study, *overrides, "train.batch_size=4", "wandb=offline", "hydra/sweeper/pruner=none"
     )
-    told = sorted(files_of(workspace), key=lambda run: run["display_name"])
-    assert [run["display_name"] for run in told] == [f"mine-{number:04}" for number in range(4)]
-    assert {(run["group"], run["job_type"]) for run in told} == {("mine", "trial")}
-    assert [run["config"]["study"]["trial"] for run in told] == [0, 1, 2, 3]
-    assert [run["summary"]["state"] for run in told] == ["complete", "failed", "diverged", "complete"]
-    assert [run["exit_code"] for run in told] == [0, 1, 0, 0]
-    assert all(run["summary"]["state"] in run["tags"] for run in told)
-    assert len({run["id"] for run in told}) == 4
+    runs = sorted(files_of(workspace), key=lambda run: run["display_name"])
+    assert [run["display_name"] for run in runs] == [f"mine-{number:04}" for number in range(4)]
+    assert {(run["group"], run["job_type"]) for run in runs} == {("mine", "trial")}
+    assert [run["config"]["study"]["trial"] for run in runs] == [0, 1, 2, 3]
+    assert [run["summary"]["state"] for run in runs] == ["finished", "failed", "diverged", "finished"]
+    assert [run["exit_code"] for run in runs] == [0, 1, 3, 0]
+    assert all(run["summary"]["state"] in run["tags"] for run in runs)
+    assert len({run["id"] for run in runs}) == 4
 
 
 @pytest.mark.slow
@@ -145,11 +148,13 @@ def test_scores_and_texts_are_told_too(trained, script, tmp_path):
 
 
 def test_a_configuration_is_told_without_what_is_nobodys_business():
-    values = plain(TrainRun(started_with=["a=b"]))
+    values = told(asdict(TrainRun(started_with=["a=b"])))
     assert values["model"]["d_model"] == 768
     assert values["study"] == {"name": None, "trial": None}
     assert "started_with" not in values
-    assert harmless({"a": ["postgresql://me:word@host/x"], "b": 1}) == {"a": ["postgresql://me:***@host/x"], "b": 1}
+    secrets = ["postgresql://me:word@host/x", "https://TOKEN@host/x.txt", "https://host/x?token=abc&n=1"]
+    starred = ["postgresql://***@host/x", "https://***@host/x.txt", "https://host/x?token=***&n=***"]
+    assert harmless({"a": secrets, "b": 1}) == {"a": starred, "b": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,6 +315,62 @@ def test_a_server_that_failed_is_not_asked_again_by_the_next_run(tmp_path, monke
         guest.finish(Ended("finished"))
         assert "wandb sync" in str(guest.where())
     assert len(asked) == 1
+
+
+def test_a_place_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").write_text("in the way")
+    with caplog.at_level("WARNING"):
+        guest = start_wandb(WandbConfig(mode="offline"), name="n", group="g", job_type="train")
+    assert type(guest) is Guest
+    assert "W&B did not start" in caplog.text
+
+
+def test_a_start_that_fails_takes_nothing_of_other_runs_away(tmp_path, monkeypatch):
+    """Which begin meanwhile, in other processes."""
+    theirs = tmp_path / "wandb" / "offline-run-1-theirs"
+    ours = tmp_path / "wandb" / "run-1-ours"
+
+    def fail(**how) -> None:
+        if how["mode"] == "online":
+            theirs.mkdir(parents=True)
+            ours.mkdir()
+        raise ConnectionError
+
+    monkeypatch.setattr(wandb_service, "can_go_online", lambda: True)
+    monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
+    monkeypatch.setattr(wandb_service, "_offline_until", 0.0)
+    monkeypatch.setattr("wandb.init", fail)
+    assert wandb_service.start(True, dir=str(tmp_path), id="ours") is None
+    assert theirs.exists()
+    assert not ours.exists()
+
+
+def test_a_table_goes_in_when_it_has_grown_and_once_more_at_the_end(monkeypatch):
+    handed_in = []
+    monkeypatch.setattr(WandbRun, "_log_tables", lambda self: handed_in.append(len(self._next_table[2])))
+    monkeypatch.setattr(wandb_service, "finish", lambda *_: True)
+    run = BrokenRun()
+    run.define_metric = lambda *_args, **_more: None
+    guest = WandbRun(run, WandbConfig(), 1.0)
+    for count in range(1, 101):
+        guest.show_table("samples", ["text"], [["a"]] * count)
+        guest._table.join()
+    guest.finish(Ended("finished"))
+    guest._table.join()
+    assert handed_in[:3] == [1, 2, 3]
+    assert handed_in[-1] == 100
+    assert sum(handed_in) < 13 * 100
+
+
+def test_what_is_kept_offline_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        (tmp_path / f"run{number}").mkdir()
+        (tmp_path / f"run{number}" / "wandb_id").write_text(f"id{number}")
+    (tmp_path / "outputs" / "wandb" / "offline-run-1-id1").mkdir(parents=True)
+    assert kept_offline(tmp_path.glob("run*")).startswith("1 runs are kept offline; `wandb sync outputs/wandb/offline")
+    assert kept_offline([]) is None
 
 
 def test_a_home_is_left_alone_but_for_caches_and_settings(trained):
