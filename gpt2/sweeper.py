@@ -289,6 +289,7 @@ class StudySweeper(Sweeper):
             StudyFailure: There is nothing.
         """
         from gpt2 import study_report
+        from gpt2.wandb_run import kept_offline
 
         if study.best() is None:
             study_report.write(study.optuna, self.folder)
@@ -308,6 +309,8 @@ class StudySweeper(Sweeper):
             f"Train the best one again, longer, otherwise:  {again}\n"
             f"Write with it:  python generate.py {as_argument('checkpoint', str(self.folder / str(best.number)))}"
         )
+        if told := kept_offline(path for path in self.folder.iterdir() if path.name.isdigit()):
+            log.info(f"\nW&B: {told}")
 
     def _write_best(self, best: "FrozenTrial") -> tuple[str, str]:
         """Write `best.yaml`. Returns the name of the study, and the command that is the same."""
