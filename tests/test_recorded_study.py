@@ -1,0 +1,315 @@
+"""Recorded studies: their plans, what they run, what they write."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2.composition import ROOT
+from gpt2.config import StudyPlan, UserError
+from gpt2.recorded_study import RecordedStudy
+from gpt2.study_plan import Point, read_plan
+from gpt2.study_results import CLOSING, OPENING, Results, with_section
+from gpt2.tracking import read_metrics
+from tests.conftest import TEXT, TINY, Workspace
+from tests.test_compare import make_run
+
+STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.yaml"))
+PLAN = """
+variants: [narrow, wide]
+sweep: {train.learning_rate: [1e-3, 3e-3]}
+seeds: [1, 2]
+x: train.learning_rate
+lines: model.d_model
+"""
+
+
+def write_study(folder: Path, plan: str = PLAN) -> Path:
+    """A study of tiny models, in a folder where presets are looked for."""
+    study = folder / "outputs" / "sweeps" / "tiny"
+    study.mkdir(parents=True)
+    (folder / "corpus.txt").write_text(TEXT)
+    groups = {key: value for key, value in (word.split("=") for word in TINY) if "." not in key}
+    values: dict = {"name": "tiny"}
+    for key, value in (word.split("=") for word in TINY if "." in word.split("=")[0]):
+        group, name = key.split(".")
+        values.setdefault(group, {})[name] = yaml.safe_load(value)
+    defaults = {"defaults": [{f"override /{group}": choice} for group, choice in groups.items()]}
+    (study / "_base.yaml").write_text("# @package _global_\n" + yaml.safe_dump({**defaults, **values}))
+    for name, width in (("narrow", 16), ("wide", 32)):
+        own = {"defaults": ["_base"], "model": {"d_model": width}}
+        (study / f"{name}.yaml").write_text("# @package _global_\n" + yaml.safe_dump(own))
+    (study / "study.yaml").write_text(plan)
+    return study
+
+
+def finished(study: str, plan: StudyPlan, folder: Path, monkeypatch) -> Results:
+    """What the runs of a plan would have left: the loss is 2, less for a higher rate, and a tenth apart by seed."""
+    monkeypatch.chdir(folder)
+    points = []
+    for variant, width in zip(plan.variants, (16, 32, 64), strict=False):
+        for rate in plan.sweep["train.learning_rate"]:
+            for seed in plan.seeds:
+                point = Point(study, variant, {"train.learning_rate": rate, "train.seed": seed})
+                loss = round(2 - 100 * rate + seed / 10 + width / 100, 4)
+                config = {"model.d_model": width, "train.learning_rate": rate, "train.seed": seed}
+                state = "diverged" if rate > 0.1 else "finished"
+                make_run(point.folder, (3.0, loss), state, **config)
+                points.append(point)
+    return Results(study, plan, points)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_there_are_recorded_studies():
+    assert {"learning_rate", "depth_or_width", "tokenizer"} <= {folder.name for folder in STUDIES}
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
+def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # none of its runs is here
+    study = RecordedStudy(folder)
+    with (folder / "results.csv").open() as file:
+        rows = [(row["variant"], row["train.seed"]) for row in csv.DictReader(file)]
+    assert sorted(rows) == sorted((point.variant, str(point.values["train.seed"])) for point in study.points)
+    readme = (folder / "README.md").read_text()
+    assert OPENING in readme
+    assert f"python -m gpt2.main study experiments/{folder.name}" in readme
+
+
+def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    points = RecordedStudy(folder).points
+    assert [point.name for point in points[:5]] == [
+        *("narrow learning_rate=0.001 seed=1", "narrow learning_rate=0.003 seed=1"),
+        *("wide learning_rate=0.001 seed=1", "wide learning_rate=0.003 seed=1", "narrow learning_rate=0.001 seed=2"),
+    ]
+    assert points[0].arguments == [
+        *("+tiny=narrow", "train.learning_rate=0.001", "train.seed=1", "train.auto_resume=true"),
+        "hydra.run.dir='outputs/studies/tiny/narrow,learning_rate=0.001,seed=1'",
+    ]
+    assert len({point.folder for point in points}) == 8
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"),
+    [
+        ("variants: [a", "study.yaml: while parsing"),
+        ("variant: [narrow]", "Key 'variant' not in 'StudyPlan'"),
+        ("variants: [narow]", "there is no narow.yaml beside it"),
+        ("variants: [narrow]\nmetric: lss", "there is no lss; there are loss, best"),
+        ("variants: [narrow]\nseeds: []", "need at least one value"),
+        ("variants: [narrow]\nseeds: [1, 1]", "the same run is asked for twice"),
+        ("", "lines are wanted"),
+        ("[1]", "lines are wanted"),
+        ("variants: [narrow]\nsweep: [a]", "study.yaml: "),
+        ("variants: [narrow]\nx: nonsense", "x: there is no nonsense to draw by"),
+        ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
+        ("variants: [narrow, wide]\nx: train.seed\nlines: train.seed", "do not tell"),
+        (
+            "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
+            "sweep one key",
+        ),
+        ("variants: [narrow]\nsweep: {train.lr: [1]}", "train.lr=1 train.seed=1 does not fit"),
+        ("variants: [narrow]\nsweep: {model.num_heads: [4, 5]}", "num_heads=5 seed=1: model.num_heads: 5 heads"),
+        ("sweep: {train.lr: [1]}", "missing mandatory value: variants"),
+    ],
+)
+def test_a_fault_in_a_plan_is_told_before_anything_runs(tmp_path, monkeypatch, plan, told):
+    folder = write_study(tmp_path, plan)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        RecordedStudy(folder)
+    assert told in str(refused.value)
+    assert not (tmp_path / "outputs" / "studies").exists()
+
+
+def test_a_study_that_no_run_would_find_is_refused(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path / "outputs")
+    with pytest.raises(UserError, match="presets are looked for"):
+        RecordedStudy(folder)
+
+
+def test_runs_of_another_plan_are_not_taken_for_its_own(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    point = RecordedStudy(folder).points[0]
+    make_run(point.folder, **{"train.max_steps": 9})
+    with pytest.raises(UserError, match=r"was begun with train.max_steps=9, the study says 8 by now"):
+        RecordedStudy(folder)
+
+
+def test_numbers_in_a_plan_may_be_written_as_on_the_command_line(tmp_path):
+    assert read_plan(write_study(tmp_path)).sweep == {"train.learning_rate": [0.001, 0.003]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def test_the_table_has_means_and_spreads_and_the_best_is_bold(tmp_path, monkeypatch):
+    plan = read_plan(write_study(tmp_path))
+    results = finished("tiny", plan, tmp_path, monkeypatch)
+    assert results.table().splitlines() == [
+        "| d model \\ learning rate | 0.001 | 0.003 |",
+        "| ---: | ---: | ---: |",
+        "| 16 | 2.2100 ± 0.050 | **2.0100 ± 0.050** |",
+        "| 32 | 2.3700 ± 0.050 | **2.1700 ± 0.050** |",
+    ]
+    rows = list(csv.DictReader(results.csv().splitlines()))
+    assert [(row["variant"], row["train.learning_rate"], row["loss"]) for row in rows[:2]] == [
+        *(("narrow", "0.001", "2.16"), ("narrow", "0.001", "2.26"))
+    ]
+
+
+def test_what_diverged_is_said_and_is_never_the_best(tmp_path, monkeypatch):
+    plan = read_plan(write_study(tmp_path, PLAN.replace("3e-3", "1.0")))
+    results = finished("tiny", plan, tmp_path, monkeypatch)
+    assert "| 16 | **2.2100 ± 0.050** | diverged |" in results.table()
+    assert results.over_x().axes[0].lines
+
+
+def test_a_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypatch):
+    plan = read_plan(write_study(tmp_path))
+    results = finished("tiny", plan, tmp_path, monkeypatch)
+    run = next(r for p, r in results.runs if p.values["train.learning_rate"] == 3e-3)
+    about = run.folder / "run.json"
+    about.write_text(about.read_text().replace('"finished"', '"diverged"'))
+    table = Results("tiny", plan, [p for p, _ in results.runs]).table()
+    assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in table
+
+
+def test_figures_are_written_in_full(tmp_path, monkeypatch):
+    results = finished("tiny", read_plan(write_study(tmp_path)), tmp_path, monkeypatch)
+    folder = results.runs[0][0].folder
+    line = {"step": 90, "tokens": 12_345_678, "seconds": 1.0, "val/loss": 2.123456789012}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    row = next(csv.DictReader(Results("tiny", results.plan, [p for p, _ in results.runs]).csv().splitlines()))
+    assert (row["tokens"], row["loss"]) == ("12345678", "2.123456789012")
+
+
+def test_values_that_are_nearly_the_same_are_other_runs():
+    names = {Point("s", "v", {"train.learning_rate": rate}).folder for rate in (0.0012345671, 0.0012345672)}
+    assert len(names) == 2
+    assert Point("s", "v", {"train.max_steps": None, "data.files": ["a b"]}).overrides == [
+        *("+s=v", "train.max_steps=null", 'data.files=["a b"]')
+    ]
+
+
+def test_a_readme_keeps_what_people_wrote():
+    text = f"# A\n\nWhy?\n\n{OPENING}\nold\n{CLOSING}\n\nBecause.\n"
+    once = with_section(text, "new \\1")
+    assert once == f"# A\n\nWhy?\n\n{OPENING}\n\nnew \\1\n\n{CLOSING}\n\nBecause.\n"
+    assert with_section(once, "new \\1") == once
+    assert with_section("# A\n", "x").startswith("# A\n\n<!--")
+
+
+def test_results_are_put_beside_those_that_were_recorded(tmp_path, monkeypatch):
+    plan = read_plan(write_study(tmp_path))
+    results = finished("tiny", plan, tmp_path, monkeypatch)
+    assert results.beside_recorded(tmp_path) is None
+    files = results.write(tmp_path)
+    assert all((tmp_path / name).stat().st_size for name in files)
+    assert "4 of 4 means lie within" in results.beside_recorded(tmp_path)
+    assert "4 are the same to all digits" in results.beside_recorded(tmp_path)
+    recorded = tmp_path / "results.csv"
+    recorded.write_text(recorded.read_text().replace(",2.16,", ",2.96,"))
+    assert "3 of 4 means" not in results.beside_recorded(tmp_path)  # the range has grown with it
+    recorded.write_text(recorded.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
+    assert "3 of 4 means lie within" in results.beside_recorded(tmp_path)
+    assert "largest difference is 0.1500" in results.beside_recorded(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As typed
+
+
+def test_a_variant_is_found_from_any_folder(workspace: Workspace):
+    done = workspace.run("train.py", "+learning_rate=width_64", "train.learning_rate=4e-3", "--cfg", "job")
+    assert "d_model: 64" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
+    folder = write_study(workspace.folder)
+    place = "outputs/sweeps/tiny"
+    command = workspace.command("gpt2/main.py", "study", place, "jobs=1")
+    command[1:2] = ["-m", "gpt2.main"]
+    running = subprocess.Popen(
+        command,
+        cwd=workspace.folder,
+        env=workspace.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(workspace.folder.glob("outputs/studies/tiny/*2*/.hydra")):  # the second run has begun
+        time.sleep(0.05)
+        assert running.poll() is None
+    running.send_signal(signal.SIGINT)
+    told, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, told
+    assert "Traceback" not in told
+    assert not (folder / "results.csv").exists()
+
+    collected = workspace.module("gpt2.main", "study", place, "jobs=0")
+    assert "runs are missing" in collected.stdout, collected.stderr
+    done = workspace.module("gpt2.main", "study", place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "of them done" in done.stdout
+    assert "8 of 8" in done.stdout
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert len(rows) == 8
+    assert {row["state"] for row in rows} == {"finished"}
+    assert (folder / "results.png").exists()
+    again = workspace.module("gpt2.main", "study", place)
+    assert "8 of them done" in again.stdout
+    assert "4 are the same to all digits" in again.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_and_take_nothing_from_each_other(workspace: Workspace):
+    write_study(workspace.folder, "variants: [narrow, wide]\nseeds: [1, 2]")
+    command = [sys.executable, "-m", "gpt2.main", "study", "outputs/sweeps/tiny", "jobs=1"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, **streams) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    for folder in (workspace.folder / "outputs" / "studies" / "tiny").iterdir():
+        assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "val/loss" in r] == [4, 8]
+
+
+@pytest.mark.slow
+def test_a_run_that_breaks_is_told_and_the_others_go_on(workspace: Workspace):
+    folder = write_study(workspace.folder, "variants: [narrow, wide]")
+    (folder / "wide.yaml").write_text("# @package _global_\ndefaults: [_base]\ndata: {tokenizer: gpt2}\n")
+    done = workspace.module("gpt2.main", "study", "outputs/sweeps/tiny")
+    assert done.returncode == 1
+    assert "wide seed=1: exit code 2, gpt2: there is no such folder here" in done.stderr  # the Hub is out of reach
+    assert "val loss" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "error: study: one folder"),
+        (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
+        (["experiments/learning_rate", "jobs=two"], "error: study: one folder"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(workspace, arguments, told):
+    done = workspace.module("gpt2.main", "study", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == 1
