@@ -243,5 +243,5 @@ def _machine(run: RunResult) -> str:
     machine, versions = run.about.get("machine") or {}, run.about.get("versions") or {}
     device = machine.get("device")
     place = f"{machine.get('cpu')} with {machine.get('cores')} cores" if device == "cpu" else device
-    threads = f", {machine.get('threads')} a run" if device == "cpu" else ""
+    threads = f", {machine.get('threads')} of them a run" if device == "cpu" else ""
     return f"{place}{threads} (PyTorch {versions.get('torch')}, Python {versions.get('python')})"

@@ -172,6 +172,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace:
     assert len(refused.stderr.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_what_would_change_the_run_is_refused_or_listed(workspace: Workspace):
     options = ["data.tokenizer=train", "data.vocab_size=270"]
     workspace.run("train.py", *TINY, *options)

@@ -301,7 +301,6 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
 @pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
 def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
     """nanoGPT with this configuration: 1.893 nats a character over the whole validation split."""
-    workspace.environment["OMP_NUM_THREADS"] = str(os.cpu_count())
     corpus = SHARED / "datasets/tinyshakespeare/input.txt"
     workspace.run("train.py", "experiment=shakespeare_char", f"data.files=[{corpus}]", "wandb=off")
     losses = [r["val/loss"] for r in read_metrics(workspace.runs()[0] / "metrics.jsonl") if "val/loss" in r]
@@ -312,7 +311,6 @@ def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not at hand")
 def test_the_real_124m_model_trains_on_a_cpu(workspace: Workspace):
-    workspace.environment["OMP_NUM_THREADS"] = str(os.cpu_count())
     done = workspace.run(
         *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
         *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),

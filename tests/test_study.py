@@ -108,6 +108,7 @@ def test_a_trial_that_kills_every_process_is_given_up(tmp_path):
         assert study.optuna.trials[0].user_attrs["reason"] == f"its process died {MOST_DEATHS} times"
 
 
+@pytest.mark.slow
 def test_news_of_a_trial_gives_it_more_lives(tmp_path):
     for number in range(MOST_DEATHS + 2):
         claim_and_die(tmp_path)

@@ -1,7 +1,6 @@
 """Studies from the command line: the real `train.py -m` on runs of a second, and what it leaves behind."""
 
 import csv
-import json
 import os
 import re
 import shlex
@@ -24,6 +23,7 @@ from gpt2.config import UserError, steps_of_compute
 from gpt2.model import GPT2Model
 from tests.conftest import ROOT, TINY, Workspace
 from tests.test_scripts import wait_for
+from tests.wandb_file import read_wandb
 
 TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
 STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
@@ -119,23 +119,11 @@ def test_the_storage_is_written_down_nowhere(studied):
 
 
 def test_wandb_has_a_run_for_each_trial_with_its_number_and_state(studied):
-    states = {}
-    for folder in sorted((studied.folder / "outputs" / "wandb").glob("offline-run-*")):
-        done = subprocess.run(
-            [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
-            env=studied.environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        records = [json.loads(line) for line in done.stdout.splitlines()]
-        text = json.dumps(records)
-        assert '"mine"' in text
-        number = int(re.search(r"mine-(\d{4})", text)[1])
-        trial = studied.study.trials[number]
-        assert trial.state.name.lower() in text
-        states[number] = trial.state.name
-    assert sorted(states) == list(range(6))
+    told = [read_wandb(folder) for folder in (studied.folder / "outputs" / "wandb").glob("offline-run-*")]
+    states = {run["config"]["study"]["trial"]: run["summary"]["state"] for run in told}
+    shown = {"COMPLETE": "finished", "PRUNED": "pruned"}
+    assert states == {trial.number: shown[trial.state.name] for trial in studied.study.trials}
+    assert all(run["group"] == "mine" and run["summary"]["state"] in run["tags"] for run in told)
 
 
 def test_the_best_trial_runs_again_as_a_preset_and_as_it_is_printed(studied, monkeypatch):
