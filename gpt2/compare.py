@@ -50,6 +50,9 @@ class Comparison:
         Raises:
             UserError: There is nothing of that name to sort by.
         """
+        keys = {key for run in self.runs for key in run.config if key.rpartition(".")[2] == self.sort}
+        if self.sort not in COLUMNS and len(keys) == 1:
+            (self.sort,) = keys
         column = COLUMNS.get(self.sort)
         if column is None and not any(self.sort in run.config for run in self.runs):
             raise UserError(

@@ -27,21 +27,30 @@ def colours(values: Sequence[Any]) -> list[str]:
     return [to_hex(scale(place % scale.N)) for place in range(len(values))]
 
 
-def curves(found: Comparison, cost: str = "seconds", identify: Callable[[RunResult], str] | None = None) -> Figure:
+def curves(
+    found: Comparison,
+    cost: str = "seconds",
+    identify: Callable[[RunResult], str] | None = None,
+    palette: dict[str, str] | None = None,
+    group_of: Callable[[RunResult], str] | None = None,
+) -> Figure:
     """Draw all runs; those that differ by their seed only have one colour, and one line in the legend.
 
     Args:
         cost: What the right half is drawn against: seconds or flops.
         identify: The id of a run's lines, in SVG.
+        palette: A colour for each group.
+        group_of: What a run is called in the legend, if it is not what tells it from the others.
     """
     groups: dict[str, list[RunResult]] = {}
     for run in found.runs:
-        groups.setdefault(found.group(run), []).append(run)
+        groups.setdefault((group_of or found.group)(run), []).append(run)
     key = "val/bits_per_byte" if _needs_bits(found) else "val/loss"
     figure = new_figure(11, 4.8)
     by_tokens, by_cost = figure.subplots(1, 2, sharey=True)
     named = list(groups)[:MOST_NAMED]
-    palette = dict(zip(named, colours(_values(found, [groups[label][0] for label in named])), strict=True))
+    if palette is None:
+        palette = dict(zip(named, colours(_values(found, [groups[label][0] for label in named])), strict=True))
     unit, size = _unit_of_time(found.runs) if cost == "seconds" else (UNITS[cost], 1.0)
     for label, runs in groups.items():
         for number, run in enumerate(runs):

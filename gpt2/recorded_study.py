@@ -99,6 +99,9 @@ class RecordedStudy:
                     log.info(f"{done + mine:>4} of {len(self.points)}  {problem or self.told(point)}  {clock}".rstrip())
                     problems += [problem] if problem else []
                 time.sleep(0.2)
+        except (KeyboardInterrupt, SystemExit):
+            log.info(f"{sum(map(is_done, self.points))} of {len(self.points)} runs are done. The same command goes on.")
+            raise
         finally:
             for process in running.values():
                 process.end()

@@ -4,7 +4,7 @@ import glob
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import log
+from math import isfinite, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +28,10 @@ def flat(nested: Record, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
 DEFAULTS = flat(asdict(TrainRun()))  # what a run was not told, it had, whatever version of this repository it is from
 
 
@@ -48,25 +52,32 @@ class RunResult:
                 nested = yaml.safe_load((self.folder / ".hydra" / "config.yaml").read_bytes())
             except (OSError, yaml.YAMLError):
                 return {}
+            if isinstance(nested, dict) and isinstance(nested.get("model"), dict):
+                del nested["model"]["vocab_size"]  # the tokenizer's by now, whatever stands there
         return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
     @property
     def title(self) -> str:
-        return self.about.get("title") or self.folder.name
+        return str(self.about.get("title") or self.folder.name)
 
     @property
     def state(self) -> str | None:
         state = self.about.get("state")
         if state == RUNNING and is_held(self.folder / LOCK) is False:
             return KILLED
-        return state
+        return state if isinstance(state, str) else None
 
     def values(self, key: str) -> list[float]:
         """All that was logged under a key, in order."""
-        return [record[key] for record in self.records if record.get(key) is not None]
+        return [record[key] for record in self.records if is_finite(record.get(key))]
 
     def last(self, key: str) -> float | None:
-        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
+        return next((r[key] for r in reversed(self.records) if is_finite(r.get(key))), None)
+
+    def fact(self, key: str) -> float | None:
+        """A number of `run.json`."""
+        value = self.about.get(key)
+        return value if is_finite(value) else None
 
     @property
     def best_loss(self) -> float | None:
@@ -86,7 +97,7 @@ class RunResult:
     @property
     def flops(self) -> float | None:
         """Floating point operations of its training, evaluations left out; see `GPT2Model.flops_per_token`."""
-        tokens, each = self.last("tokens"), self.about.get("flops_per_token")
+        tokens, each = self.last("tokens"), self.fact("flops_per_token")
         return None if tokens is None or each is None else tokens * each
 
     @property
@@ -97,9 +108,11 @@ class RunResult:
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
         """Points of two logged values, at the records that have both; `flops` counts as one."""
-        factor = self.about.get("flops_per_token") if x == "flops" else 1
+        factor = self.fact("flops_per_token") if x == "flops" else 1.0
         key = "tokens" if x == "flops" else x
-        return [(r[key] * factor, r[y]) for r in self.records if None not in (r.get(y), r.get(key), factor)]
+        if factor is None:
+            return []
+        return [(r[key] * factor, r[y]) for r in self.records if is_finite(r.get(y)) and is_finite(r.get(key))]
 
 
 @dataclass
@@ -123,7 +136,7 @@ COLUMNS = {
     "hours": Column("hours", lambda run: run.hours, "{:.3g}".format),
     "mfu": Column("MFU", lambda run: run.last("train/mfu"), "{:.1%}".format, is_less_better=False),
     "flops": Column("FLOPs", lambda run: run.flops, "{:.3g}".format),
-    "parameters": Column("parameters", lambda run: run.about.get("parameters"), "{:,}".format),
+    "parameters": Column("parameters", lambda run: run.fact("parameters"), "{:,}".format),
 }
 
 UNITS = {  # what axes say

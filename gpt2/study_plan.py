@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.command_line import with_values
+from gpt2.command_line import command_line_faults, with_values
 from gpt2.composition import ROOT, WITHOUT_PART, compose, explain, in_hydras_grammar, resolve
 from gpt2.config import StudyPlan, TrainRun, UserError
 from gpt2.runs import COLUMNS, SEED, RunResult, flat
@@ -134,8 +134,9 @@ def _faults_of_runs(variant: Path, points: list[Point], settings: dict[Point, di
     for point in points:
         changed = with_values(composed, point.overrides[1:])
         if changed is None:
-            found.append(f"{variant.with_name(PLAN)}: sweep: {' '.join(point.overrides[1:])} does not fit")
-            continue
+            return [
+                f"{variant.with_name(PLAN)}: sweep: {fault}" for fault in command_line_faults("train", point.overrides)
+            ]
         try:
             config = resolve("train", changed, point.overrides)
         except UserError as error:

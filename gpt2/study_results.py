@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from gpt2.checkpoint import replacing
 from gpt2.compare import Comparison, as_markdown, shown_value
 from gpt2.compare_pictures import colours, curves
-from gpt2.config import StudyPlan
+from gpt2.config import StudyPlan, UserError
 from gpt2.pictures import as_label, new_figure, picture, plain
 from gpt2.runs import COLUMNS, UNITS, RunResult
 from gpt2.study_plan import Point, key_of_columns
@@ -121,7 +121,8 @@ class Results:
         rows = [[f"{_short(self.plan.lines)} \\ {_short(key)}", *map(shown_value, heads)]]
         for line, cells in self.lines().items():
             best = self.best(cells)
-            by_head = {cell.of(key): f"**{cell.shown()}**" if cell is best else cell.shown() for cell in cells}
+            is_good = len(best.results) == len(best.runs)
+            by_head = {c.of(key): f"**{c.shown()}**" if c is best and is_good else c.shown() for c in cells}
             rows.append([shown_value(line), *(by_head.get(head, "") for head in heads)])
         return as_markdown(rows)
 
@@ -137,7 +138,7 @@ class Results:
                 f"{what[0].upper()}{what[1:]} at the end of training{spread}. The best of each row is bold.",
                 self.table(),
                 f"![{what} over {_short(self.plan.x)}](results.png)",
-                f"![the runs on their way: the best of each {_short(self.plan.lines)}](curves.png)",
+                "![the runs on their way: the best of each variant](curves.png)",
                 f"{len(self.runs)} runs, {hours:.1f} hours of training one after another, on {'; '.join(machines)}.",
             ]
         )
@@ -173,13 +174,20 @@ class Results:
             xlabel=UNITS.get(self.plan.x, _short(self.plan.x)),
             ylabel=UNITS.get(self.plan.metric, metric.header),
         )
-        axes.legend(title=_short(self.plan.lines), frameon=False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(title=_short(self.plan.lines), frameon=False)
         return figure
 
     def curves(self) -> Figure:
-        """The runs of the best cell of each line, on their way; against compute, for several share a machine."""
-        runs = [run for cells in self.lines().values() for run in self.best(cells).runs]
-        return curves(Comparison(runs), cost="flops")
+        """The runs of the best cell of each variant, on their way; against compute, for several share a machine."""
+        best = {v: self.best([cell for cell in self.cells if cell.variant == v]) for v in self.plan.variants}
+        names = {run.folder: variant for variant, cell in best.items() for run in cell.runs}
+        lines = self.lines()
+        is_same = len(lines) == len(best)  # a variant is a line of the other picture, and has its colour
+        shades = colours(list(lines)) if is_same else colours(list(best))
+        palette = dict(zip(best, shades, strict=True))
+        runs = [run for cell in best.values() for run in cell.runs]
+        return curves(Comparison(runs), "flops", palette=palette, group_of=lambda run: names[run.folder])
 
     def write(self, folder: Path) -> list[str]:
         """Write everything. Returns the names of the files."""
@@ -232,6 +240,8 @@ def with_section(text: str, section: str) -> str:
     pattern = re.escape(OPENING) + ".*?" + re.escape(CLOSING)
     if re.search(pattern, text, re.DOTALL):
         return re.sub(pattern, lambda _: marked, text, flags=re.DOTALL)
+    if OPENING in text:
+        raise UserError(f"{README}: the line {CLOSING} is missing, which ends the part that is written anew")
     return f"{text.rstrip()}\n\n{marked}\n"
 
 

@@ -116,6 +116,25 @@ def test_a_run_without_a_figure_comes_last(tmp_path):
     assert [found.folder.name for found in Comparison(find_runs([str(tmp_path)])).runs] == ["b", "a"]
 
 
+def test_a_number_that_is_none_counts_for_nothing_and_a_short_name_is_enough(tmp_path):
+    worst = make_run(tmp_path / "a", (3.0, float("nan")), **{"train.learning_rate": 1.0})
+    make_run(tmp_path / "b", (2.5,), **{"train.learning_rate": 2.0})
+    found = Comparison(find_runs([str(tmp_path)]), "learning_rate")
+    assert (found.sort, worst.last("val/loss")) == ("train.learning_rate", 3.0)
+    assert [run.folder.name for run in found.runs] == ["a", "b"]
+
+
+@pytest.mark.parametrize("about", ['{"state": 5, "parameters": "many", "title": 3, "config": [1]}', '{"state": ', "[]"])
+def test_a_run_json_of_another_making_is_no_traceback(tmp_path, about):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    (tmp_path / "a" / "run.json").write_text(about)
+    found = Comparison(find_runs([str(tmp_path)]))
+    assert {row[-1] for row in found.rows()[1:]} == {"?", "finished"}
+    assert found.notes == []
+    assert page(found)
+
+
 def test_a_label_names_only_what_tells_runs_apart(tmp_path):
     for width, seed in ((32, 1), (32, 2), (64, 1)):
         config = {"model.d_model": width, "model.d_ff": 4 * width, "train.seed": seed, "train.log_every": seed}

@@ -119,7 +119,7 @@ def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_pa
             "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
             "sweep one key",
         ),
-        ("variants: [narrow]\nsweep: {train.lr: [1]}", "train.lr=1 train.seed=1 does not fit"),
+        ("variants: [narrow]\nsweep: {train.lr: [1]}", "sweep: train.lr=1: Key 'lr' not in 'TrainingConfig'"),
         ("variants: [narrow]\nsweep: {model.num_heads: [4, 5]}", "num_heads=5 seed=1: model.num_heads: 5 heads"),
         ("sweep: {train.lr: [1]}", "missing mandatory value: variants"),
     ],
@@ -179,6 +179,13 @@ def test_what_diverged_is_said_and_is_never_the_best(tmp_path, monkeypatch):
     assert results.over_x().axes[0].lines
 
 
+def test_a_study_in_which_everything_diverged_has_no_best(tmp_path, monkeypatch):
+    plan = read_plan(write_study(tmp_path, PLAN.replace("[1e-3, 3e-3]", "[1.0, 2.0]")))
+    results = finished("tiny", plan, tmp_path, monkeypatch)
+    assert "| 16 | diverged | diverged |" in results.table()
+    results.write(tmp_path)
+
+
 def test_a_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path))
     results = finished("tiny", plan, tmp_path, monkeypatch)
@@ -212,6 +219,8 @@ def test_a_readme_keeps_what_people_wrote():
     assert once == f"# A\n\nWhy?\n\n{OPENING}\n\nnew \\1\n\n{CLOSING}\n\nBecause.\n"
     assert with_section(once, "new \\1") == once
     assert with_section("# A\n", "x").startswith("# A\n\n<!--")
+    with pytest.raises(UserError, match="is missing"):
+        with_section(f"{OPENING}\nold\n", "new")
 
 
 def test_results_are_put_beside_those_that_were_recorded(tmp_path, monkeypatch):
