@@ -141,14 +141,14 @@ def title(overrides: list[str], longest: int = 100) -> str:
 
     What has no part in a run's result is left out, and so is a value that is long.
     """
-    words = []
+    words: dict[str, str] = {}  # the last of each key counts
     for override in parsed(overrides):
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
         if key in WITHOUT_PART or key.startswith("hydra.") or key == "wandb":
             continue
         last = key.rpartition(".")[2]
-        words.append(f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value)
-    text = without_secrets(" ".join(words))
+        words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
+    text = without_secrets(" ".join(words.values()))
     return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
 
 

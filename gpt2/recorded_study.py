@@ -38,13 +38,13 @@ def run(folder: Path, jobs: int | None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
     study = RecordedStudy(folder)
     problems = study.run(default_jobs() if jobs is None else jobs) if jobs != 0 else []
-    if told := kept_offline(point.folder for point in study.points):
-        log.info(f"\nW&B: {told}")
     missing = sum(not is_done(point) for point in study.points)
     if missing:
         log.info(f"\n{missing} of {len(study.points)} runs are missing: {folder} is left as it is.")
     else:
         study.write()
+    if jobs != 0 and (told := kept_offline(point.folder for point in study.points)):
+        log.info(f"\nW&B: {told}")
     if problems:
         raise MachineError(*problems)
 

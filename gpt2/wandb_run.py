@@ -128,7 +128,8 @@ def kept_offline(run_folders: Iterable[Path]) -> str | None:
     """How to upload those of some runs of `train.py` that W&B keeps offline; None if there are none."""
     ids = [path.read_text() for folder in run_folders if (path := folder / "wandb_id").exists()]
     count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{identity}")) for identity in ids)
-    return f"{count} runs are kept offline; `wandb sync {ROOT}/wandb/offline-run-*` uploads them" if count else None
+    runs = "1 run is" if count == 1 else f"{count} runs are"
+    return f"{runs} kept offline; `wandb sync {ROOT}/wandb/offline-run-*` uploads them" if count else None
 
 
 def harmless(value: Any) -> Any:

@@ -266,7 +266,11 @@ def test_help_names_only_keys_that_exist():
         (["experiment=quickstart", "wandb=off", "train.device=cpu", "hydra.run.dir=x"], "quickstart"),
         (["+learning_rate=width_64"], "width_64"),
         ([f"data.files=[{'x' * 60}]"], "files=…"),
-        ([f"train.seed={'1' * 39}"] * 4, f"seed={'1' * 39} seed={'1' * 39} seed=1111…"),
+        (["train.seed=1", "train.seed=2"], "seed=2"),
+        (
+            [f"train.{key}={'1' * 39}" for key in ("seed", "max_steps", "warmup_steps")],
+            f"seed={'1' * 39} max_steps={'1' * 39} warm…",
+        ),
     ],
 )
 def test_a_run_is_named_by_what_tells_it_from_others(overrides, named):

@@ -379,7 +379,7 @@ def test_what_is_kept_offline_is_counted(tmp_path, monkeypatch):
         (tmp_path / f"run{number}").mkdir()
         (tmp_path / f"run{number}" / "wandb_id").write_text(f"id{number}")
     (tmp_path / "outputs" / "wandb" / "offline-run-1-id1").mkdir(parents=True)
-    assert kept_offline(tmp_path.glob("run*")).startswith("1 runs are kept offline; `wandb sync outputs/wandb/offline")
+    assert kept_offline(tmp_path.glob("run*")).startswith("1 run is kept offline; `wandb sync outputs/wandb/offline")
     assert kept_offline([]) is None
 
 
