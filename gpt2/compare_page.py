@@ -86,10 +86,12 @@ def _table(found: Comparison) -> str:
 
 def _value(cell: str) -> str:
     """What a cell is sorted by, as JSON; empty for nothing."""
-    if not is_number(cell):
+    if cell in ("n/a", "null", ""):
+        return ""
+    try:
+        return json.dumps(float(cell.replace(",", "").removesuffix("%")))
+    except ValueError:
         return json.dumps(cell)
-    digits = cell.replace(",", "").removesuffix("%")
-    return "" if cell in ("n/a", "null", "") else json.dumps(float(digits))
 
 
 def _svg(found: Comparison) -> str:

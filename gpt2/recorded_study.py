@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 from gpt2.composition import ROOT
@@ -83,7 +84,8 @@ class RecordedStudy:
         running: dict[Point, Running] = {}
         try:
             while missing or running:
-                for point in [p for p in missing if not is_held(p.folder / LOCK)][: jobs - len(running)]:
+                free = (point for point in list(missing) if not is_held(point.folder / LOCK))
+                for point in islice(free, jobs - len(running)):
                     missing.remove(point)
                     if not is_done(point):  # another process may have done it by now
                         running[point] = Running(point, jobs)

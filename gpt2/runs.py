@@ -41,7 +41,10 @@ class RunResult:
     def __init__(self, folder: Path):
         self.folder = folder
         self.about = read_about(folder)
-        self.records = read_metrics(folder / METRICS)
+
+    @cached_property
+    def records(self) -> list[Record]:
+        return read_metrics(self.folder / METRICS)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -52,8 +55,8 @@ class RunResult:
                 nested = yaml.safe_load((self.folder / ".hydra" / "config.yaml").read_bytes())
             except (OSError, yaml.YAMLError):
                 return {}
-            if isinstance(nested, dict) and isinstance(nested.get("model"), dict):
-                del nested["model"]["vocab_size"]  # the tokenizer's by now, whatever stands there
+            if isinstance(nested, dict):  # the vocabulary became the tokenizer's, whatever stands there
+                return {key: v for key, v in {**DEFAULTS, **flat(nested)}.items() if key != "model.vocab_size"}
         return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
     @property
@@ -166,7 +169,10 @@ def find_runs(places: Iterable[str]) -> list[RunResult]:
     if found:
         raise UserError(*found)
     try:
-        return [RunResult(folder) for folder in folders.values()]
+        results = [RunResult(folder) for folder in folders.values()]
+        for result in results:
+            result.records  # noqa: B018  # read here, where what cannot be read is told
+        return results
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
 
@@ -186,4 +192,4 @@ def differences(runs: list[RunResult]) -> list[str]:
     """The keys of the configuration in which runs differ, in its order; runs that have none are left out."""
     configs = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in configs for key in config)
-    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    return [key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1]

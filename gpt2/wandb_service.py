@@ -1,7 +1,8 @@
 """W&B's own process, on a short leash: it asks nobody, and all that it takes together has an end.
 
-At worst, with a server that takes connections and says nothing, a run loses 14 seconds: 3 for the login, 5 to begin, 5
-to end, 1 to be rid of the process. `finish_timeout` bounds what uploads; a thread bounds what wandb (0.31) does not.
+At worst, with a server that takes connections and says nothing, a run loses 15 seconds: 3 for the login, 5 to begin, 1
+for a last table, 5 to end, 1 to be rid of the process. `finish_timeout` bounds what uploads; a thread bounds what wandb
+(0.31) does not.
 """
 
 import logging
