@@ -4,7 +4,7 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
@@ -36,6 +36,7 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
     from gpt2.pictures import draw_curves
+    from gpt2.profiling import StepProfiler
     from gpt2.tracking import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
     from gpt2.wandb_run import start_of_training
@@ -66,7 +67,7 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
         wandb_id = record["wandb_id"]
         if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
             kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
-    with explained(config, folder, trial):
+    with explained(config, folder, trial), ExitStack() as closing:
         tracker = Tracker(folder, about=facts(config, model, {**kept, "model": asdict(model.config)}))
         trainer = Trainer(
             model,
@@ -78,6 +79,9 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
             write_sample if trial is None else None,  # nobody reads them all
             run=kept,
         )
+        if config.profile:
+            trainer.on_step = profiler = StepProfiler(folder, trainer.device)
+            closing.callback(profiler.close)
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
         with tracker:
@@ -166,12 +170,15 @@ def announce(trainer: "Trainer") -> None:
     config, model = trainer.config, trainer.model.config
     blocks = config.batch_size * config.accumulation_steps
     tokens_per_step = blocks * trainer.train_loader.dataset.length
+    is_told = config.precision != "auto" or not config.mixed_precision
+    is_by_choice = trainer.precision.name == "bf16" and trainer.device.type == "cpu" and not is_told
+    why = ", in which this CPU computes faster (train.precision=fp32 would be exact)" if is_by_choice else ""
     log.info(
         f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
         f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
         f"Run     {trainer.total_steps:,} steps of {tokens_per_step:,} tokens ({blocks} blocks), "
         f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
-        f"On      {describe(trainer.device)}, {trainer.precision.name}"
+        f"On      {describe(trainer.device)}, {trainer.precision.name}{why}"
     )
     if trainer.progress.step:
         log.info(f"Going on after step {trainer.progress.step:,}")

@@ -17,7 +17,7 @@ from gpt2.tracking import FINISHED
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
 # What has to do neither with the result of a run nor with its speed; groups end in a dot.
 NOT_COMPARED = (
-    *("started_with", "resume", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
+    *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
     *("inference.", "wandb.", "study.", "choices"),
 )

@@ -85,9 +85,13 @@ class TrainingConfig:
     init_from: str | None = None  # a trained model to start from, see gpt2/pretrained.py; null: random weights
     max_steps: int | None = None  # null: max_epochs decides
     seed: int = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on CUDA, fp32 elsewhere
-    compile: bool = False  # torch.compile the training step
-    min_learning_rate: float | None = None  # where the cosine ends; null: a tenth of learning_rate
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast, fp16 on older GPUs
+    compile: bool | str = "auto"  # torch.compile; auto: on CUDA, in runs that are long enough to gain by it
+    min_learning_rate: float | None = None  # where the schedule ends; null: a tenth of learning_rate
+    lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # how the rate falls after the warm-up
+    decay_fraction: float = 0.2  # of the run's steps, the last ones, in which the rate of wsd falls
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    muon_momentum: float = 0.95
     eval_batches: int | None = None  # null: the whole split
     keep_checkpoints: int = 2  # the newest so many, and the best
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do at a loss or gradient that is NaN or infinite
@@ -213,6 +217,7 @@ class TrainRun:
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written while training
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: bool = False  # true: trace a few steps, and tell what takes the time
     sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
     resume: str | None = None  # a run folder, or `latest`
     resume_changes: bool = False  # true: a resumed run may be told anything anew
@@ -277,6 +282,44 @@ class GenerationBenchmark:
 
 
 @dataclass
+class TrainingBenchmark:
+    """All that `python -m gpt2.main benchmark training` needs."""
+
+    model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    context: int | None = None  # tokens a block; null: model.context_length
+    repetitions: int = 5  # in each, every contestant has its turn
+    steps: int = 1  # a turn
+    warmup: int = 2  # steps before, not counted; the first compiles
+    precisions: list[str] = field(default_factory=lambda: ["auto"])  # fp32, bf16, fp16; auto: as train.precision says
+    peer: str | None = None  # FILE.py:FUNCTION, see gpt2/benchmarks/peers.py
+    memory: bool = True  # the peak of each contestant, in a process of its own
+    overhead: bool = False  # Trainer.train() against its bare steps
+    overhead_steps: int = 30  # of each, a repetition
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="offline"))  # which Trainer.train() tells too
+    json: str | None = None  # a file for everything that was measured
+
+
+@dataclass
+class DataBenchmark:
+    """All that `python -m gpt2.main benchmark data` needs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainingConfig = field(default_factory=TrainingConfig)  # batch_size, num_workers, pin_memory
+    repetitions: int = 5
+    batches: int = 200  # of the training loader, a repetition; at most an epoch
+    json: str | None = None  # a file for everything that was measured
+
+
+@dataclass
+class StartupBenchmark:
+    """All that `python -m gpt2.main benchmark startup` needs."""
+
+    repetitions: int = 5
+    json: str | None = None  # a file for everything that was measured
+
+
+@dataclass
 class StudyPlan:
     """`experiments/<study>/study.yaml`: the runs of a recorded study, and how they are shown.
 
@@ -291,13 +334,17 @@ class StudyPlan:
     lines: str = "variant"  # a line in the picture for each value of this key
 
 
-Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark
+Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark | StartupBenchmark
+Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark
 SCHEMAS: dict[str, type[Run]] = {
     "train": TrainRun,
     "evaluate": EvaluateRun,
     "generate": GenerateRun,
     "export": ExportRun,
     "benchmark_generation": GenerationBenchmark,
+    "benchmark_training": TrainingBenchmark,
+    "benchmark_data": DataBenchmark,
+    "benchmark_startup": StartupBenchmark,
 }
 
 

@@ -10,11 +10,14 @@ import logging
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -27,10 +30,14 @@ from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the files below; a change makes every cached corpus be prepared anew
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FORMAT = 2  # of the files below; a change makes every cached corpus be prepared anew
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
-BATCH = 1 << 22  # characters encoded at a time: bounds memory, and is enough for every thread to work on
+LONGEST_PIECE = 1 << 20  # characters: bounds memory where a text has no border
+BATCH = 1 << 18  # characters that a thread encodes at a time: bounds memory, and is worth handing over
 BORDER = re.compile(r"(?<=\S)[ \t\n\r]")  # what the tokenizer's pattern and Python's both take for a border
 FEW_DOCUMENTS = 5  # fewer held out than this would be no fair sample
 
@@ -50,45 +57,67 @@ def held_out(count: int, fraction: float) -> set[int] | None:
     return set(np.random.default_rng(0).permutation(count)[:size].tolist())
 
 
-def split_of(source: Source, split: str, config: DataConfig) -> Iterator[str]:
-    """The documents of one split, held out of the training split where the source brings none; or `all` of them."""
+def split_of(source: Source, split: str, config: DataConfig) -> Iterator[Iterator[str]]:
+    """The documents of one split, in parts; held out of the training split where the source brings none; or `all`."""
     if split == "all":
-        for part in filter(None, (source.train, source.validation, source.test)):
-            yield from part
+        for documents in filter(None, (source.train, source.validation, source.test)):
+            yield from (document.parts() for document in documents)
         return
     brought: Documents | None = getattr(source, split)
     if source.validation is not None or split == "test":
-        yield from brought or ()
+        yield from (document.parts() for document in brought or ())
         return
     fraction, validation = config.validation_fraction, split == "validation"
     chosen = held_out(len(source.train), fraction)
     for number, document in enumerate(source.train):
         if chosen is not None:
             if (number in chosen) == validation:
-                yield document
+                yield document.parts()
         else:
-            cut = int(len(document) * (1 - fraction))
-            yield document[cut:] if validation else document[:cut]
+            yield document.parts(1 - fraction, 1) if validation else document.parts(0, 1 - fraction)
 
 
-def pieces(document: str) -> Iterator[tuple[str, bool]]:
-    """A document in pieces of about PIECE characters, and whether it ends there; the tokens are those of the whole.
+def pieces(document: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """A document, given in parts, in pieces of about PIECE characters, and whether it ends there.
 
-    GPT-2's pattern never joins a space to a character before it that is none, so such a place is always a border of
-    tokens.
+    The tokens are those of the whole: GPT-2's pattern never joins a space to a character before it that is none, so
+    such a place is always a border of tokens. A text in which LONGEST_PIECE characters bring no such place is cut
+    there nevertheless. At such a cut, and nowhere else, the tokens may be others than those of the whole.
     """
-    start = 0
-    while border := BORDER.search(document, start + PIECE):
-        yield document[start : border.start()], False
-        start = border.start()
-    yield document[start:], True
+    rest = ""
+    for part in document:
+        rest += part
+        start = 0
+        while end := _end_of_piece(rest, start):
+            yield rest[start:end], False
+            start = end
+        rest = rest[start:]
+    yield rest, True
 
 
-def batched(documents: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+def _end_of_piece(text: str, start: int) -> int | None:
+    """Where the piece that begins at `start` ends; None if that depends on what follows the text."""
+    if border := BORDER.search(text, start + PIECE, start + LONGEST_PIECE):
+        return border.start()
+    return start + LONGEST_PIECE if len(text) >= start + LONGEST_PIECE else None
+
+
+def with_text(documents: Iterable[Iterable[str]]) -> Iterator[Iterable[str]]:
+    """The documents, given in parts, that are not blank."""
+    for document in documents:
+        parts, read = iter(document), []
+        for part in parts:
+            read.append(part)
+            if part.strip():
+                yield chain(read, parts)
+                break
+
+
+def batched(documents: Iterable[Iterable[str]]) -> Iterator[list[tuple[str, bool]]]:
     """Pieces of documents in batches of about BATCH characters. Blank documents are left out."""
     batch: list[tuple[str, bool]] = []
     size = 0
-    for piece in (piece for document in documents if document.strip() for piece in pieces(document)):
+    for piece in (piece for document in with_text(documents) for piece in pieces(document)):
         batch.append(piece)
         size += len(piece[0])
         if size >= BATCH:
@@ -103,17 +132,36 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def pack(documents: Iterable[str], tokenizer: GPT2Tokenizer, path: Path, description: str) -> int:
-    """Write the tokens of all documents to a file, `<|endoftext|>` after each. Returns how many."""
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """What a function makes of each item, in order. Few items are taken before their results are."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def pack(
+    documents: Iterable[Iterable[str]], tokenizer: GPT2Tokenizer, path: Path, description: str, threads: int = 1
+) -> int:
+    """Write the tokens of all documents, given in parts, to a file, `<|endoftext|>` after each. Returns how many."""
     dtype = token_dtype(tokenizer.vocab_size)
+    end = np.array([tokenizer.eos_token_id])
+    tokenizer.encode_batch([])  # what it needs is made now, not once by each thread
+
+    def encode(batch: list[tuple[str, bool]]) -> np.ndarray:
+        encoded = tokenizer.encode_batch([text for text, _ in batch])
+        ended = ((ids, end) if ends else (ids,) for ids, (_, ends) in zip(encoded, batch, strict=True))
+        return np.concatenate([*chain.from_iterable(ended)], dtype=dtype, casting="unsafe")
+
     total = 0
     with path.open("wb") as file, track(description, unit="tokens") as advance:
-        for batch in batched(documents):
-            encoded = tokenizer.encode_batch([text for text, _ in batch])
-            for ids, (_, ends_document) in zip(encoded, batch, strict=True):
-                tokens = [*ids, tokenizer.eos_token_id] if ends_document else ids
-                file.write(np.asarray(tokens, dtype=dtype).data)
-                total += len(tokens)
+        for tokens in in_threads(encode, batched(documents), threads):
+            file.write(tokens.data)
+            total += len(tokens)
             advance(total)
     return total
 
@@ -205,10 +253,17 @@ def _fill(
 ) -> None:
     if tokenizer is None:
         with track("Training the tokenizer", unit="characters") as advance:
-            tokenizer = GPT2Tokenizer.train(_counted(split_of(source, "train", config), advance), config.vocab_size)
+            texts = (text for document in split_of(source, "train", config) for text, _ in pieces(document))
+            tokenizer = GPT2Tokenizer.train(_counted(texts, advance), config.vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     tokens = {
-        split: pack(split_of(source, split, config), tokenizer, folder / f"{split}.bin", f"Tokenizing {split}")
+        split: pack(
+            split_of(source, split, config),
+            tokenizer,
+            folder / f"{split}.bin",
+            f"Tokenizing {split}",
+            config.preprocessing_num_workers,
+        )
         for split in splits
     }
     for split in splits:
@@ -220,12 +275,12 @@ def _fill(
     (folder / "about.json").write_text(json.dumps(about, indent=1))
 
 
-def _counted(documents: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
     total = 0
-    for document in documents:
-        total += len(document)
+    for text in texts:
+        total += len(text)
         advance(total)
-        yield document
+        yield text
 
 
 def _summary(prepared: PreparedData) -> str:

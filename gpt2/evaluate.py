@@ -9,8 +9,6 @@ from math import exp, inf, log, nan
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -56,19 +54,6 @@ def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
 def perplexity(loss: float) -> float:
     """e to the loss; infinite where that is beyond a float."""
     return exp(loss) if loss < 700 else inf
-
-
-def token_losses(model: GPT2Model, batch: Batch) -> Tensor:
-    """Cross-entropy in nats of each target of a batch, (b, t); 0 where a target is ignored."""
-    inputs = {key: tensor for key, tensor in batch.items() if key != "targets"}
-    logits, _ = model(**inputs)
-    losses = F.cross_entropy(
-        rearrange(logits, "b t v -> (b t) v").float(),
-        rearrange(batch["targets"], "b t -> (b t)"),
-        ignore_index=IGNORE,
-        reduction="none",
-    )
-    return losses.view_as(batch["targets"])
 
 
 @dataclass
@@ -117,7 +102,7 @@ def score(
                 return Score()
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
-                losses = token_losses(model, moved)
+                losses = model.token_losses(**moved)
             total.nats += losses.cpu().double().sum().item()
             total.tokens += count_targets(batch)
             if bytes_of_token is not None:

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.config import (
     WHEN_LOADED,
+    DataBenchmark,
     DataConfig,
     EvaluateRun,
     ExportRun,
@@ -25,6 +26,8 @@ from gpt2.config import (
     InferenceConfig,
     OptunaConfig,
     Run,
+    StartupBenchmark,
+    TrainingBenchmark,
     TrainingConfig,
     TrainRun,
     UserError,
@@ -65,8 +68,15 @@ _TRAINING_BOUNDS = {
     **dict.fromkeys(("warmup_steps", "num_workers", "nonfinite_limit"), COUNT_OR_ZERO),
     **dict.fromkeys(("weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
     **dict.fromkeys(("learning_rate", "epsilon", "max_training_hours"), POSITIVE),
-    **dict.fromkeys(("beta1", "beta2"), PROBABILITY),
+    **dict.fromkeys(("beta1", "beta2", "muon_momentum"), PROBABILITY),
+    "decay_fraction": (0, 1, "between 0 and 1"),
     "seed": (0, 2**63 - 1, "between 0 and 2^63 - 1"),
+}
+_TRAINING_CHOICES = {
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": ("cosine", "linear", "wsd"),
+    "on_nonfinite": ("stop", "skip"),
 }
 _DATA_BOUNDS = {
     "max_length": COUNT,
@@ -142,10 +152,11 @@ def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
             f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
             f"the schedule only falls"
         )
-    if config.precision not in ("auto", "fp32", "bf16", "fp16"):
-        found.append(f"{prefix}precision: {config.precision!r} is none of auto, fp32, bf16, fp16")
-    if config.on_nonfinite not in ("stop", "skip"):
-        found.append(f"{prefix}on_nonfinite: {config.on_nonfinite!r} is neither stop nor skip")
+    if config.compile not in (True, False, "auto"):
+        found.append(f"{prefix}compile: {config.compile!r} is none of auto, true, false")
+    for key, choices in _TRAINING_CHOICES.items():
+        if (value := getattr(config, key)) not in choices:
+            found.append(f"{prefix}{key}: {value!r} is none of {', '.join(choices)}")
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         found.append(
             f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
@@ -238,6 +249,13 @@ def faults(config: Run) -> Faults:
         return export_faults(config)
     if isinstance(config, GenerationBenchmark):
         return generation_benchmark_faults(config)
+    if isinstance(config, TrainingBenchmark):
+        return training_benchmark_faults(config)
+    if isinstance(config, DataBenchmark):
+        found = data_faults(config.data) + training_faults(config.train) + json_faults(config.json)
+        return found + _outside(vars(config), {"repetitions": COUNT, "batches": COUNT}, "")
+    if isinstance(config, StartupBenchmark):
+        return _outside(vars(config), {"repetitions": COUNT}, "") + json_faults(config.json)
     return training_run_faults(config)
 
 
@@ -279,9 +297,28 @@ def generation_benchmark_faults(config: GenerationBenchmark) -> Faults:
             f"new_tokens: {prompt} tokens of a prompt and {config.new_tokens} new ones do not fit into "
             f"model.context_length={context}, prompt_tokens={context // 2} new_tokens={context - context // 2} would"
         )
-    if config.json is not None and not _can_be_written(Path(config.json)):
-        found.append(f"json: {config.json!r} cannot be written; name a file, in a folder that may be written to")
-    return found
+    return found + json_faults(config.json)
+
+
+def json_faults(name: str | None) -> Faults:
+    if name is None or _can_be_written(Path(name)):
+        return []
+    return [f"json: {name!r} cannot be written; name a file, in a folder that may be written to"]
+
+
+def training_benchmark_faults(config: TrainingBenchmark) -> Faults:
+    counts = dict.fromkeys(("context", "repetitions", "steps", "warmup", "overhead_steps"), COUNT)
+    found = model_faults(config.model) + training_faults(config.train) + _outside(vars(config), counts, "")
+    if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
+        found.append(f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16")
+    elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
+        found.append(f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two")
+    if config.context is not None and config.context > config.model.context_length:
+        found.append(f"context: {config.context} is above model.context_length={config.model.context_length}")
+    file, _, function = (config.peer or "").rpartition(":")
+    if config.peer is not None and (not Path(file).is_file() or not function.isidentifier()):
+        found.append(f"peer: {config.peer!r} is no FILE.py:FUNCTION, or there is no such file (from {Path.cwd()})")
+    return found + json_faults(config.json)
 
 
 def training_run_faults(config: TrainRun) -> Faults:

@@ -11,8 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.command_line import faults_as_lines, script
-from gpt2.composition import ROOT
-from gpt2.config import ExportRun, GenerationBenchmark, UserError
+from gpt2.composition import COMPLETIONS, ROOT
+from gpt2.config import (
+    DataBenchmark,
+    ExportRun,
+    GenerationBenchmark,
+    StartupBenchmark,
+    TrainingBenchmark,
+    UserError,
+)
 from gpt2.interruption import leave_when_asked
 
 COMMANDS = {
@@ -20,7 +27,7 @@ COMMANDS = {
     "evaluate": "score a trained model on a corpus: evaluate.py",
     "generate": "write text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
-    "benchmark": "measure speed against transformers: benchmark generation",
+    "benchmark": "measure speed: benchmark generation|training|data|startup",
     "compare": "put runs side by side, in a table and a picture: compare RUN ...",
     "study": "run a recorded study, or what it lacks, and write what was found: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
@@ -50,9 +57,33 @@ def benchmark_generation(config: GenerationBenchmark) -> None:
     from gpt2.device import choose_device
 
     choose_device(config.device)  # refuses a missing one before more is imported
-    from gpt2 import benchmark
+    from gpt2.benchmarks import generation
 
-    benchmark.generation(config)
+    generation.generation(config)
+
+
+@script("benchmark_training")
+def benchmark_training(config: TrainingBenchmark) -> None:
+    from gpt2.device import choose_device
+
+    choose_device(config.train.device, "train.device")
+    from gpt2.benchmarks import training
+
+    training.training(config)
+
+
+@script("benchmark_data")
+def benchmark_data(config: DataBenchmark) -> None:
+    from gpt2.benchmarks import data
+
+    data.data(config)
+
+
+@script("benchmark_startup")
+def benchmark_startup(config: StartupBenchmark) -> None:
+    from gpt2.benchmarks import startup
+
+    startup.startup(config)
 
 
 def compare() -> None:
@@ -120,7 +151,14 @@ def study() -> None:
     recorded_study.run(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
 
 
-BENCHMARKS = {"generation": "how fast text is written"}
+BENCHMARKS = {
+    "generation": "how fast text is written, against transformers",
+    "training": "how fast a model is trained, against transformers and others",
+    "data": "how fast text becomes tokens, and tokens batches",
+    "startup": "how long it takes until something happens",
+}
+for _what in BENCHMARKS:  # none but generation takes anything from a trained model
+    COMPLETIONS.setdefault(f"benchmark_{_what}", lambda composed, _overrides: composed)
 
 
 def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
@@ -171,8 +209,13 @@ def main() -> None:
     if name == "export":
         export()
     elif name == "benchmark":
-        take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
-        benchmark_generation()
+        what = take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
+        {
+            "generation": benchmark_generation,
+            "training": benchmark_training,
+            "data": benchmark_data,
+            "startup": benchmark_startup,
+        }[what]()
     elif name in ("compare", "study"):
         leave_when_asked(also_by_ctrl_c=True)
         with faults_as_lines():

@@ -17,12 +17,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt2 import onednn
 from gpt2.config import GPT2Config, InferenceConfig
 from gpt2.decoding import BlockCache, FixedPlace, causal_mask, write
 from gpt2.faults import inference_faults, model_faults
+from gpt2.loss import IGNORE, cross_entropies, linear_cross_entropy
 from gpt2.sampling import Randomness, next_token
 
-IGNORE = -100  # a label that takes no part in the loss, as in transformers
+MOST_ATTENTION = 32 << 20  # bytes of the weights of attention that a layer keeps for its gradient
+SHORT = 128  # tokens
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -45,6 +48,8 @@ def attend(
     """
     q, kv = rearrange(qkv, "b t (qkv h d) -> qkv b h t d", qkv=3, h=num_heads).split((1, 2))
     k, v = kv if past is None else past.extend(kv)
+    if past is None and attention_mask is None and _is_small(q[0]):
+        return rearrange(_attend_in_matrices(q[0], k, v, dropout), "b h t d -> b t (h d)")
     mixed = F.scaled_dot_product_attention(
         q[0],
         k,
@@ -56,6 +61,36 @@ def attend(
     return rearrange(mixed, "b h t d -> b t (h d)")
 
 
+def _is_small(q: Tensor) -> bool:
+    """Whether attention to be trained on a CPU is faster with all weights in memory, (b, h, t, t), than by PyTorch.
+
+    PyTorch's own never has them there, which saves memory and nothing else here: its gradient in 16 bits takes twice to
+    six times as long, in fp32 it is slower for short texts only (experiments/performance).
+    """
+    b, h, t, _ = q.shape
+    fits = b * h * t * t * q.element_size() <= MOST_ATTENTION
+    return q.device.type == "cpu" and q.requires_grad and fits and (q.element_size() == 2 or t <= SHORT)
+
+
+def _attend_in_matrices(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal attention of (b, h, t, d), as `scaled_dot_product_attention` has it."""
+    b, t, d = q.size(0), q.size(2), q.size(3)
+    q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (q, k, v))
+    not_yet = torch.full((t, t), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
+    weights = torch.softmax(torch.baddbmm(not_yet, q, rearrange(k, "n t d -> n d t"), alpha=d**-0.5), dim=-1)
+    return rearrange(F.dropout(weights, dropout) @ v, "(b h) t d -> b h t d", b=b)
+
+
+class Linear(nn.Linear):
+    """A linear layer that may be told how to multiply matrices, see `GPT2Model.use_linear`."""
+
+    linear: onednn.Linear = staticmethod(F.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return self.linear(x, self.weight, self.bias)
+
+
 class MultiHeadAttention(nn.Module):
     """Causal self-attention. `dropout` falls on the attention weights."""
 
@@ -63,8 +98,8 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=use_bias)
-        self.out = nn.Linear(d_model, d_model, bias=use_bias)
+        self.qkv = Linear(d_model, 3 * d_model, bias=use_bias)
+        self.out = Linear(d_model, d_model, bias=use_bias)
 
     def forward(
         self,
@@ -89,8 +124,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff, bias=use_bias)
-        self.down = nn.Linear(d_ff, d_model, bias=use_bias)
+        self.up = Linear(d_model, d_ff, bias=use_bias)
+        self.down = Linear(d_ff, d_model, bias=use_bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,6 +178,7 @@ class GPT2Model(nn.Module):
             raise ValueError("; ".join(found))
         self.config = config
         self.gradient_checkpointing = False
+        self.linear: onednn.Linear = F.linear
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context_length, config.d_model)
@@ -182,7 +218,9 @@ class GPT2Model(nn.Module):
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         targets: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        divisor: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (b, t, v) for input_ids (b, t), and, with labels or targets, the mean cross-entropy in nats.
 
         Args:
@@ -192,6 +230,8 @@ class GPT2Model(nn.Module):
             attention_mask: (b, t), 1 for a real token and 0 for padding, left or right.
             targets: Labels that are shifted already: target t is the token after input t. All t positions learn.
                 A label or target of -100 is ignored.
+            divisor: Of the sum of the cross-entropies, a scalar, in place of the number of targets.
+            return_logits: If not, there are never more than some of them at a time, see `gpt2.loss`: for training.
 
         Raises:
             ValueError: `input_ids` is empty or longer than `context_length`, or both `labels` and `targets` are given.
@@ -199,19 +239,36 @@ class GPT2Model(nn.Module):
         if labels is not None and targets is not None:
             raise ValueError("give labels (shifted here) or targets (shifted already), not both")
         hidden_states = self._hidden_states(input_ids, attention_mask)
-        logits = self._head(hidden_states)
-
         if labels is not None:
             targets = shifted(labels)
+        if targets is not None:
+            targets = rearrange(targets, "b t -> (b t)")
+        if not return_logits:
+            if targets is None:
+                return None, None
+            rows = rearrange(hidden_states, "b t c -> (b t) c")
+            return None, linear_cross_entropy(rows, self.token_embedding.weight, targets, divisor, self.linear)
+
+        logits = self._head(hidden_states)
         if targets is None:
             return logits, None
-        total = F.cross_entropy(
-            rearrange(logits, "b t v -> (b t) v").float(),
-            rearrange(targets, "b t -> (b t)"),
-            ignore_index=IGNORE,
-            reduction="sum",
-        )
-        return logits, total / (targets != IGNORE).sum().clamp(min=1)
+        rows = rearrange(logits, "b t v -> (b t) v").float()
+        total = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="sum")
+        return logits, total / ((targets != IGNORE).sum().clamp(min=1) if divisor is None else divisor)
+
+    @torch.no_grad()
+    def token_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of each target (b, t), in fp32; 0 where a target is ignored. Arguments as `forward`."""
+        rows = rearrange(self._hidden_states(input_ids, attention_mask), "b t c -> (b t) c")
+        losses = cross_entropies(rows, self._head, rearrange(targets, "b t -> (b t)"), self.config.vocab_size)
+        return losses.view_as(targets)
+
+    def use_linear(self, linear: onednn.Linear) -> None:
+        """Multiply by weights with this function, which has the arguments and the result of `F.linear`."""
+        self.linear = linear
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.linear = linear
 
     def _hidden_states(
         self,
@@ -244,7 +301,7 @@ class GPT2Model(nn.Module):
     def _head(self, hidden_states: Tensor) -> Tensor:
         if self.head is not None:
             return self.head(hidden_states)
-        return F.linear(hidden_states, self.token_embedding.weight)
+        return self.linear(hidden_states, self.token_embedding.weight, None)
 
     def last_logits(
         self,

@@ -1,8 +1,9 @@
 """Steps whose loss or gradient is no finite number: they are kept from the weights, and told.
 
-On a CPU, and where the loss is scaled, the host looks before it has the optimizer step. Else on CUDA it runs ahead of
-the device and must not wait for it: there the optimizer itself leaves the step out (AdamW's fused kernel does so where
-`found_inf` is 1, as for loss scaling), and the host hears of it during the next step, before that one changes anything.
+On a CPU, with Muon and where the loss is scaled, the host looks before it has the optimizer step. Else, on CUDA, it
+runs ahead of the device and must not wait: there the optimizer itself leaves the step out (AdamW's fused kernel does so
+where `found_inf` is 1, as for loss scaling), and the host hears of it during the next step, before that one changes
+anything.
 """
 
 import logging
@@ -38,7 +39,8 @@ class NonFiniteSteps:
         """`loss_is_scaled`: fp16; then a gradient beyond its range is no fault, but lowers the scale."""
         self.model, self.optimizer, self.config, self.loss_is_scaled = model, optimizer, config, loss_is_scaled
         self.total = self.in_a_row = 0
-        self.host_runs_ahead = next(model.parameters()).device.type == "cuda" and not loss_is_scaled
+        leaves_out = isinstance(optimizer, torch.optim.AdamW)  # by itself, where `found_inf` is 1
+        self.host_runs_ahead = next(model.parameters()).device.type == "cuda" and not loss_is_scaled and leaves_out
         self._unheard: tuple[str, Tensor, torch.cuda.Event | None] | None = None
 
     def admits(self, step: str, loss: Tensor, norms: Tensor) -> bool:

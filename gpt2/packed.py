@@ -4,14 +4,13 @@ The floor of a token is thus the bytes of the weights over the bandwidth of the 
 matrix with a vector reads at a third of it. Which layout is the fastest depends on the processor and on how many texts
 are written at a time, and is measured. Whatever cannot be had here leaves the layers as they are.
 
-The operations on oneDNN's layout and on 8-bit integers are those that PyTorch's compiler uses, and not public: they are
-named in this file alone.
+The operations on 8-bit integers are those that PyTorch's compiler uses, and not public: they are named in this file
+alone, and those on oneDNN's layout in `gpt2.onednn`.
 """
 
-import time
 import warnings
 from collections.abc import Sequence
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from gpt2 import onednn
 from gpt2.config import UserError
 from gpt2.decoding import BlockCache, FixedPlace
+from gpt2.device import fastest_seconds
 from gpt2.model import DecoderBlock, GPT2Model, attend
 
 WORTHWHILE = 0.9  # of the plain time: less than this, or it is not worth the memory of a second copy of the head
@@ -74,17 +75,17 @@ class PackedLinear(Linear):
     """A weight in oneDNN's layout: the fastest for several texts."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.packed = onednn.pack(weight)
         self.bias = None if bias is None else bias.detach()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return onednn.product(x, self.packed, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "tanh")
+        return onednn.product_gelu(x, self.packed, self.bias)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+        return onednn.product_add(x, residual, self.packed, self.bias)
 
 
 class Int8Linear(Linear):
@@ -191,8 +192,7 @@ def replace_layers(model: GPT2Model, kind: type[Linear]) -> None:
 
 def layouts(dtype: torch.dtype) -> list[type[Linear]]:
     """Those that there are here for weights of that format."""
-    operations = torch.ops.mkldnn
-    packs = torch.backends.mkldnn.is_available() and hasattr(operations, "_linear_pointwise")
+    packs = onednn.is_available()
     if dtype == torch.float32:
         return [SlicedLinear, *([PackedLinear] if packs else [])]
     return [PackedLinear] if packs and dtype == torch.bfloat16 else []
@@ -209,18 +209,12 @@ def refuse_int8(device: torch.device, key: str = "inference.quantization") -> No
 
 @torch.no_grad()
 def fastest(kinds: Sequence[type[Linear]], weight: Tensor, texts: int, repetitions: int = 3) -> type[Linear]:
-    """The layout whose product is the fastest here, by the median of some, in turn; the first unless it is worth it."""
+    """The layout whose product is the fastest here; the first unless it is worth it."""
     if len(kinds) == 1:
         return kinds[0]
     sample = weight[: SAMPLE // weight[0].nbytes]
     x = torch.zeros(texts, 1, weight.size(1), dtype=weight.dtype)
     layers = [kind(sample) for kind in kinds]
-    seconds: list[list[float]] = [[] for _ in kinds]
-    for _ in range(repetitions + 1):
-        for layer, taken in zip(layers, seconds, strict=True):
-            began = time.perf_counter()
-            layer(x)
-            taken.append(time.perf_counter() - began)
-    typical = [median(taken[1:]) for taken in seconds]  # the first run also sets things up
-    best = min(range(len(kinds)), key=typical.__getitem__)
-    return kinds[best] if typical[best] < WORTHWHILE * typical[0] else kinds[0]
+    seconds = fastest_seconds([partial(layer, x) for layer in layers], repetitions)
+    best = min(range(len(kinds)), key=seconds.__getitem__)
+    return kinds[best] if seconds[best] < WORTHWHILE * seconds[0] else kinds[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from gpt2 import checkpoint
 from gpt2.config import Divergence, UserError
 from gpt2.nonfinite import ADVICE, broken
+from gpt2.onednn import LINEARS, name_of
 from gpt2.optimizer import load_optimizer_tensors, optimizer_tensors
 from gpt2.reproducibility import RandomState, versions
 
@@ -89,6 +90,7 @@ def _circumstances(trainer: "Trainer") -> dict[str, Any]:
         "machine": {
             "device": trainer.device.type,
             "precision": trainer.precision.name,
+            "linear": name_of(trainer.model.linear),
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),
@@ -111,13 +113,18 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
             f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {now['data']}); "
             f"resume_changes=true goes on with these"
         )
+    linear = LINEARS.get(record["machine"].get("linear", ""))
+    if linear and trainer.device.type == "cpu" and trainer.forward is trainer.model:  # measured again, it might differ
+        trainer.model.use_linear(linear)
+        now = _circumstances(trainer)
     before = _flat(record)
     for key, value in _flat(now).items():
         if before.get(key) != value:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
 
     trainer.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
-    load_optimizer_tensors(trainer.optimizer, trainer.model, checkpoint.read_tensors(path, "optimizer/"))
+    if record["train"].get("optimizer", "adamw") == trainer.config.optimizer:  # another one has another memory
+        load_optimizer_tensors(trainer.optimizer, trainer.model, checkpoint.read_tensors(path, "optimizer/"))
     if trainer.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
         trainer.scaler.load_state_dict(record["scaler"])
     trainer.nonfinite.load_state(record["steps_left_out"])

@@ -1,5 +1,6 @@
 """Where documents come from: text files, and datasets of the Hugging Face Hub or laid out like them."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from gpt2.config import DataConfig, UserError
 from gpt2.console import is_terminal
@@ -18,7 +19,19 @@ from gpt2.hub import WITHOUT_NETWORK, connect
 if TYPE_CHECKING:
     import datasets
 
+PART = 1 << 20  # bytes of a file that are read at a time
 LONGEST_PREAMBLE = 10_000  # rows before the first document: more of them mean that the pattern fits other data
+
+
+class Document(Protocol):
+    """A text that may be longer than memory."""
+
+    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
+        """The text between two shares of its length, in parts of bounded size as far as it does not lie in memory.
+
+        What goes up to a share and what goes on from it are the whole together.
+        """
+        ...
 
 
 class Documents(Protocol):
@@ -26,7 +39,7 @@ class Documents(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[str]: ...
+    def __iter__(self) -> Iterator[Document]: ...
 
 
 @dataclass
@@ -39,6 +52,66 @@ class Source:
     test: Documents | None = None
 
 
+@dataclass
+class TextInMemory:
+    """A document that somebody has read already."""
+
+    text: str
+
+    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
+        length = len(self.text)
+        yield self.text[int(length * start) : int(length * stop)]
+
+
+@dataclass
+class TextFile:
+    """A document that is a file, read PART bytes at a time. A byte order mark at its beginning is no text."""
+
+    path: Path
+
+    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
+        """What it says in `Document`; a share is one of the file's bytes, moved on to the next character's first.
+
+        Raises:
+            UserError: The file cannot be read, or this part of it is not UTF-8.
+        """
+        try:
+            with self.path.open("rb") as file:
+                first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+                length = file.seek(0, os.SEEK_END) - first
+                begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
+                yield from self._decoded(file, begin, end)
+        except OSError as error:
+            raise UserError(f"data.files: cannot read {self.path}: {error.strerror}") from error
+
+    def _decoded(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        file.seek(position)
+        while True:
+            data = file.read(min(PART, end - position))
+            begun = len(decoder.getstate()[0])  # bytes of a character whose rest begins this part
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - begun + error.start
+                raise UserError(
+                    f"data.files: {self.path} is not UTF-8 at byte {place}; convert it or leave it out (data.exclude)"
+                ) from error
+            position += len(data)
+            yield text
+            if not data:
+                return
+
+
+def _next_character(file: BinaryIO, first: int, place: int) -> int:
+    """Where the first character from a place on begins, both counted from the byte `first` of a file of UTF-8."""
+    if place == 0:
+        return 0  # a byte that begins no character is to be found there, not to be passed over
+    file.seek(first + place)
+    following = file.read(3)  # a character has at most three bytes after its first
+    return place + next((n for n, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+
+
 class TextFiles:
     """One document a file."""
 
@@ -48,16 +121,8 @@ class TextFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __iter__(self) -> Iterator[str]:
-        for path in self.paths:
-            try:
-                yield path.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"data.files: {path} is not UTF-8 at byte {error.start}; convert it or leave it out (data.exclude)"
-                ) from error
-            except OSError as error:
-                raise UserError(f"data.files: cannot read {path}: {error.strerror}") from error
+    def __iter__(self) -> Iterator[TextFile]:
+        return map(TextFile, self.paths)
 
 
 class Rows:
@@ -70,7 +135,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.table) if self.starts_document is None else sum(1 for _ in self)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[TextInMemory]:
+        return map(TextInMemory, self._texts())
+
+    def _texts(self) -> Iterator[str]:
         rows = (text or "" for batch in self.table.iter(1000) for text in batch[self.column])
         if self.starts_document is None:
             yield from rows

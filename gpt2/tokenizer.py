@@ -5,19 +5,26 @@ OpenAI's (`gpt2`, or a folder that holds such a vocabulary), none at all (`bytes
 import codecs
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.config import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import tokenizers
+
+log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+# How OpenAI cuts a text into what is merged: `tokenizers` has the same inside its ByteLevel.
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_alphabet() -> list[str]:
@@ -216,9 +223,81 @@ class GPT2Tokenizer:
         text = text.encode("utf-8", "replace").decode("utf-8")
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Encode many texts on all the threads that `RAYON_NUM_THREADS` allows."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: list[str]) -> "list[np.ndarray]":
+        """The tokens of each text, as `encode` gives them, several times faster. Any number of threads may call it."""
+        return self._batch_encoder(texts)
+
+    @cached_property
+    def _batch_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
+        """The fastest exact way to encode many texts. Made for a corpus: a prompt is not worth its time."""
+        if not self.merges:
+            return self._encode_bytes()
+        if reason := self._why_not_by_rank():
+            log.warning("Note: tokenized by tokenizers, not several times faster by tiktoken, because %s.", reason)
+            return self._encode_by_merges
+        return self._encode_by_rank()
+
+    def _encode_bytes(self) -> "Callable[[list[str]], list[np.ndarray]]":
+        """Without merges a token is a byte: looking it up is all."""
+        import numpy as np
+
+        ids = np.array([self.vocabulary[token] for token in byte_alphabet()], dtype=np.uint32)
+        return lambda texts: [ids[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)] for text in texts]
+
+    def _encode_by_rank(self) -> "Callable[[list[str]], list[np.ndarray]]":
+        """By tiktoken, from this vocabulary alone: it downloads nothing."""
+        import numpy as np
+        import tiktoken
+
+        ranks = {self.token_bytes[i]: i for i in self._tokens_of_text.values()}
+        special = {END_OF_TEXT: self.eos_token_id}
+        encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+        def encode(text: str) -> np.ndarray:
+            try:
+                return encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # half a surrogate pair, or a run of spaces too long for its regular expressions
+                return np.array(self.encode(text), dtype=np.uint32)
+
+        return lambda texts: [encode(text) for text in texts]
+
+    def _encode_by_merges(self, texts: list[str]) -> "list[np.ndarray]":
+        """By tokenizers, which does exactly what the merges say, whatever they are."""
+        import numpy as np
+
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    @cached_property
+    def _tokens_of_text(self) -> dict[str, int]:
+        """The vocabulary without the added tokens."""
+        added = set(self.added_tokens)
+        return {token: i for token, i in self.vocabulary.items() if token not in added}
+
+    def _why_not_by_rank(self) -> str | None:
+        """What keeps tiktoken from giving exactly the tokens of the merges; None: nothing.
+
+        It knows no merges. Of all neighbours that together are a token it joins those whose token has the lowest id,
+        and a word that is a token it never takes apart. Let the ids rise in the order of the merges, and let each
+        token's own bytes be merged to that token. Then, by induction over the ids, it joins the same neighbours: those
+        that make a token in a text are those that make it of its own bytes, for no earlier merge can have reached
+        across its ends, or it would not lie there in two parts.
+        """
+        from tokenizers import Tokenizer, pre_tokenizers
+
+        made = [self.vocabulary["".join(pair)] for pair in self.merges]
+        if not all(earlier < later for earlier, later in pairwise(made)):
+            return "its ids do not rise in the order of its merges"
+        words = Tokenizer(self.backend.model)  # a space, which stands for no byte, parts one token from the next
+        words.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
+        tokens = list(self._tokens_of_text)
+        lines = [" ".join(tokens[start : start + 500]) for start in range(0, len(tokens), 500)]
+        encodings = words.encode_batch_fast(lines, add_special_tokens=False)
+        found = [i for encoding in encodings for i in encoding.ids]
+        if found != list(self._tokens_of_text.values()):
+            return "its merges do not reach every token of its vocabulary"
+        return None
 
     # Tokens to text
 

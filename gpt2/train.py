@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint, fault_injection, run_folder, snapshot
+from gpt2.compilation import Compiled, Forward, pays
 from gpt2.config import Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
@@ -23,6 +24,7 @@ from gpt2.faults import training_faults
 from gpt2.interruption import deferred
 from gpt2.model import GPT2Model
 from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
+from gpt2.onednn import faster_linear
 from gpt2.optimizer import build_optimizer, learning_rate
 from gpt2.reproducibility import RandomState, make_deterministic
 from gpt2.snapshot import Progress
@@ -46,6 +48,7 @@ class Trainer:
         write_sample: Callable[[int], str] | None = None,
         run: dict[str, Any] | None = None,
         on_evaluation: "Callable[[Trainer], None] | None" = None,
+        on_step: Callable[[], None] | None = None,
     ):
         """
         Args:
@@ -56,6 +59,7 @@ class Trainer:
             run: The configuration of the whole run, kept in its checkpoints so that it can be resumed from them.
             on_evaluation: Called after each evaluation, when it is logged and, if it is the best, saved; what it raises
                 ends training.
+            on_step: Called after each step.
 
         Raises:
             UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
@@ -73,7 +77,6 @@ class Trainer:
         self.precision = choose_precision(config.precision if config.mixed_precision else "fp32", self.device)
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = self.precision.scaler()
         self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
@@ -83,6 +86,7 @@ class Trainer:
         self.write_sample = write_sample
         self.run = run
         self.on_evaluation = on_evaluation
+        self.on_step = on_step
         self.label = ""  # in front of the progress line
         self.tokenizer = tokenizer
         self._bytes_of_token = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
@@ -90,6 +94,7 @@ class Trainer:
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
         most_steps = config.max_epochs * self.steps_per_epoch
         self.total_steps = min(config.max_steps or most_steps, most_steps)
+        self.forward = self._forward()
         self.progress = Progress()
         self.stop_reason: str | None = None
         self.interrupted_by: int | None = None  # the signal
@@ -170,23 +175,23 @@ class Trainer:
 
         counts = [count_targets(batch) for batch in micro_batches]
         step_loss = torch.zeros((), device=self.device)
-        for number, (batch, count) in enumerate(zip(micro_batches, counts, strict=True)):
+        divisor = torch.full((), max(1, sum(counts)), dtype=torch.float32, device=self.device)
+        for number, batch in enumerate(micro_batches):
             if number and before and self.interrupted_by is not None:
                 before.restore()
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
             with self.precision.autocast():
-                _, loss = self.forward(**inputs)
-            share = loss * (count / max(1, sum(counts)))
+                _, share = self.forward(**inputs, divisor=divisor, return_logits=False)
+            assert share is not None
             self.scaler.scale(share).backward()
             step_loss += share.detach()
 
         self.scaler.unscale_(self.optimizer)
-        limit = self.config.gradient_clip or float("inf")
         norms = gradient_norms(self.model)
         gradient_norm = torch.linalg.vector_norm(norms)
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, gradient_norm)
+        self._clip(gradient_norm)
         if self.nonfinite.admits(self._place(len(micro_batches)), step_loss, norms):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -194,6 +199,26 @@ class Trainer:
 
         self.progress.advance(len(micro_batches), len(self.train_loader), sum(counts))
         return step_loss, gradient_norm
+
+    def _clip(self, gradient_norm: Tensor) -> None:
+        limit = self.config.gradient_clip
+        # A CPU need not multiply all gradients by one; a GPU would have to be waited for to know that it is one.
+        if limit and (self.device.type != "cpu" or gradient_norm + 1e-6 > limit):
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, gradient_norm)
+
+    def _forward(self) -> Forward:
+        """The model as it is, or compiled, or with the faster of the ways to multiply matrices."""
+        tokens = self.config.batch_size * self.config.accumulation_steps * self._block_length()
+        flops = self.total_steps * tokens * self.model.flops_per_token(self._block_length())
+        seconds = self.config.max_training_hours * 3600
+        if pays(self.precision, flops, seconds) if self.config.compile == "auto" else self.config.compile:
+            return Compiled(self.model, self.device)
+        if self.device.type == "cpu" and self.precision.name == "fp32":
+            self.model.use_linear(faster_linear())
+        return self.model
+
+    def _block_length(self) -> int:
+        return getattr(self.train_loader.dataset, "length", self.model.config.context_length)
 
     def validate(self) -> float:
         """Mean loss in nats a token over the validation set, or its first `eval_batches` batches.
@@ -255,6 +280,8 @@ class Trainer:
         self.losses_since_log += _counted(step_loss)
         step = self.progress.step
         self.progress_line.step(step)
+        if self.on_step:
+            self.on_step()
         if step % self.config.log_every == 0 or step == 1:
             self._log(gradient_norm)
         if step % self.config.eval_every == 0:
@@ -366,8 +393,7 @@ class Trainer:
     def _model_flops_utilization(self, tokens_per_second: float) -> float | None:
         """The share of the chip's limit that goes into the model's own arithmetic; None where the limit is unknown."""
         peak = peak_flops(self.precision)
-        context = getattr(self.train_loader.dataset, "length", self.model.config.context_length)
-        return peak and tokens_per_second * self.model.flops_per_token(context) / peak
+        return peak and tokens_per_second * self.model.flops_per_token(self._block_length()) / peak
 
     # Checkpoints
 

@@ -18,7 +18,7 @@ SHARED = ROOT.parent / "shared"
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(400))
 TINY = [
-    *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
+    *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off", "train.precision=fp32"),
     *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
     *("train.batch_size=4", "train.num_workers=0", "train.warmup_steps=2", "inference.max_new_tokens=12"),
     *("train.max_steps=8", "train.eval_every=4", "train.eval_batches=4", "train.log_every=2"),

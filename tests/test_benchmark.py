@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gpt2.benchmark import Contestant, GenerationComparison, Writing, ours, read_bandwidth, table, theirs
+from gpt2.benchmarks.generation import Contestant, GenerationComparison, Writing, ours, read_bandwidth, table_of, theirs
 from gpt2.config import GenerationBenchmark
 from tests.conftest import Workspace
 from tests.helpers import random_ids, tiny_config
@@ -48,7 +48,7 @@ def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
     assert rows[0]["ratio"] == rows[0]["same_tokens"] == 1
     weights, share = comparison.weights, rows[-1]["share_of_floor"]
     assert share == pytest.approx(weights / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
-    assert len(table(rows).splitlines()) == 2 + len(rows)
+    assert len(table_of(rows).splitlines()) == 2 + len(rows)
 
 
 def test_the_figures_of_a_row(monkeypatch):
@@ -67,7 +67,7 @@ def test_the_figures_of_a_row(monkeypatch):
     ]
     monkeypatch.setattr(comparison, "contestants", lambda batch_size: contestants)
     bandwidths = iter([1e6, 3e6, 2e6, 4e6, 1e6])
-    monkeypatch.setattr("gpt2.benchmark.read_bandwidth", lambda memory: next(bandwidths))
+    monkeypatch.setattr("gpt2.benchmarks.generation.read_bandwidth", lambda memory: next(bandwidths))
     first, second, ours = comparison.compare(batch_size=2)
     assert [row["tokens_per_second"] for row in (first, second, ours)] == pytest.approx([10, 20, 40])
     assert first["tokens_per_second_of_each"] == pytest.approx([5, 10, 2 / 0.3, 10, 20])
@@ -84,11 +84,11 @@ def test_the_bandwidth_is_bytes_over_seconds(monkeypatch):
     assert read_bandwidth(torch.ones(1000)) == 8000
 
 
-def test_there_is_one_benchmark_by_now(workspace: Workspace):
+def test_the_benchmarks_are_listed_and_their_mistakes_told(workspace: Workspace):
     for arguments in ([], ["nothing"]):
         done = workspace.module("gpt2.main", "benchmark", *arguments)
         assert done.returncode == 2
-        assert "  generation" in done.stderr
+        assert all(f"  {what}" in done.stderr for what in ("generation", "training", "data", "startup"))
     done = workspace.module("gpt2.main", "benchmark", "generation", "new_tokens=1", "batch_sizes=[0]", "formats=[fp8]")
     assert done.returncode == 2
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" new_tokens", " batch_sizes", " formats"]

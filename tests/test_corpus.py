@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2 import corpus
+from gpt2 import corpus, sources
 from gpt2.config import DataConfig, UserError
-from gpt2.corpus import PIECE, PreparedData, pack, pieces, prepare, token_dtype
+from gpt2.corpus import LONGEST_PIECE, PIECE, PreparedData, in_threads, pack, pieces, prepare, token_dtype
 from gpt2.data_loader import load_text_data
+from gpt2.sources import TextFile, TextInMemory
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import ROOT, nasty_texts, python_source, shared
 
@@ -62,7 +63,7 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
     document = LONG[kind](python_source())
-    parts = [text for text, _ in pieces(document)]
+    parts = [text for text, _ in pieces([document])]
     assert "".join(parts) == document
     assert len(parts) > 1 or kind == "no space at all"
     assert len(document) > 2 * PIECE
@@ -70,7 +71,7 @@ def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
 
 
 def test_pieces_are_of_a_bounded_size_and_the_last_one_says_so():
-    parts = list(pieces(python_source()))
+    parts = list(pieces([python_source()]))
     assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
     assert max(len(text) for text, _ in parts) < PIECE + 100
 
@@ -81,14 +82,54 @@ def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
     monkeypatch.setattr(corpus, "PIECE", 2)
     document = f"ab,{space},cd" * 5
     tokenizer = GPT2Tokenizer.train([document] * 10, 400)
-    assert [i for text, _ in pieces(document) for i in tokenizer.encode(text)] == tokenizer.encode(document)
+    assert [i for text, _ in pieces([document]) for i in tokenizer.encode(text)] == tokenizer.encode(document)
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, PIECE])
+def test_the_pieces_are_the_same_however_a_document_is_read(monkeypatch, size):
+    monkeypatch.setattr(corpus, "PIECE", 50)
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 200)
+    document = python_source()[:20_000] + "a" * 1000 + " " * 1000 + "漢" * 300 + " the end"
+    parts = [document[start : start + size] for start in range(0, len(document), size)]
+    assert list(pieces(parts)) == list(pieces([document]))
+    assert "".join(text for text, _ in pieces(parts)) == document
+
+
+def test_a_text_without_any_border_is_cut_so_that_memory_does_not_grow():
+    document = "a" * LONGEST_PIECE + "b" * LONGEST_PIECE + "c d"
+    assert [text for text, _ in pieces([document])] == ["a" * LONGEST_PIECE, "b" * LONGEST_PIECE, "c d"]
+
+
+def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
+    taken = []
+
+    def numbers():
+        for number in range(100):
+            taken.append(number)
+            yield number
+
+    def square(number: int) -> int:
+        time.sleep(0.002 if number % 2 else 0)
+        return number**2
+
+    results = in_threads(square, numbers(), 2)
+    assert next(results) == 0
+    assert len(taken) < 10
+    assert list(results) == [number**2 for number in range(1, 100)]
+
+
+def test_a_failure_in_a_thread_reaches_who_waits():
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda number: 1 // number, [2, 1, 0, 1], 2))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
-def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch):
+def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch, threads):
     monkeypatch.setattr(corpus, "BATCH", batch)  # characters encoded at a time: no document may get lost between
-    documents = ["first", "", "zweites äöü", "x" * 300, "", python_source(), "\n"]
-    total = pack(iter(documents), GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test")
+    documents = ["first", "", "zweites äöü", "x" * 300, "", " " * 99 + "y", python_source(), "\n"]
+    in_parts = ([document[:50], document[50:]] for document in documents)
+    total = pack(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads)
     packed = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
     assert packed == [i for document in documents if document.strip() for i in with_end(document)]
     assert total == len(packed)
@@ -190,6 +231,46 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
     assert documents_of(prepare(config_of(tmp_path, files=[str(tmp_path / name)])), "train") == ["a" * 90]
 
 
+@pytest.mark.parametrize("part", [1, 2, 5, 1 << 20])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+def test_a_file_in_parts_is_its_text(tmp_path, monkeypatch, part, mark):
+    monkeypatch.setattr(sources, "PART", part)
+    text = "aé€😀\r\n\ufeff" * 3
+    (tmp_path / "a.txt").write_bytes(mark + text.encode())
+    document = TextFile(tmp_path / "a.txt")
+    assert "".join(document.parts()) == text
+    for share in np.linspace(0, 1, 50):
+        before, after = "".join(document.parts(0, share)), "".join(document.parts(share, 1))
+        assert before + after == text
+        assert len(before.encode()) == pytest.approx(share * len(text.encode()), abs=4)
+
+
+def test_a_text_in_memory_is_cut_like_one_in_a_file():
+    document = TextInMemory("aé€😀" * 10)
+    assert ["".join(document.parts(*shares)) for shares in [(), (0, 0.5), (0.5, 1)]] == [
+        *("aé€😀" * 10, "aé€😀" * 5, "aé€😀" * 5)
+    ]
+
+
+NOT_UTF8 = [b"\x80abc", b"abc\xe9", b"abc\xe2\x82", b"\xc3\xa9\xff", b"a\xed\xa0\x80b", b"ab\xf0\x9f\x98z", b"\xef\xbb"]
+NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82\x82\x82"]
+
+
+@pytest.mark.parametrize("part", [1, 3, 1 << 20])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("content", NOT_UTF8)
+def test_the_first_byte_that_is_not_utf8_is_told_wherever_the_file_is_cut(tmp_path, monkeypatch, content, mark, part):
+    monkeypatch.setattr(sources, "PART", part)
+    (tmp_path / "a.txt").write_bytes(mark + content)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        (mark + content).decode()
+    for share in np.linspace(0, 1, 20):
+        document = TextFile(tmp_path / "a.txt")
+        with pytest.raises(UserError) as error:
+            list(document.parts(0, share)), list(document.parts(share, 1))
+        assert f"at byte {expected.value.start};" in str(error.value)
+
+
 def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
     (tmp_path / "good.txt").write_text("good" * 100)
     (tmp_path / "latin.txt").write_bytes(b"caf" + b"\xe9" + b" noir" * 100)
@@ -205,6 +286,46 @@ def test_too_little_text_is_a_fault_of_the_user(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(UserError, match=r"there is no text in the (train|validation) split"):
         prepare(config_of(tmp_path))
+
+
+MEMORY = """
+import resource, sys
+from gpt2.config import DataConfig
+from gpt2.corpus import prepare
+
+path, tokenizer = sys.argv[1:]
+if path:
+    prepare(DataConfig(files=[path + "/*.txt"], tokenizer=tokenizer, vocab_size=300, cache_dir=path))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def peak_of(path: Path | str, tokenizer: str = "") -> int:
+    """The most MiB that a process held while it prepared a folder's texts; of an empty path, by its imports alone."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return int(subprocess.check_output([sys.executable, "-c", MEMORY, path, tokenizer], env=environment))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokenizer", "files", "kind"),
+    [
+        ("train", 1, "text"),
+        ("bytes", 20, "text"),
+        ("bytes", 1, "text"),
+        ("bytes", 1, "no border"),
+        ("bytes", 1, "blank"),
+    ],
+)
+def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, files, kind):
+    text = {"text": python_source().encode(), "no border": b"ab" * 100_000, "blank": b" " * 200_000}[kind]
+    for number in range(files):
+        with (tmp_path / f"{number}.txt").open("wb") as file:
+            file.write(b"the beginning ")
+            for _ in range(150_000_000 // files // len(text)):
+                file.write(text)
+            file.write(b" the end")
+    assert peak_of(tmp_path, tokenizer) - peak_of("") < 100
 
 
 def test_no_file_left_is_a_fault_of_the_user(tmp_path):

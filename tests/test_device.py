@@ -1,10 +1,13 @@
 """What the hardware is: told right, or told to be unknown."""
 
+import time
+
 import pytest
 import torch
 
+from gpt2 import device
 from gpt2.config import UserError
-from gpt2.device import choose_device, choose_precision, cuda_or_else, hardware, known_peak
+from gpt2.device import choose_device, choose_precision, cuda_or_else, fastest_seconds, hardware, known_peak
 
 
 @pytest.mark.parametrize(
@@ -37,14 +40,28 @@ def test_a_device_that_is_not_there_is_refused_and_only_the_promised_default_fal
         cuda_or_else("cuda:7")
 
 
-@pytest.mark.parametrize(
-    ("asked", "name"),
-    [("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")],
-)
-def test_precision_on_a_cpu_is_fp32_unless_asked(asked, name):
+@pytest.mark.parametrize("computes", [False, True])
+@pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
+def test_precision_on_a_cpu_is_what_was_asked_or_what_is_fast(asked, computes, monkeypatch):
+    monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
     precision = choose_precision(asked, torch.device("cpu"))
-    assert precision.name == name
+    assert precision.name == ({False: "fp32", True: "bf16"}[computes] if asked == "auto" else asked)
     assert not precision.scaler().is_enabled()
+
+
+@pytest.mark.parametrize(("seconds", "computes"), [([1.0, 0.5], True), ([1.0, 0.9], False), ([1.0, 9.0], False)])
+def test_a_cpu_computes_in_bf16_if_that_is_faster(seconds, computes, monkeypatch):
+    monkeypatch.setattr(device, "fastest_seconds", lambda ways: seconds)
+    device.computes_in_bf16.cache_clear()
+    assert device.computes_in_bf16() == computes
+    device.computes_in_bf16.cache_clear()
+
+
+def test_the_fastest_of_several_ways_in_turn():
+    calls = []
+    seconds = fastest_seconds([lambda: calls.append("a"), lambda: (calls.append("b"), time.sleep(2e-3))], repetitions=3)
+    assert calls == ["a", "b"] * 4
+    assert seconds[0] < 2e-3 <= seconds[1]
 
 
 def test_the_hardware_of_a_run_is_named():

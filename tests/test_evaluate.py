@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from gpt2.config import DataConfig
 from gpt2.data_loader import TokenBlocks, as_it_is, load_split, load_text_data
-from gpt2.evaluate import Evaluator, as_inputs, score, token_losses
+from gpt2.evaluate import Evaluator, as_inputs, score
 from gpt2.model import IGNORE, GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import TEXT, TINY, Workspace
@@ -138,7 +138,7 @@ def test_the_sum_is_kept_in_double_precision(model, tokens):
     loader = DataLoader(windows(tokens), 100, collate_fn=as_it_is)
     (batch,) = map(as_inputs, loader)
     with torch.no_grad():
-        losses = token_losses(model, batch).flatten().tolist()
+        losses = model.token_losses(**batch).flatten().tolist()
     assert score(model, loader, torch.device("cpu")).nats == pytest.approx(math.fsum(losses), rel=1e-14)
 
 

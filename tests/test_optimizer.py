@@ -1,6 +1,7 @@
 """What decays, how the learning rate goes, and that the optimizer's memory survives being put away."""
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -28,19 +29,22 @@ def update(model: GPT2Model, optimizer: torch.optim.Optimizer, seed: int) -> Non
 # AdamW
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_matrices_decay_and_nothing_else(use_bias):
+def test_matrices_decay_and_nothing_else(use_bias, kind):
     model = tiny_model(use_bias=use_bias)
-    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3))
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, optimizer=kind))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         is_vector = name.endswith(".bias") or "norm" in name
         assert decay[id(parameter)] == (0.0 if is_vector else 0.3), name
 
 
-def test_every_parameter_is_in_exactly_one_group():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group(kind):
     model = tiny_model()
-    grouped = [id(p) for group in build_optimizer(model, TrainingConfig()).param_groups for p in group["params"]]
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=kind))
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
@@ -58,6 +62,47 @@ def test_settings_reach_adamw():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2, muon_momentum=0.9))
+    update(model, optimizer, 0)
+    for name, parameter in model.named_parameters():
+        memory = set(optimizer.state[parameter])
+        if name.startswith("blocks.") and parameter.dim() == 2:
+            assert memory == {"momentum_buffer"}, name
+        else:
+            assert memory == {"step", "exp_avg", "exp_avg_sq"}, name
+    assert optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_each_part_steps_as_it_would_alone():
+    """The same gradients to both, and to an optimizer of each kind by itself."""
+    config = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+    model = tiny_model()
+    parts = [copy.deepcopy(model) for _ in range(2)]
+    update(model, build_optimizer(model, config), 0)
+    update(parts[0], build_optimizer(parts[0], replace(config, optimizer="adamw")), 0)
+    matrices = [p for name, p in parts[1].named_parameters() if name.startswith("blocks.") and p.dim() == 2]
+    update(parts[1], torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), 0)
+    for name, parameter in model.named_parameters():
+        is_matrix = name.startswith("blocks.") and parameter.dim() == 2
+        assert torch.equal(parameter, dict(parts[is_matrix].named_parameters())[name]), name
+
+
+def test_the_rate_of_every_group_can_be_set():
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    update(model, optimizer, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The learning rate
 
 
@@ -72,8 +117,9 @@ def test_rate_rises_in_a_line_to_its_peak_at_the_end_of_warmup(warmup, total):
 
 @pytest.mark.parametrize(("minimum", "lowest"), [(None, 3e-5), (0.0, 0.0), (1e-4, 1e-4), (3e-4, 3e-4)])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 100), (10, 100), (0, 1), (99, 100)])
-def test_rate_falls_to_its_minimum_at_the_end(warmup, total, minimum, lowest):
-    config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate=minimum)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_rate_falls_to_its_minimum_at_the_end(warmup, total, minimum, lowest, schedule):
+    config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate=minimum, lr_schedule=schedule)
     rates = [learning_rate(step, total, config) for step in range(warmup, total + 1)]
     assert rates[0] == pytest.approx(3e-4)
     assert rates[-1] == pytest.approx(lowest)
@@ -88,6 +134,15 @@ def test_halfway_down_the_rate_is_halfway_between():
     assert learning_rate(45, 120, config) == pytest.approx(0.75 + 0.25 * 0.5**0.5)
 
 
+def test_a_linear_schedule_is_a_line_and_wsd_one_at_the_end():
+    linear = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.0, lr_schedule="linear")
+    assert [learning_rate(step, 120, linear) for step in (20, 45, 70, 95)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    wsd = TrainingConfig(
+        learning_rate=1.0, warmup_steps=20, min_learning_rate=0.0, lr_schedule="wsd", decay_fraction=0.25
+    )
+    assert [learning_rate(step, 120, wsd) for step in (20, 60, 90, 105, 120)] == pytest.approx([1, 1, 1, 0.5, 0])
+
+
 def test_a_warmup_longer_than_the_run_only_rises_and_stays_below_the_peak():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=2000)
     rates = [learning_rate(step, 100, config) for step in range(100)]
@@ -99,8 +154,9 @@ def test_a_warmup_longer_than_the_run_only_rises_and_stays_below_the_peak():
 # Its memory
 
 
-def test_with_its_memory_back_the_next_update_is_the_same_to_the_bit():
-    config = TrainingConfig(learning_rate=1e-2)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_with_its_memory_back_the_next_update_is_the_same_to_the_bit(kind):
+    config = TrainingConfig(learning_rate=1e-2, optimizer=kind)
     model = tiny_model()
     optimizer = build_optimizer(model, config)
     for seed in range(3):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from gpt2 import packed
+from gpt2 import device
 from gpt2.config import UserError
 from gpt2.evaluate import score
 from gpt2.model import GPT2Model
@@ -71,7 +71,7 @@ def test_a_small_model_stays_as_it_is():
 def test_the_fastest_is_taken_if_it_is_worth_it(monkeypatch, seconds, best):
     """On a clock that only the layers move."""
     clock = [0.0]
-    monkeypatch.setattr(packed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
 
     def kind(cost: float) -> type[Linear]:
         class Costly(Linear):

@@ -1,6 +1,8 @@
 """Text survives its tokens, whatever is in it; GPT-2's tokenizer is OpenAI's; no text can bring in a special token."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from gpt2.config import UserError
 from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, byte_alphabet
-from tests.helpers import nasty_texts, python_source, shared
+from tests.helpers import ROOT, nasty_texts, python_source, shared
 
 TEXTS = [
     "",
@@ -44,6 +46,10 @@ def tokenizer(request) -> GPT2Tokenizer:
     )
 
 
+def batch(tokenizer: GPT2Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_batch(texts)]
+
+
 def write_folder(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, ...]]) -> Path:
     """`vocab.json` and `merges.txt` as OpenAI wrote them."""
     folder.mkdir(exist_ok=True)
@@ -75,7 +81,7 @@ def test_text_survives_its_tokens(tokenizer):
 
 
 def test_a_batch_is_encoded_as_each_alone(tokenizer):
-    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+    assert batch(tokenizer, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
 def test_no_text_brings_in_the_special_token(tokenizer):
@@ -100,7 +106,7 @@ def test_saved_tokenizer_is_the_same(tokenizer):
     assert again.merges == [tuple(merge) for merge in tokenizer.merges]
     assert again.eos_token_id == tokenizer.eos_token_id
     assert again.fingerprint == tokenizer.fingerprint
-    assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert batch(again, TEXTS) == batch(tokenizer, TEXTS)
 
 
 def test_fingerprint_tells_tokenizers_apart(trained):
@@ -113,6 +119,144 @@ def test_a_lone_surrogate_costs_only_itself():
     tokenizer = GPT2Tokenizer.of_bytes()
     text = tokenizer.decode(tokenizer.encode("a\udcffb"))
     assert (text[0], text[-1]) == ("a", "b")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many texts: tiktoken gives the tokens of tokenizers, or is not asked
+
+
+def both_ways(tokenizer: GPT2Tokenizer, texts: list[str]) -> None:
+    """Fail at the first text of which a batch makes other tokens than `tokenizers` does."""
+    expected = [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
+    for text, ids, right in zip(texts, batch(tokenizer, texts), expected, strict=True):
+        assert ids == right, ascii(text[:200])
+
+
+@pytest.mark.parametrize("context", ["{}", "a{}b", " {} ", "1{}{}2", "'{}s.{}!", "\u3000{}\n"])
+def test_every_character_is_cut_as_by_tokenizers(context):
+    """By a tokenizer that joins all it may: where two characters are cut apart shows in the tokens."""
+    merges = [(left, right) for left in byte_alphabet() for right in "abs12'.!ĠĊ"]
+    merges += [(left, right) for left in "ab12'.!ĠĊ" for right in byte_alphabet()]
+    merges = list({"".join(pair): pair for pair in merges}.values())
+    tokens = [*byte_alphabet(), *map("".join, merges), END_OF_TEXT]
+    tokenizer = GPT2Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
+    assert tokenizer._why_not_by_rank() is None
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
+    texts = [context.replace("{}", character) for character in characters]
+    both_ways(tokenizer, [*texts[:0x300], *texts[0x300::500]])
+    # All of them, a thousand in a text, each after a character that no token joins to another.
+    both_ways(tokenizer, ["\0".join(texts[start : start + 1000]) for start in range(0, len(texts), 1000)])
+
+
+@pytest.mark.parametrize("vocab_size", [257, 258, 300, 600, 2000])
+def test_trained_tokenizers_give_one_result_both_ways(vocab_size):
+    tokenizer = GPT2Tokenizer.train([python_source(), *nasty_texts(500)], vocab_size)
+    both_ways(tokenizer, [*TEXTS, python_source(), *nasty_texts(3000, seed=1)])
+
+
+def test_random_bytes_and_runs_of_space_give_one_result_both_ways(tokenizer):
+    random = np.random.default_rng(0)
+    both_ways(tokenizer, [random.bytes(200).decode("utf-8", "replace") for _ in range(500)])
+    both_ways(tokenizer, [random.bytes(200).decode("latin-1") for _ in range(500)])
+    spaces = [
+        *" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b",
+        "\r\n",
+        "a",
+        ".",
+        "1",
+    ]
+    both_ways(tokenizer, ["".join(random.choice(spaces, size=30)) for _ in range(2000)])
+    letters = [*"sdmtlverSDMTaé1 '’\"<|>", "endoftext", "'ll", "'re", "''s", END_OF_TEXT, " '", "\n'"]
+    both_ways(tokenizer, ["".join(random.choice(letters, size=20)) for _ in range(2000)])
+
+
+def test_wikipedia_gives_one_result_both_ways(tokenizer):
+    import pyarrow.parquet as parquet
+
+    folder = shared("datasets/wikitext/wikitext-2-sample")
+    texts = [text for file in sorted(folder.glob("*.parquet")) for text in parquet.read_table(file)["text"].to_pylist()]
+    both_ways(tokenizer, texts)
+
+
+@pytest.mark.parametrize("run", [" " * 2_000_000 + "a", "\n \n" * 700_000 + "a", "a" * 200_000, "漢" * 50_000])
+def test_long_runs_give_one_result_both_ways(trained, run):
+    """Some are too much for tiktoken's regular expressions, which it tells."""
+    both_ways(trained, [run, "short"])
+
+
+@pytest.mark.parametrize("source", ["bytes", "trained"])
+def test_a_lone_surrogate_in_a_batch_costs_only_itself(source, trained):
+    tokenizer = trained if source == "trained" else GPT2Tokenizer.of_bytes()
+    assert batch(tokenizer, ["a\udcffb", "c"]) == [tokenizer.encode("a\udcffb"), tokenizer.encode("c")]
+
+
+def with_merges(*merges: tuple[str, str], order: int = 1) -> GPT2Tokenizer:
+    """Bytes, `<|endoftext|>`, [PAD], and the tokens of the merges, in their order or (-1) against it."""
+    made = list(dict.fromkeys(map("".join, merges)))[::order]
+    return GPT2Tokenizer({token: i for i, token in enumerate([*BYTES, "[PAD]", *made])}, list(merges))
+
+
+UNREACHED = [
+    ("a", "b"),
+    ("b", "c"),
+    ("a", "bc"),
+]  # of "abc" the first makes "ab", "c": there is no token "abc" in texts
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "complaint"),
+    [
+        (lambda: with_merges(("a", "b"), ("b", "c"), order=-1), "its ids do not rise in the order of its merges"),
+        (lambda: with_merges(*UNREACHED), "its merges do not reach every token"),
+    ],
+)
+def test_where_tiktoken_would_err_tokenizers_are_asked_and_that_is_told(caplog, tokenizer, complaint):
+    texts = ["abc", " abc", "abcabc ab bc", "[PAD]", END_OF_TEXT, "a\udcffb", ""]
+    tokenizer = tokenizer()
+    assert batch(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+    assert complaint in caplog.text
+
+
+def test_an_added_token_never_comes_from_a_text(caplog):
+    tokenizer = with_merges(("a", "b"), ("ab", "c"))
+    texts = ["[PAD]", " [PAD]abc", f"{END_OF_TEXT}[PAD]"]
+    assert batch(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+    assert not {tokenizer.eos_token_id, tokenizer.vocabulary["[PAD]"]} & {
+        i for ids in batch(tokenizer, texts) for i in ids
+    }
+    assert not caplog.text, "it was tiktoken"
+
+
+def test_random_merges_give_one_result_both_ways():
+    """Of vocabularies that nobody has trained: some tiktoken may serve, some not, and none errs."""
+    random = np.random.default_rng(0)
+    served = 0
+    for _ in range(200):
+        tokens, merges = list("abcd"), []
+        for _ in range(random.integers(1, 12)):
+            pair = (str(random.choice(tokens)), str(random.choice(tokens)))
+            if pair not in merges:
+                merges.append(pair)
+                tokens.append("".join(pair))
+        tokenizer = with_merges(*merges)
+        served += tokenizer._why_not_by_rank() is None
+        both_ways(tokenizer, ["".join(random.choice(list("abcd "), size=40)) for _ in range(50)])
+    assert 20 < served < 180
+
+
+def test_threads_share_a_tokenizer():
+    from concurrent.futures import ThreadPoolExecutor
+
+    tokenizer = GPT2Tokenizer.train([python_source()], 600)
+    texts = python_source().split("\n\n")
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: batch(tokenizer, texts), range(4)))
+    assert results == [[tokenizer.encode(text) for text in texts]] * 4
+
+
+def test_importing_the_tokenizer_brings_in_no_library_for_batches():
+    code = "import sys, gpt2.tokenizer; print({'numpy', 'tiktoken', 'tokenizers'} & {*sys.modules})"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ def blocks(tmp_path: Path) -> TokenBlocks:
 
 def make_trainer(blocks: TokenBlocks, folder: Path, dropout: float = 0.0, tracker=None, write_sample=None, **options):
     defaults = {"batch_size": 4, "num_workers": 0, "warmup_steps": 2, "learning_rate": 1e-2, "device": "cpu"}
+    defaults["precision"] = "fp32"
     config = TrainingConfig(**{**defaults, **options})
     torch.manual_seed(config.seed)
     shape = GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, dropout, dropout, dropout)
@@ -134,7 +135,7 @@ def test_loaders_of_pairs_and_of_plain_tensors_are_taken_as_labels_of_transforme
     loader = DataLoader(TensorDataset(input_ids, input_ids) if as_pair else input_ids, batch_size=4)
     model = GPT2Model(GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, 0.0, 0.0, 0.0))
     expected = model(input_ids, labels=input_ids)[1].item()
-    config = TrainingConfig(max_epochs=1, device="cpu")
+    config = TrainingConfig(max_epochs=1, device="cpu", precision="fp32")
     trainer = Trainer(model, loader, loader, config, checkpoint_dir=str(tmp_path))
     assert trainer.validate() == pytest.approx(expected, abs=1e-5)
     trainer.train()

@@ -1,13 +1,11 @@
-"""Speed against `transformers`, measured so as to be believed: the same weights, one process, in turn, medians."""
+"""How fast text is written, against `transformers`: the same weights, one process, in turn, medians."""
 
 import copy
-import json
 import logging
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,10 +17,10 @@ import transformers
 from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table, write_json
 from gpt2.config import GenerationBenchmark
-from gpt2.console import track
 from gpt2.decoding import Recorder, write
-from gpt2.device import choose_device, describe
+from gpt2.device import choose_device
 from gpt2.hugging_face import write_folder
 from gpt2.inference import lay_out, on_host
 from gpt2.model import GPT2Model
@@ -145,7 +143,7 @@ class GenerationComparison:
         generator = torch.Generator().manual_seed(batch_size)
         vocabulary = self.model.config.vocab_size
         input_ids = torch.randint(vocabulary, (batch_size, config.prompt_tokens), generator=generator).to(self.device)
-        runs: list[tuple[Contestant, float, list[Writing]]] = []
+        runs: list[tuple[Contestant, float]] = []
         for contestant in self.contestants(batch_size):
             began = time.perf_counter()
             try:
@@ -155,19 +153,15 @@ class GenerationComparison:
                     raise
                 log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
                 continue
-            runs.append((contestant, time.perf_counter() - began, []))
-        bandwidths = []
-        with track(f"Batch {batch_size}", unit="repetitions") as advance:
-            for repetition in range(config.repetitions):
-                bandwidths.append(read_bandwidth(self.memory))
-                for contestant, _, writings in runs:
-                    writings.append(contestant.write(input_ids, config.new_tokens))
-                advance(repetition + 1, config.repetitions)
+            runs.append((contestant, time.perf_counter() - began))
+        turns: list[Callable[[], Any]] = [partial(read_bandwidth, self.memory)]
+        turns += [partial(contestant.write, input_ids, config.new_tokens) for contestant, _ in runs]
+        bandwidths, *writings_of = interleaved(turns, config.repetitions, f"Batch {batch_size}")
 
-        reference = runs[0][2][0].tokens
+        reference = writings_of[0][0].tokens
         bandwidth = median(bandwidths)
         rows: list[dict[str, Any]] = []
-        for contestant, first_seconds, writings in runs:
+        for (contestant, first_seconds), writings in zip(runs, writings_of, strict=True):
             seconds = median(writing.step_seconds for writing in writings)
             rows.append(
                 {
@@ -192,17 +186,15 @@ LEGEND = """\
 ratio: to the better of the two ways of transformers. of floor: the floor is the bytes of the weights over the bandwidth
 of the memory. first s: the first run, with what is set up and compiled. same tokens: as in the first line. weights:
 their layout, see gpt2/packed.py"""
-WIDTHS = (10, 20, 8, 10, 12, 9, 13, 14)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"batch {rows[0]['batch_size']}, memory read at {rows[0]['read_bytes_per_second'] / 1e9:.1f} GB/s"]
-    lines.append(f"{HEAD[0]:<32}" + "".join(f"{title:>{width}}" for title, width in zip(HEAD[1:], WIDTHS, strict=True)))
+def table_of(rows: list[dict[str, Any]]) -> str:
+    lines = []
     for row in rows:
-        each = row["tokens_per_second_of_each"]
         cells = (
+            row["contestant"],
             f"{row['tokens_per_second']:,.1f}",
-            f"{min(each):,.1f} - {max(each):,.1f}",
+            from_to(row["tokens_per_second_of_each"], 1),
             f"{row['ratio']:.2f}",
             f"{row['share_of_floor']:.0%}",
             f"{row['prefill_seconds'] * 1e3:,.0f}",
@@ -210,10 +202,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['same_tokens']:.0%}",
             row["layout"],
         )
-        lines.append(
-            f"{row['contestant']:<32}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
-        )
-    return "\n".join(lines)
+        lines.append(cells)
+    bandwidth = rows[0]["read_bytes_per_second"] / 1e9
+    return f"batch {rows[0]['batch_size']}, memory read at {bandwidth:.1f} GB/s\n{table(HEAD, lines)}"
 
 
 def generation(config: GenerationBenchmark) -> None:
@@ -223,25 +214,14 @@ def generation(config: GenerationBenchmark) -> None:
     if config.compile and choose_device(config.device).type != "cuda":
         log.warning("compile=true is for CUDA: ours is not compiled.")
     comparison = GenerationComparison(config)
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    where = describe(comparison.device)
+    found = circumstances(comparison.device)
     print(
-        f"{comparison.weights / 1e6:,.1f} million weights read a token, prompts of {config.prompt_tokens} tokens, ",
-        end="",
+        f"{comparison.weights / 1e6:,.1f} million weights read a token, prompts of {config.prompt_tokens} tokens, "
+        f"{config.new_tokens} new ones, greedy, medians of {config.repetitions}\n{headline(found)}"
     )
-    print(f"{config.new_tokens} new ones, greedy, medians of {config.repetitions}")
-    print(f"{where}, {', '.join(f'{name} {version}' for name, version in versions.items())}")
     rows = []
     for batch_size in config.batch_sizes:
-        rows += (found := comparison.compare(batch_size))
-        print(f"\n{table(found)}", flush=True)
+        rows += (compared := comparison.compare(batch_size))
+        print(f"\n{table_of(compared)}", flush=True)
     print(f"\n{LEGEND}")
-    if config.json is not None:
-        result = {"benchmark": "generation", "config": asdict(config), "device": where, **versions, "results": rows}
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"written to {config.json}")
+    write_json(config, "generation", {**found, "results": rows})

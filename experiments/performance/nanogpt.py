@@ -1,0 +1,60 @@
+"""nanoGPT as a peer of `python -m gpt2.main benchmark training`, as it is: its model, its optimizer, its loop.
+
+    git clone https://github.com/karpathy/nanoGPT ../nanoGPT
+    NANOGPT=../nanoGPT python -m gpt2.main benchmark training peer=experiments/performance/nanogpt.py:nanogpt
+
+What its `train.py` does is done here: on a CPU fp32 without autocast, on CUDA autocast and TF32; compiled as it is by
+default, but not on a CPU, as its README advises. `bias=True`, for these are GPT-2's weights.
+"""
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from gpt2.hugging_face import their_name
+
+
+def nanogpt(config, state, train):
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(os.environ["NANOGPT"]) / "model.py")
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    kind = torch.device(train.device).type
+    if kind == "cpu" and train.precision != "fp32":
+        raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    fields = {"block_size": config.context_length, "n_layer": config.num_layers, "n_head": config.num_heads}
+    fields |= {"vocab_size": config.vocab_size, "n_embd": config.d_model, "dropout": config.dropout, "bias": True}
+    model = theirs.GPT(theirs.GPTConfig(**fields))
+    named = {name: f"transformer.{their_name(name)}" for name in state}
+    model.load_state_dict({named[name]: tensor for name, tensor in state.items()}, strict=False)  # lm_head is wte
+    model.to(train.device)
+    parameters = dict(model.named_parameters())
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.precision]
+    autocast = nullcontext() if kind == "cpu" else torch.amp.autocast(kind, dtype=dtype)
+    scaler = torch.amp.GradScaler(kind, enabled=train.precision == "fp16")
+    optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate, (train.beta1, train.beta2), kind)
+    forward = torch.compile(model) if kind == "cuda" else model
+
+    def step(micro_batches):
+        total = 0.0
+        for input_ids, targets in micro_batches:
+            with autocast:
+                _, loss = forward(input_ids, targets)
+                loss = loss / len(micro_batches)
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if train.gradient_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    # The token embedding is tied to the head, under whose name PyTorch may list it.
+    parameters.setdefault("transformer.wte.weight", model.transformer.wte.weight)
+    return step, {name: parameters[named[name]] for name in state}

@@ -1,0 +1,81 @@
+"""When a model is compiled, and what becomes of a run where that cannot be."""
+
+import logging
+
+import pytest
+import torch
+
+from gpt2 import compilation
+from gpt2.compilation import Compiled, pays
+from gpt2.device import Precision
+from tests.helpers import noisy_model, random_ids, tiny_config
+
+HOUR = 3600.0
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def problem():
+    model = noisy_model(tiny_config(dropout=0.3))
+    return model, {"input_ids": random_ids(model.config, 2, 8), "targets": random_ids(model.config, 2, 8, seed=2)}
+
+
+def aot_eager(compile_):
+    return lambda model, **options: compile_(model, backend="aot_eager", **options)
+
+
+def test_it_pays_on_cuda_in_long_runs(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(compilation, "find_spec", lambda name: object())
+    precision = Precision("bf16", CUDA)
+    assert pays(precision, flops=1e18, seconds=12 * HOUR)
+    assert not pays(precision, flops=1e15, seconds=12 * HOUR)  # ten seconds
+    assert not pays(precision, flops=1e18, seconds=60)  # that it may take at most
+    assert not pays(Precision("bf16", CPU), flops=1e18, seconds=12 * HOUR)
+    assert not caplog.text
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    assert not pays(precision, flops=1e18, seconds=12 * HOUR)
+    assert "Triton is not installed" in caplog.text
+
+
+def test_the_first_call_leaves_no_trace(problem, monkeypatch):
+    model, inputs = problem
+    monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
+    compiled = Compiled(model, CPU)
+    torch.manual_seed(5)
+    _, expected = model(**inputs, return_logits=False)
+    torch.manual_seed(5)
+    _, loss = compiled(**inputs, return_logits=False)
+    torch.testing.assert_close(loss, expected)  # dropout draws what it would have drawn
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.compiler.reset()
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(problem, monkeypatch, caplog):
+    model, inputs = problem
+
+    def no_compiler(graph, example_inputs):
+        raise RuntimeError("\nno C++ compiler found\nand so on")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=no_compiler, **options))
+    compiled = Compiled(model.eval(), CPU)
+    with caplog.at_level(logging.WARNING):
+        _, loss = compiled(**inputs, return_logits=False)
+    assert loss == model(**inputs, return_logits=False)[1]
+    assert "Not compiled" in caplog.text
+    compiled(**inputs)
+    assert len(caplog.records) == 1
+    torch.compiler.reset()
+
+
+def test_too_little_memory_is_no_missing_compiler(problem, monkeypatch):
+    model, inputs = problem
+
+    def too_large(**_):
+        raise torch.OutOfMemoryError("of 3 TiB")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        Compiled(model, CPU)(**inputs)

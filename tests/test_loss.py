@@ -1,0 +1,171 @@
+"""The loss in chunks is the plain one, with the same gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2 import loss as module
+from gpt2 import onednn
+from gpt2.loss import IGNORE, cross_entropies, linear_cross_entropy, softmax_
+from tests.helpers import noisy_model, random_ids, tiny_config
+
+V, C = 61, 16
+
+
+def problem(n: int = 50, ignored: int = 7, size: float = 1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = (size * torch.randn(n, C, generator=generator)).requires_grad_()
+    weight = torch.randn(V, C, generator=generator).requires_grad_()
+    targets = torch.randint(V, (n,), generator=generator)
+    targets[torch.randperm(n, generator=generator)[:ignored]] = IGNORE
+    return hidden_states, weight, targets
+
+
+def with_gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, tensors)]
+
+
+def plain(hidden_states, weight, targets):
+    return F.cross_entropy(F.linear(hidden_states, weight).float(), targets, ignore_index=IGNORE)
+
+
+@pytest.fixture(params=[1, 7, 50, 1000], ids="{} rows a chunk".format)
+def rows(request, monkeypatch):
+    monkeypatch.setitem(module.CHUNK, "cpu", request.param * V * 4)
+    monkeypatch.setattr(module, "IN_CACHE", 3 * V * 4)
+    return request.param
+
+
+LINEARS = list(onednn.LINEARS.values())
+
+
+@pytest.mark.parametrize("linear", LINEARS, ids=onednn.name_of)
+def test_loss_and_gradient_are_those_of_the_whole_logits(rows, linear):
+    hidden_states, weight, targets = problem()
+    expected = with_gradients(plain(hidden_states, weight, targets), hidden_states, weight)
+    found = with_gradients(linear_cross_entropy(hidden_states, weight, targets, linear=linear), hidden_states, weight)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_there_are_never_more_logits_than_fit_into_a_chunk(rows):
+    made = []
+
+    def watched(x, weight, bias=None):
+        made.append((len(x), len(weight)))
+        return F.linear(x, weight, bias)
+
+    hidden_states, weight, targets = problem()
+    linear_cross_entropy(hidden_states, weight, targets, linear=watched)
+    logits = [of for of, vocabulary in made if vocabulary == V]
+    assert max(logits) <= rows
+    assert sum(logits) == 50
+    assert max(logits) - min(logits) <= 1
+
+
+def test_a_divisor_takes_the_place_of_the_number_of_targets(rows):
+    hidden_states, weight, targets = problem(ignored=7)
+    mean = with_gradients(linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
+    share = linear_cross_entropy(hidden_states, weight, targets, torch.tensor(4 * 43))
+    for one, other in zip(with_gradients(share, hidden_states, weight), mean, strict=True):
+        torch.testing.assert_close(4 * one, other)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient():
+    hidden_states, weight, targets = problem()
+    once, thrice = (
+        with_gradients(factor * linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
+        for factor in (1, 3)
+    )
+    for one, other in zip(once, thrice, strict=True):
+        torch.testing.assert_close(3 * one, other)
+
+
+@pytest.mark.parametrize("ignored", [0, 50])
+def test_no_target_ignored_or_all_of_them(ignored):
+    hidden_states, weight, targets = problem(ignored=ignored)
+    loss, of_hidden, of_weight = with_gradients(
+        linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight
+    )
+    if ignored:
+        assert not loss and not of_hidden.any() and not of_weight.any()
+    else:
+        torch.testing.assert_close(loss, plain(hidden_states, weight, targets).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_is_as_near_to_fp32_as_the_plain_one(rows, dtype):
+    hidden_states, weight, targets = problem()
+    exact = with_gradients(plain(hidden_states, weight, targets), hidden_states, weight)
+    with torch.autocast("cpu", dtype):
+        theirs, ours = (
+            with_gradients(way(hidden_states, weight, targets), hidden_states, weight)
+            for way in (plain, linear_cross_entropy)
+        )
+    for one, other, right in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - right).norm() < 1.2 * (other - right).norm() + 1e-4 * right.norm()
+
+
+def test_gradients_too_small_for_fp16_are_kept_for_the_loss_is_scaled():
+    """What mixed precision in fp16 does: 1 / 10^6 tokens times a gradient would be zero in fp16."""
+    hidden_states, weight, targets = problem()
+    divisor = torch.tensor(10**6)
+    exact = with_gradients(plain(hidden_states, weight, targets) * 43 / divisor, hidden_states, weight)
+    with torch.autocast("cpu", torch.float16):
+        share = linear_cross_entropy(hidden_states, weight, targets, divisor)
+    scaled = torch.autograd.grad(share * 2**16, (hidden_states, weight))
+    for one, right in zip(scaled, exact[1:], strict=True):
+        assert (one / 2**16 - right).norm() < 5e-3 * right.norm()
+
+
+def test_a_vocabulary_that_is_filled_up_changes_nothing():
+    """As it is on CUDA."""
+    hidden_states, weight, targets = (tensor.detach() for tensor in problem())
+    scale = torch.tensor(1 / 43)
+    alone = module._loss_and_gradients(hidden_states, weight, targets, scale, F.linear, V)
+    padded = module._loss_and_gradients(
+        hidden_states, F.pad(weight, (0, 0, 0, -V % module.ALIGNED)), targets, scale, F.linear, V
+    )
+    torch.testing.assert_close(padded[:2], alone[:2])
+    torch.testing.assert_close(padded[2][:V], alone[2])
+    assert not padded[2][V:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_the_softmax_in_place(dtype, size, monkeypatch):
+    monkeypatch.setattr(module, "IN_CACHE", 3 * V * 4)
+    logits = (size * torch.randn(10, V)).to(dtype)
+    exact = logits.double()
+    normalizer = softmax_(logits)
+    torch.testing.assert_close(normalizer.double(), torch.logsumexp(exact, -1, keepdim=True), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(logits, torch.softmax(exact, -1).to(dtype), rtol=1e-2 if size > 1 else 1e-5, atol=1e-6)
+
+
+def test_the_losses_of_each_target_without_a_gradient(rows):
+    hidden_states, weight, targets = problem()
+    losses = cross_entropies(hidden_states.detach(), lambda x: F.linear(x, weight.detach()), targets, V)
+    expected = F.cross_entropy(F.linear(hidden_states, weight), targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, expected.detach())
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden_states, weight, targets), losses.sum() / 43)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_step_is_one_graph_with_the_same_gradient(gradient_checkpointing, precision):
+    """Einops and the chunks do not break it. What the compiler makes of it, `aot_eager` leaves as it is."""
+    model = noisy_model(tiny_config())
+    model.gradient_checkpointing = gradient_checkpointing
+    input_ids, targets = random_ids(model.config, 3, 16), random_ids(model.config, 3, 16, seed=2)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = []
+    for forward in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            _, loss = forward(input_ids, targets=targets, return_logits=False)
+        found.append(with_gradients(loss, *model.parameters()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4 if precision == "fp32" else 5e-2, atol=1e-6)
+    torch.compiler.reset()
