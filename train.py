@@ -145,11 +145,11 @@ def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dic
     Args:
         settings: Its whole configuration, plain; `.hydra` has only that with which it began.
     """
-    from gpt2.device import choose_device, choose_precision, hardware
+    from gpt2.device import choose_device, choose_precision, hardware, precision_asked
     from gpt2.reproducibility import commit, versions
 
     train, device = config.train, choose_device(config.train.device)
-    precision = choose_precision(train.precision if train.mixed_precision else "fp32", device)
+    precision = choose_precision(precision_asked(train), device)
     return {
         "title": title(config.started_with) or config.name,
         "tags": list(dict.fromkeys(config.choices.values())),

@@ -4,19 +4,24 @@ import logging
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from gpt2.device import Precision, known_peak
+from gpt2.model import GPT2Model
+from gpt2.onednn import Linear
 from gpt2.reproducibility import RandomState
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
 
-PAYS_AFTER = 300.0  # seconds of training: compiling takes a minute of them, and saves a quarter of the others
+# Assumed, not measured, for there was no GPU: compiling takes a minute, and saves a quarter of the time.
+PAYS_AFTER = 300.0  # seconds of training
 USUAL_PEAK = 100e12  # FLOP/s, of a GPU that is in no table
 USUAL_SHARE = 0.3  # of the peak, that a model reaches without a compiler
 
@@ -24,7 +29,7 @@ USUAL_SHARE = 0.3  # of the peak, that a model reaches without a compiler
 def pays(precision: Precision, flops: float, seconds: float) -> bool:
     """Whether compiling gains more time than it takes: on CUDA, with Triton, in a run that is long enough.
 
-    On a CPU nothing was gained by it, see experiments/performance.
+    On a CPU it saves 5 % of the time at best and takes half a minute or more, see experiments/performance.
 
     Args:
         flops: Of the whole training.
@@ -42,14 +47,25 @@ def pays(precision: Precision, flops: float, seconds: float) -> bool:
 
 
 class Compiled:
-    """A model compiled into one graph at its first call; without a compiler, the model as it is, and a log line."""
+    """A model compiled into one graph, for batches of one shape; batches of others go through the model as it is.
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.model, self.device = model, device
+    Without a compiler all do, and a log line says so.
+    """
+
+    def __init__(self, model: GPT2Model, device: torch.device, shape: tuple[int, int], linear: Linear = F.linear):
+        """
+        Args:
+            shape: (b, t) of the batches that it is compiled for: a compilation takes a minute, and the last batch of an
+                epoch, which is smaller, is not worth one.
+            linear: What the model multiplies by where it cannot be compiled.
+        """
+        self.model, self.device, self.shape, self.linear = model, device, shape, linear
         self.forward: Forward | None = None
 
     def __call__(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
-        """As the model, which has no gradients yet at the first call."""
+        """As the model, which has no gradients yet when the shape comes for the first time."""
+        if tuple(inputs["input_ids"].shape) != self.shape or inputs.get("attention_mask") is not None:
+            return self.model(**inputs)
         if self.forward is None:
             self.forward = self._compile(inputs)
         return self.forward(**inputs)
@@ -58,20 +74,24 @@ class Compiled:
         """Compile for these inputs, forward and backward: a step is taken, of which nothing stays."""
         log.info("Compiling the model: up to a minute or two, once")
         began, before = time.perf_counter(), RandomState.of_torch(self.device)
+        kept = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
         forward: Forward = torch.compile(self.model, fullgraph=True, dynamic=False)
         try:
             _, loss = forward(**inputs)
             assert loss is not None
             loss.backward()
-        except (RuntimeError, ImportError, OSError) as error:
+        except (RuntimeError, ImportError, OSError, SubprocessError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
             log.warning("Not compiled, and slower for it: %s", reason)
             forward = self.model
+            self.model.use_linear(self.linear)
         else:
             log.info("Compiled in %.0f s", time.perf_counter() - began)
         finally:
-            self.model.zero_grad(set_to_none=True)
+            for parameter, gradient in zip(self.model.parameters(), kept, strict=True):
+                parameter.grad = gradient
             before.restore()
         return forward

@@ -349,4 +349,5 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
     "generate": complete_generate,
     "export": complete_export,
     "benchmark_generation": complete_benchmark,
+    **dict.fromkeys(("benchmark_training", "benchmark_data", "benchmark_startup"), lambda composed, _: composed),
 }

@@ -77,7 +77,7 @@ class TrainingConfig:
     log_every: int = 100  # steps
     checkpoint_dir: str = "checkpoints"  # inside the run folder
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    num_workers: int = 4  # at most one a core
+    num_workers: int = 4  # processes that load data, at most one a core that does not train
     pin_memory: bool = True
     mixed_precision: bool = True  # false: fp32 whatever the hardware
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work

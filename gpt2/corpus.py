@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-FORMAT = 2  # of the files below; a change makes every cached corpus be prepared anew
+FORMAT = 1  # of the files below; a change makes every cached corpus be prepared anew
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 PIECE = 1 << 16  # characters: a tokenizer slows down on longer strings
 LONGEST_PIECE = 1 << 20  # characters: bounds memory where a text has no border
@@ -215,6 +215,8 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
         "validation_fraction": config.validation_fraction if source.validation is None else None,
         **({} if only is None else {"splits": splits}),
     }
+    if source.validation is None and config.files and held_out(len(source.train), config.validation_fraction) is None:
+        decisive["cut"] = "bytes"  # of each file: earlier versions counted characters
     fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
 
     prepared = PreparedData(cache_folder(config) / "tokens" / fingerprint)

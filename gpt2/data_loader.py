@@ -157,8 +157,10 @@ def get_dataloaders(
     """
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
+    # Cores that train have none to spare: two workers beside two such threads made a step 13 % longer.
+    spare_cores = (os.cpu_count() or 1) - (0 if on_cuda else torch.get_num_threads())
     common: dict[str, Any] = {
-        "num_workers": min(config.num_workers, os.cpu_count() or 1),
+        "num_workers": max(0, min(config.num_workers, spare_cores)),
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _start_worker,
         # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gpt2.config import UserError
+from gpt2.config import TrainingConfig, UserError
 from gpt2.faults import device_faults
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,11 @@ class Precision:
     def scaler(self) -> torch.amp.GradScaler:
         """Loss scaling, which only fp16 needs: its smallest numbers are too large for gradients."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def precision_asked(config: TrainingConfig) -> str:
+    """What the configuration says of the number format; it may be `auto`."""
+    return config.precision if config.mixed_precision else "fp32"
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:

@@ -152,7 +152,7 @@ def training_faults(config: TrainingConfig, prefix: str = "train.") -> Faults:
             f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
             f"the schedule only falls"
         )
-    if config.compile not in (True, False, "auto"):
+    if not isinstance(config.compile, bool) and config.compile != "auto":
         found.append(f"{prefix}compile: {config.compile!r} is none of auto, true, false")
     for key, choices in _TRAINING_CHOICES.items():
         if (value := getattr(config, key)) not in choices:

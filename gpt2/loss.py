@@ -16,7 +16,7 @@ from gpt2.onednn import Linear
 
 IGNORE = -100  # a label that takes no part in the loss, as in transformers
 
-CHUNK = {"cpu": 128 << 20, "cuda": 1 << 30}  # bytes of the logits that there are at a time
+CHUNK = {"cpu": 96 << 20, "cuda": 256 << 20}  # bytes of the logits that there are at a time
 IN_CACHE = 4 << 20  # bytes of the logits that a CPU takes the softmax of at a time
 ALIGNED = 128  # GPUs multiply fastest what is a multiple of it wide: there the vocabulary is filled up, in here alone
 
@@ -116,7 +116,7 @@ def _loss_and_gradients(
     for rows in _chunks(hidden_states, len(head) * head.element_size()):
         x, target = hidden_states[rows], targets[rows, None]
         counts = (target != IGNORE).float()
-        target = target.clamp(min=0)
+        target = torch.where(target == IGNORE, 0, target)
 
         logits = linear(x, head, None)
         logits[:, vocab_size:] = -torch.inf
@@ -125,13 +125,16 @@ def _loss_and_gradients(
         loss += ((normalizer - of_target) * counts).sum() * scale
         logits.scatter_(1, target, (torch.exp(of_target - normalizer) - 1).to(logits.dtype))
 
-        of_logits = logits  # but for the rows that do not count, and for the scale, which underflows in fp16
+        of_logits = logits  # but for the rows that do not count, and for the scale
         of_hidden[rows] = linear(of_logits, head.t(), None) * (counts * scale)
-        part = linear(of_logits.t(), (x * (counts * scale if is_fp32 else counts).to(x.dtype)).t(), None)
+        # In 16 bits the scale comes after the product, for it would underflow in fp16; there the sum over many rows
+        # might overflow, and is made smaller by a power of two.
+        smaller = 2.0 ** -(len(x).bit_length() // 2) if head.dtype == torch.float16 else 1.0
+        part = linear(of_logits.t(), (x * (counts * (scale if is_fp32 else smaller)).to(x.dtype)).t(), None)
         if of_head is None:
-            of_head = part if is_fp32 else part.float().mul_(scale)
+            of_head = part if is_fp32 else part.float().mul_(scale / smaller)
         else:
-            of_head = of_head.add_(part) if is_fp32 else of_head.addcmul_(part, scale)
+            of_head = of_head.add_(part) if is_fp32 else of_head.addcmul_(part, scale / smaller)
     return loss, of_hidden, torch.zeros(head.shape, device=head.device) if of_head is None else of_head
 
 
@@ -146,9 +149,9 @@ def softmax_(logits: Tensor) -> Tensor:
     normalizer = torch.empty(m, 1, device=logits.device)
     for start in range(0, m, rows):
         part = logits[start : start + rows]
-        exact = part.float()
-        probabilities = torch.softmax(exact, dim=-1)
-        # The largest logit less the logarithm of its probability, which is never too small for fp32.
-        normalizer[start : start + rows] = exact.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log()
+        exact = part.float() if in_cache else part  # a GPU converts as it reads
+        probabilities = torch.softmax(exact, dim=-1, dtype=torch.float32)
+        largest = exact.amax(-1, keepdim=True).float()  # whose probability is never too small for fp32
+        normalizer[start : start + rows] = largest - probabilities.amax(-1, keepdim=True).log()
         part.copy_(probabilities)
     return normalizer

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.command_line import faults_as_lines, script
-from gpt2.composition import COMPLETIONS, ROOT
+from gpt2.composition import ROOT
 from gpt2.config import (
     DataBenchmark,
     ExportRun,
@@ -157,8 +157,6 @@ BENCHMARKS = {
     "data": "how fast text becomes tokens, and tokens batches",
     "startup": "how long it takes until something happens",
 }
-for _what in BENCHMARKS:  # none but generation takes anything from a trained model
-    COMPLETIONS.setdefault(f"benchmark_{_what}", lambda composed, _overrides: composed)
 
 
 def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:

@@ -6,18 +6,21 @@ this file alone. Where they are missing nothing here is used.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from gpt2.device import fastest_seconds
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as F.linear
 
 WORTHWHILE = 0.95  # of the time of F.linear: less than this, or nothing is changed
+WORTH_COPIES = 0.8  # the same where oneDNN has to copy a matrix
 SAMPLE = (256, 768, 768)  # rows, inputs and outputs of the product that is measured
 
 
@@ -60,6 +63,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x = of_weight = of_bias = None
@@ -73,39 +77,41 @@ class _Linear(torch.autograd.Function):
         return None, of_x, of_weight, of_bias
 
 
-def linear_by(product: Linear) -> Linear:
-    """`F.linear` by another product, with its gradient. For fp32 only: 16 bits PyTorch gives to oneDNN by itself."""
+@dataclass(frozen=True)
+class LinearBy:
+    """`F.linear` by another product, with its gradient: fp32 on a CPU. PyTorch gives 16 bits to oneDNN by itself."""
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if torch.is_autocast_enabled("cpu") or weight.dtype != torch.float32:
+    product: Linear
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        is_fp32 = weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or not is_fp32:
             return F.linear(x, weight, bias)
         if torch.is_grad_enabled():
-            return _Linear.apply(product, x, weight, bias)
-        return product(x, weight, bias)
-
-    return linear
+            return _Linear.apply(self.product, x, weight, bias)
+        return self.product(x, weight, bias)
 
 
 LINEARS: dict[str, Linear] = {"PyTorch": F.linear}
 if is_available():
-    LINEARS |= {"oneDNN": linear_by(product), "oneDNN without copies": linear_by(product_without_copy)}
+    LINEARS |= {"oneDNN": LinearBy(product), "oneDNN without copies": LinearBy(product_without_copy)}
 
 
 def name_of(way: Linear) -> str:
-    """Which of `LINEARS` that is."""
-    return next(name for name, known in LINEARS.items() if known is way)
+    """Which of `LINEARS` that is; `other` if none."""
+    return next((name for name, known in LINEARS.items() if known == way), "other")
 
 
 @cache
-def faster_linear() -> Linear:
-    """That of `LINEARS` which is the fastest on this processor: measured."""
+def faster_linear() -> str:
+    """The name of that of `LINEARS` which is the fastest on this processor: measured, with a margin against chance."""
     if not is_available():
-        return F.linear
+        return "PyTorch"
     rows, inputs, outputs = SAMPLE
     x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
     theirs, ours = fastest_seconds([partial(way, x, weight) for way in (F.linear, product)])
     if ours > WORTHWHILE * theirs:
-        return LINEARS["PyTorch"]
+        return "PyTorch"
     of_y = torch.ones(rows, outputs)
     theirs, ours = fastest_seconds([partial(way, of_y.t(), x.t()) for way in (F.linear, product)])
-    return LINEARS["oneDNN without copies" if ours > WORTHWHILE * theirs else "oneDNN"]
+    return "oneDNN without copies" if ours > WORTH_COPIES * theirs else "oneDNN"

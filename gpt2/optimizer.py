@@ -17,6 +17,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": self.parts}
+
     def __setstate__(self, state: dict[str, Any]) -> None:  # `load_state_dict` ends here, with other dictionaries
         super().__setstate__(state)
         self._share()
@@ -28,6 +31,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         muon.state = adamw.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update by each; of closures they would have to share one."""
+        assert closure is None
         for part in self.parts:
             part.step()
 
@@ -39,9 +44,9 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     are scaled to the size of AdamW's (Liu et al., 2025, "Muon is scalable for LLM training"): one learning rate fits.
     """
     by_name = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if config.optimizer == "adamw":
-        return _adamw(list(by_name.values()), config)
     of_blocks = {name for name, parameter in by_name.items() if parameter.dim() == 2 and name.startswith("blocks.")}
+    if config.optimizer == "adamw" or not of_blocks:
+        return _adamw(list(by_name.values()), config)
     muon = torch.optim.Muon(
         [by_name[name] for name in by_name if name in of_blocks],
         lr=config.learning_rate,

@@ -3,8 +3,10 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 log = logging.getLogger(__name__)
@@ -42,14 +44,23 @@ class StepProfiler:
             needed = SKIPPED + WARMUP + STEPS
             log.warning("profile: nothing was recorded, for that the run must train for %s steps at least", needed)
 
+    def _is_work(self, operation: Any) -> bool:
+        """Whether it is an operation of its own: neither a name for several nor, on CUDA, what only starts a kernel."""
+        if operation.key.startswith("ProfilerStep") or operation.is_user_annotation:
+            return False
+        return not self.is_cuda or operation.device_type == DeviceType.CUDA
+
     def _tell(self, recorded: profile) -> None:
         """Write the trace, and print the table."""
         self.is_done = True
-        recorded.export_chrome_trace(str(self.folder / TRACE))
+        try:
+            recorded.export_chrome_trace(str(self.folder / TRACE))
+        except (OSError, RuntimeError) as error:  # such as a full disk: no reason to end a training
+            log.warning("profile: the trace cannot be written: %s", error)
         operations = [
             (o, o.self_device_time_total if self.is_cuda else o.self_cpu_time_total) for o in recorded.key_averages()
         ]
-        operations = [(o, time) for o, time in operations if not o.key.startswith("ProfilerStep")]
+        operations = [(o, time) for o, time in operations if self._is_work(o)]
         total = sum(time for _, time in operations) or 1
         costliest = sorted(operations, key=lambda pair: pair[1], reverse=True)[:ROWS]
         lines = [f"    {'operation':<60} {'ms a step':>10} {'share':>7} {'calls':>7}"]

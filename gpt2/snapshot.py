@@ -10,8 +10,9 @@ from torch import Tensor
 
 from gpt2 import checkpoint
 from gpt2.config import Divergence, UserError
+from gpt2.device import precision_asked
 from gpt2.nonfinite import ADVICE, broken
-from gpt2.onednn import LINEARS, name_of
+from gpt2.onednn import name_of
 from gpt2.optimizer import load_optimizer_tensors, optimizer_tensors
 from gpt2.reproducibility import RandomState, versions
 
@@ -91,6 +92,7 @@ def _circumstances(trainer: "Trainer") -> dict[str, Any]:
             "device": trainer.device.type,
             "precision": trainer.precision.name,
             "linear": name_of(trainer.model.linear),
+            "compiled": trainer.is_compiled,
             "threads": torch.get_num_threads(),
         },
         "versions": versions(),
@@ -113,17 +115,17 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
             f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {now['data']}); "
             f"resume_changes=true goes on with these"
         )
-    linear = LINEARS.get(record["machine"].get("linear", ""))
-    if linear and trainer.device.type == "cpu" and trainer.forward is trainer.model:  # measured again, it might differ
-        trainer.model.use_linear(linear)
-        now = _circumstances(trainer)
+    _compute_as_then(trainer, record)
+    now = _circumstances(trainer)
     before = _flat(record)
     for key, value in _flat(now).items():
         if before.get(key) != value:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
 
     trainer.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
-    if record["train"].get("optimizer", "adamw") == trainer.config.optimizer:  # another one has another memory
+    if record["train"].get("optimizer", "adamw") != trainer.config.optimizer:
+        log.warning("The optimizer is another one: it begins without memory")
+    else:
         load_optimizer_tensors(trainer.optimizer, trainer.model, checkpoint.read_tensors(path, "optimizer/"))
     if trainer.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
         trainer.scaler.load_state_dict(record["scaler"])
@@ -134,6 +136,20 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
     trainer.progress = replace(progress, position=position)
     trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].clone().to(trainer.device)
     RandomState(trainer.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
+
+
+def _compute_as_then(trainer: "Trainer", record: dict[str, Any]) -> None:
+    """Have a trainer compute in the way that the run began in, where that is left to `auto`: it may be another today.
+
+    Runs of earlier versions computed in fp32 on a CPU, by PyTorch's products.
+    """
+    machine, config = record["machine"], trainer.config
+    if machine["device"] != trainer.device.type:
+        return
+    precision = machine["precision"] if precision_asked(config) == "auto" else None
+    is_same = machine["precision"] == (precision or trainer.precision.name)
+    compiled = machine.get("compiled", bool(record["train"].get("compile"))) if config.compile == "auto" else None
+    trainer.compute_as(precision, machine.get("linear", "PyTorch") if is_same else None, compiled)
 
 
 def _flat(circumstances: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from gpt2.compilation import Compiled, Forward, pays
 from gpt2.config import Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
-from gpt2.device import choose_device, choose_precision, peak_flops
+from gpt2.device import choose_device, choose_precision, peak_flops, precision_asked
 from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
 from gpt2.faults import training_faults
 from gpt2.interruption import deferred
 from gpt2.model import GPT2Model
 from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
-from gpt2.onednn import faster_linear
+from gpt2.onednn import LINEARS, faster_linear
 from gpt2.optimizer import build_optimizer, learning_rate
 from gpt2.reproducibility import RandomState, make_deterministic
 from gpt2.snapshot import Progress
@@ -74,12 +74,9 @@ class Trainer:
         torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device, "train.device")
-        self.precision = choose_precision(config.precision if config.mixed_precision else "fp32", self.device)
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.optimizer = build_optimizer(self.model, config)
-        self.scaler = self.precision.scaler()
-        self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
         self.train_loader, self.val_loader = train_loader, val_loader
         self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
         self.tracker = tracker or Tracker()
@@ -94,7 +91,7 @@ class Trainer:
         self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
         most_steps = config.max_epochs * self.steps_per_epoch
         self.total_steps = min(config.max_steps or most_steps, most_steps)
-        self.forward = self._forward()
+        self.compute_as()
         self.progress = Progress()
         self.stop_reason: str | None = None
         self.interrupted_by: int | None = None  # the signal
@@ -206,16 +203,30 @@ class Trainer:
         if limit and (self.device.type != "cpu" or gradient_norm + 1e-6 > limit):
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, gradient_norm)
 
-    def _forward(self) -> Forward:
-        """The model as it is, or compiled, or with the faster of the ways to multiply matrices."""
-        tokens = self.config.batch_size * self.config.accumulation_steps * self._block_length()
-        flops = self.total_steps * tokens * self.model.flops_per_token(self._block_length())
-        seconds = self.config.max_training_hours * 3600
-        if pays(self.precision, flops, seconds) if self.config.compile == "auto" else self.config.compile:
-            return Compiled(self.model, self.device)
-        if self.device.type == "cpu" and self.precision.name == "fp32":
-            self.model.use_linear(faster_linear())
-        return self.model
+    def compute_as(self, precision: str | None = None, linear: str | None = None, compiled: bool | None = None) -> None:
+        """Settle in which format, by which products of matrices, and whether compiled, a step is computed.
+
+        Its last bits depend on that. What is None is as `config` says; `auto` is what suits this machine.
+        """
+        config, on_cpu = self.config, self.device.type == "cpu"
+        self.precision = choose_precision(precision or precision_asked(config), self.device)
+        self.scaler = self.precision.scaler()
+        self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
+        if not (on_cpu and self.precision.name == "fp32") or linear not in LINEARS:
+            linear = None
+        if linear is None and on_cpu and self.precision.name == "fp32" and not config.deterministic:
+            linear = faster_linear()
+        length = self._block_length()
+        if compiled is None:
+            tokens = self.total_steps * config.accumulation_steps * config.batch_size * length
+            flops = tokens * self.model.flops_per_token(length)
+            auto = config.compile == "auto"
+            compiled = pays(self.precision, flops, config.max_training_hours * 3600) if auto else bool(config.compile)
+        self.is_compiled = compiled
+        self.model.use_linear(LINEARS["PyTorch" if compiled else linear or "PyTorch"])
+        self.forward: Forward = self.model
+        if compiled:
+            self.forward = Compiled(self.model, self.device, (config.batch_size, length), LINEARS[linear or "PyTorch"])
 
     def _block_length(self) -> int:
         return getattr(self.train_loader.dataset, "length", self.model.config.context_length)

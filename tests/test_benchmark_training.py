@@ -158,6 +158,7 @@ def test_the_batches_are_those_of_the_file_and_all_differ(tmp_path):
 
 
 def test_the_peak_of_a_process_is_its_own():
+    memory.reset_peak()
     before = memory.peak_resident_bytes()
     block = torch.ones(50 << 20)
     assert memory.peak_resident_bytes() > before + (100 << 20)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from gpt2 import compilation
+from gpt2 import compilation, onednn
 from gpt2.compilation import Compiled, pays
 from gpt2.device import Precision
 from tests.helpers import noisy_model, random_ids, tiny_config
@@ -42,13 +42,35 @@ def test_it_pays_on_cuda_in_long_runs(monkeypatch, caplog):
 def test_the_first_call_leaves_no_trace(problem, monkeypatch):
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
-    compiled = Compiled(model, CPU)
+    compiled = Compiled(model, CPU, (2, 8))
     torch.manual_seed(5)
     _, expected = model(**inputs, return_logits=False)
     torch.manual_seed(5)
     _, loss = compiled(**inputs, return_logits=False)
     torch.testing.assert_close(loss, expected)  # dropout draws what it would have drawn
     assert all(parameter.grad is None for parameter in model.parameters())
+    torch.compiler.reset()
+
+
+def test_other_shapes_go_through_the_model_as_it_is(problem, monkeypatch):
+    """A compiler would be asked again for each, for a minute."""
+    model, inputs = problem
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not for this shape"))
+    compiled = Compiled(model.eval(), CPU, (4, 8))
+    for t in range(1, 9):
+        batch = {key: tensor[:, :t] for key, tensor in inputs.items()}
+        assert compiled(**batch, return_logits=False)[1] == model(**batch, return_logits=False)[1]
+    mask = torch.ones(2, 8)
+    Compiled(model, CPU, (2, 8))(**inputs, attention_mask=mask)
+
+
+def test_gradients_that_are_there_stay(problem, monkeypatch):
+    model, inputs = problem
+    monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
+    model(**inputs)[1].backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    Compiled(model, CPU, (2, 8))(**inputs, return_logits=False)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), before, strict=True))
     torch.compiler.reset()
 
 
@@ -60,7 +82,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(problem, monkeypatch, caplog)
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=no_compiler, **options))
-    compiled = Compiled(model.eval(), CPU)
+    compiled = Compiled(model.eval(), CPU, (2, 8), onednn.LINEARS["PyTorch"])
     with caplog.at_level(logging.WARNING):
         _, loss = compiled(**inputs, return_logits=False)
     assert loss == model(**inputs, return_logits=False)[1]
@@ -78,4 +100,4 @@ def test_too_little_memory_is_no_missing_compiler(problem, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: too_large)
     with pytest.raises(torch.OutOfMemoryError):
-        Compiled(model, CPU)(**inputs)
+        Compiled(model, CPU, (2, 8))(**inputs)

@@ -120,6 +120,27 @@ def test_gradients_too_small_for_fp16_are_kept_for_the_loss_is_scaled():
         assert (one / 2**16 - right).norm() < 5e-3 * right.norm()
 
 
+def test_a_sum_over_many_tokens_does_not_overflow_in_fp16():
+    """Ten thousand equal tokens: plain, the gradient of their row would be ten thousand times one of them."""
+    n = 10_000
+    hidden_states, weight = torch.full((n, C), 12.0), torch.zeros(V, C, requires_grad=True)
+    targets = torch.zeros(n, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden_states, weight, targets)
+    (of_weight,) = torch.autograd.grad(loss, weight)
+    expected = torch.full((V, C), 12.0 / V)
+    expected[0] -= 12.0
+    torch.testing.assert_close(of_weight, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_another_negative_target_is_refused():
+    """As elsewhere: -1, which other programs ignore, is not token 0."""
+    hidden_states, weight, targets = problem()
+    targets[3] = -1
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(hidden_states, weight, targets)
+
+
 def test_a_vocabulary_that_is_filled_up_changes_nothing():
     """As it is on CUDA."""
     hidden_states, weight, targets = (tensor.detach() for tensor in problem())

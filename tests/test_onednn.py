@@ -1,5 +1,7 @@
 """What oneDNN multiplies is what `F.linear` does, with the same gradient; and it is taken where it is faster."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ def test_only_the_gradients_that_are_wanted_are_computed(way):
 @needs_onednn
 @pytest.mark.parametrize("weight", [torch.randn(5, 4, dtype=torch.bfloat16), torch.randn(5, 4)])
 def test_other_formats_go_the_usual_way(weight):
-    linear = onednn.linear_by(lambda *_: pytest.fail("not for 16 bits"))
+    linear = onednn.LinearBy(lambda *_: pytest.fail("not for 16 bits"))
     x = torch.randn(3, 4, dtype=weight.dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
@@ -65,12 +67,27 @@ def test_the_fastest_way_is_taken(seconds, chosen, monkeypatch):
     measured = iter(seconds)
     monkeypatch.setattr(onednn, "fastest_seconds", lambda ways: next(measured))
     onednn.faster_linear.cache_clear()
-    assert onednn.name_of(onednn.faster_linear()) == chosen
+    assert onednn.faster_linear() == chosen
     onednn.faster_linear.cache_clear()
+
+
+def test_ways_are_known_by_name_also_after_pickling():
+    for name, way in onednn.LINEARS.items():
+        assert onednn.name_of(pickle.loads(pickle.dumps(way))) == name
+    assert onednn.name_of(lambda *_: None) == "other"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_gradient_of_a_gradient_is_refused_and_not_wrong(way):
+    x = torch.randn(3, 4, requires_grad=True)
+    y = onednn.LINEARS[way](x, torch.randn(5, 4, requires_grad=True)).square().sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_without_onednn_nothing_changes(monkeypatch):
     monkeypatch.setattr(onednn, "is_available", lambda: False)
     onednn.faster_linear.cache_clear()
-    assert onednn.faster_linear() is F.linear
+    assert onednn.faster_linear() == "PyTorch"
     onednn.faster_linear.cache_clear()

@@ -92,6 +92,22 @@ def test_each_part_steps_as_it_would_alone():
         assert torch.equal(parameter, dict(parts[is_matrix].named_parameters())[name]), name
 
 
+def test_a_copy_of_it_steps_alike():
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2))
+    update(model, optimizer, 0)
+    other, copied = copy.deepcopy((model, optimizer))
+    update(model, optimizer, 1)
+    update(other, copied, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_without_a_matrix_to_train_it_is_adamw_alone():
+    model = tiny_model()
+    model.blocks.requires_grad_(False)
+    assert isinstance(build_optimizer(model, TrainingConfig(optimizer="muon")), torch.optim.AdamW)
+
+
 def test_the_rate_of_every_group_can_be_set():
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"))

@@ -55,8 +55,15 @@ def test_every_script_call_of_the_readme_runs_in_the_order_it_stands_there(works
         if "tests.stress" in arguments:
             continue  # tests/stress/test_stress.py runs it
         if script == "-m":
-            small = ["model=gpt2_nano", *tiny_model, "new_tokens=2", "prompt_tokens=4", "repetitions=1"]
-            more = {"benchmark": small, "study": ["jobs=0"]}  # a study takes half an hour; this looks for its runs
+            small = {
+                "generation": ["model=gpt2_nano", *tiny_model, "new_tokens=2", "prompt_tokens=4"],
+                "training": ["model=gpt2_nano", *tiny_model, "context=8", "overhead_steps=2", "memory=false"],
+                "data": ["data=text", "data.files=[README.md]"],
+                "startup": [],
+            }
+            more = {"study": ["jobs=0"]}  # a study takes half an hour; this looks for its runs
+            if arguments[1] == "benchmark":
+                more = {"benchmark": [*small[arguments[2]], "repetitions=1"]}
             done = workspace.module(*arguments, *more.get(arguments[1], []))
             assert done.returncode == 0, done.stderr
         elif script == "train.py" and "resume=latest" in line:

@@ -1,5 +1,6 @@
 """The training loop: its arithmetic, its stops, and that an interrupted run is the uninterrupted one."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,12 +11,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpt2 import checkpoint, run_folder
+from gpt2 import checkpoint, device, onednn, run_folder, train
+from gpt2.compilation import Compiled
 from gpt2.config import DataConfig, Divergence, GPT2Config, InferenceConfig, TrainingConfig, UserError
 from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
 from gpt2.evaluate import Evaluator, score
 from gpt2.inference import TextGenerator
 from gpt2.model import GPT2Model
+from gpt2.profiling import StepProfiler
 from gpt2.tracking import Tracker, read_metrics
 from gpt2.train import Trainer
 
@@ -333,3 +336,98 @@ def test_the_library_works_without_hydra(tmp_path, capsys):
     generator = TextGenerator(str(tmp_path / "checkpoints" / "best_model.pth"))
     generator.generate_text("All work", InferenceConfig(max_new_tokens=10, do_sample=False))
     assert "All work" in capsys.readouterr().out
+
+
+# How it is computed
+
+
+@pytest.mark.parametrize("option", [{"optimizer": "muon"}, {"precision": "bf16"}, {"lr_schedule": "wsd"}])
+def test_a_resumed_run_is_the_same_to_the_bit_with(option, blocks, tmp_path):
+    whole = make_trainer(blocks, tmp_path / "whole", max_steps=6, **option)
+    whole.train()
+    half = make_trainer(blocks, tmp_path / "parts", max_steps=3, **option)
+    half.total_steps = whole.total_steps
+    half.train()
+    rest = make_trainer(blocks, tmp_path / "parts", max_steps=6, **option)
+    rest.load_checkpoint(str(tmp_path / "parts" / "last.pth"))
+    rest.train()
+    assert all(torch.equal(weights(rest)[name], tensor) for name, tensor in weights(whole).items())
+
+
+@pytest.mark.parametrize(("then", "today"), [(True, False), (False, True)])
+def test_a_resumed_run_computes_as_it_began_where_that_is_left_to_auto(then, today, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "computes_in_bf16", lambda: then)
+    first = make_trainer(blocks, tmp_path, max_steps=2, precision="auto")
+    first.train()
+    monkeypatch.setattr(device, "computes_in_bf16", lambda: today)
+    resumed = make_trainer(blocks, tmp_path, max_steps=4, precision="auto")
+    assert resumed.precision.name != first.precision.name
+    resumed.load_checkpoint(str(tmp_path / "last.pth"))
+    assert resumed.precision.name == first.precision.name == ("bf16" if then else "fp32")
+    told = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16")
+    told.load_checkpoint(str(tmp_path / "last.pth"))
+    assert told.precision.name == "bf16"
+
+
+@pytest.mark.parametrize("then", onednn.LINEARS)
+def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "faster_linear", lambda: then)
+    make_trainer(blocks, tmp_path, max_steps=2).train()
+    for today in onednn.LINEARS:
+        monkeypatch.setattr(train, "faster_linear", lambda today=today: today)
+        resumed = make_trainer(blocks, tmp_path, max_steps=4)
+        assert onednn.name_of(resumed.model.linear) == today
+        resumed.load_checkpoint(str(tmp_path / "last.pth"))
+        assert onednn.name_of(resumed.model.linear) == then
+
+
+def test_a_deterministic_run_and_one_in_16_bits_measure_nothing(blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
+    monkeypatch.setattr(train, "make_deterministic", lambda: None)
+    for option in ({"deterministic": True}, {"precision": "bf16"}):
+        assert make_trainer(blocks, tmp_path, **option).model.linear is torch.nn.functional.linear
+
+
+def test_another_optimizer_begins_without_memory_and_says_so(blocks, tmp_path, caplog):
+    make_trainer(blocks, tmp_path, max_steps=2).train()
+    resumed = make_trainer(blocks, tmp_path, max_steps=4, optimizer="muon")
+    resumed.load_checkpoint(str(tmp_path / "last.pth"))
+    assert "begins without memory" in caplog.text
+    resumed.train()
+    assert resumed.progress.step == 4
+
+
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(blocks, tmp_path, monkeypatch):
+    """Its odd last batches too. `aot_eager` compiles without a compiler of C++."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options))
+    plain, compiled = (
+        make_trainer(blocks, tmp_path / str(option), batch_size=3, max_epochs=1, compile=option)
+        for option in (False, True)
+    )
+    plain.train()
+    compiled.train()
+    assert isinstance(compiled.forward, Compiled)
+    assert compiled.progress.val_loss == pytest.approx(plain.progress.val_loss, abs=1e-5)
+    assert compiled.validate() == compiled.progress.val_loss
+    torch.compiler.reset()
+
+
+def test_a_profile_names_the_costliest_operations(blocks, tmp_path, caplog):
+    trainer = make_trainer(blocks, tmp_path, max_steps=9)
+    trainer.on_step = profiler = StepProfiler(tmp_path, trainer.device)
+    with caplog.at_level("INFO"):
+        trainer.train()
+        profiler.close()
+    assert "Profile of 3 steps" in caplog.text
+    assert "aten::addmm" in caplog.text or "mkldnn::" in caplog.text
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_run_too_short_for_a_profile_is_told(blocks, tmp_path, caplog):
+    trainer = make_trainer(blocks, tmp_path, max_steps=2)
+    trainer.on_step = profiler = StepProfiler(tmp_path, trainer.device)
+    trainer.train()
+    profiler.close()
+    assert "8 steps at least" in caplog.text
+    assert not (tmp_path / "trace.json").exists()

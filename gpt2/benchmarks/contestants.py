@@ -19,7 +19,7 @@ from gpt2.benchmarks.peers import Pairs, Parameters, Peer, State, peer_of_file, 
 from gpt2.config import TrainingBenchmark, TrainingConfig
 from gpt2.corpus import token_dtype
 from gpt2.data_loader import TokenBlocks, get_dataloaders
-from gpt2.device import Precision, choose_device, choose_precision
+from gpt2.device import Precision, choose_device, choose_precision, precision_asked
 from gpt2.evaluate import Batch
 from gpt2.hugging_face import their_layout
 from gpt2.model import GPT2Model
@@ -213,7 +213,7 @@ def gradient_error(gradients: State, reference: State, is_scaled: bool) -> float
 
 def precisions(config: TrainingBenchmark, device: torch.device) -> list[Precision]:
     """Each that is asked for, once."""
-    usual = config.train.precision if config.train.mixed_precision else "fp32"
+    usual = precision_asked(config.train)
     names = [usual if name == "auto" else name for name in config.precisions]
     return list({found.name: found for found in (choose_precision(name, device) for name in names)}.values())
 

@@ -85,10 +85,8 @@ def run_alone(config: TrainingBenchmark, name: str, folder: Path) -> dict[str, A
 
 def main() -> None:
     from omegaconf import OmegaConf
-    from transformers import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     asked: dict[str, Any] = json.loads(sys.stdin.read())
     config: Any = OmegaConf.to_object(merged(TrainingBenchmark, asked["config"]))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):

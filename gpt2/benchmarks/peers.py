@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
 
 from gpt2.config import GPT2Config, TrainingConfig, UserError
 from gpt2.device import Precision
@@ -48,6 +47,8 @@ def transformers_step(
     Its own `labels` would leave the last position of each block without a target: the loss is taken from its logits
     over the targets that all contestants have.
     """
+    from transformers import GPT2LMHeadModel  # here, for in nobody else's memory is it to be counted
+
     device = torch.device(train.device)
     with tempfile.TemporaryDirectory() as folder:
         write_folder(Path(folder), config, state, None, card="")

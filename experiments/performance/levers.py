@@ -1,0 +1,148 @@
+"""What each lever of training on a CPU gives by itself: all of them, against all but one, in one process, in turn.
+
+python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false]
+"""
+
+import json
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+
+import gpt2.loss
+import gpt2.model
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table
+from gpt2.benchmarks.contestants import Workload, in_precision, precisions
+from gpt2.composition import compose
+from gpt2.config import TrainingBenchmark
+from gpt2.device import keep_freed_memory
+
+
+@contextmanager
+def setting(module, name, value):
+    """A constant of a module, for as long as a step takes."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def plain(trainer):
+    return trainer.train_step
+
+
+def whole_logits(trainer):
+    model = trainer.model
+    trainer.forward = lambda **inputs: model(**{**inputs, "return_logits": True})
+    return trainer.train_step
+
+
+def by_pytorch(trainer):
+    trainer.model.use_linear(F.linear)
+    return trainer.train_step
+
+
+def another_adamw(**options):
+    def build(trainer):
+        groups = [{k: group[k] for k in ("params", "weight_decay")} for group in trainer.optimizer.param_groups]
+        config = trainer.config
+        betas = (config.beta1, config.beta2)
+        trainer.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, config.epsilon, **options)
+        return trainer.train_step
+
+    return build
+
+
+def with_setting(module, name, value):
+    def build(trainer):
+        def step(batches):
+            with setting(module, name, value):
+                return trainer.train_step(batches)
+
+        return step
+
+    return build
+
+
+def chunks(mebibytes):
+    return with_setting(gpt2.loss, "CHUNK", {"cpu": mebibytes << 20})
+
+
+LEVERS = {  # name: what becomes of a trainer, and its configuration
+    "all": (plain, {}),
+    "logits of the whole batch": (whole_logits, {}),
+    "chunks of 32 MiB": (chunks(32), {}),
+    "chunks of 64 MiB": (chunks(64), {}),
+    "chunks of 128 MiB": (chunks(128), {}),
+    "softmax not kept in the cache": (with_setting(gpt2.loss, "IN_CACHE", 1 << 40), {}),
+    "PyTorch's attention": (with_setting(gpt2.model, "MOST_ATTENTION", 0), {}),
+    "AdamW in a loop": (another_adamw(foreach=False, fused=False), {}),
+    "AdamW foreach": (another_adamw(foreach=True), {}),
+    "compiled": (plain, {"compile": True}),
+}
+
+
+def main():
+    keep = "keep=false" not in sys.argv
+    overrides = [word for word in sys.argv[1:] if not word.startswith("keep=")]
+    config: TrainingBenchmark = OmegaConf.to_object(compose("benchmark_training", overrides))
+    if keep:
+        keep_freed_memory()
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        workload = Workload(config, Path(folder), config.warmup + config.repetitions)
+        found = circumstances(workload.device)
+        print(headline(found), flush=True)
+        for precision in precisions(config, workload.device):
+            train = in_precision(config.train, precision.name)
+            levers = dict(LEVERS) if keep else {"all": LEVERS["all"]}
+            if keep and precision.name == "fp32":
+                levers["products by PyTorch's BLAS"] = (by_pytorch, {})
+            steps = {
+                name: build(workload.trainer(replace(train, **options))) for name, (build, options) in levers.items()
+            }
+            results[precision.name] = measure(workload, steps)
+            told(precision.name, results[precision.name])
+    kept = "freed memory kept" if keep else "freed memory given back"
+    if config.json:
+        about = {"memory": kept, "overrides": overrides, **found}
+        Path(config.json).write_text(json.dumps({**about, "step_seconds": results}, indent=1) + "\n")
+
+
+def measure(workload, steps):
+    import time
+
+    def turn(name):
+        count[name] += 1
+        began = time.perf_counter()
+        loss, _ = steps[name](workload.batches[count[name] % len(workload.batches)])
+        loss.item()
+        return time.perf_counter() - began
+
+    count = dict.fromkeys(steps, 0)
+    for name in steps:
+        for _ in range(workload.config.warmup):
+            turn(name)
+    turns = [lambda name=name: turn(name) for name in steps]
+    return dict(zip(steps, interleaved(turns, workload.config.repetitions, "Levers"), strict=True))
+
+
+def told(precision, results):
+    best = median(results["all"])
+    rows = [
+        (name, f"{median(each) * 1e3:,.1f}", from_to([s * 1e3 for s in each], 1), f"{median(each) / best:.2f}")
+        for name, each in results.items()
+    ]
+    print(f"\n{table((precision, 'ms a step', 'from - to', 'of all'), rows)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
