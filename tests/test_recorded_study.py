@@ -76,6 +76,7 @@ def test_there_are_recorded_studies():
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # none of its runs is here
+    (tmp_path / "input.txt").write_text("What a study may read that is not ours.")
     study = RecordedStudy(folder)
     with (folder / "results.csv").open() as file:
         rows = [(row["variant"], row["train.seed"]) for row in csv.DictReader(file)]
