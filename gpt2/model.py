@@ -64,8 +64,8 @@ def attend(
 def _is_small(q: Tensor) -> bool:
     """Whether attention to be trained on a CPU is faster with all weights in memory, (b, h, t, t), than by PyTorch.
 
-    PyTorch's own never has them there, which saves memory and nothing else here: its gradient in 16 bits takes twice to
-    six times as long, in fp32 it is slower for short texts only (experiments/performance).
+    PyTorch's own never has them there, which saves memory and no time here: in 16 bits forward and backward take two to
+    four times as long, in fp32 more for short texts only (experiments/performance).
     """
     b, h, t, _ = q.shape
     fits = b * h * t * t * q.element_size() <= MOST_ATTENTION
@@ -73,7 +73,7 @@ def _is_small(q: Tensor) -> bool:
 
 
 def _attend_in_matrices(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of (b, h, t, d), as `scaled_dot_product_attention` has it."""
+    """Causal attention of (b, h, t, d). Scores in 16 bits are rounded before the softmax, which PyTorch's are not."""
     b, t, d = q.size(0), q.size(2), q.size(3)
     q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (q, k, v))
     not_yet = torch.full((t, t), -torch.inf, dtype=q.dtype, device=q.device).triu(1)

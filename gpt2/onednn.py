@@ -8,14 +8,16 @@ this file alone. Where they are missing nothing here is used.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2.device import fastest_seconds
+from gpt2.device import caches, fastest_seconds, hardware
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as F.linear
 
@@ -104,9 +106,25 @@ def name_of(way: Linear) -> str:
 
 @cache
 def faster_linear() -> str:
-    """The name of that of `LINEARS` which is the fastest on this processor: measured, with a margin against chance."""
+    """The name of that of `LINEARS` which is the fastest on this processor: measured once, and remembered in the cache.
+
+    Measured each time, two runs of the same command might compute in different ways, and end with other last bits.
+    """
     if not is_available():
         return "PyTorch"
+    machine = f"{hardware(torch.device('cpu'))} {torch.__version__}"
+    memory = caches() / f"linear-{sha256(machine.encode()).hexdigest()[:16]}"
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(memory.with_suffix(".lock")):
+            if not memory.exists() or memory.read_text() not in LINEARS:
+                memory.write_text(_measured())
+            return memory.read_text()
+    except OSError:  # nothing can be remembered here
+        return _measured()
+
+
+def _measured() -> str:
     rows, inputs, outputs = SAMPLE
     x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
     theirs, ours = fastest_seconds([partial(way, x, weight) for way in (F.linear, product)])

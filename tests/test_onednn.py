@@ -63,10 +63,14 @@ def test_what_onednn_would_copy_goes_the_usual_way(monkeypatch):
         ([[1.0, 2.0]], "PyTorch"),
     ],
 )
-def test_the_fastest_way_is_taken(seconds, chosen, monkeypatch):
+def test_the_fastest_way_is_taken_and_remembered(seconds, chosen, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = iter(seconds)
     monkeypatch.setattr(onednn, "fastest_seconds", lambda ways: next(measured))
     onednn.faster_linear.cache_clear()
+    assert onednn.faster_linear() == chosen
+    onednn.faster_linear.cache_clear()
+    monkeypatch.setattr(onednn, "fastest_seconds", lambda ways: pytest.fail("measured again"))
     assert onednn.faster_linear() == chosen
     onednn.faster_linear.cache_clear()
 
