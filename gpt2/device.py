@@ -110,11 +110,6 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision("bf16" if has_bf16 else "fp16", device)
 
 
-def caches() -> Path:
-    """Where this program keeps what it can make again, unless `data.cache_dir` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
-
-
 @cache
 def computes_in_bf16() -> bool:
     """Whether this CPU multiplies matrices of bf16 clearly faster than those of fp32. Others only emulate it."""

@@ -18,6 +18,11 @@ WITHOUT_NETWORK = (
 )
 
 
+def caches() -> Path:
+    """Where this program keeps what it can make again, unless `data.cache_dir` says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
+
+
 @cache
 def connect(seconds: float = 3.0) -> None:
     """Find out once whether the Hub answers. If not, its libraries are told to use their caches alone.

@@ -17,7 +17,8 @@ from filelock import FileLock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gpt2.device import caches, fastest_seconds, hardware
+from gpt2.device import fastest_seconds, hardware
+from gpt2.hub import caches
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as F.linear
 

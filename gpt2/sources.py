@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from gpt2.config import DataConfig, UserError
 from gpt2.console import is_terminal
 from gpt2.faults import files_matching
-from gpt2.hub import WITHOUT_NETWORK, connect
+from gpt2.hub import WITHOUT_NETWORK, caches, connect
 
 if TYPE_CHECKING:
     import datasets
@@ -166,7 +166,7 @@ def cache_folder(config: DataConfig | None = None) -> Path:
     """Where this program keeps what it can make again."""
     if config and config.cache_dir:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
+    return caches()
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
