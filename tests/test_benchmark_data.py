@@ -33,6 +33,7 @@ def test_the_data_command_compares_the_same_tokens(workspace: Workspace, tokeniz
     text = (workspace.folder / "corpus.txt").read_text()
     (workspace.folder / "corpus.txt").write_text(f"{text}<|endoftext|> é\n\n")
     asked = [f"data.tokenizer={tokenizer}", "data.vocab_size=300", "repetitions=2", "batches=5", "json=data.json"]
+    cached = sorted((workspace.folder / "cache").rglob("*"))
     done = workspace.module("gpt2.main", "benchmark", "data", *DATA, *asked)
     assert done.returncode == 0, done.stderr
     result = json.loads((workspace.folder / "data.json").read_text())
@@ -44,7 +45,7 @@ def test_the_data_command_compares_the_same_tokens(workspace: Workspace, tokeniz
     for row in result["results"]:
         assert row["tokens_per_second"] == pytest.approx(result["tokens"] / row["seconds"])
         assert f"{row['tokens_per_second']:,.0f}" in done.stdout
-    assert not (workspace.folder / "cache").exists()  # what is prepared here is no corpus to train on
+    assert sorted((workspace.folder / "cache").rglob("*")) == cached  # what is prepared here is no corpus to train on
 
 
 def test_the_data_command_tells_mistakes_in_lines(workspace: Workspace):

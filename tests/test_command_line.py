@@ -56,7 +56,7 @@ def choices(group: str) -> list[str]:
 def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for choice in choices(group):
-        needs_files = choice in ("text", "shakespeare_char")
+        needs_files = choice in ("text", "shakespeare_char", "shakespeare_fast")
         overrides = [f"{group}={choice}", *([f"data.files=[{tmp_path}/a.txt]"] if needs_files else [])]
         config = resolve("train", compose("train", overrides), overrides)
         assert isinstance(config, TrainRun)
