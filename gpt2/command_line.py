@@ -34,6 +34,7 @@ from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, 
 from gpt2.config import GenerateRun, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
+from gpt2.launch import launch, leave_terminal_to_main
 from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
 from gpt2.sweeper import launcher_fault, launcher_of, run_trial, study_faults, study_sweeper
@@ -56,15 +57,12 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 if isinstance(stream, TextIOWrapper):
                     stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
+            leave_terminal_to_main()
             with faults_as_lines():
                 if options.multirun and (options.cfg or options.info):
                     raise UserError("-m: not together with --cfg and --info; one run is shown without it")
                 if runs_something(options):
-                    logging.disable(logging.WARNING)  # the run will say all that again
-                    check_command_line(name, options)
-                    if name == "train" and not options.multirun:
-                        arguments += folder_arguments(options.overrides)
-                    logging.disable(logging.NOTSET)
+                    arguments += as_one(name, options) if launch().by_torchrun else checked(name, options)
                     os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra cannot write for want of room is ours to tell
 
             def job(composed: DictConfig) -> Any:
@@ -77,6 +75,38 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def checked(name: str, options: Namespace) -> list[str]:
+    """Check a command line before anything runs. Returns what it lacks: see `folder_arguments`.
+
+    Raises:
+        UserError: With all that is wrong with it.
+    """
+    logging.disable(logging.WARNING)  # the run will say all that again
+    check_command_line(name, options)
+    missing = folder_arguments(options.overrides) if name == "train" and not options.multirun else []
+    logging.disable(logging.NOTSET)
+    return missing
+
+
+def as_one(name: str, options: Namespace) -> list[str]:
+    """`checked` by one rank for all: they run in the folder that it chose, and it alone leaves traces there."""
+    missing: list[str] = []
+    if launch().is_main:
+        if name not in ("train", "evaluate") or options.multirun:
+            asked = f"{name}.py{' -m' if options.multirun else ''}"
+            raise UserError(f"{asked}: torchrun is for single runs of train.py and evaluate.py")
+        missing = checked(name, options)
+        if name == "train" and not any(argument.startswith("hydra.run.dir=") for argument in missing):
+            composed = compose(name, options.overrides, with_hydra=True)
+            missing.append(in_hydras_quotes("hydra.run.dir", composed.hydra.run.dir))
+    from gpt2.distributed import told_by_main
+
+    missing = told_by_main("arguments", missing)
+    if launch().is_main:
+        return missing
+    return [*missing, "hydra/job_logging=rank", *(["hydra.output_subdir=null"] if name == "train" else [])]
 
 
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
@@ -100,7 +130,7 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
 def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
     """Run what was composed, completed and checked, as the only one that writes to the run's folder."""
     job = HydraConfig.get()
-    with held(output_folder()) if name == "train" else nullcontext():
+    with held(output_folder()) if name == "train" and launch().is_main else nullcontext():
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt
@@ -190,8 +220,12 @@ def folder_arguments(overrides: list[str]) -> list[str]:
     path = resumed_checkpoint(str(resume))
     folder = str(path.parent.parent if path else resume)
     arguments = {"hydra.run.dir": folder, "resume": resume}
-    quoted = [f"{key}={QuotedString(str(value), Quote.single).with_quotes()}" for key, value in arguments.items()]
+    quoted = [in_hydras_quotes(key, value) for key, value in arguments.items()]
     return [*quoted, "hydra.output_subdir=null"] if path else quoted
+
+
+def in_hydras_quotes(key: str, value: Any) -> str:
+    return f"{key}={QuotedString(str(value), Quote.single).with_quotes()}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
