@@ -61,7 +61,7 @@ def test_the_next_command_works_as_printed(trained):
     (line,) = (line for line in trained.output.splitlines() if line.startswith("Now try:"))
     python, script, *arguments = shlex.split(line.removeprefix("Now try:"))
     assert (python, script, arguments) == ("python", "generate.py", ["prompt=def f"])
-    done = trained.run(script, *arguments)
+    done = trained.run_anew(script, *arguments)
     assert done.stdout.startswith("def f")
     assert len(done.stdout) > len("def f\n")
     assert str(trained.runs()[0].relative_to(trained.folder) / "checkpoints" / run_folder.BEST) in done.stderr
@@ -166,11 +166,7 @@ print({{"datasets", "wandb", "optuna", "matplotlib", "transformers"}} & set(sys.
 
 
 def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
-    commands = [workspace.command("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
-    started = [
-        subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
-        for command in commands
-    ]
+    started = [workspace.start("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert len(workspace.runs()) == 2
     assert len(list(workspace.folder.glob("cache/gpt2/tokens/*/train.bin"))) == 1
@@ -276,14 +272,7 @@ def test_what_the_configuration_cannot_know_is_refused_before_training(workspace
 def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, number):
     """As a terminal's Ctrl-C, or `timeout`, or a scheduler sends it: the data workers get it too."""
     options = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5", "train.num_workers=2"]
-    running = subprocess.Popen(
-        workspace.command("train.py", *TINY, *options),
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    running = workspace.start("train.py", *TINY, *options, start_new_session=True)
     wait_for(
         lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))
     )

@@ -1,6 +1,5 @@
 """What W&B hears, read from the files that its own process writes; and that whatever it does, a run goes on."""
 
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -102,10 +101,9 @@ def test_a_resumed_run_is_the_same_run(workspace):
 
 @pytest.mark.parametrize(("fault", "exit_code", "state"), [("nan_loss@6", 3, "diverged"), ("exception@6", 1, "failed")])
 def test_a_crash_is_a_crash(workspace, fault, exit_code, state):
-    environment = {**workspace.environment, "GPT2_FAULT": fault}
-    command = workspace.command("train.py", *TINY, "wandb=offline")
-    done = subprocess.run(command, cwd=workspace.folder, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == exit_code
+    workspace.environment["GPT2_FAULT"] = fault
+    done = workspace.start("train.py", *TINY, "wandb=offline")
+    assert done.wait(timeout=60) == exit_code
     (told,) = files_of(workspace)
     assert (told["exit_code"], told["summary"]["state"]) == (exit_code, state)
     assert [tokens for tokens, _ in rows_of(told, "val/loss")] == [512]
