@@ -30,6 +30,19 @@ TINY = [
 ]
 
 
+LONGEST = (
+    "test_no_fault_loses",
+    "test_every_script_call",
+    "test_it_learns_shakespeare",
+    "is_killed_loses_its_own_trial",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: one that begins last is waited for by all cores but one."""
+    items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
+
+
 def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr

@@ -289,12 +289,23 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
 def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
-    """nanoGPT with this configuration: 1.893 nats a character over the whole validation split."""
+    """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps.
+
+    Muon is there in 300. Of AdamW and nanoGPT's own schedule an eighth is run, which ended at 2.42 and 2.44;
+    experiments/shakespeare_char has the whole run, which ended at 1.873.
+    """
     corpus = SHARED / "datasets/tinyshakespeare/input.txt"
-    workspace.run("train.py", "experiment=shakespeare_char", f"data.files=[{corpus}]", "wandb=off")
-    losses = [r["val/loss"] for r in read_metrics(workspace.runs()[0] / "metrics.jsonl") if "val/loss" in r]
-    assert losses[-1] <= 1.90
-    assert losses == sorted(losses, reverse=True)
+    here = [f"data.files=[{corpus}]", "wandb=off", "inference.max_new_tokens=20"]
+    eighth = ["train.max_steps=250", "train.eval_every=125"]
+    workspace.run("train.py", "experiment=shakespeare_fast", *here, "name=fast")
+    workspace.run("train.py", "experiment=shakespeare_char", *here, *eighth, "name=char")
+    fast, char = (
+        [r["val/loss"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r]
+        for run in (next(workspace.folder.glob(f"outputs/runs/{name}/*")) for name in ("fast", "char"))
+    )
+    assert fast[-1] <= 1.90
+    assert char[0] > char[1]
+    assert char[1] <= 2.48
 
 
 @pytest.mark.slow

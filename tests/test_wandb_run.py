@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_file_over_tokens(trained):
 
 def test_nothing_secret_goes_in(workspace):
     workspace.environment |= {"WANDB_MODE": "offline", "MY_SECRET": "marker-of-environment"}
-    workspace.run("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
+    workspace.run_anew("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
     (folder,) = (workspace.folder / "outputs" / "wandb").glob("*run-*")
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "debug" not in path.name)
     assert b"marker-of-prompt" in written  # it is in the configuration
