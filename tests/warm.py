@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -74,11 +75,9 @@ class Process:
             subprocess.TimeoutExpired: It did not end in time.
         """
         if self.returncode is None:
-            self._connection.settimeout(timeout)
-            try:
-                self.returncode = int(self._told.readline())
-            except TimeoutError:
-                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self._told.readline())
             self._connection.close()
         return self.returncode
 
@@ -90,7 +89,7 @@ class Process:
     def poll(self) -> int | None:
         """Returns the exit code, None as long as there is none."""
         with suppress(subprocess.TimeoutExpired):
-            return self.wait(timeout=0.001)
+            return self.wait(timeout=0)
         return None
 
     def printed(self, stream: int) -> str:
