@@ -126,12 +126,23 @@ class Watch:
         self._left.set()
         if error is not None:
             end_undisturbed()
-        if error is not None and not isinstance(error, Interrupted | EndedByAnother):
-            self._settle(error)
-        elif error is not None and (failure := self._heard(self.store)):
-            self._leave_because_of(failure, error)
-        with suppress(RuntimeError):  # the store is gone, and with it whoever could want to know
-            self.store.set(f"sign/{self.rank}", LEFT.decode())
+        try:
+            if error is not None and not isinstance(error, Interrupted | EndedByAnother):
+                self._settle(error)
+            elif error is not None and (failure := self._heard(self.store)):
+                self._leave_because_of(failure, error)
+        finally:
+            with suppress(RuntimeError):  # the store is gone, and with it whoever could want to know
+                self.store.set(f"sign/{self.rank}", LEFT.decode())
+                self._leave_last()
+
+    def _leave_last(self) -> None:
+        """Wait a little for the others where rank 0 itself holds the store, for it is not torchrun that started it."""
+        if self.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        until, signs = time.monotonic() + SECONDS_TO_END, [f"sign/{rank}" for rank in range(self.world_size)]
+        while time.monotonic() < until and any(sign != LEFT for sign in self.store.multi_get(signs)):
+            time.sleep(0.05)
 
     def _settle(self, error: BaseException) -> None:
         """Find out whether an error is this rank's own, which the others are told, or comes from another's."""
@@ -186,7 +197,7 @@ class Watch:
             return self._without_store()
 
     def _without_store(self) -> Failure:
-        return Failure("torchrun, which started this run, is gone", self.rank)
+        return Failure("what started this run, and held its ranks together, is gone", self.rank)
 
     def _watch(self) -> None:
         store = self.store.clone()  # type: ignore[attr-defined]  # one for each thread

@@ -15,7 +15,10 @@ from pathlib import Path
 
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
 # With any other difference a process is started by itself.
-READ_LATER = {"HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT"}
+READ_LATER = {
+    *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
 OF_LIBRARIES_NOT_IMPORTED = ("HF_", "WANDB_", "HUGGING")
 
 
