@@ -257,6 +257,49 @@ def test_torchrun_restarts_what_was_killed_and_it_goes_on_by_itself(place):
     assert numbers(place.folder / "restarted") == numbers(whole)
 
 
+SLURM = {  # its commands, as far as the script asks for them
+    "srun": 'exec "$@"',
+    "scontrol": 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo localhost; fi',
+}
+
+
+@pytest.mark.slow
+def test_the_script_for_slurm_saves_when_it_is_warned_and_has_itself_requeued(place):
+    whole = trained(place, 2)
+    commands = place.folder / "slurm"
+    commands.mkdir()
+    for name, lines in {**SLURM, "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"'}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (commands / name).chmod(0o755)
+    script = (ROOT / "docs" / "torchrun.sbatch").read_text().replace("train.py train", f"{ROOT}/train.py train")
+    assert str(ROOT) in script
+    (place.folder / "job").write_text(script.replace(":29500", ":0"))
+    environment = {
+        **place.environment,
+        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "GPT2_FAULT": "slow@5-16",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1]",
+    }
+    arguments = ["bash", "job", *SAME, *DRY, "hydra.run.dir=requeued-run"]
+    printing = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(arguments, cwd=place.folder, env=environment, **printing)
+    while not (place.folder / "requeued-run" / "checkpoints" / "step_00000004.pth").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    _, err = job.communicate(timeout=60)
+    assert "Interrupted: finishing this step" in err
+    assert (place.folder / "requeued").read_text() == "7\n"
+    (place.folder / "requeued").unlink()
+    again = subprocess.run(arguments, cwd=place.folder, env=environment, **printing, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert not (place.folder / "requeued").exists()
+    assert numbers(place.folder / "requeued-run") == numbers(whole)
+
+
 def rank_of(torchruns: int, rank: int) -> int:
     """The process of a rank."""
     for status in Path("/proc").glob("[0-9]*/status"):
