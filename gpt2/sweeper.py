@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,19 +112,6 @@ def study_faults(sweeper: DictConfig, launcher: str) -> Faults:
         except Exception as error:  # noqa: BLE001  # Optuna's, or Hydra's of a setting that there is not
             found.append(f"{KEY}{key}: {_last_line(error)}")
     return found
-
-
-def launcher_of(overrides: list[str]) -> str:
-    """The class of the launcher that a command line chooses."""
-    return compose("train", overrides, with_hydra=True).hydra.launcher._target_
-
-
-def launcher_fault(target: str) -> str | None:
-    """What is missing for a launcher."""
-    package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
-    if package is None or find_spec(f"hydra_plugins.{package}") is not None:
-        return None
-    return f"hydra/launcher: needs a package that is not installed, `pip install {package.replace('_', '-')}==1.4.0rc3`"
 
 
 def _last_line(error: Exception) -> str:
