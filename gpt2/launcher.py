@@ -57,15 +57,13 @@ def _faults_of_submitit(launcher: DictConfig) -> list[str]:
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-    settings = OmegaConf.to_container(launcher, resolve=True)
-    assert isinstance(settings, dict)
+    settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
     cluster = "slurm" if launcher._target_.endswith("SlurmLauncher") else "local"
-    numbers = ("timeout_min", "max_num_timeout", "nodes", "tasks_per_node")
+    least = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
     found = [
-        f"{KEY}{key}: {settings[key]} is not a whole number of at least {least}"
-        for key in numbers
-        if key in settings
-        and (type(settings[key]) is not int or settings[key] < (least := int(key != "max_num_timeout")))
+        f"{KEY}{key}: {settings[key]} is not a whole number of at least {smallest}"
+        for key, smallest in least.items()
+        if key in settings and (type(settings[key]) is not int or settings[key] < smallest)
     ]
     if found:
         return found
@@ -77,7 +75,7 @@ def _faults_of_submitit(launcher: DictConfig) -> list[str]:
         ]
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
     told = {
-        str(key) if key in shared else f"{cluster}_{key}": value
+        key if key in shared else f"{cluster}_{key}": value
         for key, value in settings.items()
         if key not in ("_target_", "submitit_folder", "max_num_timeout", "python")
     }

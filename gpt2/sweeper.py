@@ -171,6 +171,7 @@ class StudySweeper(Sweeper):
         assert sweeper is not None
         self.sweeper, self.folder = sweeper, Path(config.hydra.sweep.dir)
         hide_storage(config)
+        hide_storage(HydraConfig.instance().cfg)  # type: ignore[arg-type]  # which a job in another process gets too
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
