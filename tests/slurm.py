@@ -34,10 +34,10 @@ def settings_of(script: str) -> dict[str, str | bool]:
 def preempt(folder: Path, job: str, grace: float) -> None:
     """SIGTERM, some time, SIGKILL, and the job is started again: what Slurm does with --requeue."""
     (folder / f"{job}.requeue").touch()
-    group = int((folder / f"{job}.pid").read_text())
-    os.killpg(group, signal.SIGTERM)
+    task = int((folder / f"{job}.pid").read_text())
+    os.kill(task, signal.SIGTERM)
     time.sleep(grace)
-    os.killpg(group, signal.SIGKILL)
+    os.kill(task, signal.SIGKILL)
 
 
 def sbatch(script: str) -> None:
@@ -49,7 +49,8 @@ def sbatch(script: str) -> None:
     names = [f"{number}_{index}" for index in range(count)] if "array" in settings else [str(number)]
     for name in names:
         (state / f"{name}.state").write_text("RUNNING")
-        subprocess.Popen([sys.executable, __file__, "job", script, name], start_new_session=True, stdout=sys.stderr)
+        command = [sys.executable, __file__, "job", script, name]
+        subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     print(f"Submitted batch job {number}")
 
 
@@ -60,9 +61,7 @@ def job(script: str, name: str) -> None:
     here |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     here |= {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index} if index else {}
     while True:
-        process = subprocess.Popen(["bash", script], env={**os.environ, **here, "NAME": name}, start_new_session=True)
-        (state / f"{name}.pid").write_text(str(process.pid))
-        code = process.wait()
+        code = subprocess.run(["bash", script], env={**os.environ, **here, "NAME": name}).returncode
         if not (state / f"{name}.requeue").exists():
             break
         (state / f"{name}.requeue").unlink()
@@ -79,6 +78,7 @@ def srun(*arguments: str) -> None:
             for pattern, value in {"%A": array, "%a": index, "%j": array, "%t": "0"}.items():
                 name = name.replace(pattern, value)
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1 if option == "--output" else 2)
+    (Path(os.environ[STATE]) / f"{os.environ['NAME']}.pid").write_text(str(os.getpid()))
     os.execvp(rest[0], rest)
 
 

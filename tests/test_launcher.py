@@ -154,6 +154,18 @@ def has_begun(run: Path, rows: int = 6) -> bool:
     return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= rows
 
 
+def warn_each(sweep: Path, warnings: dict[str, signal.Signals]) -> None:
+    """Send a signal to each of some runs, as soon as it has begun."""
+
+    def all_are_warned() -> bool:
+        for pattern in list(warnings):
+            for run in filter(has_begun, sweep.glob(pattern)):
+                os.kill(holder(run), warnings.pop(pattern))
+        return not warnings
+
+    wait_for(all_are_warned)
+
+
 def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
     command = workspace.command("train.py", "-m", *arguments)
     return subprocess.Popen(
@@ -163,7 +175,7 @@ def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
 
 def check_that_both_went_on(workspace: Workspace, sweep: Path) -> None:
     """Both runs of a sweep were interrupted, and are what they are if they are not."""
-    workspace.environment.pop("GPT2_FAULT")
+    workspace.environment.pop("GPT2_FAULT", None)
     workspace.run("train.py", "-m", *SWEEP, "hydra.sweep.dir=straight")
     for number in "01":
         assert "Going on after step" in (sweep / number / "train.log").read_text()
@@ -177,18 +189,28 @@ def test_jobs_that_are_warned_save_themselves_are_started_again_and_go_on(worksp
     line = [*SWEEP, "hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3"]
     process = start(workspace, *line)
     sweep = workspace.folder / "outputs/sweeps/sweep"
-    for number, warning in (("0", signal.SIGUSR1), ("1", signal.SIGUSR2)):
-        wait_for(lambda number=number: any(map(has_begun, sweep.glob(f"auto-*/{number}"))))
-        os.kill(holder(next(sweep.glob(f"auto-*/{number}"))), warning)
+    warn_each(sweep, {"auto-*/0": signal.SIGUSR1, "auto-*/1": signal.SIGUSR2})
     assert process.wait(timeout=60) == 0
     (folder,) = sweep.iterdir()
     told = "".join(path.read_text() for path in folder.glob(".submitit/*/*.out"))
-    assert told.count("Requeued job") == 2
+    assert told.count(" - Requeued job") == 2
     check_that_both_went_on(workspace, folder)
 
-    before = [(run / "checkpoints" / "last.pth").stat().st_mtime_ns for run in (folder / "0", folder / "1")]
-    workspace.run("train.py", "-m", *SWEEP, "train.auto_resume=true", f"hydra.sweep.dir='{folder}'")
-    assert before == [(run / "checkpoints" / "last.pth").stat().st_mtime_ns for run in (folder / "0", folder / "1")]
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_with_the_runs_that_are_not_finished(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = [*SWEEP, "train.auto_resume=true", "hydra.sweep.dir=killed"]
+    process = start(workspace, *line)
+    sweep = workspace.folder / "killed"
+    wait_for(lambda: has_begun(sweep / "1"))
+    process.kill()
+    process.wait()
+    finished = (sweep / "0" / "checkpoints" / "last.pth").stat().st_mtime_ns
+    workspace.environment.pop("GPT2_FAULT")
+    workspace.run("train.py", "-m", *line)
+    assert (sweep / "0" / "checkpoints" / "last.pth").stat().st_mtime_ns == finished
+    check_that_both_went_on(workspace, sweep)
 
 
 @pytest.mark.slow
@@ -197,12 +219,12 @@ def test_jobs_of_slurm_that_are_warned_or_preempted_go_on(workspace: Workspace, 
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     process = start(workspace, *SWEEP, "hydra/launcher=submitit_slurm_requeue")
     sweep = workspace.folder / "outputs/sweeps/sweep"
-    wait_for(lambda: len(list(filter(has_begun, sweep.glob("auto-*/[01]")))) == 2)
-    (folder,) = sweep.iterdir()
-    os.kill(holder(folder / "0"), signal.SIGUSR2)
+    warn_each(sweep, {"auto-*/0": signal.SIGUSR2})
+    wait_for(lambda: any(map(has_begun, sweep.glob("auto-*/1"))))
     slurm.preempt(with_slurm, "100_1", grace=1.5)
+    (folder,) = sweep.iterdir()
     assert process.wait(timeout=60) == 0
-    assert (with_slurm / "100_0.state").read_text() == (with_slurm / "100_1.state").read_text() == "COMPLETED"
+    wait_for(lambda: all((with_slurm / f"100_{n}.state").read_text() == "COMPLETED" for n in (0, 1)), seconds=20)
     told = [next(folder.glob(f".submitit/100_{n}/*.out")).read_text() for n in (0, 1)]
     assert "Requeued job 100_0 (100 remaining timeouts)" in told[0]
     assert "Requeued" not in told[1]
@@ -217,9 +239,7 @@ def test_trials_that_are_warned_wait_and_are_gone_on_with_in_new_jobs(workspace:
     jobs = ["hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3", "hydra.sweeper.n_jobs=2"]
     process = start(workspace, *line[1:], *jobs)
     folder = workspace.folder / "outputs/sweeps/mine"
-    for number, warning in (("0", signal.SIGUSR1), ("1", signal.SIGUSR2)):
-        wait_for(lambda number=number: list((folder / number).glob("checkpoints/step_*.pth")))
-        os.kill(holder(folder / number), warning)
+    warn_each(folder, {"0": signal.SIGUSR1, "1": signal.SIGUSR2})
     assert process.wait(timeout=60) == 0
     study = study_in(workspace.folder)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
