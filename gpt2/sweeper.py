@@ -37,6 +37,7 @@ from gpt2.config import OptunaConfig, StudyConfig, UserError
 from gpt2.console import ConsoleHandler, LogFile
 from gpt2.faults import Faults, optuna_faults
 from gpt2.interruption import Interrupted
+from gpt2.run_folder import folder_of_run
 
 if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it
     from optuna.distributions import BaseDistribution
@@ -288,13 +289,16 @@ class StudySweeper(Sweeper):
             study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```"
         )
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
+        run = self.folder / str(best.number)
+        is_here = folder_of_run(run) is not None  # or with a process that keeps its sweep somewhere else
+        where = f"and the best trial's checkpoints in {best.number}/" if is_here else "the best trial was run elsewhere"
+        write = f"Write with it:  python generate.py {as_argument('checkpoint', str(run))}"
         log.info(
             f"\n{study_report.summary(study.optuna)}\n\n"
             f"Everything is in {self.folder}:\n"
             f"  study.md (all trials in a table), trials.csv, {files}\n"
-            f"  best.yaml, and the best trial's checkpoints in {best.number}/\n\n"
-            f"Train the best one again, longer, otherwise:  {again}\n"
-            f"Write with it:  python generate.py {as_argument('checkpoint', str(self.folder / str(best.number)))}"
+            f"  best.yaml, {where}\n\n"
+            f"Train the best one again, longer, otherwise:  {again}" + (f"\n{write}" if is_here else "")
         )
         if told := kept_offline(path for path in self.folder.iterdir() if path.name.isdigit()):
             log.info(f"\nW&B: {told}")
