@@ -34,7 +34,7 @@ from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, 
 from gpt2.config import GenerateRun, StudyConfig, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
-from gpt2.launcher import launcher_faults, launcher_of, of_sweep, requeues
+from gpt2.launcher import is_of_submitit, launcher_faults, launcher_of, of_sweep, requeues, show_submissions
 from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
 from gpt2.sweeper import run_trial, study_faults, study_sweeper
@@ -63,6 +63,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 if runs_something(options):
                     logging.disable(logging.WARNING)  # the run will say all that again
                     check_command_line(name, options)
+                    show_submissions(options.multirun)
                     if name == "train":
                         in_folder = sweep_arguments if options.multirun else folder_arguments
                         arguments += in_folder(options.overrides)
@@ -88,16 +89,21 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
     in_sweep = job.mode == RunMode.MULTIRUN
+    problem: UserError | None = None
     with faults_as_lines():
         try:
             return run()
         except (UserError, KeyboardInterrupt, SystemExit) as error:
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
                 log.error("error: %s", error)
-                return inf
-            if job.output_subdir is not None and not isinstance(error, Held):
-                remove_if_nothing_happened(output_folder())
-            raise
+                problem = error
+            else:
+                if job.output_subdir is not None and not isinstance(error, Held):
+                    remove_if_nothing_happened(output_folder())
+                raise
+    if problem and is_of_submitit(job.launcher):  # whose terminal shows nothing; it ends when all of its jobs have
+        raise problem
+    return inf
 
 
 def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
@@ -195,19 +201,21 @@ def folder_arguments(overrides: list[str]) -> list[str]:
 
 
 def sweep_arguments(overrides: list[str]) -> list[str]:
-    """What makes Hydra work in the folder of this very command line, with `train.auto_resume`, and its jobs go on.
+    """What makes Hydra work in one folder, with `train.auto_resume` that of this very command line, and jobs go on.
 
     A launcher that starts jobs again brings `train.auto_resume` with it. A study goes on by itself anyway.
     """
     fixed = [override for override in parsed(overrides) if not override.is_sweep_override()]
-    lines = [str(override.input_line) for override in fixed]
-    composed = compose("train", lines, with_hydra=True)
-    goes_on = composed.train.auto_resume or requeues(composed.hydra.launcher)
-    if not goes_on or composed.hydra.sweeper._target_ == StudyConfig._target_:
+    composed = compose("train", [str(override.input_line) for override in fixed], with_hydra=True)
+    launcher, given = composed.hydra.launcher, {override.key_or_group: override.value() for override in fixed}
+    if composed.hydra.sweeper._target_ == StudyConfig._target_:
         return []
-    given = {override.key_or_group: override.value() for override in fixed}
+    if not composed.train.auto_resume and not requeues(launcher):
+        if not is_of_submitit(launcher) or "hydra.sweep.dir" in given:
+            return []
+        return [quoted("hydra.sweep.dir", composed.hydra.sweep.dir)]  # the launcher's copy would have another suffix
     if given.get("train.auto_resume") is False:
-        again = f"hydra.launcher.max_num_timeout={composed.hydra.launcher.max_num_timeout}"
+        again = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
         raise UserError(f"train.auto_resume: {again} starts jobs again, which then go on; drop one of the two")
     if "hydra.sweep.dir" in given:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])

@@ -6,6 +6,7 @@ step is finished and saved, then the same signal goes on to submitit. Started ag
 job finds itself in the same folder and goes on from the newest checkpoint there.
 """
 
+import logging
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2.composition import compose
 from gpt2.config import MachineError
+from gpt2.console import ConsoleHandler
 from gpt2.interruption import Interrupted
 
 T = TypeVar("T")
@@ -45,11 +47,19 @@ def launcher_faults(launcher: DictConfig) -> list[str]:
     if package is not None and find_spec(f"hydra_plugins.{package}") is None:
         needed = f"`pip install {package.replace('_', '-')}==1.4.0rc3`"
         return [f"hydra/launcher: needs a package that is not installed, {needed}"]
-    return _faults_of_submitit(launcher) if _is_of_submitit(launcher) else []
+    return _faults_of_submitit(launcher) if is_of_submitit(launcher) else []
 
 
-def _is_of_submitit(launcher: DictConfig) -> bool:
+def is_of_submitit(launcher: DictConfig) -> bool:
+    """Whether its jobs run elsewhere, all submitted before the first of them is waited for."""
     return "hydra_submitit_launcher" in launcher._target_
+
+
+def show_submissions(are_shown: bool = True) -> None:
+    """Have submitit's launcher say which jobs there are and where: they print nothing on this terminal."""
+    log = logging.getLogger("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
+    log.handlers, log.propagate = [ConsoleHandler()], False
+    log.setLevel(logging.INFO if are_shown else logging.WARNING)
 
 
 def _faults_of_submitit(launcher: DictConfig) -> list[str]:
@@ -96,13 +106,12 @@ def of_sweep(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]:
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         return run
-    is_of_submitit = _is_of_submitit(job.launcher)
-    if is_of_submitit:
+    if is_of_submitit(job.launcher):
         requeue_by_either_signal()
     if composed.study.trial is not None or not composed.train.auto_resume:
         return run
     composed.resume = job.runtime.output_dir
-    return partial(_until_requeued, run) if is_of_submitit else run
+    return partial(_until_requeued, run) if is_of_submitit(job.launcher) else run
 
 
 def requeue_by_either_signal() -> None:
