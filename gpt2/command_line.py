@@ -34,7 +34,7 @@ from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, 
 from gpt2.config import GenerateRun, StudyConfig, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
-from gpt2.launcher import is_of_submitit, launcher_faults, launcher_of, of_sweep, requeues, show_submissions
+from gpt2.jobs import is_of_submitit, launcher_faults, launcher_of, of_sweep, requeues, show_submissions
 from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
 from gpt2.sweeper import run_trial, study_faults, study_sweeper

@@ -37,7 +37,7 @@ from gpt2.config import OptunaConfig, StudyConfig, UserError
 from gpt2.console import ConsoleHandler, LogFile
 from gpt2.faults import Faults, optuna_faults
 from gpt2.interruption import Interrupted
-from gpt2.launcher import show_submissions
+from gpt2.jobs import show_submissions
 from gpt2.run_folder import folder_of_run
 
 if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it

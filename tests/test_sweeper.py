@@ -282,7 +282,7 @@ def test_the_shape_is_searched_at_equal_compute():
 
 
 def test_a_launcher_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gpt2.launcher.find_spec", lambda name: None)
+    monkeypatch.setattr("gpt2.jobs.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`pip install hydra-submitit-launcher==1\.4\.0rc3`"):
         check("-m", "train.beta2=0.9,0.95", "hydra/launcher=submitit_slurm", "data=stdlib")
 
