@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.command_line import script
-from gpt2.config import EvaluateRun, UserError
+from gpt2.config import DistributedConfig, EvaluateRun, UserError
 
 
 @script("evaluate")
@@ -20,37 +20,39 @@ def main(config: EvaluateRun) -> None:
 
     from gpt2.data_loader import as_it_is, load_split
     from gpt2.device import choose_device, keep_freed_memory
+    from gpt2.distributed import together
     from gpt2.evaluate import Evaluator
     from gpt2.packed import quantize, refuse_int8
     from gpt2.pretrained import describe_data, open_model
-    from gpt2.tracking import Tracker
+    from gpt2.tracking import Guest, Tracker
     from gpt2.wandb_run import start_wandb, told
 
-    device = choose_device(config.device)  # refuses a missing one before any work
-    if config.quantization:
-        refuse_int8(device, "quantization")
     keep_freed_memory()
-    trained = open_model(config.checkpoint)
-    place = Path(config.output) if config.output else place_of_evaluation(trained.source)
-    earlier = earlier_results(place)
-    model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
-    if config.quantization:
-        quantize(model)
-    blocks = load_split(config.data, config.split, config.stride)
-    if not len(blocks):
-        raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
-    loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
+    with together(DistributedConfig().timeout, config.device, "device") as ranks:
+        if config.quantization:
+            refuse_int8(choose_device(config.device), "quantization")
+        trained = open_model(config.checkpoint)
+        place = Path(config.output) if config.output else place_of_evaluation(trained.source)
+        earlier = earlier_results(place)
+        model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
+        if config.quantization:
+            quantize(model)
+        blocks = load_split(config.data, config.split, config.stride)
+        if not len(blocks):
+            raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
+        loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
 
-    evaluator = Evaluator(model, loader, config.device, config.precision)
-    split, stride = blocks.path.stem, blocks.stride
-    experiment = trained.experiment
-    guest = start_wandb(
-        config.wandb, name=f"{experiment} {split}", group=experiment, job_type="evaluate", settings=told(asdict(config))
-    )
-    with Tracker(guest=guest):
-        metrics = evaluator.evaluate()
-        guest.summarize(metrics)
+        evaluator = Evaluator(model, loader, config.device, config.precision, ranks)
+        split, stride = blocks.path.stem, blocks.stride
+        experiment = trained.experiment
+        about_run = {"name": f"{experiment} {split}", "group": experiment, "settings": told(asdict(config))}
+        guest = start_wandb(config.wandb, job_type="evaluate", **about_run) if ranks.is_main else Guest()
+        with Tracker(guest=guest):
+            metrics = evaluator.evaluate()
+            guest.summarize(metrics)
 
+    if not ranks.is_main:
+        return
     form = f", {config.quantization}" if config.quantization else ""
     print(f"model  {trained.describe()}{form}")
     print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")

@@ -15,6 +15,7 @@ from gpt2.composition import as_argument, title
 from gpt2.config import GPT2Config, TrainRun, UserError
 from gpt2.failures import explain
 from gpt2.interruption import Interrupted
+from gpt2.launch import launch
 
 log = logging.getLogger("gpt2")
 
@@ -30,45 +31,35 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
     """Train, and return the best validation loss: what a study minimises, of which this may be a trial."""
     import torch  # here, so that a mistake in the configuration is answered before seconds of imports
 
-    from gpt2.checkpoint import read_record
     from gpt2.data_loader import get_dataloaders, load_text_data
-    from gpt2.device import choose_device, keep_freed_memory
+    from gpt2.device import keep_freed_memory
+    from gpt2.distributed import together
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
     from gpt2.pictures import draw_curves
-    from gpt2.profiling import StepProfiler
     from gpt2.tracking import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
-    from gpt2.wandb_run import start_of_training
 
-    choose_device(config.train.device, "train.device")  # refuses a missing one before any work
     keep_freed_memory()
     folder = output_folder()
-    if not config.resume and not config.train.auto_resume and (folder / "metrics.jsonl").exists():
-        raise UserError(
-            f"{folder} already holds a run; go on with it (resume={os.path.relpath(folder)}) or take another"
-        )
-    if not config.resume and (folder / "metrics.jsonl").exists():
-        log.warning(f"Note: {os.path.relpath(folder)} holds no checkpoint to go on from: its run begins anew")
-    model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
-    train_set, val_set, test_set, tokenizer = load_text_data(config.data)
-    train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
-    if model is None:
-        torch.manual_seed(config.train.seed)
-        model = GPT2Model(with_vocabulary(config.model, tokenizer))
+    command = f"{launch().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
+    with together(config.distributed.timeout, config.train.device) as ranks, explained(config, folder, command, trial):
+        refuse_second_run(config, folder)
+        model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
+        train_set, val_set, test_set, tokenizer = load_text_data(config.data)
+        train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
+        if model is None:
+            torch.manual_seed(config.train.seed)
+            model = GPT2Model(with_vocabulary(config.model, tokenizer))
 
-    def write_sample(step: int) -> str:
-        pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
-        return config.sample_prompt + "".join(takewhile(lambda _: trainer.interrupted_by is None, pieces))
+        def write_sample(step: int) -> str:
+            seed = config.train.seed + step
+            pieces = stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=seed)
+            return config.sample_prompt + "".join(takewhile(lambda _: trainer.interrupted_by is None, pieces))
 
-    kept, wandb_id = asdict(config), None
-    if config.resume:
-        record = read_record(Path(config.resume))
-        wandb_id = record["wandb_id"]
-        if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
-            kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
-    with explained(config, folder, trial), ExitStack() as closing:
+        kept, wandb_id = settings_to_keep(config)
         tracker = Tracker(folder, about=facts(config, model, {**kept, "model": asdict(model.config)}))
+        ranks.meet("the first step")  # the data may have been prepared on one machine and not yet on another
         trainer = Trainer(
             model,
             train_loader,
@@ -78,38 +69,79 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
             tracker,
             write_sample if trial is None else None,  # nobody reads them all
             run=kept,
+            ranks=ranks,
+            distributed=config.distributed,
         )
-        if config.profile:
-            trainer.on_step = profiler = StepProfiler(folder, trainer.device)
-            closing.callback(profiler.close)
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
-        with tracker:
-            tracker.guest = start_of_training(config, folder, tracker.about, wandb_id)
-            tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
-            announce(trainer)
-            if trial:
-                return trial.train(trainer)
+        if not ranks.is_main:
             trainer.train()
-            if trainer.interrupted_by:
-                tracker.ended(Ended(INTERRUPTED, 128 + trainer.interrupted_by))
-            draw_curves(folder / METRICS, folder / "curves.png")
-
-    conclude(trainer, config, folder)
-    if trainer.interrupted_by:
-        raise Interrupted.by(trainer.interrupted_by)
+        else:
+            with listening(config, trainer, folder, wandb_id, command):
+                if trial:
+                    return trial.train(trainer)
+                trainer.train()
+                if trainer.interrupted_by:
+                    tracker.ended(Ended(INTERRUPTED, 128 + trainer.interrupted_by))
+                draw_curves(folder / METRICS, folder / "curves.png")
+            conclude(trainer, config, folder, command)
+        if trainer.interrupted_by:
+            raise Interrupted.by(trainer.interrupted_by)
     return trainer.progress.best_val_loss
 
 
+def refuse_second_run(config: TrainRun, folder: Path) -> None:
+    if config.resume or not (folder / "metrics.jsonl").exists():
+        return
+    place = os.path.relpath(folder)
+    if not config.train.auto_resume:
+        raise UserError(f"{folder} already holds a run; go on with it (resume={place}) or take another")
+    log.warning(f"Note: {place} holds no checkpoint to go on from: its run begins anew")
+
+
+def settings_to_keep(config: TrainRun) -> tuple[dict[str, Any], str | None]:
+    """The configuration that checkpoints are to hold, and W&B's name for the run if it is gone on with."""
+    from gpt2.checkpoint import read_record
+
+    kept = asdict(config)
+    if not config.resume:
+        return kept, None
+    record = read_record(Path(config.resume))
+    if config.data.tokenizer == config.resume:  # where it was found this time is not where it comes from
+        kept["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
+    return kept, record["wandb_id"]
+
+
 @contextmanager
-def explained(config: TrainRun, folder: Path, trial: "TrialUnderWay | None") -> Iterator[None]:
+def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str | None, command: str) -> Iterator[None]:
+    """Have all that a training tells reach its files, the terminal and W&B, to its end."""
+    from gpt2.failures import saved
+    from gpt2.profiling import StepProfiler
+    from gpt2.wandb_run import start_of_training
+
+    tracker, watch = trainer.tracker, trainer.ranks.watch
+    with ExitStack() as closing:
+        if config.profile:
+            trainer.on_step = profiler = StepProfiler(folder, trainer.device)
+            closing.callback(profiler.close)
+        closing.enter_context(tracker)
+        tracker.guest = start_of_training(config, folder, tracker.about, wandb_id)
+        tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
+        if watch:
+            watch.how_to_go_on = lambda: saved(folder, command)
+            watch.last_words = lambda error: tracker.__exit__(type(error), error)
+        announce(trainer)
+        yield
+
+
+@contextmanager
+def explained(config: TrainRun, folder: Path, command: str, trial: "TrialUnderWay | None") -> Iterator[None]:
     """Tell what ends a run and is no bug in a line, with how to go on; a study has its own way with that."""
     try:
         yield
     except Exception as error:
         if trial:
             raise
-        command = f"python train.py {as_argument('resume', os.path.relpath(folder))}"
         told = explain(error, config, folder, command)
         if told is None:
             raise
@@ -157,7 +189,7 @@ def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dic
         "flops_per_token": model.flops_per_token(config.data.max_length),
         "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
         "repository": commit(),
-        "machine": {**hardware(device), "precision": precision.name},
+        "machine": {**hardware(device), "precision": precision.name, "ranks": launch().world_size},
         "versions": versions(),
         "config": settings,
     }
@@ -173,12 +205,14 @@ def announce(trainer: "Trainer") -> None:
     is_told = config.precision != "auto" or not config.mixed_precision
     is_by_choice = trainer.precision.name == "bf16" and trainer.device.type == "cpu" and not is_told
     why = ", in which this CPU computes faster (train.precision=fp32 would be exact)" if is_by_choice else ""
+    ranks = trainer.ranks
+    among = f"{ranks.size} ranks ({trainer.strategy}), each on " if ranks.size > 1 else ""
     log.info(
         f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
         f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
         f"Run     {trainer.total_steps:,} steps of {tokens_per_step:,} tokens ({blocks} blocks), "
         f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
-        f"On      {describe(trainer.device)}, {trainer.precision.name}{why}"
+        f"On      {among}{describe(trainer.device)}, {trainer.precision.name}{why}"
     )
     if trainer.progress.step:
         log.info(f"Going on after step {trainer.progress.step:,}")
@@ -187,7 +221,7 @@ def announce(trainer: "Trainer") -> None:
     log.info("")
 
 
-def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
+def conclude(trainer: "Trainer", config: TrainRun, folder: Path, command: str) -> None:
     """Say how it went, where everything lies, and what to type next."""
     from gpt2.console import time_left
     from gpt2.evaluate import perplexity
@@ -211,7 +245,7 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path) -> None:
     if where := trainer.tracker.guest.where():
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
-        log.info(f"\nGo on with:  python train.py {as_argument('resume', place)}")
+        log.info(f"\nGo on with:  {command}")
     else:
         prompt = config.sample_prompt or "The"
         quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)

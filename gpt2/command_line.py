@@ -35,6 +35,7 @@ from gpt2.config import GenerateRun, StudyConfig, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
 from gpt2.jobs import is_of_submitit, launcher_faults, launcher_of, of_sweep, requeues, show_submissions
+from gpt2.launch import launch, leave_terminal_to_main
 from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
 from gpt2.sweeper import run_trial, study_faults, study_sweeper
@@ -57,17 +58,12 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 if isinstance(stream, TextIOWrapper):
                     stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
+            leave_terminal_to_main()
             with faults_as_lines():
                 if options.multirun and (options.cfg or options.info):
                     raise UserError("-m: not together with --cfg and --info; one run is shown without it")
                 if runs_something(options):
-                    logging.disable(logging.WARNING)  # the run will say all that again
-                    check_command_line(name, options)
-                    show_submissions(options.multirun)
-                    if name == "train":
-                        in_folder = sweep_arguments if options.multirun else folder_arguments
-                        arguments += in_folder(options.overrides)
-                    logging.disable(logging.NOTSET)
+                    arguments += as_one(name, options) if launch().by_torchrun else checked(name, options)
                     os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra cannot write for want of room is ours to tell
 
             def job(composed: DictConfig) -> Any:
@@ -80,6 +76,41 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def checked(name: str, options: Namespace) -> list[str]:
+    """Check a command line before anything runs. Returns what it lacks: see `folder_arguments` and `sweep_arguments`.
+
+    Raises:
+        UserError: With all that is wrong with it.
+    """
+    logging.disable(logging.WARNING)  # the run will say all that again
+    check_command_line(name, options)
+    show_submissions(options.multirun)
+    missing: list[str] = []
+    if name == "train":
+        missing = (sweep_arguments if options.multirun else folder_arguments)(options.overrides)
+    logging.disable(logging.NOTSET)
+    return missing
+
+
+def as_one(name: str, options: Namespace) -> list[str]:
+    """`checked` by one rank for all: they run in the folder that it chose, and it alone leaves traces there."""
+    missing: list[str] = []
+    if launch().is_main:
+        if name not in ("train", "evaluate") or options.multirun:
+            asked = f"{name}.py{' -m' if options.multirun else ''}"
+            raise UserError(f"{asked}: torchrun is for single runs of train.py and evaluate.py")
+        missing = checked(name, options)
+        if name == "train" and not any(argument.startswith("hydra.run.dir=") for argument in missing):
+            composed = compose(name, options.overrides, with_hydra=True)
+            missing.append(in_hydras_quotes("hydra.run.dir", composed.hydra.run.dir))
+    from gpt2.distributed import told_by_main
+
+    missing = told_by_main("arguments", missing)
+    if launch().is_main:
+        return missing
+    return [*missing, "hydra/job_logging=rank", *(["hydra.output_subdir=null"] if name == "train" else [])]
 
 
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
@@ -109,7 +140,7 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
 def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
     """Run what was composed, completed and checked, as the only one that writes to the run's folder."""
     job = HydraConfig.get()
-    with held(output_folder()) if name == "train" else nullcontext():
+    with held(output_folder()) if name == "train" and launch().is_main else nullcontext():
         config = resolve(name, composed, list(job.overrides.task))
         if isinstance(config, GenerateRun):
             config.prompt = prompt
@@ -196,7 +227,7 @@ def folder_arguments(overrides: list[str]) -> list[str]:
         resume = plain_name("hydra.run.dir", chosen[-1]) if chosen else own_folder("runs", composed.name, overrides)
     path = resumed_checkpoint(str(resume))
     folder = str(path.parent.parent if path else resume)
-    arguments = [quoted("hydra.run.dir", folder), quoted("resume", resume)]
+    arguments = [in_hydras_quotes("hydra.run.dir", folder), in_hydras_quotes("resume", resume)]
     return [*arguments, "hydra.output_subdir=null"] if path else arguments
 
 
@@ -213,7 +244,8 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
     if not composed.train.auto_resume and not requeues(launcher):
         if not is_of_submitit(launcher) or "hydra.sweep.dir" in given:
             return []
-        return [quoted("hydra.sweep.dir", composed.hydra.sweep.dir)]  # the launcher's copy would have another suffix
+        folder = composed.hydra.sweep.dir  # said once, or Hydra's copies of it would have suffixes of their own
+        return [in_hydras_quotes("hydra.sweep.dir", folder)]
     if given.get("train.auto_resume") is False:
         again = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
         raise UserError(f"train.auto_resume: {again} starts jobs again, which then go on; drop one of the two")
@@ -221,7 +253,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
     else:
         folder = own_folder("sweeps", composed.name, overrides)
-    return ["train.auto_resume=true", quoted("hydra.sweep.dir", folder)]
+    return ["train.auto_resume=true", in_hydras_quotes("hydra.sweep.dir", folder)]
 
 
 def plain_name(key: str, folder: Any) -> str:
@@ -238,7 +270,7 @@ def own_folder(kind: str, name: str, overrides: list[str]) -> str:
     return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(said)).encode()).hexdigest()[:8]}"
 
 
-def quoted(key: str, value: Any) -> str:
+def in_hydras_quotes(key: str, value: Any) -> str:
     return f"{key}={QuotedString(str(value), Quote.single).with_quotes()}"
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from subprocess import SubprocessError
 from typing import Any
@@ -52,14 +53,22 @@ class Compiled:
     Without a compiler all do, and a log line says so.
     """
 
-    def __init__(self, model: GPT2Model, device: torch.device, shape: tuple[int, int], linear: Linear = F.linear):
+    def __init__(
+        self,
+        model: GPT2Model,
+        device: torch.device,
+        shape: tuple[int, int],
+        linear: Linear = F.linear,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
         """
         Args:
             shape: (b, t) of the batches that it is compiled for: a compilation takes a minute, and the last batch of an
                 epoch, which is smaller, is not worth one.
             linear: What the model multiplies by where it cannot be compiled.
+            around: What a compilation is to happen within.
         """
-        self.model, self.device, self.shape, self.linear = model, device, shape, linear
+        self.model, self.device, self.shape, self.linear, self.around = model, device, shape, linear, around
         self.forward: Forward | None = None
 
     def __call__(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -67,7 +76,8 @@ class Compiled:
         if tuple(inputs["input_ids"].shape) != self.shape or inputs.get("attention_mask") is not None:
             return self.model(**inputs)
         if self.forward is None:
-            self.forward = self._compile(inputs)
+            with self.around():
+                self.forward = self._compile(inputs)
         return self.forward(**inputs)
 
     def _compile(self, inputs: dict[str, Any]) -> Forward:

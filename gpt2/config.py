@@ -199,6 +199,14 @@ class WandbConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Training on several devices; a process that torchrun has not started is alone, and none of it matters."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a part of it, for gpt2_xl
+    timeout: float = 60.0  # seconds within which all ranks end, once one of them fails, dies or hangs
+
+
+@dataclass
 class StudyOfRun:
     """Which trial of which study a run is; null of none."""
 
@@ -217,6 +225,7 @@ class TrainRun:
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written while training
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     profile: bool = False  # true: trace a few steps, and tell what takes the time
     sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
     resume: str | None = None  # a run folder, or `latest`

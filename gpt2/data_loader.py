@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from gpt2.config import DataConfig, TrainingConfig, UserError
 from gpt2.corpus import prepare
 from gpt2.interruption import leave_to_parent
+from gpt2.launch import launch
 from gpt2.model import IGNORE
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -158,7 +159,8 @@ def get_dataloaders(
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     # Cores that train have none to spare: two workers beside two such threads made a step 13 % longer.
-    spare_cores = (os.cpu_count() or 1) - (0 if on_cuda else torch.get_num_threads())
+    cores = (os.cpu_count() or 1) // launch().local_world_size
+    spare_cores = cores - (0 if on_cuda else torch.get_num_threads())
     common: dict[str, Any] = {
         "num_workers": max(0, min(config.num_workers, spare_cores)),
         "pin_memory": config.pin_memory and on_cuda,

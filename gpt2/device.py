@@ -18,6 +18,7 @@ import torch
 
 from gpt2.config import TrainingConfig, UserError
 from gpt2.faults import device_faults
+from gpt2.launch import launch
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ def choose_device(name: str, key: str = "device") -> torch.device:
         UserError: There is no such device here.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() and not launch().by_torchrun else "cpu")
+        name = "cuda"
     if found := device_faults(name, key):
         raise UserError(*found)
     device = torch.device(name)
+    if name == "cuda" and launch().by_torchrun:
+        device = torch.device("cuda", launch().local_rank)
     available = {
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
@@ -58,7 +61,8 @@ def choose_device(name: str, key: str = "device") -> torch.device:
     }
     if not available.get(device.type, False):
         usable = [kind for kind, there in available.items() if there]
-        raise UserError(f"{key}: there is no {name} here; auto, or one of {usable}, would do")
+        others = f", and {launch().local_world_size} ranks need one each" if launch().by_torchrun else ""
+        raise UserError(f"{key}: there is no {device} here{others}; auto, or one of {usable}, would do")
     return device
 
 

@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from gpt2.console import track
 from gpt2.device import choose_precision, cuda_or_else
+from gpt2.distributed import Batch, Ranks
 from gpt2.model import IGNORE, GPT2Model, shifted
 from gpt2.tokenizer import GPT2Tokenizer
-
-Batch = dict[str, Tensor]
 
 UNITS = {"loss": "nats a token", "bytes": "of text", "tokens": "predicted"}
 
@@ -84,6 +83,7 @@ def score(
     max_batches: int | None = None,
     go_on: Callable[[int, int], bool] = lambda batch, batches: True,
     bytes_of_token: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Score:
     """Sum the cross-entropy over a loader, without dropout; every token weighs the same, whatever its batch.
 
@@ -91,25 +91,33 @@ def score(
 
     Args:
         bytes_of_token: (v,), to count the bytes of text that are predicted.
+        ranks: Who takes turns at the batches. Each has the score of all, to the last bit that of a process alone.
     """
+    ranks = ranks or Ranks()
     was_training = model.training
     model.eval()
-    total = Score()
+    batches = min(len(loader), max_batches or len(loader))
+    sums = torch.zeros(3, batches, dtype=torch.float64)  # nats, tokens, bytes
+    has_ended = False
     try:
-        batches = min(len(loader), max_batches or len(loader))
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
-            if not go_on(number, batches):
-                return Score()
+            if number % ranks.size != ranks.rank:
+                continue
+            if has_ended := not go_on(number, batches):
+                break
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
                 losses = model.token_losses(**moved)
-            total.nats += losses.cpu().double().sum().item()
-            total.tokens += count_targets(batch)
+            sums[0, number] = losses.cpu().double().sum()
+            sums[1, number] = count_targets(batch)
             if bytes_of_token is not None:
-                total.bytes += int(bytes_of_token[batch["targets"][batch["targets"] != IGNORE]].sum())
+                sums[2, number] = bytes_of_token[batch["targets"][batch["targets"] != IGNORE]].sum()
     finally:
         model.train(was_training)
-    return total
+    if any(ended for (ended,) in ranks.all([has_ended])):
+        return Score()
+    nats, tokens, texts = ranks.sum_(sums).tolist()
+    return Score(sum(nats), int(sum(tokens)), int(sum(texts)))
 
 
 def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
@@ -124,13 +132,22 @@ def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
 class Evaluator:
     """Loss and perplexity of a model on a test set."""
 
-    def __init__(self, model: GPT2Model, test_loader: DataLoader, device: str = "cuda", precision: str = "fp32"):
+    def __init__(
+        self,
+        model: GPT2Model,
+        test_loader: DataLoader,
+        device: str = "cuda",
+        precision: str = "fp32",
+        ranks: Ranks | None = None,
+    ):
         """
         Args:
             test_loader: Batches as `as_inputs` takes them.
             device: See `gpt2.device.cuda_or_else`.
             precision: fp32, bf16, fp16 or auto, see `gpt2.device.choose_precision`.
+            ranks: Who share the work, see `gpt2.distributed.together`.
         """
+        self.ranks = ranks or Ranks()
         self.device = cuda_or_else(device)
         self.precision = choose_precision(precision, self.device)
         self.model = model.to(self.device)
@@ -146,9 +163,10 @@ class Evaluator:
         tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
         lengths = tokenizer and bytes_of_tokens(tokenizer, self.model.config.vocab_size)
         began = time.perf_counter()
-        with track("Evaluating", unit="batches") as advance:
+        with track("Evaluating", unit="batches") as advance, self.ranks.watched():
 
             def go_on(batch: int, batches: int) -> bool:
+                self.ranks.mark(f"batch {batch + 1}")
                 advance(batch + 1, batches)
                 return True
 
@@ -159,6 +177,7 @@ class Evaluator:
                 self.precision.autocast(),
                 go_on=go_on,
                 bytes_of_token=lengths,
+                ranks=self.ranks,
             )
         metrics = {"loss": total.loss, "perplexity": perplexity(total.loss)}
         if tokenizer:

@@ -83,11 +83,11 @@ def explain(error: Exception, config: TrainRun, run: Path, command: str) -> User
     train, problem = config.train, machine_error(error)
     if isinstance(error, Divergence):
         slower = f"train.learning_rate={train.learning_rate / 2:g} resume_changes=true"
-        return Divergence(f"{error}{_saved(run, f'{command} {slower}')}")
+        return Divergence(f"{error}{saved(run, f'{command} {slower}')}")
     if problem is None:
         return None
     if not is_out_of_memory(error):
-        return MachineError(f"{problem}; make room{_saved(run, command)}")
+        return MachineError(f"{problem}; make room{saved(run, command)}")
     smaller, also = "train.gradient_checkpointing=true", ""
     if train.batch_size == 1 and train.gradient_checkpointing:
         return MachineError(
@@ -101,11 +101,12 @@ def explain(error: Exception, config: TrainRun, run: Path, command: str) -> User
     return MachineError(
         f"{problem}. A pass was train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
         f"tokens, a step train.accumulation_steps={train.accumulation_steps} of them; {smaller} makes the same steps "
-        f"in less memory{also}{_saved(run, f'{command} {smaller} resume_changes=true')}"
+        f"in less memory{also}{saved(run, f'{command} {smaller} resume_changes=true')}"
     )
 
 
-def _saved(run: Path, command: str) -> str:
+def saved(run: Path, command: str) -> str:
+    """What is saved of a run, and the command that goes on with it, as the end of a sentence."""
     folder = folder_of_run(run)
     steps = [step for path in newest_first(folder) if (step := step_of(path)) is not None] if folder else []
     return f". Step {steps[0]:,} is saved, go on with: {command}" if steps else ""

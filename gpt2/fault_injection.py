@@ -1,7 +1,8 @@
 """Faults on purpose, for tests: nothing happens unless the environment variable GPT2_FAULT asks for it.
 
 GPT2_FAULT=nan_loss@5 makes the loss of step 5 NaN, GPT2_FAULT=inf_gradient@5-9 the gradient of steps 5 to 9 infinite.
-The kinds are those of `KINDS`, several are separated by commas. GPT2_FAULT=exit@5#2 is for trial 2 of a study only.
+The kinds are those of `KINDS`, several are separated by commas. GPT2_FAULT=exit@5#2 is for trial 2 of a study only,
+GPT2_FAULT=exit@5%1 for rank 1.
 """
 
 import os
@@ -24,11 +25,13 @@ Install = Callable[["Trainer", IsDue], None]
 def install(trainer: "Trainer") -> None:
     """Hang the faults that are asked for on the model of a trainer."""
     for fault in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        match = re.fullmatch(r"(\w+)@(\d+)(?:-(\d+))?(?:#(\d+))?", fault)
+        match = re.fullmatch(r"(\w+)@(\d+)(?:-(\d+))?(?:#(\d+))?(?:%(\d+))?", fault)
         steps = range(int(match[2]), int(match[3] or match[2]) + 1) if match else range(0)
         if not match or match[1] not in KINDS or not steps or not steps[0]:
             raise ValueError(f"{VARIABLE}={fault}: KIND@STEP or KIND@FIRST-LAST is wanted, KIND of {', '.join(KINDS)}")
         if match[4] is not None and ((trainer.run or {}).get("study") or {}).get("trial") != int(match[4]):
+            continue
+        if match[5] is not None and trainer.ranks.rank != int(match[5]):
             continue
 
         def is_due(steps: range = steps) -> bool:
@@ -99,6 +102,8 @@ KINDS: dict[str, Install] = {
     "exception": _raising(RuntimeError("on purpose")),
     "exit": _raising(SystemExit(7)),
     "kill": _before_pass(lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "stop": _before_pass(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "hang": _before_pass(lambda: time.sleep(86400)),
     "slow": _before_pass(lambda: time.sleep(0.1)),
     "no_evaluation": _no_evaluation,
 }

@@ -18,6 +18,7 @@ from gpt2.config import (
     WHEN_LOADED,
     DataBenchmark,
     DataConfig,
+    DistributedConfig,
     EvaluateRun,
     ExportRun,
     GenerateRun,
@@ -32,6 +33,7 @@ from gpt2.config import (
     TrainRun,
     UserError,
 )
+from gpt2.launch import Launch, division, launch
 
 Faults = list[str]
 
@@ -168,6 +170,31 @@ def device_faults(device: str, key: str) -> Faults:
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         return []
     return [f"{key}: {device!r} is none of auto, cuda, cuda:N, mps, cpu"]
+
+
+def distributed_faults(distributed: DistributedConfig, train: TrainingConfig, started: Launch) -> Faults:
+    found = _outside(vars(distributed), {"timeout": (5, 86400, "between 5 and 86400 seconds")}, "distributed.")
+    fsdp = "distributed.strategy: fsdp"
+    if distributed.strategy == "fsdp":
+        if not started.by_torchrun:
+            found.append(f"{fsdp} divides a model over ranks, and there is one process; torchrun starts several")
+        if train.precision == "fp16":
+            found.append(f"{fsdp} is for bf16 and fp32, not for train.precision=fp16")
+        if train.optimizer == "muon":
+            found.append(f"{fsdp} divides the matrices that train.optimizer=muon needs whole; adamw or ddp would do")
+        if train.compile is True:
+            found.append(f"{fsdp} is not compiled; drop train.compile=true, or take ddp")
+    if started.by_torchrun and re.fullmatch(r"mps|cuda:\d+", train.device):
+        found.append(f"train.device: {train.device} is one device, each rank needs its own; cuda, cpu or auto would do")
+    size, times = train.batch_size, train.accumulation_steps
+    parts = division(times, started.world_size)[1] if started.world_size > 1 <= times else 1
+    if size % parts:
+        nearest = [str(near) for near in (size // parts * parts, -(-size // parts) * parts) if near > 0]
+        found.append(
+            f"train.batch_size: a step of {size} * train.accumulation_steps={times} blocks cannot be divided over "
+            f"{started.world_size} ranks, {' or '.join(nearest)} * {times} can"
+        )
+    return found
 
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -339,6 +366,7 @@ def training_run_faults(config: TrainRun) -> Faults:
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
             f"model.context_length={config.model.context_length}"
         )
+    found += distributed_faults(config.distributed, config.train, launch())
     folder = config.train.checkpoint_dir
     if Path(folder).name != folder or folder in ("", ".."):
         found.append(f"train.checkpoint_dir: {folder!r} must be the plain name of a folder")

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from gpt2.launch import launch
+
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
 
 
 _asked: int | None = None  # by which signal this process was asked to end
+_is_ending = False  # for another reason already
 
 
 class Interrupted(SystemExit):
@@ -29,9 +32,17 @@ class Interrupted(SystemExit):
 def leave(number: int, _frame: Any = None) -> None:
     """End the process by an exception, so that what is half done is cleaned up on the way."""
     global _asked
+    if _is_ending:
+        return
     _asked = number
     _say(f"Interrupted by {signal.Signals(number).name}.")
     raise Interrupted.by(number)
+
+
+def end_undisturbed() -> None:
+    """This process is about to end, and says why: from now on it need not be asked to."""
+    global _is_ending
+    _is_ending = True
 
 
 def leave_when_asked(also_by_ctrl_c: bool) -> None:
@@ -64,6 +75,8 @@ def deferred(remember: Callable[[int], None]) -> Iterator[None]:
 
     def note(number: int, _frame: Any) -> None:
         nonlocal first
+        if _is_ending:
+            return
         if first is None:
             first = time.monotonic()
             remember(number)
@@ -93,9 +106,10 @@ def deferred(remember: Callable[[int], None]) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers: a signal may come while they are in use."""
-    with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+    """Past Python's buffers: a signal may come while they are in use. Rank 0 says it for all."""
+    if launch().is_main:
+        with suppress(OSError):
+            os.write(2, f"\n{text}\n".encode())
 
 
 def leave_to_parent() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import Divergence, TrainingConfig
+from gpt2.parallel import local
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +21,11 @@ ADVICE = "A smaller train.learning_rate or a longer train.warmup_steps may help"
 
 
 def gradient_norms(model: nn.Module) -> Tensor:
-    """The norm of the gradient of each parameter that has one, (n,), in their order in the model, on its device."""
-    return torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    """The norm of the gradient of each parameter that has one, (n,), in their order in the model, on its device.
+
+    Where ranks hold parts of them, that of this rank's part.
+    """
+    return torch.stack(torch._foreach_norm([local(p.grad) for p in model.parameters() if p.grad is not None]))
 
 
 def broken(tensors: dict[str, Tensor]) -> list[str]:
@@ -40,7 +44,9 @@ class NonFiniteSteps:
         self.model, self.optimizer, self.config, self.loss_is_scaled = model, optimizer, config, loss_is_scaled
         self.total = self.in_a_row = 0
         leaves_out = isinstance(optimizer, torch.optim.AdamW)  # by itself, where `found_inf` is 1
-        self.host_runs_ahead = next(model.parameters()).device.type == "cuda" and not loss_is_scaled and leaves_out
+        first = next(model.parameters())
+        is_whole = local(first) is first  # fused AdamW on parts of tensors has not been tried with `found_inf`
+        self.host_runs_ahead = first.device.type == "cuda" and not loss_is_scaled and leaves_out and is_whole
         self._unheard: tuple[str, Tensor, torch.cuda.Event | None] | None = None
 
     def admits(self, step: str, loss: Tensor, norms: Tensor) -> bool:

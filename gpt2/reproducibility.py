@@ -50,6 +50,11 @@ class RandomState:
             np.random.set_state(tuple(self.elsewhere["numpy"]))
 
 
+def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:
+    """What a rank seeds its dropout with, so that no two draw the same; rank 0 as if it were alone."""
+    return seed if rank == 0 else int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
+
+
 def make_deterministic() -> None:
     """Have PyTorch use algorithms only that give the same bits each time, or raise where there is none.
 

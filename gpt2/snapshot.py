@@ -14,7 +14,7 @@ from gpt2.device import precision_asked
 from gpt2.nonfinite import ADVICE, broken
 from gpt2.onednn import name_of
 from gpt2.optimizer import load_optimizer_tensors, optimizer_tensors
-from gpt2.reproducibility import RandomState, versions
+from gpt2.reproducibility import RandomState, seed_of_rank, versions
 
 if TYPE_CHECKING:
     from gpt2.train import Trainer
@@ -55,16 +55,21 @@ class Progress:
 
 
 def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a checkpoint.
+    """The tensors and the record of a checkpoint, whole on rank 0; all ranks must call it.
 
     Raises:
         Divergence: A number in it is not finite.
     """
     random = RandomState.now(trainer.device)
+    of_ranks = enumerate(trainer.ranks.gather(random.tensors))
     tensors = {
-        **{f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()},
-        **{f"optimizer/{name}": t for name, t in optimizer_tensors(trainer.optimizer, trainer.model).items()},
-        **{f"random/{name}": tensor for name, tensor in random.tensors.items()},
+        **trainer.parallel.full(
+            {
+                **{f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()},
+                **{f"optimizer/{name}": t for name, t in optimizer_tensors(trainer.optimizer, trainer.model).items()},
+            }
+        ),
+        **{f"random/{_of_rank(rank)}{name}": t for rank, tensors in of_ranks for name, t in tensors.items()},
         "losses_since_log": trainer.losses_since_log,
     }
     if names := broken(tensors):
@@ -94,6 +99,8 @@ def _circumstances(trainer: "Trainer") -> dict[str, Any]:
             "linear": name_of(trainer.model.linear),
             "compiled": trainer.is_compiled,
             "threads": torch.get_num_threads(),
+            "ranks": trainer.ranks.size,
+            "strategy": trainer.strategy if trainer.ranks.size > 1 else None,
         },
         "versions": versions(),
     }
@@ -122,11 +129,14 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
         if before.get(key) != value:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
 
-    trainer.model.load_state_dict(checkpoint.read_tensors(path, "model/"))
+    shapes = trainer.model.state_dict()
+    trainer.model.load_state_dict(trainer.parallel.parts(checkpoint.read_tensors(path, "model/"), shapes))
     if record["train"].get("optimizer", "adamw") != trainer.config.optimizer:
         log.warning("The optimizer is another one: it begins without memory")
     else:
-        load_optimizer_tensors(trainer.optimizer, trainer.model, checkpoint.read_tensors(path, "optimizer/"))
+        memory = checkpoint.read_tensors(path, "optimizer/")
+        like = {name: shapes[name.split("/", 1)[1]] for name in memory}
+        load_optimizer_tensors(trainer.optimizer, trainer.model, trainer.parallel.parts(memory, like))
     if trainer.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
         trainer.scaler.load_state_dict(record["scaler"])
     trainer.nonfinite.load_state(record["steps_left_out"])
@@ -135,7 +145,16 @@ def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
     position = blocks_used // trainer.config.batch_size if is_same_data else 0
     trainer.progress = replace(progress, position=position)
     trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].clone().to(trainer.device)
-    RandomState(trainer.device, checkpoint.read_tensors(path, "random/"), record["random"]).restore()
+    rank = trainer.ranks.rank
+    if random := checkpoint.read_tensors(path, f"random/{_of_rank(rank)}"):
+        RandomState(trainer.device, random, {} if rank else record["random"]).restore()
+    else:  # there were fewer ranks then
+        torch.manual_seed(seed_of_rank(trainer.config.seed, rank, progress.step))
+
+
+def _of_rank(rank: int) -> str:
+    """What stands before the names of a rank's random states; those of rank 0 are called as if it were alone."""
+    return f"rank{rank}/" if rank else ""
 
 
 def _compute_as_then(trainer: "Trainer", record: dict[str, Any]) -> None:

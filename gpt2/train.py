@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -15,18 +16,21 @@ from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint, fault_injection, run_folder, snapshot
 from gpt2.compilation import Compiled, Forward, pays
-from gpt2.config import Divergence, TrainingConfig, UserError
+from gpt2.config import DistributedConfig, Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
 from gpt2.device import choose_device, choose_precision, peak_flops, precision_asked
+from gpt2.distributed import Ranks
 from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
-from gpt2.faults import training_faults
+from gpt2.faults import distributed_faults, training_faults
 from gpt2.interruption import deferred
+from gpt2.launch import division
 from gpt2.model import GPT2Model
 from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
 from gpt2.onednn import LINEARS, faster_linear
 from gpt2.optimizer import build_optimizer, learning_rate
-from gpt2.reproducibility import RandomState, make_deterministic
+from gpt2.parallel import local, strategy
+from gpt2.reproducibility import RandomState, make_deterministic, seed_of_rank
 from gpt2.snapshot import Progress
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking import Tracker
@@ -49,6 +53,8 @@ class Trainer:
         run: dict[str, Any] | None = None,
         on_evaluation: "Callable[[Trainer], None] | None" = None,
         on_step: Callable[[], None] | None = None,
+        ranks: Ranks | None = None,
+        distributed: DistributedConfig | None = None,
     ):
         """
         Args:
@@ -60,30 +66,40 @@ class Trainer:
             on_evaluation: Called after each evaluation, when it is logged and, if it is the best, saved; what it raises
                 ends training.
             on_step: Called after each step.
+            ranks: Those that train together, see `gpt2.distributed.together`; each has a trainer, with loaders that
+                yield the same batches to all. Of what is passed to the others, only rank 0 uses `tracker`,
+                `write_sample` and `on_step`, and it alone writes files.
+            distributed: How they do.
 
         Raises:
             UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
-                there are none.
+                there are none; or the ranks do not divide a step.
         """
+        self.ranks, distributed = ranks or Ranks(), distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         found = training_faults(config) + data_faults(train_loader, val_loader, config, model, tokenizer)
+        found += distributed_faults(distributed, config, self.ranks.launch)
         if found:
             raise UserError(*found)
         if config.deterministic:
             make_deterministic()
-        torch.manual_seed(config.seed)  # dropout; a checkpoint restores its own state
+        torch.manual_seed(seed_of_rank(config.seed, self.ranks.rank))  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
+        precision = choose_precision(precision_asked(config), self.device)
+        self.strategy = distributed.strategy
+        self.parallel = strategy(self.strategy, self.model, precision, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
-        self.tracker = tracker or Tracker()
-        self.write_sample = write_sample
+        is_main = self.ranks.is_main
+        self.tracker = (tracker if is_main else None) or Tracker()
+        self.write_sample = write_sample if is_main else None
         self.run = run
         self.on_evaluation = on_evaluation
-        self.on_step = on_step
+        self.on_step = on_step if is_main else None
         self.label = ""  # in front of the progress line
         self.tokenizer = tokenizer
         self._bytes_of_token = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
@@ -101,6 +117,7 @@ class Trainer:
         self._validation_line = self._clock
         self._saved: Progress | None = None  # what the newest checkpoint holds
         self._tokens_at_log = 0
+        self._checksum = 0  # of the data of the newest step: all ranks must have the same
         self._goes_on_here = False  # whether the checkpoints in `checkpoint_dir` are those of this run
         self._spared: set[Path] = set()  # those that are not
         fault_injection.install(self)
@@ -119,14 +136,15 @@ class Trainer:
             OSError: There is no room for a checkpoint, or for the metrics. Checkpoints from before are intact.
         """
         self.interrupted_by = None
-        self._spared = set() if self._goes_on_here else set(run_folder.newest_first(self.checkpoint_dir))
-        if self._spared:
-            log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
-        run_folder.remove_unfinished(self.checkpoint_dir)
+        if self.ranks.is_main:
+            self._spared = set() if self._goes_on_here else set(run_folder.newest_first(self.checkpoint_dir))
+            if self._spared:
+                log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
+            run_folder.remove_unfinished(self.checkpoint_dir)
         self._clock = time.perf_counter() - self.progress.seconds
         self._restart_speed()
         self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
-        with deferred(self.interrupt), self.progress_line:
+        with deferred(self.interrupt), self.progress_line, self.ranks.watched():
             if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
                 self._name_newest()
             if self.progress.step and self.progress.step % self.config.eval_every == 0:
@@ -160,33 +178,41 @@ class Trainer:
         """One update of the weights. Returns its loss and its gradient's norm, on the device: nothing waits for them.
 
         The loss is the mean over the predicted tokens of all micro-batches together, so how they are cut up does not
-        matter. An interruption between two of them gives the step up, and nothing has happened; then None.
+        matter, nor which rank computes which. An interruption between two of them gives the step up, and nothing has
+        happened; then None. Several ranks finish it, for they have to decide together.
 
         Raises:
             Divergence: See `NonFiniteSteps.admits`.
         """
-        before = RandomState.of_torch(self.device) if len(micro_batches) > 1 else None
+        passes = self.ranks.share(micro_batches, self.config.accumulation_steps)
+        before = RandomState.of_torch(self.device) if len(passes) > 1 and self.ranks.size == 1 else None
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
         counts = [count_targets(batch) for batch in micro_batches]
         step_loss = torch.zeros((), device=self.device)
-        divisor = torch.full((), max(1, sum(counts)), dtype=torch.float32, device=self.device)
-        for number, batch in enumerate(micro_batches):
+        # Gradients of ranks are averaged, and are to be added up.
+        divisor = torch.full((), max(1, sum(counts)) / self.ranks.size, dtype=torch.float32, device=self.device)
+        for number, batch in enumerate(passes):
+            self.ranks.mark(f"pass {number + 1} of step {self.progress.step + 1}")
             if number and before and self.interrupted_by is not None:
                 before.restore()
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
-            with self.precision.autocast():
-                _, share = self.forward(**inputs, divisor=divisor, return_logits=False)
-            assert share is not None
-            self.scaler.scale(share).backward()
+            with self.parallel.last_pass(number == len(passes) - 1):
+                with self.precision.autocast():
+                    _, share = self.forward(**inputs, divisor=divisor, return_logits=False)
+                assert share is not None
+                self.scaler.scale(share).backward()
             step_loss += share.detach()
+        if self.ranks.size > 1:
+            step_loss = self.ranks.sum_(step_loss) / self.ranks.size
+            self._checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
 
         self.scaler.unscale_(self.optimizer)
-        norms = gradient_norms(self.model)
+        norms = self.parallel.norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
         self._clip(gradient_norm)
         if self.nonfinite.admits(self._place(len(micro_batches)), step_loss, norms):
@@ -201,7 +227,8 @@ class Trainer:
         limit = self.config.gradient_clip
         # A CPU need not multiply all gradients by one; a GPU would have to be waited for to know that it is one.
         if limit and (self.device.type != "cpu" or gradient_norm + 1e-6 > limit):
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, gradient_norm)
+            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, (limit / (gradient_norm + 1e-6)).clamp(max=1.0))
 
     def compute_as(self, precision: str | None = None, linear: str | None = None, compiled: bool | None = None) -> None:
         """Settle in which format, by which products of matrices, and whether compiled, a step is computed.
@@ -209,7 +236,8 @@ class Trainer:
         Its last bits depend on that. What is None is as `config` says; `auto` is what suits this machine.
         """
         config, on_cpu = self.config, self.device.type == "cpu"
-        self.precision = choose_precision(precision or precision_asked(config), self.device)
+        if precision is None or not self.parallel.shards:  # parts of weights come together in one format for good
+            self.precision = choose_precision(precision or precision_asked(config), self.device)
         self.scaler = self.precision.scaler()
         self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
         if not (on_cpu and self.precision.name == "fp32") or linear not in LINEARS:
@@ -222,11 +250,15 @@ class Trainer:
             flops = tokens * self.model.flops_per_token(length)
             auto = config.compile == "auto"
             compiled = pays(self.precision, flops, config.max_training_hours * 3600) if auto else bool(config.compile)
+        compiled = compiled and not self.parallel.shards
         self.is_compiled = compiled
         self.model.use_linear(LINEARS["PyTorch" if compiled else linear or "PyTorch"])
-        self.forward: Forward = self.model
+        compute: Forward = self.model
         if compiled:
-            self.forward = Compiled(self.model, self.device, (config.batch_size, length), LINEARS[linear or "PyTorch"])
+            rows = config.batch_size // division(config.accumulation_steps, self.ranks.size)[1]
+            patiently = partial(self.ranks.watched, False)
+            compute = Compiled(self.model, self.device, (rows, length), LINEARS[linear or "PyTorch"], patiently)
+        self.forward = self.parallel.forward(compute)
 
     def _block_length(self) -> int:
         return getattr(self.train_loader.dataset, "length", self.model.config.context_length)
@@ -247,6 +279,7 @@ class Trainer:
             self.config.eval_batches,
             go_on=self._show_validation,
             bytes_of_token=self._bytes_of_token,
+            ranks=self.ranks,
         )
 
     def _place(self, micro_batches: int) -> str:
@@ -273,6 +306,7 @@ class Trainer:
     def _should_stop(self) -> bool:
         """Whether training ends here; `stop_reason` then says why."""
         self.progress.seconds = time.perf_counter() - self._clock
+        self._agree()
         if self.interrupted_by is not None:
             self.stop_reason = "interrupted"
         elif self.config.max_steps is not None and self.progress.step >= self.config.max_steps:
@@ -284,6 +318,18 @@ class Trainer:
         else:
             self.stop_reason = None
         return self.stop_reason is not None
+
+    def _agree(self) -> None:
+        """Have all ranks know what one of them was told or sees: a signal, how late it is, other data than the rest."""
+        if self.ranks.size == 1:
+            return
+        milliseconds = round(self.progress.seconds * 1000)
+        told = self.ranks.all([self.interrupted_by or 0, milliseconds, self._checksum])
+        signals, times, checksums = zip(*told, strict=True)
+        if len(set(checksums)) > 1:
+            raise UserError("data: the ranks have read other tokens at the same place; their files must be the same")
+        self.interrupted_by = max(signals) or None
+        self.progress.seconds = max(times) / 1000
 
     # What happens now and then
 
@@ -343,9 +389,13 @@ class Trainer:
             return
         self.nonfinite.hear()
         began = time.perf_counter()
-        found = self._score_validation()
-        loss = found.loss
-        text = self.write_sample(self.progress.step) if self.write_sample and self.interrupted_by is None else None
+        with self.parallel.gathered():
+            found = self._score_validation()
+            loss, text = found.loss, None
+            if self.write_sample and self.interrupted_by is None:
+                with self.ranks.watched(False):
+                    text = self.write_sample(self.progress.step)
+        self._agree()
         if self.interrupted_by is not None:
             return
         if not isfinite(loss):
@@ -376,6 +426,7 @@ class Trainer:
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
+        self.ranks.mark(f"batch {batch + 1} of validation after step {self.progress.step}")
         now = time.perf_counter()
         if batch == 0:
             self._validation_line = now
@@ -404,7 +455,8 @@ class Trainer:
     def _model_flops_utilization(self, tokens_per_second: float) -> float | None:
         """The share of the chip's limit that goes into the model's own arithmetic; None where the limit is unknown."""
         peak = peak_flops(self.precision)
-        return peak and tokens_per_second * self.model.flops_per_token(self._block_length()) / peak
+        flops_per_second = tokens_per_second * self.model.flops_per_token(self._block_length())
+        return peak and flops_per_second / (peak * self.ranks.size)
 
     # Checkpoints
 
@@ -417,18 +469,21 @@ class Trainer:
             self._saved = replace(self.progress)
             self._goes_on_here = True
             self._name_newest()
-        run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
+        if self.ranks.is_main:
+            run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
         self._log_clock += time.perf_counter() - began
 
     def _name_newest(self) -> None:
         """Give the newest checkpoint the names under which it is looked for."""
+        if not self.ranks.is_main:
+            return
         newest = self.checkpoint_dir / run_folder.step_name(self.progress.step)
         run_folder.add_name(newest, run_folder.LAST)
         if self.progress.is_best():
             run_folder.add_name(newest, run_folder.BEST)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write everything that resuming and generating need to `checkpoint_dir/filename`.
+        """Write everything that resuming and generating need to `checkpoint_dir/filename`: the whole, from all ranks.
 
         Raises:
             Divergence: A number in it is not finite. Nothing was written.
@@ -436,7 +491,10 @@ class Trainer:
         """
         self.nonfinite.hear()
         self.progress.seconds = time.perf_counter() - self._clock
-        checkpoint.write(self.checkpoint_dir / filename, *snapshot.take(self))
+        with self.ranks.watched(False):
+            taken = snapshot.take(self)
+            if self.ranks.is_main:
+                checkpoint.write(self.checkpoint_dir / filename, *taken)
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
         """Take up a run where `save_checkpoint` left it, and log what is not as it was then.

@@ -1,0 +1,157 @@
+"""Training on several devices: what changes under torchrun. Alone, everything here does nothing.
+
+The data know of no ranks. Each rank reads the whole step and computes its share of it, so the order of the data, the
+place in them, and the number of tokens by which the loss is divided are the same however many ranks there are.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gpt2.device import choose_device
+from gpt2.launch import Launch, division, launch
+from gpt2.loss import IGNORE
+
+if TYPE_CHECKING:
+    from gpt2.watch import Watch
+
+Batch = dict[str, Tensor]
+
+# Of one collective operation. It is the watch that ends ranks which wait in vain; this is for the case that it fails.
+LAST_RESORT = timedelta(hours=1)
+
+
+class Ranks:
+    """The ranks that train together, as one of them sees them."""
+
+    def __init__(self, launched: Launch | None = None, watch: "Watch | None" = None):
+        """By default this process is alone."""
+        self.launch = launched or Launch()
+        self.watch = watch
+        self.rank, self.size, self.is_main = self.launch.rank, self.launch.world_size, self.launch.is_main
+
+    def mark(self, place: str) -> None:
+        """Tell the others how far this rank is: something has been done, now comes `place`."""
+        if self.watch:
+            self.watch.mark(place)
+
+    def watched(self, watched: bool = True) -> AbstractContextManager[None]:
+        """See `Watch.watched`."""
+        return self.watch.watched(watched) if self.watch else nullcontext()
+
+    def meet(self, place: str) -> None:
+        """Wait for the others, however long they take."""
+        if self.watch:
+            self.watch.meet(place)
+
+    def share(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
+        """This rank's part of a step: as many batches as any other rank has, of rows shared out as even as can be.
+
+        Where there is nothing left for this rank, at the end of the data, it computes on a row that has no targets:
+        ranks that wait for each other must all come.
+
+        Args:
+            accumulation_steps: The micro-batches of a full step.
+        """
+        if self.size == 1:
+            return micro_batches
+        groups, parts = division(accumulation_steps, self.size)
+        group, part = divmod(self.rank, parts)
+        shares = []
+        for batch in micro_batches[group::groups]:
+            rows = -(-len(batch["input_ids"]) // parts)
+            shares.append({key: tensor[part * rows : (part + 1) * rows] for key, tensor in batch.items()})
+        nothing = {key: tensor[:1] for key, tensor in micro_batches[0].items()}
+        nothing["targets"] = torch.full_like(nothing["targets"], IGNORE)
+        passes = -(-len(micro_batches) // groups)
+        shares = [share if len(share["input_ids"]) else nothing for share in shares]
+        return shares + [nothing] * (passes - len(shares))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in its place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of each rank, for all to know: the host waits for the other hosts, not for a GPU."""
+        if self.size == 1:
+            return [numbers]
+        own = torch.tensor(numbers, dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return [tensor.tolist() for tensor in found]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, on rank 0; elsewhere only its own."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size if self.is_main else None
+        dist.gather_object(value, found)
+        return found or [value]
+
+
+def told_by_main(what: str, value: Any) -> Any:
+    """The value that rank 0 has, on each rank; the others wait for it. Before they are `together`."""
+    store = _store(what)
+    if launch().is_main:
+        store.set(what, json.dumps(value))
+    while not store.check([what]):  # if rank 0 has ended, torchrun ends this one too
+        time.sleep(0.05)
+    return json.loads(store.get(what))
+
+
+@contextmanager
+def together(timeout: float, device_name: str, key: str = "train.device") -> Iterator[Ranks]:
+    """Join the ranks that torchrun started, until this ends; an error that leaves one of them ends all.
+
+    Args:
+        timeout: See `Watch`.
+        device_name, key: See `choose_device`.
+
+    Raises:
+        UserError: There is no such device here.
+        MachineError: Another rank failed, died or hung, and it is this one's part to tell.
+        EndedByAnother: And it is not.
+    """
+    started = launch()
+    if not started.by_torchrun:
+        choose_device(device_name, key)  # refuses a missing one before any work
+        yield Ranks()
+        return
+    from gpt2.watch import Watch
+
+    with Watch(_store("watch"), started.rank, started.world_size, timeout) as watch:
+        device = choose_device(device_name, key)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_store("group"),
+            rank=started.rank,
+            world_size=started.world_size,
+            timeout=LAST_RESORT,
+        )
+        yield Ranks(started, watch)
+        dist.destroy_process_group()
+
+
+def _store(purpose: str) -> dist.Store:
+    """What torchrun's processes share, apart for each purpose, and for each time that torchrun has started them."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"gpt2/{attempt}/{purpose}", _shared_store())
+
+
+@cache
+def _shared_store() -> dist.Store:
+    store, _, _ = next(dist.rendezvous("env://", timeout=LAST_RESORT))
+    return store

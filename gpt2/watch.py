@@ -1,0 +1,280 @@
+"""Ranks watch each other, so that one that fails, dies or hangs ends them all, and the cause is told.
+
+Left to torch.distributed, the others would wait in a collective operation until its timeout. That must be longer than
+anything that rank 0 does alone, such as writing a large checkpoint, and the error after it names no cause. Here every
+rank leaves a sign of life each second in the store by which torchrun has brought them together. It says how far the
+rank is, so slow is told from stuck. Rank 0 reads them all; the others watch rank 0.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from gpt2.config import MachineError, UserError
+from gpt2.failures import without_password
+from gpt2.interruption import Interrupted, end_undisturbed
+
+BEAT = 1.0  # seconds between signs of life
+# Shares of `distributed.timeout`; what is left is for the processes to end. One that is stopped cannot: torchrun kills
+# it 30 s later.
+SILENT_AFTER, STUCK_AFTER = 1 / 3, 3 / 4
+GONE_AFTER = 4.0  # seconds without a sign of life, once a connection has broken
+SECONDS_TO_END = 5.0  # for the main thread of the rank that tells the cause; then the process ends under it
+
+FAILURE, LEFT = "failure", b"left"  # a key of the store, and what stands there instead of a sign of life
+
+
+@dataclass
+class Failure:
+    """What ends all ranks."""
+
+    text: str
+    speaker: int = 0  # the rank that tells it
+    exit_code: int = 1
+    says_how_to_go_on: bool = False
+
+
+@dataclass
+class Sign:
+    """A sign of life."""
+
+    number: int
+    marks: int
+    watched: bool
+    place: str
+    line: str
+    process: str
+
+
+class EndedByAnother(SystemExit):
+    """This rank ends because another one failed, and the cause is told elsewhere."""
+
+
+class Watch:
+    """One rank's part in it: a context, to be entered by all ranks, which hears of the errors that leave it."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
+        """
+        Args:
+            store: Which all ranks share.
+            timeout: Seconds within which all ranks end, once one of them fails, dies or hangs.
+        """
+        self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
+        self.how_to_go_on: Callable[[], str] = str  # what follows the cause
+        self.last_words: Callable[[UserError], Any] = lambda _: None  # should the process end under its main thread
+        self._main_thread = threading.get_ident()
+        self._numbers = self._marks = 0
+        self._place, self._watched = "the start", False
+        self._told: MachineError | None = None  # what another rank's failure has become here
+        self._left = threading.Event()  # the main thread has
+        self._signs: dict[int, Sign | None] = {}  # the newest of each rank; None: it has left
+        self._since: dict[int, float] = {}  # when it came
+        self._progress = time.monotonic()  # when any rank last made some
+
+    # What the main thread says
+
+    def mark(self, place: str) -> None:
+        """Something has been done. Now comes `place`."""
+        self._marks += 1
+        self._place = place
+
+    @contextmanager
+    def watched(self, watched: bool = True) -> Iterator[None]:
+        """Within it, a rank that goes on without `mark` counts as stuck; or, if not `watched`, is left in peace.
+
+        Raises:
+            MachineError: The connection to another rank broke, for this reason, and it is this rank's part to tell.
+            EndedByAnother: And it is not.
+        """
+        before, self._watched = self._watched, watched
+        try:
+            yield
+        except Exception as error:
+            if _is_of_connection(error):
+                self._leave_because_of(self._find_cause(error), error)
+            raise
+        finally:
+            self._watched = before
+
+    def meet(self, place: str) -> None:
+        """Wait for all ranks to come to a place, however long it takes them; all of them live, or this ends."""
+        if self.store.add(f"met/{place}", 1) == self.world_size:
+            self.store.set(f"all/{place}", "")
+        while not self.store.check([f"all/{place}"]):
+            if self.store.check([FAILURE]):
+                raise EndedByAnother(1)
+            time.sleep(0.05)
+
+    def __enter__(self) -> "Watch":
+        self._give_sign(self.store)
+        self.meet("the start")  # from here on there is a sign of each
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
+        self._left.set()
+        if error is not None:
+            end_undisturbed()
+        if error is not None and not isinstance(error, Interrupted | EndedByAnother):
+            self._settle(error)
+        elif error is not None and (failure := self._heard(self.store)):
+            self._leave_because_of(failure, error)
+        with suppress(RuntimeError):  # the store is gone, and with it whoever could want to know
+            self.store.set(f"sign/{self.rank}", LEFT.decode())
+
+    def _settle(self, error: BaseException) -> None:
+        """Find out whether an error is this rank's own, which the others are told, or comes from another's."""
+        if error is self._told:
+            return
+        if isinstance(error, UserError):
+            failure = self._publish(str(error), error.exit_code, explained=True)
+            if self.rank != failure.speaker:
+                raise EndedByAnother(failure.exit_code) from error
+        elif _is_of_connection(error):
+            self._leave_because_of(self._find_cause(error), error)
+        else:
+            self._publish(f"{type(error).__name__}: {error}", 1, explained=False)
+
+    def _leave_because_of(self, failure: Failure, error: BaseException) -> None:
+        end_undisturbed()
+        _leave_note_for_torchrun(failure)
+        if self.rank != failure.speaker:
+            raise EndedByAnother(failure.exit_code) from error
+        self._told = MachineError(self._in_full(failure))
+        self._told.exit_code = failure.exit_code
+        raise self._told from error
+
+    def _in_full(self, failure: Failure) -> str:
+        return failure.text if failure.says_how_to_go_on else f"{failure.text}{self.how_to_go_on()}"
+
+    # What ends the ranks
+
+    def _publish(self, text: str, exit_code: int, explained: bool) -> Failure:
+        """Tell the others what has gone wrong here."""
+        failure = Failure(f"rank {self.rank}: {without_password(text)}", 0, exit_code, explained)
+        _leave_note_for_torchrun(failure)
+        return _agree_on(self.store, failure)
+
+    def _heard(self, store: dist.Store) -> Failure | None:
+        return Failure(**json.loads(store.get(FAILURE))) if store.check([FAILURE]) else None
+
+    def _find_cause(self, error: BaseException) -> Failure:
+        """Why the connection to another rank broke: that one tells, or is found to be gone."""
+        end_undisturbed()  # torchrun is about to ask
+        self._watched = False
+        until = time.monotonic() + 3 * GONE_AFTER
+        try:
+            while time.monotonic() < until:
+                if failure := self._heard(self.store) or self._judge(self.store, GONE_AFTER):
+                    return _agree_on(self.store, failure)
+                time.sleep(0.1)
+            ended = [str(rank) for rank, sign in self._signs.items() if sign is None]
+            why = f"rank {', '.join(ended)} has ended" if ended else " ".join(str(error).split())
+            return _agree_on(self.store, Failure(f"rank {self.rank} lost the connection to others: {why}", self.rank))
+        except RuntimeError:
+            return self._without_store()
+
+    def _without_store(self) -> Failure:
+        return Failure("torchrun, which started this run, is gone", self.rank)
+
+    def _watch(self) -> None:
+        store = self.store.clone()  # type: ignore[attr-defined]  # one for each thread
+        failure = None
+        try:
+            while failure is None and not self._left.wait(BEAT):
+                self._give_sign(store)
+                failure = self._heard(store) or self._judge(store, SILENT_AFTER * self.timeout)
+            if failure is None:
+                return
+            failure = _agree_on(store, failure)
+        except RuntimeError:
+            failure = self._without_store()
+        if not self._left.wait(SECONDS_TO_END if self.rank == failure.speaker else 0):
+            self._end(failure)
+
+    def _end(self, failure: Failure) -> None:
+        """End the process, whatever its main thread waits for."""
+        _leave_note_for_torchrun(failure)
+        if self.rank == failure.speaker:
+            told = self._in_full(failure)
+            last = threading.Thread(target=self.last_words, args=(MachineError(told),), daemon=True)
+            last.start()
+            last.join(SECONDS_TO_END)
+            print(f"error: {told}", file=sys.stderr, flush=True)
+        os._exit(failure.exit_code)
+
+    # Signs of life
+
+    def _give_sign(self, store: dist.Store) -> None:
+        self._numbers += 1
+        line = _line_of(self._main_thread)
+        process = f"process {os.getpid()} on {os.uname().nodename}"
+        sign = Sign(self._numbers, self._marks, self._watched, self._place, line, process)
+        store.set(f"sign/{self.rank}", json.dumps(astuple(sign)))
+
+    def _look(self, store: dist.Store) -> None:
+        """Read the signs of the ranks that this one looks after."""
+        ranks = range(self.world_size) if self.rank == 0 else [0]
+        now = time.monotonic()
+        for rank, text in zip(ranks, store.multi_get([f"sign/{rank}" for rank in ranks]), strict=True):
+            before, sign = self._signs.get(rank), None if text == LEFT else Sign(*json.loads(text))
+            if rank not in self._signs or sign != before:
+                self._signs[rank], self._since[rank] = sign, now
+                if sign is None or before is None or not sign.watched or sign.marks != before.marks:
+                    self._progress = now
+
+    def _judge(self, store: dist.Store, silent_after: float) -> Failure | None:
+        """What is wrong with the ranks that this one looks after."""
+        self._look(store)
+        now, alive = time.monotonic(), {rank: sign for rank, sign in self._signs.items() if sign}
+        if silent := [rank for rank in alive if now - self._since[rank] > silent_after]:
+            names = ", ".join(f"rank {rank} ({alive[rank].process})" for rank in silent)
+            return Failure(
+                f"no sign of life of {names}: killed or stopped, or the machine is cut off",
+                speaker=self.rank if 0 in silent else 0,
+            )
+        if self.rank == 0 and now - self._progress > STUCK_AFTER * self.timeout:
+            places = "; ".join(f"rank {rank} in {sign.place}, {sign.line}" for rank, sign in alive.items())
+            seconds = now - self._progress
+            return Failure(
+                f"stuck: no rank has come further for {seconds:.0f} s ({places}); if a pass may take that long, "
+                f"distributed.timeout={2 * self.timeout:g} allows for it"
+            )
+        return None
+
+
+def _agree_on(store: dist.Store, failure: Failure) -> Failure:
+    """The first that is found is the cause, for all."""
+    return Failure(**json.loads(store.compare_set(FAILURE, "", json.dumps(asdict(failure)))))
+
+
+def _line_of(thread: int) -> str:
+    """Where in the code a thread is."""
+    frame = sys._current_frames().get(thread)
+    return f"at {Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}" if frame else ""
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether that is what torch.distributed raises when another rank is lost."""
+    signs = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    is_told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return is_told or isinstance(error, dist.DistError)
+
+
+def _leave_note_for_torchrun(failure: Failure) -> None:
+    """Have torchrun's report, which comes last, say it too."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        try:
+            raise MachineError(failure.text) from None
+        except MachineError as told:
+            get_error_handler().record_exception(told)

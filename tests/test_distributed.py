@@ -1,0 +1,317 @@
+"""Several ranks are one run: the same numbers, one set of files, one end. With gloo, on the CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from math import gcd
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt2 import checkpoint
+from gpt2.config import DistributedConfig, TrainingConfig
+from gpt2.distributed import Ranks
+from gpt2.faults import distributed_faults
+from gpt2.launch import Launch, division
+from gpt2.loss import IGNORE
+from gpt2.run_folder import LAST, newest_first
+from gpt2.tracking import Record, read_about, read_metrics
+from tests.conftest import TEXT, TINY, Workspace
+
+# 95 blocks in micro-batches of 4: the last of an epoch has 3, for 4 ranks, and the step that it is in has no second.
+STEPS = ["train.batch_size=4", "train.accumulation_steps=2", "train.max_steps=16", "train.save_every=4"]
+SAME = [*TINY, *STEPS, "train.log_every=1", "train.eval_batches=null", "train.seed=3"]
+DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
+NUMBERS = ("train/loss", "train/grad_norm", "val/loss")
+
+
+def torchrun(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **environment: str):
+    """Start a script by torchrun, as a process that leads a group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    if "--max-restarts=1" in arguments:
+        command.append("--max-restarts=1")
+    return subprocess.Popen(
+        [*command, *workspace.command(script, *(text for text in arguments if not text.startswith("--")))[1:]],
+        cwd=workspace.folder,
+        env={**workspace.environment, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(workspace: Workspace, ranks: int, *arguments: str, fails: bool = False, **options: str) -> tuple[str, str]:
+    """What `torchrun` prints, standard output and error, to its end."""
+    process = torchrun(workspace, ranks, *arguments, **options)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode != 0) == fails, out[-2000:] + err[-4000:]
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace whose text ends in the middle of everything, and what was trained on it by the numbers of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "corpus.txt").write_text((TEXT * 3)[:3400])
+    return Workspace(folder)
+
+
+def trained(place: Workspace, ranks: int, *more: str) -> Path:
+    """The run of so many ranks; each is made once."""
+    name = "-".join(["run", str(ranks), *(word.rpartition("=")[2] for word in more)])
+    if not (place.folder / name).exists():
+        run(place, ranks, *SAME, *DRY, *more, f"hydra.run.dir={name}")
+    return place.folder / name
+
+
+def numbers(folder: Path) -> list[Record]:
+    """All that a run has told but how fast it was."""
+    told = read_metrics(folder / "metrics.jsonl")
+    fast = ("seconds", "train/tokens_per_second", "train/mfu")
+    return [{key: value for key, value in record.items() if key not in fast} for record in told]
+
+
+def assert_close(one: Path, other: Path) -> None:
+    assert len(numbers(one)) == len(numbers(other)) > 16
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            close = pytest.approx(a[key], abs=1e-5) if key in NUMBERS else a[key]
+            assert b[key] == close, f"step {a['step']}: {key}"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(checkpoint.read_tensors(folder / "checkpoints" / LAST, ""))
+
+
+# Who computes what
+
+
+@pytest.mark.parametrize("ranks", range(1, 7))
+def test_ranks_share_each_row_of_a_step_once_and_make_as_many_passes(ranks):
+    for accumulation, batches in product(range(1, 7), range(1, 7)):
+        parts = division(accumulation, ranks)[1]
+        assert parts * gcd(accumulation, ranks) == ranks
+        for last in range(1, 2 * parts + 1):
+            sizes = [*[2 * parts] * (min(batches, accumulation) - 1), last]
+            rows = torch.arange(sum(sizes)).split(sizes)
+            step = [{"input_ids": r[:, None], "targets": r[:, None]} for r in rows]
+            shares = [Ranks(Launch(rank, ranks)).share(step, accumulation) for rank in range(ranks)]
+            assert len({len(share) for share in shares}) == 1
+            computed = torch.cat([batch["targets"] for share in shares for batch in share]).flatten()
+            assert sorted(computed[computed != IGNORE].tolist()) == list(range(sum(sizes)))
+            assert all(len(batch["input_ids"]) for share in shares for batch in share)
+
+
+def test_what_ranks_cannot_do_is_told_with_what_they_can():
+    def told(started: Launch, strategy: str = "ddp", **train) -> list[str]:
+        return distributed_faults(DistributedConfig(strategy), TrainingConfig(**train), started)
+
+    four = Launch(0, 4, 0, 4, by_torchrun=True)
+    assert told(four) == told(four, batch_size=2, accumulation_steps=2) == told(Launch(), batch_size=3) == []
+    (fault,) = told(four, batch_size=6)
+    assert "6 * train.accumulation_steps=1 blocks cannot be divided over 4 ranks, 4 or 8 * 1 can" in fault
+    (fault,) = told(four, batch_size=1, accumulation_steps=6)
+    assert fault.endswith("over 4 ranks, 2 * 6 can")
+    (fault,) = told(Launch(), "fsdp")
+    assert "torchrun" in fault
+    assert len(told(four, "fsdp", precision="fp16", optimizer="muon", compile=True)) == 3
+    assert [fault.split(":")[0] for fault in told(four, device="cuda:1")] == ["train.device"]
+    (fault,) = distributed_faults(DistributedConfig(timeout=1), TrainingConfig(), Launch())
+    assert fault.startswith("distributed.timeout: 1")
+
+
+# The same run
+
+
+def test_two_ranks_are_one_run(place):
+    alone, two = trained(place, 1), trained(place, 2)
+    assert_close(alone, two)
+    names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (alone, two)]
+    assert names[0] == names[1]  # not a file more
+    assert read_about(two)["machine"]["ranks"] == 2
+    assert (two / "train.log").read_text().count("step 1/16") == 1
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(two)[name], tensor, atol=1e-5, rtol=1e-4, check_dtype=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, more", [(4, []), (2, ["distributed.strategy=fsdp"])], ids=["4", "2-fsdp"])
+def test_any_number_of_ranks_is_the_same_run(place, ranks, more):
+    assert_close(trained(place, 1), trained(place, ranks, *more))
+
+
+@pytest.mark.slow
+def test_what_ranks_have_trained_is_evaluated_and_written_with_as_anything_else(place):
+    two = trained(place, 2, "distributed.strategy=fsdp").name
+    alone = place.run("evaluate.py", f"checkpoint={two}", "wandb=off", "output=alone.json").stdout
+    assert run(place, 2, f"checkpoint={two}", "wandb=off", "output=two.json", script="evaluate.py")[0].split()[:6]
+    one, other = ((place.folder / f"{name}.json").read_text() for name in ("alone", "two"))
+    assert one.splitlines()[1] == other.splitlines()[1] and '"loss"' in one.splitlines()[1]  # to the last bit
+    assert "windows of" in alone
+    assert place.run("generate.py", f"checkpoint={two}", "prompt=def").stdout.startswith("def")
+    place.module("gpt2.main", "export", f"checkpoint={two}", "to=exported")
+    assert (place.folder / "exported" / "model.safetensors").exists()
+
+
+# Going on
+
+
+@pytest.mark.slow
+def test_a_run_that_broke_goes_on_with_any_number_of_ranks(place):
+    whole = trained(place, 2)
+    _, err = run(place, 2, *SAME, *DRY, "hydra.run.dir=broken", fails=True, GPT2_FAULT="exception@7%1")
+    assert "rank 1: RuntimeError: on purpose. Step 4 is saved, go on with: torchrun --nproc_per_node=2" in err
+    for ranks, more in ((1, []), (4, []), (2, ["distributed.strategy=fsdp"])):
+        name = f"broken-{ranks}"
+        subprocess.run(["cp", "-r", place.folder / "broken", place.folder / name], check=True)
+        run(place, ranks, f"resume={name}", *more)
+        assert_close(whole, place.folder / name)
+    run(place, 2, "resume=broken")
+    assert numbers(place.folder / "broken") == numbers(whole)
+
+
+@pytest.mark.slow
+def test_the_same_number_of_ranks_goes_on_to_the_bit(place):
+    whole, stopped = (place.folder / name for name in ("whole", "stopped"))
+    run(place, 2, *SAME, f"hydra.run.dir={whole}")  # with dropout: each rank draws its own
+    process = torchrun(place, 2, *SAME, f"hydra.run.dir={stopped}", GPT2_FAULT="slow@5-16")
+    while not (stopped / "checkpoints" / "step_00000004.pth").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert err.count("Interrupted: finishing this step") == 1
+    assert read_about(stopped)["state"] == "interrupted"
+    assert "Go on with:  torchrun --nproc_per_node=2 train.py resume=stopped" in out
+    run(place, 2, "resume=stopped")
+    assert numbers(stopped) == numbers(whole)
+    before, after = weights(whole), weights(stopped)
+    assert "random/rank1/cpu" in before
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed_and_it_goes_on_by_itself(place):
+    whole = trained(place, 2)
+    again = [*SAME, *DRY, "hydra.run.dir=restarted", "train.auto_resume=true", "--max-restarts=1"]
+    process = torchrun(place, 2, *again, GPT2_FAULT="slow@5-16")
+    saved = place.folder / "restarted" / "checkpoints" / "step_00000004.pth"
+    while not saved.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("Going on after step") == 1
+    assert numbers(place.folder / "restarted") == numbers(whole)
+
+
+def rank_of(torchruns: int, rank: int) -> int:
+    """The process of a rank."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            parent = next(line for line in status.read_text().splitlines() if line.startswith("PPid:"))
+            environment = (status.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(parent.split()[1]) == torchruns and f"RANK={rank}".encode() in environment:
+            return int(status.parent.name)
+    raise AssertionError(f"there is no rank {rank}")
+
+
+# The same end
+
+FAULTS = {  # what happens: what is told
+    "kill@7%1": r"no sign of life of rank 1 (process ",
+    "kill@7%0": r"no sign of life of rank 0 (process ",
+    "exception@7%0": "RuntimeError: on purpose",
+    "nan_gradient@7%1": "error: step 7 (batches 13 to 14 of epoch 1): the gradient of final_norm.weight is not finite",
+    "memory_error@7%1": "error: rank 1: out of memory",
+    "exit@7%1": "error: rank 1: SystemExit: 7",
+    "hang@7%1": "fault_injection.py",
+    "stop@7%1": "error: no sign of life of rank 1 (process ",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_ends_one_rank_ends_all_with_the_cause_told_and_the_checkpoint_intact(place, fault):
+    name = fault.replace("%", "-")
+    arguments = [*SAME, *DRY, f"hydra.run.dir={name}", "distributed.timeout=9"]
+    began = time.monotonic()
+    _, err = run(place, 2, *arguments, fails=True, GPT2_FAULT=fault, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    assert time.monotonic() - began < 60
+    before_torchrun = err.split("ChildFailedError")[0].splitlines()
+    told = [line for line in before_torchrun if line.startswith(("error:", "RuntimeError:", "[rank0]: RuntimeError"))]
+    assert FAULTS[fault] in told[-1], err
+    if fault.startswith(("kill", "nan", "memory", "hang", "stop")):
+        assert len(told) == 1
+    if fault != "exception@7%0":
+        assert FAULTS[fault].removeprefix("error: ") in err.split("Root Cause")[1] or fault.startswith("kill")
+    if fault != "kill@7%0":
+        assert read_about(place.folder / name)["state"] in ("failed", "diverged")
+    saved = newest_first(place.folder / name / "checkpoints")[0]
+    assert checkpoint.verify(saved)["progress"]["step"] == 4
+    running = subprocess.run(["pgrep", "-f", f"hydra.run.dir={name} "], capture_output=True, text=True).stdout
+    assert not running
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once_before_any_work(place):
+    for arguments, script, words in (
+        ([*SAME, "train.batch_size=3", "train.accumulation_steps=1"], "train.py", "cannot be divided over 2 ranks"),
+        (["-m", *SAME, "train.seed=1,2"], "train.py", "torchrun is for single runs"),
+    ):
+        _, err = run(place, 2, *arguments, script=script, fails=True)
+        assert err.count("error: ") == 1
+        assert words in err
+    assert not (place.folder / "outputs").exists()
+
+
+OTHER_DATA = """
+import sys, torch
+from torch.utils.data import DataLoader
+from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.distributed import together
+from gpt2.model import GPT2Model
+from gpt2.train import Trainer
+
+with together(20, "cpu") as ranks:
+    shape = GPT2Config(vocab_size=50, context_length=8, d_model=16, num_heads=2, num_layers=1, d_ff=16)
+    same = sys.argv[1] == "same"
+    torch.manual_seed(0 if same else ranks.rank)
+    batches = DataLoader(torch.randint(50, (6, 4, 8)), batch_size=None)
+    torch.manual_seed(1)
+    config = TrainingConfig(device="cpu", precision="fp32", max_epochs=1, warmup_steps=1, log_every=2)
+    trainer = Trainer(GPT2Model(shape), batches, batches, config, sys.argv[2], ranks=ranks)
+    trainer.train()
+    print(f"rank {ranks.rank}: {trainer.progress.step} steps, {trainer.validate():.6f}")
+"""
+
+
+@pytest.mark.slow
+def test_the_library_trains_with_ranks_and_other_data_on_one_of_them_are_noticed(place):
+    (place.folder / "library.py").write_text(OTHER_DATA)
+    environment = {**place.environment, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "library.py"]
+    done, refused = (
+        subprocess.run([*command, word, word], cwd=place.folder, env=environment, capture_output=True, text=True)
+        for word in ("same", "other")
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    assert first.removeprefix("rank 0") == second.removeprefix("rank 1")
+    assert refused.returncode != 0
+    assert "the ranks have read other tokens at the same place" in refused.stderr
