@@ -5,6 +5,7 @@ What differs between them, and from a process alone, is here; the trainer is the
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class DataParallel(Whole):
         )
 
     def forward(self, compute: Forward) -> Forward:
-        self.step.compute = compute
+        self.step.compute = partial(compute)  # no module, for PyTorch would count its weights twice
         return self.ddp
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -76,7 +77,7 @@ class _Step(nn.Module):
     def __init__(self, model: GPT2Model):
         super().__init__()
         self.model = model
-        self.compute: Forward = model
+        self.compute: Forward = partial(model)
 
     def forward(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
         return self.compute(**inputs)

@@ -8,6 +8,7 @@ rank is, so slow is told from stuck. Rank 0 reads them all; the others watch ran
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -25,8 +26,7 @@ from gpt2.failures import without_password
 from gpt2.interruption import Interrupted, end_undisturbed
 
 BEAT = 1.0  # seconds between signs of life
-# Shares of `distributed.timeout`; what is left is for the processes to end. One that is stopped cannot: torchrun kills
-# it 30 s later.
+# Shares of `distributed.timeout`; what is left is for the processes to end.
 SILENT_AFTER, STUCK_AFTER = 1 / 3, 3 / 4
 GONE_AFTER = 4.0  # seconds without a sign of life, once a connection has broken
 SECONDS_TO_END = 5.0  # for the main thread of the rank that tells the cause; then the process ends under it
@@ -53,7 +53,8 @@ class Sign:
     watched: bool
     place: str
     line: str
-    process: str
+    host: str
+    process: int
 
 
 class EndedByAnother(SystemExit):
@@ -218,8 +219,8 @@ class Watch:
     def _give_sign(self, store: dist.Store) -> None:
         self._numbers += 1
         line = _line_of(self._main_thread)
-        process = f"process {os.getpid()} on {os.uname().nodename}"
-        sign = Sign(self._numbers, self._marks, self._watched, self._place, line, process)
+        where = line, os.uname().nodename, os.getpid()
+        sign = Sign(self._numbers, self._marks, self._watched, self._place, *where)
         store.set(f"sign/{self.rank}", json.dumps(astuple(sign)))
 
     def _look(self, store: dist.Store) -> None:
@@ -238,7 +239,9 @@ class Watch:
         self._look(store)
         now, alive = time.monotonic(), {rank: sign for rank, sign in self._signs.items() if sign}
         if silent := [rank for rank in alive if now - self._since[rank] > silent_after]:
-            names = ", ".join(f"rank {rank} ({alive[rank].process})" for rank in silent)
+            names = ", ".join(f"rank {rank} (process {alive[rank].process} on {alive[rank].host})" for rank in silent)
+            for rank in silent:
+                _kill(alive[rank])
             return Failure(
                 f"no sign of life of {names}: killed or stopped, or the machine is cut off",
                 speaker=self.rank if 0 in silent else 0,
@@ -256,6 +259,14 @@ class Watch:
 def _agree_on(store: dist.Store, failure: Failure) -> Failure:
     """The first that is found is the cause, for all."""
     return Failure(**json.loads(store.compare_set(FAILURE, "", json.dumps(asdict(failure)))))
+
+
+def _kill(silent: Sign) -> None:
+    """End a process of this machine that may only be stopped, and then could not end when it is asked to."""
+    with suppress(OSError):
+        parent = Path(f"/proc/{silent.process}/stat").read_text().rpartition(")")[2].split()[1]
+        if silent.host == os.uname().nodename and int(parent) == os.getppid():  # torchrun has started both
+            os.kill(silent.process, signal.SIGKILL)
 
 
 def _line_of(thread: int) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is to go on in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +28,25 @@ TINY = [
     *("train.batch_size=4", "train.num_workers=0", "train.warmup_steps=2", "inference.max_new_tokens=12"),
     *("train.max_steps=8", "train.eval_every=4", "train.eval_batches=4", "train.log_every=2"),
 ]
+
+
+LONGEST = (
+    "test_no_fault_loses",
+    "test_every_script_call",
+    "test_it_learns_shakespeare",
+    "is_killed_loses_its_own_trial",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: one that begins last is waited for by all cores but one."""
+    items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
+
+
+def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done
 
 
 @cache
@@ -64,29 +85,27 @@ class Workspace:
 
     def run(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
         """Run a script of the repository here; its output is text, and its exit code is what is expected."""
-        done = subprocess.run(
-            self.command(script, *arguments),
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
-        assert "Traceback" not in done.stderr
-        return done
+        return as_expected(warm.run([str(ROOT / script), *arguments], self.folder, self.environment, 600), expect)
+
+    def run_anew(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+        """The same from nothing, by an interpreter of its own: it imports what it needs, and its hashes are others."""
+        return as_expected(self._started(*self.command(script, *arguments)), expect)
+
+    def start(self, script: str, *arguments: str, **options: bool) -> warm.Process:
+        """Start a script, or `-m` and a module, and do not wait for it."""
+        place = script if script == "-m" else str(ROOT / script)
+        return warm.Process([place, *arguments], self.folder, self.environment, **options)
 
     def module(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run `python -m` here, to any end."""
-        return subprocess.run(
-            [sys.executable, "-m", *arguments],
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        return warm.run(["-m", *arguments], self.folder, self.environment, 600)
+
+    def module_anew(self, *arguments: str) -> subprocess.CompletedProcess:
+        return self._started(sys.executable, "-m", *arguments)
+
+    def _started(self, *command: str) -> subprocess.CompletedProcess:
+        streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        return subprocess.run(command, cwd=self.folder, env=self.environment, timeout=600, **streams)
 
     def cache_as_from_hub(self, name: str, folder: Path) -> None:
         """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
@@ -112,7 +131,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "corpus.txt").write_text(TEXT)
     workspace = Workspace(folder)
-    workspace.output = workspace.run("train.py", *TINY, "wandb=offline", "sample_prompt=def f").stdout
+    workspace.output = workspace.run_anew("train.py", *TINY, "wandb=offline", "sample_prompt=def f").stdout
     return workspace
 
 

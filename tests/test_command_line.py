@@ -235,7 +235,7 @@ def test_a_sweep_cannot_be_shown_as_one_run(workspace):
 
 
 def test_the_module_is_the_same_command_line(workspace):
-    assert workspace.module("gpt2.main", "train", "--help").stdout.startswith("Train GPT-2")
+    assert workspace.module_anew("gpt2.main", "train", "--help").stdout.startswith("Train GPT-2")
     refused = workspace.module("gpt2.main", "train", "train.lrr=1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     unknown = workspace.module("gpt2.main", "dance")

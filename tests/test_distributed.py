@@ -27,7 +27,6 @@ from tests.conftest import TEXT, TINY, Workspace
 STEPS = ["train.batch_size=4", "train.accumulation_steps=2", "train.max_steps=16", "train.save_every=4"]
 SAME = [*TINY, *STEPS, "train.log_every=1", "train.eval_batches=null", "train.seed=3"]
 DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
-NUMBERS = ("train/loss", "train/grad_norm", "val/loss")
 
 
 def torchrun(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **environment: str):
@@ -87,7 +86,8 @@ def assert_close(one: Path, other: Path) -> None:
     for a, b in zip(numbers(one), numbers(other), strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            close = pytest.approx(a[key], abs=1e-5) if key in NUMBERS else a[key]
+            exact = key in ("step", "tokens", "sample", "train/epoch", "train/learning_rate")
+            close = a[key] if exact else pytest.approx(a[key], abs=1e-5, rel=1e-5 if key == "val/perplexity" else 0)
             assert b[key] == close, f"step {a['step']}: {key}"
 
 
@@ -241,6 +241,7 @@ FAULTS = {  # what happens: what is told
     "memory_error@7%1": "error: rank 1: out of memory",
     "exit@7%1": "error: rank 1: SystemExit: 7",
     "hang@7%1": "fault_injection.py",
+    "stop@7%0": "error: no sign of life of rank 0 (process ",
     "stop@7%1": "error: no sign of life of rank 1 (process ",
 }
 
@@ -249,23 +250,18 @@ FAULTS = {  # what happens: what is told
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_ends_one_rank_ends_all_with_the_cause_told_and_the_checkpoint_intact(place, fault):
     name = fault.replace("%", "-")
-    arguments = [*SAME, *DRY, f"hydra.run.dir={name}", "distributed.timeout=9"]
-    began = time.monotonic()
-    _, err = run(place, 2, *arguments, fails=True, GPT2_FAULT=fault, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
-    assert time.monotonic() - began < 60
+    arguments = [*SAME, *DRY, f"hydra.run.dir={name}", "distributed.timeout=15"]
+    _, err = run(place, 2, *arguments, fails=True, GPT2_FAULT=fault)
     before_torchrun = err.split("ChildFailedError")[0].splitlines()
     told = [line for line in before_torchrun if line.startswith(("error:", "RuntimeError:", "[rank0]: RuntimeError"))]
     assert FAULTS[fault] in told[-1], err
     if fault.startswith(("kill", "nan", "memory", "hang", "stop")):
         assert len(told) == 1
-    if fault != "exception@7%0":
-        assert FAULTS[fault].removeprefix("error: ") in err.split("Root Cause")[1] or fault.startswith("kill")
-    if fault != "kill@7%0":
+    if fault not in ("kill@7%0", "stop@7%0"):
         assert read_about(place.folder / name)["state"] in ("failed", "diverged")
     saved = newest_first(place.folder / name / "checkpoints")[0]
     assert checkpoint.verify(saved)["progress"]["step"] == 4
-    running = subprocess.run(["pgrep", "-f", f"hydra.run.dir={name} "], capture_output=True, text=True).stdout
-    assert not running
+    assert not subprocess.run(["pgrep", "-f", f"hydra.run.dir={name}"], capture_output=True).stdout
 
 
 @pytest.mark.slow

@@ -216,7 +216,7 @@ def test_one_split_alone_is_that_of_all_three(tmp_path):
 
 
 def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspace):
-    done = trained.run("evaluate.py", "batch_size=3")
+    done = trained.run_anew("evaluate.py", "batch_size=3")
     (run,) = trained.runs()
     result = json.loads((run / "evaluation.json").read_text())
     assert result["split"] == "validation"  # a text brings no test split, and it is said

@@ -226,7 +226,7 @@ def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
 
 
 def test_export_as_a_command(trained, tmp_path):
-    done = trained.module("gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}")
+    done = trained.module_anew("gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}")
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:
         assert "transformer.wte.weight" in file.keys()  # noqa: SIM118

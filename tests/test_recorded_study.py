@@ -3,8 +3,6 @@
 import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -253,16 +251,7 @@ def test_a_variant_is_found_from_any_folder(workspace: Workspace):
 def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
     folder = write_study(workspace.folder, PLAN.replace("seeds: [1, 2]", "seeds: [1]"))
     place = "outputs/sweeps/tiny"
-    command = workspace.command("gpt2/main.py", "study", place, "jobs=1")
-    command[1:2] = ["-m", "gpt2.main"]
-    running = subprocess.Popen(
-        command,
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    running = workspace.start("-m", "gpt2.main", "study", place, "jobs=1", errors_in_output=True)
     while not list(workspace.folder.glob("outputs/studies/tiny/*0.003*/.hydra")):  # the second run has begun
         time.sleep(0.05)
         assert running.poll() is None
@@ -290,9 +279,8 @@ def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
 @pytest.mark.slow
 def test_two_processes_share_a_study_and_take_nothing_from_each_other(workspace: Workspace):
     write_study(workspace.folder, "variants: [narrow, wide]")
-    command = [sys.executable, "-m", "gpt2.main", "study", "outputs/sweeps/tiny", "jobs=1"]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, **streams) for _ in range(2)]
+    command = ["-m", "gpt2.main", "study", "outputs/sweeps/tiny", "jobs=1"]
+    both = [workspace.start(*command, errors_in_output=True) for _ in range(2)]
     told = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     for folder in (workspace.folder / "outputs" / "studies" / "tiny").iterdir():

@@ -10,6 +10,7 @@ import pytest
 
 from gpt2 import checkpoint, run_folder
 from gpt2.tracking import read_metrics
+from tests import warm
 from tests.conftest import TINY, Workspace
 from tests.test_scripts import wait_for
 
@@ -21,15 +22,8 @@ def steps(run: Path, key: str = "train/loss") -> list[int]:
     return [record["step"] for record in read_metrics(run / "metrics.jsonl") if key in record]
 
 
-def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        workspace.command("train.py", *arguments),
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(workspace: Workspace, *arguments: str) -> warm.Process:
+    return workspace.start("train.py", *arguments, errors_in_output=True)
 
 
 def damage(path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_next_command_works_as_printed(trained):
     (line,) = (line for line in trained.output.splitlines() if line.startswith("Now try:"))
     python, script, *arguments = shlex.split(line.removeprefix("Now try:"))
     assert (python, script, arguments) == ("python", "generate.py", ["prompt=def f"])
-    done = trained.run(script, *arguments)
+    done = trained.run_anew(script, *arguments)
     assert done.stdout.startswith("def f")
     assert len(done.stdout) > len("def f\n")
     assert str(trained.runs()[0].relative_to(trained.folder) / "checkpoints" / run_folder.BEST) in done.stderr
@@ -166,11 +166,7 @@ print({{"datasets", "wandb", "optuna", "matplotlib", "transformers"}} & set(sys.
 
 
 def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
-    commands = [workspace.command("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
-    started = [
-        subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
-        for command in commands
-    ]
+    started = [workspace.start("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert len(workspace.runs()) == 2
     assert len(list(workspace.folder.glob("cache/gpt2/tokens/*/train.bin"))) == 1
@@ -276,14 +272,7 @@ def test_what_the_configuration_cannot_know_is_refused_before_training(workspace
 def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, number):
     """As a terminal's Ctrl-C, or `timeout`, or a scheduler sends it: the data workers get it too."""
     options = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5", "train.num_workers=2"]
-    running = subprocess.Popen(
-        workspace.command("train.py", *TINY, *options),
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    running = workspace.start("train.py", *TINY, *options, start_new_session=True)
     wait_for(
         lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))
     )
@@ -300,12 +289,23 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
 def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
-    """nanoGPT with this configuration: 1.893 nats a character over the whole validation split."""
+    """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps.
+
+    Muon is there in 300. Of AdamW and nanoGPT's own schedule an eighth is run, which ended at 2.42 and 2.44;
+    experiments/shakespeare_char has the whole run, which ended at 1.873.
+    """
     corpus = SHARED / "datasets/tinyshakespeare/input.txt"
-    workspace.run("train.py", "experiment=shakespeare_char", f"data.files=[{corpus}]", "wandb=off")
-    losses = [r["val/loss"] for r in read_metrics(workspace.runs()[0] / "metrics.jsonl") if "val/loss" in r]
-    assert losses[-1] <= 1.90
-    assert losses == sorted(losses, reverse=True)
+    here = [f"data.files=[{corpus}]", "wandb=off", "inference.max_new_tokens=20"]
+    eighth = ["train.max_steps=250", "train.eval_every=125"]
+    workspace.run("train.py", "experiment=shakespeare_fast", *here, "name=fast")
+    workspace.run("train.py", "experiment=shakespeare_char", *here, *eighth, "name=char")
+    fast, char = (
+        [r["val/loss"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r]
+        for run in (next(workspace.folder.glob(f"outputs/runs/{name}/*")) for name in ("fast", "char"))
+    )
+    assert fast[-1] <= 1.90
+    assert char[0] > char[1]
+    assert char[1] <= 2.48
 
 
 @pytest.mark.slow

@@ -312,8 +312,7 @@ def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace:
 def test_a_worker_that_is_asked_to_end_leaves_its_trial_to_another(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
-    command = workspace.command("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none")
-    process = subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
+    process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none")
     wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) >= 2)
     holder = (workspace.folder / "outputs/sweeps/mine/1/.lock").read_text()
     os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
@@ -338,10 +337,7 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
     """Ctrl-C reaches all its processes; SIGKILL only the sweeper, and the others follow it."""
     long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
-    command = workspace.command("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
-    process = subprocess.Popen(
-        command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", start_new_session=True)
     wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) == 2)
     (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
     assert process.wait(timeout=60) == (130 if ended_by == signal.SIGINT else -ended_by)

@@ -1,6 +1,5 @@
 """What W&B hears, read from the files that its own process writes; and that whatever it does, a run goes on."""
 
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -78,7 +77,7 @@ def test_the_numbers_are_those_of_the_file_over_tokens(trained):
 
 def test_nothing_secret_goes_in(workspace):
     workspace.environment |= {"WANDB_MODE": "offline", "MY_SECRET": "marker-of-environment"}
-    workspace.run("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
+    workspace.run_anew("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
     (folder,) = (workspace.folder / "outputs" / "wandb").glob("*run-*")
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "debug" not in path.name)
     assert b"marker-of-prompt" in written  # it is in the configuration
@@ -102,10 +101,9 @@ def test_a_resumed_run_is_the_same_run(workspace):
 
 @pytest.mark.parametrize(("fault", "exit_code", "state"), [("nan_loss@6", 3, "diverged"), ("exception@6", 1, "failed")])
 def test_a_crash_is_a_crash(workspace, fault, exit_code, state):
-    environment = {**workspace.environment, "GPT2_FAULT": fault}
-    command = workspace.command("train.py", *TINY, "wandb=offline")
-    done = subprocess.run(command, cwd=workspace.folder, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == exit_code
+    workspace.environment["GPT2_FAULT"] = fault
+    done = workspace.start("train.py", *TINY, "wandb=offline")
+    assert done.wait(timeout=60) == exit_code
     (told,) = files_of(workspace)
     assert (told["exit_code"], told["summary"]["state"]) == (exit_code, state)
     assert [tokens for tokens, _ in rows_of(told, "val/loss")] == [512]

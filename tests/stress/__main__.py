@@ -22,14 +22,14 @@ from tests.stress.table import Row
 
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
     # how often in all, and in the tests of every change
-    "kills": (kills, 200, 12),
-    "calls": (kills_at_every_call, 1000, 5),
-    "signals": (signals, 30, 4),
-    "damages": (damages, 500, 105),
-    "disks": (full_disks, 10, 3),
+    "kills": (kills, 200, 8),
+    "calls": (kills_at_every_call, 1000, 3),
+    "signals": (signals, 30, 3),
+    "damages": (damages, 500, 70),
+    "disks": (full_disks, 10, 2),
     "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 6),
-    "studies": (sweeper_kills, 50, 4),
+    "studies": (sweeper_kills, 50, 3),
     "shared": (shared_studies, 50, 2),
     "deaths": (deaths, 8, 8),
 }

@@ -1,0 +1,118 @@
+"""Scripts that start in a moment, from the side of the tests: see `tests/warm_server.py`."""
+
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+# What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
+# With any other difference a process is started by itself.
+READ_LATER = {"HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT"}
+OF_LIBRARIES_NOT_IMPORTED = ("HF_", "WANDB_", "HUGGING")
+
+
+@cache
+def server(environment: tuple[tuple[str, str], ...]) -> str:
+    """Start a server that lives for as long as this process. Returns the address of its socket."""
+    folder = tempfile.TemporaryDirectory()
+    address = f"{folder.name}/socket"
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("warm_server.py")), address],
+        env=dict(environment),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+
+    def end() -> None:
+        process.stdin.close()
+        process.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    return address
+
+
+class Process:
+    """A script under way, as `subprocess.Popen` has it. What it prints goes to files."""
+
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        environment: dict[str, str],
+        start_new_session: bool = False,
+        errors_in_output: bool = False,
+    ):
+        at_start = tuple(
+            (name, value)
+            for name, value in sorted(environment.items())
+            if name not in READ_LATER and not name.startswith(OF_LIBRARIES_NOT_IMPORTED)
+        )
+        self.args, self.returncode = arguments, None
+        self._files = [Path(os.devnull).open(), tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+        streams = [*self._files[:2], self._files[1]] if errors_in_output else self._files
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(server((*at_start, ("HOME", os.environ.get("HOME", "/")))))
+        message = json.dumps([arguments, str(folder), environment, start_new_session]).encode()
+        assert len(message) < 2**16  # it is read in one go
+        socket.send_fds(self._connection, [message], [file.fileno() for file in streams])
+        self._told = self._connection.makefile()
+        self.pid = int(self._told.readline())
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Returns the exit code, minus the signal that ended it.
+
+        Raises:
+            subprocess.TimeoutExpired: It did not end in time.
+        """
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = int(self._told.readline())
+            self._connection.close()
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Returns standard output and standard error."""
+        self.wait(timeout)
+        return tuple(self.printed(stream) for stream in (1, 2))
+
+    def poll(self) -> int | None:
+        """Returns the exit code, None as long as there is none."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(timeout=0)
+        return None
+
+    def printed(self, stream: int) -> str:
+        """What it has printed so far."""
+        file = self._files[stream]
+        content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        return content.decode().replace("\r\n", "\n").replace("\r", "\n")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self.send_signal(signal.SIGKILL)
+
+
+def run(
+    arguments: list[str], folder: Path, environment: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    process = Process(arguments, folder, environment)
+    try:
+        output, errors = process.communicate(timeout)
+    except BaseException:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)

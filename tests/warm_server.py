@@ -1,0 +1,136 @@
+"""A process that has imported what the scripts will ask for, and forks one of them whenever it is told to.
+
+A script of ours takes a second, but starting Python and importing torch takes three. `tests/conftest.py` starts this
+file once, and gets from it processes that are as they would be had they been started by themselves, but for the
+imports: working directory, environment, streams, arguments, exit code, signals, threads and exit handlers are theirs.
+
+Libraries that look at the environment while they are imported (those of Hugging Face, wandb) are not among the imports,
+for each workspace has an environment of its own.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Asked(NamedTuple):
+    arguments: list[str]  # a script with its arguments, or -m with a module and its own
+    folder: str
+    environment: dict[str, str]
+    new_session: bool
+
+
+def imports() -> None:
+
+    import gpt2.command_line
+    import gpt2.corpus
+    import gpt2.evaluate
+    import gpt2.inference
+    import gpt2.pictures
+    import gpt2.study_report
+    import gpt2.sweeper
+    import gpt2.train
+    import gpt2.wandb_run  # noqa: F401
+
+
+def serve(listening: socket.socket) -> Asked:
+    """Answer requests until standard input is closed. Returns in the processes that are to be scripts."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that `attend` to one
+    while True:
+        ready, _, _ = select.select([listening, sys.stdin], [], [])
+        if listening not in ready:
+            sys.exit()
+        connection, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            return attend(connection)
+        connection.close()
+
+
+def attend(connection: socket.socket) -> Asked:
+    """Fork a process, tell its number, wait for its end and tell that. Returns in that process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    message, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
+    asked = Asked(*json.loads(message))
+    process = os.fork()
+    if process == 0:
+        connection.close()
+        become(asked, streams)
+        return asked
+    for stream in streams:
+        os.close(stream)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and that is told
+    connection.sendall(f"{process}\n".encode())
+    _, status = os.waitpid(process, 0)
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def become(asked: Asked, streams: list[int]) -> None:
+    """Make this process what a new one would be."""
+    if asked.new_session:
+        os.setsid()
+    os.chdir(asked.folder)
+    os.environ.clear()
+    os.environ.update(asked.environment)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    is_unbuffered = "PYTHONUNBUFFERED" in os.environ
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout.reconfigure(write_through=is_unbuffered)
+    sys.stderr.reconfigure(line_buffering=True, write_through=is_unbuffered)
+    sys.modules["numpy"].random.seed()  # `random` sees to itself
+
+
+def leave(codes: list[int]) -> None:
+    """The last thing at exit: spare the interpreter the taking apart of all that was imported."""
+    if codes:
+        with suppress(OSError):  # which the interpreter has its own way to tell
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(codes[0])
+
+
+def main() -> None:
+    codes: list[int] = []
+    atexit.register(leave, codes)  # the first that is registered is called last
+    sys.path[0] = str(ROOT)
+    imports()
+    gc.freeze()  # what is here stays: nobody need look for garbage in pages that all share
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(sys.argv[1])
+        listening.listen()
+        print("ready", flush=True)
+        asked = serve(listening)
+    first, *rest = asked.arguments
+    try:
+        if first == "-m":
+            sys.path[0] = asked.folder
+            sys.argv = rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = asked.arguments
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            codes.append(end.code)
+        raise
+    codes.append(0)
+
+
+if __name__ == "__main__":
+    main()
