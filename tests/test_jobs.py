@@ -201,13 +201,13 @@ def test_jobs_that_are_warned_save_themselves_are_started_again_and_go_on(worksp
 def test_what_became_of_jobs_elsewhere_is_told_here(workspace: Workspace):
     line = ["-m", *TINY, "train.seed=1,2", "hydra/launcher=submitit_local"]
     workspace.environment["GPT2_FAULT"] = "kill@6"
-    lost = workspace.run("train.py", *line, expect=1)
+    lost = workspace.run_anew("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
     told = r"error: job \d+ ended without a result \(FINISHED\), what it printed is in (.*); others go on\n"
     assert Path(re.fullmatch(told, lost.stderr)[1]).parent == folder / ".submitit"
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
-    failed = workspace.run("train.py", *line, expect=1)
+    failed = workspace.run_anew("train.py", *line, expect=1)
     assert failed.stderr.splitlines()[-1].startswith("error: out of memory: ")
 
 
