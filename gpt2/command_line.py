@@ -31,13 +31,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.composition import CONF, compose, compose_or_refuse, explain, parsed, resolve, resumed_checkpoint
-from gpt2.config import GenerateRun, TrainRun, UserError
+from gpt2.config import GenerateRun, StudyConfig, TrainRun, UserError
 from gpt2.failures import machine_error, without_password
 from gpt2.interruption import leave_when_asked, leaving_as_asked
+from gpt2.jobs import is_of_submitit, launcher_faults, launcher_of, of_sweep, requeues, show_submissions
 from gpt2.launch import launch, leave_terminal_to_main
 from gpt2.run_folder import LOCK, Held, held
 from gpt2.search_space import candidates, combined, searched
-from gpt2.sweeper import launcher_fault, launcher_of, run_trial, study_faults, study_sweeper
+from gpt2.sweeper import run_trial, study_faults, study_sweeper
 
 TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
 
@@ -78,14 +79,17 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 
 
 def checked(name: str, options: Namespace) -> list[str]:
-    """Check a command line before anything runs. Returns what it lacks: see `folder_arguments`.
+    """Check a command line before anything runs. Returns what it lacks: see `folder_arguments` and `sweep_arguments`.
 
     Raises:
         UserError: With all that is wrong with it.
     """
     logging.disable(logging.WARNING)  # the run will say all that again
     check_command_line(name, options)
-    missing = folder_arguments(options.overrides) if name == "train" and not options.multirun else []
+    show_submissions(options.multirun)
+    missing: list[str] = []
+    if name == "train":
+        missing = (sweep_arguments if options.multirun else folder_arguments)(options.overrides)
     logging.disable(logging.NOTSET)
     return missing
 
@@ -112,19 +116,25 @@ def as_one(name: str, options: Namespace) -> list[str]:
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
+    run = of_sweep(composed, partial(run_locked, name, task, composed, prompt))
     if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
     in_sweep = job.mode == RunMode.MULTIRUN
+    problem: UserError | None = None
     with faults_as_lines():
         try:
-            return run_locked(name, task, composed, prompt)
+            return run()
         except (UserError, KeyboardInterrupt, SystemExit) as error:
             if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
                 log.error("error: %s", error)
-                return inf
-            if job.output_subdir is not None and not isinstance(error, Held):
-                remove_if_nothing_happened(output_folder())
-            raise
+                problem = error
+            else:
+                if job.output_subdir is not None and not isinstance(error, Held):
+                    remove_if_nothing_happened(output_folder())
+                raise
+    if problem and is_of_submitit(job.launcher):  # whose terminal shows nothing; it ends when all of its jobs have
+        raise problem
+    return inf
 
 
 def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
@@ -211,17 +221,53 @@ def folder_arguments(overrides: list[str]) -> list[str]:
         return []
     if chosen and composed.resume is not None:
         raise UserError("hydra.run.dir: a run that is resumed goes on in its own folder; drop one of the two")
-    if chosen and "${" in str(chosen[-1]):
-        raise UserError(f"hydra.run.dir: train.auto_resume needs a plain name, {chosen[-1]} may be another each time")
-    last = {override.key_or_group: override.input_line for override in parsed(overrides)}
-    identity = sha256("\n".join(sorted(map(str, last.values()))).encode()).hexdigest()[:8]
-    own = f"outputs/runs/{composed.name}/auto-{identity}"
-    resume = composed.resume or (chosen[-1] if chosen else own)
+    if composed.resume is not None:
+        resume = composed.resume
+    else:
+        resume = plain_name("hydra.run.dir", chosen[-1]) if chosen else own_folder("runs", composed.name, overrides)
     path = resumed_checkpoint(str(resume))
     folder = str(path.parent.parent if path else resume)
-    arguments = {"hydra.run.dir": folder, "resume": resume}
-    quoted = [in_hydras_quotes(key, value) for key, value in arguments.items()]
-    return [*quoted, "hydra.output_subdir=null"] if path else quoted
+    arguments = [in_hydras_quotes("hydra.run.dir", folder), in_hydras_quotes("resume", resume)]
+    return [*arguments, "hydra.output_subdir=null"] if path else arguments
+
+
+def sweep_arguments(overrides: list[str]) -> list[str]:
+    """What makes Hydra work in one folder, with `train.auto_resume` that of this very command line, and jobs go on.
+
+    A launcher that starts jobs again brings `train.auto_resume` with it. A study goes on by itself anyway.
+    """
+    fixed = [override for override in parsed(overrides) if not override.is_sweep_override()]
+    composed = compose("train", [str(override.input_line) for override in fixed], with_hydra=True)
+    launcher, given = composed.hydra.launcher, {override.key_or_group: override.value() for override in fixed}
+    if composed.hydra.sweeper._target_ == StudyConfig._target_:
+        return []
+    if not composed.train.auto_resume and not requeues(launcher):
+        if not is_of_submitit(launcher) or "hydra.sweep.dir" in given:
+            return []
+        folder = composed.hydra.sweep.dir  # said once, or Hydra's copies of it would have suffixes of their own
+        return [in_hydras_quotes("hydra.sweep.dir", folder)]
+    if given.get("train.auto_resume") is False:
+        again = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
+        raise UserError(f"train.auto_resume: {again} starts jobs again, which then go on; drop one of the two")
+    if "hydra.sweep.dir" in given:
+        folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
+    else:
+        folder = own_folder("sweeps", composed.name, overrides)
+    return ["train.auto_resume=true", in_hydras_quotes("hydra.sweep.dir", folder)]
+
+
+def plain_name(key: str, folder: Any) -> str:
+    """A folder that is the same each time."""
+    if "${" in str(folder):
+        raise UserError(f"{key}: train.auto_resume needs a plain name, {folder} may be another each time")
+    return str(folder)
+
+
+def own_folder(kind: str, name: str, overrides: list[str]) -> str:
+    """The folder of a command line, however its words are ordered and wherever its jobs run."""
+    last = {override.key_or_group: override.input_line for override in parsed(overrides)}
+    said = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
+    return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(said)).encode()).hexdigest()[:8]}"
 
 
 def in_hydras_quotes(key: str, value: Any) -> str:
@@ -265,8 +311,10 @@ def check_command_line(name: str, options: Namespace) -> None:
             found.append(f"{override.key_or_group}: one key at a time, such as hydra.sweeper.n_trials=20")
         elif override.key_or_group.split(".")[0] == "study":
             found.append(f"{text}: a study fills that in")
-        elif override.key_or_group in ("resume", "train.auto_resume") and options.multirun:
-            found.append(f"{text}: one run at a time, without -m")
+        elif override.key_or_group == "resume" and options.multirun:
+            found.append(f"{text}: one run at a time, without -m; train.auto_resume=true goes on with a sweep")
+        elif override.key_or_group == "train.auto_resume" and override.is_sweep_override():
+            found.append(f"{text}: all runs of a sweep go on by themselves, or none")
         elif override.key_or_group == "hparams_search" and override.value() and not options.multirun:
             found.append(f"{text}: a search is many runs, it needs -m")
         elif override.is_sweep_override() and override.key_or_group.startswith("hydra."):
@@ -292,10 +340,9 @@ def sweep_faults(fixed: list[str], swept: list[Override]) -> list[str]:
     except UserError as error:  # whatever is swept
         return command_line_faults("train", fixed) or error.faults
     launcher = launcher_of(fixed)
-    if fault := launcher_fault(launcher):
-        found.append(fault)
+    found += launcher_faults(launcher)
     if sweeper:
-        found += study_faults(sweeper, launcher)
+        found += study_faults(sweeper, launcher._target_)
         try:
             swept = searched(sweeper, swept, fixed)
         except UserError as error:

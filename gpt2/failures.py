@@ -14,7 +14,9 @@ from gpt2.run_folder import folder_of_run, newest_first, step_of
 
 
 def machine_error(error: BaseException) -> str | None:
-    """A full disk or memory in a line; None for any other error."""
+    """A full disk or memory in a line, or a job that was lost; None for any other error."""
+    if type(error).__name__ == "UncompletedJobError":  # submitit's, by its name: it may not be installed
+        return _lost_job(str(error))
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # of PyTorch, about shared memory
@@ -22,6 +24,12 @@ def machine_error(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
+
+
+def _lost_job(told: str) -> str:
+    job, file, state = (re.search(pattern, told) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)"))
+    where = f", what it printed is in {Path(file[1]).parent}" if file else ""
+    return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; others go on"
 
 
 def is_full_disk(error: BaseException) -> bool:

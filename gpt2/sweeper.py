@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,8 @@ from gpt2.config import OptunaConfig, StudyConfig, UserError
 from gpt2.console import ConsoleHandler, LogFile
 from gpt2.faults import Faults, optuna_faults
 from gpt2.interruption import Interrupted
+from gpt2.jobs import show_submissions
+from gpt2.run_folder import folder_of_run
 
 if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it
     from optuna.distributions import BaseDistribution
@@ -115,19 +116,6 @@ def study_faults(sweeper: DictConfig, launcher: str) -> Faults:
     return found
 
 
-def launcher_of(overrides: list[str]) -> str:
-    """The class of the launcher that a command line chooses."""
-    return compose("train", overrides, with_hydra=True).hydra.launcher._target_
-
-
-def launcher_fault(target: str) -> str | None:
-    """What is missing for a launcher."""
-    package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
-    if package is None or find_spec(f"hydra_plugins.{package}") is not None:
-        return None
-    return f"hydra/launcher: needs a package that is not installed, `pip install {package.replace('_', '-')}==1.4.0rc3`"
-
-
 def _last_line(error: Exception) -> str:
     cause = error.__cause__ or error
     return " ".join(str(cause).split())
@@ -185,9 +173,12 @@ class StudySweeper(Sweeper):
         assert sweeper is not None
         self.sweeper, self.folder = sweeper, Path(config.hydra.sweep.dir)
         hide_storage(config)
+        hide_storage(HydraConfig.instance().cfg)  # type: ignore[arg-type]  # which a job in another process gets too
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+        show_submissions(False)  # a trial has a line of its own
 
     def sweep(self, arguments: list[str]) -> None:
         """Run what the study lacks.
@@ -301,13 +292,16 @@ class StudySweeper(Sweeper):
             study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```"
         )
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
+        run = self.folder / str(best.number)
+        is_here = folder_of_run(run) is not None  # or with a process that keeps its sweep somewhere else
+        where = f"and the best trial's checkpoints in {best.number}/" if is_here else "the best trial was run elsewhere"
+        write = f"Write with it:  python generate.py {as_argument('checkpoint', str(run))}"
         log.info(
             f"\n{study_report.summary(study.optuna)}\n\n"
             f"Everything is in {self.folder}:\n"
             f"  study.md (all trials in a table), trials.csv, {files}\n"
-            f"  best.yaml, and the best trial's checkpoints in {best.number}/\n\n"
-            f"Train the best one again, longer, otherwise:  {again}\n"
-            f"Write with it:  python generate.py {as_argument('checkpoint', str(self.folder / str(best.number)))}"
+            f"  best.yaml, {where}\n\n"
+            f"Train the best one again, longer, otherwise:  {again}" + (f"\n{write}" if is_here else "")
         )
         if told := kept_offline(path for path in self.folder.iterdir() if path.name.isdigit()):
             log.info(f"\nW&B: {told}")

@@ -107,7 +107,9 @@ def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace
         ),
         ([*AUTO, "hydra.run.dir=runs/${name}"], "hydra.run.dir: train.auto_resume needs a plain name"),
         (["resume=nowhere"], "resume: nowhere is no run folder with a checkpoint in it"),
-        ([*AUTO, "-m", "train.seed=1,2"], "train.auto_resume=true: one run at a time, without -m"),
+        (["resume=latest", "-m", "train.seed=1,2"], "resume=latest: one run at a time, without -m"),
+        (["train.auto_resume=true,false", "-m"], "train.auto_resume=true,false: all runs of a sweep go on by "),
+        ([*AUTO, "-m", "hydra.sweep.dir=a/${now:%H}"], "hydra.sweep.dir: train.auto_resume needs a plain name"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_refused(trained: Workspace, arguments, told):

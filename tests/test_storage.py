@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from math import isfinite
 from pathlib import Path
 
 import optuna
@@ -14,6 +15,7 @@ import pytest
 from gpt2.config import UserError
 from gpt2.failures import without_password
 from gpt2.storage import exclusive, file_of, open_storage, storage_fault
+from tests.test_scripts import wait_for
 
 SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
 
@@ -146,24 +148,76 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory):
     server.wait()
 
 
+def wait_for_study(name: str, storage: str) -> optuna.Study:
+    def has_begun() -> bool:
+        try:
+            return name in optuna.get_all_study_names(storage)
+        except Exception:  # noqa: BLE001  # its tables are being made
+            return False
+
+    wait_for(has_begun)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[subprocess.Popen], most: int) -> dict[int, int]:
+    """Kill so many of the processes that work on a study. Returns the trial that each had, by the process's id."""
+    killed: dict[int, int] = {}
+
+    def are_killed() -> bool:
+        for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+            pid = trial.user_attrs.get("worker", {}).get("pid")
+            if trial.intermediate_values and pid not in killed and len(killed) < most:
+                next(process for process in processes if process.pid == pid).kill()
+                killed[pid] = trial.number
+        return len(killed) == most
+
+    wait_for(are_killed)
+    return killed
+
+
 @pytest.mark.slow
-def test_three_processes_share_a_study_in_postgresql_and_its_password_is_written_down_nowhere(postgresql, workspace):
+def test_machines_share_a_study_two_of_them_die_and_the_password_is_written_down_nowhere(postgresql, workspace):
+    """Four processes with nothing in common but the server: each has a sweep folder of its own."""
     from tests.test_sweeper import STUDY
 
-    workspace.environment["STUDIES"] = postgresql
-    literal = workspace.command("train.py", *STUDY, "hydra.sweeper.n_trials=5", f"hydra.sweeper.storage='{postgresql}'")
-    by_name = [*literal[:-1], "hydra.sweeper.storage='${oc.env:STUDIES}'"]
-    processes = [
-        subprocess.Popen(
-            command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    workspace.environment |= {"STUDIES": postgresql, "GPT2_FAULT": "slow@1-99"}
+    line = [*STUDY, "train.max_steps=12", "train.eval_every=3", "hydra/sweeper/pruner=none", "hydra.sweeper.n_trials=6"]
+    processes = []
+    for number in range(4):
+        storage = "${oc.env:STUDIES}" if number % 2 else postgresql
+        own = [f"hydra.sweep.dir=machine_{number}", f"hydra.sweeper.storage='{storage}'"]
+        command = workspace.command("train.py", *line, *own)
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=workspace.folder,
+                env=workspace.environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
         )
-        for command in (literal, by_name, literal)
-    ]
+    study = wait_for_study("mine", postgresql)
+    killed = kill_in_the_middle_of_a_trial(study, processes, most=2)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    study = optuna.load_study(study_name="mine", storage=postgresql)
-    assert [trial.state.is_finished() for trial in study.trials] == [True] * 5
-    assert len({tuple(trial.params.values()) for trial in study.trials}) == 5
+    codes = {process.pid: process.returncode for process in processes}
+    assert codes == {pid: -signal.SIGKILL if pid in killed else 0 for pid in codes}, outputs
+
+    trials = study.get_trials()
+    assert [trial.number for trial in trials] == list(range(6))
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert all(isfinite(trial.value) for trial in trials)
+    assert len({tuple(trial.params.values()) for trial in trials}) == 6
+    for number in killed.values():
+        assert trials[number].user_attrs["deaths"][0] == 1
+        assert trials[number].user_attrs["worker"]["pid"] not in killed
+    rows = [line for output in outputs for line in output.decode().splitlines() if line.startswith("trial ")]
+    assert sorted(int(row.split()[1]) for row in rows if " complete " in row) == sorted(
+        trial.number for trial in trials if trial.user_attrs["worker"]["pid"] not in killed
+    )
+    for process, output in zip(processes, outputs, strict=True):
+        if process.pid not in killed:
+            assert (b"the best trial's checkpoints in" in output) != (b"the best trial was run elsewhere" in output)
     files = [path for path in workspace.folder.rglob("*") if path.is_file()]
+    assert len({path.relative_to(workspace.folder).parts[0] for path in files if path.name == "train.log"}) >= 3
     assert not [path for path in files if b"secret" in path.read_bytes()]
     assert b"secret" not in b"".join(outputs)

@@ -243,7 +243,7 @@ def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler,
         (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over KEY=..., such as train.beta2=0.9,0.99"),
         (["model.num_heads=choice(4,7"], r"not of the form key=value"),
         (["study.trial=3"], r"study.trial=3: a study fills that in"),
-        (["train.auto_resume=true"], r"one run at a time, without -m"),
+        (["resume=latest"], r"resume=latest: one run at a time, without -m"),
     ],
 )
 def test_a_mistake_in_a_study_is_told_before_its_first_trial(arguments, fault):
@@ -282,7 +282,7 @@ def test_the_shape_is_searched_at_equal_compute():
 
 
 def test_a_launcher_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gpt2.sweeper.find_spec", lambda name: None)
+    monkeypatch.setattr("gpt2.jobs.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`pip install hydra-submitit-launcher==1\.4\.0rc3`"):
         check("-m", "train.beta2=0.9,0.95", "hydra/launcher=submitit_slurm", "data=stdlib")
 

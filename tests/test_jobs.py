@@ -1,0 +1,267 @@
+"""Launchers: their settings, and jobs that are put into the queue again, on this machine and by Slurm."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import open_dict
+
+from gpt2.command_line import sweep_arguments
+from gpt2.composition import CONF, compose
+from gpt2.config import UserError
+from gpt2.tracking import read_metrics
+from tests import slurm
+from tests.conftest import TINY, Workspace
+from tests.test_scripts import wait_for
+from tests.test_sweeper import STUDY, check, study_in
+
+LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
+SWEEP = [*TINY, "train.seed=1,2", "train.max_steps=24", "train.save_every=5", "model.dropout=0.1", "name=sweep"]
+
+
+@pytest.fixture
+def with_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Slurm's commands, which are not here; the folder in which they note what they did."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, value in slurm.install(folder).items():
+        monkeypatch.setenv(name, value)
+    return folder
+
+
+def launcher(*overrides: str) -> Launcher:
+    composed = compose("train", list(overrides), with_hydra=True)
+    with open_dict(composed):
+        composed.hydra.sweep.dir = "sweep"
+    context = HydraContext(config_loader=None, callbacks=None, execution_whitelist=None)
+    return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=print, config=composed)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_each_launcher_composes_and_is_accepted(with_slurm, name):
+    check("-m", f"hydra/launcher={name}", "data=stdlib", "train.seed=1,2")
+    check("-m", f"hydra/launcher={name}", "data=stdlib", "hparams_search=optuna", "hydra.sweeper.n_jobs=2")
+    assert type(launcher(f"hydra/launcher={name}")).__module__.startswith("hydra_plugins.hydra_")
+
+
+@pytest.fixture
+def submitted(with_slurm, monkeypatch):
+    """What sbatch is asked for two jobs of a command line, which are only handed over."""
+    monkeypatch.chdir(with_slurm)
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmJob.results", lambda job: [job.job_id])
+    (with_slurm / "srun").write_text("#!/bin/sh\n")
+
+    def submit(*overrides: str) -> dict[str, str | bool]:
+        made = launcher(*overrides)
+        made.params["submitit_folder"] = str(with_slurm / "%j")
+        assert made.launch([["train.seed=1"], ["train.seed=2"]], initial_job_idx=0) == ["100_0", "100_1"]
+        (script,) = with_slurm.glob("*.sbatch")
+        return {**slurm.settings_of(script.read_text()), "script": script.read_text()}
+
+    return submit
+
+
+def test_the_settings_are_what_sbatch_is_told(submitted):
+    where = ["partition=gpu", "account=me", "qos=low", "constraint='a100|h100'", "exclude='node7,node[12-14]'"]
+    much = ["cpus_per_task=4", "mem_gb=32", "array_parallelism=1", "timeout_min=90", "setup=['module load cuda']"]
+    words = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{text}" for text in (*where, *much))]
+    told = submitted(*words, "+hydra.launcher.additional_parameters.mail-type=FAIL")
+    wanted = {"partition": "gpu", "account": "me", "qos": "low", "constraint": "a100|h100", "time": "90"}
+    wanted |= {"exclude": "node7,node[12-14]", "cpus-per-task": "4", "mem": "32GB", "gpus-per-node": "1"}
+    wanted |= {"nodes": "1", "ntasks-per-node": "1", "array": "0-1%1", "signal": "USR2@120", "mail-type": "FAIL"}
+    assert wanted.items() <= told.items()
+    assert "requeue" not in told
+    assert "\nmodule load cuda\n" in told["script"]
+    assert "\nsrun --unbuffered " in told["script"]
+
+
+def test_the_one_that_requeues_tells_sbatch_so(submitted):
+    told = submitted("hydra/launcher=submitit_slurm_requeue", "hydra.launcher.signal_delay_s=300")
+    assert (told["requeue"], told["signal"], told["time"]) == (True, "USR2@300", "240")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["timeout_min=1h"], "hydra.launcher.timeout_min: 1h is not a whole number of at least 1"),
+        (["max_num_timeout=-1"], "hydra.launcher.max_num_timeout: -1 is not a whole number of at least 0"),
+        (["timeout_min=2"], "hydra.launcher.signal_delay_s: 120 is no whole number of seconds that is less than "),
+        (["mem_gb=a lot"], 'hydra.launcher: Parameter "mem_gb" expected type'),
+        (["partiton=gpu"], "Key 'partiton' is not in struct"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_told_before_anything_is_submitted(with_slurm, arguments, fault):
+    given = [f"hydra.launcher.{text}" for text in arguments]
+    with pytest.raises(UserError, match=re.escape(fault)):
+        check("-m", "hydra/launcher=submitit_slurm", *given, "data=stdlib", "train.seed=1,2")
+
+
+def test_a_setting_that_there_is_not_is_told(with_slurm):
+    with pytest.raises(UserError, match=r"hydra\.launcher: Unknown argument 'speed'"):
+        check("-m", "hydra/launcher=submitit_slurm", "+hydra.launcher.speed=3", "data=stdlib")
+
+
+def test_a_machine_without_slurm_is_told(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r'hydra\.launcher: Could not detect "srun"'):
+        check("-m", "hydra/launcher=submitit_slurm", "train.seed=1,2", "data=stdlib")
+
+
+def test_a_sweep_that_goes_on_has_a_folder_of_its_command_wherever_its_jobs_run():
+    plain = ["train.seed=1,2", "name=rates"]
+    assert sweep_arguments(plain) == []
+    assert sweep_arguments([*plain, "train.auto_resume=true", "hparams_search=optuna"]) == []
+    resumes, folder = sweep_arguments([*plain, "train.auto_resume=true"])
+    assert resumes == "train.auto_resume=true"
+    assert re.fullmatch(r"hydra.sweep.dir='outputs/sweeps/rates/auto-\w{8}'", folder)
+    assert folder != sweep_arguments(["train.seed=1,3", "name=rates", "train.auto_resume=true"])[1]
+    slow, fast = (
+        sweep_arguments([*plain, "hydra/launcher=submitit_slurm_requeue", f"hydra.launcher.partition={name}"])
+        for name in ("slow", "fast")
+    )
+    assert slow == fast
+    assert slow[0] == "train.auto_resume=true"
+    named = ["train.auto_resume=true", "hydra.sweep.dir=mine"]
+    assert sweep_arguments([*plain, *named]) == ["train.auto_resume=true", "hydra.sweep.dir='mine'"]
+    with pytest.raises(UserError, match=r"train\.auto_resume: hydra\.launcher\.max_num_timeout=100 starts jobs again"):
+        sweep_arguments([*plain, "hydra/launcher=submitit_slurm_requeue", "train.auto_resume=false"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs that are put into the queue again
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """What `metrics.jsonl` holds, but for what depends on the clock."""
+    timed = ("seconds", "train/tokens_per_second", "train/mfu")
+    return [
+        {key: value for key, value in row.items() if key not in timed} for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def holder(run: Path) -> int:
+    """The process that writes to a run's folder."""
+    return int(re.search(r"process (\d+)", (run / ".lock").read_text())[1])
+
+
+def has_begun(run: Path, rows: int = 6) -> bool:
+    return (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= rows
+
+
+def warn_each(sweep: Path, warnings: dict[str, signal.Signals]) -> None:
+    """Send a signal to each of some runs, as soon as it has begun."""
+
+    def all_are_warned() -> bool:
+        for pattern in list(warnings):
+            for run in filter(has_begun, sweep.glob(pattern)):
+                os.kill(holder(run), warnings.pop(pattern))
+        return not warnings
+
+    wait_for(all_are_warned)
+
+
+def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
+    command = workspace.command("train.py", "-m", *arguments)
+    return subprocess.Popen(
+        command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def check_that_both_went_on(workspace: Workspace, sweep: Path) -> None:
+    """Both runs of a sweep were interrupted, and are what they are if they are not."""
+    workspace.environment.pop("GPT2_FAULT", None)
+    workspace.run("train.py", "-m", *SWEEP, "hydra.sweep.dir=straight")
+    for number in "01":
+        assert "Going on after step" in (sweep / number / "train.log").read_text()
+        assert figures(sweep / number) == figures(workspace.folder / "straight" / number)
+        assert len(figures(sweep / number)) == 19
+
+
+@pytest.mark.slow
+def test_jobs_that_are_warned_save_themselves_are_started_again_and_go_on(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = [*SWEEP, "hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3"]
+    process = start(workspace, *line)
+    sweep = workspace.folder / "outputs/sweeps/sweep"
+    warn_each(sweep, {"auto-*/0": signal.SIGUSR1, "auto-*/1": signal.SIGUSR2})
+    assert process.wait(timeout=60) == 0
+    (folder,) = sweep.iterdir()
+    told = "".join(path.read_text() for path in folder.glob(".submitit/*/*.out"))
+    assert told.count(" - Requeued job") == 2
+    check_that_both_went_on(workspace, folder)
+
+
+@pytest.mark.slow
+def test_what_became_of_jobs_elsewhere_is_told_here(workspace: Workspace):
+    line = ["-m", *TINY, "train.seed=1,2", "hydra/launcher=submitit_local"]
+    workspace.environment["GPT2_FAULT"] = "kill@6"
+    lost = workspace.run_anew("train.py", *line, expect=1)
+    (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
+    assert "\t#1 : " in lost.stdout
+    told = r"error: job \d+ ended without a result \(FINISHED\), what it printed is in (.*); others go on\n"
+    assert Path(re.fullmatch(told, lost.stderr)[1]).parent == folder / ".submitit"
+    workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
+    failed = workspace.run_anew("train.py", *line, expect=1)
+    assert failed.stderr.splitlines()[-1].startswith("error: out of memory: ")
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_with_the_runs_that_are_not_finished(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = [*SWEEP, "train.auto_resume=true", "hydra.sweep.dir=killed"]
+    process = start(workspace, *line)
+    sweep = workspace.folder / "killed"
+    wait_for(lambda: has_begun(sweep / "1"))
+    process.kill()
+    process.wait()
+    finished = (sweep / "0" / "checkpoints" / "last.pth").stat().st_mtime_ns
+    workspace.environment.pop("GPT2_FAULT")
+    workspace.run("train.py", "-m", *line)
+    assert (sweep / "0" / "checkpoints" / "last.pth").stat().st_mtime_ns == finished
+    check_that_both_went_on(workspace, sweep)
+
+
+@pytest.mark.slow
+def test_jobs_of_slurm_that_are_warned_or_preempted_go_on(workspace: Workspace, with_slurm):
+    workspace.environment |= {name: os.environ[name] for name in ("PATH", slurm.STATE)}
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    process = start(workspace, *SWEEP, "hydra/launcher=submitit_slurm_requeue")
+    sweep = workspace.folder / "outputs/sweeps/sweep"
+    warn_each(sweep, {"auto-*/0": signal.SIGUSR2})
+    wait_for(lambda: any(map(has_begun, sweep.glob("auto-*/1"))))
+    slurm.preempt(with_slurm, "100_1", grace=1.5)
+    (folder,) = sweep.iterdir()
+    assert process.wait(timeout=60) == 0
+    wait_for(lambda: all((with_slurm / f"100_{n}.state").read_text() == "COMPLETED" for n in (0, 1)), seconds=20)
+    told = [next(folder.glob(f".submitit/100_{n}/*.out")).read_text() for n in (0, 1)]
+    assert "Requeued job 100_0 (100 remaining timeouts)" in told[0]
+    assert "Requeued" not in told[1]
+    check_that_both_went_on(workspace, folder)
+
+
+@pytest.mark.slow
+def test_trials_that_are_warned_wait_and_are_gone_on_with_in_new_jobs(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = [*STUDY, "train.max_steps=30", "train.eval_every=5", "train.save_every=5", "hydra/sweeper/pruner=none"]
+    line += ["hydra.sweeper.n_trials=2"]
+    jobs = ["hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3", "hydra.sweeper.n_jobs=2"]
+    process = start(workspace, *line[1:], *jobs)
+    folder = workspace.folder / "outputs/sweeps/mine"
+    warn_each(folder, {"0": signal.SIGUSR1, "1": signal.SIGUSR2})
+    assert process.wait(timeout=60) == 0
+    study = study_in(workspace.folder)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert all("Going on after step" in (folder / number / "train.log").read_text() for number in "01")
+    interrupted = [figures(folder / number) for number in "01"]
+
+    workspace.environment.pop("GPT2_FAULT")
+    folder.rename(workspace.folder / "before")
+    workspace.run("train.py", *line)
+    assert interrupted == [figures(folder / number) for number in "01"]
+    assert [trial.value for trial in study_in(workspace.folder).trials] == [trial.value for trial in study.trials]
