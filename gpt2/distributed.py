@@ -91,6 +91,13 @@ class Ranks:
         dist.all_gather(found, own)
         return [tensor.tolist() for tensor in found]
 
+    def as_main(self, value: Any) -> Any:
+        """The value that rank 0 has."""
+        found = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
     def gather(self, value: Any) -> list[Any]:
         """The value of each rank, on rank 0; elsewhere only its own."""
         if self.size == 1:

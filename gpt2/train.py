@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2 import checkpoint, fault_injection, run_folder, snapshot
-from gpt2.compilation import Compiled, Forward, pays
+from gpt2.compilation import Compiled, Forward
+from gpt2.computation import agreed_precision, choose_computation
 from gpt2.config import DistributedConfig, Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
-from gpt2.device import choose_device, choose_precision, peak_flops, precision_asked
+from gpt2.device import choose_device, peak_flops
 from gpt2.distributed import Ranks
 from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
 from gpt2.faults import distributed_faults, training_faults
@@ -27,8 +28,9 @@ from gpt2.interruption import deferred
 from gpt2.launch import division
 from gpt2.model import GPT2Model
 from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
-from gpt2.onednn import LINEARS, faster_linear
+from gpt2.onednn import LINEARS
 from gpt2.optimizer import build_optimizer, learning_rate
+from gpt2.pace import Pace
 from gpt2.parallel import local, strategy
 from gpt2.reproducibility import RandomState, make_deterministic, seed_of_rank
 from gpt2.snapshot import Progress
@@ -88,9 +90,9 @@ class Trainer:
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        precision = choose_precision(precision_asked(config), self.device)
+        self.precision = agreed_precision(config, self.device, self.ranks)
         self.strategy = distributed.strategy
-        self.parallel = strategy(self.strategy, self.model, precision, self.ranks)
+        self.parallel = strategy(self.strategy, self.model, self.precision, self.ranks)
         self.optimizer = build_optimizer(self.model, config)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
@@ -113,10 +115,9 @@ class Trainer:
         self.interrupted_by: int | None = None  # the signal
         self.progress_line = ProgressLine(self.total_steps)
         self.losses_since_log = self._no_losses()
-        self._clock = self._log_clock = time.perf_counter()
-        self._validation_line = self._clock
+        self.pace = Pace()
+        self._validation_line = 0.0  # when it was last told how far validation is
         self._saved: Progress | None = None  # what the newest checkpoint holds
-        self._tokens_at_log = 0
         self._checksum = 0  # of the data of the newest step: all ranks must have the same
         self._goes_on_here = False  # whether the checkpoints in `checkpoint_dir` are those of this run
         self._spared: set[Path] = set()  # those that are not
@@ -141,8 +142,7 @@ class Trainer:
             if self._spared:
                 log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
             run_folder.remove_unfinished(self.checkpoint_dir)
-        self._clock = time.perf_counter() - self.progress.seconds
-        self._restart_speed()
+        self.pace.begin(self.progress.seconds, self.progress.tokens)
         self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
         with deferred(self.interrupt), self.progress_line, self.ranks.watched():
             if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
@@ -231,33 +231,22 @@ class Trainer:
             torch._foreach_mul_(gradients, (limit / (gradient_norm + 1e-6)).clamp(max=1.0))
 
     def compute_as(self, precision: str | None = None, linear: str | None = None, compiled: bool | None = None) -> None:
-        """Settle in which format, by which products of matrices, and whether compiled, a step is computed.
-
-        Its last bits depend on that. What is None is as `config` says; `auto` is what suits this machine.
-        """
-        config, on_cpu = self.config, self.device.type == "cpu"
-        if precision is None or not self.parallel.shards:  # parts of weights come together in one format for good
-            self.precision = choose_precision(precision or precision_asked(config), self.device)
+        """Settle how a step is computed, see `gpt2.computation`; what is None is as `config` says."""
+        if self.parallel.shards:  # whose parts of weights come together in one format for good, in code of FSDP's
+            precision, compiled = self.precision.name, False
+        config, length = self.config, self._block_length()
+        tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.ranks.size
+        flops = tokens * self.model.flops_per_token(length)
+        chosen = choose_computation(config, self.device, flops, self.ranks, precision, linear, compiled)
+        self.precision, self.is_compiled, products = chosen.precision, chosen.compiled, LINEARS[chosen.linear]
         self.scaler = self.precision.scaler()
         self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
-        if not (on_cpu and self.precision.name == "fp32") or linear not in LINEARS:
-            linear = None
-        if linear is None and on_cpu and self.precision.name == "fp32" and not config.deterministic:
-            linear = faster_linear()
-        length = self._block_length()
-        if compiled is None:
-            tokens = self.total_steps * config.accumulation_steps * config.batch_size * length
-            flops = tokens * self.model.flops_per_token(length)
-            auto = config.compile == "auto"
-            compiled = pays(self.precision, flops, config.max_training_hours * 3600) if auto else bool(config.compile)
-        compiled = compiled and not self.parallel.shards
-        self.is_compiled = compiled
-        self.model.use_linear(LINEARS["PyTorch" if compiled else linear or "PyTorch"])
+        self.model.use_linear(LINEARS["PyTorch"] if self.is_compiled else products)
         compute: Forward = self.model
-        if compiled:
+        if self.is_compiled:
             rows = config.batch_size // division(config.accumulation_steps, self.ranks.size)[1]
             patiently = partial(self.ranks.watched, False)
-            compute = Compiled(self.model, self.device, (rows, length), LINEARS[linear or "PyTorch"], patiently)
+            compute = Compiled(self.model, self.device, (rows, length), products, patiently)
         self.forward = self.parallel.forward(compute)
 
     def _block_length(self) -> int:
@@ -305,7 +294,7 @@ class Trainer:
 
     def _should_stop(self) -> bool:
         """Whether training ends here; `stop_reason` then says why."""
-        self.progress.seconds = time.perf_counter() - self._clock
+        self.progress.seconds = self.pace.seconds
         self._agree()
         if self.interrupted_by is not None:
             self.stop_reason = "interrupted"
@@ -351,10 +340,7 @@ class Trainer:
         self.nonfinite.hear()
         loss = _mean(self.losses_since_log)
         self.losses_since_log.zero_()
-        now = time.perf_counter()
-        tokens_per_second = (self.progress.tokens - self._tokens_at_log) / (now - self._log_clock)
-        self._restart_speed()
-
+        tokens_per_second = self.pace.tokens_per_second(self.progress.tokens)
         rate = self.optimizer.param_groups[0]["lr"]
         record = {
             "train/loss": loss,
@@ -388,8 +374,7 @@ class Trainer:
         if self.progress.evaluated_at == self.progress.step:
             return
         self.nonfinite.hear()
-        began = time.perf_counter()
-        with self.parallel.gathered():
+        with self.pace.aside(), self.parallel.gathered():
             found = self._score_validation()
             loss, text = found.loss, None
             if self.write_sample and self.interrupted_by is None:
@@ -416,7 +401,6 @@ class Trainer:
         if text is not None:
             harmless = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)  # no escape sequences
             log.info("%s", "\n".join(f"    | {line}" for line in harmless.split("\n")))
-        self._log_clock += time.perf_counter() - began  # time that says nothing of the speed of training
         if is_best:
             self.progress.best_val_loss = loss
             self._save()
@@ -436,15 +420,12 @@ class Trainer:
         return self.interrupted_by is None
 
     def _now(self) -> dict[str, Any]:
-        self.progress.seconds = time.perf_counter() - self._clock
+        self.progress.seconds = self.pace.seconds
         return {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 3),
         }
-
-    def _restart_speed(self) -> None:
-        self._log_clock, self._tokens_at_log = time.perf_counter(), self.progress.tokens
 
     def _seconds_left(self) -> float:
         """Until the last step at the speed so far, or until the time is up."""
@@ -462,16 +443,15 @@ class Trainer:
 
     def _save(self) -> None:
         """Save, unless nothing has happened since the last time: a large model is not written twice in one step."""
-        began = time.perf_counter()
-        if not self.progress.is_as_in(self._saved):
-            self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
-            self.save_checkpoint(run_folder.step_name(self.progress.step))
-            self._saved = replace(self.progress)
-            self._goes_on_here = True
-            self._name_newest()
-        if self.ranks.is_main:
-            run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
-        self._log_clock += time.perf_counter() - began
+        with self.pace.aside():
+            if not self.progress.is_as_in(self._saved):
+                self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
+                self.save_checkpoint(run_folder.step_name(self.progress.step))
+                self._saved = replace(self.progress)
+                self._goes_on_here = True
+                self._name_newest()
+            if self.ranks.is_main:
+                run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
 
     def _name_newest(self) -> None:
         """Give the newest checkpoint the names under which it is looked for."""
@@ -490,7 +470,7 @@ class Trainer:
             OSError: There is no room for it. Nothing was written.
         """
         self.nonfinite.hear()
-        self.progress.seconds = time.perf_counter() - self._clock
+        self.progress.seconds = self.pace.seconds
         with self.ranks.watched(False):
             taken = snapshot.take(self)
             if self.ranks.is_main:
@@ -507,7 +487,7 @@ class Trainer:
         """
         path = Path(filepath)
         snapshot.restore(self, path, accept_other_data)
-        self._clock = time.perf_counter() - self.progress.seconds
+        self.pace.begin(self.progress.seconds, self.progress.tokens)
         self._goes_on_here = path.parent.resolve() == self.checkpoint_dir.resolve()
         if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
             self._saved = replace(self.progress)

@@ -1,23 +1,30 @@
 """Every command of the README runs."""
 
+import math
 import re
 import shlex
 import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
+from gpt2.composition import compose, merged
+from gpt2.config import DistributedConfig, TrainingConfig
+from gpt2.faults import distributed_faults
+from gpt2.launch import Launch
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
 README = (ROOT / "README.md").read_text()
+PARTS = {"distributed": DistributedConfig, "train": TrainingConfig}
 SHORT = ["train.max_steps=2", "train.eval_batches=2", "inference.max_new_tokens=5", "wandb=off"]
 
 
-def commands() -> list[str]:
-    """The lines of the README's shell blocks, comments and continuation lines joined away."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+def commands(document: str = README) -> list[str]:
+    """The lines of a document's shell blocks, comments and continuation lines joined away."""
+    blocks = re.findall(r"```bash\n(.*?)```", document, flags=re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
@@ -25,13 +32,29 @@ def commands() -> list[str]:
 def scripts() -> list[list[str]]:
     """The calls of our own scripts among them."""
     parts = [part.strip() for command in commands() for part in re.split(r"&&|\|", command)]
-    return [shlex.split(part.split(" > ")[0])[1:] for part in parts if part.startswith("python ")]
+    return [shlex.split(part.split(" > ")[0])[1:] for part in parts if part.startswith(("python ", "torchrun "))]
 
 
 def test_the_readme_has_the_commands_that_this_file_runs():
     assert len(scripts()) > 10
-    known = ("python ", "pip install ", "pytest", "git clone ", "wandb ", "echo ")
+    known = ("python ", "torchrun ", "pip install ", "pytest", "git clone ", "wandb ", "echo ")
     assert not [command for command in commands() if not command.startswith(known)]
+
+
+def test_the_commands_for_clusters_compose_and_their_steps_can_be_divided():
+    lines = [line for line in commands((ROOT / "docs" / "scale.md").read_text()) if not line.startswith("export ")]
+    assert len(lines) > 8
+    for line in lines:
+        before, name, words = re.split(r"(train|evaluate|torchrun)(?:\.py|\.sbatch) ", line, maxsplit=1)
+        overrides = [word for word in shlex.split(words) if word not in ("-m", "train.seed=1,2,3")]
+        if name == "evaluate":
+            continue
+        config = compose("train", overrides)
+        sizes = dict(re.findall(r"--(nnodes|nproc_per_node)=(\d+)", before)) or {"nnodes": "2", "nproc_per_node": "8"}
+        ranks = math.prod(map(int, sizes.values())) if before.startswith(("torchrun", "sbatch")) else 1
+        started = Launch(0, ranks, 0, 8, by_torchrun=ranks > 1)
+        typed = [OmegaConf.to_object(merged(cls, config[key])) for key, cls in PARTS.items()]
+        assert distributed_faults(*typed, started) == [], line
 
 
 @pytest.mark.slow
@@ -54,7 +77,12 @@ def test_every_script_call_of_the_readme_runs_in_the_order_it_stands_there(works
         has_data_here = any(words in line for words in ("experiment=", "data=text", "optuna_quick"))
         if "tests.stress" in arguments:
             continue  # tests/stress/test_stress.py runs it
-        if script == "-m":
+        if script.startswith("--nproc"):
+            done = workspace.module_anew(
+                "torch.distributed.run", script, str(ROOT / arguments[0]), *arguments[1:], *SHORT, *tiny_model
+            )
+            assert done.returncode == 0, done.stderr
+        elif script == "-m":
             small = {
                 "generation": ["model=gpt2_nano", *tiny_model, "new_tokens=2", "prompt_tokens=4"],
                 "training": ["model=gpt2_nano", *tiny_model, "context=8", "overhead_steps=2", "memory=false"],

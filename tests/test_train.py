@@ -294,7 +294,7 @@ def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=2)
     trainer.train()
     trainer.progress.seconds = 3600.0
-    trainer._clock -= 3600
+    trainer.pace.began -= 3600
     trainer.save_checkpoint("late.pth")
     resumed = make_trainer(blocks, tmp_path, max_training_hours=1.0, max_steps=9)
     resumed.load_checkpoint(str(tmp_path / "late.pth"))

@@ -1,0 +1,56 @@
+"""How a step is computed: in which number format, by which products of matrices, and whether compiled.
+
+The last bits of all numbers depend on it. What is left to `auto` is what suits this machine; a run that goes on is
+computed as it began (`gpt2.snapshot`), and all ranks compute as rank 0 has chosen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from gpt2.compilation import pays
+from gpt2.config import TrainingConfig
+from gpt2.device import Precision, choose_precision, precision_asked
+from gpt2.distributed import Ranks
+from gpt2.onednn import LINEARS, faster_linear
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What was chosen."""
+
+    precision: Precision
+    linear: str  # one of `LINEARS`
+    compiled: bool
+
+
+def choose_computation(
+    config: TrainingConfig,
+    device: torch.device,
+    flops: float,
+    ranks: Ranks,
+    precision: str | None = None,
+    linear: str | None = None,
+    compiled: bool | None = None,
+) -> Computation:
+    """Choose; what is not None is settled already.
+
+    Args:
+        flops: Of the whole training, on this rank.
+    """
+    found = agreed_precision(config, device, ranks, precision)
+    has_choice = device.type == "cpu" and found.name == "fp32"
+    if not has_choice or linear not in LINEARS:
+        linear = faster_linear() if has_choice and not config.deterministic else "PyTorch"
+    if compiled is None and config.compile == "auto":
+        compiled = pays(found, flops, config.max_training_hours * 3600)
+    elif compiled is None:
+        compiled = bool(config.compile)
+    return Computation(found, *ranks.as_main((linear, compiled)))
+
+
+def agreed_precision(
+    config: TrainingConfig, device: torch.device, ranks: Ranks, precision: str | None = None
+) -> Precision:
+    found = choose_precision(precision or precision_asked(config), device)
+    return choose_precision(ranks.as_main(found.name), device)
