@@ -49,7 +49,7 @@ def test_the_commands_for_clusters_compose_and_their_steps_can_be_divided():
         overrides = [word for word in shlex.split(words) if word not in ("-m", "train.seed=1,2,3")]
         if name == "evaluate":
             continue
-        config = compose("train", overrides)
+        config = OmegaConf.to_container(compose("train", overrides), resolve=True)
         sizes = dict(re.findall(r"--(nnodes|nproc_per_node)=(\d+)", before)) or {"nnodes": "2", "nproc_per_node": "8"}
         ranks = math.prod(map(int, sizes.values())) if before.startswith(("torchrun", "sbatch")) else 1
         started = Launch(0, ranks, 0, 8, by_torchrun=ranks > 1)
