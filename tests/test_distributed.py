@@ -373,7 +373,7 @@ with together(20, "cpu") as ranks:
     config = TrainingConfig(device="cpu", precision="fp32", max_epochs=1, warmup_steps=1, log_every=2)
     trainer = Trainer(GPT2Model(shape), batches, batches, config, sys.argv[2], ranks=ranks)
     trainer.train()
-    print(f"rank {ranks.rank}: {trainer.progress.step} steps, {trainer.validate():.6f}")
+    print(f"rank {ranks.rank}: {trainer.progress.step} steps, {trainer.validate():.6f}\\n", end="")
 """
 
 
