@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpt2 import checkpoint, device, onednn, run_folder, train
+from gpt2 import checkpoint, computation, device, onednn, run_folder
 from gpt2.compilation import Compiled
 from gpt2.config import DataConfig, Divergence, GPT2Config, InferenceConfig, TrainingConfig, UserError
 from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
@@ -371,10 +371,10 @@ def test_a_resumed_run_computes_as_it_began_where_that_is_left_to_auto(then, tod
 
 @pytest.mark.parametrize("then", onednn.LINEARS)
 def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "faster_linear", lambda: then)
+    monkeypatch.setattr(computation, "faster_linear", lambda: then)
     make_trainer(blocks, tmp_path, max_steps=2).train()
     for today in onednn.LINEARS:
-        monkeypatch.setattr(train, "faster_linear", lambda today=today: today)
+        monkeypatch.setattr(computation, "faster_linear", lambda today=today: today)
         resumed = make_trainer(blocks, tmp_path, max_steps=4)
         assert onednn.name_of(resumed.model.linear) == today
         resumed.load_checkpoint(str(tmp_path / "last.pth"))
@@ -382,7 +382,7 @@ def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatc
 
 
 def test_a_deterministic_run_and_one_in_16_bits_measure_nothing(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
+    monkeypatch.setattr(computation, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
     monkeypatch.setattr(train, "make_deterministic", lambda: None)
     for option in ({"deterministic": True}, {"precision": "bf16"}):
         assert make_trainer(blocks, tmp_path, **option).model.linear is torch.nn.functional.linear
