@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpt2 import checkpoint, computation, device, onednn, run_folder
+from gpt2 import checkpoint, computation, device, onednn, run_folder, train
 from gpt2.compilation import Compiled
 from gpt2.config import DataConfig, Divergence, GPT2Config, InferenceConfig, TrainingConfig, UserError
 from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
