@@ -37,7 +37,8 @@ def main(config: EvaluateRun) -> None:
         model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
         if config.quantization:
             quantize(model)
-        blocks = load_split(config.data, config.split, config.stride)
+        with ranks.one_first("data"):
+            blocks = load_split(config.data, config.split, config.stride)
         if not len(blocks):
             raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
         loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)

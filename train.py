@@ -46,7 +46,8 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
     with together(config.distributed.timeout, config.train.device) as ranks, explained(config, folder, command, trial):
         refuse_second_run(config, folder)
         model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
-        train_set, val_set, test_set, tokenizer = load_text_data(config.data)
+        with ranks.one_first("data"):
+            train_set, val_set, test_set, tokenizer = load_text_data(config.data)
         train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
         if model is None:
             torch.manual_seed(config.train.seed)
@@ -214,6 +215,8 @@ def announce(trainer: "Trainer") -> None:
         f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
         f"On      {among}{describe(trainer.device)}, {trainer.precision.name}{why}"
     )
+    if trainer.strategy == "fsdp" and ranks.size == 1:
+        log.info("Note    distributed.strategy=fsdp has nothing to divide: this process is alone")
     if trainer.progress.step:
         log.info(f"Going on after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:

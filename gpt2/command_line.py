@@ -96,21 +96,33 @@ def checked(name: str, options: Namespace) -> list[str]:
 
 def as_one(name: str, options: Namespace) -> list[str]:
     """`checked` by one rank for all: they run in the folder that it chose, and it alone leaves traces there."""
-    missing: list[str] = []
+    missing: list[str] | int = []
     if launch().is_main:
-        if name not in ("train", "evaluate") or options.multirun:
-            asked = f"{name}.py{' -m' if options.multirun else ''}"
-            raise UserError(f"{asked}: torchrun is for single runs of train.py and evaluate.py")
-        missing = checked(name, options)
-        if name == "train" and not any(argument.startswith("hydra.run.dir=") for argument in missing):
-            composed = compose(name, options.overrides, with_hydra=True)
-            missing.append(in_hydras_quotes("hydra.run.dir", composed.hydra.run.dir))
+        try:
+            missing = checked_for_ranks(name, options)
+        except UserError as error:
+            tell(error)
+            missing = error.exit_code
     from gpt2.distributed import told_by_main
 
-    missing = told_by_main("arguments", missing)
+    told: list[str] | int = told_by_main("arguments", missing)
+    if isinstance(told, int):
+        sys.exit(told)
     if launch().is_main:
-        return missing
-    return [*missing, "hydra/job_logging=rank", *(["hydra.output_subdir=null"] if name == "train" else [])]
+        return told
+    return [*told, "hydra/job_logging=rank", *(["hydra.output_subdir=null"] if name == "train" else [])]
+
+
+def checked_for_ranks(name: str, options: Namespace) -> list[str]:
+    """`checked`, and where the run is to be, for that may be another place each time that it is asked."""
+    if name not in ("train", "evaluate") or options.multirun:
+        asked = f"{name}.py{' -m' if options.multirun else ''}"
+        raise UserError(f"{asked}: torchrun is for single runs of train.py and evaluate.py")
+    missing = checked(name, options)
+    if name == "train" and not any(argument.startswith("hydra.run.dir=") for argument in missing):
+        composed = compose(name, options.overrides, with_hydra=True)
+        missing.append(in_hydras_quotes("hydra.run.dir", composed.hydra.run.dir))
+    return missing
 
 
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
@@ -179,8 +191,7 @@ def faults_as_lines() -> Iterator[None]:
         with leaving_as_asked():
             yield
     except UserError as error:
-        for fault in error.faults:
-            print(f"error: {without_password(fault)}", file=sys.stderr)
+        tell(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         leave_stdout_alone()
@@ -195,6 +206,11 @@ def faults_as_lines() -> Iterator[None]:
         print(f"error: {told}", file=sys.stderr)
         leave_stdout_alone()
         sys.exit(1)
+
+
+def tell(error: UserError) -> None:
+    for fault in error.faults:
+        print(f"error: {without_password(fault)}", file=sys.stderr)
 
 
 def leave_stdout_alone() -> None:

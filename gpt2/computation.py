@@ -38,7 +38,7 @@ def choose_computation(
     Args:
         flops: Of the whole training, on this rank.
     """
-    found = agreed_precision(config, device, ranks, precision)
+    found = agreed_precision(precision or precision_asked(config), device, ranks)
     has_choice = device.type == "cpu" and found.name == "fp32"
     if not has_choice or linear not in LINEARS:
         linear = faster_linear() if has_choice and not config.deterministic else "PyTorch"
@@ -49,8 +49,6 @@ def choose_computation(
     return Computation(found, *ranks.as_main((linear, compiled)))
 
 
-def agreed_precision(
-    config: TrainingConfig, device: torch.device, ranks: Ranks, precision: str | None = None
-) -> Precision:
-    found = choose_precision(precision or precision_asked(config), device)
-    return choose_precision(ranks.as_main(found.name), device)
+def agreed_precision(name: str, device: torch.device, ranks: Ranks) -> Precision:
+    """`choose_precision` by rank 0: what suits a CPU is measured, and might be another on each."""
+    return choose_precision(ranks.as_main(choose_precision(name, device).name), device)

@@ -6,6 +6,7 @@ place in them, and the number of tokens by which the loss is divided are the sam
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 Batch = dict[str, Tensor]
 
 # Of one collective operation. It is the watch that ends ranks which wait in vain; this is for the case that it fails.
-LAST_RESORT = timedelta(hours=1)
+LAST_RESORT = timedelta(minutes=10)
 
 
 class Ranks:
@@ -52,6 +53,16 @@ class Ranks:
         """Wait for the others, however long they take."""
         if self.watch:
             self.watch.meet(place)
+
+    @contextmanager
+    def one_first(self, what: str) -> Iterator[None]:
+        """Have the first rank of each machine do something before the others of it do."""
+        key = f"{what} on {os.uname().nodename}"
+        if self.watch and self.launch.local_rank:
+            self.watch.wait_for(key)
+        yield
+        if self.watch and not self.launch.local_rank:
+            self.watch.store.set(key, "")
 
     def share(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
         """This rank's part of a step: as many batches as any other rank has, of rows shared out as even as can be.
@@ -109,11 +120,14 @@ class Ranks:
 
 def told_by_main(what: str, value: Any) -> Any:
     """The value that rank 0 has, on each rank; the others wait for it. Before they are `together`."""
-    store = _store(what)
+    store = dist.PrefixStore(f"told/{what}", _shared_store())
     if launch().is_main:
         store.set(what, json.dumps(value))
-    while not store.check([what]):  # if rank 0 has ended, torchrun ends this one too
-        time.sleep(0.05)
+        while store.add("heard", 0) < launch().world_size - 1:  # it may be this process that holds the store
+            time.sleep(0.05)
+        return value
+    store.wait([what])
+    store.add("heard", 1)
     return json.loads(store.get(what))
 
 
@@ -137,13 +151,15 @@ def together(timeout: float, device_name: str, key: str = "train.device") -> Ite
         return
     from gpt2.watch import Watch
 
-    with Watch(_store("watch"), started.rank, started.world_size, timeout) as watch:
+    with Watch(dist.PrefixStore("watch", _shared_store()), started.rank, started.world_size, timeout) as watch:
         device = choose_device(device_name, key)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            # Or NCCL would end the process by itself when another is gone, before anything is told or saved.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store("group"),
+            store=dist.PrefixStore("group", _shared_store()),
             rank=started.rank,
             world_size=started.world_size,
             timeout=LAST_RESORT,
@@ -152,13 +168,28 @@ def together(timeout: float, device_name: str, key: str = "train.device") -> Ite
         dist.destroy_process_group()
 
 
-def _store(purpose: str) -> dist.Store:
-    """What torchrun's processes share, apart for each purpose, and for each time that torchrun has started them."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"gpt2/{attempt}/{purpose}", _shared_store())
-
-
 @cache
 def _shared_store() -> dist.Store:
+    """What these processes share, and no others: torchrun has the store outlive those that it starts again.
+
+    It counts its attempts, but not alike on each machine. So rank 0 invents a name for this one, and tells it to
+    whoever says hello with a word that it has not heard before.
+    """
     store, _, _ = next(dist.rendezvous("env://", timeout=LAST_RESORT))
-    return store
+    store = dist.PrefixStore("gpt2", store)
+    own, size = secrets.token_hex(8), launch().world_size
+    if not launch().is_main:
+        store.set(f"hello/{launch().rank}", own)
+        store.wait([f"session/{own}"])
+        own = store.get(f"session/{own}").decode()
+        store.add(f"{own}/joined", 1)
+        return dist.PrefixStore(own, store)
+    answered: set[str] = set()
+    while store.add(f"{own}/joined", 0) < size - 1:
+        for rank in range(1, size):
+            word = store.get(f"hello/{rank}").decode() if store.check([f"hello/{rank}"]) else None
+            if word is not None and word not in answered:
+                store.set(f"session/{word}", own)
+                answered.add(word)
+        time.sleep(0.02)
+    return dist.PrefixStore(own, store)

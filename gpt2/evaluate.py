@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gpt2.computation import agreed_precision
 from gpt2.console import track
-from gpt2.device import choose_precision, cuda_or_else
+from gpt2.device import cuda_or_else
 from gpt2.distributed import Batch, Ranks
 from gpt2.model import IGNORE, GPT2Model, shifted
 from gpt2.tokenizer import GPT2Tokenizer
@@ -149,7 +150,7 @@ class Evaluator:
         """
         self.ranks = ranks or Ranks()
         self.device = cuda_or_else(device)
-        self.precision = choose_precision(precision, self.device)
+        self.precision = agreed_precision(precision, self.device, self.ranks)
         self.model = model.to(self.device)
         self.test_loader = test_loader
 

@@ -175,9 +175,7 @@ def device_faults(device: str, key: str) -> Faults:
 def distributed_faults(distributed: DistributedConfig, train: TrainingConfig, started: Launch) -> Faults:
     found = _outside(vars(distributed), {"timeout": (5, 86400, "between 5 and 86400 seconds")}, "distributed.")
     fsdp = "distributed.strategy: fsdp"
-    if distributed.strategy == "fsdp":
-        if not started.by_torchrun:
-            found.append(f"{fsdp} divides a model over ranks, and there is one process; torchrun starts several")
+    if distributed.strategy == "fsdp" and started.world_size > 1:
         if train.precision == "fp16":
             found.append(f"{fsdp} is for bf16 and fp32, not for train.precision=fp16")
         if train.optimizer == "muon":

@@ -98,7 +98,10 @@ class FullySharded(Whole):
 
         super().__init__(model, precision, ranks)
         mesh = init_device_mesh(precision.device.type, (ranks.size,))
-        policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
+        # Not the inputs: among them is the divisor of the loss, which is exact in fp32 only.
+        policy = MixedPrecisionPolicy(precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for parameter in model.parameters():  # as DDP does: rank 0's weights are those of all
+            torch.distributed.broadcast(parameter.detach(), 0)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -153,8 +156,8 @@ STRATEGIES: dict[str, type[Whole]] = {"ddp": DataParallel, "fsdp": FullySharded}
 
 
 def strategy(name: str, model: GPT2Model, precision: Precision, ranks: Ranks) -> Whole:
-    """That of a name, which is of no matter to a process alone."""
-    if not ranks.launch.by_torchrun or (name == "ddp" and ranks.size == 1):
+    """That of a name; in a process alone there is nothing to divide."""
+    if ranks.size == 1:
         return Whole(model, precision, ranks)
     return STRATEGIES[name](model, precision, ranks)
 

@@ -20,7 +20,7 @@ from gpt2.computation import agreed_precision, choose_computation
 from gpt2.config import DistributedConfig, Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
 from gpt2.data_loader import ShuffledBatches, TokenBlocks
-from gpt2.device import choose_device, peak_flops
+from gpt2.device import choose_device, peak_flops, precision_asked
 from gpt2.distributed import Ranks
 from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
 from gpt2.faults import distributed_faults, training_faults
@@ -90,7 +90,7 @@ class Trainer:
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.precision = agreed_precision(config, self.device, self.ranks)
+        self.precision = agreed_precision(precision_asked(config), self.device, self.ranks)
         self.strategy = distributed.strategy
         self.parallel = strategy(self.strategy, self.model, self.precision, self.ranks)
         self.optimizer = build_optimizer(self.model, config)

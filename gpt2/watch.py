@@ -31,7 +31,8 @@ SILENT_AFTER, STUCK_AFTER = 1 / 3, 3 / 4
 GONE_AFTER = 4.0  # seconds without a sign of life, once a connection has broken
 SECONDS_TO_END = 5.0  # for the main thread of the rank that tells the cause; then the process ends under it
 
-FAILURE, LEFT = "failure", b"left"  # a key of the store, and what stands there instead of a sign of life
+FAILURE, BROKEN = "failure", "broken"  # keys of the store: what ends all; a connection broke, so somebody is gone
+LEFT = b"left"  # stands there instead of a sign of life
 
 
 @dataclass
@@ -77,9 +78,12 @@ class Watch:
         self._numbers = self._marks = 0
         self._place, self._watched = "the start", False
         self._told: MachineError | None = None  # what another rank's failure has become here
+        self._has_said = False  # the main thread is on its way out
+        self._looked = time.monotonic()  # when the store answered last
         self._left = threading.Event()  # the main thread has
         self._signs: dict[int, Sign | None] = {}  # the newest of each rank; None: it has left
         self._since: dict[int, float] = {}  # when it came
+        self._silent: list[int] = []  # the ranks without one
         self._progress = time.monotonic()  # when any rank last made some
 
     # What the main thread says
@@ -103,6 +107,8 @@ class Watch:
         except Exception as error:
             if _is_of_connection(error):
                 self._leave_because_of(self._find_cause(error), error)
+            if self.rank == 0:  # which has much to do before it ends, and says what has happened itself
+                self._settle(error)
             raise
         finally:
             self._watched = before
@@ -111,15 +117,23 @@ class Watch:
         """Wait for all ranks to come to a place, however long it takes them; all of them live, or this ends."""
         if self.store.add(f"met/{place}", 1) == self.world_size:
             self.store.set(f"all/{place}", "")
-        while not self.store.check([f"all/{place}"]):
+        self.wait_for(f"all/{place}")
+
+    def wait_for(self, key: str) -> None:
+        """Wait until a rank has set a key of the store; those that are waited for live, or this ends."""
+        while not self.store.check([key]):
             if self.store.check([FAILURE]):
                 raise EndedByAnother(1)
+            if ended := [str(rank) for rank, sign in self._signs.items() if sign is None and rank != self.rank]:
+                _agree_on(self.store, Failure(f"rank {', '.join(ended)} has ended before the others", self.rank))
             time.sleep(0.05)
 
     def __enter__(self) -> "Watch":
         self._give_sign(self.store)
         self.meet("the start")  # from here on there is a sign of each
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._looked = time.monotonic()
+        for task in (self._watch, self._watch_store):
+            threading.Thread(target=task, daemon=True).start()
         return self
 
     def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
@@ -148,6 +162,7 @@ class Watch:
         """Find out whether an error is this rank's own, which the others are told, or comes from another's."""
         if error is self._told:
             return
+        self._has_said = True
         if isinstance(error, UserError):
             failure = self._publish(str(error), error.exit_code, explained=True)
             if self.rank != failure.speaker:
@@ -159,6 +174,11 @@ class Watch:
 
     def _leave_because_of(self, failure: Failure, error: BaseException) -> None:
         end_undisturbed()
+        self._has_said = True
+        # What is left is to say it, but an interpreter may hang at its end, where a GPU waits for one that is gone.
+        at_last = threading.Timer(2 * SECONDS_TO_END, os._exit, [failure.exit_code])
+        at_last.daemon = True
+        at_last.start()
         _leave_note_for_torchrun(failure)
         if self.rank != failure.speaker:
             raise EndedByAnother(failure.exit_code) from error
@@ -184,8 +204,9 @@ class Watch:
         """Why the connection to another rank broke: that one tells, or is found to be gone."""
         end_undisturbed()  # torchrun is about to ask
         self._watched = False
-        until = time.monotonic() + 3 * GONE_AFTER
+        until = time.monotonic() + SILENT_AFTER * self.timeout + GONE_AFTER
         try:
+            self.store.set(BROKEN, "")
             while time.monotonic() < until:
                 if failure := self._heard(self.store) or self._judge(self.store, GONE_AFTER):
                     return _agree_on(self.store, failure)
@@ -197,7 +218,7 @@ class Watch:
             return self._without_store()
 
     def _without_store(self) -> Failure:
-        return Failure("what started this run, and held its ranks together, is gone", self.rank)
+        return Failure("what started this run, and holds its ranks together, is gone or cut off", self.rank)
 
     def _watch(self) -> None:
         store = self.store.clone()  # type: ignore[attr-defined]  # one for each thread
@@ -205,23 +226,41 @@ class Watch:
         try:
             while failure is None and not self._left.wait(BEAT):
                 self._give_sign(store)
-                failure = self._heard(store) or self._judge(store, SILENT_AFTER * self.timeout)
+                limit = GONE_AFTER if store.check([BROKEN]) else SILENT_AFTER * self.timeout
+                failure = self._heard(store) or self._judge(store, limit)
             if failure is None:
                 return
             failure = _agree_on(store, failure)
+            for sign in filter(None, map(self._signs.get, self._silent)):
+                _kill(sign)
         except RuntimeError:
             failure = self._without_store()
         if not self._left.wait(SECONDS_TO_END if self.rank == failure.speaker else 0):
             self._end(failure)
 
+    def _watch_store(self) -> None:
+        """End this rank if the store no longer answers: its machine is cut off, and whoever asks it waits for ever."""
+        limit, before = SILENT_AFTER * self.timeout, time.monotonic()
+        earliest = before + limit
+        while not self._left.wait(BEAT):
+            now = time.monotonic()
+            if now - before > 3 * BEAT:  # this process stood still
+                earliest = now + limit
+            before = now
+            if now > max(earliest, self._looked + limit):
+                self._end(self._without_store())
+
     def _end(self, failure: Failure) -> None:
         """End the process, whatever its main thread waits for."""
+        if self._has_said and self._left.wait(2 * SECONDS_TO_END):
+            return
         _leave_note_for_torchrun(failure)
         if self.rank == failure.speaker:
             told = self._in_full(failure)
-            last = threading.Thread(target=self.last_words, args=(MachineError(told),), daemon=True)
-            last.start()
-            last.join(SECONDS_TO_END)
+            if not self._has_said:
+                last = threading.Thread(target=self.last_words, args=(MachineError(told),), daemon=True)
+                last.start()
+                last.join(SECONDS_TO_END)
             print(f"error: {told}", file=sys.stderr, flush=True)
         os._exit(failure.exit_code)
 
@@ -237,8 +276,13 @@ class Watch:
     def _look(self, store: dist.Store) -> None:
         """Read the signs of the ranks that this one looks after."""
         ranks = range(self.world_size) if self.rank == 0 else [0]
+        texts = store.multi_get([f"sign/{rank}" for rank in ranks])
         now = time.monotonic()
-        for rank, text in zip(ranks, store.multi_get([f"sign/{rank}" for rank in ranks]), strict=True):
+        if (pause := now - self._looked) > 3 * BEAT:  # it may have been this process that stood still, or the store
+            self._progress += pause
+            self._since = {rank: since + pause for rank, since in self._since.items()}
+        self._looked = now
+        for rank, text in zip(ranks, texts, strict=True):
             before, sign = self._signs.get(rank), None if text == LEFT else Sign(*json.loads(text))
             if rank not in self._signs or sign != before:
                 self._signs[rank], self._since[rank] = sign, now
@@ -249,10 +293,9 @@ class Watch:
         """What is wrong with the ranks that this one looks after."""
         self._look(store)
         now, alive = time.monotonic(), {rank: sign for rank, sign in self._signs.items() if sign}
-        if silent := [rank for rank in alive if now - self._since[rank] > silent_after]:
+        self._silent = silent = [rank for rank in alive if now - self._since[rank] > silent_after]
+        if silent:
             names = ", ".join(f"rank {rank} (process {alive[rank].process} on {alive[rank].host})" for rank in silent)
-            for rank in silent:
-                _kill(alive[rank])
             return Failure(
                 f"no sign of life of {names}: killed or stopped, or the machine is cut off",
                 speaker=self.rank if 0 in silent else 0,

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ import gpt2.sweeper
 import gpt2.train  # noqa: F401  # what the scripts will ask for
 from gpt2 import checkpoint, run_folder
 from gpt2.tracking import read_metrics
-from tests.conftest import ROOT
+from tests.conftest import ROOT, measured_once
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(75))
 
@@ -58,6 +59,7 @@ class Place:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "corpus.txt").write_text(TEXT)
+        shutil.copytree(measured_once(), self.folder / "cache" / "gpt2", dirs_exist_ok=True)
 
     def start(self, script: str, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
         """Start a script of the repository here, once `before` has been called there. Returns its process."""
