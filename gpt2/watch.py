@@ -204,7 +204,7 @@ class Watch:
         """Why the connection to another rank broke: that one tells, or is found to be gone."""
         end_undisturbed()  # torchrun is about to ask
         self._watched = False
-        until = time.monotonic() + SILENT_AFTER * self.timeout + GONE_AFTER
+        until = time.monotonic() + self._long() + GONE_AFTER
         try:
             self.store.set(BROKEN, "")
             while time.monotonic() < until:
@@ -217,6 +217,10 @@ class Watch:
         except RuntimeError:
             return self._without_store()
 
+    def _long(self) -> float:
+        """Seconds without a sign of life after which a rank is given up."""
+        return SILENT_AFTER * self.timeout
+
     def _without_store(self) -> Failure:
         return Failure("what started this run, and holds its ranks together, is gone or cut off", self.rank)
 
@@ -226,13 +230,14 @@ class Watch:
         try:
             while failure is None and not self._left.wait(BEAT):
                 self._give_sign(store)
-                limit = GONE_AFTER if store.check([BROKEN]) else SILENT_AFTER * self.timeout
-                failure = self._heard(store) or self._judge(store, limit)
+                is_broken = store.check([BROKEN])
+                failure = self._heard(store) or self._judge(store, GONE_AFTER if is_broken else self._long())
             if failure is None:
                 return
             failure = _agree_on(store, failure)
-            for sign in filter(None, map(self._signs.get, self._silent)):
-                _kill(sign)
+            if not is_broken:  # one that is only stopped breaks no connection
+                for sign in filter(None, map(self._signs.get, self._silent)):
+                    _kill(sign)
         except RuntimeError:
             failure = self._without_store()
         if not self._left.wait(SECONDS_TO_END if self.rank == failure.speaker else 0):
@@ -240,7 +245,7 @@ class Watch:
 
     def _watch_store(self) -> None:
         """End this rank if the store no longer answers: its machine is cut off, and whoever asks it waits for ever."""
-        limit, before = SILENT_AFTER * self.timeout, time.monotonic()
+        limit, before = self._long(), time.monotonic()
         earliest = before + limit
         while not self._left.wait(BEAT):
             now = time.monotonic()
