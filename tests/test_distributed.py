@@ -34,11 +34,10 @@ DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_
 
 def torchrun(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **environment: str):
     """Start a script by torchrun, as a process that leads a group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    if "--max-restarts=1" in arguments:
-        command.append("--max-restarts=1")
+    options = [text for text in arguments if text.startswith("--")]  # torchrun's
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options]
     return subprocess.Popen(
-        [*command, *workspace.command(script, *(text for text in arguments if not text.startswith("--")))[1:]],
+        [*command, *workspace.command(script, *(text for text in arguments if text not in options))[1:]],
         cwd=workspace.folder,
         env={**workspace.environment, **environment},
         stdin=subprocess.DEVNULL,
@@ -61,11 +60,15 @@ def run(workspace: Workspace, ranks: int, *arguments: str, fails: bool = False, 
     return out, err
 
 
-def start(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **more: str) -> list[Process]:
-    """The ranks of a script, started one by one, as schedulers do that are not torchrun: in a tenth of the time."""
+def free_port() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
+        return str(found.getsockname()[1])
+
+
+def start(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **more: str) -> list[Process]:
+    """The ranks of a script, started one by one, as schedulers do that are not torchrun: in a tenth of the time."""
+    port = free_port()
     return [
         Process(
             [str(ROOT / script), *arguments],
@@ -259,15 +262,18 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(place):
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_what_was_killed_and_it_goes_on_by_itself(place):
+def test_what_is_killed_on_one_machine_is_started_again_on_all_and_goes_on_by_itself(place):
+    """Two torchruns, as on two machines; they count their attempts each in its own way."""
     whole = trained(place, 2)
+    meeting = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     again = [*SAME, *DRY, "hydra.run.dir=restarted", "train.auto_resume=true", "--max-restarts=1"]
-    process = torchrun(place, 2, *again, GPT2_FAULT="slow@5-16")
-    wait_for_step_4(place.folder / "restarted", process)
-    os.kill(rank_of(process.pid, 1), signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out.count("Going on after step") == 1
+    machines = [torchrun(place, 1, *meeting, *again, GPT2_FAULT="slow@5-16") for _ in range(2)]
+    wait_for_step_4(place.folder / "restarted", machines[0])
+    os.kill(rank_of({machine.pid for machine in machines}, 1), signal.SIGKILL)
+    printed = [machine.communicate(timeout=120) for machine in machines]
+    out, err = ("".join(texts) for texts in zip(*printed, strict=True))
+    assert {machine.returncode for machine in machines} == {0}, err
+    assert err.count("error: no sign of life of rank 1") == out.count("Going on after step") == 1
     assert numbers(place.folder / "restarted") == numbers(whole)
 
 
@@ -312,7 +318,7 @@ def test_the_script_for_slurm_saves_when_it_is_warned_and_has_itself_requeued(pl
     assert numbers(place.folder / "requeued-run") == numbers(whole)
 
 
-def rank_of(torchruns: int, rank: int) -> int:
+def rank_of(torchruns: set[int], rank: int) -> int:
     """The process of a rank."""
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -320,7 +326,7 @@ def rank_of(torchruns: int, rank: int) -> int:
             environment = (status.parent / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if int(parent.split()[1]) == torchruns and f"RANK={rank}".encode() in environment:
+        if int(parent.split()[1]) in torchruns and f"RANK={rank}".encode() in environment:
             return int(status.parent.name)
     raise AssertionError(f"there is no rank {rank}")
 
