@@ -9,6 +9,8 @@ import shlex
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,15 @@ CHANGEABLE = WITHOUT_PART | {
 
 def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """What Hydra makes of `conf/` and a command line; `with_hydra`, its own node too."""
+    return deepcopy(_composed(name, tuple(overrides), with_hydra, Path.cwd()))
+
+
+@lru_cache(maxsize=8)
+def _composed(name: str, overrides: tuple[str, ...], with_hydra: bool, _looked_from: Path) -> DictConfig:
+    """See `compose`, which takes Hydra 0.2 s, and is asked for the same several times before a run."""
     is_under_way = GlobalHydra.instance().is_initialized()  # in a run; it has the same `conf/`
     with nullcontext() if is_under_way else hydra.initialize_config_dir(str(CONF), job_name=name):
-        return hydra.compose(name, overrides, return_hydra_config=with_hydra)
+        return hydra.compose(name, list(overrides), return_hydra_config=with_hydra)
 
 
 def compose_or_refuse(name: str) -> DictConfig:

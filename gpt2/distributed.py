@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2.config import MachineError
 from gpt2.device import choose_device
 from gpt2.launch import Launch, division, launch
 from gpt2.loss import IGNORE
@@ -123,9 +124,9 @@ def told_by_main(what: str, value: Any) -> Any:
     store = dist.PrefixStore(f"told/{what}", _shared_store())
     if launch().is_main:
         store.set(what, json.dumps(value))
-        while store.add("heard", 0) < launch().world_size - 1:  # it may be this process that holds the store
-            time.sleep(0.05)
-        return value
+        for _ in _patiently():  # it may be this process that holds the store
+            if store.add("heard", 0) >= launch().world_size - 1:
+                return value
     store.wait([what])
     store.add("heard", 1)
     return json.loads(store.get(what))
@@ -185,11 +186,21 @@ def _shared_store() -> dist.Store:
         store.add(f"{own}/joined", 1)
         return dist.PrefixStore(own, store)
     answered: set[str] = set()
-    while store.add(f"{own}/joined", 0) < size - 1:
+    for _ in _patiently():
+        if store.add(f"{own}/joined", 0) >= size - 1:
+            break
         for rank in range(1, size):
             word = store.get(f"hello/{rank}").decode() if store.check([f"hello/{rank}"]) else None
             if word is not None and word not in answered:
                 store.set(f"session/{word}", own)
                 answered.add(word)
-        time.sleep(0.02)
     return dist.PrefixStore(own, store)
+
+
+def _patiently() -> Iterator[None]:
+    """Look again, and again, until the last resort."""
+    until = time.monotonic() + LAST_RESORT.total_seconds()
+    while time.monotonic() < until:
+        yield
+        time.sleep(0.02)
+    raise MachineError(f"not all {launch().world_size} ranks have come within {LAST_RESORT}")

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2.computation import agreed_precision
+from gpt2.config import TrainingConfig
 from gpt2.console import track
+from gpt2.data_loader import TokenBlocks
 from gpt2.device import cuda_or_else
 from gpt2.distributed import Batch, Ranks
 from gpt2.model import IGNORE, GPT2Model, shifted
@@ -49,6 +51,26 @@ def count_targets(batch: Batch) -> int:
 def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
     """Whether any of the first batches has a token to predict; a loss over none would be no number."""
     return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
+
+
+def data_faults(
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    config: TrainingConfig,
+    model: GPT2Model,
+    tokenizer: GPT2Tokenizer | None,
+) -> list[str]:
+    """What keeps a model from being trained on these data."""
+    found = []
+    if not len(train_loader):
+        found.append("data: the training split is empty")
+    is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
+    if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
+        found.append("data: the validation split has no token to predict")
+    if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
+        known = model.config.vocab_size
+        found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
+    return found
 
 
 def perplexity(loss: float) -> float:

@@ -19,10 +19,10 @@ from gpt2.compilation import Compiled, Forward
 from gpt2.computation import agreed_precision, choose_computation
 from gpt2.config import DistributedConfig, Divergence, TrainingConfig, UserError
 from gpt2.console import ProgressLine
-from gpt2.data_loader import ShuffledBatches, TokenBlocks
+from gpt2.data_loader import ShuffledBatches
 from gpt2.device import choose_device, peak_flops, precision_asked
 from gpt2.distributed import Ranks
-from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, has_targets, perplexity, score
+from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, data_faults, perplexity, score
 from gpt2.faults import distributed_faults, training_faults
 from gpt2.interruption import deferred
 from gpt2.launch import division
@@ -491,26 +491,6 @@ class Trainer:
         self._goes_on_here = path.parent.resolve() == self.checkpoint_dir.resolve()
         if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
             self._saved = replace(self.progress)
-
-
-def data_faults(
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    config: TrainingConfig,
-    model: GPT2Model,
-    tokenizer: GPT2Tokenizer | None,
-) -> list[str]:
-    """What keeps a model from being trained on these data."""
-    found = []
-    if not len(train_loader):
-        found.append("data: the training split is empty")
-    is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
-    if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
-        found.append("data: the validation split has no token to predict")
-    if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
-        known = model.config.vocab_size
-        found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
-    return found
 
 
 def _counted(loss: Tensor) -> Tensor:
