@@ -217,6 +217,8 @@ def announce(trainer: "Trainer") -> None:
     )
     if trainer.strategy == "fsdp" and ranks.size == 1:
         log.info("Note    distributed.strategy=fsdp has nothing to divide: this process is alone")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
+        log.info("Note    started again by torchrun, this run would begin anew: train.auto_resume=true has it go on")
     if trainer.progress.step:
         log.info(f"Going on after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:
@@ -248,7 +250,8 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path, command: str) -
     if where := trainer.tracker.guest.where():
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
-        log.info(f"\nGo on with:  {command}")
+        same = "the same command line, or alone:  " if config.train.auto_resume else ""
+        log.info(f"\nGo on with:  {same}{command}")
     else:
         prompt = config.sample_prompt or "The"
         quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)

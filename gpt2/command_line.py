@@ -58,8 +58,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 if isinstance(stream, TextIOWrapper):
                     stream.reconfigure(errors="replace")
             options = get_args_parser().parse_intermixed_args(arguments)
-            leave_terminal_to_main()
             with faults_as_lines():
+                leave_terminal_to_main()
                 if options.multirun and (options.cfg or options.info):
                     raise UserError("-m: not together with --cfg and --info; one run is shown without it")
                 if runs_something(options):
@@ -141,6 +141,8 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
                 log.error("error: %s", error)
                 problem = error
             else:
+                if name == "train" and isinstance(error, UserError) and launch().is_main:
+                    log.error("error: %s", error, extra={"in_file_only": True})  # the terminal is told at the end
                 if job.output_subdir is not None and not isinstance(error, Held):
                     remove_if_nothing_happened(output_folder())
                 raise

@@ -21,7 +21,7 @@ class ConsoleHandler(logging.StreamHandler):
     """Log lines on standard output, above the progress line while there is one.
 
     It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked
-    `on_progress_line` is not repeated while that line shows it.
+    `on_progress_line` is not repeated while that line shows it, and one marked `in_file_only` is for others.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,8 @@ class ConsoleHandler(logging.StreamHandler):
         return sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not (getattr(record, "on_progress_line", False) and is_terminal()):
+        is_shown = getattr(record, "on_progress_line", False) and is_terminal()
+        if not is_shown and not getattr(record, "in_file_only", False):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:

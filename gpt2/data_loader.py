@@ -5,6 +5,7 @@ function of (seed, epoch, position), so a place in the data is one integer and r
 """
 
 import logging
+import multiprocessing
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -161,8 +162,11 @@ def get_dataloaders(
     # Cores that train have none to spare: two workers beside two such threads made a step 13 % longer.
     cores = (os.cpu_count() or 1) // launch().local_world_size
     spare_cores = cores - (0 if on_cuda else torch.get_num_threads())
+    workers = max(0, min(config.num_workers, spare_cores))
+    is_of_joblib = multiprocessing.get_start_method() == "loky"  # whose way to start processes PyTorch cannot use
     common: dict[str, Any] = {
-        "num_workers": max(0, min(config.num_workers, spare_cores)),
+        "num_workers": workers,
+        "multiprocessing_context": "fork" if workers and is_of_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _start_worker,
         # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
@@ -191,7 +195,7 @@ def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
     """A loader of the same data in the same order, in batches of another size; the same one if that is None."""
     if batch_size is None:
         return loader
-    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
+    names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
     common: dict[str, Any] = {name: getattr(loader, name) for name in names}
     common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
     sampler = loader.batch_sampler

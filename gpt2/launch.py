@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from math import gcd
 
+from gpt2.config import UserError
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,10 +35,16 @@ class Launch:
 
 @cache
 def launch() -> Launch:
-    """As the environment has it, which does not change."""
+    """As the environment has it, which does not change.
+
+    Raises:
+        UserError: It has a part of it only.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not {*names, "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return Launch()
+    if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"RANK and WORLD_SIZE are set, as torchrun sets them, but not {', '.join(missing)}")
     rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
     return Launch(rank, world_size, local_rank, local_world_size, by_torchrun=True)
 

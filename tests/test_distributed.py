@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gpt2 import checkpoint
-from gpt2.config import DistributedConfig, TrainingConfig
+from gpt2.config import DistributedConfig, TrainingConfig, UserError
 from gpt2.distributed import Ranks
 from gpt2.faults import distributed_faults
-from gpt2.launch import Launch, division
+from gpt2.launch import Launch, division, launch
 from gpt2.loss import IGNORE
 from gpt2.run_folder import LAST, newest_first
 from gpt2.tracking import Record, read_about, read_metrics
@@ -178,6 +178,13 @@ def test_what_ranks_cannot_do_is_told_with_what_they_can():
     assert [fault.split(":")[0] for fault in told(four, device="cuda:1")] == ["train.device"]
     (fault,) = distributed_faults(DistributedConfig(timeout=1), TrainingConfig(), Launch())
     assert fault.startswith("distributed.timeout: 1")
+
+
+def test_half_of_what_torchrun_says_is_a_mistake(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"):
+        launch.__wrapped__()
 
 
 # The same run
@@ -362,6 +369,7 @@ def test_what_ends_one_rank_ends_all_with_the_cause_told_and_the_checkpoint_inta
         assert len(told) == 1
     if fault not in ("kill@7%0", "stop@7%0"):
         assert read_about(place.folder / name)["state"] in ("failed", "diverged")
+        assert FAULTS[fault].removeprefix("error: ") in (place.folder / name / "train.log").read_text().splitlines()[-1]
     saved = newest_first(place.folder / name / "checkpoints")[0]
     assert checkpoint.verify(saved)["progress"]["step"] == 4
 

@@ -302,6 +302,7 @@ def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace:
     """Of joblib; submitit has a process for each run anyway, see tests/test_jobs.py."""
     workspace.environment["GPT2_FAULT"] = "kill@3#1,slow@1-99#0"  # the one that is slow outlives the one that is killed
     two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3", "hydra/launcher=joblib", "train.max_steps=30"]
+    two.append("train.num_workers=1")  # processes of processes
     workspace.run("train.py", *STUDY, *two, "hydra/sweeper/pruner=none")
     trials = study_in(workspace.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
