@@ -9,8 +9,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from gpt2.command_line import script
-from gpt2.config import DistributedConfig, EvaluateRun, UserError
+from gpt2.cli.script import script
+from gpt2.config import DistributedConfig, EvaluateRun
+from gpt2.errors import UserError
 
 
 @script("evaluate")
@@ -18,17 +19,17 @@ def main(config: EvaluateRun) -> None:
     import torch
     from torch.utils.data import DataLoader
 
-    from gpt2.data_loader import as_it_is, load_split
-    from gpt2.device import choose_device, keep_freed_memory
-    from gpt2.distributed import together
+    from gpt2.checkpoint.pretrained import describe_data, open_model
+    from gpt2.data_loader import identity_collate, load_split
+    from gpt2.distributed.process_group import init_distributed
     from gpt2.evaluate import Evaluator
-    from gpt2.packed import quantize, refuse_int8
-    from gpt2.pretrained import describe_data, open_model
-    from gpt2.tracking import Guest, Tracker
-    from gpt2.wandb_run import start_wandb, told
+    from gpt2.ops.cpu_inference import quantize, refuse_int8
+    from gpt2.runtime.device import choose_device, keep_freed_memory
+    from gpt2.tracking.tracker import ExternalLogger, Tracker
+    from gpt2.tracking.wandb_logger import start_wandb, told
 
     keep_freed_memory()
-    with together(DistributedConfig().timeout, config.device, "device") as ranks:
+    with init_distributed(DistributedConfig().timeout, config.device, "device") as group:
         if config.quantization:
             refuse_int8(choose_device(config.device), "quantization")
         trained = open_model(config.checkpoint)
@@ -37,22 +38,22 @@ def main(config: EvaluateRun) -> None:
         model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
         if config.quantization:
             quantize(model)
-        with ranks.one_first("data"):
+        with group.local_main_first("data"):
             blocks = load_split(config.data, config.split, config.stride)
         if not len(blocks):
             raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
-        loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=as_it_is)
+        loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate)
 
-        evaluator = Evaluator(model, loader, config.device, config.precision, ranks)
+        evaluator = Evaluator(model, loader, config.device, config.precision, group)
         split, stride = blocks.path.stem, blocks.stride
         experiment = trained.experiment
         about_run = {"name": f"{experiment} {split}", "group": experiment, "settings": told(asdict(config))}
-        guest = start_wandb(config.wandb, job_type="evaluate", **about_run) if ranks.is_main else Guest()
-        with Tracker(guest=guest):
+        external = start_wandb(config.wandb, job_type="evaluate", **about_run) if group.is_main else ExternalLogger()
+        with Tracker(external=external):
             metrics = evaluator.evaluate()
-            guest.summarize(metrics)
+            external.summarize(metrics)
 
-    if not ranks.is_main:
+    if not group.is_main:
         return
     form = f", {config.quantization}" if config.quantization else ""
     print(f"model  {trained.describe()}{form}")
@@ -71,7 +72,7 @@ def main(config: EvaluateRun) -> None:
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
     write(place, {**numbers, **about, "earlier": earlier})
     print(f"\nwritten to {place}")
-    if where := guest.where():
+    if where := external.where():
         print(f"W&B: {where}")
 
 

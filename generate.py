@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gpt2.command_line import script
-from gpt2.config import GenerateRun, UserError
-from gpt2.prompts import read_prompts
+from gpt2.cli.script import script
+from gpt2.config import GenerateRun
+from gpt2.errors import UserError
+from gpt2.generation.prompts import read_prompts
 
 if TYPE_CHECKING:
     from gpt2.inference import TextGenerator
@@ -24,10 +25,10 @@ def main(config: GenerateRun) -> None:
     records = read_prompts(config.prompts_file) if config.prompts_file is not None else []
     side_by_side = config.inference.num_return_sequences * max(1, len(records))
 
-    from gpt2.device import choose_device
     from gpt2.inference import TextGenerator
-    from gpt2.tracking import Tracker
-    from gpt2.wandb_run import start_wandb, told
+    from gpt2.runtime.device import choose_device
+    from gpt2.tracking.tracker import Tracker
+    from gpt2.tracking.wandb_logger import start_wandb, told
 
     choose_device(config.device)  # refuses a missing one before any work
 
@@ -53,17 +54,17 @@ def main(config: GenerateRun) -> None:
         generator.interactive_mode(config.inference)
         return
     experiment = generator.trained.experiment
-    guest = start_wandb(
+    external = start_wandb(
         config.wandb, name=f"{experiment} texts", group=experiment, job_type="generate", settings=told(asdict(config))
     )
-    with Tracker(guest=guest):
+    with Tracker(external=external):
         rows: list[list[str]] = []
         try:
             rows.extend(map(list, write(config, records, generator)))
         finally:  # it may be interrupted
-            guest.show_table("texts", ["prompt", "text"], rows)
+            external.show_table("texts", ["prompt", "text"], rows)
     note(generator.speed)
-    if where := guest.where():
+    if where := external.where():
         note(f"W&B: {where}")
 
 

@@ -10,43 +10,47 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.command_line import output_folder, script
-from gpt2.composition import as_argument, title
-from gpt2.config import GPT2Config, TrainRun, UserError
-from gpt2.failures import explain
-from gpt2.interruption import Interrupted
-from gpt2.launch import launch
+from gpt2.cli.compose import as_argument, title
+from gpt2.cli.messages import explain_failure
+from gpt2.cli.script import output_folder, script
+from gpt2.config import GPT2Config, TrainRun
+from gpt2.errors import UserError
+from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.signals import Interrupted
 
 log = logging.getLogger("gpt2")
 
 if TYPE_CHECKING:
     from gpt2.model import GPT2Model
+    from gpt2.search.trial import RunningTrial
     from gpt2.tokenizer import GPT2Tokenizer
     from gpt2.train import Trainer
-    from gpt2.trial import TrialUnderWay
 
 
 @script("train")
-def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None:
+def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     """Train, and return the best validation loss: what a study minimises, of which this may be a trial."""
     import torch  # here, so that a mistake in the configuration is answered before seconds of imports
 
+    from gpt2.analysis.plotting import draw_curves
     from gpt2.data_loader import get_dataloaders, load_text_data
-    from gpt2.device import keep_freed_memory
-    from gpt2.distributed import together
+    from gpt2.distributed.process_group import init_distributed
     from gpt2.inference import stream_text
     from gpt2.model import GPT2Model
-    from gpt2.pictures import draw_curves
-    from gpt2.tracking import INTERRUPTED, METRICS, Ended, Tracker
+    from gpt2.runtime.device import keep_freed_memory
+    from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
 
     keep_freed_memory()
     folder = output_folder()
-    command = f"{launch().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
-    with together(config.distributed.timeout, config.train.device) as ranks, explained(config, folder, command, trial):
+    command = f"{dist_env().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
+    with (
+        init_distributed(config.distributed.timeout, config.train.device) as group,
+        explained(config, folder, command, trial),
+    ):
         refuse_second_run(config, folder)
         model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged
-        with ranks.one_first("data"):
+        with group.local_main_first("data"):
             train_set, val_set, test_set, tokenizer = load_text_data(config.data)
         train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
         if model is None:
@@ -60,7 +64,7 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
 
         kept, wandb_id = settings_to_keep(config)
         tracker = Tracker(folder, about=facts(config, model, {**kept, "model": asdict(model.config)}))
-        ranks.meet("the first step")  # the data may have been prepared on one machine and not yet on another
+        group.barrier("the first step")  # the data may have been prepared on one machine and not yet on another
         trainer = Trainer(
             model,
             train_loader,
@@ -70,12 +74,12 @@ def main(config: TrainRun, trial: "TrialUnderWay | None" = None) -> float | None
             tracker,
             write_sample if trial is None else None,  # nobody reads them all
             run=kept,
-            ranks=ranks,
+            group=group,
             distributed=config.distributed,
         )
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
-        if not ranks.is_main:
+        if not group.is_main:
             trainer.train()
         else:
             with listening(config, trainer, folder, wandb_id, command):
@@ -102,7 +106,7 @@ def refuse_second_run(config: TrainRun, folder: Path) -> None:
 
 def settings_to_keep(config: TrainRun) -> tuple[dict[str, Any], str | None]:
     """The configuration that checkpoints are to hold, and W&B's name for the run if it is gone on with."""
-    from gpt2.checkpoint import read_record
+    from gpt2.checkpoint.format import read_record
 
     kept = asdict(config)
     if not config.resume:
@@ -116,17 +120,17 @@ def settings_to_keep(config: TrainRun) -> tuple[dict[str, Any], str | None]:
 @contextmanager
 def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str | None, command: str) -> Iterator[None]:
     """Have all that a training tells reach its files, the terminal and W&B, to its end."""
-    from gpt2.failures import saved
-    from gpt2.profiling import StepProfiler
-    from gpt2.wandb_run import start_of_training
+    from gpt2.cli.messages import saved
+    from gpt2.tracking.wandb_logger import start_of_training
+    from gpt2.training.profiler import StepProfiler
 
-    tracker, watch = trainer.tracker, trainer.ranks.watch
+    tracker, watch = trainer.tracker, trainer.group.watch
     with ExitStack() as closing:
         if config.profile:
             trainer.on_step = profiler = StepProfiler(folder, trainer.device)
             closing.callback(profiler.close)
         closing.enter_context(tracker)
-        tracker.guest = start_of_training(config, folder, tracker.about, wandb_id)
+        tracker.external = start_of_training(config, folder, tracker.about, wandb_id)
         tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
         if watch:
             watch.how_to_go_on = lambda: saved(folder, command)
@@ -136,14 +140,14 @@ def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str 
 
 
 @contextmanager
-def explained(config: TrainRun, folder: Path, command: str, trial: "TrialUnderWay | None") -> Iterator[None]:
+def explained(config: TrainRun, folder: Path, command: str, trial: "RunningTrial | None") -> Iterator[None]:
     """Tell what ends a run and is no bug in a line, with how to go on; a study has its own way with that."""
     try:
         yield
     except Exception as error:
         if trial:
             raise
-        told = explain(error, config, folder, command)
+        told = explain_failure(error, config, folder, command)
         if told is None:
             raise
         raise told from error
@@ -151,8 +155,8 @@ def explained(config: TrainRun, folder: Path, command: str, trial: "TrialUnderWa
 
 def trained_model(config: TrainRun) -> "GPT2Model | None":
     """The model of `train.init_from`, whose configuration ours follows by now; None without."""
+    from gpt2.checkpoint.pretrained import open_model
     from gpt2.model import GPT2Model
-    from gpt2.pretrained import open_model
 
     if config.train.init_from is None:
         return None
@@ -178,8 +182,8 @@ def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dic
     Args:
         settings: Its whole configuration, plain; `.hydra` has only that with which it began.
     """
-    from gpt2.device import choose_device, choose_precision, hardware, precision_asked
-    from gpt2.reproducibility import commit, versions
+    from gpt2.runtime.device import choose_device, choose_precision, hardware, precision_asked
+    from gpt2.runtime.rng import commit, versions
 
     train, device = config.train, choose_device(config.train.device)
     precision = choose_precision(precision_asked(train), device)
@@ -190,7 +194,7 @@ def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dic
         "flops_per_token": model.flops_per_token(config.data.max_length),
         "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
         "repository": commit(),
-        "machine": {**hardware(device), "precision": precision.name, "ranks": launch().world_size},
+        "machine": {**hardware(device), "precision": precision.name, "ranks": dist_env().world_size},
         "versions": versions(),
         "config": settings,
     }
@@ -198,7 +202,7 @@ def facts(config: TrainRun, model: "GPT2Model", settings: dict[str, Any]) -> dic
 
 def announce(trainer: "Trainer") -> None:
     """Say what is about to happen: size, batch, length, hardware."""
-    from gpt2.device import describe
+    from gpt2.runtime.device import describe
 
     config, model = trainer.config, trainer.model.config
     blocks = config.batch_size * config.accumulation_steps
@@ -206,8 +210,8 @@ def announce(trainer: "Trainer") -> None:
     is_told = config.precision != "auto" or not config.mixed_precision
     is_by_choice = trainer.precision.name == "bf16" and trainer.device.type == "cpu" and not is_told
     why = ", in which this CPU computes faster (train.precision=fp32 would be exact)" if is_by_choice else ""
-    ranks = trainer.ranks
-    among = f"{ranks.size} ranks ({trainer.strategy}), each on " if ranks.size > 1 else ""
+    group = trainer.group
+    among = f"{group.size} ranks ({trainer.strategy}), each on " if group.size > 1 else ""
     log.info(
         f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
         f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
@@ -215,7 +219,7 @@ def announce(trainer: "Trainer") -> None:
         f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
         f"On      {among}{describe(trainer.device)}, {trainer.precision.name}{why}"
     )
-    if trainer.strategy == "fsdp" and ranks.size == 1:
+    if trainer.strategy == "fsdp" and group.size == 1:
         log.info("Note    distributed.strategy=fsdp has nothing to divide: this process is alone")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
         log.info("Note    started again by torchrun, this run would begin anew: train.auto_resume=true has it go on")
@@ -228,10 +232,10 @@ def announce(trainer: "Trainer") -> None:
 
 def conclude(trainer: "Trainer", config: TrainRun, folder: Path, command: str) -> None:
     """Say how it went, where everything lies, and what to type next."""
-    from gpt2.console import time_left
+    from gpt2.checkpoint.run_folder import BEST, LAST, best_first
     from gpt2.evaluate import perplexity
-    from gpt2.run_folder import BEST, LAST, best_first
-    from gpt2.tracking import METRICS, read_metrics
+    from gpt2.runtime.console import time_left
+    from gpt2.tracking.tracker import METRICS, read_metrics
 
     losses = [record["val/loss"] for record in read_metrics(folder / METRICS) if record.get("val/loss") is not None]
     took = time_left(trainer.progress.seconds)
@@ -247,7 +251,7 @@ def conclude(trainer: "Trainer", config: TrainRun, folder: Path, command: str) -
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
     log.info(f"    {config.train.checkpoint_dir}/ ({kept}), curves.png, samples.md, metrics.jsonl, train.log")
-    if where := trainer.tracker.guest.where():
+    if where := trainer.tracker.external.where():
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
         same = "the same command line, or alone:  " if config.train.auto_resume else ""

@@ -2,41 +2,12 @@
 
 A field of a dataclass here is a key of a file in `conf/`, and nothing else is. The dataclasses are registered as
 Hydra's schema, so a typo or a wrong type is refused while the configuration is composed; what composition cannot
-see (a relation between two fields) is found by `gpt2.faults`. Nothing heavy is imported here: a mistake is answered
+see (a relation between two fields) is found by `gpt2.problems`. Nothing heavy is imported here: a mistake is answered
 before torch is loaded.
 """
 
-import math
-import secrets
-import sysconfig
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
-
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-
-
-class UserError(Exception):
-    """What the person at the keyboard can mend: printed one line a fault, without a traceback."""
-
-    exit_code = 2  # a mistake, found before any work
-
-    def __init__(self, *faults: str):
-        super().__init__("\n".join(faults))
-        self.faults = list(faults)
-
-
-class MachineError(UserError):
-    """The machine has no room on its disk, or not enough memory."""
-
-    exit_code = 1
-
-
-class Divergence(UserError):
-    """Training came to numbers that are not finite."""
-
-    exit_code = 3
 
 
 @dataclass
@@ -82,7 +53,9 @@ class TrainingConfig:
     mixed_precision: bool = True  # false: fp32 whatever the hardware
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
-    init_from: str | None = None  # a trained model to start from, see gpt2/pretrained.py; null: random weights
+    init_from: str | None = (
+        None  # a trained model to start from, see gpt2/checkpoint/pretrained.py; null: random weights
+    )
     max_steps: int | None = None  # null: max_epochs decides
     seed: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast, fp16 on older GPUs
@@ -173,10 +146,10 @@ class OptunaConfig:
 class StudyConfig:
     """`hydra.sweeper`, when a study is run from the command line: `OptunaConfig`, its sampler and pruner as groups."""
 
-    _target_: str = "gpt2.sweeper.StudySweeper"
+    _target_: str = "gpt2.cli.sweeper.StudySweeper"
     defaults: list[Any] = field(default_factory=lambda: [{"sampler": "tpe"}, {"pruner": "median"}])
-    sampler: Any = MISSING  # conf/hydra/sweeper/sampler
-    pruner: Any = MISSING  # conf/hydra/sweeper/pruner
+    sampler: Any = "???"  # conf/hydra/sweeper/sampler
+    pruner: Any = "???"  # conf/hydra/sweeper/pruner
     n_trials: int = 50
     timeout: int | None = None
     study_name: str = "gpt2_optimization"
@@ -243,7 +216,9 @@ class GenerateRun:
     prompts_file: str | None = None  # a prompt a line, or JSON objects with a "prompt" if its name ends in .jsonl
     batch_size: int = 8  # texts that are written side by side, where there are several
     allow_special_tokens: bool = False  # true: <|endoftext|> in a prompt is the special token, not its characters
-    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
+    checkpoint: str | None = (
+        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
+    )
     device: str = "auto"
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     quiet: bool = False  # say nothing of the model and its speed on standard error
@@ -254,7 +229,9 @@ class GenerateRun:
 class EvaluateRun:
     """All that `evaluate.py` needs."""
 
-    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
+    checkpoint: str | None = (
+        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
+    )
     data: DataConfig = field(default_factory=DataConfig)  # the scripts: that of the checkpoint's run, unless chosen
     split: Literal["test", "validation", "train", "all"] = "test"
     stride: int | None = None  # tokens from one window of data.max_length to the next; null: windows do not overlap
@@ -270,7 +247,9 @@ class EvaluateRun:
 class ExportRun:
     """All that `python -m gpt2.main export` needs."""
 
-    checkpoint: str | None = None  # a trained model, see gpt2/pretrained.py; null: the best of the latest run
+    checkpoint: str | None = (
+        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
+    )
     to: str | None = None  # a folder that is not there yet
 
 
@@ -279,7 +258,7 @@ class GenerationBenchmark:
     """All that `python -m gpt2.main benchmark generation` needs."""
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
-    checkpoint: str | None = None  # a trained model instead, see gpt2/pretrained.py
+    checkpoint: str | None = None  # a trained model instead, see gpt2/checkpoint/pretrained.py
     device: str = "auto"
     prompt_tokens: int = 64
     new_tokens: int = 128
@@ -335,57 +314,13 @@ class StudyPlan:
     Its runs are all variants at all values of the sweep with all seeds.
     """
 
-    variants: list[str] = MISSING  # files beside it: what +<study>=<variant> chooses
+    variants: list[str] = "???"  # type: ignore[assignment]  # files beside it: what +<study>=<variant> chooses
     sweep: dict[str, list[Any]] = field(default_factory=dict)  # key: values
     seeds: list[int] = field(default_factory=lambda: [1])  # train.seed
-    metric: str = "loss"  # what is compared, a column of gpt2/runs.py
+    metric: str = "loss"  # what is compared, a column of gpt2/analysis/runs.py
     x: str = "variant"  # what it is shown over: a key, or a column
     lines: str = "variant"  # a line in the picture for each value of this key
 
 
 Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark | StartupBenchmark
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark
-SCHEMAS: dict[str, type[Run]] = {
-    "train": TrainRun,
-    "evaluate": EvaluateRun,
-    "generate": GenerateRun,
-    "export": ExportRun,
-    "benchmark_generation": GenerationBenchmark,
-    "benchmark_training": TrainingBenchmark,
-    "benchmark_data": DataBenchmark,
-    "benchmark_startup": StartupBenchmark,
-}
-
-
-def steps_for_tokens(tokens: Any, _root_: DictConfig) -> int:
-    """The steps that train on so many tokens, at the batch size that a run has: `train.max_steps=${steps:1e9}`."""
-    per_step = _root_.train.batch_size * _root_.train.accumulation_steps * _root_.data.max_length
-    return max(1, round(tokens / per_step))
-
-
-def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
-    """The steps that take so much compute, 6 FLOPs a token and weight, without those of the embeddings.
-
-    The measure of Kaplan et al. (2020), by which models of other shapes compare.
-    """
-    model = _root_.model
-    weights = model.num_layers * model.d_model * (4 * model.d_model + 2 * model.d_ff)
-    return steps_for_tokens(flops / (6 * weights), _root_)
-
-
-def register() -> None:
-    """Give Hydra the schema of each command and of a study, and the resolvers that `conf/` uses."""
-    store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
-    store.store(group="hydra/sweeper", name="study", node=StudyConfig)
-    OmegaConf.register_resolver("steps", steps_for_tokens, replace=True)
-    OmegaConf.register_resolver("steps_of_compute", steps_of_compute, replace=True)
-    OmegaConf.register_resolver("times", lambda factor, value: max(1, round(factor * value)), replace=True)
-    OmegaConf.register_resolver("divide", lambda value, by: math.ceil(value / by), replace=True)
-    OmegaConf.register_resolver("repository", lambda: str(Path(__file__).resolve().parents[1]), replace=True)
-    OmegaConf.register_resolver("python_library", lambda: sysconfig.get_path("stdlib"), replace=True)
-    OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
-
-
-register()

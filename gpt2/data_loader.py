@@ -1,7 +1,7 @@
 """Packed tokens to batches.
 
-Training maps the token files of `gpt2.corpus` into memory and cuts them into blocks. Which block comes when is a pure
-function of (seed, epoch, position), so a place in the data is one integer and resuming is arithmetic.
+The token files of `gpt2.data.corpus` are memory-mapped and cut into blocks. The order of blocks is a pure function of
+(seed, epoch, position), so a position in the data is one integer and resuming is arithmetic.
 """
 
 import logging
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from gpt2.config import DataConfig, TrainingConfig, UserError
-from gpt2.corpus import prepare
-from gpt2.interruption import leave_to_parent
-from gpt2.launch import launch
-from gpt2.model import IGNORE
+from gpt2.config import DataConfig, TrainingConfig
+from gpt2.data.corpus import prepare
+from gpt2.errors import UserError
+from gpt2.model import IGNORE_INDEX
+from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.signals import leave_to_parent
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-class TokenBlocks(Dataset):
+class TokenDataset(Dataset):
     """A file of tokens as blocks of `length` inputs and the `length` tokens that follow them.
 
     Block i starts at token i * stride. By default that is i * length: its last target is the first input of block
@@ -71,7 +72,7 @@ class TokenBlocks(Dataset):
         """`input_ids` and `targets`, (b, length) each: what `GPT2Model.forward` takes."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"block {indices} of {len(self)}")
-        batch = torch.full((len(indices), self.length + 1), IGNORE, dtype=torch.int64)
+        batch = torch.full((len(indices), self.length + 1), IGNORE_INDEX, dtype=torch.int64)
         for row, index in enumerate(indices):
             start = index * self.stride
             block = self.tokens[start : start + self.length + 1]
@@ -79,7 +80,7 @@ class TokenBlocks(Dataset):
         targets = batch[:, 1:].clone()
         for row, index in enumerate(indices):
             if index > 0:
-                targets[row, : self.length - self.stride] = IGNORE
+                targets[row, : self.length - self.stride] = IGNORE_INDEX
         return {"input_ids": batch[:, :-1].clamp(min=0), "targets": targets}
 
 
@@ -100,7 +101,7 @@ class ShuffledBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size].tolist()
 
 
-def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, TokenBlocks, GPT2Tokenizer]:
+def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset, TokenDataset, GPT2Tokenizer]:
     """Text as `data_config` describes it -> training, validation and test blocks, and the tokenizer that made them.
 
     A source without a test split is tested on its validation split.
@@ -111,10 +112,10 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
     prepared = prepare(data_config)
     tokenizer = prepared.tokenizer()
 
-    def blocks(split: str) -> TokenBlocks:
+    def blocks(split: str) -> TokenDataset:
         path = prepared.folder / f"{split}.bin"
         about = prepared.about
-        return TokenBlocks(path, about["dtype"], data_config.max_length, tokenizer, about["fingerprint"])
+        return TokenDataset(path, about["dtype"], data_config.max_length, tokenizer, about["fingerprint"])
 
     tokens, length = prepared.about["tokens"], data_config.max_length
     for split, key in (("train", "a longer text"), ("validation", "a larger data.validation_fraction")):
@@ -129,7 +130,7 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenBlocks, TokenBlocks, T
     return blocks("train"), blocks("validation"), blocks(test), tokenizer
 
 
-def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenBlocks:
+def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenDataset:
     """One split alone, or `all` in one, in blocks that start every `stride` tokens.
 
     A source without a test split is tested on its validation split, and a log line says so.
@@ -143,7 +144,9 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
     if found != split:
         log.warning("Note: the data have no %s split, this is the %s split.", split, found)
     path = prepared.folder / f"{found}.bin"
-    return TokenBlocks(path, about["dtype"], data_config.max_length, prepared.tokenizer(), about["fingerprint"], stride)
+    return TokenDataset(
+        path, about["dtype"], data_config.max_length, prepared.tokenizer(), about["fingerprint"], stride
+    )
 
 
 def get_dataloaders(
@@ -160,7 +163,7 @@ def get_dataloaders(
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     # Cores that train have none to spare: two workers beside two such threads made a step 13 % longer.
-    cores = (os.cpu_count() or 1) // launch().local_world_size
+    cores = (os.cpu_count() or 1) // dist_env().local_world_size
     spare_cores = cores - (0 if on_cuda else torch.get_num_threads())
     workers = max(0, min(config.num_workers, spare_cores))
     is_of_joblib = multiprocessing.get_start_method() == "loky"  # whose way to start processes PyTorch cannot use
@@ -172,8 +175,8 @@ def get_dataloaders(
         # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
         "generator": torch.Generator(),
     }
-    if isinstance(train_dataset, TokenBlocks):
-        common["collate_fn"] = as_it_is
+    if isinstance(train_dataset, TokenDataset):
+        common["collate_fn"] = identity_collate
 
     def shuffled(dataset: Dataset, seed: int) -> DataLoader:
         batches = ShuffledBatches(len(dataset), config.batch_size, seed)  # type: ignore[arg-type]
@@ -211,6 +214,6 @@ def _start_worker(_worker: int) -> None:
     leave_to_parent()  # the trainer alone decides when it is over
 
 
-def as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collate what `TokenBlocks.__getitems__` has stacked already."""
+def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate what `TokenDataset.__getitems__` has stacked already."""
     return batch

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2.computation import agreed_precision
 from gpt2.config import TrainingConfig
-from gpt2.console import track
-from gpt2.data_loader import TokenBlocks
-from gpt2.device import cuda_or_else
-from gpt2.distributed import Batch, Ranks
-from gpt2.model import IGNORE, GPT2Model, shifted
+from gpt2.data_loader import TokenDataset
+from gpt2.distributed.process_group import Batch, ProcessGroup
+from gpt2.model import IGNORE_INDEX, GPT2Model, shifted
+from gpt2.runtime.console import track
+from gpt2.runtime.device import cuda_or_else
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.training.computation import agreed_precision
 
 UNITS = {"loss": "nats a token", "bytes": "of text", "tokens": "predicted"}
 
@@ -45,7 +45,7 @@ def as_inputs(batch: Any) -> Batch:
 
 def count_targets(batch: Batch) -> int:
     """How many tokens of a batch are predicted: those the loss is a mean over."""
-    return int((batch["targets"] != IGNORE).sum())
+    return int((batch["targets"] != IGNORE_INDEX).sum())
 
 
 def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
@@ -53,7 +53,7 @@ def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
     return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
 
 
-def data_faults(
+def validate_data(
     train_loader: DataLoader,
     val_loader: DataLoader,
     config: TrainingConfig,
@@ -64,7 +64,7 @@ def data_faults(
     found = []
     if not len(train_loader):
         found.append("data: the training split is empty")
-    is_ours = isinstance(val_loader.dataset, TokenBlocks)  # each of whose blocks has some
+    is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of whose blocks has some
     if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
         found.append("data: the validation split has no token to predict")
     if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
@@ -106,7 +106,7 @@ def score(
     max_batches: int | None = None,
     go_on: Callable[[int, int], bool] = lambda batch, batches: True,
     bytes_of_token: Tensor | None = None,
-    ranks: Ranks | None = None,
+    group: ProcessGroup | None = None,
 ) -> Score:
     """Sum the cross-entropy over a loader, without dropout; every token weighs the same, whatever its batch.
 
@@ -116,7 +116,7 @@ def score(
         bytes_of_token: (v,), to count the bytes of text that are predicted.
         ranks: Who takes turns at the batches. Each has the score of all, to the last bit that of a process alone.
     """
-    ranks = ranks or Ranks()
+    group = group or ProcessGroup()
     was_training = model.training
     model.eval()
     batches = min(len(loader), max_batches or len(loader))
@@ -124,7 +124,7 @@ def score(
     has_ended = False
     try:
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
-            if number % ranks.size != ranks.rank:
+            if number % group.size != group.rank:
                 continue
             if has_ended := not go_on(number, batches):
                 break
@@ -134,12 +134,12 @@ def score(
             sums[0, number] = losses.cpu().double().sum()
             sums[1, number] = count_targets(batch)
             if bytes_of_token is not None:
-                sums[2, number] = bytes_of_token[batch["targets"][batch["targets"] != IGNORE]].sum()
+                sums[2, number] = bytes_of_token[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
     finally:
         model.train(was_training)
-    if any(ended for (ended,) in ranks.all([has_ended])):
+    if any(ended for (ended,) in group.all([has_ended])):
         return Score()
-    nats, tokens, texts = ranks.sum_(sums).tolist()
+    nats, tokens, texts = group.all_reduce_(sums).tolist()
     return Score(sum(nats), int(sum(tokens)), int(sum(texts)))
 
 
@@ -161,18 +161,18 @@ class Evaluator:
         test_loader: DataLoader,
         device: str = "cuda",
         precision: str = "fp32",
-        ranks: Ranks | None = None,
+        group: ProcessGroup | None = None,
     ):
         """
         Args:
             test_loader: Batches as `as_inputs` takes them.
-            device: See `gpt2.device.cuda_or_else`.
-            precision: fp32, bf16, fp16 or auto, see `gpt2.device.choose_precision`.
-            ranks: Who share the work, see `gpt2.distributed.together`.
+            device: See `gpt2.runtime.device.cuda_or_else`.
+            precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.choose_precision`.
+            ranks: Who share the work, see `gpt2.distributed.process_group.init_distributed`.
         """
-        self.ranks = ranks or Ranks()
+        self.group = group or ProcessGroup()
         self.device = cuda_or_else(device)
-        self.precision = agreed_precision(precision, self.device, self.ranks)
+        self.precision = agreed_precision(precision, self.device, self.group)
         self.model = model.to(self.device)
         self.test_loader = test_loader
 
@@ -186,10 +186,10 @@ class Evaluator:
         tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
         lengths = tokenizer and bytes_of_tokens(tokenizer, self.model.config.vocab_size)
         began = time.perf_counter()
-        with track("Evaluating", unit="batches") as advance, self.ranks.watched():
+        with track("Evaluating", unit="batches") as advance, self.group.watched():
 
             def go_on(batch: int, batches: int) -> bool:
-                self.ranks.mark(f"batch {batch + 1}")
+                self.group.mark(f"batch {batch + 1}")
                 advance(batch + 1, batches)
                 return True
 
@@ -200,7 +200,7 @@ class Evaluator:
                 self.precision.autocast(),
                 go_on=go_on,
                 bytes_of_token=lengths,
-                ranks=self.ranks,
+                group=self.group,
             )
         metrics = {"loss": total.loss, "perplexity": perplexity(total.loss)}
         if tokenizer:

@@ -31,7 +31,7 @@ def install(trainer: "Trainer") -> None:
             raise ValueError(f"{VARIABLE}={fault}: KIND@STEP or KIND@FIRST-LAST is wanted, KIND of {', '.join(KINDS)}")
         if match[4] is not None and ((trainer.run or {}).get("study") or {}).get("trial") != int(match[4]):
             continue
-        if match[5] is not None and trainer.ranks.rank != int(match[5]):
+        if match[5] is not None and trainer.group.rank != int(match[5]):
             continue
 
         def is_due(steps: range = steps) -> bool:

@@ -4,9 +4,12 @@
 """
 
 if __name__ == "__main__":  # before torch is imported: --help and mistakes are answered without it
-    from gpt2.main import run_script
+    import runpy
+    import sys
+    from pathlib import Path
 
-    run_script("generate")
+    sys.argv[0] = str(Path(__file__).resolve().parents[1] / "generate.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")
     raise SystemExit
 
 import logging
@@ -19,17 +22,18 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gpt2.config import InferenceConfig, UserError
-from gpt2.decoding import Recorder, window_start, write
-from gpt2.device import cuda_or_else
-from gpt2.faults import inference_faults
+from gpt2.checkpoint.pretrained import open_model
+from gpt2.config import InferenceConfig
+from gpt2.data.sources import cache_folder
+from gpt2.errors import UserError
+from gpt2.generation.decode import Recorder, decode, window_start
+from gpt2.generation.sampling import next_token
+from gpt2.generation.session import Session
 from gpt2.model import GPT2Model
-from gpt2.packed import Linear, pack, quantize, refuse_int8
-from gpt2.pretrained import open_model
-from gpt2.sampling import next_token
-from gpt2.session import Session
-from gpt2.sources import cache_folder
+from gpt2.ops.cpu_inference import Linear, pack, quantize, refuse_int8
+from gpt2.runtime.device import cuda_or_else
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.validation import validate_inference
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +79,12 @@ class Batch:
             prompts: The tokens of each.
             seeds: Of the randomness of each; another one each time if None.
             speed: Where to count.
-            recorder: See `gpt2.decoding`.
+            recorder: See `gpt2.generation.decode`.
 
         Raises:
             UserError: `config` makes no sense.
         """
-        if found := inference_faults(config):
+        if found := validate_inference(config):
             raise UserError(*found)
         device = model.token_embedding.weight.device
         generators = [torch.Generator(device) for _ in seeds]
@@ -103,7 +107,7 @@ class Batch:
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         real = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         attention_mask = None if min(map(len, prompts)) == longest else torch.tensor(real, device=device)
-        steps = write(
+        steps = decode(
             model,
             torch.tensor(padded, device=device),
             config.max_new_tokens,
@@ -193,17 +197,17 @@ def on_host(steps: Iterator[Sequence[Tensor]]) -> Iterator[list[list[float]]]:
 
 def before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
     """A text in pieces, up to the stop that is complete first. Held back is only what may be the beginning of one."""
-    held = ""
+    run_lock = ""
     for piece in pieces:
-        held += piece
-        if found := [(held.index(stop) + len(stop), held.index(stop)) for stop in stops if stop in held]:
+        run_lock += piece
+        if found := [(run_lock.index(stop) + len(stop), run_lock.index(stop)) for stop in stops if stop in run_lock]:
             _, start = min(found)
-            yield held[:start]
+            yield run_lock[:start]
             return
-        kept = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - kept]
-        held = held[len(held) - kept :]
-    yield held
+        kept = max((n for stop in stops for n in range(1, len(stop)) if run_lock.endswith(stop[:n])), default=0)
+        yield run_lock[: len(run_lock) - kept]
+        run_lock = run_lock[len(run_lock) - kept :]
+    yield run_lock
 
 
 def stream_text(
@@ -225,7 +229,7 @@ def stream_text(
 
 
 def lay_out(model: GPT2Model, quantization: str | None, texts: int) -> type[Linear]:
-    """Lay out the weights of a model for writing so many texts side by side, see `gpt2.packed`."""
+    """Lay out the weights of a model for writing so many texts side by side, see `gpt2.ops.cpu_inference`."""
     return quantize(model) if quantization == "int8" else pack(model, texts)
 
 
@@ -255,8 +259,8 @@ class TextGenerator:
         """Load a trained model.
 
         Args:
-            model_path: A checkpoint, or any other name of a trained model that `gpt2.pretrained.open_model` takes.
-            device: See `gpt2.device.cuda_or_else`.
+            model_path: A checkpoint, or any other name that `gpt2.checkpoint.pretrained.open_model` accepts.
+            device: See `gpt2.runtime.device.cuda_or_else`.
             precision, quantization, compile: As in `InferenceConfig`.
             texts: How many will be written side by side: by `generate_text`, if it is asked for several, and by
                 `continuations`; on a CPU, the weights are laid out for so many.
@@ -265,7 +269,7 @@ class TextGenerator:
         Raises:
             UserError: There is none of that name, it is damaged, it holds no tokenizer, or it cannot be quantized here.
         """
-        if found := inference_faults(InferenceConfig(precision=precision, quantization=quantization)):  # type: ignore[arg-type]
+        if found := validate_inference(InferenceConfig(precision=precision, quantization=quantization)):  # type: ignore[arg-type]
             raise UserError(*found)
         where = cuda_or_else(device)
         if quantization == "int8":
@@ -316,7 +320,7 @@ class TextGenerator:
         Raises:
             UserError: `config` makes no sense.
         """
-        if found := inference_faults(config):
+        if found := validate_inference(config):
             raise UserError(*found)
         self.speed, self.written = Speed(), []
         for start in range(0, config.num_return_sequences, self.texts):
@@ -344,7 +348,7 @@ class TextGenerator:
         Raises:
             UserError: `config` or `batch_size` makes no sense.
         """
-        found = inference_faults(config)
+        found = validate_inference(config)
         if batch_size < 1:
             found.append(f"batch_size: {batch_size} is not a whole number of at least 1")
         if found:
@@ -359,5 +363,5 @@ class TextGenerator:
                 yield Continuation(prompt, written, text.tokens, text.log_probability)
 
     def interactive_mode(self, config: InferenceConfig) -> None:
-        """Continue each line that is typed, see `gpt2.session`, until Ctrl-D."""
+        """Continue each line that is typed, see `gpt2.generation.session`, until Ctrl-D."""
         Session(self.generate_text, config, history=cache_folder() / "history").run()

@@ -10,17 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt2.command_line import faults_as_lines, script
-from gpt2.composition import ROOT
-from gpt2.config import (
-    DataBenchmark,
-    ExportRun,
-    GenerationBenchmark,
-    StartupBenchmark,
-    TrainingBenchmark,
-    UserError,
-)
-from gpt2.interruption import leave_when_asked
+from gpt2.cli.arguments import take_arguments, take_word
+from gpt2.cli.compose import ROOT
+from gpt2.cli.script import errors_as_lines, script
+from gpt2.config import ExportRun
+from gpt2.errors import UserError
+from gpt2.runtime.signals import exit_on_signals
 
 COMMANDS = {
     "train": "train a model: train.py",
@@ -42,7 +37,7 @@ def run_script(name: str, *arguments: str) -> None:
 
 @script("export")
 def export(config: ExportRun) -> None:
-    from gpt2 import pretrained
+    from gpt2.checkpoint import pretrained
 
     trained = pretrained.open_model(config.checkpoint)
     folder = Path(str(config.to))
@@ -50,40 +45,6 @@ def export(config: ExportRun) -> None:
     files = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"{trained.describe()} is now in {os.path.relpath(folder)}: {files}")
     print(f"\nIn Python:  transformers.pipeline('text-generation', {str(folder)!r})")
-
-
-@script("benchmark_generation")
-def benchmark_generation(config: GenerationBenchmark) -> None:
-    from gpt2.device import choose_device
-
-    choose_device(config.device)  # refuses a missing one before more is imported
-    from gpt2.benchmarks import generation
-
-    generation.generation(config)
-
-
-@script("benchmark_training")
-def benchmark_training(config: TrainingBenchmark) -> None:
-    from gpt2.device import choose_device
-
-    choose_device(config.train.device, "train.device")
-    from gpt2.benchmarks import training
-
-    training.training(config)
-
-
-@script("benchmark_data")
-def benchmark_data(config: DataBenchmark) -> None:
-    from gpt2.benchmarks import data
-
-    data.data(config)
-
-
-@script("benchmark_startup")
-def benchmark_startup(config: StartupBenchmark) -> None:
-    from gpt2.benchmarks import startup
-
-    startup.startup(config)
 
 
 def compare() -> None:
@@ -99,18 +60,18 @@ def compare() -> None:
     kind = Path(chosen.get("picture") or "comparison.png").suffix.removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise UserError(f"picture: {chosen['picture']} is none of .png, .svg and .pdf")
-    from gpt2.compare import Comparison, as_markdown, as_text
-    from gpt2.runs import find_runs
+    from gpt2.analysis.compare import Comparison, as_markdown, as_text
+    from gpt2.analysis.runs import find_runs
 
     found = Comparison(find_runs(places or ["outputs/runs"]), chosen.get("sort", "loss"))
     files: dict[str, Callable[[], bytes]] = {}
     if "html" in chosen:
-        from gpt2.compare_page import page
+        from gpt2.analysis.compare_html import page
 
         files[chosen["html"] or "outputs/comparison.html"] = lambda: page(found).encode()
     if "picture" in chosen or not {"json", "markdown", "html"} & chosen.keys():
-        from gpt2.compare_pictures import curves
-        from gpt2.pictures import picture
+        from gpt2.analysis.compare_plot import curves
+        from gpt2.analysis.plotting import picture
 
         files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(found), kind)
     if "json" in chosen:
@@ -146,60 +107,9 @@ def study() -> None:
     places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
     if len(places) != 1 or not chosen.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
-    from gpt2 import recorded_study
+    from gpt2.experiments import runner as recorded_study
 
     recorded_study.run(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
-
-
-BENCHMARKS = {
-    "generation": "how fast text is written, against transformers",
-    "training": "how fast a model is trained, against transformers and others",
-    "data": "how fast text becomes tokens, and tokens batches",
-    "startup": "how long it takes until something happens",
-}
-
-
-def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
-    """Take the next word of the command line, a choice of that kind; or else list them, and leave."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if word in choices:
-        del sys.argv[1]
-        return word
-    asked = word in ("-h", "--help")
-    if word and not asked:
-        print(f"error: there is no {kind} {word}", file=sys.stderr)
-    lines = (f"  {choice:<10} {purpose}" for choice, purpose in choices.items())
-    print("\n".join([f"usage: {usage}", "", *lines]), file=sys.stdout if asked else sys.stderr)
-    sys.exit(0 if asked else 2)
-
-
-def take_arguments(
-    usage: str, about: str, options: dict[str, str], flags: dict[str, str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """Split the command line into places, and options by name; a flag, `--name`, is an option too.
-
-    Raises:
-        UserError: It has an option that there is not.
-    """
-    flags = flags or {}
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        names = {**{f"{name}=...": text for name, text in options.items()}, **{f"--{n}": t for n, t in flags.items()}}
-        lines = (f"  {name:<12} {text}" for name, text in names.items())
-        print("\n".join([f"usage: python -m gpt2.main {usage}", "", f"{about}.", "", *lines]))
-        sys.exit(0)
-    places, chosen, found = [], {}, []
-    for word in sys.argv[1:]:
-        name, is_option, value = word.partition("=")
-        if (name in options and is_option) or (word.startswith("--") and word[2:] in flags):
-            chosen[name.removeprefix("--")] = value
-        elif word.startswith("-") or (is_option and name.isidentifier() and not Path(word).exists()):
-            known = ", ".join([*(f"{name}=..." for name in options), *(f"--{name}" for name in flags)])
-            found.append(f"{word}: there is no such option; there are {known}")
-        else:
-            places.append(word)
-    if found:
-        raise UserError(*found)
-    return places, chosen
 
 
 def main() -> None:
@@ -207,16 +117,10 @@ def main() -> None:
     if name == "export":
         export()
     elif name == "benchmark":
-        what = take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
-        {
-            "generation": benchmark_generation,
-            "training": benchmark_training,
-            "data": benchmark_data,
-            "startup": benchmark_startup,
-        }[what]()
+        runpy.run_module("gpt2.benchmarks", run_name="__main__")
     elif name in ("compare", "study"):
-        leave_when_asked(also_by_ctrl_c=True)
-        with faults_as_lines():
+        exit_on_signals(also_by_ctrl_c=True)
+        with errors_as_lines():
             {"compare": compare, "study": study}[name]()
     elif name == "optimize":
         run_script("train", "-m", "hparams_search=optuna")

@@ -17,68 +17,21 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt2 import onednn
 from gpt2.config import GPT2Config, InferenceConfig
-from gpt2.decoding import BlockCache, FixedPlace, causal_mask, write
-from gpt2.faults import inference_faults, model_faults
-from gpt2.loss import IGNORE, cross_entropies, linear_cross_entropy
-from gpt2.sampling import Randomness, next_token
+from gpt2.generation.decode import decode
+from gpt2.generation.kv_cache import FixedPlace, LayerKVCache
+from gpt2.generation.sampling import Randomness, next_token
+from gpt2.ops import linear as onednn
+from gpt2.ops.attention import attend, causal_mask
+from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies
+from gpt2.validation import validate_inference, validate_model
 
-MOST_ATTENTION = 32 << 20  # bytes of the weights of attention that a layer keeps for its gradient
-SHORT = 128  # tokens
+Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
 
 
 def shifted(labels: Tensor) -> Tensor:
     """Targets (b, t) from labels (b, t): what comes after each position, and nothing after the last."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
-def attend(
-    qkv: Tensor,
-    num_heads: int,
-    attention_mask: Tensor | None = None,
-    past: BlockCache | FixedPlace | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Causal attention of all heads: queries, keys and values (b, t, 3 * c), side by side, to (b, t, c).
-
-    Args:
-        attention_mask: (b, 1, t, T), see `causal_mask`.
-        past: The tokens before these; these are added to it.
-    """
-    q, kv = rearrange(qkv, "b t (qkv h d) -> qkv b h t d", qkv=3, h=num_heads).split((1, 2))
-    k, v = kv if past is None else past.extend(kv)
-    if past is None and attention_mask is None and _is_small(q[0]):
-        return rearrange(_attend_in_matrices(q[0], k, v, dropout), "b h t d -> b t (h d)")
-    mixed = F.scaled_dot_product_attention(
-        q[0],
-        k,
-        v,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=attention_mask is None and qkv.size(1) > 1,  # a single token is the last: it sees all there are
-    )
-    return rearrange(mixed, "b h t d -> b t (h d)")
-
-
-def _is_small(q: Tensor) -> bool:
-    """Whether attention to be trained on a CPU is faster with all weights in memory, (b, h, t, t), than by PyTorch.
-
-    PyTorch's own never has them there, which saves memory and no time here: in 16 bits forward and backward take two to
-    four times as long, in fp32 more for short texts only (experiments/performance).
-    """
-    b, h, t, _ = q.shape
-    fits = b * h * t * t * q.element_size() <= MOST_ATTENTION
-    return q.device.type == "cpu" and q.requires_grad and fits and (q.element_size() == 2 or t <= SHORT)
-
-
-def _attend_in_matrices(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of (b, h, t, d). Scores in 16 bits are rounded before the softmax, which PyTorch's are not."""
-    b, t, d = q.size(0), q.size(2), q.size(3)
-    q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (q, k, v))
-    not_yet = torch.full((t, t), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    weights = torch.softmax(torch.baddbmm(not_yet, q, rearrange(k, "n t d -> n d t"), alpha=d**-0.5), dim=-1)
-    return rearrange(F.dropout(weights, dropout) @ v, "(b h) t d -> b h t d", b=b)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 class Linear(nn.Linear):
@@ -105,7 +58,7 @@ class MultiHeadAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past: BlockCache | FixedPlace | None = None,
+        past: LayerKVCache | FixedPlace | None = None,
     ) -> Tensor:
         """(b, t, c) -> (b, t, c).
 
@@ -157,7 +110,7 @@ class DecoderBlock(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past: BlockCache | FixedPlace | None = None,
+        past: LayerKVCache | FixedPlace | None = None,
     ) -> Tensor:
         """(b, t, c) -> (b, t, c). The rest as `MultiHeadAttention` takes it."""
         attended = self.attention(self.attention_norm(hidden_states), attention_mask, past)
@@ -174,7 +127,7 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        if found := model_faults(config, prefix=""):
+        if found := validate_model(config, prefix=""):
             raise ValueError("; ".join(found))
         self.config = config
         self.gradient_checkpointing = False
@@ -197,7 +150,7 @@ class GPT2Model(nn.Module):
         )
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
         self.head: Callable[[Tensor], Tensor] | None = (
-            None  # in place of the token embedding, which is it: see gpt2.packed
+            None  # in place of the token embedding, which is it: see gpt2.ops.cpu_inference
         )
         self._initialize()
 
@@ -231,7 +184,7 @@ class GPT2Model(nn.Module):
             targets: Labels that are shifted already: target t is the token after input t. All t positions learn.
                 A label or target of -100 is ignored.
             divisor: Of the sum of the cross-entropies, a scalar, in place of the number of targets.
-            return_logits: If not, there are never more than some of them at a time, see `gpt2.loss`: for training.
+            return_logits: If False, compute logits in chunks and discard them, see `gpt2.ops.cross_entropy`.
 
         Raises:
             ValueError: `input_ids` is empty or longer than `context_length`, or both `labels` and `targets` are given.
@@ -247,14 +200,14 @@ class GPT2Model(nn.Module):
             if targets is None:
                 return None, None
             rows = rearrange(hidden_states, "b t c -> (b t) c")
-            return None, linear_cross_entropy(rows, self.token_embedding.weight, targets, divisor, self.linear)
+            return None, chunked_linear_cross_entropy(rows, self.token_embedding.weight, targets, divisor, self.linear)
 
         logits = self._head(hidden_states)
         if targets is None:
             return logits, None
         rows = rearrange(logits, "b t v -> (b t) v").float()
-        total = F.cross_entropy(rows, targets, ignore_index=IGNORE, reduction="sum")
-        return logits, total / ((targets != IGNORE).sum().clamp(min=1) if divisor is None else divisor)
+        total = F.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return logits, total / ((targets != IGNORE_INDEX).sum().clamp(min=1) if divisor is None else divisor)
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -274,7 +227,7 @@ class GPT2Model(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: Sequence[BlockCache | FixedPlace] = (),
+        cache: Sequence[LayerKVCache | FixedPlace] = (),
         positions: Tensor | None = None,
     ) -> Tensor:
         """(b, t) -> (b, t, c): everything but the head."""
@@ -307,7 +260,7 @@ class GPT2Model(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        cache: Sequence[BlockCache | FixedPlace],
+        cache: Sequence[LayerKVCache | FixedPlace],
         positions: Tensor | None = None,
     ) -> Tensor:
         """Logits (b, v) after input_ids (b, t), which come after what is in the cache of each block.
@@ -334,11 +287,11 @@ class GPT2Model(nn.Module):
         min_p: float | None = None,
         attention_mask: Tensor | None = None,
     ) -> Generator[Tensor, None, Tensor]:
-        """Continue input_ids (b, t) token by token, see `gpt2.decoding.write`.
+        """Continue input_ids (b, t) token by token, see `gpt2.decoding.decode`.
 
         Args:
             temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
-            top_k, top_p, min_p, repetition_penalty, generator: See `gpt2.sampling`.
+            top_k, top_p, min_p, repetition_penalty, generator: See `gpt2.generation.sampling`.
             eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
 
         Yields:
@@ -353,7 +306,7 @@ class GPT2Model(nn.Module):
         asked = InferenceConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, min_p=min_p
         )
-        if found := inference_faults(asked, prefix=""):
+        if found := validate_inference(asked, prefix=""):
             raise ValueError("; ".join(found))
         choose = partial(
             next_token,
@@ -366,7 +319,7 @@ class GPT2Model(nn.Module):
             min_p=min_p,
         )
         ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-        for token, _ in write(self, input_ids, max_new_tokens, choose, attention_mask, use_cache):
+        for token, _ in decode(self, input_ids, max_new_tokens, choose, attention_mask, use_cache):
             if eos_token_id is not None:
                 token = token.masked_fill(ended, eos_token_id)
                 ended = ended | (token == eos_token_id)

@@ -15,16 +15,18 @@ import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.utils.data import DataLoader
 
-from gpt2 import run_folder, study_report
-from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig, UserError
+from gpt2.checkpoint import run_folder
+from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig
 from gpt2.data_loader import batch_size_of, with_batch_size
-from gpt2.device import choose_device
-from gpt2.faults import PRUNERS, SAMPLERS, model_faults, optuna_faults, training_faults
+from gpt2.errors import UserError
 from gpt2.model import GPT2Model
-from gpt2.storage import failures_in_a_line
-from gpt2.study import Study, seed_of_trial
+from gpt2.runtime.device import choose_device
+from gpt2.search import report as study_report
+from gpt2.search.storage import failures_in_a_line
+from gpt2.search.study import Study, seed_of_trial
+from gpt2.search.trial import RunningTrial, optuna_is_quiet
 from gpt2.train import Trainer
-from gpt2.trial import TrialUnderWay, optuna_is_quiet
+from gpt2.validation import PRUNERS, SAMPLERS, validate_model, validate_optuna, validate_training
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +108,11 @@ class OptunaOptimizer:
             log.info("The batch size is not searched: the batches of this train_loader are cut by the caller.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
-        found = optuna_faults(optuna_config)
+        found = validate_optuna(optuna_config)
         for end in (0, -1):
             extreme = {key: _ends(distribution)[end] for key, distribution in self.space.items()}
             model, training = with_parameters(extreme, base_config, training_config)
-            found += model_faults(model) + training_faults(training)
+            found += validate_model(model) + validate_training(training)
         if found:
             raise UserError(*dict.fromkeys(found))
         choose_device(training_config.device, "train.device")
@@ -121,7 +123,7 @@ class OptunaOptimizer:
     def optimize(self) -> dict[str, Any]:
         """Run what the study lacks of its `n_trials`, until `timeout`. Returns the best values, by key of `SPACE`.
 
-        Whatever a trial comes to, the study goes on; what it says of it is in `gpt2.study`. Each trial without a
+        Whatever a trial comes to, the study goes on; what it says of it is in `gpt2.search.study`. Each trial without a
         result says why in `user_attrs["reason"]`.
 
         Raises:
@@ -166,12 +168,12 @@ class OptunaOptimizer:
     def _run(self, number: int, study: Study) -> None:
         config = self.optuna_config
         claim = study.claims[number]
-        trial = TrialUnderWay(number, study.storage, config, make_pruner(config), self._folder, claim, study.deadline)
+        trial = RunningTrial(number, study.storage, config, make_pruner(config), self._folder, claim, study.deadline)
         outcome = trial.run(lambda: self._train(trial))
         if outcome.stops_study is not None:
             raise outcome.stops_study
 
-    def _train(self, trial: TrialUnderWay) -> float | None:
+    def _train(self, trial: RunningTrial) -> float | None:
         """The lowest validation loss with a trial's parameters."""
         parameters = trial.trial.params
         model_config, training_config = with_parameters(parameters, self.base_config, self.training_config)

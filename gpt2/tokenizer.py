@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.config import UserError
+from gpt2.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,7 +169,7 @@ class GPT2Tokenizer:
         Raises:
             UserError: The Hub cannot be reached and the cache does not hold it.
         """
-        from gpt2.hub import WITHOUT_NETWORK, hub_folder
+        from gpt2.runtime.hub import WITHOUT_NETWORK, hub_folder
 
         return cls.from_folder(hub_folder(name, TOKENIZER_FILES, WITHOUT_NETWORK))
 
@@ -249,9 +249,9 @@ class GPT2Tokenizer:
         import numpy as np
         import tiktoken
 
-        ranks = {self.token_bytes[i]: i for i in self._tokens_of_text.values()}
+        group = {self.token_bytes[i]: i for i in self._tokens_of_text.values()}
         special = {END_OF_TEXT: self.eos_token_id}
-        encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=group, special_tokens=special)
 
         def encode(text: str) -> np.ndarray:
             try:

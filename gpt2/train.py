@@ -14,28 +14,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2 import checkpoint, fault_injection, run_folder, snapshot
-from gpt2.compilation import Compiled, Forward
-from gpt2.computation import agreed_precision, choose_computation
-from gpt2.config import DistributedConfig, Divergence, TrainingConfig, UserError
-from gpt2.console import ProgressLine
+from gpt2 import fault_injection
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
-from gpt2.device import choose_device, peak_flops, precision_asked
-from gpt2.distributed import Ranks
-from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, data_faults, perplexity, score
-from gpt2.faults import distributed_faults, training_faults
-from gpt2.interruption import deferred
-from gpt2.launch import division
-from gpt2.model import GPT2Model
-from gpt2.nonfinite import ADVICE, NonFiniteSteps, gradient_norms
-from gpt2.onednn import LINEARS
-from gpt2.optimizer import build_optimizer, learning_rate
-from gpt2.pace import Pace
-from gpt2.parallel import local, strategy
-from gpt2.reproducibility import RandomState, make_deterministic, seed_of_rank
-from gpt2.snapshot import Progress
+from gpt2.distributed.parallel import local, strategy
+from gpt2.distributed.process_group import ProcessGroup
+from gpt2.errors import DivergenceError, UserError
+from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, perplexity, score, validate_data
+from gpt2.model import Forward, GPT2Model
+from gpt2.ops.linear import LINEARS
+from gpt2.runtime.console import ProgressLine
+from gpt2.runtime.device import choose_device, peak_flops, precision_asked
+from gpt2.runtime.dist_env import division
+from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank
+from gpt2.runtime.signals import defer_signals
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking import Tracker
+from gpt2.tracking.tracker import Tracker
+from gpt2.training import state as snapshot
+from gpt2.training.compile import Compiled
+from gpt2.training.computation import agreed_precision, choose_computation
+from gpt2.training.nonfinite import ADVICE, NonFiniteGuard, gradient_norms
+from gpt2.training.optimizer import build_optimizer, learning_rate
+from gpt2.training.state import Progress
+from gpt2.training.throughput import Throughput
+from gpt2.validation import validate_distributed, validate_training
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ class Trainer:
         run: dict[str, Any] | None = None,
         on_evaluation: "Callable[[Trainer], None] | None" = None,
         on_step: Callable[[], None] | None = None,
-        ranks: Ranks | None = None,
+        group: ProcessGroup | None = None,
         distributed: DistributedConfig | None = None,
     ):
         """
@@ -68,35 +72,35 @@ class Trainer:
             on_evaluation: Called after each evaluation, when it is logged and, if it is the best, saved; what it raises
                 ends training.
             on_step: Called after each step.
-            ranks: Those that train together, see `gpt2.distributed.together`; each has a trainer, with loaders that
-                yield the same batches to all. Of what is passed to the others, only rank 0 uses `tracker`,
-                `write_sample` and `on_step`, and it alone writes files.
+            group: The process group, see `gpt2.distributed.process_group.init_distributed`. Each rank has a trainer,
+                with loaders that yield the same batches. Only rank 0 uses `tracker`, `write_sample` and `on_step`,
+                and it alone writes files.
             distributed: How they do.
 
         Raises:
             UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
                 there are none; or the ranks do not divide a step.
         """
-        self.ranks, distributed = ranks or Ranks(), distributed or DistributedConfig()
+        self.group, distributed = group or ProcessGroup(), distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        found = training_faults(config) + data_faults(train_loader, val_loader, config, model, tokenizer)
-        found += distributed_faults(distributed, config, self.ranks.launch)
+        found = validate_training(config) + validate_data(train_loader, val_loader, config, model, tokenizer)
+        found += validate_distributed(distributed, config, self.group.env)
         if found:
             raise UserError(*found)
         if config.deterministic:
             make_deterministic()
-        torch.manual_seed(seed_of_rank(config.seed, self.ranks.rank))  # dropout; a checkpoint restores its own state
+        torch.manual_seed(seed_of_rank(config.seed, self.group.rank))  # dropout; a checkpoint restores its own state
         self.config = config
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.precision = agreed_precision(precision_asked(config), self.device, self.ranks)
+        self.precision = agreed_precision(precision_asked(config), self.device, self.group)
         self.strategy = distributed.strategy
-        self.parallel = strategy(self.strategy, self.model, self.precision, self.ranks)
+        self.parallel = strategy(self.strategy, self.model, self.precision, self.group)
         self.optimizer = build_optimizer(self.model, config)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
-        is_main = self.ranks.is_main
+        is_main = self.group.is_main
         self.tracker = (tracker if is_main else None) or Tracker()
         self.write_sample = write_sample if is_main else None
         self.run = run
@@ -115,7 +119,7 @@ class Trainer:
         self.interrupted_by: int | None = None  # the signal
         self.progress_line = ProgressLine(self.total_steps)
         self.losses_since_log = self._no_losses()
-        self.pace = Pace()
+        self.pace = Throughput()
         self._validation_line = 0.0  # when it was last told how far validation is
         self._saved: Progress | None = None  # what the newest checkpoint holds
         self._checksum = 0  # of the data of the newest step: all ranks must have the same
@@ -137,14 +141,14 @@ class Trainer:
             OSError: There is no room for a checkpoint, or for the metrics. Checkpoints from before are intact.
         """
         self.interrupted_by = None
-        if self.ranks.is_main:
+        if self.group.is_main:
             self._spared = set() if self._goes_on_here else set(run_folder.newest_first(self.checkpoint_dir))
             if self._spared:
                 log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
             run_folder.remove_unfinished(self.checkpoint_dir)
         self.pace.begin(self.progress.seconds, self.progress.tokens)
         self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
-        with deferred(self.interrupt), self.progress_line, self.ranks.watched():
+        with defer_signals(self.interrupt), self.progress_line, self.group.watched():
             if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
                 self._name_newest()
             if self.progress.step and self.progress.step % self.config.eval_every == 0:
@@ -182,10 +186,10 @@ class Trainer:
         happened; then None. Several ranks finish it, for they have to decide together.
 
         Raises:
-            Divergence: See `NonFiniteSteps.admits`.
+            Divergence: See `NonFiniteGuard.check`.
         """
-        passes = self.ranks.share(micro_batches, self.config.accumulation_steps)
-        before = RandomState.of_torch(self.device) if len(passes) > 1 and self.ranks.size == 1 else None
+        passes = self.group.share(micro_batches, self.config.accumulation_steps)
+        before = RandomState.of_torch(self.device) if len(passes) > 1 and self.group.size == 1 else None
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -193,9 +197,9 @@ class Trainer:
         counts = [count_targets(batch) for batch in micro_batches]
         step_loss = torch.zeros((), device=self.device)
         # Gradients of ranks are averaged, and are to be added up.
-        divisor = torch.full((), max(1, sum(counts)) / self.ranks.size, dtype=torch.float32, device=self.device)
+        divisor = torch.full((), max(1, sum(counts)) / self.group.size, dtype=torch.float32, device=self.device)
         for number, batch in enumerate(passes):
-            self.ranks.mark(f"pass {number + 1} of step {self.progress.step + 1}")
+            self.group.mark(f"pass {number + 1} of step {self.progress.step + 1}")
             if number and before and self.interrupted_by is not None:
                 before.restore()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -207,15 +211,15 @@ class Trainer:
                 assert share is not None
                 self.scaler.scale(share).backward()
             step_loss += share.detach()
-        if self.ranks.size > 1:
-            step_loss = self.ranks.sum_(step_loss) / self.ranks.size
+        if self.group.size > 1:
+            step_loss = self.group.all_reduce_(step_loss) / self.group.size
             self._checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
 
         self.scaler.unscale_(self.optimizer)
         norms = self.parallel.norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
         self._clip(gradient_norm)
-        if self.nonfinite.admits(self._place(len(micro_batches)), step_loss, norms):
+        if self.nonfinite.check(self._place(len(micro_batches)), step_loss, norms):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -231,21 +235,21 @@ class Trainer:
             torch._foreach_mul_(gradients, (limit / (gradient_norm + 1e-6)).clamp(max=1.0))
 
     def compute_as(self, precision: str | None = None, linear: str | None = None, compiled: bool | None = None) -> None:
-        """Settle how a step is computed, see `gpt2.computation`; what is None is as `config` says."""
+        """Settle how a step is computed, see `gpt2.training.computation`; what is None is as `config` says."""
         if self.parallel.shards:  # whose parts of weights come together in one format for good, in code of FSDP's
             precision, compiled = self.precision.name, False
         config, length = self.config, self._block_length()
-        tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.ranks.size
+        tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
         flops = tokens * self.model.flops_per_token(length)
-        chosen = choose_computation(config, self.device, flops, self.ranks, precision, linear, compiled)
+        chosen = choose_computation(config, self.device, flops, self.group, precision, linear, compiled)
         self.precision, self.is_compiled, products = chosen.precision, chosen.compiled, LINEARS[chosen.linear]
         self.scaler = self.precision.scaler()
-        self.nonfinite = NonFiniteSteps(self.model, self.optimizer, config, self.scaler.is_enabled())
+        self.nonfinite = NonFiniteGuard(self.model, self.optimizer, config, self.scaler.is_enabled())
         self.model.use_linear(LINEARS["PyTorch"] if self.is_compiled else products)
         compute: Forward = self.model
         if self.is_compiled:
-            rows = config.batch_size // division(config.accumulation_steps, self.ranks.size)[1]
-            patiently = partial(self.ranks.watched, False)
+            rows = config.batch_size // division(config.accumulation_steps, self.group.size)[1]
+            patiently = partial(self.group.watched, False)
             compute = Compiled(self.model, self.device, (rows, length), products, patiently)
         self.forward = self.parallel.forward(compute)
 
@@ -268,7 +272,7 @@ class Trainer:
             self.config.eval_batches,
             go_on=self._show_validation,
             bytes_of_token=self._bytes_of_token,
-            ranks=self.ranks,
+            group=self.group,
         )
 
     def _place(self, micro_batches: int) -> str:
@@ -310,10 +314,10 @@ class Trainer:
 
     def _agree(self) -> None:
         """Have all ranks know what one of them was told or sees: a signal, how late it is, other data than the rest."""
-        if self.ranks.size == 1:
+        if self.group.size == 1:
             return
         milliseconds = round(self.progress.seconds * 1000)
-        told = self.ranks.all([self.interrupted_by or 0, milliseconds, self._checksum])
+        told = self.group.all([self.interrupted_by or 0, milliseconds, self._checksum])
         signals, times, checksums = zip(*told, strict=True)
         if len(set(checksums)) > 1:
             raise UserError("data: the ranks have read other tokens at the same place; their files must be the same")
@@ -337,7 +341,7 @@ class Trainer:
 
     def _log(self, gradient_norm: Tensor) -> None:
         """Record the mean loss and the speed since the last time. A loss that is not finite is left out."""
-        self.nonfinite.hear()
+        self.nonfinite.poll()
         loss = _mean(self.losses_since_log)
         self.losses_since_log.zero_()
         tokens_per_second = self.pace.tokens_per_second(self.progress.tokens)
@@ -373,18 +377,18 @@ class Trainer:
         """
         if self.progress.evaluated_at == self.progress.step:
             return
-        self.nonfinite.hear()
+        self.nonfinite.poll()
         with self.pace.aside(), self.parallel.gathered():
             found = self._score_validation()
             loss, text = found.loss, None
             if self.write_sample and self.interrupted_by is None:
-                with self.ranks.watched(False):
+                with self.group.watched(False):
                     text = self.write_sample(self.progress.step)
         self._agree()
         if self.interrupted_by is not None:
             return
         if not isfinite(loss):
-            raise Divergence(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
+            raise DivergenceError(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
         record = {"val/loss": loss, "val/perplexity": perplexity(loss)}
@@ -410,7 +414,7 @@ class Trainer:
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
-        self.ranks.mark(f"batch {batch + 1} of validation after step {self.progress.step}")
+        self.group.mark(f"batch {batch + 1} of validation after step {self.progress.step}")
         now = time.perf_counter()
         if batch == 0:
             self._validation_line = now
@@ -437,7 +441,7 @@ class Trainer:
         """The share of the chip's limit that goes into the model's own arithmetic; None where the limit is unknown."""
         peak = peak_flops(self.precision)
         flops_per_second = tokens_per_second * self.model.flops_per_token(self._block_length())
-        return peak and flops_per_second / (peak * self.ranks.size)
+        return peak and flops_per_second / (peak * self.group.size)
 
     # Checkpoints
 
@@ -450,12 +454,12 @@ class Trainer:
                 self._saved = replace(self.progress)
                 self._goes_on_here = True
                 self._name_newest()
-            if self.ranks.is_main:
+            if self.group.is_main:
                 run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
 
     def _name_newest(self) -> None:
         """Give the newest checkpoint the names under which it is looked for."""
-        if not self.ranks.is_main:
+        if not self.group.is_main:
             return
         newest = self.checkpoint_dir / run_folder.step_name(self.progress.step)
         run_folder.add_name(newest, run_folder.LAST)
@@ -469,11 +473,11 @@ class Trainer:
             Divergence: A number in it is not finite. Nothing was written.
             OSError: There is no room for it. Nothing was written.
         """
-        self.nonfinite.hear()
+        self.nonfinite.poll()
         self.progress.seconds = self.pace.seconds
-        with self.ranks.watched(False):
+        with self.group.watched(False):
             taken = snapshot.take(self)
-            if self.ranks.is_main:
+            if self.group.is_main:
                 checkpoint.write(self.checkpoint_dir / filename, *taken)
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:

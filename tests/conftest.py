@@ -56,7 +56,7 @@ def measured_once() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     (folder / "gpt2").mkdir()
-    measure = "from gpt2.onednn import faster_linear; faster_linear()"
+    measure = "from gpt2.ops.linear import faster_linear; faster_linear()"
     subprocess.run([sys.executable, "-c", measure], cwd=ROOT, env=environment, check=True)
     return folder / "gpt2"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpt2.checkpoint.hugging_face import their_layout, their_name
 from gpt2.config import GPT2Config
-from gpt2.hugging_face import their_layout, their_name
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig, UserError
+from gpt2.checkpoint.pretrained import export, open_model
+from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig
 from gpt2.data_loader import get_dataloaders, load_split, load_text_data
+from gpt2.errors import UserError
 from gpt2.evaluate import Evaluator
 from gpt2.inference import TextGenerator, stream_text
 from gpt2.model import DecoderBlock, FeedForward, GPT2Model, MultiHeadAttention
 from gpt2.optimize import OptunaOptimizer
-from gpt2.pretrained import export, open_model
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.train import Trainer
 from tests.conftest import ROOT, SHARED, TEXT, Workspace

@@ -11,10 +11,11 @@ import torch
 from gpt2.benchmarks import memory, overhead
 from gpt2.benchmarks.contestants import Contestant, Workload, contestants, gradient_error, precisions
 from gpt2.benchmarks.training import TrainingComparison, as_text
-from gpt2.config import TrainingBenchmark, TrainingConfig, UserError, WandbConfig
-from gpt2.faults import faults
-from gpt2.interruption import Interrupted
-from gpt2.tracking import Guest, read_metrics
+from gpt2.config import TrainingBenchmark, TrainingConfig, WandbConfig
+from gpt2.errors import UserError
+from gpt2.runtime.signals import Interrupted
+from gpt2.tracking.tracker import ExternalLogger, read_metrics
+from gpt2.validation import validate
 from tests.conftest import ROOT, Workspace
 from tests.helpers import tiny_config
 
@@ -193,7 +194,7 @@ def test_the_overhead_is_of_the_same_steps():
 
 
 def test_a_run_that_goes_on_makes_so_many_steps_each_time(tmp_path):
-    whole = overhead.Whole(Workload(small(), tmp_path, 25), "fp32", tmp_path, Guest())
+    whole = overhead.SingleDevice(Workload(small(), tmp_path, 25), "fp32", tmp_path, ExternalLogger())
     for steps in (2, 10, 10):
         whole.run(steps)
     assert whole.trainer.progress.step == 22
@@ -203,7 +204,7 @@ def test_a_run_that_goes_on_makes_so_many_steps_each_time(tmp_path):
 
 
 def test_a_signal_ends_the_measurement_of_a_run(tmp_path):
-    whole = overhead.Whole(Workload(small(), tmp_path, 25), "fp32", tmp_path, Guest())
+    whole = overhead.SingleDevice(Workload(small(), tmp_path, 25), "fp32", tmp_path, ExternalLogger())
     whole.trainer.tracker.log = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)  # at its first line
     with pytest.raises(Interrupted):
         whole.run(5)
@@ -224,7 +225,7 @@ def test_a_signal_ends_the_measurement_of_a_run(tmp_path):
     ],
 )
 def test_what_makes_no_sense_is_told_in_a_line(fields, complaint):
-    (fault,) = faults(small(**fields))
+    (fault,) = validate(small(**fields))
     assert re.search(re.escape(complaint), fault)
 
 
@@ -239,7 +240,7 @@ def test_what_makes_no_sense_is_told_in_a_line(fields, complaint):
 def test_a_peer_that_cannot_be_run_ends_the_comparison(tmp_path, peer, function, complaint):
     with pytest.raises(UserError) as raised:
         TrainingComparison(small(peer=f"{peer}:{function}"), tmp_path).compare()
-    assert raised.value.faults == [f"peer: {tmp_path}/{complaint}"]
+    assert raised.value.problems == [f"peer: {tmp_path}/{complaint}"]
 
 
 @pytest.mark.parametrize("measured", ["memory=false", pytest.param("memory=true", marks=pytest.mark.slow)])

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import checkpoint, run_folder
-from gpt2.config import UserError
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.errors import UserError
 
 TENSORS = {"model/a": torch.arange(6.0).reshape(2, 3), "rng/cpu": torch.arange(5, dtype=torch.uint8)}
 RECORD = {"model": {"d_model": 3}, "tokenizer": "ünï ☃", "progress": {"best": None, "seconds": 0.1 + 0.2}}
@@ -45,7 +46,7 @@ def test_the_file_is_safetensors_with_json_and_nothing_else(tmp_path):
 def test_the_record_is_read_without_importing_torch(tmp_path):
     checkpoint.write(tmp_path / "last.pth", TENSORS, RECORD)
     code = (
-        "import sys; from pathlib import Path; from gpt2 import checkpoint;"
+        "import sys; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         f"checkpoint.read_record(Path({str(tmp_path / 'last.pth')!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -57,7 +58,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path):
     before = path.read_bytes()
     # A limit on the size of files, in a process of its own, stops the write in the middle, as a full disk would.
     code = (
-        "import resource, signal, torch; from pathlib import Path; from gpt2 import checkpoint;"
+        "import resource, signal, torch; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         f"checkpoint.write(Path({str(path)!r}), {{'model/a': torch.zeros(1_000_000)}}, {{}})"
@@ -391,7 +392,7 @@ def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path,
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
 def test_the_bytes_are_on_disk_before_the_name_and_the_name_when_writing_returns(tmp_path):
     code = (
-        "import torch; from pathlib import Path; from gpt2 import checkpoint;"
+        "import torch; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         f"checkpoint.write(Path({str(tmp_path / 'step.pth')!r}), {{'x': torch.zeros(99_999)}}, {{}})"
     )
     calls = "trace=write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2"

@@ -9,10 +9,13 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2.command_line import check_command_line, command_line_faults, take_prompt
-from gpt2.composition import CONF, as_argument, compose, parsed, resolve, title
-from gpt2.config import GenerateRun, TrainRun, UserError
-from gpt2.faults import faults
+from gpt2.cli.complete import resolve
+from gpt2.cli.compose import CONF, as_argument, compose, parsed, title
+from gpt2.cli.preflight import check_command_line, validate_command_line
+from gpt2.cli.script import take_prompt
+from gpt2.config import GenerateRun, TrainRun
+from gpt2.errors import UserError
+from gpt2.validation import validate
 from tests.conftest import ROOT, Workspace
 
 NASTY_PROMPTS = [
@@ -60,7 +63,7 @@ def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
         overrides = [f"{group}={choice}", *([f"data.files=[{tmp_path}/a.txt]"] if needs_files else [])]
         config = resolve("train", compose("train", overrides), overrides)
         assert isinstance(config, TrainRun)
-        assert faults(config) == []
+        assert validate(config) == []
 
 
 def test_the_default_run_is_what_was_promised():
@@ -107,7 +110,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("overrides", "expected"), FAULTS, ids=lambda value: " ".join(value)[:40])
 def test_each_fault_is_one_line_and_all_are_told_at_once(overrides, expected):
-    found = command_line_faults("train", overrides)
+    found = validate_command_line("train", overrides)
     assert len(found) == len(expected)
     for line, part in zip(found, expected, strict=True):
         assert part in line
@@ -117,7 +120,7 @@ def test_each_fault_is_one_line_and_all_are_told_at_once(overrides, expected):
 def test_inference_faults_are_told_before_the_checkpoint_is_read(trained: Workspace):
     checkpoint = next(trained.folder.glob("outputs/runs/*/*/checkpoints/last.pth"))
     overrides = [f"checkpoint='{checkpoint}'", "inference.temperature=-1", "inference.top_p=2"]
-    found = command_line_faults("generate", overrides)
+    found = validate_command_line("generate", overrides)
     assert [line.split(":")[0] for line in found] == ["inference.temperature", "inference.top_p"]
 
 

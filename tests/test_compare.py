@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from gpt2 import main
-from gpt2 import runs as runs_module
-from gpt2.compare import Comparison, as_markdown, as_text, is_number, short_names
-from gpt2.compare_page import page
-from gpt2.compare_pictures import colours, curves
-from gpt2.config import UserError
-from gpt2.pictures import picture
-from gpt2.runs import COLUMNS, RunResult, differences, find_runs
+from gpt2.analysis import runs as runs_module
+from gpt2.analysis.compare import Comparison, as_markdown, as_text, is_number, short_names
+from gpt2.analysis.compare_html import page
+from gpt2.analysis.compare_plot import colours, curves
+from gpt2.analysis.plotting import picture
+from gpt2.analysis.runs import COLUMNS, RunResult, differences, find_runs
+from gpt2.errors import UserError
 from tests.helpers import ROOT
 
 
@@ -85,7 +85,7 @@ def test_all_places_without_a_run_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as refused:
         find_runs([str(tmp_path / "empty"), str(tmp_path / "gone"), str(tmp_path / "no*")])
-    assert [("no run" in fault, "not there" in fault) for fault in refused.value.faults] == [
+    assert [("no run" in fault, "not there" in fault) for fault in refused.value.problems] == [
         *((True, False), (False, True), (False, True))
     ]
 
@@ -183,7 +183,8 @@ def test_what_does_not_compare_is_said(tmp_path, changed, note):
 def test_a_run_under_way_and_one_whose_process_vanished_are_told_apart(tmp_path, held, state):
     folder = tmp_path / "a"
     make_run(folder, state="running")
-    code = "import sys; from pathlib import Path; from gpt2.run_folder import held\nwith held(Path(sys.argv[1])):"
+    code = "import sys\nfrom pathlib import Path\nfrom gpt2.runtime.files import run_lock\n"
+    code += "with run_lock(Path(sys.argv[1])):"
     command = [sys.executable, "-c", f"{code} print(); input()", str(folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert holder.stdout.readline()

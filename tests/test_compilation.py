@@ -5,9 +5,10 @@ import logging
 import pytest
 import torch
 
-from gpt2 import compilation, onednn
-from gpt2.compilation import Compiled, pays
-from gpt2.device import Precision
+from gpt2.ops import linear as onednn
+from gpt2.runtime.device import Precision
+from gpt2.training import compile as compilation
+from gpt2.training.compile import Compiled, compile_is_worthwhile
 from tests.helpers import noisy_model, random_ids, tiny_config
 
 HOUR = 3600.0
@@ -29,13 +30,13 @@ def test_it_pays_on_cuda_in_long_runs(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(compilation, "find_spec", lambda name: object())
     precision = Precision("bf16", CUDA)
-    assert pays(precision, flops=1e18, seconds=12 * HOUR)
-    assert not pays(precision, flops=1e15, seconds=12 * HOUR)  # ten seconds
-    assert not pays(precision, flops=1e18, seconds=60)  # that it may take at most
-    assert not pays(Precision("bf16", CPU), flops=1e18, seconds=12 * HOUR)
+    assert compile_is_worthwhile(precision, flops=1e18, seconds=12 * HOUR)
+    assert not compile_is_worthwhile(precision, flops=1e15, seconds=12 * HOUR)  # ten seconds
+    assert not compile_is_worthwhile(precision, flops=1e18, seconds=60)  # that it may take at most
+    assert not compile_is_worthwhile(Precision("bf16", CPU), flops=1e18, seconds=12 * HOUR)
     assert not caplog.text
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
-    assert not pays(precision, flops=1e18, seconds=12 * HOUR)
+    assert not compile_is_worthwhile(precision, flops=1e18, seconds=12 * HOUR)
     assert "Triton is not installed" in caplog.text
 
 

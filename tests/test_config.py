@@ -1,4 +1,4 @@
-"""The dataclasses keep what users were promised, and `faults` finds what makes no sense, before anything heavy."""
+"""The dataclasses keep what users were promised, and `problems` finds what makes no sense, before anything heavy."""
 
 import ast
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.config import DataConfig, GenerateRun, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig, TrainRun
-from gpt2.faults import faults, optuna_faults, training_faults
+from gpt2.validation import validate, validate_optuna, validate_training
 from tests.helpers import ROOT, shared
 
 GROUPS = {"model": GPT2Config, "train": TrainingConfig, "data": DataConfig, "inference": InferenceConfig}
@@ -58,7 +58,7 @@ def test_importing_the_configuration_imports_nothing_heavy():
 
 @pytest.mark.parametrize("run", [TrainRun(), GenerateRun()], ids=["train", "generate"])
 def test_defaults_have_no_fault(run):
-    assert faults(run) == []
+    assert validate(run) == []
 
 
 BAD = [
@@ -96,7 +96,7 @@ BAD = [
 
 @pytest.mark.parametrize(("group", "field", "bad"), BAD, ids=str)
 def test_value_out_of_bounds_is_the_one_fault_and_is_named(group, field, bad):
-    found = faults(run_with(group, **{field: bad}))
+    found = validate(run_with(group, **{field: bad}))
     assert len(found) == 1
     assert found[0].startswith(f"{group}.{field}: ")
     assert "\n" not in found[0]
@@ -115,7 +115,7 @@ def numeric_fields() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("group", "field"), numeric_fields())
 def test_no_number_may_be_nan_or_infinite(group, field, bad):
-    assert any(fault.startswith(f"{group}.{field}: {bad}") for fault in faults(run_with(group, **{field: bad})))
+    assert any(fault.startswith(f"{group}.{field}: {bad}") for fault in validate(run_with(group, **{field: bad})))
 
 
 GOOD = [
@@ -139,7 +139,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("group", "field", "good"), GOOD, ids=str)
 def test_value_on_the_bound_is_no_fault(group, field, good):
-    assert faults(run_with(group, **{field: good})) == []
+    assert validate(run_with(group, **{field: good})) == []
 
 
 def test_all_faults_are_told_at_once():
@@ -150,7 +150,7 @@ def test_all_faults_are_told_at_once():
         data=DataConfig(vocab_size=3, tokenizer="no-such-folder", max_length=1),
         inference=InferenceConfig(temperature=-1.0),
     )
-    keys = {fault.split(":")[0] for fault in faults(run)}
+    keys = {fault.split(":")[0] for fault in validate(run)}
     assert keys == {
         *("name", "model.context_length", "model.d_model", "model.dropout"),
         *("train.batch_size", "train.learning_rate"),
@@ -159,7 +159,7 @@ def test_all_faults_are_told_at_once():
 
 
 def test_heads_that_do_not_divide_are_told_a_number_that_does():
-    (fault,) = faults(run_with("model", d_model=96, num_heads=7))
+    (fault,) = validate(run_with("model", d_model=96, num_heads=7))
     assert "96" in fault
     assert re.search(r"\b(6|8) would", fault)
 
@@ -167,9 +167,9 @@ def test_heads_that_do_not_divide_are_told_a_number_that_does():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
     config = TrainingConfig(precision=precision, mixed_precision=False)
-    assert [fault.split(":")[0] for fault in training_faults(config)] == ["train.precision"]
+    assert [fault.split(":")[0] for fault in validate_training(config)] == ["train.precision"]
     config.mixed_precision = True
-    assert training_faults(config) == []
+    assert validate_training(config) == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
     ],
 )
 def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
-    (fault,) = optuna_faults(OptunaConfig(**{field: bad}))
+    (fault,) = validate_optuna(OptunaConfig(**{field: bad}))
     assert fault.startswith(f"optuna.{field}: ")
     assert choices in fault
 
@@ -199,47 +199,47 @@ def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
     ],
 )
 def test_what_a_study_may_be_is_no_fault(field, good):
-    assert optuna_faults(OptunaConfig(**{field: good})) == []
+    assert validate_optuna(OptunaConfig(**{field: good})) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "../a", "a" * 101, "a\n"])
 def test_a_name_that_is_no_plain_folder_name_is_refused(name):
-    assert [fault.split(":")[0] for fault in faults(TrainRun(name=name))] == ["name"]
+    assert [fault.split(":")[0] for fault in validate(TrainRun(name=name))] == ["name"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a-b_c.d", "7", "größe"])
 def test_a_plain_name_is_accepted(name):
-    assert faults(TrainRun(name=name)) == []
+    assert validate(TrainRun(name=name)) == []
 
 
 @pytest.mark.parametrize("folder", ["..", ""])
 def test_checkpoints_stay_in_a_folder_of_their_own_inside_the_run(folder):
-    assert [fault.split(":")[0] for fault in faults(run_with("train", checkpoint_dir=folder))] == [
+    assert [fault.split(":")[0] for fault in validate(run_with("train", checkpoint_dir=folder))] == [
         "train.checkpoint_dir"
     ]
 
 
 def test_a_number_beyond_any_float_is_a_fault_too():
     """YAML's whole numbers have no end."""
-    assert [fault.split(":")[0] for fault in faults(run_with("train", seed=10**400))] == ["train.seed"]
+    assert [fault.split(":")[0] for fault in validate(run_with("train", seed=10**400))] == ["train.seed"]
 
 
 def test_a_pattern_that_is_no_regular_expression_is_a_fault():
-    assert [fault.split(":")[0] for fault in faults(run_with("data", document_start="["))] == ["data.document_start"]
+    assert [fault.split(":")[0] for fault in validate(run_with("data", document_start="["))] == ["data.document_start"]
 
 
 def test_a_device_number_that_is_none_is_a_fault():
-    assert [fault.split(":")[0] for fault in faults(run_with("train", device="cuda:one"))] == ["train.device"]
+    assert [fault.split(":")[0] for fault in validate(run_with("train", device="cuda:one"))] == ["train.device"]
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p"])
 def test_generate_run_is_judged_by_its_inference_settings(field):
     run = GenerateRun(inference=InferenceConfig(**{field: -1.0}))
-    assert [fault.split(":")[0] for fault in faults(run)] == [f"inference.{field}"]
+    assert [fault.split(":")[0] for fault in validate(run)] == [f"inference.{field}"]
 
 
 def test_generate_run_on_a_device_that_no_torch_knows_is_a_fault():
-    assert [fault.split(":")[0] for fault in faults(GenerateRun(device="gpu"))] == ["device"]
+    assert [fault.split(":")[0] for fault in validate(GenerateRun(device="gpu"))] == ["device"]
 
 
 def test_two_runs_share_no_setting():
@@ -255,6 +255,6 @@ def test_files_are_found_by_pattern_and_the_unmatched_pattern_is_named(tmp_path:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text("a")
     patterns = [str(tmp_path / "**" / "*.txt"), str(tmp_path / "*.md")]
-    (fault,) = faults(run_with("data", files=patterns))
+    (fault,) = validate(run_with("data", files=patterns))
     assert repr(patterns[1]) in fault
     assert patterns[0] not in fault

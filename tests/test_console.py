@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2.console import time_left
+from gpt2.runtime.console import time_left
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2 import corpus, sources
-from gpt2.config import DataConfig, UserError
-from gpt2.corpus import LONGEST_PIECE, PIECE, PreparedData, in_threads, pack, pieces, prepare, token_dtype
+from gpt2.config import DataConfig
+from gpt2.data import corpus, sources
+from gpt2.data.corpus import LONGEST_PIECE, PIECE, PreparedData, in_threads, pack, pieces, prepare, token_dtype
+from gpt2.data.sources import TextFile, TextInMemory
 from gpt2.data_loader import load_text_data
-from gpt2.sources import TextFile, TextInMemory
+from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import ROOT, nasty_texts, python_source, shared
 
@@ -291,7 +292,7 @@ def test_too_little_text_is_a_fault_of_the_user(tmp_path, content):
 MEMORY = """
 import resource, sys
 from gpt2.config import DataConfig
-from gpt2.corpus import prepare
+from gpt2.data.corpus import prepare
 
 path, tokenizer = sys.argv[1:]
 if path:
@@ -404,8 +405,9 @@ def test_a_damaged_corpus_is_made_again(tmp_path, file, damage):
 
 PREPARE = """
 import json, logging, sys
-from gpt2.config import DataConfig, UserError
-from gpt2.corpus import prepare
+from gpt2.config import DataConfig
+from gpt2.errors import UserError
+from gpt2.data.corpus import prepare
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 print("ready", flush=True)

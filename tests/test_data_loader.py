@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from gpt2.config import TrainingConfig
-from gpt2.data_loader import ShuffledBatches, TokenBlocks, get_dataloaders
+from gpt2.data_loader import ShuffledBatches, TokenDataset, get_dataloaders
 from gpt2.tokenizer import GPT2Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Blocks
 
 
-def blocks_of(folder: Path, number_of_tokens: int, length: int) -> TokenBlocks:
+def blocks_of(folder: Path, number_of_tokens: int, length: int) -> TokenDataset:
     """Blocks over the tokens 0, 1, 2, ..."""
     path = folder / "tokens.bin"
     np.arange(number_of_tokens, dtype=np.uint16).tofile(path)
-    return TokenBlocks(path, "uint16", length)
+    return TokenDataset(path, "uint16", length)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 6, 11, 12, 13, 50])
@@ -100,7 +100,7 @@ def test_a_position_resumes_the_epoch_exactly(position):
     assert len(sampler) == len(whole) == 15
 
 
-def loaders_of(blocks: TokenBlocks, **fields):
+def loaders_of(blocks: TokenDataset, **fields):
     return get_dataloaders(blocks, blocks, blocks, TrainingConfig(batch_size=3, device="cpu", **fields))
 
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gpt2.decoding import KVCache, Recorder, aligned_right, causal_mask, window_start, write
+from gpt2.generation.decode import Recorder, aligned_right, decode, window_start
+from gpt2.generation.kv_cache import KVCache
+from gpt2.generation.sampling import next_token
 from gpt2.model import GPT2Model
-from gpt2.sampling import next_token
+from gpt2.ops.attention import causal_mask
 from tests.helpers import finish, noisy_model, padding_mask, random_ids, tiny_config
 
 close = {"atol": 1e-5, "rtol": 1e-5}
@@ -116,11 +118,11 @@ def test_a_text_among_others_is_the_text_alone(lengths, side, use_cache):
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, *lengths)
     input_ids, real = padded(texts, side)
-    together = list(write(model, input_ids, 30, greedy, real, use_cache))
+    init_distributed = list(decode(model, input_ids, 30, greedy, real, use_cache))
     for row, text in enumerate(texts):
-        alone = list(write(model, text, 30, greedy))
-        assert torch.equal(new_tokens(together)[row : row + 1], new_tokens(alone))
-        for (_, logits), (_, expected) in zip(together, alone, strict=True):
+        alone = list(decode(model, text, 30, greedy))
+        assert torch.equal(new_tokens(init_distributed)[row : row + 1], new_tokens(alone))
+        for (_, logits), (_, expected) in zip(init_distributed, alone, strict=True):
             assert_close(logits[row : row + 1], expected, **close)
 
 
@@ -142,7 +144,7 @@ def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others()
         generators = [torch.Generator().manual_seed(100 + row) for row in rows]
         choose = partial(next_token, temperature=1.3, top_k=20, top_p=0.9, generator=generators)
         input_ids, real = padded([texts[row] for row in rows], "left")
-        return new_tokens(write(model, input_ids, 30, choose, real))
+        return new_tokens(decode(model, input_ids, 30, choose, real))
 
     all_of_them = drawn([0, 1, 2])
     assert torch.equal(drawn([2, 0]), all_of_them[[2, 0]])
@@ -162,7 +164,7 @@ def test_texts_that_make_no_sense_are_refused(input_ids, mask, complaint):
     model = noisy_model(tiny_config())
     mask = mask if mask is None else torch.tensor(mask)
     with pytest.raises(ValueError, match=complaint):
-        next(write(model, torch.tensor(input_ids, dtype=torch.long), 1, greedy, mask))
+        next(decode(model, torch.tensor(input_ids, dtype=torch.long), 1, greedy, mask))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_a_step_with_fixed_shapes_writes_the_same(lengths):
     input_ids, real = padded(texts_of_lengths(model, *lengths), "left")
     recorder = Recorder(model)
     for _ in range(2):  # the second on the memory of the first
-        plain, recorded = (new_tokens(write(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
+        plain, recorded = (new_tokens(decode(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
         assert torch.equal(plain, recorded)
 
 
@@ -208,8 +210,8 @@ def test_two_texts_that_share_a_step_do_not_disturb_each_other():
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, 4, 6)
     recorder = Recorder(model)
-    expected = [new_tokens(write(model, text, 9, greedy)) for text in texts]
-    streams = [write(model, text, 9, greedy, recorder=recorder) for text in texts]
+    expected = [new_tokens(decode(model, text, 9, greedy)) for text in texts]
+    streams = [decode(model, text, 9, greedy, recorder=recorder) for text in texts]
     mixed = zip(*zip(*streams, strict=True), strict=True)  # a step of one, a step of the other, ...
     for steps, tokens in zip(mixed, expected, strict=True):
         assert torch.equal(new_tokens(steps), tokens)
@@ -219,8 +221,8 @@ def test_two_texts_that_share_a_step_do_not_disturb_each_other():
 def test_the_step_compiles_into_one_graph():
     model = noisy_model(tiny_config(), seed=3)
     input_ids, real = padded(texts_of_lengths(model, 9, 3), "left")
-    compiled = new_tokens(write(model, input_ids, 30, greedy, real, recorder=Recorder(model, compiled=True)))
-    assert torch.equal(compiled, new_tokens(write(model, input_ids, 30, greedy, real)))
+    compiled = new_tokens(decode(model, input_ids, 30, greedy, real, recorder=Recorder(model, compiled=True)))
+    assert torch.equal(compiled, new_tokens(decode(model, input_ids, 30, greedy, real)))
 
 
 @pytest.mark.slow
@@ -229,7 +231,7 @@ def test_more_shapes_compile_than_the_compiler_keeps(monkeypatch):
     model = noisy_model(tiny_config(num_layers=1))
     recorder = Recorder(model, compiled=True)
     for b in range(1, 6):
-        assert len(list(write(model, random_ids(model.config, b, 3), 2, greedy, recorder=recorder))) == 2
+        assert len(list(decode(model, random_ids(model.config, b, 3), 2, greedy, recorder=recorder))) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -239,7 +241,7 @@ def test_a_recorded_step_on_cuda_writes_the_same(compiled):
     input_ids, real = (tensor.cuda() for tensor in padded(texts_of_lengths(model, 9, 23, 1), "left"))
     recorder = Recorder(model, compiled)
     for _ in range(2):
-        plain, recorded = (new_tokens(write(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
+        plain, recorded = (new_tokens(decode(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
         assert torch.equal(plain, recorded)
 
 
@@ -254,14 +256,14 @@ def test_of_texts_beyond_the_context_only_those_are_read_anew_whose_window_moves
     input_ids, real = padded(texts_of_lengths(model, *range(30, 62, 4)), "left")
     read = []
     model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
-    list(write(model, input_ids, 200, greedy, real))
+    list(decode(model, input_ids, 200, greedy, real))
     # A window of 49 is read every 16 tokens, and each token once.
     assert sum(read[1:]) < 8 * 200 * (1 + 49 / 16) * 1.2
 
 
 def test_two_writers_on_a_model_in_training_leave_it_so():
     model = noisy_model(tiny_config()).train()
-    first, second = (write(model, text, 5, greedy) for text in texts_of_lengths(model, 3, 4))
+    first, second = (decode(model, text, 5, greedy) for text in texts_of_lengths(model, 3, 4))
     next(first)
     list(second)
     assert model.training

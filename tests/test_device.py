@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from gpt2 import device
-from gpt2.config import UserError
-from gpt2.device import choose_device, choose_precision, cuda_or_else, fastest_seconds, hardware, known_peak
+from gpt2.errors import UserError
+from gpt2.runtime import device
+from gpt2.runtime.device import choose_device, choose_precision, cuda_or_else, fastest_seconds, hardware, known_peak
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2 import checkpoint
-from gpt2.config import DistributedConfig, TrainingConfig, UserError
-from gpt2.distributed import Ranks
-from gpt2.faults import distributed_faults
-from gpt2.launch import Launch, division, launch
-from gpt2.loss import IGNORE
-from gpt2.run_folder import LAST, newest_first
-from gpt2.tracking import Record, read_about, read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.run_folder import LAST, newest_first
+from gpt2.config import DistributedConfig, TrainingConfig
+from gpt2.distributed.process_group import ProcessGroup
+from gpt2.errors import UserError
+from gpt2.ops.cross_entropy import IGNORE_INDEX
+from gpt2.runtime.dist_env import DistEnv, dist_env, division
+from gpt2.tracking.tracker import Record, read_about, read_metrics
+from gpt2.validation import validate_distributed
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.warm import Process
 
@@ -32,10 +33,10 @@ SAME = [*TINY, *STEPS, "train.log_every=1", "train.eval_batches=null", "train.se
 DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
 
 
-def torchrun(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **environment: str):
+def torchrun(workspace: Workspace, group: int, *arguments: str, script: str = "train.py", **environment: str):
     """Start a script by torchrun, as a process that leads a group of its own."""
     options = [text for text in arguments if text.startswith("--")]  # torchrun's
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={group}", *options]
     return subprocess.Popen(
         [*command, *workspace.command(script, *(text for text in arguments if text not in options))[1:]],
         cwd=workspace.folder,
@@ -48,9 +49,9 @@ def torchrun(workspace: Workspace, ranks: int, *arguments: str, script: str = "t
     )
 
 
-def run(workspace: Workspace, ranks: int, *arguments: str, fails: bool = False, **options: str) -> tuple[str, str]:
+def run(workspace: Workspace, group: int, *arguments: str, fails: bool = False, **options: str) -> tuple[str, str]:
     """What `torchrun` prints, standard output and error, to its end."""
-    process = torchrun(workspace, ranks, *arguments, **options)
+    process = torchrun(workspace, group, *arguments, **options)
     try:
         out, err = process.communicate(timeout=240)
     finally:
@@ -66,7 +67,7 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def start(workspace: Workspace, ranks: int, *arguments: str, script: str = "train.py", **more: str) -> list[Process]:
+def start(workspace: Workspace, group: int, *arguments: str, script: str = "train.py", **more: str) -> list[Process]:
     """The ranks of a script, started one by one, as schedulers do that are not torchrun: in a tenth of the time."""
     port = free_port()
     return [
@@ -80,10 +81,10 @@ def start(workspace: Workspace, ranks: int, *arguments: str, script: str = "trai
                 "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
-                **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks)),
+                **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(group)),
             },
         )
-        for rank in range(ranks)
+        for rank in range(group)
     ]
 
 
@@ -107,11 +108,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(folder)
 
 
-def trained(place: Workspace, ranks: int, *more: str) -> Path:
+def trained(place: Workspace, group: int, *more: str) -> Path:
     """The run of so many ranks; each is made once."""
-    name = "-".join(["run", str(ranks), *(word.rpartition("=")[2] for word in more)])
+    name = "-".join(["run", str(group), *(word.rpartition("=")[2] for word in more)])
     if not (place.folder / name).exists():
-        ends(start(place, ranks, *SAME, *DRY, *more, f"hydra.run.dir={name}"))
+        ends(start(place, group, *SAME, *DRY, *more, f"hydra.run.dir={name}"))
     return place.folder / name
 
 
@@ -147,36 +148,36 @@ def weights(folder: Path) -> dict[str, Tensor]:
 # Who computes what
 
 
-@pytest.mark.parametrize("ranks", range(1, 7))
-def test_ranks_share_each_row_of_a_step_once_and_make_as_many_passes(ranks):
+@pytest.mark.parametrize("group", range(1, 7))
+def test_ranks_share_each_row_of_a_step_once_and_make_as_many_passes(group):
     for accumulation, batches in product(range(1, 7), range(1, 7)):
-        parts = division(accumulation, ranks)[1]
-        assert parts * gcd(accumulation, ranks) == ranks
+        parts = division(accumulation, group)[1]
+        assert parts * gcd(accumulation, group) == group
         for last in range(1, 2 * parts + 1):
             sizes = [*[2 * parts] * (min(batches, accumulation) - 1), last]
             rows = torch.arange(sum(sizes)).split(sizes)
             step = [{"input_ids": r[:, None], "targets": r[:, None]} for r in rows]
-            shares = [Ranks(Launch(rank, ranks)).share(step, accumulation) for rank in range(ranks)]
+            shares = [ProcessGroup(DistEnv(rank, group)).share(step, accumulation) for rank in range(group)]
             assert len({len(share) for share in shares}) == 1
             computed = torch.cat([batch["targets"] for share in shares for batch in share]).flatten()
-            assert sorted(computed[computed != IGNORE].tolist()) == list(range(sum(sizes)))
+            assert sorted(computed[computed != IGNORE_INDEX].tolist()) == list(range(sum(sizes)))
             assert all(len(batch["input_ids"]) for share in shares for batch in share)
 
 
 def test_what_ranks_cannot_do_is_told_with_what_they_can():
-    def told(started: Launch, strategy: str = "ddp", **train) -> list[str]:
-        return distributed_faults(DistributedConfig(strategy), TrainingConfig(**train), started)
+    def told(started: DistEnv, strategy: str = "ddp", **train) -> list[str]:
+        return validate_distributed(DistributedConfig(strategy), TrainingConfig(**train), started)
 
-    four = Launch(0, 4, 0, 4, by_torchrun=True)
-    assert told(four) == told(four, batch_size=2, accumulation_steps=2) == told(Launch(), batch_size=3) == []
+    four = DistEnv(0, 4, 0, 4, by_torchrun=True)
+    assert told(four) == told(four, batch_size=2, accumulation_steps=2) == told(DistEnv(), batch_size=3) == []
     (fault,) = told(four, batch_size=6)
     assert "6 * train.accumulation_steps=1 blocks cannot be divided over 4 ranks, 4 or 8 * 1 can" in fault
     (fault,) = told(four, batch_size=1, accumulation_steps=6)
     assert fault.endswith("over 4 ranks, 2 * 6 can")
-    assert told(Launch(), "fsdp", optimizer="muon") == []  # alone there is nothing to divide: it goes on, resumed
+    assert told(DistEnv(), "fsdp", optimizer="muon") == []  # alone there is nothing to divide: it goes on, resumed
     assert len(told(four, "fsdp", precision="fp16", optimizer="muon", compile=True)) == 3
     assert [fault.split(":")[0] for fault in told(four, device="cuda:1")] == ["train.device"]
-    (fault,) = distributed_faults(DistributedConfig(timeout=1), TrainingConfig(), Launch())
+    (fault,) = validate_distributed(DistributedConfig(timeout=1), TrainingConfig(), DistEnv())
     assert fault.startswith("distributed.timeout: 1")
 
 
@@ -184,7 +185,7 @@ def test_half_of_what_torchrun_says_is_a_mistake(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"):
-        launch.__wrapped__()
+        dist_env.__wrapped__()
 
 
 # The same run
@@ -202,9 +203,9 @@ def test_two_ranks_of_torchrun_are_one_run(place):
         torch.testing.assert_close(weights(two)[name], tensor, atol=1e-5, rtol=1e-4, check_dtype=True)
 
 
-@pytest.mark.parametrize("ranks, more", [(4, []), (2, ["distributed.strategy=fsdp"])], ids=["4", "2-fsdp"])
-def test_any_number_of_ranks_is_the_same_run(place, ranks, more):
-    assert_close(trained(place, 1), trained(place, ranks, *more))
+@pytest.mark.parametrize("group, more", [(4, []), (2, ["distributed.strategy=fsdp"])], ids=["4", "2-fsdp"])
+def test_any_number_of_ranks_is_the_same_run(place, group, more):
+    assert_close(trained(place, 1), trained(place, group, *more))
 
 
 @pytest.mark.slow
@@ -241,10 +242,10 @@ def test_a_run_that_broke_goes_on_with_any_number_of_ranks(place):
     broken = start(place, 2, *SAME, *DRY, "hydra.run.dir=broken", GPT2_FAULT="exception@7%1")
     _, err = ends(broken, 1)
     assert "rank 1: RuntimeError: on purpose. Step 4 is saved, go on with: torchrun --nproc_per_node=2" in err
-    for ranks, more in ((1, []), (4, []), (2, ["distributed.strategy=fsdp"])):
-        name = f"broken-{ranks}"
+    for group, more in ((1, []), (4, []), (2, ["distributed.strategy=fsdp"])):
+        name = f"broken-{group}"
         shutil.copytree(place.folder / "broken", place.folder / name)
-        ends(start(place, ranks, f"resume={name}", *more))
+        ends(start(place, group, f"resume={name}", *more))
         assert_close(whole, place.folder / name)
     ends(start(place, 2, "resume=broken"))
     assert numbers(place.folder / "broken") == numbers(whole)
@@ -391,7 +392,7 @@ OTHER_DATA = """
 import sys, torch
 from torch.utils.data import DataLoader
 from gpt2.config import GPT2Config, TrainingConfig
-from gpt2.distributed import together
+from gpt2.distributed.process_group import together
 from gpt2.model import GPT2Model
 from gpt2.train import Trainer
 

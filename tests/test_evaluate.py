@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from gpt2.config import DataConfig
-from gpt2.data_loader import TokenBlocks, as_it_is, load_split, load_text_data
+from gpt2.data_loader import TokenDataset, identity_collate, load_split, load_text_data
 from gpt2.evaluate import Evaluator, as_inputs, score
-from gpt2.model import IGNORE, GPT2Model
+from gpt2.model import IGNORE_INDEX, GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
@@ -34,12 +34,12 @@ def tokens(tmp_path: Path) -> Path:
     return tmp_path / "tokens.bin"
 
 
-def windows(path: Path, stride: int | None = None, length: int = LENGTH) -> TokenBlocks:
-    return TokenBlocks(path, "uint16", length, GPT2Tokenizer.of_bytes(), stride=stride)
+def windows(path: Path, stride: int | None = None, length: int = LENGTH) -> TokenDataset:
+    return TokenDataset(path, "uint16", length, GPT2Tokenizer.of_bytes(), stride=stride)
 
 
-def evaluate(model: GPT2Model, blocks: TokenBlocks, batch_size: int = 4) -> dict[str, float]:
-    return Evaluator(model, DataLoader(blocks, batch_size, collate_fn=as_it_is), "cpu").evaluate()
+def evaluate(model: GPT2Model, blocks: TokenDataset, batch_size: int = 4) -> dict[str, float]:
+    return Evaluator(model, DataLoader(blocks, batch_size, collate_fn=identity_collate), "cpu").evaluate()
 
 
 def loss_by_transformers(model: GPT2Model, path: Path, stride: int) -> float:
@@ -85,7 +85,7 @@ def test_each_token_but_the_first_is_scored_once_after_as_much_as_the_window_hol
     scored = {}
     for i in range(len(blocks)):
         block = blocks[i]
-        for place in (block["targets"] != IGNORE).nonzero().flatten().tolist():
+        for place in (block["targets"] != IGNORE_INDEX).nonzero().flatten().tolist():
             token = block["targets"][place].item()
             assert token not in scored
             assert block["input_ids"][: place + 1].tolist() == list(range(token - place - 1, token))
@@ -135,7 +135,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
 
 def test_the_sum_is_kept_in_double_precision(model, tokens):
     """In single precision, a sum of a hundred losses is off by 1e-7 of itself."""
-    loader = DataLoader(windows(tokens), 100, collate_fn=as_it_is)
+    loader = DataLoader(windows(tokens), 100, collate_fn=identity_collate)
     (batch,) = map(as_inputs, loader)
     with torch.no_grad():
         losses = model.token_losses(**batch).flatten().tolist()
@@ -143,7 +143,7 @@ def test_the_sum_is_kept_in_double_precision(model, tokens):
 
 
 def test_precision_is_that_of_the_matrix_products(model, tokens):
-    loader = DataLoader(windows(tokens), 4, collate_fn=as_it_is)
+    loader = DataLoader(windows(tokens), 4, collate_fn=identity_collate)
     exact, rounded = (Evaluator(model, loader, "cpu", name).evaluate()["loss"] for name in ("fp32", "bf16"))
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.05)
@@ -153,7 +153,7 @@ def test_padding_takes_no_part(model):
     ids = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 9:] = mask[2, 4:] = 0
-    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, IGNORE), "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX), "attention_mask": mask}
     metrics = Evaluator(model, DataLoader([batch], batch_size=None), "cpu").evaluate()
     theirs = transformers_twin(model).eval()
     with torch.no_grad():

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.config import DataConfig, Divergence, MachineError, TrainingConfig, TrainRun
-from gpt2.failures import explain, is_out_of_memory, machine_error
-from gpt2.run_folder import LAST, step_name
+from gpt2.checkpoint.run_folder import LAST, step_name
+from gpt2.cli.messages import explain_failure
+from gpt2.config import DataConfig, TrainingConfig, TrainRun
+from gpt2.errors import DivergenceError, ResourceError, is_out_of_memory, machine_error
 
 RESUME = "python train.py resume=outputs/runs/a/1"
 
@@ -81,17 +82,20 @@ def test_a_disk_that_is_full_indeed():
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         ValueError("can't allocate memory"),
         KeyboardInterrupt(),
-        Divergence("step 3"),
+        DivergenceError("step 3"),
     ],
 )
 def test_any_other_error_is_none_of_the_machine(tmp_path, error):
     assert machine_error(error) is None
-    assert isinstance(error, Divergence | KeyboardInterrupt) or explain(error, TrainRun(), tmp_path, RESUME) is None
+    assert (
+        isinstance(error, DivergenceError | KeyboardInterrupt)
+        or explain_failure(error, TrainRun(), tmp_path, RESUME) is None
+    )
 
 
 def test_memory_is_told_without_torch():
     code = (
-        "import sys; from gpt2.failures import machine_error; print(machine_error(MemoryError('x')));"
+        "import sys; from gpt2.errors import machine_error; print(machine_error(MemoryError('x')));"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -106,7 +110,7 @@ def run_of(batch_size: int, accumulation_steps: int = 1) -> TrainRun:
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 8, 9, 12, 15, 35, 49, 97, 1000])
 @pytest.mark.parametrize("accumulation_steps", [1, 3, 16])
 def test_what_is_proposed_makes_steps_of_the_same_size_in_smaller_passes(tmp_path, batch_size, accumulation_steps):
-    told = str(explain(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
+    told = str(explain_failure(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
     [proposal] = re.findall(r"(train\.batch_size=(\d+) train\.accumulation_steps=(\d+)) makes the same steps", told)
     smaller, more = int(proposal[1]), int(proposal[2])
     assert smaller * more == batch_size * accumulation_steps
@@ -117,7 +121,7 @@ def test_what_is_proposed_makes_steps_of_the_same_size_in_smaller_passes(tmp_pat
 
 
 def test_a_pass_of_one_block_cannot_be_cut_so_its_activations_are_computed_twice(tmp_path):
-    told = str(explain(MemoryError(), run_of(1), tmp_path, RESUME))
+    told = str(explain_failure(MemoryError(), run_of(1), tmp_path, RESUME))
     assert "train.gradient_checkpointing=true makes the same steps in less memory" in told
     assert "and so does" not in told
     assert "accumulation_steps=1 of them" in told
@@ -126,27 +130,32 @@ def test_a_pass_of_one_block_cannot_be_cut_so_its_activations_are_computed_twice
 def test_what_is_on_already_is_not_proposed(tmp_path):
     config = run_of(1)
     config.train.gradient_checkpointing = True
-    assert "train.gradient_checkpointing=true" not in str(explain(MemoryError(), config, tmp_path, RESUME))
+    assert "train.gradient_checkpointing=true" not in str(explain_failure(MemoryError(), config, tmp_path, RESUME))
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "exit_code", "command"),
     [
-        (Divergence("step 9: the loss is nan"), Divergence, 3, "train.learning_rate=0.00015 resume_changes=true"),
-        (OSError(errno.ENOSPC, "No space left on device"), MachineError, 1, ""),
-        (MemoryError(), MachineError, 1, "train.batch_size=4 train.accumulation_steps=2 resume_changes=true"),
+        (
+            DivergenceError("step 9: the loss is nan"),
+            DivergenceError,
+            3,
+            "train.learning_rate=0.00015 resume_changes=true",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), ResourceError, 1, ""),
+        (MemoryError(), ResourceError, 1, "train.batch_size=4 train.accumulation_steps=2 resume_changes=true"),
     ],
 )
 def test_how_to_go_on_is_told_where_something_is_saved(tmp_path, error, kind, exit_code, command):
-    nothing = explain(error, run_of(8), tmp_path, RESUME)
+    nothing = explain_failure(error, run_of(8), tmp_path, RESUME)
     assert (type(nothing), nothing.exit_code) == (kind, exit_code)
     assert "go on with" not in str(nothing)
     (tmp_path / "checkpoints").mkdir()
     for name in (step_name(999), step_name(1200), LAST):
         (tmp_path / "checkpoints" / name).touch()
-    saved = explain(error, run_of(8), tmp_path, RESUME)
+    saved = explain_failure(error, run_of(8), tmp_path, RESUME)
     assert type(saved) is kind
     assert str(saved).startswith(str(nothing))
     assert str(saved).endswith(f". Step 1,200 is saved, go on with: {RESUME} {command}".rstrip())
-    assert len(saved.faults) == 1
-    assert "\n" not in saved.faults[0]
+    assert len(saved.problems) == 1
+    assert "\n" not in saved.problems[0]

@@ -7,7 +7,7 @@ import torch
 
 import tests.test_train as training
 from gpt2.fault_injection import KINDS, VARIABLE
-from gpt2.tracking import Tracker, read_metrics
+from gpt2.tracking.tracker import Tracker, read_metrics
 from tests.test_train import make_trainer
 
 blocks = training.blocks  # the fixture

@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from gpt2 import checkpoint
-from gpt2.config import GPT2Config, UserError
-from gpt2.hugging_face import WEIGHT_FILES
-from gpt2.pretrained import export, open_model
-from gpt2.reproducibility import versions
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.hugging_face import WEIGHT_FILES
+from gpt2.checkpoint.pretrained import export, open_model
+from gpt2.config import GPT2Config
+from gpt2.errors import UserError
+from gpt2.runtime.rng import versions
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, SHARED
 from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, transformers_twin
@@ -151,7 +152,7 @@ def test_all_tensors_that_do_not_fit_are_named_in_one_error(folder):
     rewrite(folder, spoil)
     with pytest.raises(UserError) as refused:
         open_model(str(folder)).build()
-    (line,) = refused.value.faults
+    (line,) = refused.value.problems
     assert "2 missing: h.0.ln_1.bias, wpe.weight" in line
     assert "2 unexpected: h.7.ln_1.bias, score.weight" in line
     assert "1 misshapen: h.1.mlp.c_fc.weight (40, 16) instead of (16, 40)" in line

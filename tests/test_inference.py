@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.config import InferenceConfig, UserError
-from gpt2.decoding import window_start
+from gpt2.config import InferenceConfig
+from gpt2.errors import UserError
+from gpt2.generation.decode import window_start
 from gpt2.inference import Batch, Speed, before_stop, stream_text
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from gpt2.interruption import SIGNALS, deferred
+from gpt2.runtime.signals import SIGNALS, defer_signals
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_the_first_signal_is_remembered_and_only_ctrl_c_is_heard_again(acted, ca
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     remembered: list[int] = []
-    with deferred(remembered.append):
+    with defer_signals(remembered.append):
         assert capfd.readouterr().err == ""
         ask(first, second)  # at once: one and the same, through a terminal's group and a program between
         assert (remembered, acted) == ([first], [])
@@ -51,7 +51,7 @@ def test_ctrl_c_twice_is_a_keyboard_interrupt(capfd, monkeypatch):
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     remembered: list[int] = []
-    with pytest.raises(KeyboardInterrupt), deferred(remembered.append):
+    with pytest.raises(KeyboardInterrupt), defer_signals(remembered.append):
         ask(signal.SIGINT)
         now += 1
         ask(signal.SIGINT)
@@ -61,13 +61,13 @@ def test_ctrl_c_twice_is_a_keyboard_interrupt(capfd, monkeypatch):
 def test_a_signal_whose_exception_was_lost_is_remembered_after_all():
     program = """
 import signal
-from gpt2 import interruption
-interruption.leave_when_asked(also_by_ctrl_c=True)
+from gpt2.runtime import signals as interruption
+interruption.exit_on_signals(also_by_ctrl_c=True)
 class Ends:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)  # Python ignores what is raised here
 Ends()
-with interruption.deferred(print):
+with interruption.defer_signals(print):
     pass
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -79,7 +79,7 @@ with interruption.deferred(print):
 def test_the_handlers_are_those_of_before_however_it_ends(asked, fails, capfd):
     before = [signal.getsignal(number) for number in SIGNALS]
     try:
-        with deferred(lambda number: None):
+        with defer_signals(lambda number: None):
             assert [signal.getsignal(number) for number in SIGNALS] != before
             if asked:
                 ask(signal.SIGTERM)
@@ -93,7 +93,7 @@ def test_the_handlers_are_those_of_before_however_it_ends(asked, fails, capfd):
 def test_it_may_be_entered_again(acted, capfd):
     remembered: list[int] = []
     for _ in range(2):
-        with deferred(remembered.append):
+        with defer_signals(remembered.append):
             ask(signal.SIGTERM)
     assert (remembered, acted) == ([signal.SIGTERM] * 2, [])
 
@@ -102,9 +102,9 @@ def test_off_the_main_thread_signals_stay_with_whom_they_are(acted):
     remembered, seen = [], []
 
     def work() -> None:
-        with deferred(remembered.append):
+        with defer_signals(remembered.append):
             seen.append([signal.getsignal(number) for number in SIGNALS])
-        with pytest.raises(ZeroDivisionError), deferred(remembered.append):
+        with pytest.raises(ZeroDivisionError), defer_signals(remembered.append):
             raise ZeroDivisionError
         seen.append("ended")
 
@@ -130,7 +130,7 @@ def test_a_signal_that_comes_while_its_handlers_are_put_in_place_is_remembered_o
 
     remembered: list[int] = []
     monkeypatch.setattr(signal, "signal", and_then_a_signal)
-    with deferred(remembered.append):
+    with defer_signals(remembered.append):
         pass
     monkeypatch.undo()
     assert remembered + acted == [number]
@@ -140,7 +140,7 @@ def test_a_signal_that_comes_while_its_handlers_are_put_in_place_is_remembered_o
 
 PROGRAM = """
 import sys, time
-from gpt2 import interruption
+from gpt2.runtime import signals as interruption
 interruption.{begin}
 try:
     print("ready", flush=True)
@@ -164,13 +164,13 @@ def asked_to_end(begin: str, number: int) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138)])
 def test_a_process_that_is_asked_to_end_cleans_up_and_says_so(name, code):
-    returned, output, errors = asked_to_end("leave_when_asked(also_by_ctrl_c=False)", getattr(signal, name))
+    returned, output, errors = asked_to_end("exit_on_signals(also_by_ctrl_c=False)", getattr(signal, name))
     assert (returned, output) == (code, "cleaned up\n")
     assert errors == f"\nInterrupted by {name}.\n"
 
 
 def test_ctrl_c_stays_pythons_own():
-    returned, output, errors = asked_to_end("leave_when_asked(also_by_ctrl_c=False)", signal.SIGINT)
+    returned, output, errors = asked_to_end("exit_on_signals(also_by_ctrl_c=False)", signal.SIGINT)
     assert (returned, output) == (-signal.SIGINT, "cleaned up\n")
     assert "KeyboardInterrupt" in errors
 
@@ -185,7 +185,7 @@ def test_a_process_without_standard_error_is_interrupted_all_the_same(capfd):
     copy = os.dup(2)
     os.close(2)
     try:
-        with deferred(remembered.append):
+        with defer_signals(remembered.append):
             ask(signal.SIGTERM)
     finally:
         os.dup2(copy, 2)

@@ -12,10 +12,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import open_dict
 
-from gpt2.command_line import sweep_arguments
-from gpt2.composition import CONF, compose
-from gpt2.config import UserError
-from gpt2.tracking import read_metrics
+from gpt2.cli.compose import CONF, compose
+from gpt2.cli.resume import sweep_arguments
+from gpt2.errors import UserError
+from gpt2.tracking.tracker import read_metrics
 from tests import slurm
 from tests.conftest import TINY, Workspace
 from tests.test_scripts import wait_for

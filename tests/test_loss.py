@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2 import loss as module
-from gpt2 import onednn
-from gpt2.loss import IGNORE, cross_entropies, linear_cross_entropy, softmax_
+from gpt2.ops import cross_entropy as module
+from gpt2.ops import linear as onednn
+from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies, softmax_
 from tests.helpers import noisy_model, random_ids, tiny_config
 
 V, C = 61, 16
@@ -17,7 +17,7 @@ def problem(n: int = 50, ignored: int = 7, size: float = 1.0):
     hidden_states = (size * torch.randn(n, C, generator=generator)).requires_grad_()
     weight = torch.randn(V, C, generator=generator).requires_grad_()
     targets = torch.randint(V, (n,), generator=generator)
-    targets[torch.randperm(n, generator=generator)[:ignored]] = IGNORE
+    targets[torch.randperm(n, generator=generator)[:ignored]] = IGNORE_INDEX
     return hidden_states, weight, targets
 
 
@@ -26,7 +26,7 @@ def with_gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Ten
 
 
 def plain(hidden_states, weight, targets):
-    return F.cross_entropy(F.linear(hidden_states, weight).float(), targets, ignore_index=IGNORE)
+    return F.cross_entropy(F.linear(hidden_states, weight).float(), targets, ignore_index=IGNORE_INDEX)
 
 
 @pytest.fixture(params=[1, 7, 50, 1000], ids="{} rows a chunk".format)
@@ -43,7 +43,9 @@ LINEARS = list(onednn.LINEARS.values())
 def test_loss_and_gradient_are_those_of_the_whole_logits(rows, linear):
     hidden_states, weight, targets = problem()
     expected = with_gradients(plain(hidden_states, weight, targets), hidden_states, weight)
-    found = with_gradients(linear_cross_entropy(hidden_states, weight, targets, linear=linear), hidden_states, weight)
+    found = with_gradients(
+        chunked_linear_cross_entropy(hidden_states, weight, targets, linear=linear), hidden_states, weight
+    )
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
@@ -57,7 +59,7 @@ def test_there_are_never_more_logits_than_fit_into_a_chunk(rows):
         return F.linear(x, weight, bias)
 
     hidden_states, weight, targets = problem()
-    linear_cross_entropy(hidden_states, weight, targets, linear=watched)
+    chunked_linear_cross_entropy(hidden_states, weight, targets, linear=watched)
     logits = [of for of, vocabulary in made if vocabulary == V]
     assert max(logits) <= rows
     assert sum(logits) == 50
@@ -66,8 +68,8 @@ def test_there_are_never_more_logits_than_fit_into_a_chunk(rows):
 
 def test_a_divisor_takes_the_place_of_the_number_of_targets(rows):
     hidden_states, weight, targets = problem(ignored=7)
-    mean = with_gradients(linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
-    share = linear_cross_entropy(hidden_states, weight, targets, torch.tensor(4 * 43))
+    mean = with_gradients(chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
+    share = chunked_linear_cross_entropy(hidden_states, weight, targets, torch.tensor(4 * 43))
     for one, other in zip(with_gradients(share, hidden_states, weight), mean, strict=True):
         torch.testing.assert_close(4 * one, other)
 
@@ -75,7 +77,7 @@ def test_a_divisor_takes_the_place_of_the_number_of_targets(rows):
 def test_a_scaled_loss_has_a_scaled_gradient():
     hidden_states, weight, targets = problem()
     once, thrice = (
-        with_gradients(factor * linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
+        with_gradients(factor * chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
         for factor in (1, 3)
     )
     for one, other in zip(once, thrice, strict=True):
@@ -86,7 +88,7 @@ def test_a_scaled_loss_has_a_scaled_gradient():
 def test_no_target_ignored_or_all_of_them(ignored):
     hidden_states, weight, targets = problem(ignored=ignored)
     loss, of_hidden, of_weight = with_gradients(
-        linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight
+        chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight
     )
     if ignored:
         assert not loss and not of_hidden.any() and not of_weight.any()
@@ -101,7 +103,7 @@ def test_in_16_bits_it_is_as_near_to_fp32_as_the_plain_one(rows, dtype):
     with torch.autocast("cpu", dtype):
         theirs, ours = (
             with_gradients(way(hidden_states, weight, targets), hidden_states, weight)
-            for way in (plain, linear_cross_entropy)
+            for way in (plain, chunked_linear_cross_entropy)
         )
     for one, other, right in zip(ours, theirs, exact, strict=True):
         assert one.dtype == torch.float32
@@ -114,7 +116,7 @@ def test_gradients_too_small_for_fp16_are_kept_for_the_loss_is_scaled():
     divisor = torch.tensor(10**6)
     exact = with_gradients(plain(hidden_states, weight, targets) * 43 / divisor, hidden_states, weight)
     with torch.autocast("cpu", torch.float16):
-        share = linear_cross_entropy(hidden_states, weight, targets, divisor)
+        share = chunked_linear_cross_entropy(hidden_states, weight, targets, divisor)
     scaled = torch.autograd.grad(share * 2**16, (hidden_states, weight))
     for one, right in zip(scaled, exact[1:], strict=True):
         assert (one / 2**16 - right).norm() < 5e-3 * right.norm()
@@ -126,7 +128,7 @@ def test_a_sum_over_many_tokens_does_not_overflow_in_fp16():
     hidden_states, weight = torch.full((n, C), 12.0), torch.zeros(V, C, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.long)
     with torch.autocast("cpu", torch.float16):
-        loss = linear_cross_entropy(hidden_states, weight, targets)
+        loss = chunked_linear_cross_entropy(hidden_states, weight, targets)
     (of_weight,) = torch.autograd.grad(loss, weight)
     expected = torch.full((V, C), 12.0 / V)
     expected[0] -= 12.0
@@ -138,7 +140,7 @@ def test_another_negative_target_is_refused():
     hidden_states, weight, targets = problem()
     targets[3] = -1
     with pytest.raises(RuntimeError, match="out of bounds"):
-        linear_cross_entropy(hidden_states, weight, targets)
+        chunked_linear_cross_entropy(hidden_states, weight, targets)
 
 
 def test_a_vocabulary_that_is_filled_up_changes_nothing():
@@ -168,10 +170,10 @@ def test_the_softmax_in_place(dtype, size, monkeypatch):
 def test_the_losses_of_each_target_without_a_gradient(rows):
     hidden_states, weight, targets = problem()
     losses = cross_entropies(hidden_states.detach(), lambda x: F.linear(x, weight.detach()), targets, V)
-    expected = F.cross_entropy(F.linear(hidden_states, weight), targets, ignore_index=IGNORE, reduction="none")
+    expected = F.cross_entropy(F.linear(hidden_states, weight), targets, ignore_index=IGNORE_INDEX, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(hidden_states, weight, targets), losses.sum() / 43)
+        torch.testing.assert_close(chunked_linear_cross_entropy(hidden_states, weight, targets), losses.sum() / 43)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])

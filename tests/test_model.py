@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2 import model as module
 from gpt2.config import GPT2Config
-from gpt2.model import DecoderBlock, GPT2Model, MultiHeadAttention, _attend_in_matrices, attend
+from gpt2.model import DecoderBlock, GPT2Model, MultiHeadAttention
+from gpt2.ops import attention
+from gpt2.ops.attention import _attend_in_matrices, attend
 from tests.helpers import (
     NO_DROPOUT,
     ROOT,
@@ -405,9 +406,9 @@ def test_attention_in_matrices_has_the_result_and_the_gradient_of_pytorchs(dtype
         calls.append(inputs)
         return _attend_in_matrices(*inputs)
 
-    monkeypatch.setattr(module, "_attend_in_matrices", in_matrices)
-    for most in (module.MOST_ATTENTION, 0):
-        monkeypatch.setattr(module, "MOST_ATTENTION", most)
+    monkeypatch.setattr(attention, "_attend_in_matrices", in_matrices)
+    for most in (attention.MOST_ATTENTION, 0):
+        monkeypatch.setattr(attention, "MOST_ATTENTION", most)
         mixed = attend(qkv, num_heads=4)
         results.append([mixed, *torch.autograd.grad(mixed, qkv, upstream)])
     assert len(calls) == 1
@@ -417,8 +418,8 @@ def test_attention_in_matrices_has_the_result_and_the_gradient_of_pytorchs(dtype
 
 
 def test_long_texts_and_writing_are_left_to_pytorch(monkeypatch):
-    monkeypatch.setattr(module, "_attend_in_matrices", lambda *_: pytest.fail("not here"))
-    attend(torch.randn(1, module.SHORT + 1, 3 * 4, requires_grad=True), num_heads=1)
+    monkeypatch.setattr(attention, "_attend_in_matrices", lambda *_: pytest.fail("not here"))
+    attend(torch.randn(1, attention.SHORT + 1, 3 * 4, requires_grad=True), num_heads=1)
     attend(torch.randn(2, 8, 3 * 4), num_heads=1)
     attend(torch.randn(2, 8, 3 * 4, requires_grad=True), 1, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
 

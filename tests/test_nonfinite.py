@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import tests.test_train as training
-from gpt2 import checkpoint, fault_injection, run_folder
-from gpt2.config import Divergence, TrainingConfig
-from gpt2.nonfinite import NonFiniteSteps, broken, gradient_norms
-from gpt2.optimizer import build_optimizer, optimizer_tensors
-from gpt2.tracking import Tracker, read_metrics
+from gpt2 import fault_injection
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.config import TrainingConfig
+from gpt2.errors import DivergenceError
+from gpt2.tracking.tracker import Tracker, read_metrics
+from gpt2.training.nonfinite import NonFiniteGuard, broken, gradient_norms
+from gpt2.training.optimizer import build_optimizer, optimizer_tensors
 from tests.helpers import noisy_model, tiny_config
 from tests.test_train import InterruptsAt, assert_same_state, logged, make_trainer
 
@@ -24,29 +27,29 @@ LAST = "final_norm.bias"
 both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["host_waits", "host_runs_ahead"])
 
 
-def make_judge(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteSteps:
+def make_judge(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteGuard:
     """Of a small model. `ahead`: as on CUDA, where the optimizer leaves out by itself and the host hears it later."""
     config = TrainingConfig(learning_rate=1e-2, **options)
     model = noisy_model(tiny_config())
-    judge = NonFiniteSteps(model, build_optimizer(model, config), config, loss_is_scaled)
+    judge = NonFiniteGuard(model, build_optimizer(model, config), config, loss_is_scaled)
     judge.host_runs_ahead = ahead
     return judge
 
 
-def take_step(judge: NonFiniteSteps, number: int, spoiled: str | None = None, value: float = nan, loss: float = 1.0):
+def take_step(judge: NonFiniteGuard, number: int, spoiled: str | None = None, value: float = nan, loss: float = 1.0):
     """A step with a random gradient, the same for the same number; one element of that parameter's is spoiled."""
     random = torch.Generator().manual_seed(number)
     for name, parameter in judge.model.named_parameters():
         parameter.grad = torch.randn(parameter.shape, generator=random)
         if name == spoiled:
             parameter.grad.view(-1)[-1] = value
-    admitted = judge.admits(f"step {number}", torch.tensor(loss), gradient_norms(judge.model))
+    admitted = judge.check(f"step {number}", torch.tensor(loss), gradient_norms(judge.model))
     if admitted:
         judge.optimizer.step()
     return admitted
 
 
-def state(judge: NonFiniteSteps) -> dict[str, torch.Tensor]:
+def state(judge: NonFiniteGuard) -> dict[str, torch.Tensor]:
     tensors = {**judge.model.state_dict(), **optimizer_tensors(judge.optimizer, judge.model)}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
@@ -72,7 +75,7 @@ def test_stop_raises_before_anything_changed_and_says_where(ahead, wrong, told, 
     for good in range(1, number):
         take_step(judge, good)
     before = state(judge)
-    with pytest.raises(Divergence, match=f"^step {number}: {told}; the weights are as before it") as end:
+    with pytest.raises(DivergenceError, match=f"^step {number}: {told}; the weights are as before it") as end:
         take_step(judge, number, **wrong)
         assert ahead  # it is told when the next step is under way, and before that changes anything
         take_step(judge, number + 1)
@@ -83,10 +86,10 @@ def test_stop_raises_before_anything_changed_and_says_where(ahead, wrong, told, 
 @both_ways
 def test_one_look_is_enough_and_nothing_is_told_twice(ahead, caplog):
     judge = make_judge(ahead, on_nonfinite="skip")
-    assert judge.hear()
+    assert judge.poll()
     take_step(judge, 1, loss=nan)
-    assert judge.hear() is not ahead
-    assert judge.hear()
+    assert judge.poll() is not ahead
+    assert judge.poll()
     assert judge.total == 1
     assert len(caplog.records) == 1
     assert "step 1: the loss is nan: left out, 1 so far" in caplog.text
@@ -102,8 +105,8 @@ def test_the_first_parameter_is_named_and_the_others_are_counted():
     for parameter in (judge.model.final_norm.weight, judge.model.final_norm.bias):
         parameter.grad = torch.full_like(parameter, inf)
     told = r"the gradient of final_norm.weight is not finite, nor that of 1 other parameters"
-    with pytest.raises(Divergence, match=told):
-        judge.admits("step 1", torch.tensor(1.0), gradient_norms(judge.model))
+    with pytest.raises(DivergenceError, match=told):
+        judge.check("step 1", torch.tensor(1.0), gradient_norms(judge.model))
 
 
 @both_ways
@@ -115,7 +118,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(ahead, wrong, left_out):
         take_step(skipping, number, **(wrong if number in left_out else {}))
         if number not in left_out:
             take_step(never, number)
-    skipping.hear()
+    skipping.poll()
     assert_same(state(skipping), state(never))
     assert skipping.total == len(left_out)
     assert skipping.in_a_row == (6 in left_out)
@@ -130,14 +133,14 @@ def test_so_many_steps_are_skipped_one_after_another_and_one_more_ends_the_run(a
         for _ in range(limit):
             take_step(judge, number := number + 1, loss=nan)
         take_step(judge, number := number + 1)
-        judge.hear()
+        judge.poll()
         assert judge.in_a_row == 0
     before = state(judge)
     for _ in range(limit):
         take_step(judge, number := number + 1, loss=nan)
-    with pytest.raises(Divergence, match=f"^step {number + 1}: .* more than train.nonfinite_limit={limit} steps"):
+    with pytest.raises(DivergenceError, match=f"^step {number + 1}: .* more than train.nonfinite_limit={limit} steps"):
         take_step(judge, number + 1, loss=nan)
-        judge.hear()
+        judge.poll()
     assert judge.total == 3 * limit + 1
     assert_same(state(judge), before)
 
@@ -150,13 +153,13 @@ def test_the_count_goes_on_after_a_resumption(ahead):
         take_step(first, number, loss=nan)
         if number == 2:
             take_step(first, 3)
-    first.hear()
+    first.poll()
     second.load_state(json.loads(json.dumps(first.state())))
     assert second.state() == first.state() == {"total": 4, "in_a_row": 2}
     take_step(second, 6, loss=nan)
-    with pytest.raises(Divergence, match="nonfinite_limit=3"):
+    with pytest.raises(DivergenceError, match="nonfinite_limit=3"):
         take_step(second, 7, loss=nan)
-        second.hear()
+        second.poll()
     assert second.total == 6
 
 
@@ -164,10 +167,10 @@ def test_the_count_goes_on_after_a_resumption(ahead):
 def test_fp16_takes_an_overflowing_gradient_for_a_scale_that_is_too_large_but_no_loss(ahead):
     judge = make_judge(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
     assert take_step(judge, 1, spoiled=FIRST, value=inf)  # for the scaler itself leaves it out
-    judge.hear()
-    with pytest.raises(Divergence, match="step 2: the loss is nan"):
+    judge.poll()
+    with pytest.raises(DivergenceError, match="step 2: the loss is nan"):
         take_step(judge, 2, loss=nan)
-        judge.hear()
+        judge.poll()
 
 
 def test_fp16_leaves_out_a_step_whose_loss_alone_is_not_finite():
@@ -177,9 +180,9 @@ def test_fp16_leaves_out_a_step_whose_loss_alone_is_not_finite():
         parameter.grad = torch.ones_like(parameter)
     scaler.scale(torch.tensor(1.0))
     scaler.unscale_(judge.optimizer)
-    if judge.admits("step 1", torch.tensor(nan), gradient_norms(judge.model)):
+    if judge.check("step 1", torch.tensor(nan), gradient_norms(judge.model)):
         scaler.step(judge.optimizer)
-    judge.hear()
+    judge.poll()
     assert judge.total == 1
     assert_same({name: state(judge)[name] for name in before}, before)
 
@@ -242,7 +245,7 @@ NOT_FINITE = ["nan_loss", "inf_loss", "nan_gradient", "inf_gradient"]
 @pytest.mark.parametrize("kind", [*NOT_FINITE, "nan_weight"])
 def test_a_run_stops_at_the_step_that_is_not_finite_and_keeps_what_is_from_before(blocks, tmp_path, fault, kind, ahead):
     fault(f"{kind}@7")
-    with pytest.raises(Divergence, match=r"^step 7 \(batch 2 of epoch 2\): the (loss|gradient of)") as end:
+    with pytest.raises(DivergenceError, match=r"^step 7 \(batch 2 of epoch 2\): the (loss|gradient of)") as end:
         run(blocks, tmp_path, ahead)
     assert ("the loss is" in str(end.value)) == (kind in ("nan_loss", "inf_loss", "nan_weight"))
     assert_finite_checkpoints(tmp_path, 1, 2, 3, 4, 5, 6)
@@ -254,7 +257,7 @@ def test_a_run_stops_at_the_step_that_is_not_finite_and_keeps_what_is_from_befor
 @pytest.mark.parametrize("only", ["log_every", "eval_every", "save_every"])
 def test_nothing_is_logged_or_saved_of_the_step_that_stops_a_run(blocks, tmp_path, fault, ahead, only):
     fault("nan_gradient@7")
-    with pytest.raises(Divergence, match=r"^step 7 "):
+    with pytest.raises(DivergenceError, match=r"^step 7 "):
         run(blocks, tmp_path, ahead, **{"log_every": 99, "eval_every": 99, "save_every": 99, only: 1})
     assert max(record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")) == (1 if "save" in only else 6)
     assert_finite_checkpoints(tmp_path, *([] if "log" in only else range(1, 7)))  # each evaluation is the best so far
@@ -342,13 +345,13 @@ def test_an_interruption_does_not_lengthen_the_limit(blocks, tmp_path, fault, ah
     fault("nan_gradient@3-9")
     options = {"on_nonfinite": "skip", "nonfinite_limit": 3, "ahead": ahead, "eval_every": 99, "save_every": 99}
     run(blocks, tmp_path, tracker=lambda folder: InterruptsAt(folder, 4), **options)
-    with pytest.raises(Divergence, match=r"^step 6 .* more than train.nonfinite_limit=3"):
+    with pytest.raises(DivergenceError, match=r"^step 6 .* more than train.nonfinite_limit=3"):
         run(blocks, tmp_path, load=True, **options)
 
 
 def test_weights_that_are_not_finite_are_never_saved_even_if_skipping(blocks, tmp_path, fault):
     fault("nan_weight@4")
-    with pytest.raises(Divergence, match=r"^step 4: .*final_norm.bias is no longer finite, and is not saved"):
+    with pytest.raises(DivergenceError, match=r"^step 4: .*final_norm.bias is no longer finite, and is not saved"):
         run(blocks, tmp_path, on_nonfinite="skip", eval_every=99)
     assert_finite_checkpoints(tmp_path, 1, 2, 3)
 
@@ -366,6 +369,6 @@ def test_fp16_lowers_its_scale_where_a_gradient_overflows_and_stops_where_a_loss
     norms = {r["train/grad_norm"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/grad_norm" in r}
     assert all(0.1 < norm < 10 for norm in norms - {None})  # without the scale
     fault("nan_loss@4")
-    with pytest.raises(Divergence, match=r"^step 4 .*the loss is nan"):
+    with pytest.raises(DivergenceError, match=r"^step 4 .*the loss is nan"):
         run(blocks, tmp_path / "stopped", **options)
     assert_finite_checkpoints(tmp_path / "stopped", 1, 2, 3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt2 import onednn
+from gpt2.ops import linear as onednn
 
 WAYS = [name for name in onednn.LINEARS if name != "PyTorch"]
 needs_onednn = pytest.mark.skipif(not onednn.is_available(), reason="this PyTorch has no oneDNN")

@@ -15,13 +15,17 @@ from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_override
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from gpt2 import checkpoint, optimize, run_folder, study_pictures
-from gpt2.composition import CONF
-from gpt2.config import GPT2Config, OptunaConfig, StudyConfig, TrainingConfig, UserError
+from gpt2 import optimize
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.cli.compose import CONF
+from gpt2.config import GPT2Config, OptunaConfig, StudyConfig, TrainingConfig
 from gpt2.data_loader import with_batch_size
-from gpt2.interruption import Interrupted
+from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.optimize import SPACE, OptunaOptimizer, make_pruner, make_sampler, with_parameters
+from gpt2.runtime.signals import Interrupted
+from gpt2.search import plots as study_pictures
 from gpt2.train import Trainer
 from tests.helpers import tiny_config
 
@@ -206,7 +210,7 @@ def test_a_study_goes_on_only_as_it_began(tmp_path):
     make_optimizer(tmp_path, n_trials=1, storage=storage).optimize()
     with pytest.raises(UserError) as told:
         make_optimizer(tmp_path, n_trials=2, storage=storage, training={"max_steps": 4, "device": "auto"}).optimize()
-    assert told.value.faults == [
+    assert told.value.problems == [
         "train.max_steps: 4 was asked for, the study has 8",
         "study_name: gpt2_optimization has begun otherwise; give this study a name of its own",
     ]
@@ -371,14 +375,14 @@ def test_a_trial_past_its_time_is_pruned_and_says_so(tmp_path, monkeypatch):
 def test_a_mistake_is_told_before_any_trial(tmp_path, training, study, fault):
     with pytest.raises(UserError, match=fault) as told:
         make_optimizer(tmp_path, training=training, **study)
-    assert len(told.value.faults) == 1
+    assert len(told.value.problems) == 1
 
 
 def test_a_storage_that_cannot_be_used_is_told_without_its_password(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"storage: sqlite:.* cannot be opened: ") as told:
         make_optimizer(tmp_path, storage=f"sqlite:///{tmp_path}/file/study.db").optimize()
-    assert len(told.value.faults[0].splitlines()) == 1
+    assert len(told.value.problems[0].splitlines()) == 1
     with pytest.raises(UserError) as told:
         make_optimizer(tmp_path, storage="postgresql://me:secret@127.0.0.1:9/db").optimize()
     assert "secret" not in str(told.value)

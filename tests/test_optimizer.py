@@ -9,7 +9,7 @@ import torch
 
 from gpt2.config import TrainingConfig
 from gpt2.model import GPT2Model
-from gpt2.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from tests.helpers import tiny_config
 
 

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from gpt2 import device
-from gpt2.config import UserError
+from gpt2.errors import UserError
 from gpt2.evaluate import score
 from gpt2.model import GPT2Model
-from gpt2.packed import Int8Linear, Linear, PackedLinear, fastest, layouts, pack, quantize
+from gpt2.ops.cpu_inference import Int8Linear, Linear, PackedLinear, fastest, layouts, pack, quantize
+from gpt2.runtime import device
 from tests.helpers import CORPUS, finish, noisy_model, random_ids, tiny_config
 
 close = {"atol": 1e-5, "rtol": 1e-5}
@@ -131,11 +131,11 @@ def test_in_8_bits_no_token_depends_on_another():
     layer, x = Int8Linear(torch.randn(50, 24)), torch.randn(3, 5, 24)
     x[0, 0] *= 1e4  # a scale of all would leave nothing of the others
     x[1, 1] = 0.0
-    together = layer(x)
-    assert torch.equal(together[1, 1], torch.zeros(50))
+    init_distributed = layer(x)
+    assert torch.equal(init_distributed[1, 1], torch.zeros(50))
     for row in range(3):
         for t in range(5):
-            assert_close(together[row, t], layer(x[row : row + 1, t : t + 1])[0, 0], atol=1e-6, rtol=1e-6)
+            assert_close(init_distributed[row, t], layer(x[row : row + 1, t : t + 1])[0, 0], atol=1e-6, rtol=1e-6)
 
 
 def test_in_8_bits_no_output_depends_on_another():

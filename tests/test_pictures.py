@@ -1,7 +1,7 @@
 """The picture of a run."""
 
-from gpt2.pictures import draw_curves
-from gpt2.tracking import Tracker
+from gpt2.analysis.plotting import draw_curves
+from gpt2.tracking.tracker import Tracker
 from tests.test_tracking import record
 
 

@@ -9,11 +9,13 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from gpt2 import run_folder
-from gpt2.command_line import command_line_faults
-from gpt2.composition import compose, resolve
-from gpt2.config import GPT2Config, UserError
-from gpt2.pretrained import export, following, open_model
+from gpt2.checkpoint import run_folder
+from gpt2.checkpoint.pretrained import export, following, open_model
+from gpt2.cli.complete import resolve
+from gpt2.cli.compose import compose
+from gpt2.cli.preflight import validate_command_line
+from gpt2.config import GPT2Config
+from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import TINY, Workspace
 from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, transformers_twin, write_tokenizer
@@ -36,7 +38,7 @@ def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
     trained = open_model(str(folder))
     with pytest.raises(UserError) as refused:
         following(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
-    assert refused.value.faults == [
+    assert refused.value.problems == [
         f"model.context_length: 32 contradicts train.init_from={folder}, which has 16",
         f"model.d_model: 768 contradicts train.init_from={folder}, which has 16",
         f"model.num_heads: 8 contradicts train.init_from={folder}, which has 4",
@@ -196,7 +198,7 @@ def test_contradictions_are_refused_together_before_anything_is_written(workspac
 )
 def test_what_was_asked_for_by_name_contradicts_even_where_it_is_the_default(folder, overrides, expected):
     write_tokenizer(folder)
-    found = command_line_faults("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
+    found = validate_command_line("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
     assert {line.split(":")[0] for line in found} == expected
 
 
@@ -212,9 +214,11 @@ def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
     (tmp_path / "other").mkdir()
     write_tokenizer(tmp_path / "other", GPT2Tokenizer.train([CORPUS], 257 + 40))
     for name, key in (("train", "train.init_from"), ("evaluate", "checkpoint")):
-        (fault,) = command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", f"data.tokenizer='{tmp_path}/other'"])
+        (fault,) = validate_command_line(
+            name, [f"{key}='{folder}'", "data=stdlib", f"data.tokenizer='{tmp_path}/other'"]
+        )
         assert fault == f"data.tokenizer: {tmp_path}/other is not that of {key}={folder}; left out, it is"
-        assert not command_line_faults(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
+        assert not validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
 
 
 def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gpt2.config import UserError
-from gpt2.prompts import read_prompts
+from gpt2.errors import UserError
+from gpt2.generation.prompts import read_prompts
 
 
 def test_a_line_is_a_prompt(tmp_path):

@@ -9,11 +9,11 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from gpt2.composition import compose, merged
+from gpt2.cli.compose import compose, merged
 from gpt2.config import DistributedConfig, TrainingConfig
-from gpt2.faults import distributed_faults
-from gpt2.launch import Launch
+from gpt2.runtime.dist_env import DistEnv
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.validation import validate_distributed
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
@@ -51,10 +51,10 @@ def test_the_commands_for_clusters_compose_and_their_steps_can_be_divided():
             continue
         config = OmegaConf.to_container(compose("train", overrides), resolve=True)
         sizes = dict(re.findall(r"--(nnodes|nproc_per_node)=(\d+)", before)) or {"nnodes": "2", "nproc_per_node": "8"}
-        ranks = math.prod(map(int, sizes.values())) if before.startswith(("torchrun", "sbatch")) else 1
-        started = Launch(0, ranks, 0, 8, by_torchrun=ranks > 1)
+        group = math.prod(map(int, sizes.values())) if before.startswith(("torchrun", "sbatch")) else 1
+        started = DistEnv(0, group, 0, 8, by_torchrun=group > 1)
         typed = [OmegaConf.to_object(merged(cls, config[key])) for key, cls in PARTS.items()]
-        assert distributed_faults(*typed, started) == [], line
+        assert validate_distributed(*typed, started) == [], line
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2.composition import ROOT
-from gpt2.config import StudyPlan, UserError
-from gpt2.recorded_study import RecordedStudy
-from gpt2.study_plan import Point, read_plan
-from gpt2.study_results import CLOSING, OPENING, Results, with_section
-from gpt2.tracking import read_metrics
+from gpt2.cli.compose import ROOT
+from gpt2.config import StudyPlan
+from gpt2.errors import UserError
+from gpt2.experiments.plan import Point, read_plan
+from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
+from gpt2.experiments.runner import RecordedStudy
+from gpt2.tracking.tracker import read_metrics
 from tests.conftest import TEXT, TINY, Workspace
 from tests.test_compare import make_run
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2 import reproducibility
-from gpt2.reproducibility import RandomState
+from gpt2.runtime import rng as reproducibility
+from gpt2.runtime.rng import RandomState
 
 CPU = torch.device("cpu")
 
@@ -66,8 +66,8 @@ def test_a_state_of_another_kind_of_device_is_left_out():
 
 def test_the_commit_of_this_repository_is_known_and_whether_it_was_changed(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
-    (tmp_path / "gpt2").mkdir()
-    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "reproducibility.py"))
+    (tmp_path / "gpt2" / "runtime").mkdir(parents=True)
+    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "runtime" / "rng.py"))
     assert reproducibility.commit() is None  # a copy without its history
     (tmp_path / "file").write_text("a")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):

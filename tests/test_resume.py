@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import checkpoint, run_folder
-from gpt2.tracking import read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.tracking.tracker import read_metrics
 from tests import warm
 from tests.conftest import TINY, Workspace
 from tests.test_scripts import wait_for

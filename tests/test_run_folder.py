@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2 import checkpoint, run_folder
-from gpt2.config import UserError
-from gpt2.run_folder import BEST, LAST, step_name
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.checkpoint.run_folder import BEST, LAST, step_name
+from gpt2.errors import UserError
+from gpt2.runtime.files import LOCK, run_lock
 
 
 def save(folder: Path, step: int, is_best: bool = False, name: str | None = None, **progress) -> Path:
@@ -199,7 +201,10 @@ def test_if_all_are_damaged_each_is_named_and_none_is_taken(tmp_path, caplog):
         damage(save(tmp_path, step))
     with pytest.raises(UserError) as refusal:
         run_folder.intact(run_folder.newest_first(tmp_path))
-    assert [f"step_0000000{n}" in fault for n, fault in zip((2, 1), refusal.value.faults, strict=True)] == [True, True]
+    assert [f"step_0000000{n}" in fault for n, fault in zip((2, 1), refusal.value.problems, strict=True)] == [
+        True,
+        True,
+    ]
     assert "Taken instead" not in caplog.text
 
 
@@ -210,7 +215,7 @@ def test_a_damaged_file_of_several_names_is_named_once(tmp_path):
     damage(path)
     with pytest.raises(UserError) as refusal:
         run_folder.intact(run_folder.newest_first(tmp_path))
-    assert len(refusal.value.faults) == 1
+    assert len(refusal.value.problems) == 1
 
 
 def test_damage_is_noticed_by_those_who_want_what_is_damaged(tmp_path):
@@ -317,8 +322,8 @@ def test_a_run_that_was_killed_at_its_first_checkpoint_is_not_the_latest_run_wit
 def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Popen]:
     """Another process that holds a folder; it has said so, in a line with what `then` printed."""
     code = (
-        f"import os, time\nfrom pathlib import Path\nfrom gpt2 import run_folder\n"
-        f"with run_folder.held(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
+        "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
+        f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -335,15 +340,15 @@ def test_a_second_process_is_refused_and_told_which_is_the_first_until_that_is_k
         for _ in range(2):  # a refusal takes nothing away
             with (
                 pytest.raises(UserError, match=f"{tmp_path} is being written by process {process.pid} on "),
-                run_folder.held(tmp_path),
+                run_lock(tmp_path),
             ):
                 pass
         process.send_signal(signal.SIGKILL)
         process.wait()
-        with run_folder.held(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
+        with run_lock(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
             pass  # now it is ours
-        with run_folder.held(tmp_path):
-            assert (tmp_path / run_folder.LOCK).read_text().count("process") == 1  # it names one process only
+        with run_lock(tmp_path):
+            assert (tmp_path / LOCK).read_text().count("process") == 1  # it names one process only
 
 
 def test_a_child_that_outlives_the_holder_does_not_block(tmp_path):
@@ -355,7 +360,7 @@ def test_a_child_that_outlives_the_holder_does_not_block(tmp_path):
             process.kill()
             process.wait()
             os.kill(child, 0)  # it lives
-            with run_folder.held(tmp_path):
+            with run_lock(tmp_path):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
@@ -365,12 +370,12 @@ def test_a_child_that_ends_leaves_the_folder_held(tmp_path):
     then = "pid = os.fork() or os._exit(0); os.waitpid(pid, 0); print('ended', flush=True); time.sleep(99)"
     with holder(tmp_path, then) as process:
         assert process.stdout.readline() == "ended\n"
-        with pytest.raises(UserError, match=str(process.pid)), run_folder.held(tmp_path):
+        with pytest.raises(UserError, match=str(process.pid)), run_lock(tmp_path):
             pass
 
 
 def test_a_folder_is_free_after_a_holder_that_failed(tmp_path):
-    with pytest.raises(ZeroDivisionError), run_folder.held(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
         raise ZeroDivisionError
     with holder(tmp_path):
         pass
@@ -383,6 +388,6 @@ def test_a_filesystem_without_locks_is_a_warning_and_no_end(tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with run_folder.held(tmp_path):
+    with run_lock(tmp_path):
         pass
     assert "cannot be locked" in caplog.text

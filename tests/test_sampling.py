@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gpt2.sampling import keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2.generation.sampling import keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 VOCABULARY = 50
 
@@ -51,10 +51,10 @@ def test_filter_equals_transformers(ours, theirs, value, spread):
 def test_filter_changes_neither_its_input_nor_one_row_by_another(ours, theirs, value):
     logits, input_ids = random_logits(), random_ids()
     before = logits.clone()
-    together = apply(ours, logits, input_ids, value)
+    init_distributed = apply(ours, logits, input_ids, value)
     alone = [apply(ours, logits[i : i + 1], input_ids[i : i + 1], value) for i in range(len(logits))]
     assert torch.equal(logits, before)
-    assert_close(together, torch.cat(alone), atol=0, rtol=0)
+    assert_close(init_distributed, torch.cat(alone), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_frequencies_follow_the_softmax(temperature):
 def test_logits_of_a_half_precision_are_sampled_in_full(dtype):
     logits, input_ids = random_logits(b=4096).to(dtype), random_ids(b=4096)
 
-    def draw(logits: torch.Tensor) -> torch.Tensor:
+    def sample(logits: torch.Tensor) -> torch.Tensor:
         return next_token(logits, input_ids, 0.7, 20, 0.9, 1.3, generator=torch.Generator().manual_seed(1))
 
-    assert torch.equal(draw(logits), draw(logits.float()))
+    assert torch.equal(sample(logits), sample(logits.float()))

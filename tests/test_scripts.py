@@ -11,8 +11,9 @@ import time
 import pytest
 import torch
 
-from gpt2 import checkpoint, run_folder
-from gpt2.tracking import read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.tracking.tracker import read_metrics
 from tests.conftest import ROOT, SHARED, TINY, Workspace
 
 
@@ -105,8 +106,8 @@ def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trai
     ]
     for n, record in enumerate(records):
         alone = trained.run("generate.py", f"prompt={record['prompt']}", *options).stdout
-        together = [record["prompt"] + line["text"] + "\n" for line in lines[2 * n : 2 * n + 2]]
-        assert ("-" * 80 + "\n").join(together) == alone
+        init_distributed = [record["prompt"] + line["text"] + "\n" for line in lines[2 * n : 2 * n + 2]]
+        assert ("-" * 80 + "\n").join(init_distributed) == alone
     assert all(line["tokens"] == 12 and line["log_probability"] < 0 for line in lines)
 
 

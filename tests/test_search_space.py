@@ -4,8 +4,8 @@ from itertools import combinations, product
 
 import pytest
 
-from gpt2.composition import parsed
-from gpt2.search_space import MOST_COMBINATIONS, candidates, combined
+from gpt2.cli.compose import parsed
+from gpt2.search.space import MOST_COMBINATIONS, candidates, combined
 
 
 @pytest.mark.parametrize(

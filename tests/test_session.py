@@ -10,7 +10,7 @@ import time
 import pytest
 
 from gpt2.config import InferenceConfig
-from gpt2.session import Session
+from gpt2.generation.session import Session
 from tests.conftest import Workspace
 
 

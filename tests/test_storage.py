@@ -12,9 +12,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from gpt2.config import UserError
-from gpt2.failures import without_password
-from gpt2.storage import exclusive, file_of, open_storage, storage_fault
+from gpt2.errors import UserError, without_password
+from gpt2.search.storage import exclusive, file_of, open_storage, validate_storage
 from tests.test_scripts import wait_for
 
 SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
@@ -24,12 +23,12 @@ SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
     "url", ["sqlite:///a/b.db", "journal:///a.log", "postgresql://me@host/db", "mysql+pymysql://me:pw@host/db", None]
 )
 def test_these_are_storages(url):
-    assert storage_fault(url) is None
+    assert validate_storage(url) is None
 
 
 @pytest.mark.parametrize("url", ["study.db", "sqlite://", "sqlite:///", "redis://me:pw@host", "postgresql:/x", ""])
 def test_these_are_none(url):
-    assert "is none of sqlite:///FILE" in storage_fault(url)
+    assert "is none of sqlite:///FILE" in validate_storage(url)
 
 
 def test_a_file_is_found_in_its_url():
@@ -104,7 +103,7 @@ def test_a_place_that_takes_no_file_is_told_in_a_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as told:
         open_storage(f"journal:///{tmp_path}/file/study")
-    assert len(told.value.faults) == 1
+    assert len(told.value.problems) == 1
 
 
 @pytest.fixture(scope="module")

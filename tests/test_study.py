@@ -13,11 +13,12 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 
-from gpt2.config import OptunaConfig, UserError
+from gpt2.config import OptunaConfig
+from gpt2.errors import UserError
 from gpt2.optimize import make_sampler
-from gpt2.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
-from gpt2.trial import optuna_is_quiet
-from gpt2.worker import SECONDS_UNTIL_DEAD, SIGN_OF_LIFE, WORKER, Life, Worker
+from gpt2.search.lease import SECONDS_UNTIL_DEAD, SIGN_OF_LIFE, WORKER, Life, Worker
+from gpt2.search.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
+from gpt2.search.trial import optuna_is_quiet
 from tests.conftest import ROOT
 
 SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
@@ -182,11 +183,11 @@ def signed_by(folder: Path, storage) -> dict:
     script = """
 import os, signal, sys, json, optuna
 from pathlib import Path
-from gpt2.worker import Worker
+from gpt2.search.lease import Worker
 storage = optuna.storages.InMemoryStorage()
 study = optuna.create_study(storage=storage)
 worker = Worker(Path(sys.argv[1]), storage).__enter__()
-worker.takes(study.ask()._trial_id)
+worker.acquire(study.ask()._trial_id)
 print(json.dumps(study.trials[0].user_attrs), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -197,27 +198,29 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_process_on_this_machine_is_known_to_be_dead_at_once(tmp_path, storage):
     attributes = signed_by(tmp_path, storage)
     with Worker(tmp_path, storage) as worker:
-        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
-        assert worker.sees({}, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.status({}, tmp_path / "0") == Life.DEAD
 
 
 def test_one_on_another_machine_is_alive_while_it_gives_signs(tmp_path, storage):
     attributes = signed_by(tmp_path, storage)
     attributes[WORKER]["host"] = "elsewhere"
     with Worker(tmp_path, storage) as worker:
-        assert worker.sees(attributes, tmp_path / "0") == Life.ALIVE
+        assert worker.status(attributes, tmp_path / "0") == Life.ALIVE
         attributes[SIGN_OF_LIFE] = time.time() - SECONDS_UNTIL_DEAD - 1
-        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Life.DEAD
 
 
 def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_path, storage):
     study = optuna.create_study(storage=storage)
     with Worker(tmp_path, storage) as one:
-        one.takes(study.ask()._trial_id)
+        one.acquire(study.ask()._trial_id)
         attributes = study.trials[0].user_attrs
-        assert one.sees(attributes, tmp_path / "0") == Life.ALIVE
-        script = "import sys, json, gpt2.worker as w; from pathlib import Path; t = w.Worker(Path(sys.argv[1]), None)"
-        script += "; print(t.sees(json.loads(sys.argv[2]), Path('none')))"
+        assert one.status(attributes, tmp_path / "0") == Life.ALIVE
+        script = (
+            "import sys, json, gpt2.search.lease as w; from pathlib import Path; t = w.Worker(Path(sys.argv[1]), None)"
+        )
+        script += "; print(t.status(json.loads(sys.argv[2]), Path('none')))"
         told = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path), json.dumps(attributes)],
             capture_output=True,
@@ -231,12 +234,12 @@ def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_p
 def test_a_job_that_has_outlived_its_sweeper_is_waited_for(tmp_path, storage):
     attributes = signed_by(tmp_path, storage)
     (tmp_path / "0").mkdir()
-    script = "import sys, time; from pathlib import Path; from gpt2.run_folder import held\n"
-    script += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    script = "import sys, time; from pathlib import Path; from gpt2.runtime.files import run_lock\n"
+    script += "with run_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     orphan = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "0")], stdout=subprocess.PIPE, cwd=ROOT)
     assert orphan.stdout.readline() == b"held\n"
     with Worker(tmp_path, storage) as worker:
-        assert worker.sees(attributes, tmp_path / "0") == Life.ORPHANED
+        assert worker.status(attributes, tmp_path / "0") == Life.ORPHANED
         orphan.kill()
         orphan.wait()
-        assert worker.sees(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Life.DEAD

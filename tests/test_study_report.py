@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from gpt2 import study_report
-from gpt2.study_pictures import PICTURES, draw
+from gpt2.search import report as study_report
+from gpt2.search.plots import PICTURES, draw
 
 SPACE = {
     "train.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),

@@ -16,10 +16,13 @@ import pytest
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from gpt2 import checkpoint, run_folder
-from gpt2.command_line import check_command_line, with_values
-from gpt2.composition import CONF, compose, resolve
-from gpt2.config import UserError, steps_of_compute
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.cli.complete import resolve
+from gpt2.cli.compose import CONF, compose
+from gpt2.cli.preflight import check_command_line, with_values
+from gpt2.cli.schema import steps_of_compute
+from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from tests.conftest import ROOT, TINY, Workspace
 from tests.test_scripts import wait_for
@@ -259,8 +262,8 @@ def test_both_ends_and_every_choice_are_composed(monkeypatch):
         composed.extend(overrides)
         return []
 
-    monkeypatch.setattr("gpt2.command_line.command_line_faults", remember)
-    monkeypatch.setattr("gpt2.command_line.with_values", lambda *_: None)
+    monkeypatch.setattr("gpt2.cli.preflight.validate_command_line", remember)
+    monkeypatch.setattr("gpt2.cli.preflight.with_values", lambda *_: None)
     check("-m", "hparams_search=optuna")
     space = OmegaConf.load(CONF / "hparams_search" / "optuna.yaml").hydra.sweeper.params
     for key, text in space.items():
@@ -282,7 +285,7 @@ def test_the_shape_is_searched_at_equal_compute():
 
 
 def test_a_launcher_that_is_not_installed_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gpt2.jobs.find_spec", lambda name: None)
+    monkeypatch.setattr("gpt2.cli.launchers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"`pip install hydra-submitit-launcher==1\.4\.0rc3`"):
         check("-m", "train.beta2=0.9,0.95", "hydra/launcher=submitit_slurm", "data=stdlib")
 
@@ -356,7 +359,7 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
 def test_a_dozen_trials_in_one_process_do_not_make_it_grow(workspace: Workspace):
     """A process trains 12 models, one after another, each of 10 MB of weights and twice that in its optimizer."""
     script = f"""
-import resource, runpy, sys, gpt2.trial as trial
+import resource, runpy, sys, gpt2.search.trial as trial
 sys.path.insert(0, {str(ROOT)!r})
 grown, tell = [], trial.TrialUnderWay._tell
 def measured(self, outcome):

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.config import InferenceConfig, UserError
+from gpt2.config import InferenceConfig
+from gpt2.errors import UserError
 from gpt2.inference import TextGenerator
 from tests.helpers import write_tokenizer
 

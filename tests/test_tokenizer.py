@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.config import UserError
+from gpt2.errors import UserError
 from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, byte_alphabet
 from tests.helpers import ROOT, nasty_texts, python_source, shared
 

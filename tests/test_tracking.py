@@ -5,9 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 
-from gpt2.config import Divergence, UserError
-from gpt2.interruption import Interrupted
-from gpt2.tracking import Ended, Guest, Tracker, read_about, read_metrics
+from gpt2.errors import DivergenceError, UserError
+from gpt2.runtime.signals import Interrupted
+from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_about, read_metrics
 
 
 def record(step: int, **values: float) -> dict:
@@ -66,7 +66,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
         (None, "finished", 0),
         (Interrupted.by(15), "interrupted", 143),
         (KeyboardInterrupt(), "interrupted", 130),
-        (Divergence("the loss is nan"), "diverged", 3),
+        (DivergenceError("the loss is nan"), "diverged", 3),
         (UserError("no"), "failed", 2),
         (ZeroDivisionError("division"), "failed", 1),
         (SystemExit(7), "failed", 7),
@@ -75,7 +75,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_how_a_run_ends_is_kept_and_told(tmp_path, error, state, exit_code):
     heard = []
 
-    class Listener(Guest):
+    class Listener(ExternalLogger):
         def finish(self, ended: Ended, folder) -> None:
             heard.append((ended.state, ended.exit_code))
 
@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_at_a_good_end_is_told_to_the_guest_too(tmp_path, mo
 
     heard = []
 
-    class Listener(Guest):
+    class Listener(ExternalLogger):
         def finish(self, ended: Ended, folder) -> None:
             heard.append((ended.state, ended.exit_code))
 

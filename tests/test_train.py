@@ -11,30 +11,36 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from gpt2 import checkpoint, computation, device, onednn, run_folder, train
-from gpt2.compilation import Compiled
-from gpt2.config import DataConfig, Divergence, GPT2Config, InferenceConfig, TrainingConfig, UserError
-from gpt2.data_loader import TokenBlocks, get_dataloaders, load_text_data
+from gpt2 import train
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.config import DataConfig, GPT2Config, InferenceConfig, TrainingConfig
+from gpt2.data_loader import TokenDataset, get_dataloaders, load_text_data
+from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Evaluator, score
 from gpt2.inference import TextGenerator
 from gpt2.model import GPT2Model
-from gpt2.profiling import StepProfiler
-from gpt2.tracking import Tracker, read_metrics
+from gpt2.ops import linear as onednn
+from gpt2.runtime import device
+from gpt2.tracking.tracker import Tracker, read_metrics
 from gpt2.train import Trainer
+from gpt2.training import computation
+from gpt2.training.compile import Compiled
+from gpt2.training.profiler import StepProfiler
 
 VOCABULARY, LENGTH = 31, 16
 
 
 @pytest.fixture
-def blocks(tmp_path: Path) -> TokenBlocks:
+def blocks(tmp_path: Path) -> TokenDataset:
     """20 blocks of numbers that have something to learn in them; the last block is short."""
     steps = np.random.default_rng(0).integers(1, 4, size=20 * LENGTH - 5)
     path = tmp_path / "tokens.bin"
     (np.cumsum(steps) % VOCABULARY).astype(np.uint8).tofile(path)
-    return TokenBlocks(path, "uint8", LENGTH)
+    return TokenDataset(path, "uint8", LENGTH)
 
 
-def make_trainer(blocks: TokenBlocks, folder: Path, dropout: float = 0.0, tracker=None, write_sample=None, **options):
+def make_trainer(blocks: TokenDataset, folder: Path, dropout: float = 0.0, tracker=None, write_sample=None, **options):
     defaults = {"batch_size": 4, "num_workers": 0, "warmup_steps": 2, "learning_rate": 1e-2, "device": "cpu"}
     defaults["precision"] = "fp32"
     config = TrainingConfig(**{**defaults, **options})
@@ -191,7 +197,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks,
     trainer.config.max_steps, trainer.total_steps = 20, 20
     with torch.no_grad():
         trainer.model.final_norm.bias.fill_(float("nan"))
-    with pytest.raises(Divergence, match=r"step 10 \(batch 5 of epoch 2\): the loss is nan and the gradient of"):
+    with pytest.raises(DivergenceError, match=r"step 10 \(batch 5 of epoch 2\): the loss is nan and the gradient of"):
         trainer.train()
     assert (tmp_path / run_folder.LAST).read_bytes() == before
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from gpt2 import wandb_service
 from gpt2.config import TrainRun, WandbConfig
-from gpt2.reproducibility import commit
-from gpt2.tracking import Ended, Guest, Tracker, read_metrics
-from gpt2.wandb_run import WandbRun, harmless, kept_offline, start_wandb, told, wanted_mode
+from gpt2.runtime.rng import commit
+from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_metrics, wandb_service
+from gpt2.tracking.wandb_logger import WandbRun, harmless, kept_offline, start_wandb, told, wanted_mode
 from tests.conftest import TEXT, TINY, Workspace
 from tests.test_tracking import record
 from tests.wandb_file import read_wandb
@@ -183,9 +182,9 @@ def test_what_is_asked_for_beats_the_variable_and_auto_heeds_it(monkeypatch, mod
 
 def test_off_starts_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    guest = start_wandb(WandbConfig(mode="off"), name="n", group="g", job_type="train")
-    assert type(guest) is Guest
-    assert guest.where() is None
+    external = start_wandb(WandbConfig(mode="off"), name="n", group="g", job_type="train")
+    assert type(external) is ExternalLogger
+    assert external.where() is None
     assert not list(tmp_path.iterdir())
 
 
@@ -317,11 +316,11 @@ def test_a_server_that_failed_is_not_asked_again_by_the_next_run(tmp_path, monke
     asked = []
     monkeypatch.setattr("wandb.login", lambda **_: asked.append(1) or time.sleep(1))
     for number in (1, 2):
-        guest = start_wandb(WandbConfig(mode="auto"), name=f"n{number}", group="g", job_type="train")
-        assert isinstance(guest, WandbRun)
-        guest.log(record(1))
-        guest.finish(Ended("finished"))
-        assert "wandb sync" in str(guest.where())
+        external = start_wandb(WandbConfig(mode="auto"), name=f"n{number}", group="g", job_type="train")
+        assert isinstance(external, WandbRun)
+        external.log(record(1))
+        external.finish(Ended("finished"))
+        assert "wandb sync" in str(external.where())
     assert len(asked) == 1
 
 
@@ -329,8 +328,8 @@ def test_a_place_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").write_text("in the way")
     with caplog.at_level("WARNING"):
-        guest = start_wandb(WandbConfig(mode="offline"), name="n", group="g", job_type="train")
-    assert type(guest) is Guest
+        external = start_wandb(WandbConfig(mode="offline"), name="n", group="g", job_type="train")
+    assert type(external) is ExternalLogger
     assert "W&B did not start" in caplog.text
 
 
@@ -360,12 +359,12 @@ def test_a_table_goes_in_when_it_has_grown_and_once_more_at_the_end(monkeypatch)
     monkeypatch.setattr(wandb_service, "finish", lambda *_: True)
     run = BrokenRun()
     run.define_metric = lambda *_args, **_more: None
-    guest = WandbRun(run, WandbConfig(), 1.0)
+    external = WandbRun(run, WandbConfig(), 1.0)
     for count in range(1, 101):
-        guest.show_table("samples", ["text"], [["a"]] * count)
-        guest._table.join()
-    guest.finish(Ended("finished"))
-    guest._table.join()
+        external.show_table("samples", ["text"], [["a"]] * count)
+        external._table.join()
+    external.finish(Ended("finished"))
+    external._table.join()
     assert handed_in[:3] == [1, 2, 3]
     assert handed_in[-1] == 100
     assert sum(handed_in) < 13 * 100

@@ -33,15 +33,14 @@ class Asked(NamedTuple):
 
 def imports() -> None:
 
-    import gpt2.command_line
-    import gpt2.corpus
+    import gpt2.analysis.plotting
+    import gpt2.cli.script
+    import gpt2.cli.sweeper
+    import gpt2.data.corpus
     import gpt2.evaluate
     import gpt2.inference
-    import gpt2.pictures
-    import gpt2.study_report
-    import gpt2.sweeper
-    import gpt2.train
-    import gpt2.wandb_run  # noqa: F401
+    import gpt2.search.report
+    import gpt2.tracking.wandb_logger  # noqa: F401
 
 
 def serve(listening: socket.socket) -> Asked:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-import gpt2.loss
 import gpt2.model
+import gpt2.ops.cross_entropy
 from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
-from gpt2.composition import compose
+from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
-from gpt2.device import keep_freed_memory
+from gpt2.runtime.device import keep_freed_memory
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def with_setting(module, name, value):
 
 
 def chunks(mebibytes):
-    return with_setting(gpt2.loss, "CHUNK", {"cpu": mebibytes << 20})
+    return with_setting(gpt2.ops.cross_entropy, "CHUNK", {"cpu": mebibytes << 20})
 
 
 LEVERS = {  # name: what becomes of a trainer, and its configuration
@@ -82,7 +82,7 @@ LEVERS = {  # name: what becomes of a trainer, and its configuration
     "chunks of 32 MiB": (chunks(32), {}),
     "chunks of 64 MiB": (chunks(64), {}),
     "chunks of 128 MiB": (chunks(128), {}),
-    "softmax not kept in the cache": (with_setting(gpt2.loss, "IN_CACHE", 1 << 40), {}),
+    "softmax not kept in the cache": (with_setting(gpt2.ops.cross_entropy, "IN_CACHE", 1 << 40), {}),
     "PyTorch's attention": (with_setting(gpt2.model, "MOST_ATTENTION", 0), {}),
     "AdamW in a loop": (another_adamw(foreach=False, fused=False), {}),
     "AdamW foreach": (another_adamw(foreach=True), {}),

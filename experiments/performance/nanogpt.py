@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2.hugging_face import their_name
+from gpt2.checkpoint.hugging_face import their_name
 
 
 def nanogpt(config, state, train):

@@ -1,1 +1,1 @@
-"""Speed, measured so as to be believed: the same work, in one process, in turn, medians with their spread."""
+"""Speed, measured against other programs. Imports the product and is never imported by it."""

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from gpt2.config import Benchmark
-from gpt2.console import track
-from gpt2.device import describe, hardware
-from gpt2.reproducibility import commit
+from gpt2.runtime.console import track
+from gpt2.runtime.device import describe, hardware
+from gpt2.runtime.rng import commit
 
 T = TypeVar("T")
 Row = dict[str, Any]

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2.benchmarks.peers import Pairs, Parameters, Peer, State, peer_of_file, told, transformers_step
+from gpt2.checkpoint.hugging_face import their_layout
 from gpt2.config import TrainingBenchmark, TrainingConfig
-from gpt2.corpus import token_dtype
-from gpt2.data_loader import TokenBlocks, get_dataloaders
-from gpt2.device import Precision, choose_device, choose_precision, precision_asked
+from gpt2.data.corpus import token_dtype
+from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.evaluate import Batch
-from gpt2.hugging_face import their_layout
 from gpt2.model import GPT2Model
+from gpt2.runtime.device import Precision, choose_device, choose_precision, precision_asked
 from gpt2.train import Trainer
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ LONG = 10**9  # epochs
 class Workload:
     """Weights and batches, the same for all: random, from a fixed seed.
 
-    The tokens lie in a file such as `gpt2.corpus` makes, so that the loader that feeds a training can read them too.
+    The tokens lie in a file as `gpt2.data.corpus` writes it, so that the training loader can read them too.
     """
 
     def __init__(self, config: TrainingBenchmark, folder: Path, steps: int):
@@ -55,7 +55,7 @@ class Workload:
         dtype = token_dtype(vocabulary)
         tokens = np.random.default_rng(0).integers(vocabulary, size=steps * self.tokens_per_step + 1, dtype=dtype)
         tokens.tofile(folder / "tokens.bin")
-        self.blocks = TokenBlocks(folder / "tokens.bin", dtype.name, self.context)
+        self.blocks = TokenDataset(folder / "tokens.bin", dtype.name, self.context)
         timed = config.warmup + config.repetitions * config.steps
         self.batches = [self._batches(step) for step in range(min(steps, timed))]
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2 import corpus
 from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, spread, table, write_json
-from gpt2.config import DataBenchmark, UserError
-from gpt2.data_loader import TokenBlocks, get_dataloaders
-from gpt2.pretrained import open_tokenizer
-from gpt2.sources import dataset_source, text_source
+from gpt2.checkpoint.pretrained import open_tokenizer
+from gpt2.config import DataBenchmark
+from gpt2.data import corpus
+from gpt2.data.sources import dataset_source, text_source
+from gpt2.data_loader import TokenDataset, get_dataloaders
+from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 
 TRAIN = ("train",)  # the split that is measured
@@ -26,7 +27,7 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 
 
 class Preparation:
-    """The training split into tokens: by what `gpt2.corpus.prepare` does, and by a bare call of `transformers`."""
+    """The training split into tokens: by what `gpt2.data.corpus.prepare` does, and by a bare call of `transformers`."""
 
     def __init__(self, config: DataBenchmark, folder: Path):
         self.config, self.folder = config.data, folder
@@ -77,7 +78,7 @@ class Preparation:
         return bool(np.array_equal(theirs, self.tokens()))
 
 
-def batches_a_turn(blocks: TokenBlocks, config: DataBenchmark) -> Row:
+def batches_a_turn(blocks: TokenDataset, config: DataBenchmark) -> Row:
     """Seconds to the first batch of the training loader, and a batch after it."""
     loader, _, _ = get_dataloaders(blocks, blocks, blocks, config.train)
     began = time.perf_counter()
@@ -94,7 +95,7 @@ def batches_a_turn(blocks: TokenBlocks, config: DataBenchmark) -> Row:
 def data(config: DataBenchmark) -> None:
     """Print both tables, and write it all to `config.json`."""
     transformers.logging.set_verbosity_error()
-    logging.getLogger("gpt2.console").setLevel(logging.WARNING)  # a line a repetition
+    logging.getLogger("gpt2.runtime.console").setLevel(logging.WARNING)  # a line a repetition
     with tempfile.TemporaryDirectory() as name:
         preparation = Preparation(config, Path(name))
         found = circumstances(torch.device("cpu"), PACKAGES)
@@ -136,7 +137,7 @@ def data(config: DataBenchmark) -> None:
 
 def _loading(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenizer) -> Row:
     length, train = config.data.max_length, config.train
-    blocks = TokenBlocks(folder / "train.bin", corpus.token_dtype(tokenizer.vocab_size).name, length)
+    blocks = TokenDataset(folder / "train.bin", corpus.token_dtype(tokenizer.vocab_size).name, length)
     if len(blocks) <= train.batch_size:
         raise UserError(
             f"data: its {len(blocks)} blocks of data.max_length={length} are less than two batches of "

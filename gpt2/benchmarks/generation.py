@@ -18,14 +18,14 @@ from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
 from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table, write_json
+from gpt2.checkpoint.hugging_face import write_folder
+from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import GenerationBenchmark
-from gpt2.decoding import Recorder, write
-from gpt2.device import choose_device
-from gpt2.hugging_face import write_folder
+from gpt2.generation.decode import Recorder, decode
+from gpt2.generation.sampling import next_token
 from gpt2.inference import lay_out, on_host
 from gpt2.model import GPT2Model
-from gpt2.pretrained import open_model
-from gpt2.sampling import next_token
+from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class Contestant:
     name: str
     write: Write
     bytes_of_weight: int = 4
-    layout: str = "Linear"  # of the weights, see `gpt2.packed`
+    layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
 
 
 def ours(model: GPT2Model, recorder: Recorder | None) -> Write:
     def run(input_ids: Tensor, max_new_tokens: int) -> Writing:
         choose = partial(next_token, do_sample=False)
-        steps = write(model, input_ids, max_new_tokens, choose, recorder=recorder)
+        steps = decode(model, input_ids, max_new_tokens, choose, recorder=recorder)
         clock, tokens = [time.perf_counter()], []
         for (token,) in on_host(step[:1] for step in steps):
             clock.append(time.perf_counter())
@@ -185,7 +185,7 @@ HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s
 LEGEND = """\
 ratio: to the better of the two ways of transformers. of floor: the floor is the bytes of the weights over the bandwidth
 of the memory. first s: the first run, with what is set up and compiled. same tokens: as in the first line. weights:
-their layout, see gpt2/packed.py"""
+their layout, see gpt2/ops/cpu_inference.py"""
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:

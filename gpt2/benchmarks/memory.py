@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpt2.composition import ROOT, merged
+from gpt2.cli.compose import ROOT, merged
 from gpt2.config import TrainingBenchmark
 
 STEPS = 3
@@ -67,7 +67,7 @@ def run_alone(config: TrainingBenchmark, name: str, folder: Path) -> dict[str, A
     import torch
 
     from gpt2.benchmarks.contestants import Workload, contestants
-    from gpt2.device import free_memory, keep_freed_memory
+    from gpt2.runtime.device import free_memory, keep_freed_memory
 
     workload = Workload(config, folder, STEPS)
     contestant = next(found for found in contestants(workload) if found.name == name)

@@ -12,10 +12,10 @@ from typing import Any
 from gpt2.benchmarks.common import Row, interleaved, spread
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
 from gpt2.config import TrainingBenchmark
-from gpt2.interruption import Interrupted
-from gpt2.tracking import FINISHED, Ended, Guest, Tracker
+from gpt2.runtime.signals import Interrupted
+from gpt2.tracking.tracker import FINISHED, Ended, ExternalLogger, Tracker
+from gpt2.tracking.wandb_logger import start_wandb
 from gpt2.train import Trainer
-from gpt2.wandb_run import start_wandb
 
 NEVER = 10**9
 ONCE = ("first_batch", "evaluation", "save")  # what happens once a run
@@ -73,19 +73,19 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
     return call
 
 
-class Whole:
+class SingleDevice:
     """A run that goes on by so many steps each time: `Trainer.train`, its files in a folder, its loader started anew.
 
     What happens once a run is timed by itself: the first batch, for which the loader starts, the evaluation at the end
     and the checkpoint after it.
     """
 
-    def __init__(self, workload: Workload, precision: str, folder: Path, guest: Guest):
+    def __init__(self, workload: Workload, precision: str, folder: Path, external: ExternalLogger):
         config = workload.config.train
         rhythm = {"log_every": 10, "eval_every": NEVER, "save_every": NEVER, "keep_checkpoints": 1, "eval_batches": 1}
         self.workload = workload
         self.trainer = workload.trainer(in_precision(config, precision, **rhythm))
-        self.trainer.tracker = Tracker(folder, guest)
+        self.trainer.tracker = Tracker(folder, external)
         self.once: dict[str, list[float]] = {key: [] for key in ONCE}
         trainer: Any = self.trainer
         trainer._evaluate = timed(trainer._evaluate, self.once["evaluation"])
@@ -126,8 +126,8 @@ def overhead(config: TrainingBenchmark, precision: str | None = None) -> Row:
         needed = config.warmup + (config.repetitions + 1) * steps
         workload = Workload(config, Path(name), needed)
         chosen = precision or precisions(config, workload.device)[0].name
-        guest = start_wandb(config.wandb, name="overhead", group="benchmark", job_type="train")
-        whole = Whole(workload, chosen, Path(name), guest)
+        external = start_wandb(config.wandb, name="overhead", group="benchmark", job_type="train")
+        whole = SingleDevice(workload, chosen, Path(name), external)
         bare = workload.trainer(in_precision(config.train, chosen))
 
         def steps_alone(count: int = steps) -> dict[str, float]:
@@ -142,7 +142,7 @@ def overhead(config: TrainingBenchmark, precision: str | None = None) -> Row:
         steps_alone(config.warmup)
         whole.run(config.warmup)
         alone, full = interleaved([steps_alone, lambda: whole.run(steps)], config.repetitions, "Overhead")
-        guest.finish(Ended(FINISHED), None)
+        external.finish(Ended(FINISHED), None)
     bare_seconds, full_seconds = ([turn["step"] for turn in turns] for turns in (alone, full))
     return {
         "precision": chosen,

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.config import GPT2Config, TrainingConfig, UserError
-from gpt2.device import Precision
-from gpt2.hugging_face import their_name, write_folder
+from gpt2.checkpoint.hugging_face import their_name, write_folder
+from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.errors import UserError
+from gpt2.runtime.device import Precision
 
 State = dict[str, Tensor]
 Pairs = list[tuple[Tensor, Tensor]]  # (input_ids, targets) of each micro-batch

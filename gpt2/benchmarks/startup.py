@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, spread, table, write_json
-from gpt2.composition import ROOT
+from gpt2.cli.compose import ROOT
 from gpt2.config import StartupBenchmark
 
 FIRST_STEP = re.compile(r"\s*step 1/")

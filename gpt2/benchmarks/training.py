@@ -25,9 +25,9 @@ from gpt2.benchmarks.common import (
 from gpt2.benchmarks.contestants import Contestant, FirstStep, Workload, contestants
 from gpt2.benchmarks.overhead import overhead, told, waiting
 from gpt2.config import TrainingBenchmark
-from gpt2.console import track
-from gpt2.device import Precision, fastest_seconds, free_memory, keep_freed_memory, peak_flops
-from gpt2.onednn import LINEARS
+from gpt2.ops.linear import LINEARS
+from gpt2.runtime.console import track
+from gpt2.runtime.device import Precision, fastest_seconds, free_memory, keep_freed_memory, peak_flops
 
 log = logging.getLogger(__name__)
 

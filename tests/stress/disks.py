@@ -9,8 +9,9 @@ from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 
-from gpt2 import checkpoint, run_folder
-from gpt2.config import UserError
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.errors import UserError
 from tests.stress.table import Row, complain
 from tests.stress.warm import SMALL, Place, Result
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint
-from gpt2.config import UserError
-from gpt2.pretrained import open_model
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.pretrained import open_model
+from gpt2.errors import UserError
 from tests.helpers import noisy_model, tiny_config
 from tests.stress.table import Row, complain
 from tests.stress.warm import Place

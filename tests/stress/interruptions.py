@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from gpt2 import checkpoint, run_folder
-from gpt2.config import UserError
-from gpt2.tracking import read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.errors import UserError
+from gpt2.tracking.tracker import read_metrics
 from tests.conftest import ROOT
 from tests.stress.table import Row, complain
 from tests.stress.warm import SMALL, Place, Result

@@ -6,9 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
-from gpt2 import checkpoint
-from gpt2.nonfinite import broken
-from gpt2.tracking import read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.tracking.tracker import read_metrics
+from gpt2.training.nonfinite import broken
 from tests.stress.table import Row, complain
 from tests.stress.warm import SMALL, Place
 

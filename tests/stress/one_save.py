@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
+from gpt2.checkpoint.run_folder import intact, newest_first
 from gpt2.config import GPT2Config, TrainingConfig
-from gpt2.data_loader import TokenBlocks, get_dataloaders
+from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.model import GPT2Model
-from gpt2.run_folder import intact, newest_first
-from gpt2.tracking import Tracker
+from gpt2.tracking.tracker import Tracker
 from gpt2.train import Trainer
 
 
@@ -15,7 +15,7 @@ def main(folder: Path) -> None:
     tokens = folder / "tokens.bin"
     if not tokens.exists():
         tokens.write_bytes(bytes(i * i % 61 for i in range(400)))
-    blocks = TokenBlocks(tokens, "uint8", 16)
+    blocks = TokenDataset(tokens, "uint8", 16)
     config = TrainingConfig(
         batch_size=4, num_workers=0, warmup_steps=1, learning_rate=1e-2, device="cpu", keep_checkpoints=1
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial
 
-from gpt2.storage import open_storage
+from gpt2.search.storage import open_storage
 from tests.stress.table import Row, complain
 from tests.stress.warm import Place
 

@@ -16,15 +16,16 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo
 
-import gpt2.command_line
-import gpt2.corpus
+import gpt2.cli.script
+import gpt2.cli.sweeper
+import gpt2.data.corpus
 import gpt2.inference
 import gpt2.optimize
-import gpt2.study_report
-import gpt2.sweeper
+import gpt2.search.report
 import gpt2.train  # noqa: F401  # what the scripts will ask for
-from gpt2 import checkpoint, run_folder
-from gpt2.tracking import read_metrics
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint import run_folder
+from gpt2.tracking.tracker import read_metrics
 from tests.conftest import ROOT, measured_once
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(75))

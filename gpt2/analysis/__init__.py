@@ -1,0 +1,1 @@
+"""Run folders read back: tables, pictures and HTML pages that compare runs."""

@@ -1,0 +1,67 @@
+"""How our pictures look, and the picture of a single run."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from gpt2.tracking.tracker import read_metrics
+
+BEST, FAINT = "#c8502d", "#9db4d0"
+
+
+def new_figure(width: float = 8, height: float = 4.5) -> Figure:
+    """In inches."""
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def plain(axes: Axes, **labels: Any) -> None:
+    """Label axes, with a faint grid and no frame."""
+    axes.set(**labels)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def as_label(text: str) -> str:
+    """A text as a label that shows it: matplotlib sets what stands between dollars, and hides what begins with _."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def picture(figure: Figure, kind: str = "png") -> bytes:
+    """A file's content: png, svg or pdf."""
+    content = io.BytesIO()
+    figure.savefig(content, format=kind)
+    return content.getvalue()
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw the loss of a run over the tokens seen, in training and validation."""
+    records = read_metrics(metrics)
+    figure = new_figure()
+    axes = figure.subplots()
+    styles: dict[str, dict[str, Any]] = {
+        "train/loss": {"color": FAINT, "linewidth": 1.2, "label": "training"},
+        "val/loss": {"color": BEST, "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},
+    }
+    for key, style in styles.items():
+        points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), **style)
+    best = min((r for r in records if r.get("val/loss") is not None), key=lambda r: r["val/loss"], default=None)
+    if best:
+        axes.annotate(
+            f"best {best['val/loss']:.3f}",
+            (best["tokens"], best["val/loss"]),
+            textcoords="offset points",
+            xytext=(0, 10),
+            ha="right",
+            color=styles["val/loss"]["color"],
+        )
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    plain(axes, xlabel="tokens", ylabel="loss (nats per token)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(picture)

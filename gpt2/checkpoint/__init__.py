@@ -1,0 +1,1 @@
+"""Models on disk: the checkpoint format, run folders, Hugging Face folders, trained models by name."""

@@ -1,0 +1,145 @@
+"""From what Hydra composes to what runs: typed, checked, and completed by the trained model that it names.
+
+What a trained model brings with it, its shape, its tokenizer, its sampling, its data, the configuration of a run to
+resume, takes the place of defaults, never of what was asked for.
+"""
+
+import re
+import shlex
+import warnings
+from contextlib import nullcontext
+from copy import deepcopy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import gpt2.cli.schema  # noqa: F401  # registers the schemas and resolvers
+from gpt2.errors import UserError, without_secrets
+
+# A folder of presets may not be there yet.
+warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+# What has no part in the result of a run.
+WITHOUT_PART = {
+    *("sample_prompt", "profile", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
+    *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
+    *("distributed.strategy", "distributed.timeout"),
+    *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
+    *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints", "resume", "resume_changes"),
+}
+
+
+def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
+    """What Hydra makes of `conf/` and a command line; `with_hydra`, its own node too."""
+    return deepcopy(_composed(name, tuple(overrides), with_hydra, Path.cwd()))
+
+
+@lru_cache(maxsize=8)
+def _composed(name: str, overrides: tuple[str, ...], with_hydra: bool, _looked_from: Path) -> DictConfig:
+    """See `compose`, which takes Hydra 0.2 s, and is asked for the same several times before a run."""
+    is_under_way = GlobalHydra.instance().is_initialized()  # in a run; it has the same `conf/`
+    with nullcontext() if is_under_way else hydra.initialize_config_dir(str(CONF), job_name=name):
+        return hydra.compose(name, list(overrides), return_hydra_config=with_hydra)
+
+
+def compose_or_refuse(name: str) -> DictConfig:
+    """The configuration without overrides. A fault in it lies in a file of `conf/`."""
+    try:
+        return compose(name, [])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{CONF}: {composition_error(error)}") from error
+
+
+def composition_error(error: Exception) -> str:
+    """What is wrong, in one line out of Hydra's several: the choices there are, but not where they were looked for."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException):
+        first = str(cause).splitlines()[0]
+        return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
+    if "No match in the defaults list" in str(error):
+        return "there is no such group here"
+    text = str(error).split("Config search path")[0].split(": ", 1)[-1]
+    problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{problem}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def merged(schema: type, *layers: Any) -> DictConfig:
+    """The layers over a schema's defaults, each checked against it."""
+    return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
+
+
+def as_argument(key: str, value: Any) -> str:
+    """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
+    return shlex.quote(f"{key}={in_hydras_grammar(value)}")
+
+
+def in_hydras_grammar(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(in_hydras_grammar, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    is_plain = re.fullmatch(r"[\w./:-]+", value)
+    return value if is_plain else QuotedString(value, Quote.double).with_quotes()
+
+
+def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """What a command line comes to, as groups to choose and the values that differ from what those say.
+
+    Args:
+        without: Groups that are not to be chosen; what they say becomes values.
+    """
+    chosen, usual = (compose("train", words, with_hydra=True).hydra.runtime.choices for words in (overrides, []))
+    choices = {
+        str(group): str(choice)
+        for group, choice in chosen.items()
+        if choice not in (None, usual.get(group)) and not str(group).startswith("hydra/") and group not in without
+    }
+    before = leaves(compose("train", [f"{group}={choice}" for group, choice in choices.items()]))
+    return choices, {key: v for key, v in leaves(compose("train", overrides)).items() if v != before.get(key)}
+
+
+def title(overrides: list[str], longest: int = 100) -> str:
+    """What a command line asks for, in the words that tell runs apart: `model=gpt2_xl train.seed=2` is gpt2_xl seed=2.
+
+    What has no part in a run's result is left out, and so is a value that is long.
+    """
+    words: dict[str, str] = {}  # the last of each key counts
+    for override in parsed(overrides):
+        key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+        if key in WITHOUT_PART or key.startswith("hydra.") or key == "wandb":
+            continue
+        last = key.rpartition(".")[2]
+        words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
+    text = without_secrets(" ".join(words.values()))
+    return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
+
+
+def keys_of(overrides: list[str]) -> set[str]:
+    """The keys and groups that a command line names."""
+    return {override.key_or_group for override in parsed(overrides)}
+
+
+def leaves(config: DictConfig, resolved: bool = True) -> dict[str, Any]:
+    """The values of a configuration by their full keys; a list is a value."""
+    plain = OmegaConf.to_container(config, resolve=resolved)
+    assert isinstance(plain, dict)
+    result: dict[str, Any] = {}
+    for key, value in plain.items():
+        inner = value if isinstance(value, dict) else {}
+        result |= {f"{key!s}.{name}": v for name, v in inner.items()} or {str(key): value}
+    return result

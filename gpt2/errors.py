@@ -1,0 +1,92 @@
+"""What stops a run and is no bug: the machine has no room or no memory, the numbers diverge. Each in a line.
+
+The line says what happened, what would help, and how to go on from what is saved.
+"""
+
+import os
+import re
+import shutil
+from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the person at the keyboard can mend: printed one line a fault, without a traceback."""
+
+    exit_code = 2  # a mistake, found before any work
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class ResourceError(UserError):
+    """The machine has no room on its disk, or not enough memory."""
+
+    exit_code = 1
+
+
+class DivergenceError(UserError):
+    """Training came to numbers that are not finite."""
+
+    exit_code = 3
+
+
+def machine_error(error: BaseException) -> str | None:
+    """A full disk or memory in a line, or a job that was lost; None for any other error."""
+    if type(error).__name__ == "UncompletedJobError":  # submitit's, by its name: it may not be installed
+        return _lost_job(str(error))
+    if isinstance(error, OSError) and is_full_disk(error):
+        return f"{error.strerror}{_where(error)}"
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # of PyTorch, about shared memory
+        return _first_sentences(error)
+    if is_out_of_memory(error):
+        return f"out of memory: {_first_sentences(error)}"
+    return None
+
+
+def _lost_job(told: str) -> str:
+    job, file, state = (re.search(pattern, told) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)"))
+    where = f", what it printed is in {Path(file[1]).parent}" if file else ""
+    return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; others go on"
+
+
+def is_full_disk(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
+
+
+def without_password(text: str, url: str | None = None) -> str:
+    """A text with the password of a URL starred out, wherever it stands; that of `url` by itself too."""
+    password = re.search(r"://[^/@:]*:(.+)@", url or "")
+    if password and password[1]:
+        text = text.replace(password[1], "***")
+    text = re.sub(r"(://[^/@:\s]*:)[^\s]*@", r"\1***@", text)
+    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", text)
+
+
+def without_secrets(text: str) -> str:
+    """A text with all of its URLs that may be one starred out: user, password, token, the values of the query."""
+    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
+    return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
+
+
+def _where(error: OSError) -> str:
+    if not isinstance(error.filename, str | os.PathLike):
+        return ""
+    folder = next((path for path in Path(error.filename).absolute().parents if path.exists()), Path("/"))
+    return f": {error.filename} ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there)"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU or of the host; told by its name, for torch may not be loaded."""
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_allocation = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    if isinstance(error, OSError):
+        return error.errno == ENOMEM
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_allocation
+
+
+def _first_sentences(error: BaseException) -> str:
+    """What was asked for, without PyTorch's advice for programmers."""
+    text = " ".join(str(error).split())
+    return ". ".join(text.split(". ")[:2]).removesuffix(".") or type(error).__name__

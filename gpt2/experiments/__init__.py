@@ -1,0 +1,1 @@
+"""Recorded studies: the code that plans, runs and reports a folder of `experiments/`."""

@@ -1,0 +1,131 @@
+"""The terminal: plain lines, and a progress line for whoever watches."""
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+from gpt2.errors import is_full_disk
+
+log = logging.getLogger(__name__)
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Log lines on standard output, above the progress line while there is one.
+
+    It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked
+    `on_progress_line` is not repeated while that line shows it, and one marked `in_file_only` is for others.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stdout
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_shown = getattr(record, "on_progress_line", False) and is_terminal()
+        if not is_shown and not getattr(record, "in_file_only", False):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Where nobody reads any more, after `| head` or on a terminal that was closed, the run goes on in silence."""
+        _raise_full_disk()
+        if isinstance(sys.exc_info()[1], OSError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
+        else:
+            super().handleError(record)
+
+
+class LogFile(logging.FileHandler):
+    """Log lines in a file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        _raise_full_disk()
+        super().handleError(record)
+
+
+def _raise_full_disk() -> None:
+    """Let what `logging` would print with a traceback, and go on, end the run as it does anywhere else."""
+    error = sys.exc_info()[1]
+    if error is not None and is_full_disk(error):
+        raise error
+
+
+def is_terminal() -> bool:
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+@contextmanager
+def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[..., None]]:
+    """Show that something goes on. Yields a function to call with the amount done so far, and of how much if known."""
+    started = time.perf_counter()
+    last_line = started
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[amount]}"))
+    with Progress(*columns, transient=True, disable=not is_terminal()) as progress:
+        task = progress.add_task(description, total=None, amount="")
+        done = 0
+
+        def advance(so_far: int, of: int | None = None) -> None:
+            nonlocal done, last_line
+            done = so_far
+            now = time.perf_counter()
+            out_of = "" if of is None else f" of {of:,}"
+            rate = so_far / max(now - started, 1e-9)
+            amount = f"{so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
+            progress.update(task, amount=amount)
+            if progress.disable and now - last_line > seconds_between_lines:
+                log.info("%s: %s", description, amount)
+                last_line = now
+
+        yield advance
+    if done:
+        log.info("%s: %s %s in %.1f s", description, f"{done:,}", unit, time.perf_counter() - started)
+
+
+def time_left(seconds: float | None) -> str:
+    """Such as 1:02:03 or 2:03."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class ProgressLine:
+    """Step, loss, speed and time left on one line of a terminal; nothing where there is none."""
+
+    def __init__(self, total_steps: int, step: int = 0, label: str = ""):
+        columns = (
+            TextColumn(f"{label}  step" if label else "step", markup=False),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self.progress = Progress(*columns, disable=not is_terminal(), transient=True)
+        self.task = self.progress.add_task("", total=total_steps, completed=step, figures="")
+
+    def __enter__(self) -> "ProgressLine":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.progress.stop()
+
+    def step(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def figures(self, loss: float, tokens_per_second: float, seconds_left: float | None) -> None:
+        self.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {time_left(seconds_left)} left")
+
+    def show(self, text: str) -> None:
+        self.progress.update(self.task, figures=text)

@@ -1,0 +1,197 @@
+"""What the hardware is and can do: which device, which number format, how many operations a second at best."""
+
+import ctypes
+import gc
+import logging
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2.config import TrainingConfig
+from gpt2.errors import UserError
+from gpt2.runtime.dist_env import dist_env
+
+log = logging.getLogger(__name__)
+
+# Dense 16-bit matrix FLOP/s of a single chip, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def choose_device(name: str, key: str = "device") -> torch.device:
+    """`auto`: CUDA, else Apple's GPU, else the CPU. Any other name is taken at its word; `key` is what it was said by.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    if name == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() and not dist_env().by_torchrun else "cpu")
+        name = "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"{key}: {name!r} is none of auto, cuda, cuda:N, mps, cpu") from error
+    if name == "cuda" and dist_env().by_torchrun:
+        device = torch.device("cuda", dist_env().local_rank)
+    available = {
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if not available.get(device.type, False):
+        usable = [kind for kind, there in available.items() if there]
+        others = f", and {dist_env().local_world_size} ranks need one each" if dist_env().by_torchrun else ""
+        raise UserError(f"{key}: there is no {device} here{others}; auto, or one of {usable}, would do")
+    return device
+
+
+def cuda_or_else(name: str) -> torch.device:
+    """`choose_device`, but for `cuda` where there is none: then what `auto` would be, and a log line says so.
+
+    For the promised API, where `cuda` is the default of classes that work everywhere.
+    """
+    if name != "cuda" or torch.cuda.is_available():
+        return choose_device(name)
+    device = choose_device("auto")
+    log.warning("There is no CUDA device here: using %s.", device)
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of matrix products. Weights, gradients and optimizer state are always fp32."""
+
+    name: str  # fp32 | bf16 | fp16
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling, which only fp16 needs: its smallest numbers are too large for gradients."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+
+def precision_asked(config: TrainingConfig) -> str:
+    """What the configuration says of the number format; it may be `auto`."""
+    return config.precision if config.mixed_precision else "fp32"
+
+
+def choose_precision(name: str, device: torch.device) -> Precision:
+    """That of a name; `auto` is bf16 where the chip computes in it, else fp16 on CUDA, else fp32."""
+    if name != "auto":
+        return Precision(name, device)
+    if device.type == "cpu":
+        return Precision("bf16" if computes_in_bf16() else "fp32", device)
+    if device.type != "cuda":
+        return Precision("fp32", device)
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older chips only emulate it
+    return Precision("bf16" if has_bf16 else "fp16", device)
+
+
+@cache
+def computes_in_bf16() -> bool:
+    """Whether this CPU multiplies matrices of bf16 clearly faster than those of fp32. Others only emulate it."""
+    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    fp32, bf16 = fastest_seconds([partial(torch.mm, matrix, matrix) for matrix in matrices.values()])
+    return bf16 < 0.8 * fp32
+
+
+def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> list[float]:
+    """The shortest time of each, in turn: what other programs take meanwhile has the least part in it."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for _ in range(repetitions + 1):
+        for way, taken in zip(ways, seconds, strict=True):
+            began = time.perf_counter()
+            way()
+            taken.append(time.perf_counter() - began)
+    return [min(taken[1:]) for taken in seconds]  # the first run also sets things up
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What a run's speed depends on: the device and its memory in GB, the CPU, its cores, the threads that compute."""
+    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"device": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1), **about}
+    return {"device": device.type, **about}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep memory that is freed, instead of giving it back to the kernel and asking for it anew.
+
+    Each step on a CPU allocates and frees the same activations; fresh pages cost the kernel more time than many
+    a layer: kept, a step of gpt2_nano took 0.73 of the time. Only glibc can be told so; elsewhere nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
+def free_memory() -> None:
+    """Give back what a model that is gone has left: circles of references, and what C library and PyTorch keep."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # of so many models it compiles, and then no more
+    gc.collect()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_flops(precision: Precision) -> float | None:
+    """The chip's own limit in FLOP/s for 16-bit matrix products, or None where it is not known."""
+    if precision.device.type != "cuda" or precision.name == "fp32":
+        return None
+    return known_peak(torch.cuda.get_device_name(precision.device))
+
+
+def known_peak(name: str) -> float | None:
+    """The entry of `PEAK_FLOPS` whose words are all words of a device's name: an A1000 is no A100."""
+    words = set(re.split(r"[\s-]+", name))
+    return next((flops for chip, flops in PEAK_FLOPS.items() if words.issuperset(chip.split())), None)

@@ -1,0 +1,1 @@
+"""Where metrics go: files of the run folder, and Weights & Biases."""

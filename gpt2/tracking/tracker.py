@@ -1,0 +1,196 @@
+"""What a run tells, and to whom: `metrics.jsonl` and `run.json` first, then whoever else listens.
+
+The files are the record of the run. An error of an external logger (`gpt2.tracking.wandb_logger`) never ends a run.
+"""
+
+import json
+import logging
+import math
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gpt2.errors import DivergenceError
+from gpt2.runtime.files import atomic_write
+from gpt2.runtime.signals import Interrupted
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Sample = tuple[int, str]  # the step, and what was written
+
+METRICS, ABOUT = "metrics.jsonl", "run.json"
+RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
+PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # of trials
+ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME))
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:  # also what is no UTF-8
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def read_about(folder: Path) -> Record:
+    """The `run.json` of a run folder; empty where there is none, or none that can be read."""
+    try:
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+@dataclass
+class Ended:
+    """How a run ended. The exit code is that of its process, had it been alone in it."""
+
+    state: str
+    exit_code: int = 0
+    reason: str | None = None
+
+    @classmethod
+    def by(cls, error: BaseException) -> "Ended":
+        if isinstance(error, DivergenceError):
+            return cls(DIVERGED, error.exit_code, str(error))
+        if isinstance(error, KeyboardInterrupt | Interrupted):
+            return cls(INTERRUPTED, getattr(error, "code", 130))
+        code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+        return cls(FAILED, code if isinstance(code, int) else 1, f"{type(error).__name__}: {error}")
+
+
+class ExternalLogger:
+    """Who listens beside the files. This one has no ears: the null object."""
+
+    id: str | None = None
+
+    def log(self, record: Record) -> None:
+        """Hear of one record of `metrics.jsonl`."""
+
+    def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
+        """See a table, in the place of the one before of that name."""
+
+    def summarize(self, figures: Record) -> None:
+        """Hear figures that the run as a whole came to."""
+
+    def finish(self, ended: Ended, folder: Path | None) -> None:
+        """Hear how the run ended, and what is in its folder."""
+
+    def where(self) -> str | None:
+        """Where to look at the run, in a line for its end."""
+        return None
+
+
+class Tracker:
+    """Where a run's numbers go. Without a folder and without a guest, nowhere."""
+
+    def __init__(self, folder: Path | None = None, external: ExternalLogger | None = None, about: Record | None = None):
+        """
+        Args:
+            about: What is known of the run before it begins, for `run.json`.
+        """
+        self.folder = folder
+        self.external = external or ExternalLogger()
+        self.about = about or {}
+        self.samples: list[Sample] = []
+        self.how_it_ended: Ended | None = None  # None: as the exception says that ends it
+
+    @property
+    def path(self) -> Path | None:
+        return self.folder and self.folder / METRICS
+
+    def cut_back(self, step: int, evaluated_at: int) -> None:
+        """Forget what came after `step`, or after the evaluation at `evaluated_at`: a resumed run does it again."""
+        if self.folder is None or self.path is None:
+            return
+        if not self.path.exists():
+            return
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
+        self.samples = [(r["step"], r["sample"]) for r in kept if "sample" in r]
+        lost = len(self.path.read_bytes().splitlines()) - len(records)
+        if lost > 1:  # a crash leaves one line unfinished
+            log.warning("%s: %s lines are damaged and left out", self.path, lost)
+        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
+
+    def log(self, record: Record, sample: str | None = None) -> None:
+        """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null.
+
+        A sample of text goes with it into `metrics.jsonl`, and is a section of `samples.md`.
+        """
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+        self._append(METRICS, json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
+        self.external.log(finite)
+        if sample is not None:
+            self.samples.append((record["step"], sample))
+            self._append("samples.md", _section(*self.samples[-1]))
+            self.external.show_table("samples", ["step", "text"], [list(sample) for sample in self.samples])
+
+    def flush(self) -> None:
+        """Have the disk, not only the kernel, hold all that was logged."""
+        if self.path and self.path.exists():
+            with self.path.open("a") as file:
+                os.fsync(file.fileno())
+
+    def _append(self, name: str, text: str) -> None:
+        if self.folder is None:
+            return
+        try:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            error.filename = str(self.folder / name)
+            raise
+
+    def ended(self, ended: Ended) -> None:
+        """Say how the run ended, if it is not as the exception says that ends it."""
+        self.how_it_ended = ended
+
+    def __enter__(self) -> "Tracker":
+        earlier = read_about(self.folder) if self.folder else {}
+        started = {"started": earlier.get("started", _now())}
+        self._write_about({**earlier, **self.about, **started, **vars(Ended(RUNNING)), "ended": None})
+        return self
+
+    def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
+        ended = self.how_it_ended or (Ended.by(error) if error else Ended(FINISHED))
+        try:
+            self._write_about({**read_about(self.folder), **vars(ended), "ended": _now()} if self.folder else {})
+        except OSError as full:
+            if not error:
+                ended = Ended.by(full)
+                raise
+        finally:
+            self.external.finish(ended, self.folder)
+            if error and (where := self.external.where()):  # who ended well says so among other things
+                log.info("W&B: %s", where)
+
+    def _write_about(self, about: Record) -> None:
+        if self.folder:
+            _replace(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _section(step: int, sample: str) -> str:
+    return f"## Step {step:,}\n\n```\n{sample}\n```\n\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Give a file another content, all of it or none; also if the power goes."""
+    content = text.encode()
+    if path.exists() and path.read_bytes() == content:
+        return
+    with atomic_write(path) as file:
+        file.write(content)
