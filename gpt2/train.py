@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -33,6 +33,7 @@ from gpt2.runtime.signals import defer_signals
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking.tracker import Tracker
 from gpt2.training import state as snapshot
+from gpt2.training.callbacks import Callback
 from gpt2.training.compile import Compiled
 from gpt2.training.computation import agreed_precision, choose_computation
 from gpt2.training.nonfinite import ADVICE, NonFiniteGuard, gradient_norms
@@ -61,6 +62,7 @@ class Trainer:
         on_step: Callable[[], None] | None = None,
         group: ProcessGroup | None = None,
         distributed: DistributedConfig | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         """
         Args:
@@ -76,6 +78,7 @@ class Trainer:
                 with loaders that yield the same batches. Only rank 0 uses `tracker`, `write_sample` and `on_step`,
                 and it alone writes files.
             distributed: How they do.
+            callbacks: What follows this training, see `gpt2.training.callbacks`.
 
         Raises:
             UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
@@ -106,6 +109,7 @@ class Trainer:
         self.run = run
         self.on_evaluation = on_evaluation
         self.on_step = on_step if is_main else None
+        self.callbacks = tuple(callbacks)
         self.label = ""  # in front of the progress line
         self.tokenizer = tokenizer
         self._bytes_of_token = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
@@ -148,16 +152,30 @@ class Trainer:
             run_folder.remove_unfinished(self.checkpoint_dir)
         self.pace.begin(self.progress.seconds, self.progress.tokens)
         self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
-        with defer_signals(self.interrupt), self.progress_line, self.group.watched():
-            if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
-                self._name_newest()
-            if self.progress.step and self.progress.step % self.config.eval_every == 0:
-                self._evaluate()
-            while not self._should_stop():
-                self.train_epoch()
-            if self.interrupted_by is None:
-                self._evaluate()
-            self._save()
+        try:
+            self._call("on_train_start")
+            with defer_signals(self.interrupt), self.progress_line, self.group.watched():
+                self._train()
+        except BaseException as error:
+            self._call("on_exception", error)
+            raise
+        self._call("on_train_end")
+
+    def _train(self) -> None:
+        if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
+            self._name_newest()
+        if self.progress.step and self.progress.step % self.config.eval_every == 0:
+            self._evaluate()
+        while not self._should_stop():
+            self.train_epoch()
+        if self.interrupted_by is None:
+            self._evaluate()
+        self._save()
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of all callbacks."""
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
 
     def interrupt(self, number: int) -> None:
         """Have training end after this step, and say later that the signal of that number was why."""
@@ -332,6 +350,7 @@ class Trainer:
         self.progress_line.step(step)
         if self.on_step:
             self.on_step()
+        self._call("on_step_end")
         if step % self.config.log_every == 0 or step == 1:
             self._log(gradient_norm)
         if step % self.config.eval_every == 0:
@@ -356,7 +375,9 @@ class Trainer:
         }
         if self.nonfinite.total:
             record["train/steps_left_out"] = self.nonfinite.total
-        self.tracker.log({**self._now(), **record})
+        record = {**self._now(), **record}
+        self.tracker.log(record)
+        self._call("on_log", record)
         left = self._seconds_left()
         self.progress_line.figures(loss, tokens_per_second, left)
         log.info(
@@ -384,6 +405,8 @@ class Trainer:
             if self.write_sample and self.interrupted_by is None:
                 with self.group.watched(False):
                     text = self.write_sample(self.progress.step)
+            record: dict[str, Any] = {}
+            self._call("extend_evaluation", record)
         self._agree()
         if self.interrupted_by is not None:
             return
@@ -391,10 +414,11 @@ class Trainer:
             raise DivergenceError(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
-        record = {"val/loss": loss, "val/perplexity": perplexity(loss)}
+        record = {**self._now(), "val/loss": loss, "val/perplexity": perplexity(loss), **record}
         if self.tokenizer:
             record["val/bits_per_byte"] = found.bits_per_byte
-        self.tracker.log({**self._now(), **record}, sample=text)
+        self.tracker.log(record, sample=text)
+        self._call("on_log", record)
         log.info(
             "step %s  validation loss %.4f  perplexity %.2f%s",
             f"{self.progress.step:,}",
@@ -410,9 +434,11 @@ class Trainer:
             self._save()
         if self.on_evaluation:
             self.on_evaluation(self)
+        self._call("on_evaluation_end", record)
 
     def _show_validation(self, batch: int, batches: int) -> bool:
         """Tell how far validation is; whether it may go on."""
+        self._call("on_validation_batch", batch, batches)
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
         self.group.mark(f"batch {batch + 1} of validation after step {self.progress.step}")
         now = time.perf_counter()
@@ -450,10 +476,12 @@ class Trainer:
         with self.pace.aside():
             if not self.progress.is_as_in(self._saved):
                 self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
+                self._call("before_checkpoint")
                 self.save_checkpoint(run_folder.step_name(self.progress.step))
                 self._saved = replace(self.progress)
                 self._goes_on_here = True
                 self._name_newest()
+                self._call("on_checkpoint", self.checkpoint_dir / run_folder.step_name(self.progress.step))
             if self.group.is_main:
                 run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
 

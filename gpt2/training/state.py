@@ -85,6 +85,7 @@ def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
         "steps_left_out": trainer.nonfinite.state(),
         "scaler": trainer.scaler.state_dict(),
         "random": random.elsewhere,
+        **{key: value for callback in trainer.callbacks for key, value in callback.state_dict().items()},
     }
     return tensors, record
 
