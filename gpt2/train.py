@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gpt2 import fault_injection
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.config import DistributedConfig, TrainingConfig
@@ -129,7 +128,6 @@ class Trainer:
         self._checksum = 0  # of the data of the newest step: all ranks must have the same
         self._goes_on_here = False  # whether the checkpoints in `checkpoint_dir` are those of this run
         self._spared: set[Path] = set()  # those that are not
-        fault_injection.install(self)
 
     # The loop
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests import warm
+from tests import fault_injection, warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is to go on in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+fault_injection.enable()  # in this process; `Workspace` enables it in the scripts
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -74,6 +76,7 @@ class Workspace:
             "HF_HOME": str(folder / "cache" / "huggingface"),
             "HF_ENDPOINT": "http://127.0.0.1:9",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": fault_injection.SITE,
             "PYTHONUNBUFFERED": "1",
             "WANDB_MODE": "disabled",  # where a test does not say otherwise
         }

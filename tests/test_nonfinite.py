@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import tests.test_train as training
-from gpt2 import fault_injection
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.config import TrainingConfig
@@ -17,6 +16,7 @@ from gpt2.errors import DivergenceError
 from gpt2.tracking.tracker import Tracker, read_metrics
 from gpt2.training.nonfinite import NonFiniteGuard, broken, gradient_norms
 from gpt2.training.optimizer import build_optimizer, optimizer_tensors
+from tests import fault_injection
 from tests.helpers import noisy_model, tiny_config
 from tests.test_train import InterruptsAt, assert_same_state, logged, make_trainer
 

@@ -26,6 +26,7 @@ import gpt2.train  # noqa: F401  # what the scripts will ask for
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.tracking.tracker import read_metrics
+from tests import fault_injection
 from tests.conftest import ROOT, measured_once
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(75))
@@ -74,7 +75,8 @@ class Place:
             output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(output, stream)
-            os.environ.update(self.environment, XDG_CACHE_HOME=str(self.folder / "cache"))
+            cache = str(self.folder / "cache")
+            os.environ.update(self.environment, XDG_CACHE_HOME=cache, PYTHONPATH=fault_injection.SITE)
             before()
             sys.argv = [script, *arguments]
             runpy.run_path(str(ROOT / script), run_name="__main__")
