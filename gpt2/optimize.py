@@ -183,7 +183,7 @@ class OptunaOptimizer:
         train_loader = with_batch_size(self.train_loader, parameters.get("train.batch_size"))
         torch.manual_seed(training_config.seed)
         trainer = Trainer(GPT2Model(model_config), train_loader, self.val_loader, training_config, str(folder))
-        if checkpoint := run_folder.intact(run_folder.newest_first(folder)):
+        if checkpoint := run_folder.first_intact(run_folder.newest_first(folder)):
             trainer.load_checkpoint(str(checkpoint))
         return trial.train(trainer)
 

@@ -504,7 +504,7 @@ class Trainer:
         with self.group.watched(False):
             taken = snapshot.take(self)
             if self.group.is_main:
-                checkpoint.write(self.checkpoint_dir / filename, *taken)
+                checkpoint.write_checkpoint(self.checkpoint_dir / filename, *taken)
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
         """Take up a run where `save_checkpoint` left it, and log what is not as it was then.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2.checkpoint.hugging_face import their_layout, their_name
+from gpt2.checkpoint.hugging_face import hf_layout, hf_name
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
@@ -73,7 +73,7 @@ def finish(generator: Generator) -> tuple[list[Tensor], Tensor]:
 def from_transformers(tensors: Iterable[tuple[str, Tensor]], model: GPT2Model) -> dict[str, Tensor]:
     """Named tensors of GPT2LMHeadModel (weights, or their gradients) under the names and in the layout of `model`."""
     theirs = dict(tensors)
-    return {name: their_layout(name, theirs[f"transformer.{their_name(name)}"]) for name in model.state_dict()}
+    return {name: hf_layout(name, theirs[f"transformer.{hf_name(name)}"]) for name in model.state_dict()}
 
 
 def transformers_twin(model: GPT2Model):
@@ -98,7 +98,7 @@ def transformers_twin(model: GPT2Model):
             eos_token_id=None,
         )
     )
-    theirs = {f"transformer.{their_name(name)}": their_layout(name, t) for name, t in model.state_dict().items()}
+    theirs = {f"transformer.{hf_name(name)}": hf_layout(name, t) for name, t in model.state_dict().items()}
     missing, unexpected = twin.load_state_dict(theirs, strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied to the token embedding
     return twin

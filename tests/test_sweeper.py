@@ -74,7 +74,7 @@ def test_pruned_trials_are_pruned_and_the_others_complete(studied):
 
 def test_what_is_searched_reaches_the_runs(studied):
     best = studied.study.best_trial
-    record = checkpoint.read_record(run_folder.find(str(studied.sweep / str(best.number))))
+    record = checkpoint.read_record(run_folder.find_checkpoint(str(studied.sweep / str(best.number))))
     for key, value in best.params.items():
         group, _, name = key.partition(".")
         if key != "train.batch_size":  # fixed on the command line

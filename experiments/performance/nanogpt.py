@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2.checkpoint.hugging_face import their_name
+from gpt2.checkpoint.hugging_face import hf_name
 
 
 def nanogpt(config, state, train):
@@ -29,7 +29,7 @@ def nanogpt(config, state, train):
     fields = {"block_size": config.context_length, "n_layer": config.num_layers, "n_head": config.num_heads}
     fields |= {"vocab_size": config.vocab_size, "n_embd": config.d_model, "dropout": config.dropout, "bias": True}
     model = theirs.GPT(theirs.GPTConfig(**fields))
-    named = {name: f"transformer.{their_name(name)}" for name in state}
+    named = {name: f"transformer.{hf_name(name)}" for name in state}
     model.load_state_dict({named[name]: tensor for name, tensor in state.items()}, strict=False)  # lm_head is wte
     model.to(train.device)
     parameters = dict(model.named_parameters())

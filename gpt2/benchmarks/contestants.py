@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2.benchmarks.peers import Pairs, Parameters, Peer, State, peer_of_file, told, transformers_step
-from gpt2.checkpoint.hugging_face import their_layout
+from gpt2.checkpoint.hugging_face import hf_layout
 from gpt2.config import TrainingBenchmark, TrainingConfig
 from gpt2.data.corpus import token_dtype
 from gpt2.data_loader import TokenDataset, get_dataloaders
@@ -235,10 +235,10 @@ def contestants(workload: Workload) -> list[Contestant]:
         build = partial(build_peer, workload, pairs, train)
         name = f", {precision.name}"
         plain = partial(build, transformers_step, None)
-        found.append(Contestant(f"transformers{name}", precision, plain, their_layout))
+        found.append(Contestant(f"transformers{name}", precision, plain, hf_layout))
         if workload.device.type == "cuda" or train.compile is True:
             compiled = partial(build, partial(transformers_step, compiled=True), None)
-            found.append(Contestant(f"transformers, compiled{name}", precision, compiled, their_layout))
+            found.append(Contestant(f"transformers, compiled{name}", precision, compiled, hf_layout))
         if peer is not None:
             stem = Path(str(config.peer).rpartition(":")[0]).stem
             found.append(Contestant(f"{stem}{name}", precision, partial(build, peer, config.peer)))

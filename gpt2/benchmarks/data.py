@@ -37,7 +37,7 @@ class Preparation:
         tokenizer = None if data.tokenizer == "train" else open_tokenizer(data.tokenizer)
         self.first_seconds = self._fill(tokenizer)  # which makes the tokenizer, if there is none yet
         self.tokenizer = self._fresh()
-        whole = ("".join(document) for document in corpus.split_of(self.source, "train", data))
+        whole = ("".join(document) for document in corpus.documents_of_split(self.source, "train", data))
         self.documents = [document for document in whole if document.strip()]
         self.theirs = self._twin()
         self.their_ids: list[list[int]] = []

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.checkpoint.hugging_face import their_name, write_folder
+from gpt2.checkpoint.hugging_face import hf_name, write_folder
 from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.runtime.device import Precision
@@ -86,7 +86,7 @@ def transformers_step(
         return total
 
     theirs = dict(model.transformer.named_parameters())
-    return step, {name: theirs[their_name(name)] for name in state}
+    return step, {name: theirs[hf_name(name)] for name in state}
 
 
 def peer_of_file(peer: str) -> Peer:

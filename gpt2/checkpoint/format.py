@@ -44,7 +44,7 @@ STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # end
 # One file: written
 
 
-def write(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
     """Write a checkpoint so that whatever happens, `path` is either untouched or complete.
 
     A tensor's checksum is known once the tensor is written, and stands before it in the file. So the header is written
@@ -257,7 +257,7 @@ def shapes_of(config: GPT2Config) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in GPT2Model(config).state_dict().items()}
 
 
-def refuse_misfits(source: str, found: Shapes, expected: Shapes) -> None:
+def check_tensor_shapes(source: str, found: Shapes, expected: Shapes) -> None:
     """Raise a UserError that names every tensor that is missing, unexpected or misshapen; else do nothing."""
     both = sorted(found.keys() & expected.keys())
     kinds = {

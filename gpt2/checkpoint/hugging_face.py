@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.checkpoint.format import refuse_misfits, save_tensors, shapes_of
+from gpt2.checkpoint.format import check_tensor_shapes, save_tensors, shapes_of
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
@@ -63,12 +63,12 @@ _OPENAI = {
 }
 
 
-def their_name(name: str) -> str:
+def hf_name(name: str) -> str:
     """`blocks.0.attention.qkv.weight` -> `h.0.attn.c_attn.weight`."""
     return _OUR_NAMES.sub(lambda match: _THEIR_NAMES[match[0]], name)
 
 
-def their_layout(name: str, tensor: "Tensor") -> "Tensor":
+def hf_layout(name: str, tensor: "Tensor") -> "Tensor":
     """A tensor of ours, of that name, as theirs; or theirs as ours: (out, in) <-> (in, out) in linear layers."""
     is_linear = re.search(r"\.(attention|feed_forward)\.\w+\.weight$", name)
     return tensor.T.contiguous() if is_linear else tensor
@@ -119,17 +119,17 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
             head is not tied to the token embedding.
     """
     our_shapes = shapes_of(replace(config, use_bias=True))
-    names = {name: their_name(name) for name in our_shapes}
+    names = {name: hf_name(name) for name in our_shapes}
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
         found = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
         expected = {names[ours]: _their_shape(ours, shape) for ours, shape in our_shapes.items()}
         head = stored.get("lm_head.weight")
-        refuse_misfits(source, found, expected | ({"lm_head.weight": expected["wte.weight"]} if head else {}))
+        check_tensor_shapes(source, found, expected | ({"lm_head.weight": expected["wte.weight"]} if head else {}))
         if wrong := {tensor.get_dtype() for tensor in stored.values()} - {"F64", "F32", "F16", "BF16"}:
             raise UserError(f"{source}: its weights are stored as {', '.join(sorted(wrong))}, not as plain floats")
 
-        tensors = {ours: their_layout(ours, stored[theirs][:].float()) for ours, theirs in names.items()}
+        tensors = {ours: hf_layout(ours, stored[theirs][:].float()) for ours, theirs in names.items()}
         if head and not head[:].float().nan_to_num().equal(tensors["token_embedding.weight"].nan_to_num()):
             raise UserError(f"{source}: its lm_head is not its token embedding; in GPT-2 they are one tensor")
     return tensors if config.use_bias else _without_biases(tensors, config, source)
@@ -138,7 +138,7 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
 def _their_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     import torch
 
-    return tuple(their_layout(name, torch.empty(shape, device="meta")).shape)
+    return tuple(hf_layout(name, torch.empty(shape, device="meta")).shape)
 
 
 def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: str) -> "dict[str, Tensor]":
@@ -200,7 +200,7 @@ def write_folder(
     """Fill a folder with what `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load."""
     if not config.use_bias:
         tensors = {**_zero_biases(tensors, config), **tensors}
-    theirs = {f"transformer.{their_name(name)}": their_layout(name, tensor) for name, tensor in tensors.items()}
+    theirs = {f"transformer.{hf_name(name)}": hf_layout(name, tensor) for name, tensor in tensors.items()}
     save_tensors(folder / WEIGHTS, theirs, {"format": "pt"})
 
     end_of_text = tokenizer and tokenizer.eos_token_id

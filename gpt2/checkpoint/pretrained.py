@@ -73,7 +73,7 @@ class TrainedModel:
         return self.record and self.record["run"]
 
     def build(self, config: GPT2Config | None = None) -> "GPT2Model":
-        """The model with its weights, on the CPU. `config`: its own, or what `following` makes of it.
+        """The model with its weights, on the CPU. `config`: its own, or what `finetuning_config` makes of it.
 
         Raises:
             UserError: See `tensors`.
@@ -123,7 +123,7 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         UserError: There is none, or it is none that can be read.
     """
     if name is None:
-        return CheckpointModel(run_folder.find(None, key))
+        return CheckpointModel(run_folder.find_checkpoint(None, key))
     name, path = str(name), Path(name)
     if is_on_hub(name):
         return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
@@ -133,7 +133,7 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
     if path.suffix in (".safetensors", ".bin"):
         raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
-    return CheckpointModel(run_folder.find(name, key))
+    return CheckpointModel(run_folder.find_checkpoint(name, key))
 
 
 def open_tokenizer(name: str) -> GPT2Tokenizer:
@@ -158,7 +158,7 @@ def holds_tokenizer(folder: Path) -> bool:
 FREE = ("dropout", "attention_dropout", "residual_dropout", "initializer_range")  # no weight depends on them
 
 
-def following(trained: TrainedModel, asked: GPT2Config, explicit: set[str]) -> GPT2Config:
+def finetuning_config(trained: TrainedModel, asked: GPT2Config, explicit: set[str]) -> GPT2Config:
     """The configuration of a model that takes over weights: theirs, but for what may differ and was asked for.
 
     Dropout may differ, and a shorter context, which leaves out the last positions.
@@ -204,7 +204,7 @@ class CheckpointModel(TrainedModel):
     def tensors(self) -> "dict[str, Tensor]":
         tensors = checkpoint.read_tensors(self.path, "model/")
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        checkpoint.refuse_misfits(self.source, found, checkpoint.shapes_of(self.config))
+        checkpoint.check_tensor_shapes(self.source, found, checkpoint.shapes_of(self.config))
         return {name: tensor.float() for name, tensor in tensors.items()}
 
 

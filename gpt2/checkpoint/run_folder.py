@@ -15,7 +15,7 @@ from typing import Any
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
-from gpt2.runtime.files import UNFINISHED, beside, flush, rename
+from gpt2.runtime.files import TEMPORARY_PREFIX, beside, flush, rename
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,11 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a process left that was killed while it wrote. Nobody else may write here meanwhile."""
-    for path in folder.glob(f"{UNFINISHED}*"):
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         path.unlink()
 
 
-def intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
+def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
     """The first checkpoint that is not damaged, of those that are there; a warning names each one before it.
 
     Args:
@@ -132,7 +132,7 @@ def best_first(folder: Path) -> list[Path]:
     return [*([best] if best.exists() else []), *(path for path in newest_first(folder) if path != best)]
 
 
-def folder_of_run(run: Path) -> Path | None:
+def checkpoint_folder_of(run: Path) -> Path | None:
     """Where the checkpoints of a run lie; `run` may be that folder itself. None if there are none."""
     folders = {path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in run.glob(pattern)}
     return min(folders, key=lambda folder: (folder != run, folder.name != USUAL, folder.name), default=None)
@@ -153,7 +153,7 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
     return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
 
 
-def find(path: str | None, key: str = "checkpoint") -> Path:
+def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:
     """The checkpoint that a user means: a file, the best one of a run folder, or, if None, of the latest run.
 
     A run that was never evaluated has no best checkpoint; then it is its newest. The same if the best is damaged, and
@@ -165,8 +165,8 @@ def find(path: str | None, key: str = "checkpoint") -> Path:
     place = latest_run() if path is None else Path(path)
     if place.is_file():
         return place
-    folder = folder_of_run(place)
-    if folder and (found := intact(best_first(folder), prefix="model/")):
+    folder = checkpoint_folder_of(place)
+    if folder and (found := first_intact(best_first(folder), prefix="model/")):
         return found
     raise UserError(
         f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors"

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import TrainedModel, following, open_model, open_tokenizer
+from gpt2.checkpoint.pretrained import TrainedModel, finetuning_config, open_model, open_tokenizer
 from gpt2.cli.compose import CONF, WITHOUT_PART, compose_or_refuse, composition_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
 from gpt2.config import WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
@@ -110,7 +110,7 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Di
     assert isinstance(asked, GPT2Config)
     found = use_tokenizer_of(trained, "train.init_from", composed, keys)
     try:
-        composed.model = following(trained, asked, chosen)
+        composed.model = finetuning_config(trained, asked, chosen)
     except UserError as error:
         found += error.problems
     if found:
@@ -169,8 +169,8 @@ def resumed_checkpoint(resume: str) -> Path | None:
     Raises:
         UserError: All that it has are damaged.
     """
-    folder = run_folder.folder_of_run(run_folder.latest_run() if resume == "latest" else Path(resume))
-    return folder and run_folder.intact(run_folder.newest_first(folder))
+    folder = run_folder.checkpoint_folder_of(run_folder.latest_run() if resume == "latest" else Path(resume))
+    return folder and run_folder.first_intact(run_folder.newest_first(folder))
 
 
 def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpt2.checkpoint.run_folder import folder_of_run, newest_first, step_of
+from gpt2.checkpoint.run_folder import checkpoint_folder_of, newest_first, step_of
 from gpt2.config import TrainRun
 from gpt2.errors import DivergenceError, ResourceError, UserError, is_out_of_memory, machine_error
 
@@ -41,6 +41,6 @@ def explain_failure(error: Exception, config: TrainRun, run: Path, command: str)
 
 def saved(run: Path, command: str) -> str:
     """What is saved of a run, and the command that goes on with it, as the end of a sentence."""
-    folder = folder_of_run(run)
+    folder = checkpoint_folder_of(run)
     steps = [step for path in newest_first(folder) if (step := step_of(path)) is not None] if folder else []
     return f". Step {steps[0]:,} is saved, go on with: {command}" if steps else ""

@@ -31,7 +31,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.checkpoint.run_folder import folder_of_run
+from gpt2.checkpoint.run_folder import checkpoint_folder_of
 from gpt2.cli.compose import CONF, WITHOUT_PART, as_argument, compose, composition_error, leaves, parsed, preset
 from gpt2.cli.launchers import show_submissions
 from gpt2.config import OptunaConfig, StudyConfig
@@ -294,7 +294,7 @@ class StudySweeper(Sweeper):
         )
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
         run = self.folder / str(best.number)
-        is_here = folder_of_run(run) is not None  # or with a process that keeps its sweep somewhere else
+        is_here = checkpoint_folder_of(run) is not None  # or with a process that keeps its sweep somewhere else
         where = f"and the best trial's checkpoints in {best.number}/" if is_here else "the best trial was run elsewhere"
         write = f"Write with it:  python generate.py {as_argument('checkpoint', str(run))}"
         log.info(

@@ -58,7 +58,7 @@ def held_out(count: int, fraction: float) -> set[int] | None:
     return set(np.random.default_rng(0).permutation(count)[:size].tolist())
 
 
-def split_of(source: Source, split: str, config: DataConfig) -> Iterator[Iterator[str]]:
+def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterator[Iterator[str]]:
     """The documents of one split, in parts; held out of the training split where the source brings none; or `all`."""
     if split == "all":
         for documents in filter(None, (source.train, source.validation, source.test)):
@@ -133,7 +133,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """What a function makes of each item, in order. Few items are taken before their results are."""
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -160,7 +160,7 @@ def pack(
 
     total = 0
     with path.open("wb") as file, track(description, unit="tokens") as advance:
-        for tokens in in_threads(encode, batched(documents), threads):
+        for tokens in map_in_threads(encode, batched(documents), threads):
             file.write(tokens.data)
             total += len(tokens)
             advance(total)
@@ -256,12 +256,12 @@ def _fill(
 ) -> None:
     if tokenizer is None:
         with track("Training the tokenizer", unit="characters") as advance:
-            texts = (text for document in split_of(source, "train", config) for text, _ in pieces(document))
+            texts = (text for document in documents_of_split(source, "train", config) for text, _ in pieces(document))
             tokenizer = GPT2Tokenizer.train(_counted(texts, advance), config.vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     tokens = {
         split: pack(
-            split_of(source, split, config),
+            documents_of_split(source, split, config),
             tokenizer,
             folder / f"{split}.bin",
             f"Tokenizing {split}",

@@ -109,8 +109,8 @@ def _next_character(file: BinaryIO, first: int, place: int) -> int:
     if place == 0:
         return 0  # a byte that begins no character is to be found there, not to be passed over
     file.seek(first + place)
-    following = file.read(3)  # a character has at most three bytes after its first
-    return place + next((n for n, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+    next_bytes = file.read(3)  # a character has at most three bytes after its first
+    return place + next((n for n, byte in enumerate(next_bytes) if byte & 0xC0 != 0x80), len(next_bytes))
 
 
 class TextFiles:

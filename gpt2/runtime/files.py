@@ -14,13 +14,13 @@ from gpt2.errors import UserError
 log = logging.getLogger(__name__)
 
 
-UNFINISHED = ".saving-"  # what the name of a file begins with until it is whole
+TEMPORARY_PREFIX = ".saving-"  # what the name of a file begins with until it is whole
 
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A name in the same folder as `path`; nothing is left under it afterwards, or else by `remove_unfinished`."""
-    temporary = path.with_name(UNFINISHED + path.name)
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
     try:
         yield temporary
     except OSError as error:

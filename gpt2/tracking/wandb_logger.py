@@ -229,11 +229,11 @@ class WandbRun(ExternalLogger):
     def _upload_best(run: "wandb.Run", folder: Path) -> None:
         import wandb
 
-        from gpt2.checkpoint.run_folder import find
+        from gpt2.checkpoint.run_folder import find_checkpoint
         from gpt2.tracking import wandb_service as service
 
         try:
-            checkpoint = find(str(folder))
+            checkpoint = find_checkpoint(str(folder))
         except UserError:  # it ended before its first
             return
         artifact = wandb.Artifact(f"model-{run.id}", type="model")

@@ -83,7 +83,7 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
         kind()
         told = f"{number}: {kind.__name__}"
         try:
-            taken = run_folder.intact(run_folder.newest_first(checkpoints))
+            taken = run_folder.first_intact(run_folder.newest_first(checkpoints))
         except UserError as error:
             taken = None
             not_back.append(str(error))

@@ -91,7 +91,7 @@ class Forger:
 
     def instantiated(self, path: Path) -> None:
         target = {"_target_": "os.system", "_args_": [f"touch '{self.canary}'"]}
-        checkpoint.write(path, self.weights, {**self.about, "model": target, "run": {"model": target}})
+        checkpoint.write_checkpoint(path, self.weights, {**self.about, "model": target, "run": {"model": target}})
 
 
 def _write(path: Path, header: bytes, data: bytes = b"") -> None:

@@ -104,7 +104,7 @@ def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list
         shutil.copytree(original, run)
         save(run, *strace, "-o", "/dev/null", "-e", f"trace={kind}", "-e", f"inject={kind}:signal=KILL:when={number}")
         try:
-            newest = run_folder.intact(run_folder.newest_first(run / "checkpoints"))
+            newest = run_folder.first_intact(run_folder.newest_first(run / "checkpoints"))
             is_there = newest is not None and checkpoint.read_record(newest)["progress"]["step"] in (step, step + 1)
         except UserError as error:
             is_there, newest = False, None

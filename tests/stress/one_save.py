@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from gpt2.checkpoint.run_folder import intact, newest_first
+from gpt2.checkpoint.run_folder import first_intact, newest_first
 from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.model import GPT2Model
@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     loader, *_ = get_dataloaders(blocks, blocks, blocks, config)
     model = GPT2Model(GPT2Config(61, 16, 16, 2, 1, 32, 0.1, 0.1, 0.1))
     trainer = Trainer(model, loader, loader, config, str(folder / "checkpoints"), Tracker(folder))
-    before = intact(newest_first(folder / "checkpoints"))
+    before = first_intact(newest_first(folder / "checkpoints"))
     if before:
         trainer.load_checkpoint(str(before))
     trainer.tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)

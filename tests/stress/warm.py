@@ -125,7 +125,7 @@ class Place:
     def newest_step(self) -> int:
         """The step of the newest intact checkpoint; 0 if there is none yet. Raises UserError if all are damaged."""
         folders = [run / "checkpoints" for run in self.runs()]
-        path = run_folder.intact(run_folder.newest_first(folders[0])) if folders else None
+        path = run_folder.first_intact(run_folder.newest_first(folders[0])) if folders else None
         return checkpoint.read_record(path)["progress"]["step"] if path else 0
 
     def leftovers(self) -> list[Path]:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import export, following, open_model
+from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
@@ -26,9 +26,11 @@ from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, trans
 
 def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder):
     trained = open_model(str(folder))
-    assert following(trained, GPT2Config(), set()) == trained.config
+    assert finetuning_config(trained, GPT2Config(), set()) == trained.config
     dropout = {"dropout": 0.3, "attention_dropout": 0.2, "residual_dropout": 0.1}
-    found = following(trained, GPT2Config(**dropout, context_length=8, initializer_range=0.5), {"residual_dropout"})
+    found = finetuning_config(
+        trained, GPT2Config(**dropout, context_length=8, initializer_range=0.5), {"residual_dropout"}
+    )
     assert (found.dropout, found.attention_dropout, found.residual_dropout) == (0.3, 0.2, 0.1)
     assert found.initializer_range == 0.5
     assert (found.context_length, found.d_model) == (8, 16)
@@ -37,7 +39,7 @@ def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder
 def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
     trained = open_model(str(folder))
     with pytest.raises(UserError) as refused:
-        following(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
+        finetuning_config(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
     assert refused.value.problems == [
         f"model.context_length: 32 contradicts train.init_from={folder}, which has 16",
         f"model.d_model: 768 contradicts train.init_from={folder}, which has 16",

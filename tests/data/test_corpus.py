@@ -12,7 +12,7 @@ import pytest
 
 from gpt2.config import DataConfig
 from gpt2.data import corpus, sources
-from gpt2.data.corpus import LONGEST_PIECE, PIECE, PreparedData, in_threads, pack, pieces, prepare, token_dtype
+from gpt2.data.corpus import LONGEST_PIECE, PIECE, PreparedData, map_in_threads, pack, pieces, prepare, token_dtype
 from gpt2.data.sources import TextFile, TextInMemory
 from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
@@ -113,7 +113,7 @@ def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
         time.sleep(0.002 if number % 2 else 0)
         return number**2
 
-    results = in_threads(square, numbers(), 2)
+    results = map_in_threads(square, numbers(), 2)
     assert next(results) == 0
     assert len(taken) < 10
     assert list(results) == [number**2 for number in range(1, 100)]
@@ -121,7 +121,7 @@ def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
 
 def test_a_failure_in_a_thread_reaches_who_waits():
     with pytest.raises(ZeroDivisionError):
-        list(in_threads(lambda number: 1 // number, [2, 1, 0, 1], 2))
+        list(map_in_threads(lambda number: 1 // number, [2, 1, 0, 1], 2))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

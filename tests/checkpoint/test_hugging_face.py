@@ -272,7 +272,7 @@ def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) ->
     train = {"batch_size": 4, "accumulation_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 1}
     record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
     about = {**record, "data": None, "progress": progress, "scaler": {}, "versions": versions()}
-    checkpoint.write(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
+    checkpoint.write_checkpoint(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
     return tensors
 
 
@@ -402,7 +402,7 @@ def test_a_model_without_a_tokenizer_is_exported_without_one_and_it_is_said(fold
 
 def record_of(path: Path, change) -> None:
     """Change what a checkpoint says beside its tensors."""
-    checkpoint.write(path, checkpoint.read_tensors(path), change(checkpoint.read_record(path)))
+    checkpoint.write_checkpoint(path, checkpoint.read_tensors(path), change(checkpoint.read_record(path)))
 
 
 @pytest.mark.parametrize(

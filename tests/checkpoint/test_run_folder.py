@@ -26,7 +26,7 @@ def save(folder: Path, step: int, is_best: bool = False, name: str | None = None
     losses = {"val_loss": 2.0, "best_val_loss": 2.0 if is_best else 1.0}
     progress = {"step": step, "evaluated_at": step, **losses, **progress}
     tensors = {"model/weight": torch.full((4,), float(step)), "optimizer/weight": torch.zeros(4)}
-    checkpoint.write(path, tensors, {"progress": progress})
+    checkpoint.write_checkpoint(path, tensors, {"progress": progress})
     return path
 
 
@@ -103,7 +103,7 @@ def test_a_filesystem_without_links_gets_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     save(tmp_path, 1, name=LAST)
     path = save(tmp_path, 2)
-    (tmp_path / f"{run_folder.UNFINISHED}{LAST}").write_text("of a process that was killed")
+    (tmp_path / f"{run_folder.TEMPORARY_PREFIX}{LAST}").write_text("of a process that was killed")
     run_folder.add_name(path, LAST)
     assert (tmp_path / LAST).read_bytes() == path.read_bytes()
     assert not (tmp_path / LAST).samefile(path)
@@ -112,7 +112,7 @@ def test_a_filesystem_without_links_gets_a_copy(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_was_naming_is_not_written_over(tmp_path):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
-    os.link(old, tmp_path / f"{run_folder.UNFINISHED}{LAST}")
+    os.link(old, tmp_path / f"{run_folder.TEMPORARY_PREFIX}{LAST}")
     run_folder.add_name(new, LAST)
     assert checkpoint.verify(old)["progress"]["step"] == 1
     assert (tmp_path / LAST).samefile(new)
@@ -165,7 +165,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_end(tmp_pa
 
 def test_only_what_a_killed_process_left_is_cleared_away(tmp_path):
     kept = [LAST, step_name(1), "saving-mine.pth", ".lock", "x.saving-y"]
-    for name in (*kept, f"{run_folder.UNFINISHED}{LAST}", f"{run_folder.UNFINISHED}{step_name(2)}"):
+    for name in (*kept, f"{run_folder.TEMPORARY_PREFIX}{LAST}", f"{run_folder.TEMPORARY_PREFIX}{step_name(2)}"):
         (tmp_path / name).touch()
     run_folder.remove_unfinished(tmp_path)
     assert names(tmp_path) == sorted(kept)
@@ -178,8 +178,8 @@ def test_only_what_a_killed_process_left_is_cleared_away(tmp_path):
 def test_the_newest_is_taken_without_a_word(tmp_path, caplog):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
-    assert run_folder.intact(run_folder.newest_first(tmp_path)) == newest
-    assert run_folder.intact([]) is None
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)) == newest
+    assert run_folder.first_intact([]) is None
     assert not caplog.records
 
 
@@ -189,7 +189,7 @@ def test_damaged_ones_are_passed_over_each_with_a_warning(tmp_path, caplog):
     damage(tmp_path / step_name(4))
     (tmp_path / step_name(3)).write_bytes(b"")
     (tmp_path / step_name(5)).mkdir()
-    assert run_folder.intact(run_folder.newest_first(tmp_path)) == tmp_path / step_name(2)
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)) == tmp_path / step_name(2)
     told = [record.getMessage() for record in caplog.records]
     assert [step_name(n) in message for n, message in zip((5, 4, 3, 2), told, strict=True)] == [True] * 4
     assert "checksum of model/weight" in told[1]
@@ -200,7 +200,7 @@ def test_if_all_are_damaged_each_is_named_and_none_is_taken(tmp_path, caplog):
     for step in (1, 2):
         damage(save(tmp_path, step))
     with pytest.raises(UserError) as refusal:
-        run_folder.intact(run_folder.newest_first(tmp_path))
+        run_folder.first_intact(run_folder.newest_first(tmp_path))
     assert [f"step_0000000{n}" in fault for n, fault in zip((2, 1), refusal.value.problems, strict=True)] == [
         True,
         True,
@@ -214,7 +214,7 @@ def test_a_damaged_file_of_several_names_is_named_once(tmp_path):
     run_folder.add_name(path, BEST)
     damage(path)
     with pytest.raises(UserError) as refusal:
-        run_folder.intact(run_folder.newest_first(tmp_path))
+        run_folder.first_intact(run_folder.newest_first(tmp_path))
     assert len(refusal.value.problems) == 1
 
 
@@ -222,24 +222,24 @@ def test_damage_is_noticed_by_those_who_want_what_is_damaged(tmp_path):
     save(tmp_path / "run", 1)
     newest = save(tmp_path / "run", 2)
     damage(newest, "optimizer/weight")
-    assert run_folder.find(str(tmp_path)) == newest  # to write text with
-    assert run_folder.intact(run_folder.newest_first(newest.parent)).name == step_name(1)  # to resume from
+    assert run_folder.find_checkpoint(str(tmp_path)) == newest  # to write text with
+    assert run_folder.first_intact(run_folder.newest_first(newest.parent)).name == step_name(1)  # to resume from
     damage(newest)
-    assert run_folder.find(str(tmp_path)).name == step_name(1)
+    assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(1)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path, caplog):
     save(tmp_path, 2)
     save(tmp_path, 3, name=step_name(9))
-    assert run_folder.intact(run_folder.newest_first(tmp_path)).name == step_name(2)
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
     assert "step_00000009.pth is not that of step 9, but of step 3" in caplog.text
 
 
 @pytest.mark.parametrize("record", [{}, {"progress": None}, {"progress": {}}])
 def test_a_checkpoint_without_progress_is_refused_under_the_name_of_a_step(tmp_path, record):
-    checkpoint.write(tmp_path / step_name(9), {}, record)
+    checkpoint.write_checkpoint(tmp_path / step_name(9), {}, record)
     save(tmp_path, 2)
-    assert run_folder.intact(run_folder.newest_first(tmp_path)).name == step_name(2)
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,9 @@ def test_a_best_checkpoint_that_was_replaced_by_another_is_refused(tmp_path, cap
     folder = tmp_path / "checkpoints"
     save(folder, 1, is_best=True, name=BEST)
     save(folder, 4)
-    assert run_folder.find(str(tmp_path)).name == BEST
+    assert run_folder.find_checkpoint(str(tmp_path)).name == BEST
     save(folder, 3, name=BEST, **other)
-    assert run_folder.find(str(tmp_path)).name == step_name(4)
+    assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(4)
     assert "is not the best one" in caplog.text
 
 
@@ -264,37 +264,37 @@ def test_a_checkpoint_that_has_a_wrong_name_too_is_taken_under_its_own(tmp_path,
     save(tmp_path / "checkpoints", 3)
     path = save(tmp_path / "checkpoints", 4)
     os.link(path, path.with_name(wrong))
-    assert run_folder.find(str(tmp_path)) == path
+    assert run_folder.find_checkpoint(str(tmp_path)) == path
 
 
 def test_a_checkpoint_that_a_running_training_removes_meanwhile_is_passed_over(tmp_path):
     candidates = [save(tmp_path, 2), save(tmp_path, 1)]
     candidates[0].unlink()
-    assert run_folder.intact(candidates) == candidates[1]
+    assert run_folder.first_intact(candidates) == candidates[1]
 
 
 def test_a_damaged_best_gives_way_to_the_newest(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     damage(save(folder, 1, is_best=True, name=BEST))
     run_folder.add_name(save(folder, 4), LAST)
-    assert run_folder.find(str(tmp_path)).name == step_name(4)
+    assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(4)
     assert BEST in caplog.text
 
 
 def test_a_file_that_is_named_is_taken_as_it_is(tmp_path):
     path = save(tmp_path, 1)
     damage(path)
-    assert run_folder.find(str(path)) == path
+    assert run_folder.find_checkpoint(str(path)) == path
 
 
 def test_nothing_intact_is_told_of_each_and_nothing_at_all_by_the_name_of_the_option(tmp_path):
     damage(save(tmp_path / "run" / "checkpoints", 1))
     with pytest.raises(UserError, match="is damaged"):
-        run_folder.find(str(tmp_path / "run"))
+        run_folder.find_checkpoint(str(tmp_path / "run"))
     (tmp_path / "empty").mkdir()
     for place in ("empty", "nowhere"):
         with pytest.raises(UserError, match=rf"^resume: .*{place}"):
-            run_folder.find(str(tmp_path / place), "resume")
+            run_folder.find_checkpoint(str(tmp_path / place), "resume")
 
 
 def test_the_latest_run_is_the_one_that_saved_last(tmp_path):
@@ -309,10 +309,10 @@ def test_a_run_that_was_killed_at_its_first_checkpoint_is_not_the_latest_run_wit
     monkeypatch.chdir(tmp_path)
     good = save(Path("outputs/runs/a/1/checkpoints"), 1)
     os.utime(good, (1e9, 1e9))
-    unfinished = Path("outputs/runs/a/2/checkpoints") / f"{run_folder.UNFINISHED}{step_name(1)}"
+    unfinished = Path("outputs/runs/a/2/checkpoints") / f"{run_folder.TEMPORARY_PREFIX}{step_name(1)}"
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(b"half of it")
-    assert run_folder.find(None) == good
+    assert run_folder.find_checkpoint(None) == good
 
 
 # Who may write

@@ -23,7 +23,7 @@ RECORD = {"model": {"d_model": 3}, "tokenizer": "ünï ☃", "progress": {"best"
 
 
 def test_what_is_written_is_read(tmp_path):
-    checkpoint.write(tmp_path / "new" / "last.pth", TENSORS, RECORD)
+    checkpoint.write_checkpoint(tmp_path / "new" / "last.pth", TENSORS, RECORD)
     read = checkpoint.read_tensors(tmp_path / "new" / "last.pth")
     assert read.keys() == TENSORS.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
@@ -35,7 +35,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_the_file_is_safetensors_with_json_and_nothing_else(tmp_path):
     path = tmp_path / "last.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -44,7 +44,7 @@ def test_the_file_is_safetensors_with_json_and_nothing_else(tmp_path):
 
 
 def test_the_record_is_read_without_importing_torch(tmp_path):
-    checkpoint.write(tmp_path / "last.pth", TENSORS, RECORD)
+    checkpoint.write_checkpoint(tmp_path / "last.pth", TENSORS, RECORD)
     code = (
         "import sys; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         f"checkpoint.read_record(Path({str(tmp_path / 'last.pth')!r})); assert 'torch' not in sys.modules"
@@ -54,14 +54,14 @@ def test_the_record_is_read_without_importing_torch(tmp_path):
 
 def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path):
     path = tmp_path / "last.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     before = path.read_bytes()
     # A limit on the size of files, in a process of its own, stops the write in the middle, as a full disk would.
     code = (
         "import resource, signal, torch; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        f"checkpoint.write(Path({str(path)!r}), {{'model/a': torch.zeros(1_000_000)}}, {{}})"
+        f"checkpoint.write_checkpoint(Path({str(path)!r}), {{'model/a': torch.zeros(1_000_000)}}, {{}})"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode != 0
     assert path.read_bytes() == before
@@ -77,12 +77,12 @@ def pickled(path: Path) -> None:
 
 
 def cut_short(path: Path) -> None:
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     os.truncate(path, path.stat().st_size - 1)
 
 
 def of_the_future(path: Path) -> None:
-    checkpoint.write(path, TENSORS, {"format": 99})
+    checkpoint.write_checkpoint(path, TENSORS, {"format": 99})
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage, c
 def make_run(folder: Path, *names: str, age: float = 0.0) -> Path:
     for name in names:
         path = folder / "checkpoints" / name
-        checkpoint.write(path, TENSORS, RECORD)
+        checkpoint.write_checkpoint(path, TENSORS, RECORD)
         os.utime(path, (1e9 - age, 1e9 - age))
     return folder
 
@@ -119,22 +119,24 @@ def test_a_checkpoint_is_found_by_file_by_run_folder_and_by_being_the_newest(tmp
     monkeypatch.chdir(tmp_path)
     old = make_run(Path("outputs/runs/a/1"), run_folder.BEST, run_folder.LAST, age=100)
     new = make_run(Path("outputs/runs/b/0"), run_folder.LAST)
-    assert run_folder.find(str(old)) == old / "checkpoints" / run_folder.BEST
-    assert run_folder.find(str(old / "checkpoints")) == old / "checkpoints" / run_folder.BEST
-    assert run_folder.find(str(old / "checkpoints" / run_folder.LAST)) == old / "checkpoints" / run_folder.LAST
-    assert run_folder.find(None) == new / "checkpoints" / run_folder.LAST  # never evaluated: it has no best
+    assert run_folder.find_checkpoint(str(old)) == old / "checkpoints" / run_folder.BEST
+    assert run_folder.find_checkpoint(str(old / "checkpoints")) == old / "checkpoints" / run_folder.BEST
+    assert (
+        run_folder.find_checkpoint(str(old / "checkpoints" / run_folder.LAST)) == old / "checkpoints" / run_folder.LAST
+    )
+    assert run_folder.find_checkpoint(None) == new / "checkpoints" / run_folder.LAST  # never evaluated: it has no best
 
 
 @pytest.mark.parametrize("path", [None, "nowhere", "."])
 def test_no_checkpoint_is_one_line_too(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^checkpoint: "):
-        run_folder.find(path)
+        run_folder.find_checkpoint(path)
 
 
 def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path):
     (tmp_path / "other").touch()
-    checkpoint.write(tmp_path / "a.pth", {"x": torch.zeros(2)}, {})
+    checkpoint.write_checkpoint(tmp_path / "a.pth", {"x": torch.zeros(2)}, {})
     assert (tmp_path / "a.pth").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
@@ -165,7 +167,7 @@ def forge(path: Path, record: str, sums: str = "{}", data: bytes = b"", **entrie
 
 def test_any_flipped_bit_is_noticed_by_whoever_reads_it_and_by_nobody_else(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     good = path.read_bytes()
     beginning, end_of_model = 8 + header_length(good), 8 + header_length(good) + 6 * 4
     sampled = {*range(8, len(good), len(good) // 150), *range(beginning - 3, len(good))}
@@ -191,7 +193,7 @@ def test_any_flipped_bit_is_noticed_by_whoever_reads_it_and_by_nobody_else(tmp_p
 
 def test_a_file_of_any_other_length_is_refused(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     good = path.read_bytes()
     for other in (*(good[:length] for length in range(len(good))), good + b"\0", good + b" "):
         path.write_bytes(other)
@@ -200,7 +202,9 @@ def test_a_file_of_any_other_length_is_refused(tmp_path):
 
 def test_the_bytes_of_two_tensors_are_not_taken_for_one_another(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, {"model/a": torch.rand(8), "model/b": torch.rand(8), "model/c": torch.rand(8)}, {})
+    checkpoint.write_checkpoint(
+        path, {"model/a": torch.rand(8), "model/b": torch.rand(8), "model/c": torch.rand(8)}, {}
+    )
     good = path.read_bytes()
     a, b, c = good[-96:-64], good[-64:-32], good[-32:]
     path.write_bytes(good[:-96] + b + a + c)
@@ -215,7 +219,9 @@ def test_a_tensor_is_verified_to_its_end_however_large(tmp_path):
         tmp_path / "step.pth",
         2**21 + 2**19 + 3,
     )  # several times what is read at once, and not a multiple of it
-    checkpoint.write(path, {"a": torch.zeros(size, dtype=torch.uint8), "b": torch.ones(2**20, dtype=torch.uint8)}, {})
+    checkpoint.write_checkpoint(
+        path, {"a": torch.zeros(size, dtype=torch.uint8), "b": torch.ones(2**20, dtype=torch.uint8)}, {}
+    )
     good = path.read_bytes()
     assert {"a", "b"} == checkpoint.read_tensors(path).keys()
     checkpoint.verify(path)
@@ -229,7 +235,7 @@ def test_a_tensor_is_verified_to_its_end_however_large(tmp_path):
 
 def test_damage_after_a_first_look_is_noticed_too(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     checkpoint.verify(path)
     good, status = path.read_bytes(), path.stat()
     path.write_bytes(good[:-1] + b"!")
@@ -315,7 +321,7 @@ def test_a_claim_of_a_huge_header_takes_no_memory(tmp_path):
 
 def test_a_header_whose_length_is_damaged_is_refused_as_quickly_as_any(tmp_path):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(20_000)})})
+    checkpoint.write_checkpoint(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(20_000)})})
     content = path.read_bytes()
     length = header_length(content)
     flip = next(2**bit for bit in reversed(range(25)) if length & 2**bit and length - 2**bit > length * 2 / 3)
@@ -341,7 +347,7 @@ def test_every_bit_of_every_type_and_shape_returns_and_safetensors_reads_the_sam
     tensors = {"matrix": bits(3, 50)[..., 0], "zero_dim": bits(1)[0, 0], "empty": bits(0)[..., 0], "z": bits(0, 3)}
     tensors |= {"transposed": bits(5, 7)[..., 0].T, "every_other": bits(9)[::2, 0], "odd": bits(3)[..., 0]}
     tensors |= {"narrow": torch.ones(3, dtype=torch.uint8)}
-    checkpoint.write(tmp_path / "step.pth", tensors, {})
+    checkpoint.write_checkpoint(tmp_path / "step.pth", tensors, {})
     for read in (checkpoint.read_tensors(tmp_path / "step.pth"), load_file(tmp_path / "step.pth")):
         assert read.keys() == tensors.keys()
         for name, tensor in tensors.items():
@@ -356,7 +362,9 @@ def test_numbers_lie_where_a_processor_wants_them(tmp_path):
         f"{i}/{dtype}": torch.zeros(3, dtype=getattr(torch, dtype)) for i in "ab" for dtype in ("uint8", "int64")
     }
     for length in range(8):
-        checkpoint.write(tmp_path / "step.pth", {**tensors, "half": torch.zeros(1).half()}, {"text": "x" * length})
+        checkpoint.write_checkpoint(
+            tmp_path / "step.pth", {**tensors, "half": torch.zeros(1).half()}, {"text": "x" * length}
+        )
         content = (tmp_path / "step.pth").read_bytes()
         header = json.loads(content[8 : 8 + header_length(content)])
         assert header_length(content) % 8 == 0
@@ -366,7 +374,7 @@ def test_numbers_lie_where_a_processor_wants_them(tmp_path):
 
 def test_a_record_may_say_what_a_header_says(tmp_path):
     record = {"a": '"sha256_of_header":"' + "0" * 64 + '"', "b": "\ud800 \x00 \u2028", '__metadata__"': [None, 1e308]}
-    checkpoint.write(tmp_path / "step.pth", {"sha256_of_header": torch.zeros(2)}, record)
+    checkpoint.write_checkpoint(tmp_path / "step.pth", {"sha256_of_header": torch.zeros(2)}, record)
     read = checkpoint.verify(tmp_path / "step.pth")
     assert {key: read[key] for key in record} == record
 
@@ -376,7 +384,7 @@ def test_a_record_may_say_what_a_header_says(tmp_path):
 
 def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "step.pth"
-    checkpoint.write(path, TENSORS, RECORD)
+    checkpoint.write_checkpoint(path, TENSORS, RECORD)
     before = path.read_bytes()
 
     def fail(_descriptor):
@@ -384,7 +392,7 @@ def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path,
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        checkpoint.write(path, {"x": torch.zeros(9)}, {})
+        checkpoint.write_checkpoint(path, {"x": torch.zeros(9)}, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -393,7 +401,7 @@ def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path,
 def test_the_bytes_are_on_disk_before_the_name_and_the_name_when_writing_returns(tmp_path):
     code = (
         "import torch; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
-        f"checkpoint.write(Path({str(tmp_path / 'step.pth')!r}), {{'x': torch.zeros(99_999)}}, {{}})"
+        f"checkpoint.write_checkpoint(Path({str(tmp_path / 'step.pth')!r}), {{'x': torch.zeros(99_999)}}, {{}})"
     )
     calls = "trace=write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2"
     strace = ["strace", "-f", "--seccomp-bpf", "-y", "-s", "0", "-e", calls, "-o", str(tmp_path / "trace")]
