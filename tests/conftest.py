@@ -34,7 +34,7 @@ TINY = [
 
 LONGEST = (
     "test_no_fault_loses",
-    "test_every_script_call",
+    "test_commands_run_in_order",
     "test_it_learns_shakespeare",
     "is_killed_loses_its_own_trial",
 )
