@@ -1,9 +1,8 @@
-"""Every configuration of this repository, typed: what a YAML line may say, and its default.
+"""The configuration dataclasses: every key that a command line or a file in `conf/` may set, with type and default.
 
-A field of a dataclass here is a key of a file in `conf/`, and nothing else is. The dataclasses are registered as
-Hydra's schema, so a typo or a wrong type is refused while the configuration is composed; what composition cannot
-see (a relation between two fields) is found by `gpt2.problems`. Nothing heavy is imported here: a mistake is answered
-before torch is loaded.
+They are the schema of Hydra's composition (see `gpt2.cli.schema`) and the arguments of the Python API. The comment of a
+field is its line in `--help`: it stands behind the field or on the lines directly above. This module imports nothing
+heavy, so that a mistake is reported before torch is loaded.
 """
 
 from dataclasses import dataclass, field
@@ -12,65 +11,67 @@ from typing import Any, Literal
 
 @dataclass
 class GPT2Config:
-    """The architecture (Radford et al., 2019). The defaults are GPT-2 124M."""
+    """Architecture of the model (Radford et al., 2019). The defaults are GPT-2 124M."""
 
-    vocab_size: int = 50257  # in a run from a script it follows the tokenizer
-    context_length: int = 1024  # tokens
-    d_model: int = 768
-    num_heads: int = 12
-    num_layers: int = 12
-    d_ff: int = 3072
+    vocab_size: int = 50257  # tokens; the scripts set it to the tokenizer's
+    context_length: int = 1024  # longest sequence, in tokens
+    d_model: int = 768  # width of the residual stream, a multiple of num_heads
+    num_heads: int = 12  # attention heads of a block
+    num_layers: int = 12  # decoder blocks
+    d_ff: int = 3072  # width of the feed-forward layer
     dropout: float = 0.1  # after the embeddings
     attention_dropout: float = 0.1  # on the attention weights
     residual_dropout: float = 0.1  # before each residual addition
-    layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02  # standard deviation; residual projections divide it by sqrt(2 * num_layers)
+    layer_norm_epsilon: float = 1e-5  # added to the variance
+    initializer_range: float = (
+        0.02  # standard deviation of initial weights; residual projections: / sqrt(2 * num_layers)
+    )
     use_bias: bool = True  # in the linear layers
 
 
 @dataclass
 class TrainingConfig:
-    """How a model is trained. One optimizer step sees batch_size * accumulation_steps blocks."""
+    """Training. One optimizer step sees batch_size * accumulation_steps blocks of data.max_length tokens."""
 
-    batch_size: int = 8  # blocks in one forward pass
-    learning_rate: float = 3e-4  # the peak
-    weight_decay: float = 0.01  # on matrices only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    max_epochs: int = 10
-    max_training_hours: float = 12.0
-    warmup_steps: int = 2000
-    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0 switches clipping off
-    accumulation_steps: int = 1
-    save_every: int = 1000  # steps
-    eval_every: int = 500  # steps
-    log_every: int = 100  # steps
-    checkpoint_dir: str = "checkpoints"  # inside the run folder
+    batch_size: int = 8  # blocks in a forward pass
+    learning_rate: float = 3e-4  # peak of the schedule
+    weight_decay: float = 0.01  # of matrices; biases and layer norms have none
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    epsilon: float = 1e-8  # AdamW
+    max_epochs: int = 10  # training ends at max_epochs, max_steps or max_training_hours, whichever comes first
+    max_training_hours: float = 12.0  # over all resumed parts of a run
+    warmup_steps: int = 2000  # steps in which the learning rate rises linearly
+    gradient_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    accumulation_steps: int = 1  # forward passes in an optimizer step
+    save_every: int = 1000  # steps between checkpoints
+    eval_every: int = 500  # steps between validations
+    log_every: int = 100  # steps between log lines
+    checkpoint_dir: str = "checkpoints"  # name of a folder inside the run folder
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    num_workers: int = 4  # processes that load data, at most one a core that does not train
-    pin_memory: bool = True
-    mixed_precision: bool = True  # false: fp32 whatever the hardware
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
-
-    init_from: str | None = (
-        None  # a trained model to start from, see gpt2/checkpoint/pretrained.py; null: random weights
+    num_workers: int = 4  # processes that load data, at most one for each core that does not train
+    pin_memory: bool = True  # load batches into page-locked memory, from which copies to a GPU are faster
+    mixed_precision: bool = True  # false: fp32, whatever precision says
+    gradient_checkpointing: bool = (
+        False  # recompute activations in the backward pass: less memory, a third more compute
     )
+
+    init_from: str | None = None  # start from the weights of a trained model, named as checkpoint= of generate.py
     max_steps: int | None = None  # null: max_epochs decides
-    seed: int = 1
+    seed: int = 1  # of initial weights, dropout and the order of the data
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast, fp16 on older GPUs
-    compile: bool | str = "auto"  # torch.compile; auto: on CUDA, in runs that are long enough to gain by it
-    min_learning_rate: float | None = None  # where the schedule ends; null: a tenth of learning_rate
-    lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # how the rate falls after the warm-up
-    decay_fraction: float = 0.2  # of the run's steps, the last ones, in which the rate of wsd falls
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
+    compile: bool | str = "auto"  # torch.compile: true, false or auto (on CUDA, for runs long enough to gain from it)
+    min_learning_rate: float | None = None  # end of the schedule; null: a tenth of learning_rate
+    lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # decay after the warm-up; wsd: warm-up, stable, decay
+    decay_fraction: float = 0.2  # share of the steps, at the end, in which wsd decays
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the other weights
     muon_momentum: float = 0.95
-    eval_batches: int | None = None  # null: the whole split
-    keep_checkpoints: int = 2  # the newest so many, and the best
-    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do at a loss or gradient that is NaN or infinite
-    nonfinite_limit: int = 20  # so many steps are skipped one after another; one more ends the run
-    deterministic: bool = False  # the same bits each time on a GPU too, more slowly
-    auto_resume: bool = False  # the same command line goes on with the run it began: for schedulers that restart jobs
+    eval_batches: int | None = None  # batches of a validation; null: the whole split
+    keep_checkpoints: int = 2  # newest checkpoints to keep, beside the best and the last
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do if the loss or gradient is NaN or infinite
+    nonfinite_limit: int = 20  # consecutive steps that may be skipped; one more ends the run
+    deterministic: bool = False  # deterministic algorithms on a GPU too; slower
+    auto_resume: bool = False  # repeating a command line resumes its run: for schedulers that restart jobs
 
 
 @dataclass
@@ -181,76 +182,75 @@ class DistributedConfig:
 
 @dataclass
 class StudyOfRun:
-    """Which trial of which study a run is; null of none."""
+    """The trial of a study that a run is; all null for other runs. Set by the study."""
 
     name: str | None = None
-    trial: int | None = None
-    claim: str | None = None  # which time that it was taken; a job of another time has no say any more
+    trial: int | None = None  # number
+    claim: str | None = None  # identifies this attempt at the trial; a job with an older claim may not report
 
 
 @dataclass
 class TrainRun:
-    """All that `train.py` needs."""
+    """Everything that `train.py` needs."""
 
-    name: str = "gpt2"  # the run lies in outputs/runs/<name>/
+    name: str = "gpt2"  # runs are written to outputs/runs/<name>/
     model: GPT2Config = field(default_factory=GPT2Config)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written while training
+    inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written during training
     wandb: WandbConfig = field(default_factory=WandbConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    profile: bool = False  # true: trace a few steps, and tell what takes the time
-    sample_prompt: str = ""  # where each sample of text starts; empty: at the beginning of a document
-    resume: str | None = None  # a run folder, or `latest`
-    resume_changes: bool = False  # true: a resumed run may be told anything anew
-    started_with: list[str] = field(default_factory=list)  # the command line that began it; filled in, not asked for
-    choices: dict[str, str] = field(default_factory=dict)  # the file of each group of conf/; filled in, not asked for
-    study: StudyOfRun = field(default_factory=StudyOfRun)  # filled in by a study, not asked for
+    profile: bool = False  # trace a few steps with PyTorch's profiler and print where the time goes
+    sample_prompt: str = ""  # prompt of the samples; empty: the beginning of a document
+    resume: str | None = None  # run folder to resume, or latest
+    resume_changes: bool = False  # true: a resumed run may change any setting
+    started_with: list[str] = field(default_factory=list)  # set by train.py: the command line that started the run
+    choices: dict[str, str] = field(default_factory=dict)  # set by train.py: the file chosen in each group of conf/
+    study: StudyOfRun = field(default_factory=StudyOfRun)  # set by a study
 
 
 @dataclass
 class GenerateRun:
-    """All that `generate.py` needs. `prompt` is taken from the command line exactly as the shell passed it."""
+    """Everything that `generate.py` needs."""
 
-    prompt: str | None = None  # null: what is typed, in a session on a terminal; or else standard input, to its end
-    prompts_file: str | None = None  # a prompt a line, or JSON objects with a "prompt" if its name ends in .jsonl
-    batch_size: int = 8  # texts that are written side by side, where there are several
+    # Any text, exactly as the shell passes it; null: an interactive session on a terminal, otherwise standard input.
+    prompt: str | None = None
+    prompts_file: str | None = None  # one prompt a line, or a JSON object with "prompt" a line (.jsonl); JSON comes out
+    batch_size: int = 8  # texts that are generated side by side
     allow_special_tokens: bool = False  # true: <|endoftext|> in a prompt is the special token, not its characters
-    checkpoint: str | None = (
-        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
-    )
-    device: str = "auto"
-    inference: InferenceConfig = field(default_factory=InferenceConfig)
-    quiet: bool = False  # say nothing of the model and its speed on standard error
+    # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # OWNER/NAME); null: the best checkpoint of the latest run.
+    checkpoint: str | None = None
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
+    inference: InferenceConfig = field(default_factory=InferenceConfig)  # default: as the run of the checkpoint sampled
+    quiet: bool = False  # print nothing about the model and its speed on standard error
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))  # prompts and texts, as a table
 
 
 @dataclass
 class EvaluateRun:
-    """All that `evaluate.py` needs."""
+    """Everything that `evaluate.py` needs."""
 
-    checkpoint: str | None = (
-        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
-    )
-    data: DataConfig = field(default_factory=DataConfig)  # the scripts: that of the checkpoint's run, unless chosen
+    # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    # OWNER/NAME); null: the best checkpoint of the latest run.
+    checkpoint: str | None = None
+    data: DataConfig = field(default_factory=DataConfig)  # default: the data that the model was trained on
     split: Literal["test", "validation", "train", "all"] = "test"
-    stride: int | None = None  # tokens from one window of data.max_length to the next; null: windows do not overlap
-    batch_size: int = 8  # windows in one forward pass
-    device: str = "auto"
+    stride: int | None = None  # tokens between the starts of two windows; null: windows do not overlap
+    batch_size: int = 8  # windows in a forward pass
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    quantization: Literal["int8"] | None = None  # as InferenceConfig has it: what it costs
+    quantization: Literal["int8"] | None = None  # 8-bit weights, on a CPU: what quantization costs in loss
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    output: str | None = None  # null: evaluation.json in the checkpoint's run folder, or else in outputs/evaluations
+    output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
 
 
 @dataclass
 class ExportRun:
-    """All that `python -m gpt2.main export` needs."""
+    """Everything that `python -m gpt2.main export` needs."""
 
-    checkpoint: str | None = (
-        None  # a trained model, see gpt2/checkpoint/pretrained.py; null: the best of the latest run
-    )
-    to: str | None = None  # a folder that is not there yet
+    checkpoint: str | None = None  # run folder or checkpoint file; null: the best checkpoint of the latest run
+    to: str | None = None  # folder to create
 
 
 @dataclass
@@ -309,17 +309,17 @@ class StartupBenchmark:
 
 @dataclass
 class StudyPlan:
-    """`experiments/<study>/study.yaml`: the runs of a recorded study, and how they are shown.
+    """`experiments/<study>/study.yaml`: the runs of a recorded study and how their results are shown.
 
-    Its runs are all variants at all values of the sweep with all seeds.
+    The runs are all combinations of variants, values of the sweep and seeds.
     """
 
-    variants: list[str] = "???"  # type: ignore[assignment]  # files beside it: what +<study>=<variant> chooses
+    variants: list[str] = "???"  # type: ignore[assignment]  # files beside study.yaml, chosen as +<study>=<variant>
     sweep: dict[str, list[Any]] = field(default_factory=dict)  # key: values
-    seeds: list[int] = field(default_factory=lambda: [1])  # train.seed
-    metric: str = "loss"  # what is compared, a column of gpt2/analysis/runs.py
-    x: str = "variant"  # what it is shown over: a key, or a column
-    lines: str = "variant"  # a line in the picture for each value of this key
+    seeds: list[int] = field(default_factory=lambda: [1])  # values of train.seed
+    metric: str = "loss"  # what is compared: a column of gpt2/analysis/runs.py
+    x: str = "variant"  # x axis of the plot: a key or a column
+    lines: str = "variant"  # key whose values are the lines of the plot
 
 
 Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark | StartupBenchmark

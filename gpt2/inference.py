@@ -33,7 +33,7 @@ from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import Linear, pack, quantize, refuse_int8
 from gpt2.runtime.device import cuda_or_else
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.validation import validate_inference
+from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Batch:
         Raises:
             UserError: `config` makes no sense.
         """
-        if found := validate_inference(config):
+        if found := validate(config, "inference."):
             raise UserError(*found)
         device = model.token_embedding.weight.device
         generators = [torch.Generator(device) for _ in seeds]
@@ -269,7 +269,7 @@ class TextGenerator:
         Raises:
             UserError: There is none of that name, it is damaged, it holds no tokenizer, or it cannot be quantized here.
         """
-        if found := validate_inference(InferenceConfig(precision=precision, quantization=quantization)):  # type: ignore[arg-type]
+        if found := validate(InferenceConfig(precision=precision, quantization=quantization), "inference."):  # type: ignore[arg-type]
             raise UserError(*found)
         where = cuda_or_else(device)
         if quantization == "int8":
@@ -320,7 +320,7 @@ class TextGenerator:
         Raises:
             UserError: `config` makes no sense.
         """
-        if found := validate_inference(config):
+        if found := validate(config, "inference."):
             raise UserError(*found)
         self.speed, self.written = Speed(), []
         for start in range(0, config.num_return_sequences, self.texts):
@@ -348,7 +348,7 @@ class TextGenerator:
         Raises:
             UserError: `config` or `batch_size` makes no sense.
         """
-        found = validate_inference(config)
+        found = validate(config, "inference.")
         if batch_size < 1:
             found.append(f"batch_size: {batch_size} is not a whole number of at least 1")
         if found:

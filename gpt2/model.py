@@ -24,7 +24,7 @@ from gpt2.generation.sampling import Randomness, next_token
 from gpt2.ops import linear as onednn
 from gpt2.ops.attention import attend, causal_mask
 from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies
-from gpt2.validation import validate_inference, validate_model
+from gpt2.validation import validate
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
 
@@ -127,7 +127,7 @@ class GPT2Model(nn.Module):
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        if found := validate_model(config, prefix=""):
+        if found := validate(config):
             raise ValueError("; ".join(found))
         self.config = config
         self.gradient_checkpointing = False
@@ -306,7 +306,7 @@ class GPT2Model(nn.Module):
         asked = InferenceConfig(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, min_p=min_p
         )
-        if found := validate_inference(asked, prefix=""):
+        if found := validate(asked):
             raise ValueError("; ".join(found))
         choose = partial(
             next_token,

@@ -26,7 +26,7 @@ from gpt2.search.storage import failures_in_a_line
 from gpt2.search.study import Study, seed_of_trial
 from gpt2.search.trial import RunningTrial, optuna_is_quiet
 from gpt2.train import Trainer
-from gpt2.validation import PRUNERS, SAMPLERS, validate_model, validate_optuna, validate_training
+from gpt2.validation import PRUNERS, SAMPLERS, validate
 
 log = logging.getLogger(__name__)
 
@@ -108,11 +108,11 @@ class OptunaOptimizer:
             log.info("The batch size is not searched: the batches of this train_loader are cut by the caller.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
-        found = validate_optuna(optuna_config)
+        found = validate(optuna_config, "optuna.")
         for end in (0, -1):
             extreme = {key: _ends(distribution)[end] for key, distribution in self.space.items()}
             model, training = with_parameters(extreme, base_config, training_config)
-            found += validate_model(model) + validate_training(training)
+            found += validate(model, "model.") + validate(training, "train.")
         if found:
             raise UserError(*dict.fromkeys(found))
         choose_device(training_config.device, "train.device")

@@ -39,7 +39,7 @@ from gpt2.training.nonfinite import ADVICE, NonFiniteGuard, gradient_norms
 from gpt2.training.optimizer import build_optimizer, learning_rate
 from gpt2.training.state import Progress
 from gpt2.training.throughput import Throughput
-from gpt2.validation import validate_distributed, validate_training
+from gpt2.validation import validate, validate_distributed
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Trainer:
         """
         self.group, distributed = group or ProcessGroup(), distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        found = validate_training(config) + validate_data(train_loader, val_loader, config, model, tokenizer)
+        found = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
         found += validate_distributed(distributed, config, self.group.env)
         if found:
             raise UserError(*found)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.config import DataConfig, GenerateRun, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig, TrainRun
-from gpt2.validation import validate, validate_optuna, validate_training
+from gpt2.validation import validate
 from tests.helpers import ROOT, shared
 
 GROUPS = {"model": GPT2Config, "train": TrainingConfig, "data": DataConfig, "inference": InferenceConfig}
@@ -167,9 +167,9 @@ def test_heads_that_do_not_divide_are_told_a_number_that_does():
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
     config = TrainingConfig(precision=precision, mixed_precision=False)
-    assert [fault.split(":")[0] for fault in validate_training(config)] == ["train.precision"]
+    assert [fault.split(":")[0] for fault in validate(config, "train.")] == ["train.precision"]
     config.mixed_precision = True
-    assert validate_training(config) == []
+    assert validate(config, "train.") == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
     ],
 )
 def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
-    (fault,) = validate_optuna(OptunaConfig(**{field: bad}))
+    (fault,) = validate(OptunaConfig(**{field: bad}), "optuna.")
     assert fault.startswith(f"optuna.{field}: ")
     assert choices in fault
 
@@ -199,7 +199,7 @@ def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
     ],
 )
 def test_what_a_study_may_be_is_no_fault(field, good):
-    assert validate_optuna(OptunaConfig(**{field: good})) == []
+    assert validate(OptunaConfig(**{field: good}), "optuna.") == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "../a", "a" * 101, "a\n"])

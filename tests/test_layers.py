@@ -38,8 +38,6 @@ KNOWN = {  # arrows up that are still to go
     ("gpt2.search.space", "omegaconf"),
     ("gpt2.search.space", "omegaconf.errors"),
     ("gpt2.training.state", "gpt2.train"),
-    ("gpt2.validation", "omegaconf"),
-    ("gpt2.validation", "omegaconf.errors"),
 }
 FILES = [*sorted((ROOT / "gpt2").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 

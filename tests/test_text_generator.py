@@ -69,7 +69,7 @@ def test_how_a_model_is_loaded_for_writing(trained):
 @pytest.mark.parametrize(
     ("act", "complaint"),
     [
-        (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is neither int8 nor none"),
+        (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is none of int8, null"),
         (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of fp32, bf16"),
         (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
         (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),

@@ -15,7 +15,7 @@ from gpt2.checkpoint.format import check_tensor_shapes, save_tensors, shapes_of
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.validation import model_from_file
+from gpt2.validation import replace_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +105,7 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     if not has_d_ff:
         values.pop("d_ff", None)
     try:
-        config = model_from_file(values)
+        config = replace_checked(GPT2Config(), values)
     except UserError as error:
         raise UserError(f"{source}: its {CONFIG} describes no model: {'; '.join(error.problems)}") from error
     return config if has_d_ff else replace(config, d_ff=4 * config.d_model)  # unsaid, it is as OpenAI had it

@@ -19,9 +19,9 @@ from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import hugging_face, run_folder
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
-from gpt2.runtime.hub import hub_folder
+from gpt2.runtime.hub import OPENAI, hub_folder, is_on_hub
 from gpt2.tokenizer import TOKENIZER_FILES, GPT2Tokenizer
-from gpt2.validation import OPENAI, is_on_hub, model_from_file
+from gpt2.validation import replace_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +191,7 @@ class CheckpointModel(TrainedModel):
         self.path = path
         record = checkpoint.read_record(path)
         try:
-            config = model_from_file(record["model"])
+            config = replace_checked(GPT2Config(), record["model"])
             record["run"], record["progress"]["step"], record["tokenizer"]  # all that is asked for later is there
         except (UserError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"checkpoint: {path} is not one that Trainer wrote: {error}") from error

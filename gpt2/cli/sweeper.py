@@ -39,7 +39,7 @@ from gpt2.errors import UserError
 from gpt2.runtime.console import ConsoleHandler, LogFile
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.signals import Interrupted
-from gpt2.validation import Problems, validate_optuna
+from gpt2.validation import Problems, validate
 
 if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it
     from optuna.distributions import BaseDistribution
@@ -93,7 +93,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
     from gpt2.search.storage import validate_storage
     from gpt2.search.trial import optuna_is_quiet
 
-    found = validate_optuna(study_of(sweeper), KEY)
+    found = validate(study_of(sweeper), KEY)
     if sweeper.n_jobs < 1:
         found.append(f"{KEY}n_jobs: {sweeper.n_jobs} is not a whole number of at least 1")
     is_one_by_one = "BasicLauncher" in launcher

@@ -11,7 +11,7 @@ import yaml
 
 from gpt2.config import WHEN_LOADED, InferenceConfig
 from gpt2.errors import UserError
-from gpt2.validation import typed, validate_inference
+from gpt2.validation import replace_checked
 
 WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
 HELP = """\
@@ -75,9 +75,7 @@ class Session:
             if isinstance(getattr(self.config, words[0], None), list) and not isinstance(value, list):
                 value = [value]
             try:
-                self.config = typed(
-                    self.config, {words[0]: value}, lambda config: validate_inference(config, prefix="")
-                )
+                self.config = replace_checked(self.config, {words[0]: value})
             except UserError as error:
                 print("\n".join(f"error: {fault}" for fault in error.problems))
         elif line.strip() == "/config":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 from functools import cache
@@ -16,6 +17,19 @@ WITHOUT_NETWORK = (
     "what needs no network: data=text data.files=[FILE,...]; local folders as data.dataset_name and data.tokenizer; to "
     "train, experiment=quickstart (this Python's own source) and data.tokenizer=train or bytes"
 )
+
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the names of OpenAI's models
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is that of a model on the Hub: one of OpenAI's four, or OWNER/NAME.
+
+    A name that may be a local path is a path, except for OpenAI's: the package of this repository is a folder `gpt2`.
+    """
+    is_named_like_it = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    is_path = Path(name).parent.exists() or Path(name).suffix == ".pth"
+    return name in OPENAI or (is_named_like_it and not is_path)
 
 
 def caches() -> Path:

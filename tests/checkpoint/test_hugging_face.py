@@ -409,7 +409,10 @@ def record_of(path: Path, change) -> None:
     ("change", "complaint"),
     [
         (lambda record: {}, "is not one that Trainer wrote: 'model'"),
-        (lambda record: {**record, "model": {"depth": 3}}, "is not one that Trainer wrote: depth: Key 'depth' not in"),
+        (
+            lambda record: {**record, "model": {"depth": 3}},
+            "is not one that Trainer wrote: depth: there is no such key",
+        ),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
     ],
