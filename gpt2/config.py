@@ -164,12 +164,12 @@ class StudyConfig:
 
 @dataclass
 class WandbConfig:
-    """Tracking with Weights & Biases. Whatever happens there, the run goes on and `metrics.jsonl` holds everything."""
+    """Tracking with Weights & Biases. Its failures never end a run, and `metrics.jsonl` holds everything."""
 
     mode: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online when logged in, otherwise offline
     project: str = "gpt2"
     entity: str | None = None
-    log_checkpoints: Literal["none", "best"] = "none"  # best: upload it when the run ends, which may take ten minutes
+    log_checkpoints: Literal["none", "best"] = "none"  # best: upload it at the end, which may take ten minutes
 
 
 @dataclass
@@ -271,39 +271,27 @@ class GenerationBenchmark:
 
 @dataclass
 class TrainingBenchmark:
-    """All that `python -m gpt2.main benchmark training` needs."""
+    """The configuration of `python -m gpt2.main benchmark training`."""
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
     train: TrainingConfig = field(default_factory=TrainingConfig)
     context: int | None = None  # tokens a block; null: model.context_length
-    repetitions: int = 5  # in each, every contestant has its turn
+    repetitions: int = 5  # each contestant has one turn a repetition
     steps: int = 1  # a turn
-    warmup: int = 2  # steps before, not counted; the first compiles
-    precisions: list[str] = field(default_factory=lambda: ["auto"])  # fp32, bf16, fp16; auto: as train.precision says
+    warmup: int = 2  # steps that are not timed; the first compiles
+    precisions: list[str] = field(default_factory=lambda: ["auto"])  # fp32, bf16, fp16; auto: train.precision
     peer: str | None = None  # FILE.py:FUNCTION, see gpt2/benchmarks/peers.py
-    memory: bool = True  # the peak of each contestant, in a process of its own
-    overhead: bool = False  # Trainer.train() against its bare steps
-    overhead_steps: int = 30  # of each, a repetition
-    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="offline"))  # which Trainer.train() tells too
     json: str | None = None  # a file for everything that was measured
 
 
 @dataclass
 class DataBenchmark:
-    """All that `python -m gpt2.main benchmark data` needs."""
+    """The configuration of `python -m gpt2.main benchmark data`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainingConfig = field(default_factory=TrainingConfig)  # batch_size, num_workers, pin_memory
     repetitions: int = 5
     batches: int = 200  # of the training loader, a repetition; at most an epoch
-    json: str | None = None  # a file for everything that was measured
-
-
-@dataclass
-class StartupBenchmark:
-    """All that `python -m gpt2.main benchmark startup` needs."""
-
-    repetitions: int = 5
     json: str | None = None  # a file for everything that was measured
 
 
@@ -322,5 +310,5 @@ class StudyPlan:
     lines: str = "variant"  # key whose values are the lines of the plot
 
 
-Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark | StartupBenchmark
+Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark

@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": "score a trained model on a corpus: evaluate.py",
     "generate": "write text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
-    "benchmark": "measure speed: benchmark generation|training|data|startup",
+    "benchmark": "measure speed: benchmark generation|training|data",
     "compare": "put runs side by side, in a table and a picture: compare RUN ...",
     "study": "run a recorded study, or what it lacks, and write what was found: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",

@@ -29,7 +29,6 @@ from gpt2.config import (
     GPT2Config,
     InferenceConfig,
     OptunaConfig,
-    StartupBenchmark,
     TrainingBenchmark,
     TrainingConfig,
     TrainRun,
@@ -98,9 +97,8 @@ BOUNDS: dict[type, Bounds] = {
         **dict.fromkeys(("prompt_tokens", "repetitions"), COUNT),
         "new_tokens": (2, inf, "at least 2"),
     },
-    TrainingBenchmark: dict.fromkeys(("context", "repetitions", "steps", "warmup", "overhead_steps"), COUNT),
+    TrainingBenchmark: dict.fromkeys(("context", "repetitions", "steps", "warmup"), COUNT),
     DataBenchmark: dict.fromkeys(("repetitions", "batches"), COUNT),
-    StartupBenchmark: {"repetitions": COUNT},
 }
 
 
@@ -388,11 +386,11 @@ def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Problems:
         problems.append(f"context: {config.context} is above model.context_length={config.model.context_length}")
     file, _, function = (config.peer or "").rpartition(":")
     if config.peer is not None and (not Path(file).is_file() or not function.isidentifier()):
-        problems.append(f"peer: {config.peer!r} is no FILE.py:FUNCTION, or there is no such file (from {Path.cwd()})")
+        problems.append(f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})")
     return problems
 
 
-def _json_file(config: DataBenchmark | StartupBenchmark, prefix: str) -> Problems:
+def _data_benchmark(config: DataBenchmark, prefix: str) -> Problems:
     return _file_to_write(config.json, "json")
 
 
@@ -407,6 +405,5 @@ RELATIONS: dict[type, Callable[[Any, str], Problems]] = {
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
     TrainingBenchmark: _training_benchmark,
-    DataBenchmark: _json_file,
-    StartupBenchmark: _json_file,
+    DataBenchmark: _data_benchmark,
 }

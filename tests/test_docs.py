@@ -24,7 +24,7 @@ SHORT = ["train.max_steps=2", "train.eval_batches=2", "inference.max_new_tokens=
 TINY_MODEL = [argument for argument in TINY if argument.startswith("model.")]
 BENCHMARKS = {
     "generation": ["model=gpt2_nano", *TINY_MODEL, "new_tokens=2", "prompt_tokens=4"],
-    "training": ["model=gpt2_nano", *TINY_MODEL, "context=8", "memory=false"],
+    "training": ["model=gpt2_nano", *TINY_MODEL, "context=8"],
     "data": ["data=text", "data.files=[README.md]"],
 }
 

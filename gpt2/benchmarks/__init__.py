@@ -1,1 +1,1 @@
-"""Speed, measured against other programs. Imports the product and is never imported by it."""
+"""Speed benchmarks against other programs. Imports the product and is never imported by it."""

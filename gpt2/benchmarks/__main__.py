@@ -1,22 +1,15 @@
-"""`python -m gpt2.benchmarks WHAT [OVERRIDES]`."""
+"""`python -m gpt2.main benchmark WHAT [OVERRIDES]`."""
 
 from gpt2.cli.arguments import take_word
 from gpt2.cli.script import script
-from gpt2.config import DataBenchmark, GenerationBenchmark, StartupBenchmark, TrainingBenchmark
-
-BENCHMARKS = {
-    "generation": "how fast text is written, against transformers",
-    "training": "how fast a model is trained, against transformers and others",
-    "data": "how fast text becomes tokens, and tokens batches",
-    "startup": "how long it takes until something happens",
-}
+from gpt2.config import DataBenchmark, GenerationBenchmark, TrainingBenchmark
 
 
 @script("benchmark_generation")
 def benchmark_generation(config: GenerationBenchmark) -> None:
     from gpt2.runtime.device import choose_device
 
-    choose_device(config.device)  # refuses a missing one before more is imported
+    choose_device(config.device)  # an unavailable device is an error before transformers is imported
     from gpt2.benchmarks import generation
 
     generation.generation(config)
@@ -39,21 +32,17 @@ def benchmark_data(config: DataBenchmark) -> None:
     data.data(config)
 
 
-@script("benchmark_startup")
-def benchmark_startup(config: StartupBenchmark) -> None:
-    from gpt2.benchmarks import startup
-
-    startup.startup(config)
+BENCHMARKS = {
+    "generation": (benchmark_generation, "speed of text generation, against transformers"),
+    "training": (benchmark_training, "speed of training, against transformers and others"),
+    "data": (benchmark_data, "speed of tokenization and of the data loader"),
+}
 
 
 def main() -> None:
-    what = take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
-    {
-        "generation": benchmark_generation,
-        "training": benchmark_training,
-        "data": benchmark_data,
-        "startup": benchmark_startup,
-    }[what]()
+    descriptions = {name: description for name, (_, description) in BENCHMARKS.items()}
+    name = take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", descriptions)
+    BENCHMARKS[name][0]()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What the benchmarks share: turns, medians with their spread, tables, the file for everything that was measured."""
+"""Shared by the benchmarks: interleaved repetitions, medians with their range, tables, and the JSON file."""
 
 import json
 import math
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from gpt2.config import Benchmark
 from gpt2.runtime.console import track
 from gpt2.runtime.device import describe, hardware
 from gpt2.runtime.rng import commit
@@ -23,9 +21,9 @@ Row = dict[str, Any]
 
 
 def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
-    """What each of `turns` returns in each repetition. All have one turn a repetition; who begins rotates.
+    """Call each of `turns` once a repetition; the one that begins rotates. Returns the results of each.
 
-    So a neighbour on the machine, or heat, slows all of them down alike, and nobody is always after the same one.
+    Other load on the machine and heat then slow all of them alike, and none always runs after the same other one.
     """
     results: list[list[T]] = [[] for _ in turns]
     with track(description, unit="repetitions") as advance:
@@ -38,7 +36,7 @@ def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description:
 
 
 def spread(name: str, values: Sequence[float]) -> Row:
-    """The median of some measurements under a name, and each of them under `<name>_of_each`."""
+    """The median of repeated measurements as `<name>`, and all of them as `<name>_of_each`."""
     return {name: median(values), f"{name}_of_each": list(values)}
 
 
@@ -47,28 +45,28 @@ def from_to(values: Sequence[float], digits: int = 0) -> str:
 
 
 def or_na(value: float | None, form: str) -> str:
-    """A number in a format; `n/a` where it is not known."""
+    """Format a number; `n/a` for None and NaN."""
     return "n/a" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be, the first to the left, the others to the right."""
+    """A table as text: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return f"{first[0]:<{first[1]}}" + "".join(f"  {cell:>{width}}" for cell, width in rest)
-
-    return "\n".join(line(cells).rstrip() for cells in (head, *rows))
+    alignment = "<" + ">" * (len(widths) - 1)
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(cells, alignment, widths, strict=True))
+        for cells in (head, *rows)
+    )
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def circumstances(device: torch.device, packages: Sequence[str] = ("torch", "transformers")) -> Row:
-    """What the figures depend on beside the configuration."""
+    """What the figures depend on besides the configuration: hardware, load, commit and versions."""
     return {
         "device": describe(device),
         "hardware": hardware(device),
         "cores_of_process": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,  # neighbours show in it
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "repository": commit(),
         **{package: version(package) for package in packages},
         "cuda": torch.version.cuda,
@@ -76,22 +74,21 @@ def circumstances(device: torch.device, packages: Sequence[str] = ("torch", "tra
     }
 
 
-def headline(found: Row, packages: Sequence[str] = ("torch", "transformers")) -> str:
-    """The circumstances in a line."""
-    about = found["hardware"]
-    versions = [f"{name} {found[name]}" for name in (*packages, "python")]
-    cuda = [f"CUDA {found['cuda']}"] if found["cuda"] else []
-    return ", ".join([found["device"], about["cpu"], f"{found['cores_of_process']} cores", *versions, *cuda])
+def headline(about: Row, packages: Sequence[str] = ("torch", "transformers")) -> str:
+    """`circumstances` in a line."""
+    versions = [f"{name} {about[name]}" for name in (*packages, "python")]
+    cuda = [f"CUDA {about['cuda']}"] if about["cuda"] else []
+    cores = f"{about['cores_of_process']} cores"
+    return ", ".join([about["device"], about["hardware"]["cpu"], cores, *versions, *cuda])
 
 
-def write_json(config: Benchmark, benchmark: str, found: Row) -> None:
-    """Write everything that was measured to `config.json`, if it is asked for. What is no number becomes null."""
-    if config.json is None:
+def write_json(file: str | None, record: Row) -> None:
+    """Write a record to a file, if one is given. NaN and infinities become null."""
+    if file is None:
         return
-    result = _finite({"benchmark": benchmark, "config": asdict(config), **found})
-    Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {config.json}")
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps(_finite(record), indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten to {file}")
 
 
 def _finite(value: Any) -> Any:

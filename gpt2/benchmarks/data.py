@@ -1,9 +1,10 @@
-"""How fast text becomes tokens, against the tokenizer of `transformers`, and how fast tokens become batches."""
+"""Speed of tokenization, against the tokenizer of `transformers`, and of the training data loader."""
 
 import logging
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,48 +23,47 @@ from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 
-TRAIN = ("train",)  # the split that is measured
 PACKAGES = ("torch", "transformers", "tokenizers")
 
 
-class Preparation:
-    """The training split into tokens: by what `gpt2.data.corpus.prepare` does, and by a bare call of `transformers`."""
+class Tokenization:
+    """The training split as tokens: by `gpt2.data.corpus`, from files to a file, and by a call of `transformers`."""
 
     def __init__(self, config: DataBenchmark, folder: Path):
-        self.config, self.folder = config.data, folder
+        self.config, self.folder, self.repetitions = config.data, folder, config.repetitions
         data = config.data
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         self.source = text_source(data) if data.files is not None else dataset_source(data)
         tokenizer = None if data.tokenizer == "train" else open_tokenizer(data.tokenizer)
-        self.first_seconds = self._fill(tokenizer)  # which makes the tokenizer, if there is none yet
-        self.tokenizer = self._fresh()
-        whole = ("".join(document) for document in corpus.documents_of_split(self.source, "train", data))
-        self.documents = [document for document in whole if document.strip()]
-        self.theirs = self._twin()
+        self.first_seconds = self._prepare(tokenizer)  # trains the tokenizer, if there is none yet
+        self.tokenizer = self._new_tokenizer()
+        documents = ("".join(parts) for parts in corpus.documents_of_split(self.source, "train", data))
+        self.documents = [document for document in documents if document.strip()]
+        self.theirs = self._their_tokenizer()
         self.their_ids: list[list[int]] = []
-        self.bare()  # their caches fill; ours begin empty each time, as in a preparation
+        self.transformers()  # fills its cache; that of ours is empty at the start of each preparation
 
-    def _twin(self) -> Any:
-        """Their tokenizer of the same vocabulary. `<|endoftext|>` in a text is no token of its own to it either."""
+    def _their_tokenizer(self) -> Any:
+        """The tokenizer of `transformers` with our vocabulary; `<|endoftext|>` in a text is plain text to it too."""
         with tempfile.TemporaryDirectory() as name:
             self.tokenizer.to_folder(name, context_length=1024)
-            fast: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined]  # made when asked for
+            fast: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined]  # a lazy attribute
             return fast.from_pretrained(name, split_special_tokens=True)
 
-    def _fresh(self) -> GPT2Tokenizer:
+    def _new_tokenizer(self) -> GPT2Tokenizer:
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
-    def _fill(self, tokenizer: GPT2Tokenizer | None) -> float:
+    def _prepare(self, tokenizer: GPT2Tokenizer | None) -> float:
         began = time.perf_counter()
-        corpus._fill(self.folder, self.source, tokenizer, self.config, TRAIN, {})
+        corpus._fill(self.folder, self.source, tokenizer, self.config, ("train",), {})
         return time.perf_counter() - began
 
     def ours(self) -> float:
         """Seconds from files to a file of tokens: reading, encoding and writing."""
-        return self._fill(self._fresh())
+        return self._prepare(self._new_tokenizer())
 
-    def bare(self) -> float:
-        """Seconds of the bare call, the documents in memory already and nothing written."""
+    def transformers(self) -> float:
+        """Seconds of the bare call: the documents are in memory, and nothing is written."""
         began = time.perf_counter()
         self.their_ids = self.theirs(self.documents, return_attention_mask=False, verbose=False)["input_ids"]
         return time.perf_counter() - began
@@ -71,79 +71,75 @@ class Preparation:
     def tokens(self) -> np.ndarray:
         return np.fromfile(self.folder / "train.bin", dtype=corpus.token_dtype(self.tokenizer.vocab_size))
 
-    def are_same(self) -> bool:
-        """Whether both made the same tokens; that each document ends with `<|endoftext|>` is ours."""
+    def tokens_agree(self) -> bool:
+        """Whether both give the same tokens, apart from the `<|endoftext|>` that only ours adds to each document."""
         end = self.tokenizer.eos_token_id
         theirs = np.concatenate([np.array([*ids, end], dtype=np.int64) for ids in self.their_ids])
         return bool(np.array_equal(theirs, self.tokens()))
 
-
-def batches_a_turn(blocks: TokenDataset, config: DataBenchmark) -> Row:
-    """Seconds to the first batch of the training loader, and a batch after it."""
-    loader, _, _ = get_dataloaders(blocks, blocks, blocks, config.train)
-    began = time.perf_counter()
-    iterator = iter(loader)
-    next(iterator)
-    first, count = time.perf_counter() - began, min(config.batches, len(loader) - 1)
-    began = time.perf_counter()
-    for _ in range(count):
-        next(iterator)
-    seconds = (time.perf_counter() - began) / max(1, count)
-    return {"first": first, "batch": seconds, "batches": count, "workers": loader.num_workers}
-
-
-def data(config: DataBenchmark) -> None:
-    """Print both tables, and write it all to `config.json`."""
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("gpt2.runtime.console").setLevel(logging.WARNING)  # a line a repetition
-    with tempfile.TemporaryDirectory() as name:
-        preparation = Preparation(config, Path(name))
-        found = circumstances(torch.device("cpu"), PACKAGES)
-        characters, tokens = sum(map(len, preparation.documents)), len(preparation.tokens())
-        print(
-            f"{len(preparation.documents):,} documents, {characters:,} characters, {tokens:,} tokens, vocabulary of "
-            f"{preparation.tokenizer.vocab_size:,}, medians of {config.repetitions}\n{headline(found, PACKAGES)}",
-            flush=True,
-        )
-        seconds = interleaved([preparation.bare, preparation.ours], config.repetitions, "Preparing")
-        rows = [
+    def rows(self) -> list[Row]:
+        turns, tokens = [self.transformers, self.ours], len(self.tokens())
+        names = ("transformers, bare call", "gpt2, files to file")
+        seconds = interleaved(turns, self.repetitions, "Tokenizing")
+        return [
             {
-                "contestant": who,
+                "contestant": name,
                 "tokens_per_second": tokens / median(each),
                 "tokens_per_second_of_each": [tokens / second for second in each],
                 **spread("seconds", each),
                 "ratio": median(seconds[0]) / median(each),
             }
-            for who, each in zip(("transformers, bare call", "gpt2, files to file"), seconds, strict=True)
+            for name, each in zip(names, seconds, strict=True)
         ]
-        same = preparation.are_same()
-        cells = [
-            (
-                row["contestant"],
-                f"{row['tokens_per_second']:,.0f}",
-                from_to(row["tokens_per_second_of_each"]),
-                f"{row['seconds']:.3f}",
-                f"{row['ratio']:.2f}",
-            )
-            for row in rows
-        ]
-        print(f"\n{table(('', 'tokens/s', 'from - to', 'seconds', 'ratio'), cells)}\n")
-        print(f"the tokens are {'the same' if same else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
-        loading = _loading(config, Path(name), preparation.tokenizer)
-    found |= {"documents": len(preparation.documents), "characters": characters, "tokens": tokens, "same_tokens": same}
-    found |= {"first_seconds": preparation.first_seconds, "results": rows, "loader": loading}
-    write_json(config, "data", found)
 
 
-def _loading(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenizer) -> Row:
-    length, train = config.data.max_length, config.train
-    blocks = TokenDataset(folder / "train.bin", corpus.token_dtype(tokenizer.vocab_size).name, length)
-    if len(blocks) <= train.batch_size:
-        raise UserError(
-            f"data: its {len(blocks)} blocks of data.max_length={length} are less than two batches of "
-            f"train.batch_size={train.batch_size}, of which the speed of a loader could be told"
+def data(config: DataBenchmark) -> None:
+    """Print both tables, and write everything that was measured to `config.json`."""
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("gpt2.runtime.console").setLevel(logging.WARNING)  # else a line a repetition
+    with tempfile.TemporaryDirectory() as name:
+        tokenization = Tokenization(config, Path(name))
+        record: Row = {"benchmark": "data", "config": asdict(config), **circumstances(torch.device("cpu"), PACKAGES)}
+        record |= _compare_tokenizers(tokenization, headline(record, PACKAGES))
+        record["loader"] = _measure_loader(config, Path(name), tokenization.tokenizer)
+    write_json(config.json, record)
+
+
+def _compare_tokenizers(tokenization: Tokenization, about: str) -> Row:
+    documents, vocabulary = tokenization.documents, tokenization.tokenizer.vocab_size
+    characters, tokens = sum(map(len, documents)), len(tokenization.tokens())
+    print(
+        f"{len(documents):,} documents, {characters:,} characters, {tokens:,} tokens, vocabulary of {vocabulary:,}, "
+        f"medians of {tokenization.repetitions}\n{about}",
+        flush=True,
+    )
+    rows = tokenization.rows()
+    agree = tokenization.tokens_agree()
+    cells = [
+        (
+            row["contestant"],
+            f"{row['tokens_per_second']:,.0f}",
+            from_to(row["tokens_per_second_of_each"]),
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.2f}",
         )
-    (turns,) = interleaved([partial(batches_a_turn, blocks, config)], config.repetitions, "Loading")
+        for row in rows
+    ]
+    print(f"\n{table(('', 'tokens/s', 'from - to', 'seconds', 'ratio'), cells)}\n")
+    print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
+    sizes = {"documents": len(documents), "characters": characters, "tokens": tokens, "same_tokens": agree}
+    return {**sizes, "first_seconds": tokenization.first_seconds, "results": rows}
+
+
+def _measure_loader(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenizer) -> Row:
+    length, batch_size = config.data.max_length, config.train.batch_size
+    blocks = TokenDataset(folder / "train.bin", corpus.token_dtype(tokenizer.vocab_size).name, length)
+    if len(blocks) <= batch_size:
+        raise UserError(
+            f"data: {len(blocks)} blocks of data.max_length={length} make fewer than two batches of "
+            f"train.batch_size={batch_size}, too few to measure a loader"
+        )
+    (turns,) = interleaved([partial(_read_batches, blocks, config)], config.repetitions, "Loading")
     each = [turn["batch"] for turn in turns]
     loading = {
         **spread("batch_seconds", each),
@@ -151,12 +147,26 @@ def _loading(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenizer) -> R
         "first_batch_seconds": median(turn["first"] for turn in turns),
         "batches": turns[0]["batches"],
         "workers": turns[0]["workers"],
-        "batch": {"batch_size": train.batch_size, "max_length": length},
+        "batch": {"batch_size": batch_size, "max_length": length},
     }
     print(
-        f"\ntraining loader, batches of {train.batch_size} x {length} tokens, {loading['workers']} workers: "
+        f"\ntraining loader, batches of {batch_size} x {length} tokens, {loading['workers']} workers: "
         f"{loading['batches_per_second']:,.0f} batches/s, {loading['batch_seconds'] * 1e6:,.0f} microseconds a batch "
         f"({from_to([seconds * 1e6 for seconds in each])}), the first after "
         f"{loading['first_batch_seconds'] * 1e3:,.0f} ms"
     )
     return loading
+
+
+def _read_batches(blocks: TokenDataset, config: DataBenchmark) -> Row:
+    """Seconds to the first batch of the training loader, and a batch after it."""
+    loader, _, _ = get_dataloaders(blocks, blocks, blocks, config.train)
+    began = time.perf_counter()
+    batches = iter(loader)
+    next(batches)
+    first, count = time.perf_counter() - began, min(config.batches, len(loader) - 1)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    seconds = (time.perf_counter() - began) / max(1, count)
+    return {"first": first, "batch": seconds, "batches": count, "workers": loader.num_workers}

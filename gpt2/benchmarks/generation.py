@@ -5,7 +5,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -224,4 +224,4 @@ def generation(config: GenerationBenchmark) -> None:
         rows += (compared := comparison.compare(batch_size))
         print(f"\n{table_of(compared)}", flush=True)
     print(f"\n{LEGEND}")
-    write_json(config, "generation", {**found, "results": rows})
+    write_json(config.json, {"benchmark": "generation", "config": asdict(config), **found, "results": rows})

@@ -1,19 +1,19 @@
-"""Other programs' training steps: that of `transformers`, and of any file that says how.
+"""Training steps of other programs: that of `transformers`, and of any file that defines one.
 
 A peer is `FILE.py:FUNCTION`, a function of three arguments:
 
     def function(config: GPT2Config, state: dict[str, Tensor], train: TrainingConfig) -> Step | tuple[Step, Parameters]
 
-`config` and `train` are ours; `train.device` and `train.precision` name what is meant (`cpu`, `cuda:0`; `fp32`, `bf16`,
-`fp16`). `state` holds the weights in fp32 on the CPU, as `GPT2Model.state_dict()` names them.
+`config` and `train` are ours; `train.device` (`cpu`, `cuda:0`) and `train.precision` (`fp32`, `bf16`, `fp16`) are
+resolved. `state` holds the weights in fp32 on the CPU, named as in `GPT2Model.state_dict()`.
 
-What it returns, `step(micro_batches)`, makes one whole update of the weights, with everything that belongs to it in
-that program, and returns the mean loss. `micro_batches` are `train.accumulation_steps` pairs (input_ids, targets),
-(b, t) each, on the device; target t is the token after input t, and none is to be ignored. With `parameters`, its
-parameters by our names and in our layout, the gradient of its first step is compared with ours as well.
+It returns `step(micro_batches)`, which makes one whole update of the weights, with everything that this takes in that
+program, and returns the mean loss. `micro_batches` are `train.accumulation_steps` pairs (input_ids, targets),
+(b, t) each, on the device; target t is the token after input t, and none is ignored. If it also returns `parameters`,
+its parameters by our names and in our layout, the gradient of its first step is compared with ours.
 
-It compiles, casts and clips as it likes: whatever it is to be measured with is its own. A precision that it does not
-have is refused by NotImplementedError. See `experiments/performance/nanogpt.py`.
+Compilation, precision and clipping are the peer's own. If it does not support a precision, it raises
+NotImplementedError and is left out. For an example see `experiments/performance/nanogpt.py`.
 """
 
 import importlib.util
@@ -43,12 +43,12 @@ Peer = Callable[[GPT2Config, State, TrainingConfig], "Step | tuple[Step, Paramet
 def transformers_step(
     config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False
 ) -> tuple[Step, Parameters]:
-    """GPT2LMHeadModel in a plain loop as it is advised: autocast, fused AdamW, one clipped norm.
+    """GPT2LMHeadModel in a plain loop as its documentation advises: autocast, fused AdamW, one clipped norm.
 
-    Its own `labels` would leave the last position of each block without a target: the loss is taken from its logits
-    over the targets that all contestants have.
+    The loss is computed from its logits over the targets that all contestants have: with `labels`, the last position
+    of each block would have no target.
     """
-    from transformers import GPT2LMHeadModel  # here, for in nobody else's memory is it to be counted
+    from transformers import GPT2LMHeadModel  # here, so that it does not count as memory of other contestants
 
     device = torch.device(train.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -89,18 +89,18 @@ def transformers_step(
     return step, {name: theirs[hf_name(name)] for name in state}
 
 
-def peer_of_file(peer: str) -> Peer:
-    """The function that `FILE.py:FUNCTION` names.
+def load_peer(peer: str) -> Peer:
+    """Import the function that `FILE.py:FUNCTION` names.
 
     Raises:
-        UserError: The file cannot be run, or has no such function.
+        UserError: The file raises, or has no such function.
     """
     file, _, name = peer.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
-        raise UserError(f"peer: {file} is no Python file")
+        raise UserError(f"peer: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    with told(peer):
+    with peer_errors(peer):
         spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
@@ -109,12 +109,12 @@ def peer_of_file(peer: str) -> Peer:
 
 
 @contextmanager
-def told(peer: str) -> Iterator[None]:
-    """Tell in a line what a peer raises, and keep what it prints out of the table.
+def peer_errors(peer: str) -> Iterator[None]:
+    """Turn the exceptions of a peer into one-line errors, and redirect what it prints to standard error.
 
     Raises:
-        NotImplementedError: The peer cannot do what is asked for.
-        UserError: It raised anything else.
+        NotImplementedError: The peer does not support the precision.
+        UserError: The peer raised anything else.
     """
     try:
         with redirect_stdout(sys.stderr):

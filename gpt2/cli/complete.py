@@ -227,5 +227,5 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
     "generate": fill_from_checkpoint_generate,
     "export": fill_from_checkpoint_export,
     "benchmark_generation": fill_from_checkpoint_benchmark,
-    **dict.fromkeys(("benchmark_training", "benchmark_data", "benchmark_startup"), lambda composed, _: composed),
+    **dict.fromkeys(("benchmark_training", "benchmark_data"), lambda composed, _: composed),
 }

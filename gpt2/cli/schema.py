@@ -16,7 +16,6 @@ from gpt2.config import (
     GenerateRun,
     GenerationBenchmark,
     Run,
-    StartupBenchmark,
     StudyConfig,
     TrainingBenchmark,
     TrainRun,
@@ -30,7 +29,6 @@ SCHEMAS: dict[str, type[Run]] = {
     "benchmark_generation": GenerationBenchmark,
     "benchmark_training": TrainingBenchmark,
     "benchmark_data": DataBenchmark,
-    "benchmark_startup": StartupBenchmark,
 }
 
 

@@ -1,0 +1,84 @@
+"""Peak memory of a training step of each contestant of `benchmark training`, each alone in a process of its own.
+
+On CUDA the peak is what PyTorch allocated; on a CPU the resident memory of the process, libraries included.
+Run: python experiments/performance/memory.py [OVERRIDES of `benchmark training`] [json=memory.json]
+"""
+
+import re
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout, suppress
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+from omegaconf import OmegaConf
+
+from gpt2.benchmarks.common import circumstances, headline, table, write_json
+from gpt2.benchmarks.contestants import Workload, contestants
+from gpt2.cli.compose import compose
+from gpt2.runtime.device import free_memory, keep_freed_memory
+
+STEPS = 3
+
+
+def reset_peak():
+    """Reset the peak of resident memory (VmHWM). Linux only."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident_bytes():
+    """Not `ru_maxrss` where avoidable: on Linux a new process inherits the peak of its parent."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE):
+            return int(match[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure(config, name):
+    """Train one contestant for some steps in this process. Returns its peak memory and the seconds a step."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        workload = Workload(config, Path(folder), STEPS)
+        contestant = next(contestant for contestant in contestants(workload) if contestant.name == name)
+        if contestant.is_ours:
+            keep_freed_memory()  # as train.py does
+        contestant.prepare()
+        workload.state = {}  # only what a training holds counts
+        free_memory()
+        reset_peak()
+        seconds = [contestant.turn(workload, number, 1) for number in range(STEPS)]
+        on_cuda = workload.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(workload.device) if on_cuda else peak_resident_bytes()
+    return {"contestant": name, "peak_memory_bytes": peak, "alone_step_seconds": median(seconds[1:])}
+
+
+def main():
+    config = OmegaConf.to_object(compose("benchmark_training", sys.argv[1:]))
+    with tempfile.TemporaryDirectory() as folder:
+        workload = Workload(config, Path(folder), 1)
+        names = [contestant.name for contestant in contestants(workload)]
+        found = circumstances(workload.device)
+    print(headline(found), flush=True)
+
+    rows = []
+    for name in names:
+        try:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                rows.append(pool.submit(measure, config, name).result())
+        except Exception as error:  # noqa: BLE001  # such as a process ended by the kernel, or a precision not supported
+            print(f"{name} was not measured: {error}", file=sys.stderr)
+    cells = [(r["contestant"], f"{r['peak_memory_bytes'] / 1e6:,.0f}", f"{r['alone_step_seconds']:.2f}") for r in rows]
+    print(f"\n{table(('', 'peak MB', 's a step'), cells)}")
+    write_json(config.json, {"benchmark": "memory", "config": asdict(config), **found, "results": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The scripts of experiments/performance that measure start-up, memory and overhead."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, Workspace
+
+SCRIPTS = ROOT / "experiments" / "performance"
+SHAPE = ["model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.vocab_size=300", "model.context_length=16"]
+TRAINING = ["model=gpt2_nano", *SHAPE, "train.batch_size=2", "train.num_workers=0", "train.precision=fp32"]
+
+
+def run_script(workspace: Workspace, name: str, *arguments: str) -> dict:
+    """Run a script in a workspace. Returns the JSON that it writes."""
+    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    done = subprocess.run(command, cwd=workspace.folder, env=workspace.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((workspace.folder / "result.json").read_text())
+
+
+@pytest.mark.slow
+def test_startup(workspace: Workspace):
+    result = run_script(workspace, "startup.py", "--repetitions", "1", "--json", "result.json")
+    seconds = {row["what"]: row["seconds"] for row in result["results"]}
+    assert list(seconds)[-2:] == ["train.py, one step: to its line", "train.py, one step: to the end"]
+    assert seconds["train.py, one step: to its line"] < seconds["train.py, one step: to the end"]
+    assert not (workspace.folder / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_memory(workspace: Workspace):
+    result = run_script(workspace, "memory.py", *TRAINING, "json=result.json")
+    assert [row["contestant"] for row in result["results"]] == ["transformers, fp32", "gpt2, fp32"]
+    assert all(100 << 20 < row["peak_memory_bytes"] < 8 << 30 for row in result["results"])
+
+
+@pytest.mark.slow
+def test_overhead(workspace: Workspace):
+    result = run_script(workspace, "overhead.py", "--steps", "4", *TRAINING, "repetitions=2", "json=result.json")
+    overhead = result["overhead"]
+    assert overhead["overhead"] == pytest.approx(overhead["train_step_seconds"] / overhead["bare_step_seconds"] - 1)
+    assert 0 < overhead["waiting_for_data"] < 1
+    assert (overhead["steps"], overhead["wandb"], len(overhead["overhead_of_each"])) == (4, "offline", 2)
+
+
+def test_peak_memory_can_be_reset():
+    spec = importlib.util.spec_from_file_location("memory", SCRIPTS / "memory.py")
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    memory.reset_peak()
+    before = memory.peak_resident_bytes()
+    block = torch.ones(50 << 20)
+    assert memory.peak_resident_bytes() > before + (100 << 20)
+    del block
+    memory.reset_peak()
+    assert memory.peak_resident_bytes() > 10 << 20
