@@ -64,7 +64,6 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
 
         kept, wandb_id = settings_to_keep(config)
         tracker = Tracker(folder, about=facts(config, model, {**kept, "model": asdict(model.config)}))
-        group.barrier("the first step")  # the data may have been prepared on one machine and not yet on another
         trainer = Trainer(
             model,
             train_loader,
@@ -82,7 +81,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         if not group.is_main:
             trainer.train()
         else:
-            with listening(config, trainer, folder, wandb_id, command):
+            with listening(config, trainer, folder, wandb_id):
                 if trial:
                     return trial.train(trainer)
                 trainer.train()
@@ -118,13 +117,12 @@ def settings_to_keep(config: TrainRun) -> tuple[dict[str, Any], str | None]:
 
 
 @contextmanager
-def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str | None, command: str) -> Iterator[None]:
+def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str | None) -> Iterator[None]:
     """Have all that a training tells reach its files, the terminal and W&B, to its end."""
-    from gpt2.cli.messages import saved
     from gpt2.tracking.wandb_logger import start_of_training
     from gpt2.training.profiler import StepProfiler
 
-    tracker, watch = trainer.tracker, trainer.group.watch
+    tracker = trainer.tracker
     with ExitStack() as closing:
         if config.profile:
             trainer.on_step = profiler = StepProfiler(folder, trainer.device)
@@ -132,9 +130,6 @@ def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str 
         closing.enter_context(tracker)
         tracker.external = start_of_training(config, folder, tracker.about, wandb_id)
         tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
-        if watch:
-            watch.how_to_go_on = lambda: saved(folder, command)
-            watch.last_words = lambda error: tracker.__exit__(type(error), error)
         announce(trainer)
         yield
 

@@ -177,7 +177,7 @@ class DistributedConfig:
     """Training on several devices; a process that torchrun has not started is alone, and none of it matters."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a part of it, for gpt2_xl
-    timeout: float = 60.0  # seconds within which all ranks end, once one of them fails, dies or hangs
+    timeout: float = 600.0  # seconds that a collective operation may wait for the slowest rank
 
 
 @dataclass

@@ -137,7 +137,7 @@ def score(
                 sums[2, number] = bytes_of_token[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
     finally:
         model.train(was_training)
-    if any(ended for (ended,) in group.all([has_ended])):
+    if any(ended for (ended,) in group.all_gather([has_ended])):
         return Score()
     nats, tokens, texts = group.all_reduce_(sums).tolist()
     return Score(sum(nats), int(sum(tokens)), int(sum(texts)))
@@ -186,10 +186,9 @@ class Evaluator:
         tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
         lengths = tokenizer and bytes_of_tokens(tokenizer, self.model.config.vocab_size)
         began = time.perf_counter()
-        with track("Evaluating", unit="batches") as advance, self.group.watched():
+        with track("Evaluating", unit="batches") as advance:
 
             def go_on(batch: int, batches: int) -> bool:
-                self.group.mark(f"batch {batch + 1}")
                 advance(batch + 1, batches)
                 return True
 

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from math import isfinite, nan
 from pathlib import Path
@@ -152,7 +151,7 @@ class Trainer:
         self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
         try:
             self._call("on_train_start")
-            with defer_signals(self.interrupt), self.progress_line, self.group.watched():
+            with defer_signals(self.interrupt), self.progress_line:
                 self._train()
         except BaseException as error:
             self._call("on_exception", error)
@@ -204,7 +203,7 @@ class Trainer:
         Raises:
             Divergence: See `NonFiniteGuard.check`.
         """
-        passes = self.group.share(micro_batches, self.config.accumulation_steps)
+        passes = self.group.shard(micro_batches, self.config.accumulation_steps)
         before = RandomState.of_torch(self.device) if len(passes) > 1 and self.group.size == 1 else None
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
@@ -215,7 +214,6 @@ class Trainer:
         # Gradients of ranks are averaged, and are to be added up.
         divisor = torch.full((), max(1, sum(counts)) / self.group.size, dtype=torch.float32, device=self.device)
         for number, batch in enumerate(passes):
-            self.group.mark(f"pass {number + 1} of step {self.progress.step + 1}")
             if number and before and self.interrupted_by is not None:
                 before.restore()
                 self.optimizer.zero_grad(set_to_none=True)
@@ -265,8 +263,7 @@ class Trainer:
         compute: Forward = self.model
         if self.is_compiled:
             rows = config.batch_size // division(config.accumulation_steps, self.group.size)[1]
-            patiently = partial(self.group.watched, False)
-            compute = Compiled(self.model, self.device, (rows, length), products, patiently)
+            compute = Compiled(self.model, self.device, (rows, length), products)
         self.forward = self.parallel.forward(compute)
 
     def _block_length(self) -> int:
@@ -333,7 +330,7 @@ class Trainer:
         if self.group.size == 1:
             return
         milliseconds = round(self.progress.seconds * 1000)
-        told = self.group.all([self.interrupted_by or 0, milliseconds, self._checksum])
+        told = self.group.all_gather([self.interrupted_by or 0, milliseconds, self._checksum])
         signals, times, checksums = zip(*told, strict=True)
         if len(set(checksums)) > 1:
             raise UserError("data: the ranks have read other tokens at the same place; their files must be the same")
@@ -401,8 +398,7 @@ class Trainer:
             found = self._score_validation()
             loss, text = found.loss, None
             if self.write_sample and self.interrupted_by is None:
-                with self.group.watched(False):
-                    text = self.write_sample(self.progress.step)
+                text = self.write_sample(self.progress.step)
             record: dict[str, Any] = {}
             self._call("extend_evaluation", record)
         self._agree()
@@ -438,7 +434,6 @@ class Trainer:
         """Tell how far validation is; whether it may go on."""
         self._call("on_validation_batch", batch, batches)
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
-        self.group.mark(f"batch {batch + 1} of validation after step {self.progress.step}")
         now = time.perf_counter()
         if batch == 0:
             self._validation_line = now
@@ -501,10 +496,9 @@ class Trainer:
         """
         self.nonfinite.poll()
         self.progress.seconds = self.pace.seconds
-        with self.group.watched(False):
-            taken = snapshot.take(self)
-            if self.group.is_main:
-                checkpoint.write_checkpoint(self.checkpoint_dir / filename, *taken)
+        taken = snapshot.take(self)
+        if self.group.is_main:
+            checkpoint.write_checkpoint(self.checkpoint_dir / filename, *taken)
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
         """Take up a run where `save_checkpoint` left it, and log what is not as it was then.

@@ -101,7 +101,7 @@ def as_one(name: str, options: Namespace) -> list[str]:
             missing = error.exit_code
     from gpt2.distributed.process_group import broadcast_from_main
 
-    told: list[str] | int = broadcast_from_main("arguments", missing)
+    told: list[str] | int = broadcast_from_main(missing)
     if isinstance(told, int):
         sys.exit(told)
     if dist_env().is_main:
@@ -127,6 +127,10 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     run = of_sweep(composed, partial(run_locked, name, task, composed, prompt))
     if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
+    if dist_env().by_torchrun:
+        from gpt2.distributed.process_group import recorded
+
+        run = recorded(run)
     in_sweep = job.mode == RunMode.MULTIRUN
     problem: UserError | None = None
     with errors_as_lines():
@@ -201,14 +205,16 @@ def errors_as_lines() -> Iterator[None]:
         told = machine_error(error)
         if told is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        tell(UserError(told))
         leave_stdout_alone()
         sys.exit(1)
 
 
 def tell(error: UserError) -> None:
-    for fault in error.problems:
-        print(f"error: {without_password(fault)}", file=sys.stderr)
+    env = dist_env()
+    rank = f"rank {env.rank}: " if env.world_size > 1 else ""
+    for problem in error.problems:
+        print(f"error: {rank}{without_password(problem)}", file=sys.stderr)
 
 
 def leave_stdout_alone() -> None:

@@ -1,71 +1,61 @@
-"""Training on several devices: what changes under torchrun. Alone, everything here does nothing.
+"""The process group that torchrun starts: collectives over its ranks. In a single process everything is a no-op.
 
-The data know of no ranks. Each rank reads the whole step and computes its share of it, so the order of the data, the
-place in them, and the number of tokens by which the loss is divided are the same however many ranks there are.
+Data loading is rank-agnostic: every rank reads the global batch and computes its slice of it. So the order of the data,
+the position in it and the number of tokens by which the loss is divided do not depend on the number of ranks.
 """
 
 import json
 import os
-import secrets
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt2.errors import ResourceError
 from gpt2.ops.cross_entropy import IGNORE_INDEX
 from gpt2.runtime.device import choose_device
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
 
-if TYPE_CHECKING:
-    from gpt2.distributed.watch import Watch
-
 Batch = dict[str, Tensor]
-
-# Of one collective operation. It is the watch that ends ranks which wait in vain; this is for the case that it fails.
-LAST_RESORT = timedelta(minutes=10)
+T = TypeVar("T")
 
 
 class ProcessGroup:
-    """The ranks that train together, as one of them sees them."""
+    """One rank's view of the ranks that train together; by default a single process."""
 
-    def __init__(self, launched: DistEnv | None = None, watch: "Watch | None" = None):
-        """By default this process is alone."""
-        self.env = launched or DistEnv()
-        self.watch = watch
+    def __init__(self, env: DistEnv | None = None):
+        self.env = env or DistEnv()
         self.rank, self.size, self.is_main = self.env.rank, self.env.world_size, self.env.is_main
 
-    def mark(self, place: str) -> None:
-        """Tell the others how far this rank is: something has been done, now comes `place`."""
-        if self.watch:
-            self.watch.mark(place)
-
-    def watched(self, watched: bool = True) -> AbstractContextManager[None]:
-        """See `Watch.watched`."""
-        return self.watch.watched(watched) if self.watch else nullcontext()
-
-    def barrier(self, place: str) -> None:
-        """Wait for the others, however long they take."""
-        if self.watch:
-            self.watch.barrier(place)
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.all_gather([0])  # dist.barrier() would synchronize the GPU
 
     @contextmanager
     def local_main_first(self, what: str) -> Iterator[None]:
-        """Have the first rank of each machine do something before the others of it do."""
-        key = f"{what} on {os.uname().nodename}"
-        if self.watch and self.env.local_rank:
-            self.watch.wait_for(key)
-        yield
-        if self.watch and not self.env.local_rank:
-            self.watch.store.set(key, "")
+        """Run a block on the first rank of each machine, then on the others of it; all leave it together.
 
-    def share(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
+        Preparing data may take hours, so nobody waits in a collective, which `distributed.timeout` would end. The
+        ranks poll the store instead: unlike a blocking wait, that also lets a signal end them.
+        """
+        is_local_main = self.env.local_rank == 0
+        if not is_local_main:
+            self._wait_for_local_mains(what)
+        yield
+        if self.size > 1 and is_local_main:
+            _store().add(what, self.env.local_world_size)
+            self._wait_for_local_mains(what)
+
+    def _wait_for_local_mains(self, what: str) -> None:
+        while _store().add(what, 0) < self.size:
+            time.sleep(0.1)
+
+    def shard(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
         """This rank's part of a step: as many batches as any other rank has, of rows shared out as even as can be.
 
         Where there is nothing left for this rank, at the end of the data, it computes on a row that has no targets:
@@ -94,7 +84,7 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
-    def all(self, numbers: list[int]) -> list[list[int]]:
+    def all_gather(self, numbers: list[int]) -> list[list[int]]:
         """The numbers of each rank, for all to know: the host waits for the other hosts, not for a GPU."""
         if self.size == 1:
             return [numbers]
@@ -110,7 +100,7 @@ class ProcessGroup:
             dist.broadcast_object_list(found)
         return found[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather_object(self, value: Any) -> list[Any]:
         """The value of each rank, on rank 0; elsewhere only its own."""
         if self.size == 1:
             return [value]
@@ -119,88 +109,54 @@ class ProcessGroup:
         return found or [value]
 
 
-def broadcast_from_main(what: str, value: Any) -> Any:
-    """The value that rank 0 has, on each rank; the others wait for it. Before they are `init_distributed`."""
-    store = dist.PrefixStore(f"told/{what}", _shared_store())
-    if dist_env().is_main:
-        store.set(what, json.dumps(value))
-        for _ in _patiently():  # it may be this process that holds the store
-            if store.add("heard", 0) >= dist_env().world_size - 1:
-                return value
-    store.wait([what])
-    store.add("heard", 1)
-    return json.loads(store.get(what))
+def broadcast_from_main(value: Any) -> Any:
+    """The JSON value of rank 0, on each rank. For use before `init_distributed`, once per process."""
+    if not dist_env().is_main:
+        return json.loads(_store().get("from main"))
+    _store().set("from main", json.dumps(value))
+    return value
 
 
 @contextmanager
 def init_distributed(timeout: float, device_name: str, key: str = "train.device") -> Iterator[ProcessGroup]:
-    """Join the ranks that torchrun started, until this ends; an error that leaves one of them ends all.
+    """Join the process group that torchrun's environment variables describe, until the end of the block.
 
     Args:
-        timeout: See `Watch`.
+        timeout: Seconds that a collective operation may take, `distributed.timeout`.
         device_name, key: See `choose_device`.
 
     Raises:
-        UserError: There is no such device here.
-        MachineError: Another rank failed, died or hung, and it is this one's part to tell.
-        EndedByAnother: And it is not.
+        UserError: This machine has no such device.
     """
-    started = dist_env()
-    if not started.by_torchrun:
-        choose_device(device_name, key)  # refuses a missing one before any work
+    device, env = choose_device(device_name, key), dist_env()
+    if not env.by_torchrun:
         yield ProcessGroup()
         return
-    from gpt2.distributed.watch import Watch
-
-    with Watch(dist.PrefixStore("watch", _shared_store()), started.rank, started.world_size, timeout) as watch:
-        device = choose_device(device_name, key)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            # Or NCCL would end the process by itself when another is gone, before anything is told or saved.
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("group", _shared_store()),
-            rank=started.rank,
-            world_size=started.world_size,
-            timeout=LAST_RESORT,
-        )
-        yield ProcessGroup(started, watch)
-        dist.destroy_process_group()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("group", _store()),
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    yield ProcessGroup(env)
+    dist.destroy_process_group()
 
 
 @cache
-def _shared_store() -> dist.Store:
-    """What these processes share, and no others: torchrun has the store outlive those that it starts again.
+def _store() -> dist.Store:
+    """The key-value store that all ranks share.
 
-    It counts its attempts, but not alike on each machine. So rank 0 invents a name for this one, and tells it to
-    whoever says hello with a word that it has not heard before.
+    torchrun's agent holds one store for all of its restarts, whose keys must not be mixed up.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=LAST_RESORT))
-    store = dist.PrefixStore("gpt2", store)
-    own, size = secrets.token_hex(8), dist_env().world_size
-    if not dist_env().is_main:
-        store.set(f"hello/{dist_env().rank}", own)
-        store.wait([f"session/{own}"])
-        own = store.get(f"session/{own}").decode()
-        store.add(f"{own}/joined", 1)
-        return dist.PrefixStore(own, store)
-    answered: set[str] = set()
-    for _ in _patiently():
-        if store.add(f"{own}/joined", 0) >= size - 1:
-            break
-        for rank in range(1, size):
-            word = store.get(f"hello/{rank}").decode() if store.check([f"hello/{rank}"]) else None
-            if word is not None and word not in answered:
-                store.set(f"session/{word}", own)
-                answered.add(word)
-    return dist.PrefixStore(own, store)
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"gpt2/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _patiently() -> Iterator[None]:
-    """Look again, and again, until the last resort."""
-    until = time.monotonic() + LAST_RESORT.total_seconds()
-    while time.monotonic() < until:
-        yield
-        time.sleep(0.02)
-    raise ResourceError(f"not all {dist_env().world_size} ranks have come within {LAST_RESORT}")
+def recorded(function: Callable[[], T]) -> Callable[[], T]:
+    """A function whose exceptions torchrun's report shows."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)  # type: ignore[return-value]  # it returns None at SystemExit(0)

@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from subprocess import SubprocessError
 from typing import Any
@@ -57,16 +55,14 @@ class Compiled:
         device: torch.device,
         shape: tuple[int, int],
         linear: Linear = F.linear,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         """
         Args:
             shape: (b, t) of the batches that it is compiled for: a compilation takes a minute, and the last batch of an
                 epoch, which is smaller, is not worth one.
             linear: What the model multiplies by where it cannot be compiled.
-            around: What a compilation is to happen within.
         """
-        self.model, self.device, self.shape, self.linear, self.around = model, device, shape, linear, around
+        self.model, self.device, self.shape, self.linear = model, device, shape, linear
         self.forward: Forward | None = None
 
     def __call__(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -74,8 +70,7 @@ class Compiled:
         if tuple(inputs["input_ids"].shape) != self.shape or inputs.get("attention_mask") is not None:
             return self.model(**inputs)
         if self.forward is None:
-            with self.around():
-                self.forward = self._compile(inputs)
+            self.forward = self._compile(inputs)
         return self.forward(**inputs)
 
     def _compile(self, inputs: dict[str, Any]) -> Forward:

@@ -61,7 +61,7 @@ def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
         Divergence: A number in it is not finite.
     """
     random = RandomState.now(trainer.device)
-    of_ranks = enumerate(trainer.group.gather(random.tensors))
+    of_ranks = enumerate(trainer.group.gather_object(random.tensors))
     tensors = {
         **trainer.parallel.full(
             {
