@@ -98,6 +98,11 @@ class DataConfig:
     validation_fraction: float = 0.1  # held out where the source brings no validation split
 
 
+# The fields of DataConfig that name a source of text (see `gpt2/data/sources.py`), each with those that describe it.
+# The first one that is set is used.
+DATA_SOURCES = {"files": ("files",), "dataset_name": ("dataset_name", "dataset_config")}
+
+
 @dataclass
 class InferenceConfig:
     """How text is written."""

@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace:
     (run / "checkpoints" / run_folder.BEST).unlink()
     written = workspace.run("generate.py", "prompt=def f")
     assert f"{newest.relative_to(workspace.folder)} is damaged: the checksum of " in written.stderr
-    assert f"Taken instead: {before.relative_to(workspace.folder)}" in written.stderr
+    assert f"Using instead: {before.relative_to(workspace.folder)}" in written.stderr
     resumed = workspace.run("train.py", "resume=latest")
     assert f"{newest.name} is damaged" in resumed.stdout
     assert "Going on after step 4" in resumed.stdout

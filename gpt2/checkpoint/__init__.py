@@ -1,1 +1,3 @@
-"""Models on disk: the checkpoint format, run folders, Hugging Face folders, trained models by name."""
+"""Trained models on disk: the checkpoint format, the checkpoints of a run folder, the format of `transformers`, and
+opening any trained model by its name. Training state is collected in `gpt2.training.state`, not here.
+"""

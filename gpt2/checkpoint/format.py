@@ -1,8 +1,7 @@
-"""What a checkpoint is on disk: one safetensors file, tensors by name and everything else as JSON in its header.
+"""The checkpoint format: one safetensors file, with everything that is not a tensor as JSON in its header.
 
-No pickle: loading a checkpoint runs no code. It is written beside its target, flushed to the disk and then renamed,
-so a name always holds a whole checkpoint, the old one or the new one. Everything that generation or resuming needs
-travels inside, and all of it is under checksums: a tensor under one of its own, the rest under that of the header.
+There is no pickle, so loading a checkpoint never runs code. The file holds all that generation and resuming need. Every
+byte is covered by a checksum: each tensor has its own, and the header has one for the rest.
 """
 
 import hashlib
@@ -16,19 +15,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
-from gpt2.runtime.files import atomic_write, flush
+from gpt2.runtime.files import atomic_write, fsync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]  # of tensors, by name
+Shapes = dict[str, tuple[int, ...]]  # by the name of the tensor
 
 FORMAT = 2
 
-# Our metadata in the header of the file, each a text as safetensors wants it.
+# Keys of `__metadata__` in the header of the file; safetensors wants every value to be a string.
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
-NO_SUM = "0" * 64  # stands in the header in place of its own checksum while that is computed
-LARGEST_HEADER = 32 * 2**20  # bytes; a tokenizer of 50,000 tokens takes 5 MB
+NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
+MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 SAFETENSORS_DTYPES = {
     "float64": "F64",
     "float32": "F32",
@@ -37,25 +36,31 @@ SAFETENSORS_DTYPES = {
     "int64": "I64",
     "uint8": "U8",
 }
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # ends with the text where that is cut
+JSON_STRING = re.compile(
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL
+)  # also one cut off by the end of the text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One file: written
+# Writing
 
 
 def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
-    """Write a checkpoint so that whatever happens, `path` is either untouched or complete.
+    """Write a checkpoint atomically: `path` is either complete or, if this raises, untouched.
 
-    A tensor's checksum is known once the tensor is written, and stands before it in the file. So the header is written
-    twice: with room for the checksums, and with them. No tensor is held twice in memory for that.
+    The header holds the checksums of the tensors and stands before them, so it is written twice: first to reserve its
+    space, then with the checksums. This way no tensor is copied in memory.
+
+    Args:
+        tensors: By name. They may be on any device and need not be contiguous.
+        record: Everything else, as JSON can hold it.
 
     Raises:
-        OSError: There is no room for it, or no permission.
+        OSError: The disk is full, or the folder cannot be written.
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        flush(path.parent.parent)
+        fsync_folder(path.parent.parent)
     text = json.dumps({"format": FORMAT, **record})
     with atomic_write(path) as file:
         file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
@@ -74,30 +79,35 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, s
 
 def _write_tensor(file: BinaryIO, tensor: "Tensor") -> memoryview:
     """Write the bytes of a tensor, and return them."""
-    import torch
-
-    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    content = _bytes_of(tensor.detach().cpu().contiguous())
     file.write(content)
     return content
 
 
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    """A view of the bytes of a contiguous tensor on the CPU."""
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def _checked_header(tensors: "dict[str, Tensor]", record: str, sums: dict[str, str]) -> bytes:
     header = _header(tensors, {RECORD: record, TENSOR_SUMS: json.dumps(sums), HEADER_SUM: NO_SUM})
-    return header.replace(_assigned(NO_SUM), _assigned(hashlib.sha256(header[8:]).hexdigest()))
+    return header.replace(_sum_entry(NO_SUM), _sum_entry(hashlib.sha256(header[8:]).hexdigest()))
 
 
-def _assigned(header_sum: str) -> bytes:
-    """How a header's checksum stands in it; nowhere else, for quotes within a text are escaped."""
+def _sum_entry(header_sum: str) -> bytes:
+    """The JSON of a header's own checksum. It occurs once in a header: quotes inside strings are escaped."""
     return f'"{HEADER_SUM}":"{header_sum}"'.encode()
 
 
 def _layout(tensors: "dict[str, Tensor]") -> list[str]:
-    """The order of tensors in a file: those of wide numbers first, which keeps all of them aligned."""
+    """The order of the tensors in a file: by falling element size, which keeps all of them aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
-    """The length and the header of a safetensors file."""
+    """The header of a safetensors file, with its length in 8 bytes before it."""
     entries: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name in _layout(tensors):
@@ -112,12 +122,12 @@ def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One file: read
+# Reading
 
 
 @dataclass
-class Stored:
-    """Where a tensor lies in a file, in bytes, and the checksum of what lies there."""
+class StoredTensor:
+    """Where a tensor lies in a file, in bytes from its beginning, and its checksum."""
 
     begin: int
     end: int
@@ -125,130 +135,134 @@ class Stored:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """All of a checkpoint but its tensors. Quick, whatever the model's size, and without importing torch.
+    """Everything in a checkpoint but its tensors. Fast whatever the size of the model, and does not import torch.
 
     Raises:
-        UserError: There is no such file, it is no checkpoint of ours, or what was read of it is damaged.
+        UserError: The file cannot be read, is not a checkpoint of ours, or its header is damaged.
     """
     return _read_header(path)[0]
 
 
 def verify(path: Path, prefix: str = "") -> dict[str, Any]:
-    """Read all of a checkpoint, or its tensors with that prefix, against the checksums. Returns the record.
+    """Check a checkpoint against its checksums and return its record.
+
+    Args:
+        prefix: Check only the tensors whose names begin with it.
 
     Raises:
-        UserError: It is damaged; what of it is damaged is named.
+        UserError: The file is damaged; the message names the damaged tensors.
     """
     status = path.stat() if path.exists() else None
-    unchanged = status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return _verify(path, prefix, unchanged)
+    version = status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return _verify(path, prefix, version)
 
 
 @lru_cache
-def _verify(path: Path, prefix: str, _unchanged: Any) -> dict[str, Any]:
-    """See `verify`. A command asks several times, and a large file takes seconds."""
+def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
+    """See `verify`. Cached until the file changes: a command verifies several times, and a large file takes seconds."""
     record, tensors = _read_header(path)
-    damaged = []
+    sums: dict[str, str] = {}
     with path.open("rb") as file:
         for name, stored in tensors.items():
             if name.startswith(prefix):
                 file.seek(stored.begin)
-                if _sum_of(file, stored.end - stored.begin) != stored.sha256:
-                    damaged.append(name)
-    if damaged:
-        raise _damaged_tensors(path, damaged)
+                sums[name] = _sum_of(file, stored.end - stored.begin)
+    _compare_sums(path, sums, tensors)
     return record
 
 
 def _sum_of(file: BinaryIO, length: int) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(min(length, 2**20)))
-    while length and (count := file.readinto(buffer[: min(length, len(buffer))])):  # type: ignore[attr-defined]
-        digest.update(buffer[:count])
-        length -= count
+    """The checksum of the next `length` bytes of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    while length and (block := file.read(min(length, 2**20))):
+        digest.update(block)
+        length -= len(block)
     return digest.hexdigest()
 
 
-def _damaged_tensors(path: Path, names: list[str]) -> UserError:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return UserError(f"checkpoint: {path} is damaged: the checksum of {shown} is another one")
-
-
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
-    """The tensors whose names begin with `prefix`, named without it, after a look at their checksums.
+    """The tensors whose names begin with `prefix`, by the rest of their names; checked against their checksums.
 
     Raises:
-        UserError: They are damaged, or the file is no checkpoint.
+        UserError: The tensors are damaged, or the file is not a checkpoint.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
     _, stored = _read_header(path)
-    wanted = [name for name in stored if name.startswith(prefix)]
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in wanted}
+            tensors = {name: file.get_tensor(name) for name in stored if name.startswith(prefix)}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint: {path} is damaged: {error}") from error
-    contents = {name: tensor.reshape(-1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
-    damaged = [name for name in wanted if hashlib.sha256(contents[name]).hexdigest() != stored[name].sha256]
-    if damaged:
-        raise _damaged_tensors(path, damaged)
+    sums = {name: hashlib.sha256(_bytes_of(tensor)).hexdigest() for name, tensor in tensors.items()}
+    _compare_sums(path, sums, stored)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """The record and the places of the tensors. Its own checksum has been looked at, and the size of the file."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"checkpoint: cannot read {path}: it is no file")
+def _compare_sums(path: Path, sums: dict[str, str], stored: dict[str, StoredTensor]) -> None:
+    damaged = [name for name, sha256 in sums.items() if sha256 != stored[name].sha256]
+    if damaged:
+        names = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
+        raise UserError(f"checkpoint: {path} is damaged: wrong checksum of {names}")
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The record and the places of the tensors, after checking the header's checksum and the size of the file."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise UserError(f"checkpoint: cannot read {path}: it is not a file")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(LARGEST_HEADER, size):
-                raise ValueError("its header is too long to be one")
-            text = file.read(length)
-        header = _parse(text, size)
-        metadata = header.pop("__metadata__")
-        header_sum = metadata[HEADER_SUM]
-        if hashlib.sha256(text.replace(_assigned(header_sum), _assigned(NO_SUM))).hexdigest() != header_sum:
-            raise UserError(f"checkpoint: {path} is damaged: the checksum of its header is another one")
-        del text
-        record = _parse(metadata.pop(RECORD).encode(), size)
-        if record["format"] != FORMAT:
-            raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
-        sums, data = _parse(metadata[TENSOR_SUMS].encode(), size), 8 + length
-        tensors = {
-            name: Stored(data + entry["data_offsets"][0], data + entry["data_offsets"][1], sums[name])
-            for name, entry in header.items()
-        }
-        ends = [data, *sorted(stored.end for stored in tensors.values())]
+            if length > min(MAX_HEADER_BYTES, size):
+                raise ValueError("the header is too long")
+            record, tensors = _parse_header(file.read(length), size, path)
+        ends = [8 + length, *sorted(stored.end for stored in tensors.values())]
         if sorted(stored.begin for stored in tensors.values()) != ends[:-1]:
-            raise ValueError("its tensors overlap")
+            raise ValueError("tensors overlap")
     except OSError as error:
         raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UserError(
-            f"checkpoint: {path} is not a checkpoint that this program wrote, or its beginning is damaged"
-        ) from error
+        raise UserError(f"checkpoint: {path} is not a checkpoint of this program, or its header is damaged") from error
     if size != ends[-1]:
         raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {ends[-1]:,}")
     return record, tensors
 
 
-def _parse(text: bytes, size_of_file: int) -> Any:
-    """JSON, unless it would take much more memory than the file has bytes: a text does not, many small values do."""
-    outside_of_strings = len(text) - sum(match.end() - match.start() for match in STRING.finditer(text))
-    if outside_of_strings > 2**18 + size_of_file // 64:
+def _parse_header(text: bytes, file_size: int, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    header = _parse_json(text, file_size)
+    metadata, data = header.pop("__metadata__"), 8 + len(text)
+    header_sum = metadata[HEADER_SUM]
+    if hashlib.sha256(text.replace(_sum_entry(header_sum), _sum_entry(NO_SUM))).hexdigest() != header_sum:
+        raise UserError(f"checkpoint: {path} is damaged: wrong checksum of its header")
+    record = _parse_json(metadata.pop(RECORD).encode(), file_size)
+    if record["format"] != FORMAT:
+        raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
+    sums = _parse_json(metadata[TENSOR_SUMS].encode(), file_size)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        tensors[name] = StoredTensor(data + begin, data + end, sums[name])
+    return record, tensors
+
+
+def _parse_json(text: bytes, file_size: int) -> Any:
+    """Parse JSON, but refuse text that would take much more memory than the file has bytes.
+
+    Strings do not, but many small values do: `[[],[],...]` takes 20 times its size. A good header is mostly strings.
+    """
+    outside_strings = len(text) - sum(match.end() - match.start() for match in JSON_STRING.finditer(text))
+    if outside_strings > 2**18 + file_size // 64:
         raise ValueError("too many values")
     return json.loads(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tensors that fit a model
+# Comparing tensors with a model
 
 
 def shapes_of(config: GPT2Config) -> Shapes:
-    """The tensors of a model, by name."""
+    """The tensors of a model, without building one."""
     import torch
 
     from gpt2.model import GPT2Model
@@ -257,14 +271,14 @@ def shapes_of(config: GPT2Config) -> Shapes:
         return {name: tuple(tensor.shape) for name, tensor in GPT2Model(config).state_dict().items()}
 
 
-def check_tensor_shapes(source: str, found: Shapes, expected: Shapes) -> None:
-    """Raise a UserError that names every tensor that is missing, unexpected or misshapen; else do nothing."""
-    both = sorted(found.keys() & expected.keys())
+def check_tensor_shapes(source: str, actual: Shapes, expected: Shapes) -> None:
+    """Raise a UserError that names every tensor that is missing, unexpected or has the wrong shape."""
+    common = sorted(actual.keys() & expected.keys())
     kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [f"{n} {found[n]} instead of {expected[n]}" for n in both if found[n] != expected[n]],
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unexpected": sorted(actual.keys() - expected.keys()),
+        "misshapen": [f"{n} {actual[n]} instead of {expected[n]}" for n in common if actual[n] != expected[n]],
     }
     if any(kinds.values()):
-        told = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        raise UserError(f"{source}: its tensors are not those of the GPT-2 that it describes: {told}")
+        problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        raise UserError(f"{source}: the tensors do not fit the GPT-2 that it describes: {problems}")

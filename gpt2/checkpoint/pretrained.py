@@ -1,14 +1,13 @@
-"""Trained models, wherever they come from: one way to name them, to open them, and to write them for others.
+"""Trained models from any source: opening one by its name, and exporting one for `transformers`.
 
-A trained model is named by a run folder (its best checkpoint), a checkpoint of ours, a folder that `save_pretrained`
-of `transformers` writes, one of OpenAI's (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`) or OWNER/NAME, both on the
-Hugging Face Hub. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`, can run code.
+A name is a run folder (its best checkpoint), a checkpoint file, a folder written by `save_pretrained` of
+`transformers`, or a model on the Hugging Face Hub: one of OpenAI's (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`) or
+OWNER/NAME. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`, can run code.
 
-Opening one reads its description; torch is imported when its weights are asked for.
+Opening a model reads its configuration only; its weights, and torch, are loaded when they are needed.
 """
 
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import hugging_face, run_folder
-from gpt2.config import GPT2Config
+from gpt2.config import DATA_SOURCES, GPT2Config
 from gpt2.errors import UserError
+from gpt2.runtime.files import atomic_folder
 from gpt2.runtime.hub import OPENAI, hub_folder, is_on_hub
 from gpt2.tokenizer import TOKENIZER_FILES, GPT2Tokenizer
 from gpt2.validation import replace_checked
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INSTEAD_OF_HUB = "without a network: a local folder that save_pretrained of transformers wrote, or a checkpoint"
+OFFLINE_MODELS = "without a network, use a folder written by save_pretrained of transformers, or a checkpoint"
 
 
 class TrainedModel:
-    """A trained model at rest: `CheckpointModel` or `HuggingFaceModel`. Its weights are read when asked for."""
+    """A trained model on disk: a `CheckpointModel` or a `HuggingFaceModel`."""
 
     def __init__(self, source: str, config: GPT2Config, record: dict[str, Any] | None = None):
         """
         Args:
-            source: Its name, as `open_model` takes it again.
-            record: What a checkpoint of ours says besides: `run`, `progress`, ...
+            source: Its name; `open_model` accepts it again.
+            record: The record of a checkpoint of ours (`run`, `progress`, ...).
         """
         self.source, self.config, self.record = source, config, record
 
     def tensors(self) -> "dict[str, Tensor]":
-        """Its weights, fp32, under the names of `GPT2Model`: all of them, in the right shapes.
+        """Its weights in fp32, by the names of `GPT2Model`.
 
         Raises:
-            UserError: A file is damaged; or tensors are missing, unexpected or misshapen, and then all are named.
+            UserError: A file is damaged, or tensors are missing, unexpected or misshapen; all of them are named.
         """
         raise NotImplementedError
 
@@ -57,23 +57,48 @@ class TrainedModel:
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer | None:
-        """The tokenizer that travels with it; None if there is none.
+        """The tokenizer stored with the model, if there is one.
 
         Raises:
-            UserError: It has tokens that the model does not know.
+            UserError: It has more tokens than the model.
         """
-        tokenizer, known = self.read_tokenizer(), self.config.vocab_size
-        if tokenizer and tokenizer.ids_in_use > known:
-            raise UserError(f"{self.source}: its tokenizer has {tokenizer.ids_in_use} tokens, its model knows {known}")
+        tokenizer, limit = self.read_tokenizer(), self.config.vocab_size
+        if tokenizer and tokenizer.ids_in_use > limit:
+            raise UserError(f"{self.source}: its tokenizer has {tokenizer.ids_in_use} tokens, its model only {limit}")
         return tokenizer
+
+    def tokenizer_for_text(self) -> GPT2Tokenizer:
+        """The tokenizer stored with the model, or GPT-2's if there is none and the vocabulary has GPT-2's size.
+
+        Raises:
+            UserError: There is none, and the vocabulary is of another size.
+        """
+        if self.tokenizer is not None:
+            return self.tokenizer
+        if self.config.vocab_size != GPT2Config().vocab_size:
+            raise UserError(f"{self.source} holds no tokenizer, so its tokens cannot be turned into text")
+        log.warning("%s holds no tokenizer; its vocabulary has the size of GPT-2's, which is used.", self.source)
+        return GPT2Tokenizer.from_hub()
 
     @property
     def run(self) -> dict[str, Any] | None:
-        """The configuration of the run of `train.py` that trained it; None for any other model."""
+        """The configuration of the `train.py` run that trained it; None for other models."""
         return self.record and self.record["run"]
 
+    @property
+    def experiment(self) -> str:
+        """The name of the run that trained it, or else its source."""
+        return self.run["name"] if self.run else self.source
+
+    def describe(self) -> str:
+        return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
+
     def build(self, config: GPT2Config | None = None) -> "GPT2Model":
-        """The model with its weights, on the CPU. `config`: its own, or what `finetuning_config` makes of it.
+        """The model with its weights, on the CPU.
+
+        Args:
+            config: From `finetuning_config`, if not the model's own. With a shorter context the last position
+                embeddings are dropped.
 
         Raises:
             UserError: See `tensors`.
@@ -87,46 +112,69 @@ class TrainedModel:
         positions = tensors["position_embedding.weight"]
         if config.context_length < len(positions):
             tensors["position_embedding.weight"] = positions[: config.context_length].clone()
-        with torch.device("meta"):  # no time spent on weights that are replaced at once
+        with torch.device("meta"):  # initial weights would be replaced at once
             model = GPT2Model(config)
         model.load_state_dict(tensors, assign=True)
         return model
 
-    def tokenizer_for_text(self) -> GPT2Tokenizer:
-        """Its tokenizer; if it travels without one and its vocabulary has the size of GPT-2's, OpenAI's.
 
-        Raises:
-            UserError: It has none.
+class CheckpointModel(TrainedModel):
+    """A checkpoint written by `Trainer.save_checkpoint`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        record = checkpoint.read_record(path)
+        try:
+            config = replace_checked(GPT2Config(), record["model"])
+            record["run"], record["progress"]["step"], record["tokenizer"]  # used later without a check
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"checkpoint: {path} was not written by Trainer: {error}") from error
+        super().__init__(str(path), config, record)
+        self.saved_tokenizer: str | None = record["tokenizer"]
+
+    def read_tokenizer(self) -> GPT2Tokenizer | None:
+        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
+
+    def tensors(self) -> "dict[str, Tensor]":
+        tensors = checkpoint.read_tensors(self.path, "model/")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        checkpoint.check_tensor_shapes(self.source, shapes, checkpoint.shapes_of(self.config))
+        return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+class HuggingFaceModel(TrainedModel):
+    """A GPT-2 in the format of `transformers`, in a folder or on the Hub."""
+
+    def __init__(self, source: str, fetch: Callable[[list[str]], Path]):
         """
-        if self.tokenizer is not None:
-            return self.tokenizer
-        if self.config.vocab_size != GPT2Config().vocab_size:
-            raise UserError(f"{self.source} holds no tokenizer, so nobody knows what its tokens mean")
-        log.warning("%s holds no tokenizer; by the size of its vocabulary it is GPT-2's, which is taken.", self.source)
-        return GPT2Tokenizer.from_hub()
+        Args:
+            fetch: Returns the model's folder, after downloading those of its files that match some patterns.
+        """
+        self.fetch = fetch
+        super().__init__(source, hugging_face.read_config(fetch([hugging_face.CONFIG]), source))
 
-    def describe(self) -> str:
-        return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
+    def read_tokenizer(self) -> GPT2Tokenizer | None:
+        folder = self.fetch([hugging_face.CONFIG, *TOKENIZER_FILES])
+        return GPT2Tokenizer.from_folder(folder) if _holds_tokenizer(folder) else None
 
-    @property
-    def experiment(self) -> str:
-        """The name of the run that trained it; without one, where it is from."""
-        return self.run["name"] if self.run else self.source
+    def tensors(self) -> "dict[str, Tensor]":
+        return hugging_face.read_tensors(self.fetch(hugging_face.WEIGHT_FILES), self.config, self.source)
 
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
-    """The trained model of that name, see the top of this file; None is the best checkpoint of the latest run.
+    """Open a trained model by its name, see the top of this file. None is the best checkpoint of the latest run.
 
-    `key` is what a user named it by, for the error.
+    Args:
+        key: The option by which the user named it, for the error message.
 
     Raises:
-        UserError: There is none, or it is none that can be read.
+        UserError: There is no such model, or it cannot be read.
     """
     if name is None:
         return CheckpointModel(run_folder.find_checkpoint(None, key))
     name, path = str(name), Path(name)
     if is_on_hub(name):
-        return HuggingFaceModel(name, partial(hub_folder, name, instead=INSTEAD_OF_HUB))
+        return HuggingFaceModel(name, partial(hub_folder, name, instead=OFFLINE_MODELS))
     if (path / hugging_face.CONFIG).is_file():
         return HuggingFaceModel(name, lambda patterns: path)
     if not name or not path.exists():
@@ -137,7 +185,7 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
 
 
 def open_tokenizer(name: str) -> GPT2Tokenizer:
-    """`bytes`, or the tokenizer that a folder holds or a trained model of that name brings.
+    """The tokenizer of a trained model or in a folder, by its name; `bytes` is the one without merges.
 
     Raises:
         UserError: There is none.
@@ -146,114 +194,72 @@ def open_tokenizer(name: str) -> GPT2Tokenizer:
         return GPT2Tokenizer.of_bytes()
     if is_on_hub(name):
         return GPT2Tokenizer.from_hub(name)
-    if holds_tokenizer(Path(name)):
+    if _holds_tokenizer(Path(name)):
         return GPT2Tokenizer.from_folder(name)
     return open_model(name, "data.tokenizer").tokenizer_for_text()
 
 
-def holds_tokenizer(folder: Path) -> bool:
+def _holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-FREE = ("dropout", "attention_dropout", "residual_dropout", "initializer_range")  # no weight depends on them
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+CHANGEABLE = ("dropout", "attention_dropout", "residual_dropout", "initializer_range")  # no weight depends on them
 
 
-def finetuning_config(trained: TrainedModel, asked: GPT2Config, explicit: set[str]) -> GPT2Config:
-    """The configuration of a model that takes over weights: theirs, but for what may differ and was asked for.
+def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: set[str]) -> GPT2Config:
+    """The configuration of a model that is initialized from trained weights.
 
-    Dropout may differ, and a shorter context, which leaves out the last positions.
+    It is that of the weights, except for dropout rates and a shorter context, which may be requested.
 
     Args:
-        explicit: Fields that were asked for by name. Any other field counts as asked for if it is not the default.
+        explicit: Fields that the user set. Other fields count as requested if they differ from their default.
 
     Raises:
-        UserError: What was asked for contradicts the weights; all of it is named.
+        UserError: The request contradicts the weights; every such field is named.
     """
     weights, default = trained.config, GPT2Config()
     result, problems = replace(weights), []
-    for key in (field.name for field in fields(GPT2Config)):
-        wanted, has = getattr(asked, key), getattr(weights, key)
-        if wanted == has or (wanted == getattr(default, key) and key not in explicit):
+    for name in (field.name for field in fields(GPT2Config)):
+        value, actual = getattr(requested, name), getattr(weights, name)
+        if value == actual or (value == getattr(default, name) and name not in explicit):
             continue
-        if key in FREE or (key == "context_length" and wanted < has):
-            setattr(result, key, wanted)
+        if name in CHANGEABLE or (name == "context_length" and value < actual):
+            setattr(result, name, value)
         else:
-            problems.append(f"model.{key}: {wanted} contradicts train.init_from={trained.source}, which has {has}")
+            problems.append(f"model.{name}: {value} contradicts train.init_from={trained.source}, which has {actual}")
     if problems:
         raise UserError(*problems)
     return result
 
 
-class CheckpointModel(TrainedModel):
-    """What `Trainer.save_checkpoint` wrote."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        record = checkpoint.read_record(path)
-        try:
-            config = replace_checked(GPT2Config(), record["model"])
-            record["run"], record["progress"]["step"], record["tokenizer"]  # all that is asked for later is there
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"checkpoint: {path} is not one that Trainer wrote: {error}") from error
-        super().__init__(str(path), config, record)
-        self.saved_tokenizer: str | None = record["tokenizer"]
-
-    def read_tokenizer(self) -> GPT2Tokenizer | None:
-        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
-
-    def tensors(self) -> "dict[str, Tensor]":
-        tensors = checkpoint.read_tensors(self.path, "model/")
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        checkpoint.check_tensor_shapes(self.source, found, checkpoint.shapes_of(self.config))
-        return {name: tensor.float() for name, tensor in tensors.items()}
-
-
-class HuggingFaceModel(TrainedModel):
-    """A GPT-2 in the format of `transformers`, in a folder or on the Hub."""
-
-    def __init__(self, source: str, fetch: Callable[[list[str]], Path]):
-        """`fetch` returns the folder, once those of its files are there that match some patterns."""
-        self.fetch = fetch
-        super().__init__(source, hugging_face.read_config(fetch([hugging_face.CONFIG]), source))
-
-    def read_tokenizer(self) -> GPT2Tokenizer | None:
-        folder = self.fetch([hugging_face.CONFIG, *TOKENIZER_FILES])
-        return GPT2Tokenizer.from_folder(folder) if holds_tokenizer(folder) else None
-
-    def tensors(self) -> "dict[str, Tensor]":
-        return hugging_face.read_tensors(self.fetch(hugging_face.WEIGHT_FILES), self.config, self.source)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Out
+# Exporting
 
 
 def export(trained: TrainedModel, folder: str | Path) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load. It is whole or not there.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load, completely or not at all.
 
     Raises:
-        UserError: The model cannot be read, or the folder cannot be written.
+        UserError: The model cannot be read, or the folder exists or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
-        raise UserError(f"to: {folder} is there already; name a folder that is not")
+        raise UserError(f"to: {folder} already exists; name a new folder")
     if trained.tokenizer is None:
-        log.warning("%s holds no tokenizer, so neither does what is exported.", trained.source)
+        log.warning("%s holds no tokenizer, so the exported folder has none either.", trained.source)
     tensors = trained.tensors()
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as beside:
-            whole = Path(beside) / folder.name
-            whole.mkdir()
-            hugging_face.write_folder(whole, trained.config, tensors, trained.tokenizer, model_card(trained))
-            whole.rename(folder)
+        with atomic_folder(folder) as target:
+            hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, model_card(trained))
     except OSError as error:
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 
 
 def model_card(trained: TrainedModel) -> str:
-    """The README of an exported folder: what the model is, what it was trained on, for how long, how well."""
-    config = "\n".join(f"| {name} | {value} |" for name, value in asdict(trained.config).items())
+    """The README of an exported folder: how to use the model, how it was trained, its loss and its shape."""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -278,31 +284,36 @@ print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
 
 ## Architecture
 
-| | |
-| --- | --- |
-{config}
+{_table(asdict(trained.config))}
 """
 
 
 def _training(record: dict[str, Any]) -> str:
-    progress, train, run = record["progress"], record["train"], record["run"] or {}
+    progress, train, run = record["progress"], record["train"], record["run"]
     loss = "not evaluated"
     if progress["val_loss"] is not None:
         loss = f"{progress['val_loss']:.4f} nats a token, at step {progress['evaluated_at']:,}"
-    facts = {
-        "data": describe_data(run["data"]) if run else "not recorded",
-        "steps": f"{progress['step']:,}",
-        "tokens": f"{progress['tokens']:,}",
-        "hours": f"{progress['seconds'] / 3600:.2f}",
-        "validation loss": loss,
-        "started from": train.get("init_from") or "random weights",
-        **{name: train[name] for name in ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")},
-        "PyTorch": record["versions"]["torch"],
-    }
-    return "| | |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    settings = ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")
+    return _table(
+        {
+            "data": describe_data(run["data"]) if run else "not recorded",
+            "steps": f"{progress['step']:,}",
+            "tokens": f"{progress['tokens']:,}",
+            "hours": f"{progress['seconds'] / 3600:.2f}",
+            "validation loss": loss,
+            "started from": train.get("init_from") or "random weights",
+            **{name: train[name] for name in settings},
+            "PyTorch": record["versions"]["torch"],
+        }
+    )
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 def describe_data(data: dict[str, Any]) -> str:
-    """The corpus that the fields of a `DataConfig` name, in a few words."""
-    names = data["files"] or [name for name in (data["dataset_name"], data["dataset_config"]) if name]
-    return ", ".join(names)
+    """The name of a corpus, from the fields of a `DataConfig`."""
+    names = next(names for source, names in DATA_SOURCES.items() if data[source] is not None)
+    values = [data[name] for name in names if data[name] is not None]
+    return ", ".join(", ".join(value) if isinstance(value, list) else value for value in values)

@@ -1,7 +1,7 @@
-"""A run is a folder: the names of its checkpoints, which of them is taken, and who may write to it.
+"""The checkpoints of a run: their names, which one to load, and which ones to delete.
 
-A run keeps its newest few checkpoints as `step_<number>.pth`. `last.pth` and `best_model.pth` are second names of
-some of them, which users were promised.
+A run keeps its newest checkpoints as `step_<number>.pth`. `last.pth` and `best_model.pth` are hard links to two of
+them, under the names that the API promises.
 """
 
 import logging
@@ -15,13 +15,12 @@ from typing import Any
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
-from gpt2.runtime.files import TEMPORARY_PREFIX, beside, flush, rename
+from gpt2.runtime.files import TEMPORARY_PREFIX, atomic_write, fsync_folder
 
 log = logging.getLogger(__name__)
 
-BEST, LAST = "best_model.pth", "last.pth"  # the content is safetensors all the same
-OF_STEP = re.compile(r"step_(\d{8,})\.pth")
-USUAL = TrainingConfig().checkpoint_dir  # a copy of it may lie beside it under another name
+BEST, LAST = "best_model.pth", "last.pth"  # safetensors files, despite their names
+STEP_NAME = re.compile(r"step_(\d{8,})\.pth")
 
 
 def step_name(step: int) -> str:
@@ -29,62 +28,70 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """The number in a name that `step_name` made."""
-    match = OF_STEP.fullmatch(path.name)
+    """The step in a file name made by `step_name`; None for any other name."""
+    match = STEP_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    return sorted((number, path) for path in folder.glob("step_*") if (number := step_of(path)) is not None)
+    """The checkpoints named by step, oldest first."""
+    return sorted((step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None)
 
 
 def add_name(path: Path, name: str) -> None:
-    """Give a checkpoint a second name in its folder, without a second copy of its bytes where the filesystem can.
+    """Make `name`, in the same folder, another name of a checkpoint: a hard link, or a copy where there are none.
 
-    A checkpoint is never changed in place, only replaced, so two names for one file stay two checkpoints.
+    A link is safe because checkpoints are only ever replaced, never changed in place.
     """
-    target = path.with_name(name)
-    with beside(target) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:  # a filesystem without hard links
-            shutil.copyfile(path, temporary)
-            flush(temporary)
-        rename(temporary, target)
+    target, temporary = path.with_name(name), path.with_name(TEMPORARY_PREFIX + name)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a filesystem without hard links
+        with path.open("rb") as source, atomic_write(target) as copy:
+            shutil.copyfileobj(source, copy)
+        return
+    temporary.replace(target)
+    temporary.unlink(missing_ok=True)  # it remains if both names were links to one file already, see rename(2)
+    fsync_folder(path.parent)
 
 
 def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
-    """Leave the newest `keep` checkpoints up to `step`. Later ones were given up: the run went on from an older one.
+    """Delete all but the newest `keep` checkpoints up to `step`.
 
-    Those of another run are to be `spared`.
+    Later checkpoints are deleted too: the run has been resumed from an earlier one, which makes them obsolete.
+
+    Args:
+        spared: Checkpoints of another run in this folder, which are neither counted nor deleted.
     """
     numbered = [(number, path) for number, path in _numbered(folder) if path not in spared]
-    kept = [path for number, path in numbered if number <= step][-keep:]
+    retained = [path for number, path in numbered if number <= step][-keep:]
     for _, path in numbered:
-        if path not in kept:
+        if path not in retained:
             try:
                 path.unlink()
             except OSError as error:
-                log.warning("Cannot remove the old checkpoint %s: %s", path, error.strerror)
+                log.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a process left that was killed while it wrote. Nobody else may write here meanwhile."""
+    """Delete what a killed process left of an unfinished write. The caller must hold the run's lock."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         path.unlink()
 
 
 def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
-    """The first checkpoint that is not damaged, of those that are there; a warning names each one before it.
+    """The first of some checkpoints that exists and is not damaged; None if none exists.
+
+    Logs a warning for each damaged one before it.
 
     Args:
-        prefix: Of the tensors that are wanted; the others may be damaged.
+        prefix: Check only the tensors whose names begin with it.
 
     Raises:
-        UserError: All are damaged.
+        UserError: All of them are damaged.
     """
-    found: list[str] = []
+    problems: list[str] = []
     damaged: list[Path] = []
     for path in candidates:
         if any(path.exists() and path.samefile(other) for other in damaged if other.exists()):
@@ -93,56 +100,56 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
             record = checkpoint.verify(path, prefix)
         except UserError as error:
             damaged.append(path)
-            found += error.problems
+            problems += error.problems
             continue
-        if fault := _wrong_name(path, record):
-            found.append(fault)
+        if problem := _wrong_name(path, record):
+            problems.append(problem)
             continue
-        for fault in found:
-            log.warning("%s", fault)
-        if found:
-            log.warning("Taken instead: %s", path)
+        for problem in problems:
+            log.warning("%s", problem)
+        if problems:
+            log.warning("Using instead: %s", path)
         return path
-    if found:
-        raise UserError(*found)
+    if problems:
+        raise UserError(*problems)
     return None
 
 
 def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
-    """What is wrong with a checkpoint that is whole, but under a name that is not its own."""
+    """Why an intact checkpoint does not belong under its name; None if it does."""
     progress = record.get("progress") or {}
     step, number = progress.get("step"), step_of(path)
     if number is not None and number != step:
         return f"checkpoint: {path} is not that of step {number}, but of step {step}"
     is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
     if path.name == BEST and progress.get("evaluated_at") and not is_best:
-        return f"checkpoint: {path} is not the best one, but another of its run"
+        return f"checkpoint: {path} is not the best checkpoint of its run"
     return None
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, to resume from."""
+    """The checkpoints in a folder, in the order in which resuming tries them."""
     numbered = [path for _, path in reversed(_numbered(folder))]
     return [*numbered, *(path for name in (LAST, BEST) if (path := folder / name).exists())]
 
 
 def best_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, to write text with or to evaluate."""
-    best = folder / BEST
-    return [*([best] if best.exists() else []), *(path for path in newest_first(folder) if path != best)]
+    """The checkpoints in a folder, in the order in which generation and evaluation try them."""
+    return sorted(newest_first(folder), key=lambda path: path.name != BEST)
 
 
 def checkpoint_folder_of(run: Path) -> Path | None:
-    """Where the checkpoints of a run lie; `run` may be that folder itself. None if there are none."""
+    """The folder with the checkpoints of a run; `run` itself may be that folder. None if there are none."""
     folders = {path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in run.glob(pattern)}
-    return min(folders, key=lambda folder: (folder != run, folder.name != USUAL, folder.name), default=None)
+    default = TrainingConfig().checkpoint_dir  # preferred if there is also, for example, a backup of it
+    return min(folders, key=lambda folder: (folder != run, folder.name != default, folder.name), default=None)
 
 
 def latest_run(runs: Path = Path("outputs/runs")) -> Path:
-    """The run folder whose checkpoints are newest.
+    """The run folder with the most recently saved checkpoint.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     checkpoints = list(runs.glob("*/*/*/[!.]*.pth"))
     if not checkpoints:
@@ -154,20 +161,22 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
 
 
 def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:
-    """The checkpoint that a user means: a file, the best one of a run folder, or, if None, of the latest run.
+    """The checkpoint that a user names: a file, or the best one of a run folder; None is the latest run.
 
-    A run that was never evaluated has no best checkpoint; then it is its newest. The same if the best is damaged, and
-    a warning says so. `key` is what the user named it by.
+    A run without an intact best checkpoint is represented by its newest; a warning says so if the best is damaged.
+
+    Args:
+        key: The option by which the user named it, for the error message.
 
     Raises:
-        UserError: There is none that is intact.
+        UserError: There is no checkpoint, or all of them are damaged.
     """
     place = latest_run() if path is None else Path(path)
     if place.is_file():
         return place
     folder = checkpoint_folder_of(place)
-    if folder and (found := first_intact(best_first(folder), prefix="model/")):
-        return found
+    if folder and (checkpoint_path := first_intact(best_first(folder), prefix="model/")):
+        return checkpoint_path
     raise UserError(
         f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors"
         if place.is_dir()

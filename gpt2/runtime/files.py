@@ -1,7 +1,8 @@
-"""Files that are whole or not there, and locks on folders."""
+"""Atomic writes of files and folders, and locks that say who uses a run folder."""
 
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -13,41 +14,52 @@ from gpt2.errors import UserError
 
 log = logging.getLogger(__name__)
 
-
-TEMPORARY_PREFIX = ".saving-"  # what the name of a file begins with until it is whole
+TEMPORARY_PREFIX = ".saving-"  # of the name under which a file is written until it is complete
+LOCK = ".lock"
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A name in the same folder as `path`; nothing is left under it afterwards, or else by `remove_unfinished`."""
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that replaces `path` at the end of the block.
+
+    If the block raises, `path` is untouched. The file is flushed to disk before it is renamed, and its folder after
+    that, so after a crash or a power failure `path` is the old file or the complete new one.
+    """
     temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    temporary.unlink(missing_ok=True)  # a killed process may have left it, as a second name of another file
     try:
-        yield temporary
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a write that fails does not know it
+        error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once the disk holds all of it, or not at all."""
-    with beside(path) as temporary:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, which gets the name `folder` at the end of the block.
+
+    If the block raises, the new folder is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
+    temporary.mkdir()
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def rename(temporary: Path, path: Path) -> None:
-    temporary.replace(path)
-    flush(path.parent)
-
-
-def flush(folder: Path) -> None:
-    """Have the disk, not only the kernel, hold a folder's names."""
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's directory entries to disk: until then a crash can undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,22 +67,20 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-LOCK = ".lock"
-
-
 class RunLockedError(UserError):
-    """A run folder is another process's."""
+    """Another process is writing to the run folder."""
 
 
 @contextmanager
 def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Let nobody else write to a run folder meanwhile, or do what else a lock of that name in it stands for.
+    """Hold the lock file `name` in a run folder, which also says which process holds it.
 
-    The lock is the kernel's and goes with the process that has it: one that was killed holds nothing, and neither do
-    the data workers that outlive it for a moment.
+    This is a POSIX record lock (`lockf`), which belongs to one process: the kernel releases it when that process is
+    killed, even if forked data workers outlive it. `filelock` uses `flock`, which those workers would inherit and
+    keep, so that a killed run could not be resumed until they end.
 
     Raises:
-        Held: Another process holds it; it is named.
+        RunLockedError: Another process holds the lock; the message names it.
     """
     import fcntl
 
@@ -81,7 +91,7 @@ def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
             file.seek(0)
             raise RunLockedError(f"{folder} is being written by {file.read() or 'another process'}") from error
         except OSError as error:
-            log.warning("%s cannot be locked (%s): see to it that no second process writes there.", folder, error)
+            log.warning("%s cannot be locked (%s): make sure that no other process writes to it.", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
@@ -89,9 +99,9 @@ def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 
 def is_locked(lock: Path) -> bool | None:
-    """Whether another process holds a lock; None where nobody can tell, for the filesystem has no locks.
+    """Whether another process holds a lock file; None if the filesystem has no locks.
 
-    Never to be asked of a lock of one's own: that would give it up.
+    Do not call it for a lock that this process holds: closing the file would release it.
     """
     import fcntl
 

@@ -214,7 +214,7 @@ REFUSED = [
     (lambda folder: describe(folder, add_cross_attention=True), "add_cross_attention is True, not False"),
     (lambda folder: describe(folder, scale_attn_weights=False), "scale_attn_weights is False, not True"),
     *(
-        (lambda folder, values=values: describe(folder, **values), f"describes no model: {complaint}")
+        (lambda folder, values=values: describe(folder, **values), f"describes no valid model: {complaint}")
         for values, complaint in (
             ({"n_layer": 2.5}, "num_layers: "),
             ({"n_layer": None}, "num_layers: "),
@@ -229,16 +229,16 @@ REFUSED = [
     ),
     (only_a_pickle, r"pytorch_model.bin, a pickle, which can run code"),
     (no_weights, "it holds no model.safetensors"),
-    (a_head_of_its_own, "its lm_head is not its token embedding"),
+    (a_head_of_its_own, "its lm_head differs from its token embedding"),
     (whole_numbers, "stored as I8, not as plain floats"),
-    (a_shard_too_few, "not there: model-00002-of-"),
-    (an_index_that_leads_elsewhere, "not there: ../model.safetensors"),
+    (a_shard_too_few, "missing: model-00002-of-"),
+    (an_index_that_leads_elsewhere, "missing: ../model.safetensors"),
     (a_config_of_words, "cannot read its config.json"),
     (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
     (lambda folder: describe(folder, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
-    (lambda folder: describe(folder, use_bias=False), "says use_bias=false, yet"),
+    (lambda folder: describe(folder, use_bias=False), "says use_bias=false, but"),
 ]
 
 
@@ -379,7 +379,7 @@ def where_something_is(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("place", "complaint"),
-    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "is there already")],
+    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "already exists")],
 )
 def test_an_export_that_fails_says_why_and_leaves_nothing(folder, place, complaint):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -396,7 +396,7 @@ def test_an_export_that_fails_says_why_and_leaves_nothing(folder, place, complai
 
 def test_a_model_without_a_tokenizer_is_exported_without_one_and_it_is_said(folder, caplog):
     export(open_model(str(folder)), folder.parent / "out")
-    assert "holds no tokenizer, so neither does" in caplog.text
+    assert "holds no tokenizer, so the exported folder has none" in caplog.text
     assert open_model(str(folder.parent / "out")).tokenizer is None
 
 
@@ -408,11 +408,8 @@ def record_of(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda record: {}, "is not one that Trainer wrote: 'model'"),
-        (
-            lambda record: {**record, "model": {"depth": 3}},
-            "is not one that Trainer wrote: depth: there is no such key",
-        ),
+        (lambda record: {}, "was not written by Trainer: 'model'"),
+        (lambda record: {**record, "model": {"depth": 3}}, "was not written by Trainer: depth: there is no such key"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
     ],

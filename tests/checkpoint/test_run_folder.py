@@ -205,7 +205,7 @@ def test_if_all_are_damaged_each_is_named_and_none_is_taken(tmp_path, caplog):
         True,
         True,
     ]
-    assert "Taken instead" not in caplog.text
+    assert "Using instead" not in caplog.text
 
 
 def test_a_damaged_file_of_several_names_is_named_once(tmp_path):
@@ -256,7 +256,7 @@ def test_a_best_checkpoint_that_was_replaced_by_another_is_refused(tmp_path, cap
     assert run_folder.find_checkpoint(str(tmp_path)).name == BEST
     save(folder, 3, name=BEST, **other)
     assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(4)
-    assert "is not the best one" in caplog.text
+    assert "is not the best checkpoint" in caplog.text
 
 
 @pytest.mark.parametrize("wrong", [BEST, step_name(9)])

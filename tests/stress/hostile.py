@@ -80,8 +80,8 @@ class Forger:
         sums = json.dumps(dict.fromkeys(names, checkpoint.NO_SUM))
         metadata = {checkpoint.RECORD: record, checkpoint.TENSOR_SUMS: sums, checkpoint.HEADER_SUM: checkpoint.NO_SUM}
         header = json.dumps({"__metadata__": metadata, **dict.fromkeys(names, entry)}, separators=(",", ":")).encode()
-        right = checkpoint._assigned(hashlib.sha256(header).hexdigest())
-        _write(path, header.replace(checkpoint._assigned(checkpoint.NO_SUM), right), bytes(size))
+        right = checkpoint._sum_entry(hashlib.sha256(header).hexdigest())
+        _write(path, header.replace(checkpoint._sum_entry(checkpoint.NO_SUM), right), bytes(size))
 
     def pipe(self, path: Path) -> None:
         os.mkfifo(path)
