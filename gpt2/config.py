@@ -76,26 +76,26 @@ class TrainingConfig:
 
 @dataclass
 class DataConfig:
-    """Where text comes from and how it becomes tokens. Without `files`, it is a dataset of the Hub's kind."""
+    """The text and its tokenizer. The source is `files` if they are given, otherwise a Hugging Face dataset."""
 
-    dataset_name: str = "wikitext"  # on the Hugging Face Hub, or a folder laid out like one
-    dataset_config: str | None = "wikitext-2-raw-v1"
+    dataset_name: str = "wikitext"  # name on the Hugging Face Hub, or a local folder laid out like one
+    dataset_config: str | None = "wikitext-2-raw-v1"  # name of the configuration, for datasets that have several
     train_split: str = "train"
     validation_split: str | None = "validation"  # null: hold out validation_fraction of the training split
-    test_split: str | None = "test"  # null: the validation split serves
-    max_length: int = 1024  # tokens a block; the scripts let it follow model.context_length
-    cache_dir: str | None = None  # null: the Hub's own cache, and ~/.cache/gpt2 for tokens
+    test_split: str | None = "test"  # null: test on the validation split
+    max_length: int = 1024  # tokens in a block; default in the scripts: model.context_length
+    cache_dir: str | None = None  # null: the cache of the Hub for datasets, ~/.cache/gpt2 for tokens
     preprocessing_num_workers: int = 4  # threads of the tokenizer
 
-    text_column: str = "text"
-    document_start: str | None = (
-        r"^ = [^=]"  # rows that match begin a document (WikiText's titles); null: each row is one
-    )
-    files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'
-    exclude: list[str] = field(default_factory=list)  # patterns taken out of `files` again
-    tokenizer: str = "gpt2"  # gpt2 | bytes | train (on this very text) | a folder that holds one | a trained model
-    vocab_size: int = 4096  # of the tokenizer that `tokenizer: train` makes
-    validation_fraction: float = 0.1  # held out where the source brings no validation split
+    text_column: str = "text"  # column of the dataset
+    # Regular expression: a matching row begins a document (here the titles of WikiText); null: each row is a document.
+    document_start: str | None = r"^ = [^=]"
+    files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'; each file is a document
+    exclude: list[str] = field(default_factory=list)  # patterns of files to leave out
+    # gpt2, bytes (one token a byte), train (learn it from the text), a folder with a tokenizer, or a trained model.
+    tokenizer: str = "gpt2"
+    vocab_size: int = 4096  # tokens, if the tokenizer is learned (tokenizer: train)
+    validation_fraction: float = 0.1  # share to hold out of the training split if there is no validation split
 
 
 # The fields of DataConfig that name a source of text (see `gpt2/data/sources.py`), each with those that describe it.

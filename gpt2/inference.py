@@ -24,7 +24,6 @@ from torch import Tensor
 
 from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import InferenceConfig
-from gpt2.data.sources import cache_folder
 from gpt2.errors import UserError
 from gpt2.generation.decode import Recorder, decode, window_start
 from gpt2.generation.sampling import next_token
@@ -32,6 +31,7 @@ from gpt2.generation.session import Session
 from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import Linear, pack, quantize, refuse_int8
 from gpt2.runtime.device import cuda_or_else
+from gpt2.runtime.hub import caches
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.validation import validate
 
@@ -364,4 +364,4 @@ class TextGenerator:
 
     def interactive_mode(self, config: InferenceConfig) -> None:
         """Continue each line that is typed, see `gpt2.generation.session`, until Ctrl-D."""
-        Session(self.generate_text, config, history=cache_folder() / "history").run()
+        Session(self.generate_text, config, history=caches() / "history").run()

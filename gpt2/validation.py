@@ -231,15 +231,15 @@ def _training(config: TrainingConfig, prefix: str) -> Problems:
 
 @cache
 def files_matching(pattern: str) -> list[str]:
-    """The file of that name, or else the files that match it as a pattern; `**` stands for any folders between."""
+    """The file with this name, or else the files that match it as a pattern, in which `**` is any number of folders."""
     return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
 
 
 def _data(config: DataConfig, prefix: str) -> Problems:
     problems: Problems = []
-    if config.files is not None and not config.files:
-        problems.append(f"{prefix}files: none is named, a file or a pattern such as 'corpus/**/*.txt' would do")
-    if config.files is None and config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
+    if config.files == []:
+        problems.append(f"{prefix}files: the list is empty; name a file, or a pattern such as 'corpus/**/*.txt'")
+    if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         problems.append(f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})")
     for pattern in config.files or []:
         if not files_matching(pattern):
@@ -247,7 +247,7 @@ def _data(config: DataConfig, prefix: str) -> Problems:
     try:
         re.compile(config.document_start or "")
     except re.error as error:
-        problems.append(f"{prefix}document_start: {config.document_start!r} is no regular expression: {error}")
+        problems.append(f"{prefix}document_start: {config.document_start!r} is not a regular expression: {error}")
     name = config.tokenizer
     if name not in ("bytes", "train") and not is_on_hub(name) and not Path(name).exists():
         problems.append(f"{prefix}tokenizer: {name!r} is neither gpt2, bytes nor train, and no folder has that name")

@@ -18,7 +18,7 @@ from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interl
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.config import DataBenchmark
 from gpt2.data import corpus
-from gpt2.data.sources import dataset_source, text_source
+from gpt2.data.sources import open_source
 from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
@@ -33,7 +33,7 @@ class Tokenization:
         self.config, self.folder, self.repetitions = config.data, folder, config.repetitions
         data = config.data
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.source = text_source(data) if data.files is not None else dataset_source(data)
+        self.source = open_source(data)
         tokenizer = None if data.tokenizer == "train" else open_tokenizer(data.tokenizer)
         self.first_seconds = self._prepare(tokenizer)  # trains the tokenizer, if there is none yet
         self.tokenizer = self._new_tokenizer()
@@ -55,7 +55,7 @@ class Tokenization:
 
     def _prepare(self, tokenizer: GPT2Tokenizer | None) -> float:
         began = time.perf_counter()
-        corpus._fill(self.folder, self.source, tokenizer, self.config, ("train",), {})
+        corpus.write_corpus(self.folder, self.source, tokenizer, self.config, ("train",), {})
         return time.perf_counter() - began
 
     def ours(self) -> float:

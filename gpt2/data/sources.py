@@ -1,17 +1,21 @@
-"""Where documents come from: text files, and datasets of the Hugging Face Hub or laid out like them."""
+"""Sources of documents: text files, and datasets of the Hugging Face Hub or folders laid out like one.
+
+To add a source, write a function that makes a `Source` of a `DataConfig` and enter it in `SOURCES` under the field of
+`DataConfig` that names it, which `config.DATA_SOURCES` lists as well.
+"""
 
 import codecs
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from gpt2.config import DataConfig
+from gpt2.config import DATA_SOURCES, DataConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
@@ -20,23 +24,23 @@ from gpt2.validation import files_matching
 if TYPE_CHECKING:
     import datasets
 
-PART = 1 << 20  # bytes of a file that are read at a time
-LONGEST_PREAMBLE = 10_000  # rows before the first document: more of them mean that the pattern fits other data
+CHUNK_BYTES = 1 << 20  # of a file, read at a time
+MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
 
 
 class Document(Protocol):
-    """A text that may be longer than memory."""
+    """A text that may be larger than memory."""
 
     def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
-        """The text between two shares of its length, in parts of bounded size as far as it does not lie in memory.
+        """The text from one fraction of its length to another, in parts of bounded size.
 
-        What goes up to a share and what goes on from it are the whole together.
+        `parts(0, x)` and `parts(x, 1)` together are the whole text.
         """
         ...
 
 
 class Documents(Protocol):
-    """Texts that can be counted and, any number of times, gone through in the same order."""
+    """Documents that can be counted, and iterated over any number of times in the same order."""
 
     def __len__(self) -> int: ...
 
@@ -45,33 +49,43 @@ class Documents(Protocol):
 
 @dataclass
 class Source:
-    """The documents of each split. A `validation` of None is held out of `train`; a `test` of None is `validation`."""
+    """The documents of each split.
 
-    fingerprint: str
+    Without `validation`, it is held out of `train`; without `test`, the validation split is used.
+    """
+
+    fingerprint: str  # equal for equal documents
     train: Documents
     validation: Documents | None = None
     test: Documents | None = None
+    length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
 
 
-@dataclass
-class TextInMemory:
-    """A document that somebody has read already."""
+def open_source(config: DataConfig) -> Source:
+    """The source that a configuration names: that of the first field of `DATA_SOURCES` that is set.
 
-    text: str
+    Raises:
+        UserError: It cannot be reached or read.
+    """
+    return SOURCES[next(name for name in DATA_SOURCES if getattr(config, name) is not None)](config)
 
-    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
-        length = len(self.text)
-        yield self.text[int(length * start) : int(length * stop)]
+
+def cache_folder(config: DataConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else caches()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text files
 
 
 @dataclass
 class TextFile:
-    """A document that is a file, read PART bytes at a time. A byte order mark at its beginning is no text."""
+    """A UTF-8 file as a document, read in chunks. A byte order mark at its beginning is skipped."""
 
     path: Path
 
     def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
-        """What it says in `Document`; a share is one of the file's bytes, moved on to the next character's first.
+        """See `Document`. Fractions are of the length in bytes, moved forward to the next beginning of a character.
 
         Raises:
             UserError: The file cannot be read, or this part of it is not UTF-8.
@@ -81,20 +95,20 @@ class TextFile:
                 first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
                 length = file.seek(0, os.SEEK_END) - first
                 begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
-                yield from self._decoded(file, begin, end)
+                yield from self._decode(file, begin, end)
         except OSError as error:
             raise UserError(f"data.files: cannot read {self.path}: {error.strerror}") from error
 
-    def _decoded(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
+    def _decode(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")()
         file.seek(position)
         while True:
-            data = file.read(min(PART, end - position))
-            begun = len(decoder.getstate()[0])  # bytes of a character whose rest begins this part
+            data = file.read(min(CHUNK_BYTES, end - position))
+            pending = len(decoder.getstate()[0])  # bytes of a character that continues in this chunk
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                place = position - begun + error.start
+                place = position - pending + error.start
                 raise UserError(
                     f"data.files: {self.path} is not UTF-8 at byte {place}; convert it or leave it out (data.exclude)"
                 ) from error
@@ -105,29 +119,61 @@ class TextFile:
 
 
 def _next_character(file: BinaryIO, first: int, place: int) -> int:
-    """Where the first character from a place on begins, both counted from the byte `first` of a file of UTF-8."""
+    """The first place from `place` on where a character begins. Places are counted from byte `first` of the file."""
     if place == 0:
-        return 0  # a byte that begins no character is to be found there, not to be passed over
+        return 0  # if the text begins with an invalid byte, it must be read and reported
     file.seek(first + place)
-    next_bytes = file.read(3)  # a character has at most three bytes after its first
-    return place + next((n for n, byte in enumerate(next_bytes) if byte & 0xC0 != 0x80), len(next_bytes))
+    data = file.read(3)  # at most three bytes of a character follow its first one
+    return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
 
 
-class TextFiles:
-    """One document a file."""
+def open_files(config: DataConfig) -> Source:
+    """The files that match `data.files`, one document each, identified by their contents.
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    Raises:
+        UserError: No file matches.
+    """
+    if isinstance(config.files, str):
+        raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
+    paths = find_files(config.files or [], config.exclude)
+    if not paths:
+        raise UserError(f"data.files: no file matches {config.files} without those of data.exclude={config.exclude}")
+    return Source(_fingerprint(paths), [TextFile(path) for path in paths], length_unit="bytes")
 
-    def __len__(self) -> int:
-        return len(self.paths)
 
-    def __iter__(self) -> Iterator[TextFile]:
-        return map(TextFile, self.paths)
+def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
+    """The files that match any pattern and no exclusion, each once, sorted by path."""
+    matches = (path for pattern in patterns for path in files_matching(pattern))
+    included = (Path(path) for path in matches if not any(fnmatch(path, excluded) for excluded in exclude))
+    return sorted({path.resolve() for path in included if path.is_file()})
 
 
-class Rows:
-    """The documents of a table: a row each, or, with a pattern, all rows from one that matches up to the next."""
+def _fingerprint(paths: Iterable[Path]) -> str:
+    """Equal for equal contents in the same order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Datasets
+
+
+@dataclass
+class TextDocument:
+    """A document in memory."""
+
+    text: str
+
+    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
+        length = len(self.text)
+        yield self.text[int(length * start) : int(length * stop)]
+
+
+class TableDocuments:
+    """The documents of a table: one a row, or, if there is a pattern, the rows from one match up to the next."""
 
     def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
         self.table, self.column, self.document_start = table, column, document_start
@@ -136,14 +182,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.table) if self.starts_document is None else sum(1 for _ in self)
 
-    def __iter__(self) -> Iterator[TextInMemory]:
-        return map(TextInMemory, self._texts())
-
-    def _texts(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[TextDocument]:
         rows = (text or "" for batch in self.table.iter(1000) for text in batch[self.column])
-        if self.starts_document is None:
-            yield from rows
-            return
+        return map(TextDocument, rows if self.starts_document is None else self._join(rows))
+
+    def _join(self, rows: Iterable[str]) -> Iterator[str]:
+        assert self.starts_document is not None
         document: list[str] = []
         any_start = False
         for row in rows:
@@ -153,104 +197,72 @@ class Rows:
                     yield "".join(document)
                 document = []
             document.append(row if row.endswith("\n") else row + "\n")
-            if not any_start and len(document) > LONGEST_PREAMBLE:
+            if not any_start and len(document) > MAX_PREAMBLE_ROWS:
                 break
         if not any_start:
             raise UserError(
-                f"data.document_start: no row begins a document by matching {self.document_start!r}; "
+                f"data.document_start: no row matches {self.document_start!r}, so no document begins; "
                 f"data.document_start=null makes each row a document"
             )
         yield "".join(document)
 
 
-def cache_folder(config: DataConfig | None = None) -> Path:
-    """Where this program keeps what it can make again."""
-    if config and config.cache_dir:
-        return Path(config.cache_dir)
-    return caches()
-
-
-def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files that match any pattern and no exclusion, each once, sorted."""
-    matches = (path for pattern in patterns for path in files_matching(pattern))
-    kept = (Path(path) for path in matches if not any(fnmatch(path, unwanted) for unwanted in exclude))
-    return sorted({path.resolve() for path in kept if path.is_file()})
-
-
-def fingerprint_of(paths: Iterable[Path]) -> str:
-    """Equal for the same contents in the same order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def fingerprint_of_folder(folder: Path) -> str:
-    """Equal for the same contents under the same names. Hidden files and folders have no part in it."""
-    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
-    contents = [[name.as_posix(), fingerprint_of([folder / name])] for name in visible]
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-
-def text_source(config: DataConfig) -> Source:
-    """The files that `config.files` names, identified by their content."""
-    if isinstance(config.files, str):
-        raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
-    paths = find_files(config.files or [], config.exclude)
-    if not paths:
-        raise UserError(f"data.files: no file matches {config.files} once data.exclude={config.exclude} is taken out")
-    return Source(fingerprint_of(paths), TextFiles(paths))
-
-
-def dataset_source(config: DataConfig) -> Source:
-    """A dataset of the Hugging Face Hub, of its cache, or of a local folder laid out like one.
+def open_dataset(config: DataConfig) -> Source:
+    """A dataset of the Hugging Face Hub or its cache, or a local folder laid out like one.
 
     Raises:
-        UserError: It cannot be reached or read, or has no such configuration, split or column of text.
+        UserError: It cannot be reached or read, or has no such configuration, split or text column.
     """
-    cache_dir, content = config.cache_dir, None
+    cache_dir, identity = config.cache_dir, None
     if Path(config.dataset_name).is_dir():
-        # `datasets` takes a folder that has changed, or another one of the same name, for the one it has cached.
-        content = fingerprint_of_folder(Path(config.dataset_name))
-        cache_dir = str(cache_folder(config) / "datasets" / content[:16])
+        # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
+        identity = _folder_fingerprint(Path(config.dataset_name))
+        cache_dir = str(cache_folder(config) / "datasets" / identity[:16])
     else:
         connect()
-    tables = load_tables(config, cache_dir)
-    for table in filter(None, tables):
-        if config.text_column not in table.column_names:
-            raise UserError(f"data.text_column: {config.text_column!r} is not one of {', '.join(table.column_names)}")
-        kind = getattr(table.features[config.text_column], "dtype", "nested values")
-        if kind not in ("string", "large_string"):
-            raise UserError(f"data.text_column: {config.text_column!r} holds {kind}, not text")
-
-    identity = content or [table and table._fingerprint for table in tables]
     splits = [config.train_split, config.validation_split, config.test_split]
-    documents = [table and Rows(table, config.text_column, config.document_start) for table in tables]
-    about = [identity, config.dataset_config, splits, config.text_column, config.document_start]
-    return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the first, train, is always there
+    tables = [table and _load_table(config, table, cache_dir) for table in splits]
+    documents = [table and TableDocuments(table, config.text_column, config.document_start) for table in tables]
+    about = [
+        identity or [table and table._fingerprint for table in tables],
+        *(config.dataset_config, splits, config.text_column, config.document_start),
+    ]
+    return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the training split is never None
 
 
-def load_tables(config: DataConfig, cache_dir: str | None) -> "list[datasets.Dataset | None]":
-    """The training, validation and test split, None for one that the configuration leaves out."""
+def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datasets.Dataset":
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     if not is_terminal():
         datasets.disable_progress_bars()
-
-    def load(split: str | None) -> "datasets.Dataset | None":
-        name = config.dataset_name
-        return datasets.load_dataset(name, config.dataset_config, split=split, cache_dir=cache_dir) if split else None
-
+    name, column = config.dataset_name, config.text_column
     try:
-        return [load(split) for split in (config.train_split, config.validation_split, config.test_split)]
+        table = datasets.load_dataset(name, config.dataset_config, split=split, cache_dir=cache_dir)
     except (ConnectionError, DatasetNotFoundError) as error:
         raise UserError(
-            f"could not reach dataset {config.dataset_name!r} on the Hugging Face Hub, nor find it in the cache; "
-            f"{WITHOUT_NETWORK}"
+            f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {WITHOUT_NETWORK}"
         ) from error
     except (ValueError, OSError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"data.dataset_name: cannot load {config.dataset_name!r}: {reason}") from error
+        raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
+    if column not in table.column_names:
+        raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
+    kind = getattr(table.features[column], "dtype", "nested values")
+    if kind not in ("string", "large_string"):
+        raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
+    return table
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Equal for equal contents under the same names. Hidden files and folders are ignored."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
+    contents = [[name.as_posix(), _fingerprint([folder / name])] for name in visible]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {  # by the field of DataConfig that names the source
+    "files": open_files,
+    "dataset_name": open_dataset,
+}

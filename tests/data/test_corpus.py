@@ -12,8 +12,17 @@ import pytest
 
 from gpt2.config import DataConfig
 from gpt2.data import corpus, sources
-from gpt2.data.corpus import LONGEST_PIECE, PIECE, PreparedData, map_in_threads, pack, pieces, prepare, token_dtype
-from gpt2.data.sources import TextFile, TextInMemory
+from gpt2.data.corpus import (
+    MAX_PIECE_LENGTH,
+    PIECE_LENGTH,
+    PreparedData,
+    map_in_threads,
+    prepare,
+    split_into_pieces,
+    token_dtype,
+    write_tokens,
+)
+from gpt2.data.sources import TextDocument, TextFile
 from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
@@ -64,41 +73,47 @@ LONG = {
 @pytest.mark.parametrize("kind", LONG)
 def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
     document = LONG[kind](python_source())
-    parts = [text for text, _ in pieces([document])]
+    parts = [text for text, _ in split_into_pieces([document])]
     assert "".join(parts) == document
     assert len(parts) > 1 or kind == "no space at all"
-    assert len(document) > 2 * PIECE
+    assert len(document) > 2 * PIECE_LENGTH
     assert [i for part in parts for i in trained.encode(part)] == trained.encode(document)
 
 
 def test_pieces_are_of_a_bounded_size_and_the_last_one_says_so():
-    parts = list(pieces([python_source()]))
+    parts = list(split_into_pieces([python_source()]))
     assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
-    assert max(len(text) for text, _ in parts) < PIECE + 100
+    assert max(len(text) for text, _ in parts) < PIECE_LENGTH + 100
 
 
 @pytest.mark.parametrize("space", [chr(i) for i in range(0x110000) if chr(i).isspace()], ids=ascii)
 def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
     """What Python takes for a space the tokenizer may not, and then a token can reach across it."""
-    monkeypatch.setattr(corpus, "PIECE", 2)
+    monkeypatch.setattr(corpus, "PIECE_LENGTH", 2)
     document = f"ab,{space},cd" * 5
     tokenizer = GPT2Tokenizer.train([document] * 10, 400)
-    assert [i for text, _ in pieces([document]) for i in tokenizer.encode(text)] == tokenizer.encode(document)
+    assert [i for text, _ in split_into_pieces([document]) for i in tokenizer.encode(text)] == tokenizer.encode(
+        document
+    )
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, PIECE])
+@pytest.mark.parametrize("size", [1, 7, 100, PIECE_LENGTH])
 def test_the_pieces_are_the_same_however_a_document_is_read(monkeypatch, size):
-    monkeypatch.setattr(corpus, "PIECE", 50)
-    monkeypatch.setattr(corpus, "LONGEST_PIECE", 200)
+    monkeypatch.setattr(corpus, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(corpus, "MAX_PIECE_LENGTH", 200)
     document = python_source()[:20_000] + "a" * 1000 + " " * 1000 + "漢" * 300 + " the end"
     parts = [document[start : start + size] for start in range(0, len(document), size)]
-    assert list(pieces(parts)) == list(pieces([document]))
-    assert "".join(text for text, _ in pieces(parts)) == document
+    assert list(split_into_pieces(parts)) == list(split_into_pieces([document]))
+    assert "".join(text for text, _ in split_into_pieces(parts)) == document
 
 
 def test_a_text_without_any_border_is_cut_so_that_memory_does_not_grow():
-    document = "a" * LONGEST_PIECE + "b" * LONGEST_PIECE + "c d"
-    assert [text for text, _ in pieces([document])] == ["a" * LONGEST_PIECE, "b" * LONGEST_PIECE, "c d"]
+    document = "a" * MAX_PIECE_LENGTH + "b" * MAX_PIECE_LENGTH + "c d"
+    assert [text for text, _ in split_into_pieces([document])] == [
+        "a" * MAX_PIECE_LENGTH,
+        "b" * MAX_PIECE_LENGTH,
+        "c d",
+    ]
 
 
 def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
@@ -127,10 +142,10 @@ def test_a_failure_in_a_thread_reaches_who_waits():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
 def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch, threads):
-    monkeypatch.setattr(corpus, "BATCH", batch)  # characters encoded at a time: no document may get lost between
+    monkeypatch.setattr(corpus, "BATCH_LENGTH", batch)  # characters encoded at a time: no document may get lost between
     documents = ["first", "", "zweites äöü", "x" * 300, "", " " * 99 + "y", python_source(), "\n"]
     in_parts = ([document[:50], document[50:]] for document in documents)
-    total = pack(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads)
+    total = write_tokens(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads)
     packed = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
     assert packed == [i for document in documents if document.strip() for i in with_end(document)]
     assert total == len(packed)
@@ -235,7 +250,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
 @pytest.mark.parametrize("part", [1, 2, 5, 1 << 20])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
 def test_a_file_in_parts_is_its_text(tmp_path, monkeypatch, part, mark):
-    monkeypatch.setattr(sources, "PART", part)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
     text = "aé€😀\r\n\ufeff" * 3
     (tmp_path / "a.txt").write_bytes(mark + text.encode())
     document = TextFile(tmp_path / "a.txt")
@@ -247,7 +262,7 @@ def test_a_file_in_parts_is_its_text(tmp_path, monkeypatch, part, mark):
 
 
 def test_a_text_in_memory_is_cut_like_one_in_a_file():
-    document = TextInMemory("aé€😀" * 10)
+    document = TextDocument("aé€😀" * 10)
     assert ["".join(document.parts(*shares)) for shares in [(), (0, 0.5), (0.5, 1)]] == [
         *("aé€😀" * 10, "aé€😀" * 5, "aé€😀" * 5)
     ]
@@ -261,7 +276,7 @@ NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
 @pytest.mark.parametrize("content", NOT_UTF8)
 def test_the_first_byte_that_is_not_utf8_is_told_wherever_the_file_is_cut(tmp_path, monkeypatch, content, mark, part):
-    monkeypatch.setattr(sources, "PART", part)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
     (tmp_path / "a.txt").write_bytes(mark + content)
     with pytest.raises(UnicodeDecodeError) as expected:
         (mark + content).decode()
