@@ -45,8 +45,8 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     folder = output_folder()
     command = f"{dist_env().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
     with (
-        init_distributed(config.distributed.timeout, config.train.device) as group,
         explained(config, folder, command, trial),
+        init_distributed(config.distributed.timeout, config.train.device) as group,
     ):
         refuse_second_run(config, folder)
         model = trained_model(config)  # before the data, whose preparation may take hours: the weights may be damaged

@@ -32,6 +32,12 @@ class DivergenceError(UserError):
     exit_code = 3
 
 
+class LostRankError(UserError):
+    """Another rank failed or hangs, so this one cannot continue."""
+
+    exit_code = 1
+
+
 def machine_error(error: BaseException) -> str | None:
     """A full disk or memory in a line, or a job that was lost; None for any other error."""
     if type(error).__name__ == "UncompletedJobError":  # submitit's, by its name: it may not be installed
@@ -42,23 +48,13 @@ def machine_error(error: BaseException) -> str | None:
         return _first_sentences(error)
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
-    return lost_rank(error)
+    return None
 
 
 def _lost_job(told: str) -> str:
     job, file, state = (re.search(pattern, told) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)"))
     where = f", what it printed is in {Path(file[1]).parent}" if file else ""
     return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; others go on"
-
-
-def lost_rank(error: BaseException) -> str | None:
-    """What torch.distributed raises in the other ranks when one fails or hangs, in a line; None for any other error."""
-    text = str(error) if isinstance(error, RuntimeError) else ""
-    if "Timed out waiting" in text and "gloo" in text:
-        return "another rank did not answer within distributed.timeout: it hangs, or that is too short"
-    if any(sign in text for sign in ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")):
-        return "lost the connection to another rank; the first failure in the report of torchrun is the cause"
-    return None
 
 
 def is_full_disk(error: BaseException) -> bool:

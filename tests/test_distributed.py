@@ -358,7 +358,7 @@ def test_failure_of_one_rank_ends_all_and_leaves_the_checkpoint_intact(place, fa
     _, err = run(place, 2, *arguments, fails=True, GPT2_FAULT=fault)
     assert FAULTS[fault] in err
     saved = newest_first(place.folder / name / "checkpoints")[0]
-    assert checkpoint.verify_checkpoint(saved)["progress"]["step"] == 4
+    assert checkpoint.verify(saved)["progress"]["step"] == 4
 
 
 @pytest.mark.slow

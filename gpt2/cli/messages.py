@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of, newest_first, step_of
 from gpt2.config import TrainRun
-from gpt2.errors import DivergenceError, ResourceError, UserError, is_out_of_memory, lost_rank, machine_error
+from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError, is_out_of_memory, machine_error
 
 
 def explain_failure(error: Exception, config: TrainRun, run: Path, command: str) -> UserError | None:
@@ -18,11 +18,12 @@ def explain_failure(error: Exception, config: TrainRun, run: Path, command: str)
     if isinstance(error, DivergenceError):
         slower = f"train.learning_rate={train.learning_rate / 2:g} resume_changes=true"
         return DivergenceError(f"{error}{saved(run, f'{command} {slower}')}")
+    if isinstance(error, LostRankError):
+        return LostRankError(f"{error}{saved(run, command)}")
     if problem is None:
         return None
     if not is_out_of_memory(error):
-        advice = "" if lost_rank(error) else "; make room"
-        return ResourceError(f"{problem}{advice}{saved(run, command)}")
+        return ResourceError(f"{problem}; make room{saved(run, command)}")
     smaller, also = "train.gradient_checkpointing=true", ""
     if train.batch_size == 1 and train.gradient_checkpointing:
         return ResourceError(

@@ -31,8 +31,8 @@ from gpt2.cli.preflight import check_command_line, runs_something
 from gpt2.cli.resume import folder_arguments, in_hydras_quotes, sweep_arguments
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, TrainRun
-from gpt2.errors import UserError, machine_error, without_password
-from gpt2.runtime.dist_env import dist_env, silence_unless_main
+from gpt2.errors import LostRankError, UserError, machine_error, without_password
+from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, run_lock
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
 
@@ -127,10 +127,6 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
     run = of_sweep(composed, partial(run_locked, name, task, composed, prompt))
     if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
-    if dist_env().by_torchrun:
-        from gpt2.distributed.process_group import recorded
-
-        run = recorded(run)
     in_sweep = job.mode == RunMode.MULTIRUN
     problem: UserError | None = None
     with errors_as_lines():
@@ -204,6 +200,7 @@ def errors_as_lines() -> Iterator[None]:
     except (OSError, MemoryError, RuntimeError) as error:
         told = machine_error(error)
         if told is None:
+            report_to_torchrun(error)
             raise
         tell(UserError(told))
         leave_stdout_alone()
@@ -211,10 +208,16 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def tell(error: UserError) -> None:
-    env = dist_env()
-    rank = f"rank {env.rank}: " if env.world_size > 1 else ""
-    for problem in error.problems:
-        print(f"error: {rank}{without_password(problem)}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    lines = [f"{rank}{without_password(problem)}" for problem in error.problems]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    if isinstance(error, LostRankError):  # the report shall name the cause, and this is a consequence of it
+        return
+    try:  # a report of torchrun shows the traceback, and this one is short
+        raise UserError(*lines) from None
+    except UserError as short:
+        report_to_torchrun(short)
 
 
 def leave_stdout_alone() -> None:

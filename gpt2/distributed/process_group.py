@@ -7,22 +7,22 @@ the position in it and the number of tokens by which the loss is divided do not 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2.errors import LostRankError, UserError
 from gpt2.ops.cross_entropy import IGNORE_INDEX
 from gpt2.runtime.device import choose_device
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
 
 Batch = dict[str, Tensor]
-T = TypeVar("T")
 
 
 class ProcessGroup:
@@ -127,6 +127,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
 
     Raises:
         UserError: This machine has no such device.
+        LostRankError: Another rank failed or did not answer within the timeout.
     """
     device, env = choose_device(device_name, key), dist_env()
     if not env.by_torchrun:
@@ -134,29 +135,42 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("group", _store()),
-        rank=env.rank,
-        world_size=env.world_size,
-        timeout=timedelta(seconds=timeout),
-    )
-    yield ProcessGroup(env)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", _store()),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        yield ProcessGroup(env)
+    except RuntimeError as error:
+        if message := _lost_rank(error):
+            raise LostRankError(message) from error
+        raise
     dist.destroy_process_group()
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    """What torch.distributed means when it lost another rank; None for any other error."""
+    text = str(error)
+    if "Timed out waiting" in text:
+        return "another rank did not answer within distributed.timeout; it hangs, or that is too short"
+    signs = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
+        return "lost the connection to another rank, whose own error is the cause"
+    return None
 
 
 @cache
 def _store() -> dist.Store:
-    """The key-value store that all ranks share.
-
-    torchrun's agent holds one store for all of its restarts, whose keys must not be mixed up.
-    """
+    """The key-value store that all ranks share; torchrun or, without it, rank 0 serves it."""
     store, _, _ = next(dist.rendezvous("env://"))
-    return dist.PrefixStore(f"gpt2/attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def recorded(function: Callable[[], T]) -> Callable[[], T]:
-    """A function whose exceptions torchrun's report shows."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(function)  # type: ignore[return-value]  # it returns None at SystemExit(0)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    # This store outlives the ranks that torchrun restarts, whose keys must not meet those of the attempt before. Agents
+    # of several machines count their restarts differently, see `_restart_workers` in torch/distributed/elastic/agent.
+    restarts, machines = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]), int(os.environ["GROUP_WORLD_SIZE"])
+    if restarts and machines > 1:
+        raise UserError("torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

@@ -55,6 +55,14 @@ def silence_unless_main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
 
 
+def report_to_torchrun(error: BaseException) -> None:
+    """Show the exception that is being handled in the report that torchrun prints at its end."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
 def division(accumulation_steps: int, world_size: int) -> tuple[int, int]:
     """How a step is divided over the ranks.
 
