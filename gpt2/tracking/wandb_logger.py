@@ -1,6 +1,6 @@
-"""What W&B hears of a run: a guest, told in the conventions by which runs compare there.
+"""The `ExternalLogger` for Weights & Biases.
 
-Nothing secret goes in: no environment, no command line, no storage, no text of the terminal. See
+Nothing secret is uploaded: no environment variables, command line, storage URL or terminal output. See
 `gpt2.tracking.wandb_service.settings` for what is switched off.
 """
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Table = tuple[str, list[str | int], list[list[Any]]]  # its name, columns and rows
+Table = tuple[str, list[str | int], list[list[Any]]]  # name, columns, rows
 
-ROOT = Path("outputs")  # all runs' files lie together in its folder `wandb`
-OURS_ALONE = ("wandb", "started_with", "resume", "resume_changes")  # of a configuration: nothing that runs compare by
+ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
+NOT_COMPARED = ("wandb", "started_with", "resume", "resume_changes")  # keys of a configuration
 
 
 def start_wandb(
@@ -34,63 +34,64 @@ def start_wandb(
     group: str,
     job_type: str,
     tags: Collection[str] = (),
-    settings: Record | None = None,
-    identity: str | None = None,
+    run_config: Record | None = None,
+    run_id: str | None = None,
 ) -> ExternalLogger:
-    """Begin, or go on with, a run in W&B, never asking a question; a guest without ears if that is off or refused.
+    """Start or resume a W&B run without prompting. Returns a logger that does nothing if W&B is off or fails.
 
     Args:
-        group: The experiment, or the study.
+        group: The experiment or the study.
         job_type: train, trial, evaluate or generate.
-        settings: The resolved configuration, nested and plain.
-        identity: Of the run that goes on, or that will be known by it; a new one if None.
+        run_config: The resolved configuration, nested.
+        run_id: Of the run to resume or create; a new one if None.
     """
-    mode = wanted_mode(config.mode)
+    mode = resolve_mode(config.mode)
     if mode == "off":
         return ExternalLogger()
-    how = {"name": name, "group": group, "tags": [tag[:64] for tag in tags], "config": settings or {}}
     try:
         from gpt2.tracking import wandb_service as service
 
         ROOT.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # not into the home directory
+        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # by default in the home directory
         seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
         run = service.start(
             mode == "online",
             seconds,
-            **harmless(how),
+            **redact({"name": name, "group": group, "tags": [tag[:64] for tag in tags], "config": run_config or {}}),
             project=config.project,
             entity=config.entity,
             dir=str(ROOT),
-            id=identity or new_identity(),
+            id=run_id or new_id(),
             resume="allow",
             job_type=job_type,
-            reinit="finish_previous",  # a run before in this process that did not end
-            allow_val_change=True,  # of a run that is resumed longer
+            reinit="finish_previous",  # a run of this process that was not finished
+            allow_val_change=True,  # a resumed run may train longer
         )
         if run is None:
             return ExternalLogger()
         if config.mode == "online" and run.offline:
-            log.warning("W&B: nobody is logged in here (`wandb login` does that), or nobody answers: kept offline.")
-        return WandbRun(run, config, seconds)
-    except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
+            log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
+        return WandbLogger(run, config, service.LOCAL_SECONDS if run.offline else seconds)
+    except Exception as error:  # noqa: BLE001  # tracking never ends a run
         log.warning("W&B did not start: %s", _line(error))
         return ExternalLogger()
 
 
-def start_of_training(config: TrainRun, run_folder: Path, about: Record, known_id: str | None = None) -> ExternalLogger:
+def start_wandb_for_training(
+    config: TrainRun, run_folder: Path, about: Record, known_id: str | None = None
+) -> ExternalLogger:
     """`start_wandb` for a run of `train.py`.
 
     Args:
-        run_folder: Keeps the id, so that a resumed run is the same W&B run.
-        about: What `run.json` says.
-        known_id: From a checkpoint, should the folder no longer have it.
+        run_folder: Stores the W&B id, so that a resumed run is the same W&B run.
+        about: The content of `run.json`.
+        known_id: The id in a checkpoint, used if the folder has none.
     """
-    if wanted_mode(config.wandb.mode) == "off":
+    if resolve_mode(config.wandb.mode) == "off":
         return ExternalLogger()
     id_file, study = run_folder / "wandb_id", config.study
     if not id_file.exists() or not id_file.read_text():
-        id_file.write_text(known_id or new_identity())
+        id_file.write_text(known_id or new_id())
     facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
     return start_wandb(
         config.wandb,
@@ -98,126 +99,120 @@ def start_of_training(config: TrainRun, run_folder: Path, about: Record, known_i
         group=study.name or config.name,
         job_type="train" if study.trial is None else "trial",
         tags=about["tags"],
-        settings={**told(about["config"]), **facts, "folder": os.path.relpath(run_folder)},
-        identity=id_file.read_text(),
+        run_config={**comparable(about["config"]), **facts, "folder": os.path.relpath(run_folder)},
+        run_id=id_file.read_text(),
     )
 
 
-def wanted_mode(mode: str) -> str:
-    """`online`, `offline` or `off`; in `auto` the variable WANDB_MODE counts, as it does for other programs."""
+def resolve_mode(mode: str) -> str:
+    """`online`, `offline` or `off`; `auto` follows the environment variable WANDB_MODE, as other programs do."""
     if mode != "auto":
-        os.environ.pop("WANDB_MODE", None)  # wandb's login would heed it
+        os.environ.pop("WANDB_MODE", None)  # wandb.login would follow it
         return mode
     variable = os.environ.get("WANDB_MODE", "online")
     return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(variable, "online")
 
 
-def new_identity() -> str:
+def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def told(config: Record) -> Record:
-    """A plain configuration as W&B shows and filters it: nested, without what has no part in a comparison."""
-    values = {key: value for key, value in config.items() if key not in OURS_ALONE}
+def comparable(config: Record) -> Record:
+    """A nested configuration without the keys by which runs are not compared."""
+    values = {key: value for key, value in config.items() if key not in NOT_COMPARED}
     if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
     return values
 
 
-def kept_offline(run_folders: Iterable[Path]) -> str | None:
-    """How to upload those of some runs of `train.py` that W&B keeps offline; None if there are none."""
+def offline_runs(run_folders: Iterable[Path]) -> str | None:
+    """How to upload the offline W&B runs of some run folders, in a line; None if there are none."""
     ids = [path.read_text() for folder in run_folders if (path := folder / "wandb_id").exists()]
-    count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{identity}")) for identity in ids)
+    count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{run_id}")) for run_id in ids)
     runs = "1 run is" if count == 1 else f"{count} runs are"
-    return f"{runs} kept offline; `wandb sync {ROOT}/wandb/offline-run-*` uploads them" if count else None
+    return f"{runs} offline; upload with `wandb sync {ROOT}/wandb/offline-run-*`" if count else None
 
 
-def harmless(value: Any) -> Any:
-    """The same without what may be secret in URLs."""
+def redact(value: Any) -> Any:
+    """Replace what may be secret in URLs, in all strings of nested dictionaries and lists."""
     if isinstance(value, dict):
-        return {key: harmless(inner) for key, inner in value.items()}
+        return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [harmless(inner) for inner in value]
+        return [redact(inner) for inner in value]
     return without_secrets(value) if isinstance(value, str) else value
 
 
-class WandbRun(ExternalLogger):
-    """A run in W&B. What goes wrong with it is told once, and no more is said to it."""
+class WandbLogger(ExternalLogger):
+    """Logs to a W&B run. After its first failure, which is a warning, it logs nothing more."""
 
     def __init__(self, run: "wandb.Run", config: WandbConfig, finish_seconds: float):
         self.run, self.id = run, run.id
         self.config, self.finish_seconds = config, finish_seconds
         self.folder = Path(os.path.relpath(Path(run.dir).parent))
         self.url = None if run.offline else run.url
-        self._hears = self._takes_tables = self._is_uploaded = True
-        self._table: threading.Thread | None = None
+        self._works = self._takes_tables = self._is_uploaded = True
         self._newest_table: Table | None = None
-        self._next_table: Table | None = None
-        self._rows_told = 0
-        self._say(self._define)
+        self._table_thread: threading.Thread | None = None
+        self._rows_logged = 0
+        self._call(self._define_metrics)
 
     @staticmethod
-    def _define(run: "wandb.Run") -> None:
-        for name in ("tokens", "step", "seconds"):  # what there is to draw against
+    def _define_metrics(run: "wandb.Run") -> None:
+        for name in ("tokens", "step", "seconds"):  # possible x axes, not curves
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
 
     def log(self, record: Record) -> None:
-        self._say(lambda run: run.log({key: value for key, value in record.items() if value is not None}))
+        self._call(lambda run: run.log({key: value for key, value in record.items() if value is not None}))
 
     def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
-        """In a thread: a table asks the server first, which takes 20 seconds where none answers.
-
-        While it does, only the newest table waits to be next. W&B keeps every version of a table whole, so one goes
-        in when it has grown by a tenth; the last one goes in at the end.
-        """
+        """Log a table if it grew by a tenth, as W&B stores each version whole; `finish` logs the last one anyway."""
         self._newest_table = name, columns, rows
-        if len(rows) >= 1.1 * self._rows_told:
-            self._hand_in_table()
+        if len(rows) >= 1.1 * self._rows_logged:
+            self._log_newest_table()
 
-    def _hand_in_table(self) -> None:
-        if not (self._hears and self._takes_tables) or self._newest_table is None:
+    def _log_newest_table(self) -> None:
+        """In a thread: wandb contacts the server first, which blocks for 20 seconds if that does not answer."""
+        is_busy = self._table_thread is not None and self._table_thread.is_alive()
+        if is_busy or self._newest_table is None or not (self._works and self._takes_tables):
             return
-        self._next_table, self._newest_table = self._newest_table, None
-        self._rows_told = len(self._next_table[2])
-        if self._table is None or not self._table.is_alive():
-            self._table = threading.Thread(target=self._log_tables, daemon=True, name="wandb table")
-            self._table.start()
+        table, self._newest_table = self._newest_table, None
+        self._rows_logged = len(table[2])
+        self._table_thread = threading.Thread(target=self._log_table, args=table, daemon=True, name="wandb table")
+        self._table_thread.start()
 
-    def _log_tables(self) -> None:
+    def _log_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
         import wandb
 
-        while self._next_table is not None:
-            (name, columns, rows), self._next_table = self._next_table, None
-            try:
-                self.run.log({name: wandb.Table(columns=columns, data=rows)})
-            except Exception as error:  # noqa: BLE001  # see `_say`
-                if self._takes_tables:  # and the run has not ended meanwhile
-                    log.warning("W&B gets no more samples of this run; samples.md has them: %s", _line(error))
-                self._takes_tables = False
-                return
+        try:
+            self.run.log({name: wandb.Table(columns=columns, data=rows)})
+        except Exception as error:  # noqa: BLE001  # tracking never ends a run
+            if self._takes_tables:  # else the run has finished in the meantime
+                log.warning("W&B gets no more samples of this run; samples.md has all: %s", _line(error))
+            self._takes_tables = False
 
     def summarize(self, figures: Record) -> None:
-        self._say(lambda run: run.summary.update(figures))
+        self._call(lambda run: run.summary.update(figures))
 
     def finish(self, ended: Ended, folder: Path | None = None) -> None:
         from gpt2.tracking import wandb_service as service
 
         try:
-            self._hand_in_table()
-            if self._table is not None:
-                self._table.join(service.GRACE_SECONDS if self.url else service.FINISH_SECONDS)
+            for _ in range(2):  # the version that is being logged, then the newest
+                if self._table_thread is not None:
+                    self._table_thread.join(service.limit(service.TABLE_SECONDS if self.url else service.LOCAL_SECONDS))
+                self._log_newest_table()
             self._takes_tables = False
-            self._say(lambda run: self._conclude(run, ended, folder))
+            self._call(lambda run: self._log_ending(run, ended, folder))
         finally:
-            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self._hears
+            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self._works
 
-    def _conclude(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
+    def _log_ending(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
         import wandb
 
-        run.summary.update(harmless({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})}))
+        run.summary.update(redact({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})}))
         if run.job_type == "trial":
             run.tags = (*(tag for tag in run.tags or () if tag not in ENDINGS), ended.state)
         if folder and (picture := folder / "curves.png").exists():
@@ -229,33 +224,33 @@ class WandbRun(ExternalLogger):
     def _upload_best(run: "wandb.Run", folder: Path) -> None:
         import wandb
 
-        from gpt2.checkpoint.run_folder import find_checkpoint
+        from gpt2.checkpoint.run_folder import find
         from gpt2.tracking import wandb_service as service
 
         try:
-            checkpoint = find_checkpoint(str(folder))
-        except UserError:  # it ended before its first
+            checkpoint = find(str(folder))
+        except UserError:  # the run ended before its first checkpoint
             return
         artifact = wandb.Artifact(f"model-{run.id}", type="model")
         artifact.add_file(str(checkpoint))
-        # It asks the server first, and has no limit of its own.
+        # log_artifact contacts the server and has no timeout of its own.
         service.within(service.STAGING_SECONDS, lambda: run.log_artifact(artifact, aliases=["best"]))
 
     def where(self) -> str | None:
         if self.url is None:
-            return f"kept offline; `wandb sync {self.folder}` uploads it"
+            return f"offline; upload with `wandb sync {self.folder}`"
         if self._is_uploaded:
             return self.url
-        return f"{self.url}, but not all of it; `wandb sync --include-online {self.folder}` uploads the rest"
+        return f"{self.url}, incomplete; upload the rest with `wandb sync --include-online {self.folder}`"
 
-    def _say(self, say: Callable[["wandb.Run"], Any]) -> None:
-        if not self._hears:
+    def _call(self, call: Callable[["wandb.Run"], Any]) -> None:
+        if not self._works:
             return
         try:
-            say(self.run)
-        except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
-            self._hears = False
-            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has it all: %s", _line(error))
+            call(self.run)
+        except Exception as error:  # noqa: BLE001  # tracking never ends a run
+            self._works = False
+            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has all: %s", _line(error))
 
 
 def _line(error: Exception) -> str:

@@ -1,8 +1,11 @@
-"""W&B's own process, on a short leash: it asks nobody, and all that it takes together has an end.
+"""Start and stop wandb non-interactively, with a timeout on every call.
 
-At worst, with a server that takes connections and says nothing, a run loses 15 seconds: 3 for the login, 5 to begin, 1
-for a last table, 5 to end, 1 to be rid of the process. `finish_timeout` bounds what uploads; a thread bounds what wandb
-(0.31) does not.
+With a server that accepts connections and never answers, a run loses at most 15 seconds: 3 for the login, 5 to create
+the run, 1 for tables, 5 to finish and 1 to end wandb's process. wandb's `init_timeout` and `finish_timeout` bound a part
+of this; a thread bounds the rest.
+
+This module alone uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
+`service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they move.
 """
 
 import logging
@@ -11,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,34 +24,41 @@ import wandb
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-LOGIN_SECONDS = 3.0  # for one small question to the server
-INIT_SECONDS = 4.0  # to begin the run there
-FINISH_SECONDS = 4.0  # to upload what is left
-UPLOAD_SECONDS = 600.0  # the same with checkpoints, which somebody asked for
+PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all limits, for slow networks and busy machines
+LOGIN_SECONDS = 3.0  # one small request
+INIT_SECONDS = 4.0  # to create the run on the server
+TABLE_SECONDS = 0.5  # to hand over a table at the end of a run, twice
+FINISH_SECONDS = 4.0  # to upload the rest
+UPLOAD_SECONDS = 600.0  # to upload the rest with a checkpoint
 STAGING_SECONDS = 60.0  # to copy a checkpoint to where it is uploaded from
-GRACE_SECONDS = 1.0  # for wandb to keep to these
+GRACE_SECONDS = 1.0  # by which wandb may exceed its own timeouts
+LOCAL_SECONDS = 30.0  # to start wandb's process, and for all calls offline: only a defect or a busy machine delays them
 RETRY_SECONDS = 600.0
 
-_offline_until = 0.0  # a server that failed is not asked again by the next runs of this process
+_offline_until = 0.0  # the next runs of this process do not contact a server that failed
 
 
-def settings(finish_seconds: float) -> wandb.Settings:
-    """Bounded, silent, and without the machine's and the user's names, command line, terminal, code and packages.
+def limit(seconds: float) -> float:
+    return seconds * float(os.environ.get(PATIENCE, 1))
 
-    To be made anew for each run: wandb writes the run's id and name into it.
+
+def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
+    """Silent settings with timeouts that exclude names of machine and user, command line, terminal, code and packages.
+
+    To be called for each run: wandb stores the run's id and name in the object.
     """
     return wandb.Settings(
         silent=True,
         console="off",
-        init_timeout=INIT_SECONDS,
-        finish_timeout=finish_seconds,  # also of what wandb does when the interpreter ends
+        init_timeout=limit(init_seconds),
+        finish_timeout=limit(finish_seconds),  # applies also when the interpreter exits
         finish_timeout_raises=True,
-        x_graphql_timeout_seconds=INIT_SECONDS,
-        x_service_wait=INIT_SECONDS,
-        stop_fn=lambda: None,  # a click on "stop" there would be a Ctrl-C here
+        x_graphql_timeout_seconds=limit(INIT_SECONDS),
+        x_service_wait=limit(LOCAL_SECONDS),
+        stop_fn=lambda: None,  # "stop" on the website would otherwise raise KeyboardInterrupt here
         x_disable_meta=True,
         x_save_requirements=False,
-        disable_git=True,  # the URL of a repository may hold a token
+        disable_git=True,  # a repository's URL may contain a token
         disable_code=True,
         save_code=False,
         disable_job_creation=True,
@@ -59,67 +70,74 @@ def settings(finish_seconds: float) -> wandb.Settings:
     )
 
 
-def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **how: Any) -> Any:
-    """`wandb.init(**how)`: online if that is wanted and a server answers, else offline; None if that fails too."""
-    os.environ.pop("WANDB_SERVICE", None)  # of a parent: it may end before us, or have ended
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its makers' telemetry holds the exit up for 20 seconds
+def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: Any) -> Any:
+    """`wandb.init(**arguments)`: online if requested and possible, else offline; None if that fails too."""
+    os.environ.pop("WANDB_SERVICE", None)  # set by a parent process, which may end before this one
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without network it delays the exit by 20 seconds
     try:
-        wandb.setup(wandb.Settings(silent=True, x_service_wait=INIT_SECONDS))  # silent about the login too
-    except Exception as error:  # noqa: BLE001  # a guest cannot stop the run, whatever goes wrong with it
-        log.warning("W&B did not start: %s", _line(error))
+        wandb.setup(wandb.Settings(silent=True, x_service_wait=limit(LOCAL_SECONDS)))  # silences the login too
+    except Exception as error:  # noqa: BLE001  # tracking never ends a run
+        log.warning("W&B did not start: %s", one_line(error))
         return None
-    kept, own = Path(how["dir"]) / "wandb", f"*run-*-{how['id']}"
+
+    files, pattern = Path(arguments["dir"]) / "wandb", f"*run-*-{arguments['id']}"
     for mode in ("online", "offline") if is_online and can_go_online() else ("offline",):
-        before = set(kept.glob(own))
-        begin = partial(wandb.init, mode=mode, settings=settings(finish_seconds), **how)
+        init_seconds, own_limit = (INIT_SECONDS, finish_seconds) if mode == "online" else (LOCAL_SECONDS, LOCAL_SECONDS)
+        before = set(files.glob(pattern))
+        init = partial(wandb.init, mode=mode, settings=settings(init_seconds, own_limit), **arguments)
         try:
-            run = within(INIT_SECONDS + GRACE_SECONDS, begin)
+            run = within(init_seconds + GRACE_SECONDS, init)
         except Exception as error:  # noqa: BLE001
-            log.warning("W&B (%s) did not start: %s", mode, _line(error))
+            log.warning("W&B (%s) did not start: %s", mode, one_line(error))
             _stay_offline()
-            end_service(0)  # it still holds the id that the next attempt takes
-            for empty in set(kept.glob(own)) - before:
+            end_service(0)  # it still uses the id, which the next attempt needs
+            for empty in set(files.glob(pattern)) - before:
                 shutil.rmtree(empty, ignore_errors=True)
-        except BaseException:  # asked to end meanwhile; wandb would say later that all went well
+        except BaseException:  # interrupted: otherwise wandb would report success when the interpreter exits
             end_service(1)
             raise
         else:
-            os.environ.pop("WANDB_SERVICE", None)  # ours: a process that we start may go on after us
+            os.environ.pop("WANDB_SERVICE", None)  # set by wandb; a child process may outlive this one
             return run
     return None
 
 
 def can_go_online() -> bool:
-    """Whether there is a key and a server that takes it. Nobody is asked."""
+    """Whether there is a key that a server accepts. Never prompts."""
     if time.monotonic() < _offline_until:
         return False
     try:
         return within(LOGIN_SECONDS, lambda: wandb.login(prompt=False))
-    except Exception as error:  # noqa: BLE001  # no answer, no such key
-        log.warning("W&B: this run is kept offline: %s", _line(error))
+    except Exception as error:  # noqa: BLE001
+        log.warning("W&B is offline for this run: %s", one_line(error))
         _stay_offline()
         return False
 
 
-def finish(run: Any, exit_code: int, seconds: float = FINISH_SECONDS) -> bool:
-    """End W&B's run. False if the upload was cut short; the files of the run hold everything."""
+def finish(run: Any, exit_code: int, seconds: float) -> bool:
+    """Finish a run. Returns whether all of it was uploaded, or written if offline; its files hold everything anyway."""
     try:
         within(seconds + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
     except Exception as error:  # noqa: BLE001
-        log.warning("W&B did not take all of this run: %s", _line(error))
+        log.warning("W&B did not finish this run: %s", one_line(error))
         _stay_offline()
         end_service(exit_code)
         return False
-    except BaseException:  # asked to end meanwhile; wandb would add that all went well when the interpreter ends
+    except BaseException:  # see `start`
         end_service(exit_code)
         raise
     return True
 
 
-def end_service(exit_code: int) -> None:
-    """End wandb's own process, kindly or else by force, so that the interpreter does not wait for it."""
+def service_process() -> Any:
+    """The `Popen` of wandb's own process; None if it is not running."""
     service = getattr(getattr(wandb.setup(), "_connection", None), "_proc", None)
-    process = getattr(service, "_process", None)
+    return getattr(service, "_process", None)
+
+
+def end_service(exit_code: int) -> None:
+    """End wandb's own process, by force if necessary, so that the interpreter does not wait for it."""
+    process = service_process()
     try:
         within(GRACE_SECONDS, lambda: wandb.teardown(exit_code))
     except (Exception, SystemExit):  # noqa: BLE001
@@ -127,39 +145,33 @@ def end_service(exit_code: int) -> None:
             process.kill()
 
 
-def within(seconds: float, do: Callable[[], T]) -> T:
-    """What `do` returns or raises.
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return or raise what `call` does, if that takes less than `limit(seconds)`.
 
     Raises:
-        TimeoutError: It takes longer. It goes on, in a thread that nobody waits for.
+        TimeoutError: It takes longer. Its thread keeps running and is ignored.
     """
-    outcome: list[Callable[[], T]] = []
+    future: Future[T] = Future()
 
     def work() -> None:
         try:
-            result = do()
-        except BaseException as raised:  # noqa: BLE001
-            error = raised
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
 
-            def fail() -> T:
-                raise error
+    threading.Thread(target=work, daemon=True, name="wandb").start()
+    try:
+        return future.result(limit(seconds))
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer within {limit(seconds):g} s") from None
 
-            outcome.append(fail)
-        else:
-            outcome.append(lambda: result)
 
-    thread = threading.Thread(target=work, daemon=True, name="wandb")
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]()
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _stay_offline() -> None:
     global _offline_until
     _offline_until = time.monotonic() + RETRY_SECONDS
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
