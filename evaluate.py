@@ -26,7 +26,7 @@ def main(config: EvaluateRun) -> None:
     from gpt2.ops.cpu_inference import quantize, refuse_int8
     from gpt2.runtime.device import choose_device, keep_freed_memory
     from gpt2.tracking.tracker import ExternalLogger, Tracker
-    from gpt2.tracking.wandb_logger import start_wandb, told
+    from gpt2.tracking.wandb_logger import comparable, start_wandb
 
     keep_freed_memory()
     with init_distributed(DistributedConfig().timeout, config.device, "device") as group:
@@ -47,7 +47,7 @@ def main(config: EvaluateRun) -> None:
         evaluator = Evaluator(model, loader, config.device, config.precision, group)
         split, stride = blocks.path.stem, blocks.stride
         experiment = trained.experiment
-        about_run = {"name": f"{experiment} {split}", "group": experiment, "settings": told(asdict(config))}
+        about_run = {"name": f"{experiment} {split}", "group": experiment, "run_config": comparable(asdict(config))}
         external = start_wandb(config.wandb, job_type="evaluate", **about_run) if group.is_main else ExternalLogger()
         with Tracker(external=external):
             metrics = evaluator.evaluate()

@@ -28,7 +28,7 @@ def main(config: GenerateRun) -> None:
     from gpt2.inference import TextGenerator
     from gpt2.runtime.device import choose_device
     from gpt2.tracking.tracker import Tracker
-    from gpt2.tracking.wandb_logger import start_wandb, told
+    from gpt2.tracking.wandb_logger import comparable, start_wandb
 
     choose_device(config.device)  # refuses a missing one before any work
 
@@ -55,7 +55,11 @@ def main(config: GenerateRun) -> None:
         return
     experiment = generator.trained.experiment
     external = start_wandb(
-        config.wandb, name=f"{experiment} texts", group=experiment, job_type="generate", settings=told(asdict(config))
+        config.wandb,
+        name=f"{experiment} texts",
+        group=experiment,
+        job_type="generate",
+        run_config=comparable(asdict(config)),
     )
     with Tracker(external=external):
         rows: list[list[str]] = []

@@ -119,7 +119,7 @@ def settings_to_keep(config: TrainRun) -> tuple[dict[str, Any], str | None]:
 @contextmanager
 def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str | None) -> Iterator[None]:
     """Have all that a training tells reach its files, the terminal and W&B, to its end."""
-    from gpt2.tracking.wandb_logger import start_of_training
+    from gpt2.tracking.wandb_logger import start_wandb_for_training
     from gpt2.training.profiler import StepProfiler
 
     tracker = trainer.tracker
@@ -128,7 +128,7 @@ def listening(config: TrainRun, trainer: "Trainer", folder: Path, wandb_id: str 
             trainer.on_step = profiler = StepProfiler(folder, trainer.device)
             closing.callback(profiler.close)
         closing.enter_context(tracker)
-        tracker.external = start_of_training(config, folder, tracker.about, wandb_id)
+        tracker.external = start_wandb_for_training(config, folder, tracker.about, wandb_id)
         tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
         announce(trainer)
         yield

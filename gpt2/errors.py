@@ -57,6 +57,11 @@ def _lost_job(told: str) -> str:
     return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; others go on"
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line, or the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
 

@@ -79,6 +79,7 @@ class Workspace:
             "PYTHONPATH": fault_injection.SITE,
             "PYTHONUNBUFFERED": "1",
             "WANDB_MODE": "disabled",  # where a test does not say otherwise
+            "GPT2_WANDB_PATIENCE": "10",  # a busy machine must not take wandb offline
         }
         (folder / "home").mkdir()
         shutil.copytree(measured_once(), folder / "cache" / "gpt2", dirs_exist_ok=True)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gpt2.checkpoint.hugging_face import hf_name, write_folder
 from gpt2.config import GPT2Config, TrainingConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 from gpt2.runtime.device import Precision
 
 State = dict[str, Tensor]
@@ -122,5 +122,5 @@ def peer_errors(peer: str) -> Iterator[None]:
     except (NotImplementedError, UserError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"peer: {peer} raised {type(error).__name__}{f': {reason}' if reason else ''}") from error
+        name, reason = type(error).__name__, one_line(error)
+        raise UserError(f"peer: {peer} raised {name}{f': {reason}' if reason != name else ''}") from error

@@ -14,6 +14,7 @@ from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interl
 from gpt2.benchmarks.contestants import Contestant, FirstStep, Workload, contestants
 from gpt2.benchmarks.peers import State
 from gpt2.config import TrainingBenchmark
+from gpt2.errors import one_line
 from gpt2.ops.linear import LINEARS
 from gpt2.runtime.console import track
 from gpt2.runtime.device import Precision, fastest_seconds, keep_freed_memory, peak_flops
@@ -72,7 +73,7 @@ class TrainingComparison:
         except (NotImplementedError, RuntimeError) as error:
             if contestant.is_ours:
                 raise
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)[:300]
             self.left_out[contestant.name] = reason
             log.warning("%s is left out: %s", contestant.name, reason)
             return None

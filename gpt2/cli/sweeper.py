@@ -281,7 +281,7 @@ class StudySweeper(Sweeper):
             StudyFailure: There is nothing.
         """
         from gpt2.search import report as study_report
-        from gpt2.tracking.wandb_logger import kept_offline
+        from gpt2.tracking.wandb_logger import offline_runs
 
         if study.best() is None:
             study_report.write(study.optuna, self.folder)
@@ -304,7 +304,7 @@ class StudySweeper(Sweeper):
             f"  best.yaml, {where}\n\n"
             f"Train the best one again, longer, otherwise:  {again}" + (f"\n{write}" if is_here else "")
         )
-        if told := kept_offline(path for path in self.folder.iterdir() if path.name.isdigit()):
+        if told := offline_runs(path for path in self.folder.iterdir() if path.name.isdigit()):
             log.info(f"\nW&B: {told}")
 
     def _write_best(self, best: "FrozenTrial") -> tuple[str, str]:

@@ -21,7 +21,7 @@ from gpt2.experiments.plan import RUNS, Point, points_of, read_plan, validate_pl
 from gpt2.runtime.console import ConsoleHandler, time_left
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.tracking.tracker import DIVERGED, FINISHED
-from gpt2.tracking.wandb_logger import kept_offline
+from gpt2.tracking.wandb_logger import offline_runs
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def run(folder: Path, jobs: int | None) -> None:
         log.info(f"\n{missing} of {len(study.points)} runs are missing: {folder} is left as it is.")
     else:
         study.write()
-    if jobs != 0 and (told := kept_offline(point.folder for point in study.points)):
+    if jobs != 0 and (told := offline_runs(point.folder for point in study.points)):
         log.info(f"\nW&B: {told}")
     if problems:
         raise ResourceError(*problems)

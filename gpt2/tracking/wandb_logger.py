@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.config import TrainRun, WandbConfig
-from gpt2.errors import UserError, without_secrets
+from gpt2.errors import UserError, one_line, without_secrets
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def start_wandb(
             log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
         return WandbLogger(run, config, service.LOCAL_SECONDS if run.offline else seconds)
     except Exception as error:  # noqa: BLE001  # tracking never ends a run
-        log.warning("W&B did not start: %s", _line(error))
+        log.warning("W&B did not start: %s", one_line(error))
         return ExternalLogger()
 
 
@@ -190,7 +190,7 @@ class WandbLogger(ExternalLogger):
             self.run.log({name: wandb.Table(columns=columns, data=rows)})
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
             if self._takes_tables:  # else the run has finished in the meantime
-                log.warning("W&B gets no more samples of this run; samples.md has all: %s", _line(error))
+                log.warning("W&B gets no more samples of this run; samples.md has all: %s", one_line(error))
             self._takes_tables = False
 
     def summarize(self, figures: Record) -> None:
@@ -224,11 +224,11 @@ class WandbLogger(ExternalLogger):
     def _upload_best(run: "wandb.Run", folder: Path) -> None:
         import wandb
 
-        from gpt2.checkpoint.run_folder import find
+        from gpt2.checkpoint.run_folder import find_checkpoint
         from gpt2.tracking import wandb_service as service
 
         try:
-            checkpoint = find(str(folder))
+            checkpoint = find_checkpoint(str(folder))
         except UserError:  # the run ended before its first checkpoint
             return
         artifact = wandb.Artifact(f"model-{run.id}", type="model")
@@ -250,8 +250,4 @@ class WandbLogger(ExternalLogger):
             call(self.run)
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
             self._works = False
-            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has all: %s", _line(error))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has all: %s", one_line(error))

@@ -1,8 +1,8 @@
 """Start and stop wandb non-interactively, with a timeout on every call.
 
 With a server that accepts connections and never answers, a run loses at most 15 seconds: 3 for the login, 5 to create
-the run, 1 for tables, 5 to finish and 1 to end wandb's process. wandb's `init_timeout` and `finish_timeout` bound a part
-of this; a thread bounds the rest.
+the run, 1 for tables, 5 to finish and 1 to end wandb's process. wandb's own timeouts bound only a part of this, so each
+call runs in a thread with a time limit.
 
 This module alone uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
 `service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they move.
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import wandb
+
+from gpt2.errors import one_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -166,10 +168,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         if future.done():
             raise
         raise TimeoutError(f"no answer within {limit(seconds):g} s") from None
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _stay_offline() -> None:

@@ -1,56 +1,68 @@
-"""What W&B hears, read from the files that its own process writes; and that whatever it does, a run goes on."""
+"""What W&B receives, read from the files that its process writes; and that its failures never change a run."""
 
+import subprocess
 import sys
-import time
+import threading
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from gpt2.config import TrainRun, WandbConfig
 from gpt2.runtime.rng import commit
-from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_metrics, wandb_service
-from gpt2.tracking.wandb_logger import WandbRun, harmless, kept_offline, start_wandb, told, wanted_mode
+from gpt2.tracking import wandb_service
+from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_metrics
+from gpt2.tracking.wandb_logger import WandbLogger, comparable, offline_runs, redact, resolve_mode, start_wandb
 from tests.conftest import TEXT, TINY, Workspace
-from tests.test_tracking import record
 from tests.wandb_file import read_wandb
 from tests.wandb_server import KEY, WandbServer, black_hole
 
 
-def files_of(workspace: Workspace) -> list[dict[str, Any]]:
-    """All runs that W&B keeps in a workspace, oldest first."""
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """Calls in this process have ten times as long, as in a `Workspace`."""
+    monkeypatch.setenv(wandb_service.PATIENCE, "10")
+
+
+def record(step: int) -> Record:
+    return {"step": step, "tokens": step * 10, "seconds": float(step)}
+
+
+def wandb_runs(workspace: Workspace) -> list[dict[str, Any]]:
+    """All W&B runs stored in a workspace, oldest first."""
     folders = sorted((workspace.folder / "outputs" / "wandb").glob("*run-*"), key=lambda path: path.stat().st_mtime)
     return [read_wandb(folder) for folder in folders]
 
 
 def losses(folder: Path) -> list[tuple[int, str, float]]:
-    """What training computed, without what the clock says."""
+    """The results of training, without times."""
     keys = ("train/loss", "train/grad_norm", "val/loss")
     return [(r["step"], key, r[key]) for r in read_metrics(folder / "metrics.jsonl") for key in keys if key in r]
 
 
-def rows_of(told: dict[str, Any], key: str) -> list[tuple[int, float]]:
-    return [(row["tokens"], row[key]) for row in told["history"] if key in row]
+def rows_of(run_data: dict[str, Any], key: str) -> list[tuple[int, float]]:
+    return [(row["tokens"], row[key]) for row in run_data["history"] if key in row]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is told
+# What is logged
 
 
-def test_a_run_is_told_in_the_conventions_by_which_runs_compare(trained):
-    (told,) = files_of(trained)
+def test_run_has_name_group_tags_and_configuration(trained):
+    (run_data,) = wandb_runs(trained)
     (run,) = trained.runs()
     expected = {"job_type": "train", "group": "gpt2", "exit_code": 0, "id": (run / "wandb_id").read_text()}
-    assert {key: told[key] for key in expected} == expected
-    assert "gpt2_nano" in told["display_name"]
-    assert "d_model=32" in told["display_name"]
-    assert {"gpt2_nano", "text"} <= set(told["tags"])
-    assert told["metrics"]["*"] == {"step_metric": "tokens", "summary": []}
-    assert told["metrics"]["val/loss"]["step_metric"] == "tokens"
-    assert set(told["metrics"]["val/loss"]["summary"]) == {"min", "last"}
-    config = told["config"]
+    assert {key: run_data[key] for key in expected} == expected
+    assert "gpt2_nano" in run_data["display_name"]
+    assert "d_model=32" in run_data["display_name"]
+    assert {"gpt2_nano", "text"} <= set(run_data["tags"])
+    assert run_data["metrics"]["*"] == {"step_metric": "tokens", "summary": []}
+    assert run_data["metrics"]["val/loss"]["step_metric"] == "tokens"
+    assert set(run_data["metrics"]["val/loss"]["summary"]) == {"min", "last"}
+    config = run_data["config"]
     assert (config["model"]["d_model"], config["train"]["batch_size"], config["tokens_per_step"]) == (32, 4, 128)
     assert config["parameters"] > 10_000
     assert config["machine"]["cores"]
@@ -60,21 +72,21 @@ def test_a_run_is_told_in_the_conventions_by_which_runs_compare(trained):
     assert not {"wandb", "started_with", "resume"} & config.keys()
 
 
-def test_the_numbers_are_those_of_the_file_over_tokens(trained):
-    (told,) = files_of(trained)
+def test_logged_metrics_match_metrics_jsonl(trained):
+    (run_data,) = wandb_runs(trained)
     (run,) = trained.runs()
     for key in ("train/loss", "val/loss"):
         written = [(r["tokens"], r[key]) for r in read_metrics(run / "metrics.jsonl") if key in r]
-        assert rows_of(told, key) == written
-    validation = [value for _, value in rows_of(told, "val/loss")]
-    assert told["summary"]["val/loss"] == {"last": validation[-1], "min": min(validation)}
-    assert told["summary"]["state"] == "finished"
-    tables = [row for row in told["history"] if any(key.startswith("samples") for key in row)]
+        assert rows_of(run_data, key) == written
+    validation = [value for _, value in rows_of(run_data, "val/loss")]
+    assert run_data["summary"]["val/loss"] == {"last": validation[-1], "min": min(validation)}
+    assert run_data["summary"]["state"] == "finished"
+    tables = [row for row in run_data["history"] if any(key.startswith("samples") for key in row)]
     assert tables[-1]["samples.nrows"] == 2
-    assert any("curves.path" in row for row in told["history"])
+    assert any("curves.path" in row for row in run_data["history"])
 
 
-def test_nothing_secret_goes_in(workspace):
+def test_no_secrets_are_written(workspace):
     workspace.environment |= {"WANDB_MODE": "offline", "MY_SECRET": "marker-of-environment"}
     workspace.run_anew("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
     (folder,) = (workspace.folder / "outputs" / "wandb").glob("*run-*")
@@ -87,10 +99,10 @@ def test_nothing_secret_goes_in(workspace):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_run(workspace):
+def test_resumed_run_is_the_same_wandb_run(workspace):
     workspace.run("train.py", *TINY, "wandb=offline", "train.max_steps=4")
     workspace.run("train.py", "resume=latest", "train.max_steps=8")
-    first, second = files_of(workspace)
+    first, second = wandb_runs(workspace)
     assert first["id"] == second["id"]
     assert (first["resume"], second["resume"]) == (True, True)
     assert [tokens for tokens, _ in rows_of(first, "val/loss")] == [512]
@@ -99,24 +111,24 @@ def test_a_resumed_run_is_the_same_run(workspace):
 
 
 @pytest.mark.parametrize(("fault", "exit_code", "state"), [("nan_loss@6", 3, "diverged"), ("exception@6", 1, "failed")])
-def test_a_crash_is_a_crash(workspace, fault, exit_code, state):
+def test_crash_is_logged_with_its_exit_code(workspace, fault, exit_code, state):
     workspace.environment["GPT2_FAULT"] = fault
     done = workspace.start("train.py", *TINY, "wandb=offline")
-    assert done.wait(timeout=60) == exit_code
-    (told,) = files_of(workspace)
-    assert (told["exit_code"], told["summary"]["state"]) == (exit_code, state)
-    assert [tokens for tokens, _ in rows_of(told, "val/loss")] == [512]
+    assert done.wait(timeout=600) == exit_code
+    (run_data,) = wandb_runs(workspace)
+    assert (run_data["exit_code"], run_data["summary"]["state"]) == (exit_code, state)
+    assert [tokens for tokens, _ in rows_of(run_data, "val/loss")] == [512]
 
 
 @pytest.mark.slow
-def test_trials_of_a_study_are_told_apart_and_each_by_how_it_ended(workspace):
+def test_each_trial_of_a_study_is_a_run_with_its_state(workspace):
     workspace.environment["GPT2_FAULT"] = "exception@3#1,nan_loss@3#2"
     study = ["hparams_search=optuna", "hydra.sweeper.study_name=mine", "hydra.sweeper.n_trials=4"]
     overrides = [word for word in TINY if not word.startswith(("wandb", "train.batch_size"))]
     workspace.run(
         "train.py", "-m", *study, *overrides, "train.batch_size=4", "wandb=offline", "hydra/sweeper/pruner=none"
     )
-    runs = sorted(files_of(workspace), key=lambda run: run["display_name"])
+    runs = sorted(wandb_runs(workspace), key=lambda run: run["display_name"])
     assert [run["display_name"] for run in runs] == [f"mine-{number:04}" for number in range(4)]
     assert {(run["group"], run["job_type"]) for run in runs} == {("mine", "trial")}
     assert [run["config"]["study"]["trial"] for run in runs] == [0, 1, 2, 3]
@@ -128,31 +140,31 @@ def test_trials_of_a_study_are_told_apart_and_each_by_how_it_ended(workspace):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["evaluate.py", "generate.py"])
-def test_scores_and_texts_are_told_too(trained, script, tmp_path):
-    before = len(files_of(trained))
+def test_evaluation_and_generation_are_logged(trained, script, tmp_path):
+    before = len(wandb_runs(trained))
     extra = {
         "evaluate.py": [f"output={tmp_path}/e.json"],
         "generate.py": ["prompt=def f", "inference.max_new_tokens=5"],
     }
     done = trained.run(script, "wandb=offline", *extra[script])
     assert "wandb sync outputs/wandb/offline-run-" in done.stdout + done.stderr
-    told = files_of(trained)[before:]
-    assert [(run["job_type"], run["group"], run["exit_code"]) for run in told] == [(script[:-3], "gpt2", 0)]
+    run_data = wandb_runs(trained)[before:]
+    assert [(run["job_type"], run["group"], run["exit_code"]) for run in run_data] == [(script[:-3], "gpt2", 0)]
     if script == "evaluate.py":
-        assert told[0]["summary"]["loss"] > 0
-        assert told[0]["config"]["data"]["tokenizer"]
+        assert run_data[0]["summary"]["loss"] > 0
+        assert run_data[0]["config"]["data"]["tokenizer"]
     else:
-        assert any(row.get("texts.nrows") == 1 for row in told[0]["history"])
+        assert any(row.get("texts.nrows") == 1 for row in run_data[0]["history"])
 
 
-def test_a_configuration_is_told_without_what_is_nobodys_business():
-    values = told(asdict(TrainRun(started_with=["a=b"])))
+def test_configuration_without_private_keys_and_secrets():
+    values = comparable(asdict(TrainRun(started_with=["a=b"])))
     assert values["model"]["d_model"] == 768
     assert values["study"] == {"name": None, "trial": None}
     assert "started_with" not in values
     secrets = ["postgresql://me:word@host/x", "https://TOKEN@host/x.txt", "https://host/x?token=abc&n=1"]
     starred = ["postgresql://***@host/x", "https://***@host/x.txt", "https://host/x?token=***&n=***"]
-    assert harmless({"a": secrets, "b": 1}) == {"a": starred, "b": 1}
+    assert redact({"a": secrets, "b": 1}) == {"a": starred, "b": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,15 +184,15 @@ def test_a_configuration_is_told_without_what_is_nobodys_business():
         ("off", "online", "off"),
     ],
 )
-def test_what_is_asked_for_beats_the_variable_and_auto_heeds_it(monkeypatch, mode, variable, wanted):
+def test_mode_auto_follows_the_environment_variable(monkeypatch, mode, variable, wanted):
     if variable is None:
         monkeypatch.delenv("WANDB_MODE", raising=False)
     else:
         monkeypatch.setenv("WANDB_MODE", variable)
-    assert wanted_mode(mode) == wanted
+    assert resolve_mode(mode) == wanted
 
 
-def test_off_starts_nothing(tmp_path, monkeypatch):
+def test_off_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     external = start_wandb(WandbConfig(mode="off"), name="n", group="g", job_type="train")
     assert type(external) is ExternalLogger
@@ -189,7 +201,7 @@ def test_off_starts_nothing(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A guest that misbehaves
+# Failures
 
 
 class BrokenRun:
@@ -208,11 +220,11 @@ class BrokenRun:
         return fail
 
 
-def test_a_wandb_that_fails_is_told_once_and_the_file_has_everything(tmp_path, caplog, monkeypatch):
+def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
     run = BrokenRun()
     run.define_metric = lambda *_args, **_more: None
-    with caplog.at_level("WARNING"), Tracker(tmp_path, WandbRun(run, WandbConfig(), 1.0)) as tracker:
+    with caplog.at_level("WARNING"), Tracker(tmp_path, WandbLogger(run, WandbConfig(), 1.0)) as tracker:
         for step in (1, 2, 3):
             tracker.log(record(step), sample="text")
     assert run.calls.count("log") == 1
@@ -220,14 +232,35 @@ def test_a_wandb_that_fails_is_told_once_and_the_file_has_everything(tmp_path, c
     assert sum("gets nothing more" in r.getMessage() for r in caplog.records) == 1
 
 
-def test_what_takes_too_long_is_left_to_itself():
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        wandb_service.within(0.05, lambda: time.sleep(5))
-    assert time.monotonic() - began < 2
-    assert wandb_service.within(1, lambda: 7) == 7
+def test_within_raises_timeout_error():
+    never = threading.Event()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
+        wandb_service.within(0.01, never.wait)
+    never.set()
+    assert wandb_service.within(60, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        wandb_service.within(1, lambda: 1 / 0)
+        wandb_service.within(60, lambda: 1 / 0)
+
+
+def test_silent_server_costs_at_most_15_seconds():
+    service = wandb_service
+    start = service.LOGIN_SECONDS + service.INIT_SECONDS + service.GRACE_SECONDS
+    end = 2 * service.TABLE_SECONDS + service.FINISH_SECONDS + 2 * service.GRACE_SECONDS
+    assert start + end <= 15
+
+
+def test_private_api_of_wandb(tmp_path):
+    """Settings and attributes that `wandb_service` uses although they may change in any release of wandb."""
+    advice = f"in wandb {wandb.__version__}; gpt2/tracking/wandb_service.py was checked with 0.31.0"
+    for name in ("graphql_timeout_seconds", "service_wait", "disable_meta", "save_requirements", "executable"):
+        assert f"x_{name}" in wandb.Settings.model_fields, f"no setting x_{name} {advice}"
+    run = wandb_service.start(False, dir=str(tmp_path), id="private")
+    try:
+        process = wandb_service.service_process()
+        assert isinstance(process, subprocess.Popen), f"the process is no longer in _connection._proc._process {advice}"
+        assert process.poll() is None
+    finally:
+        assert wandb_service.finish(run, 0, wandb_service.LOCAL_SECONDS)
 
 
 def online(workspace: Workspace, url: str | None) -> None:
@@ -236,13 +269,13 @@ def online(workspace: Workspace, url: str | None) -> None:
         workspace.environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
 
 
-def test_online_everything_arrives(workspace):
+def test_online_run_uploads_everything(workspace):
     with WandbServer() as server:
         online(workspace, server.url)
         done = workspace.run("train.py", *TINY, "wandb=auto", "wandb.log_checkpoints=best")
-    (told,) = server.runs.values()
-    assert (told["complete"], told["exit_code"]) == (True, 0)
-    steps = [row["step"] for row in told["history"] if "train/loss" in row]
+    (run_data,) = server.runs.values()
+    assert (run_data["complete"], run_data["exit_code"]) == (True, 0)
+    steps = [row["step"] for row in run_data["history"] if "train/loss" in row]
     assert steps == [1, 2, 4, 6, 8]
     assert "W&B: http" in done.stdout
     assert any("best_model.pth" in place for place in server.uploads)
@@ -250,15 +283,15 @@ def test_online_everything_arrives(workspace):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_goes_on_in_the_same_run_there(workspace):
+def test_resumed_run_continues_the_online_run(workspace):
     with WandbServer() as server:
         online(workspace, server.url)
         workspace.run("train.py", *TINY, "wandb=auto", "train.max_steps=4")
         workspace.run("train.py", "resume=latest", "train.max_steps=8")
-    ((name, told),) = server.runs.items()
+    ((name, run_data),) = server.runs.items()
     assert name == (workspace.runs()[0] / "wandb_id").read_text()
-    assert told["resumes"] == 1
-    assert [row["step"] for row in told["history"] if "val/loss" in row] == [4, 8]
+    assert run_data["resumes"] == 1
+    assert [row["step"] for row in run_data["history"] if "val/loss" in row] == [4, 8]
 
 
 FAULTS = {
@@ -270,61 +303,55 @@ FAULTS = {
     "closes in the middle": {"server": {"closes": True, "fails_after": 5}},
     "falls silent in the middle": {"server": {"hangs": True, "fails_after": 5}},
 }
-LONGEST = 15  # seconds that a run may lose
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[list, float]:
-    """What a run without W&B computes, and the seconds that it takes."""
+def alone(tmp_path_factory) -> list:
+    """The results of a run without W&B."""
     folder = tmp_path_factory.mktemp("alone")
     (folder / "corpus.txt").write_text(TEXT)
     workspace = Workspace(folder)
-    workspace.run("train.py", *TINY, "train.max_steps=1")  # prepares the data
-    began = time.monotonic()
     workspace.run("train.py", *TINY)
-    return losses(workspace.runs()[-1]), time.monotonic() - began
+    return losses(workspace.runs()[-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_the_server_does_the_run_is_the_same_and_nothing_is_lost(workspace, alone, fault):
-    expected, seconds = alone
+def test_server_failure_changes_nothing_and_loses_nothing(workspace, alone, fault):
+    del workspace.environment[wandb_service.PATIENCE]  # the product's limits
     with ExitStack() as stack:
         options = FAULTS[fault]
         if "server" in options:
             online(workspace, stack.enter_context(WandbServer(**options["server"])).url)
         else:
             online(workspace, stack.enter_context(black_hole()) if fault == "black hole" else options.get("url"))
-        began = time.monotonic()
         done = workspace.run("train.py", *TINY, "wandb=auto")
-        lost = time.monotonic() - began - seconds
-    assert lost < LONGEST + 10, lost  # another machine may be slower, and this run prepares its data
     assert "wandb sync" in done.stdout
     (run,) = workspace.runs()
-    assert losses(run) == expected
-    (told,) = files_of(workspace)
-    assert told["exit_code"] == 0
-    assert {row["step"] for row in told["history"] if "val/loss" in row} == {4, 8}
-    assert {row["step"] for row in told["history"] if "train/loss" in row} == {1, 2, 4, 6, 8}
+    assert losses(run) == alone
+    (run_data,) = wandb_runs(workspace)
+    assert run_data["exit_code"] == 0
+    assert {row["step"] for row in run_data["history"] if "val/loss" in row} == {4, 8}
+    assert {row["step"] for row in run_data["history"] if "train/loss" in row} == {1, 2, 4, 6, 8}
 
 
-def test_a_server_that_failed_is_not_asked_again_by_the_next_run(tmp_path, monkeypatch):
+def test_failed_server_is_not_contacted_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wandb_service, "_offline_until", 0.0)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(wandb_service, "LOGIN_SECONDS", 0.2)
-    asked = []
-    monkeypatch.setattr("wandb.login", lambda **_: asked.append(1) or time.sleep(1))
+    monkeypatch.setattr(wandb_service, "LOGIN_SECONDS", 0.01)
+    logins = []
+    monkeypatch.setattr("wandb.login", lambda **_: logins.append(1) or threading.Event().wait())
     for number in (1, 2):
         external = start_wandb(WandbConfig(mode="auto"), name=f"n{number}", group="g", job_type="train")
-        assert isinstance(external, WandbRun)
+        assert isinstance(external, WandbLogger)
         external.log(record(1))
         external.finish(Ended("finished"))
         assert "wandb sync" in str(external.where())
-    assert len(asked) == 1
+    assert len(logins) == 1
 
 
-def test_a_place_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, caplog):
+def test_unwritable_folder_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").write_text("in the way")
     with caplog.at_level("WARNING"):
@@ -333,8 +360,8 @@ def test_a_place_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, cap
     assert "W&B did not start" in caplog.text
 
 
-def test_a_start_that_fails_takes_nothing_of_other_runs_away(tmp_path, monkeypatch):
-    """Which begin meanwhile, in other processes."""
+def test_failed_start_removes_only_its_own_files(tmp_path, monkeypatch):
+    """Other processes may start runs at the same time."""
     theirs = tmp_path / "wandb" / "offline-run-1-theirs"
     ours = tmp_path / "wandb" / "run-1-ours"
 
@@ -353,32 +380,33 @@ def test_a_start_that_fails_takes_nothing_of_other_runs_away(tmp_path, monkeypat
     assert not ours.exists()
 
 
-def test_a_table_goes_in_when_it_has_grown_and_once_more_at_the_end(monkeypatch):
-    handed_in = []
-    monkeypatch.setattr(WandbRun, "_log_tables", lambda self: handed_in.append(len(self._next_table[2])))
+def test_table_is_logged_when_it_grew_by_a_tenth_and_at_the_end(monkeypatch):
+    logged = []
+    monkeypatch.setattr(WandbLogger, "_log_table", lambda _self, _name, _columns, rows: logged.append(len(rows)))
     monkeypatch.setattr(wandb_service, "finish", lambda *_: True)
     run = BrokenRun()
     run.define_metric = lambda *_args, **_more: None
-    external = WandbRun(run, WandbConfig(), 1.0)
+    external = WandbLogger(run, WandbConfig(), 1.0)
     for count in range(1, 101):
         external.show_table("samples", ["text"], [["a"]] * count)
-        external._table.join()
+        external._table_thread.join()
     external.finish(Ended("finished"))
-    external._table.join()
-    assert handed_in[:3] == [1, 2, 3]
-    assert handed_in[-1] == 100
-    assert sum(handed_in) < 13 * 100
+    assert logged[:3] == [1, 2, 3]
+    assert logged[-1] == 100
+    assert sum(logged) < 13 * 100
 
 
-def test_what_is_kept_offline_is_counted(tmp_path, monkeypatch):
+def test_offline_runs_are_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(3):
         (tmp_path / f"run{number}").mkdir()
         (tmp_path / f"run{number}" / "wandb_id").write_text(f"id{number}")
     (tmp_path / "outputs" / "wandb" / "offline-run-1-id1").mkdir(parents=True)
-    assert kept_offline(tmp_path.glob("run*")).startswith("1 run is kept offline; `wandb sync outputs/wandb/offline")
-    assert kept_offline([]) is None
+    assert (
+        offline_runs(tmp_path.glob("run*")) == "1 run is offline; upload with `wandb sync outputs/wandb/offline-run-*`"
+    )
+    assert offline_runs([]) is None
 
 
-def test_a_home_is_left_alone_but_for_caches_and_settings(trained):
+def test_home_folder_gets_only_caches_and_settings(trained):
     assert {path.name for path in (trained.folder / "home").iterdir()} <= {".cache", ".config"}
