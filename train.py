@@ -75,6 +75,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
             run=kept,
             group=group,
             distributed=config.distributed,
+            callbacks=[trial] if trial else [],
         )
         if config.resume:
             trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
@@ -82,9 +83,9 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
             trainer.train()
         else:
             with listening(config, trainer, folder, wandb_id):
-                if trial:
-                    return trial.train(trainer)
                 trainer.train()
+                if trial:
+                    return trainer.progress.best_val_loss
                 if trainer.interrupted_by:
                     tracker.ended(Ended(INTERRUPTED, 128 + trainer.interrupted_by))
                 draw_curves(folder / METRICS, folder / "curves.png")

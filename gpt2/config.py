@@ -132,39 +132,32 @@ WHEN_LOADED = ("precision", "quantization", "compile")  # of InferenceConfig: no
 
 @dataclass
 class OptunaConfig:
-    """A hyperparameter study."""
+    """A hyperparameter study. For each trial, the objective is its lowest validation loss."""
 
-    n_trials: int = 50  # in all: a study that a storage holds is only filled up
-    timeout: int | None = None  # seconds after which the study ends; a trial that is under way is saved, to go on later
+    n_trials: int = 50  # in all: a study that the storage holds already is filled up to this number
+    timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
     study_name: str = "gpt2_optimization"
     storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
-    direction: str = "minimize"  # or maximize: of each trial's lowest validation loss
-    sampler: str = "TPE"  # TPE, Random, CmaEs, GP or QMC, in any case
-    pruner: str = "MedianPruner"  # or median, SuccessiveHalvingPruner or asha, HyperbandPruner or hyperband, none
-    n_startup_trials: int = 10  # drawn at random before TPE, CmaEs or GP begins; completed before the median prunes
-    n_warmup_steps: int = 5  # evaluations: so many of each trial are not judged by the median or by asha
+    direction: str = "minimize"  # or maximize
+    sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
+    pruner: str = "MedianPruner"  # likewise, or Optuna's name: median, asha, hyperband, none
+    n_startup_trials: int = 10  # drawn at random before TPE, CMA-ES or GP; completed before the median pruner starts
+    n_warmup_steps: int = 5  # evaluations at the start of each trial that the median pruner and asha do not judge
 
-    trial_timeout: int | None = None  # seconds of training after which a trial is given up
-    keep: Literal["best", "all"] = "best"  # the trials whose checkpoints stay
+    trial_timeout: int | None = None  # seconds of training after which a trial is stopped and counts as pruned
+    keep: Literal["best", "all"] = "best"  # trials whose checkpoints are kept
 
 
 @dataclass
-class StudyConfig:
-    """`hydra.sweeper`, when a study is run from the command line: `OptunaConfig`, its sampler and pruner as groups."""
+class StudyConfig(OptunaConfig):
+    """`hydra.sweeper` for `hydra/sweeper: study`. Sampler and pruner are groups of options; null storage is a file."""
 
     _target_: str = "gpt2.cli.sweeper.StudySweeper"
     defaults: list[Any] = field(default_factory=lambda: [{"sampler": "tpe"}, {"pruner": "median"}])
-    sampler: Any = "???"  # conf/hydra/sweeper/sampler
-    pruner: Any = "???"  # conf/hydra/sweeper/pruner
-    n_trials: int = 50
-    timeout: int | None = None
-    study_name: str = "gpt2_optimization"
-    storage: str | None = None  # null: study.db in the sweep's folder
-    direction: str = "minimize"
-    trial_timeout: int | None = None
-    keep: Literal["best", "all"] = "best"
-    n_jobs: int = 1  # trials that a launcher is handed at a time
-    params: dict[str, str | None] = field(default_factory=dict)  # the space: key: sweep; null: not searched
+    sampler: Any = "???"  # a file of conf/hydra/sweeper/sampler
+    pruner: Any = "???"  # a file of conf/hydra/sweeper/pruner
+    n_jobs: int = 1  # trials that the launcher runs at a time
+    params: dict[str, str | None] = field(default_factory=dict)  # the space, key: sweep; null: not searched
 
 
 @dataclass

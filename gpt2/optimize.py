@@ -1,7 +1,6 @@
-"""A search for hyperparameters from Python: a model trained anew for each trial, the unpromising ones cut short.
+"""Hyperparameter search from Python, over dataclasses and loaders.
 
-It takes dataclasses and loaders. `conf/hparams_search/optuna.yaml` searches the same `SPACE` on the command line, where
-the study, its pruning and its report are the same.
+`python train.py -m hparams_search=optuna` searches the same space with the same trials, pruning and report.
 """
 
 import logging
@@ -21,32 +20,27 @@ from gpt2.data_loader import batch_size_of, with_batch_size
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.runtime.device import choose_device
-from gpt2.search import report as study_report
-from gpt2.search.storage import failures_in_a_line
-from gpt2.search.study import Study, seed_of_trial
-from gpt2.search.trial import RunningTrial, optuna_is_quiet
+from gpt2.search import report
+from gpt2.search.algorithms import make_pruner, make_sampler, validate_algorithms
+from gpt2.search.space import default_space
+from gpt2.search.storage import storage_errors
+from gpt2.search.study import Study
+from gpt2.search.trial import RunningTrial, quiet_optuna
 from gpt2.train import Trainer
-from gpt2.validation import PRUNERS, SAMPLERS, validate
+from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
 
-SPACE: dict[str, BaseDistribution] = {
-    "train.learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
-    "train.warmup_steps": IntDistribution(10, 500, log=True),
-    "train.weight_decay": FloatDistribution(1e-3, 0.3, log=True),
-    "train.beta2": FloatDistribution(0.9, 0.999),
-    "train.batch_size": CategoricalDistribution([4, 8, 16, 32]),  # at equal tokens
-    "model.dropout": FloatDistribution(0.0, 0.3),  # in all three places
-}
+SPACE = default_space()
 
 
 def with_parameters(
     parameters: dict[str, Any], base_config: GPT2Config, training_config: TrainingConfig
 ) -> tuple[GPT2Config, TrainingConfig]:
-    """The configurations with values of `SPACE` in their places.
+    """The configurations with the values of a trial, by key of `SPACE`.
 
-    `model.dropout` is that of all three kinds. With another batch size `max_steps` and `eval_every` change as well: a
-    trial sees as many tokens as any other, and is evaluated after as many.
+    `model.dropout` sets all three dropouts. `train.batch_size` also scales `max_steps` and `eval_every`, so that all
+    trials train and evaluate after the same number of tokens. `conf/hparams_search/optuna.yaml` does the same.
     """
     model = {key.removeprefix("model."): value for key, value in parameters.items() if key.startswith("model.")}
     training = {key.removeprefix("train."): value for key, value in parameters.items() if key.startswith("train.")}
@@ -59,32 +53,12 @@ def with_parameters(
     return replace(base_config, **model), replace(training_config, **training)
 
 
-def make_sampler(config: OptunaConfig, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler of that name, in any case. `n_startup_trials` is how many TPE, CmaEs and GP draw at random first."""
-    name = next(name for name in SAMPLERS if name.lower() == config.sampler.lower())
-    own: dict[str, dict[str, Any]] = {"Random": {}, "QMC": {"scramble": True, "warn_independent_sampling": False}}
-    options = own.get(name, {"n_startup_trials": config.n_startup_trials})
-    if name == "CmaEs":
-        options["warn_independent_sampling"] = False  # the batch size is a choice, which is drawn at random
-    return getattr(optuna.samplers, f"{name}Sampler")(seed=seed % 2**32, **options)  # NumPy takes no larger seed
-
-
-def make_pruner(config: OptunaConfig) -> optuna.pruners.BasePruner:
-    """The pruner of that name, long or short, in any case. The first evaluation that it hears of has number 0."""
-    name = next(long for long, short in PRUNERS.items() if config.pruner.lower() in (long.lower(), short))
-    options = {
-        "MedianPruner": {"n_startup_trials": config.n_startup_trials, "n_warmup_steps": config.n_warmup_steps},
-        "SuccessiveHalvingPruner": {"min_resource": max(1, config.n_warmup_steps)},
-    }
-    return getattr(optuna.pruners, name)(**options.get(name, {}))  # Hyperband tries several warm-ups by itself
-
-
 class OptunaOptimizer:
-    """Searches `SPACE` for what gives the best validation loss: of each trial, the lowest that it reached.
+    """Searches `SPACE` for the lowest validation loss; the objective of a trial is the lowest that it reached.
 
-    Trial N trains into `training_config.checkpoint_dir/trial_<N>`; only the folder of the best trial stays, unless
-    `optuna_config.keep` is `all`. The report lies beside it. The batch size is searched if that of `train_loader` can
-    be changed. `study` is the Optuna study, from `optimize` on.
+    Trial N trains in `training_config.checkpoint_dir/trial_<N>`. Only the checkpoints of the best trial are kept,
+    unless `optuna_config.keep` is `all`; the report is written beside them. The batch size is searched if that of
+    `train_loader` can be changed. After `optimize`, `study` is the Optuna study.
     """
 
     study: optuna.Study
@@ -99,39 +73,41 @@ class OptunaOptimizer:
     ):
         """
         Raises:
-            UserError: The configurations make no sense, if only at one end of the space; or the device is not there.
+            UserError: A configuration is invalid, possibly at one end of the space only, or the device is not there.
         """
         self.space = dict(SPACE)
         batch_size = batch_size_of(train_loader)
         if batch_size is None:
             del self.space["train.batch_size"]
-            log.info("The batch size is not searched: the batches of this train_loader are cut by the caller.")
+            log.info("The batch size is not searched: train_loader does not let it be changed.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
-        found = validate(optuna_config, "optuna.")
+        problems = validate(optuna_config, "optuna.")
+        with quiet_optuna():
+            problems += validate_algorithms(optuna_config, "optuna.", self.space)
         for end in (0, -1):
             extreme = {key: _ends(distribution)[end] for key, distribution in self.space.items()}
             model, training = with_parameters(extreme, base_config, training_config)
-            found += validate(model, "model.") + validate(training, "train.")
-        if found:
-            raise UserError(*dict.fromkeys(found))
+            problems += validate(model, "model.") + validate(training, "train.")
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
         choose_device(training_config.device, "train.device")
         self.train_loader, self.val_loader = train_loader, val_loader
         self.base_config, self.training_config = base_config, training_config
         self.optuna_config = optuna_config
 
     def optimize(self) -> dict[str, Any]:
-        """Run what the study lacks of its `n_trials`, until `timeout`. Returns the best values, by key of `SPACE`.
+        """Run the trials that the study lacks, until `timeout`. Returns the best values, by key of `SPACE`.
 
-        Whatever a trial comes to, the study goes on; what it says of it is in `gpt2.search.study`. Each trial without a
-        result says why in `user_attrs["reason"]`.
+        The study continues after a trial that diverges, fails or is pruned; the reason is in the trial's
+        `user_attrs["reason"]`.
 
         Raises:
-            MachineError: The storage is out of reach, or the disk is full; what is done is kept.
-            UserError: The storage cannot be used, holds another study of that name, or no trial gave a value.
-            Interrupted: Ctrl-C or SIGTERM. The trial that was under way is saved and waits, to be gone on with.
+            ResourceError: The storage is unreachable, or the disk is full. Finished trials are saved.
+            UserError: The storage cannot be opened, has other settings for this study, or no trial gave a value.
+            Interrupted: Ctrl-C or SIGTERM. The running trial is saved and resumes when the study does.
         """
-        with optuna_is_quiet(), failures_in_a_line(self.optuna_config.storage):
+        with quiet_optuna(), storage_errors(self.optuna_config.storage):
             study = self._open()
             self.study = study.optuna
             with study:
@@ -141,51 +117,54 @@ class OptunaOptimizer:
                     finally:
                         study.settle(trials)
             best = study.best_or_failure()
-            study_report.write(study.optuna, study.folder)
+            report.write(study.optuna, study.folder)
             return dict(best.params)
 
     def _open(self) -> Study:
         config, seed = self.optuna_config, self.training_config.seed
-        others = sorted(path.name for path in Path(self.training_config.checkpoint_dir).glob("trial_*"))
+        folder = Path(self.training_config.checkpoint_dir)
+        others = sorted(path.name for path in folder.glob("trial_*"))
+        fixed = {
+            f"{group}.{key}": value
+            for group, values in (("model", self.base_config), ("train", self.training_config))
+            for key, value in asdict(values).items()
+            if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
+        }
         study = Study(
-            self.optuna_config,
+            config,
             self.space,
-            lambda number: make_sampler(config, seed_of_trial(seed, number, config.sampler)),
-            make_pruner(self.optuna_config),
-            Path(self.training_config.checkpoint_dir),
+            lambda trial: make_sampler(config, seed, trial, self.space),
+            make_pruner(config),
+            folder,
             self._folder,
-            fixed={
-                f"{group}.{key}": value
-                for group, config in (("model", self.base_config), ("train", self.training_config))
-                for key, value in asdict(config).items()
-                if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
-            },
+            fixed,
         )
-        if others and self.optuna_config.storage and not study.optuna.get_trials(deepcopy=False):
-            raise UserError(f"train.checkpoint_dir: {study.folder} holds {others[0]} of another study")
+        if others and config.storage and not study.optuna.get_trials(deepcopy=False):
+            raise UserError(f"train.checkpoint_dir: {folder} has {others[0]} of another study")
         return study
 
     def _run(self, number: int, study: Study) -> None:
-        config = self.optuna_config
-        claim = study.claims[number]
+        config, claim = self.optuna_config, study.claims[number]
         trial = RunningTrial(number, study.storage, config, make_pruner(config), self._folder, claim, study.deadline)
         outcome = trial.run(lambda: self._train(trial))
         if outcome.stops_study is not None:
             raise outcome.stops_study
 
     def _train(self, trial: RunningTrial) -> float | None:
-        """The lowest validation loss with a trial's parameters."""
+        """Train with a trial's parameters; returns the lowest validation loss."""
         parameters = trial.trial.params
         model_config, training_config = with_parameters(parameters, self.base_config, self.training_config)
         folder = self._folder(trial.number)
-        if not trial.goes_on():
+        if not trial.was_interrupted():
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier study
         train_loader = with_batch_size(self.train_loader, parameters.get("train.batch_size"))
         torch.manual_seed(training_config.seed)
-        trainer = Trainer(GPT2Model(model_config), train_loader, self.val_loader, training_config, str(folder))
+        model = GPT2Model(model_config)
+        trainer = Trainer(model, train_loader, self.val_loader, training_config, str(folder), callbacks=[trial])
         if checkpoint := run_folder.first_intact(run_folder.newest_first(folder)):
             trainer.load_checkpoint(str(checkpoint))
-        return trial.train(trainer)
+        trainer.train()
+        return trainer.progress.best_val_loss
 
     def _folder(self, number: int) -> Path:
         return Path(self.training_config.checkpoint_dir) / f"trial_{number}"

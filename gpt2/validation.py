@@ -270,24 +270,10 @@ def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problem
     return [f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"]
 
 
-SAMPLERS = ["TPE", "Random", "CmaEs", "GP", "QMC"]
-PRUNERS = {  # Optuna's name: short name
-    "MedianPruner": "median",
-    "SuccessiveHalvingPruner": "asha",
-    "HyperbandPruner": "hyperband",
-    "NopPruner": "none",
-}
-
-
 def _optuna(config: OptunaConfig, prefix: str) -> Problems:
-    problems: Problems = []
-    if config.direction not in ("minimize", "maximize"):
-        problems.append(f"{prefix}direction: {config.direction!r} is neither minimize nor maximize")
-    for key, choices in (("sampler", SAMPLERS), ("pruner", [name for names in PRUNERS.items() for name in names])):
-        value = getattr(config, key)
-        if value.lower() not in map(str.lower, choices):
-            problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(choices)}")
-    return problems
+    if config.direction in ("minimize", "maximize"):
+        return []
+    return [f"{prefix}direction: {config.direction!r} is neither minimize nor maximize"]
 
 
 def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, started: DistEnv) -> Problems:

@@ -175,8 +175,6 @@ def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
 @pytest.mark.parametrize(
     ("field", "bad", "choices"),
     [
-        ("sampler", "TPESampler", "TPE, Random, CmaEs, GP, QMC"),
-        ("pruner", "medain", "MedianPruner, median, SuccessiveHalvingPruner, asha"),
         ("direction", "MINIMIZE", "minimize nor maximize"),
         *((name, 0, "at least 1") for name in ("n_trials", "timeout")),
         *((name, -1, "at least 0") for name in ("n_startup_trials", "n_warmup_steps")),
@@ -191,8 +189,6 @@ def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
 @pytest.mark.parametrize(
     ("field", "good"),
     [
-        *(("sampler", name) for name in ("tpe", "RANDOM", "cmaes", "Gp", "qmc")),
-        *(("pruner", name) for name in ("nopPruner", "asha", "Hyperband", "none")),
         *(("direction", name) for name in ("minimize", "maximize")),
         *((name, 0) for name in ("n_startup_trials", "n_warmup_steps")),
         *(("n_trials", 1), ("timeout", 1), ("timeout", None)),

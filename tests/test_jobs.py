@@ -17,9 +17,9 @@ from gpt2.cli.resume import sweep_arguments
 from gpt2.errors import UserError
 from gpt2.tracking.tracker import read_metrics
 from tests import slurm
+from tests.cli.test_sweeper import STUDY, check, study_in
 from tests.conftest import TINY, Workspace
 from tests.test_scripts import wait_for
-from tests.test_sweeper import STUDY, check, study_in
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))
 SWEEP = [*TINY, "train.seed=1,2", "train.max_steps=24", "train.save_every=5", "model.dropout=0.1", "name=sweep"]

@@ -32,11 +32,6 @@ KNOWN = {  # arrows up that are still to go
     ("gpt2.generation.decode", "gpt2.model"),
     ("gpt2.ops.cpu_inference", "gpt2.generation.kv_cache"),
     ("gpt2.ops.cpu_inference", "gpt2.model"),
-    ("gpt2.search.space", "gpt2.cli.compose"),
-    ("gpt2.search.space", "hydra.core.override_parser.types"),
-    ("gpt2.search.space", "hydra.errors"),
-    ("gpt2.search.space", "omegaconf"),
-    ("gpt2.search.space", "omegaconf.errors"),
     ("gpt2.training.state", "gpt2.train"),
 }
 FILES = [*sorted((ROOT / "gpt2").rglob("*.py")), *sorted(ROOT.glob("*.py"))]

@@ -12,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose, compose_or_refuse, composition_error, parsed
 from gpt2.cli.launchers import launcher_of, validate_launcher
-from gpt2.cli.sweeper import study_sweeper, validate_study
+from gpt2.cli.sweeper import search_space, study_sweeper, swept_values, validate_study
 from gpt2.errors import UserError
-from gpt2.search.space import candidates, combined, searched
+from gpt2.search.pairwise import combined
 
 
 def runs_something(options: Namespace) -> bool:
@@ -83,12 +83,12 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     if sweeper:
         found += validate_study(sweeper, launcher._target_)
         try:
-            swept = searched(sweeper, swept, fixed)
+            swept = search_space(sweeper, swept, fixed)
         except UserError as error:
             return found + error.problems
     composed = compose("train", fixed)
     refused: set[str] = set()  # what does not compose, whatever else there is
-    for combination in combined(list(map(candidates, swept))):
+    for combination in combined(list(map(swept_values, swept))):
         if not refused.isdisjoint(combination):
             continue
         changed = with_values(composed, list(combination))

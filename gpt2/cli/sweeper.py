@@ -1,11 +1,11 @@
-"""A study through Hydra's multirun: `hydra/sweeper: study`.
+"""Studies through Hydra's multirun: `hydra/sweeper: study`.
 
-The sweeper asks the study for trials and has Hydra's launcher run them; each job, here or in another process, finds its
-trial by its number and tells the study itself how it went. So a job that is killed loses itself and nothing else, and
-a sweeper that is killed loses no finished job.
+The sweeper takes trials from the study and gives them to Hydra's launcher. A job, in this process or another one, finds
+its trial by its number and reports the outcome itself: a job that is killed affects only its own trial, and the
+trials that ended before the sweeper was killed are complete.
 
-The syntax of the space is that of Hydra's own Optuna plugin. Its loop is not used: it has no pruner, no resuming and
-no time limit.
+The notation of the space is that of Hydra's Optuna plugin. Its loop is not used, because it cannot prune, resume, or
+end after a time.
 """
 
 import json
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,13 +35,13 @@ from gpt2.checkpoint.run_folder import checkpoint_folder_of
 from gpt2.cli.compose import CONF, WITHOUT_PART, as_argument, compose, composition_error, leaves, parsed, preset
 from gpt2.cli.launchers import show_submissions
 from gpt2.config import OptunaConfig, StudyConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.signals import Interrupted
-from gpt2.validation import Problems, validate
+from gpt2.validation import COUNT, Problems, outside, validate
 
-if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use for it
+if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
@@ -53,18 +53,16 @@ if TYPE_CHECKING:  # Optuna takes its time, and a run without a study has no use
 log = logging.getLogger("study")
 
 KEY = "hydra.sweeper."
-ENVIRONMENT = "GPT2_STUDY"  # what jobs must know and no file may: the storage, for its password; and the deadline
-INSTANTIATED = ("optuna.samplers.*", "optuna.pruners.*")
-GRID = "optuna.samplers.GridSampler"
+ENVIRONMENT = "GPT2_STUDY"  # carries to the jobs what no file may contain: the storage, whose URL may have a password
 WITHOUT_PART_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What `hydra.sweeper` says
+# The settings in `hydra.sweeper`
 
 
 def study_sweeper(overrides: list[str]) -> DictConfig | None:
-    """`hydra.sweeper` of a command line that begins a study, its interpolations resolved; None if it begins none.
+    """`hydra.sweeper` of a command line that runs a study, its interpolations resolved; None without a study.
 
     Raises:
         UserError: It cannot be composed.
@@ -82,74 +80,122 @@ def study_sweeper(overrides: list[str]) -> DictConfig | None:
     return sweeper
 
 
-def study_of(sweeper: DictConfig) -> OptunaConfig:
-    """The study that a sweeper's configuration describes, but for its sampler and pruner."""
-    same = {field.name for field in fields(OptunaConfig)} & {field.name for field in fields(StudyConfig)}
-    return OptunaConfig(**{name: sweeper[name] for name in same - {"sampler", "pruner"}})
+def settings_of(sweeper: DictConfig) -> OptunaConfig:
+    values = {field.name: sweeper[field.name] for field in fields(OptunaConfig)}
+    names = {key: str(sweeper[key].get("name")) for key in ("sampler", "pruner")}
+    return OptunaConfig(**values | names)
 
 
-def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
-    """What is wrong with a study, apart from its space."""
-    from gpt2.search.storage import validate_storage
-    from gpt2.search.trial import optuna_is_quiet
-
-    found = validate(study_of(sweeper), KEY)
-    if sweeper.n_jobs < 1:
-        found.append(f"{KEY}n_jobs: {sweeper.n_jobs} is not a whole number of at least 1")
-    is_one_by_one = "BasicLauncher" in launcher
-    if sweeper.n_jobs > 1 and is_one_by_one:
-        found.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
-    name = sweeper.study_name
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in groups:  # it becomes a group, +NAME=best
-        found.append(
-            f"{KEY}study_name: {name!r} must be letters, digits, '_' and '-', a letter first, and none of "
-            f"{', '.join(groups)}"
-        )
-    if fault := validate_storage(sweeper.storage):
-        found.append(f"{KEY}storage: {fault}")
-    for key, make in (("sampler", lambda: sampler_factory(sweeper, {})(0)), ("pruner", lambda: make_pruner(sweeper))):
-        try:
-            with optuna_is_quiet():
-                make()
-        except Exception as error:  # noqa: BLE001  # Optuna's, or Hydra's of a setting that there is not
-            found.append(f"{KEY}{key}: {_last_line(error)}")
-    return found
+def _options(algorithm: DictConfig) -> dict[str, Any]:
+    return {str(key): value for key, value in algorithm.items() if key not in ("name", "seed")}
 
 
-def _last_line(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split())
+def pruner_of(sweeper: DictConfig) -> "BasePruner":
+    from gpt2.search.algorithms import make_pruner
 
-
-def make_pruner(sweeper: DictConfig) -> "BasePruner":
-    return instantiate(sweeper.pruner, _execution_whitelist_=INSTANTIATED)
+    return make_pruner(settings_of(sweeper), **_options(sweeper.pruner))
 
 
 def sampler_factory(sweeper: DictConfig, space: "dict[str, BaseDistribution]") -> "Callable[[int], BaseSampler]":
-    """What makes the sampler that draws trial number N."""
-    from gpt2.search.study import seed_of_trial
+    """Makes the sampler of a trial, given its number."""
+    from gpt2.search.algorithms import make_sampler
 
-    make = instantiate(sweeper.sampler, _partial_=True, _execution_whitelist_=INSTANTIATED)
-    target, seed = sweeper.sampler._target_, sweeper.sampler.get("seed")
-    grid = {"search_space": grid_of(space)} if target == GRID else {}
-
-    def of_trial(number: int) -> "BaseSampler":
-        if seed is None:
-            return make(**grid)
-        return make(seed=seed_of_trial(seed, number, target), **grid)
-
-    return of_trial
+    settings, options, seed = settings_of(sweeper), _options(sweeper.sampler), sweeper.sampler.get("seed")
+    return lambda trial: make_sampler(settings, seed, trial, space, **options)
 
 
-def grid_of(space: "dict[str, BaseDistribution]") -> dict[str, list[Any]]:
-    from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl  # private, hence the exact pin
+def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
+    """The problems of a study's settings, its space excepted.
 
-    return {key: list(OptunaSweeperImpl._to_grid_sampler_choices(values)) for key, values in space.items()}
+    Args:
+        launcher: The class of Hydra's launcher.
+    """
+    from gpt2.search.algorithms import validate_algorithms
+    from gpt2.search.storage import validate_storage
+    from gpt2.search.trial import quiet_optuna
+
+    settings = settings_of(sweeper)
+    problems = validate(settings, KEY)
+    problems += outside(sweeper, {"n_jobs": COUNT}, KEY)
+    if sweeper.n_jobs > 1 and "BasicLauncher" in launcher:
+        problems.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
+    name = sweeper.study_name
+    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in groups:  # it becomes a group, +NAME=best
+        problems.append(
+            f"{KEY}study_name: {name!r} must be letters, digits, '_' and '-', a letter first, and none of "
+            f"{', '.join(groups)}"
+        )
+    if problem := validate_storage(sweeper.storage):
+        problems.append(f"{KEY}storage: {problem}")
+    with quiet_optuna():
+        return problems + validate_algorithms(settings, KEY, {}, _options(sweeper.sampler), _options(sweeper.pruner))
 
 
-def what_trials_share(fixed: list[str], searched: set[str]) -> dict[str, Any]:
-    """The values that all trials of a study have, with interpolations as they stand: some follow what is searched."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The space, in Hydra's notation
+
+
+def swept_values(override: Override) -> list[str]:
+    """One override for each choice of a sweep, or for both ends of an interval."""
+    value = override.value()
+    key = override.get_key_element()
+    if isinstance(value, IntervalSweep):
+        return [f"{key}={value.start}", f"{key}={value.end}"]
+    if isinstance(value, Glob):  # of the files of a group
+        names = sorted(path.stem for path in (CONF / override.key_or_group).glob("*.yaml"))
+        return [f"{key}={choice}" for choice in value.filter(names)]
+    return [f"{key}={text}" for text in override.sweep_string_iterator()]
+
+
+def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -> list[Override]:
+    """The sweeps of `hydra.sweeper.params` and of the command line, without the keys that the command line fixes.
+
+    Raises:
+        UserError: The space is empty, cannot be parsed, or has a continuous range although the sampler is a grid.
+    """
+    try:
+        params = parsed([f"{key}={value}" for key, value in sweeper.params.items() if value is not None])
+    except HydraException as error:
+        raise UserError(f"{KEY}params: {composition_error(error)}") from error
+    given = {override.key_or_group for override in [*parsed(fixed), *swept]}
+    space = [override for override in params if override.key_or_group not in given] + swept
+    is_grid = sweeper.sampler.get("name") == "grid"
+    problems = [problem for override in space if (problem := _problem_of_sweep(override, is_grid))]
+    if not space:
+        problems.append(f"{KEY}params: nothing is left to search, the command line fixes every parameter")
+    if problems:
+        raise UserError(*problems)
+    return space
+
+
+def _problem_of_sweep(override: Override, is_grid: bool) -> str | None:
+    value, line = override.value(), override.input_line
+    if not override.is_sweep_override():
+        return f"{KEY}params: {line} is not a sweep, it has one value"
+    if tags := set(getattr(value, "tags", ())) - {"log"}:
+        return f"{line}: there is no tag {', '.join(map(str, tags))}, only log"
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        if not low < high:  # type: ignore[operator]
+            return f"{line}: the first end of an interval must be the smaller one"
+        if is_grid and not (isinstance(low, int) and isinstance(high, int)):
+            values = f"{override.key_or_group}={low},{high}"
+            return f"{line}: a grid needs values, such as {values}; or choose another hydra/sweeper/sampler"
+    return None
+
+
+def distributions(overrides: list[str]) -> "tuple[dict[str, BaseDistribution], dict[str, Any]]":
+    """The sweeps of a command line as Optuna's distributions, and its fixed values."""
+    # Private: checked with hydra-optuna-sweeper 1.4.0rc3, see test_private_api_of_the_optuna_plugin.
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+    space, fixed, _ = create_params_from_overrides(overrides)
+    return {key: distribution for key, distribution in space.items() if key not in fixed}, fixed
+
+
+def shared_settings(fixed: list[str], searched: set[str]) -> dict[str, Any]:
+    """The configuration that all trials have in common. Interpolations are not resolved: some depend on the space."""
     composed = leaves(compose("train", fixed), resolved=False)
     return {
         key: value
@@ -163,10 +209,10 @@ def what_trials_share(fixed: list[str], searched: set[str]) -> dict[str, Any]:
 
 
 class StudySweeper(Sweeper):
-    """What Hydra calls for `-m` with `hydra/sweeper: study`."""
+    """Hydra's sweeper for `-m` with `hydra/sweeper: study`."""
 
     def __init__(self, **_config: Any):
-        """Of a configuration that `setup` sees whole."""
+        """`setup` reads the settings from the whole configuration."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         overrides = parsed([*config.hydra.overrides.hydra, *config.hydra.overrides.task])
@@ -174,74 +220,72 @@ class StudySweeper(Sweeper):
         assert sweeper is not None
         self.sweeper, self.folder = sweeper, Path(config.hydra.sweep.dir)
         hide_storage(config)
-        hide_storage(HydraConfig.instance().cfg)  # type: ignore[arg-type]  # which a job in another process gets too
+        hide_storage(HydraConfig.instance().cfg)  # type: ignore[arg-type]  # jobs in other processes get this one
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-
         show_submissions(False)  # a trial has a line of its own
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run what the study lacks.
+        """Run the trials that the study lacks.
 
         Raises:
-            UserError: The study cannot be opened, is another one, or no trial gave a value.
+            UserError: The study cannot be opened, has other settings, or no trial gave a value.
         """
-        from gpt2.search.storage import failures_in_a_line
-        from gpt2.search.trial import optuna_is_quiet
+        from gpt2.search.storage import storage_errors
+        from gpt2.search.trial import quiet_optuna
 
-        with optuna_is_quiet(), failures_in_a_line(self.sweeper.storage):
+        with quiet_optuna(), storage_errors(self.sweeper.storage):
             study = self._open(arguments)
-            told = {"storage": study.config.storage, "deadline": study.deadline, "sweeper": os.getpid()}
-            os.environ[ENVIRONMENT] = json.dumps(told)
+            context = {"storage": study.config.storage, "deadline": study.deadline, "sweeper": os.getpid()}
+            os.environ[ENVIRONMENT] = json.dumps(context)
             with study_log(self.folder):
                 try:
                     self._run(study)
                 except Interrupted:
-                    done = f"{len(study.done())} of {study.config.n_trials} trials are done"
-                    log.info(f"{done}. The same command goes on.")
+                    log.info(
+                        f"{len(study.done())} of {study.config.n_trials} trials are done. Resume with the same command."
+                    )
                     raise
                 finally:
                     del os.environ[ENVIRONMENT]
 
     def _open(self, arguments: list[str]) -> "Study":
-        from hydra_plugins.hydra_optuna_sweeper import _impl as plugin  # private, hence the exact pin
-
+        from gpt2.search.algorithms import grid
         from gpt2.search.study import Study
 
         params = [f"{key}={value}" for key, value in self.sweeper.params.items() if value is not None]
-        space, fixed, _ = plugin.create_params_from_overrides([*params, *arguments])
-        space = {key: distribution for key, distribution in space.items() if key not in fixed}
+        space, fixed = distributions([*params, *arguments])
         self.fixed = [f"{key}={value}" for key, value in fixed.items()]
-        config = study_of(self.sweeper)
-        if self.sweeper.sampler._target_ == GRID:
-            config.n_trials = min(config.n_trials, prod(map(len, grid_of(space).values())))
+        settings = settings_of(self.sweeper)
+        if settings.sampler == "grid":
+            settings.n_trials = min(settings.n_trials, prod(map(len, grid(space).values())))
 
         folders = [path for path in self.folder.glob("*") if path.name.isdigit()]
         study = Study(
-            config,
+            settings,
             space,
             sampler_factory(self.sweeper, space),
-            make_pruner(self.sweeper),
+            pruner_of(self.sweeper),
             self.folder,
             run_folder=lambda number: self.folder / str(number),
-            fixed=what_trials_share(self.fixed, set(space)),
+            fixed=shared_settings(self.fixed, set(space)),
         )
         if folders and not study.optuna.get_trials(deepcopy=False):
-            raise UserError(f"{self.folder} holds runs of a study that its storage does not know; move one away")
+            raise UserError(f"{self.folder} has runs of a study that is not in the storage; move the folder away")
         return study
 
     def _run(self, study: "Study") -> None:
         self._announce(study)
         if len(study.done()) < study.config.n_trials:
-            import gpt2.train  # noqa: F401  # before a trial is taken, which should not die while this is loaded
+            import gpt2.train  # noqa: F401  # before a trial is claimed: a kill during this import costs no trial
         with study:
             while trials := study.claim(self.sweeper.n_jobs):
                 study.settle(trials, self._launch(study, trials))
         self._conclude(study)
 
     def _launch(self, study: "Study", trials: "list[Trial]") -> str | None:
-        """Run trials to their ends. Returns what kept any of them from telling it themselves."""
+        """Run trials to their ends. Returns the problem that kept any of them from reporting its own end."""
         jobs = [
             (
                 *(f"{key}={value}" for key, value in trial.params.items()),
@@ -255,8 +299,8 @@ class StudySweeper(Sweeper):
         ]
         try:
             returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
-        except Exception as error:  # noqa: BLE001  # the launcher's: a process of it was killed
-            return f"{type(error).__name__}: {_last_line(error)}"[:300]
+        except Exception as error:  # noqa: BLE001  # the launcher's, of which a process was killed
+            return f"{type(error).__name__}: {one_line(error.__cause__ or error)}"[:300]
         problem = None
         for returned in returns:
             if returned.status != JobStatus.COMPLETED:
@@ -266,49 +310,47 @@ class StudySweeper(Sweeper):
         return problem
 
     def _announce(self, study: "Study") -> None:
-        config, done = study.config, len(study.done())
+        settings, done = study.config, len(study.done())
         log.info(
-            f"Study   {config.study_name}: {config.n_trials} trials" + (f", {done} of them done" if done else "") + "\n"
-            f"By      {_name(self.sweeper.sampler)}, {_name(self.sweeper.pruner)}\n"
-            f"Among   {study.shown_space(separator=chr(10) + ' ' * 8)}\n"
-            f"In      {self.folder}, each trial in a folder of its number\n"
+            f"Study   {settings.study_name}: {settings.n_trials} trials{f', {done} of them done' if done else ''}\n"
+            f"With    sampler {settings.sampler}, pruner {settings.pruner}\n"
+            f"Space   {study.describe_space(separator=chr(10) + ' ' * 8)}\n"
+            f"In      {self.folder}, one folder for each trial\n"
         )
 
     def _conclude(self, study: "Study") -> None:
-        """Write what was found, and say where and how to go on with it.
+        """Write the report and `best.yaml`, and log where they are and how to continue.
 
         Raises:
-            StudyFailure: There is nothing.
+            StudyFailure: No trial gave a value.
         """
-        from gpt2.search import report as study_report
+        from gpt2.search import report
         from gpt2.tracking.wandb_logger import offline_runs
 
         if study.best() is None:
-            study_report.write(study.optuna, self.folder)
+            report.write(study.optuna, self.folder)
         best = study.best_or_failure()
         name, in_full = self._write_best(best)
-        is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # where presets are looked for
+        is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # on Hydra's search path
         again = f"python train.py +{name}=best" if is_found else in_full
-        study_report.write(
-            study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```"
-        )
+        report.write(study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```")
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
         run = self.folder / str(best.number)
-        is_here = checkpoint_folder_of(run) is not None  # or with a process that keeps its sweep somewhere else
+        is_here = checkpoint_folder_of(run) is not None  # or in the sweep folder of another process
         where = f"and the best trial's checkpoints in {best.number}/" if is_here else "the best trial was run elsewhere"
-        write = f"Write with it:  python generate.py {as_argument('checkpoint', str(run))}"
+        generate = f"Generate:  python generate.py {as_argument('checkpoint', str(run))}"
         log.info(
-            f"\n{study_report.summary(study.optuna)}\n\n"
+            f"\n{report.summary(study.optuna)}\n\n"
             f"Everything is in {self.folder}:\n"
             f"  study.md (all trials in a table), trials.csv, {files}\n"
             f"  best.yaml, {where}\n\n"
-            f"Train the best one again, longer, otherwise:  {again}" + (f"\n{write}" if is_here else "")
+            f"Train the best trial again:  {again}" + (f"\n{generate}" if is_here else "")
         )
-        if told := offline_runs(path for path in self.folder.iterdir() if path.name.isdigit()):
-            log.info(f"\nW&B: {told}")
+        if offline := offline_runs(path for path in self.folder.iterdir() if path.name.isdigit()):
+            log.info(f"\nW&B: {offline}")
 
     def _write_best(self, best: "FrozenTrial") -> tuple[str, str]:
-        """Write `best.yaml`. Returns the name of the study, and the command that is the same."""
+        """Write `best.yaml`. Returns the study's name and the equivalent command."""
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
         choices, values = preset(overrides, without={"hparams_search", "wandb"})
@@ -321,7 +363,7 @@ class StudySweeper(Sweeper):
 
 
 def preset_file(comment: str, choices: dict[str, str], values: dict[str, Any]) -> str:
-    """A file of `conf/`, or beside it, that chooses those groups and sets those values."""
+    """A preset that chooses files of groups and sets values by key."""
     nested: dict[str, Any] = {}
     for key, value in values.items():
         group, _, name = key.rpartition(".")
@@ -331,12 +373,8 @@ def preset_file(comment: str, choices: dict[str, str], values: dict[str, Any]) -
     return f"# @package _global_\n\n{head}{yaml.safe_dump({**defaults, **nested}, sort_keys=False)}"
 
 
-def _name(config: DictConfig) -> str:
-    return str(config._target_).rpartition(".")[2]
-
-
 def hide_storage(config: DictConfig) -> None:
-    """Take the storage out of what Hydra hands to jobs and writes into their folders: its URL may hold a password."""
+    """Remove the storage from what Hydra gives to jobs and writes to their folders: its URL may contain a password."""
     overrides = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith(f"{KEY}storage")]
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweeper.storage = None
@@ -345,7 +383,7 @@ def hide_storage(config: DictConfig) -> None:
 
 @contextmanager
 def study_log(folder: Path) -> Iterator[None]:
-    """Have what a study says on the terminal, and with the time in `study.log`."""
+    """Log the study to the terminal, and with time and process id to `study.log`."""
     folder.mkdir(parents=True, exist_ok=True)
     console, file = ConsoleHandler(), LogFile(str(folder / "study.log"))
     file.setFormatter(logging.Formatter("%(asctime)s %(process)d: %(message)s"))
@@ -363,40 +401,42 @@ def study_log(folder: Path) -> Iterator[None]:
 
 
 def run_trial(composed: DictConfig, run: "Callable[[RunningTrial], float | None]") -> Any:
-    """Run a job of a study, going on from the checkpoint of its trial if it has one; the study is told how it went.
+    """Run the trial of a job, resuming from its checkpoint if there is one, and report the outcome to the study.
 
-    Returns its loss; or why no other trial should begin.
+    Returns the loss, or the UserError that stops the study. Hydra passes both to the sweeper.
     """
     from gpt2.search.storage import open_storage
-    from gpt2.search.trial import RunningTrial, optuna_is_quiet
+    from gpt2.search.trial import RunningTrial, quiet_optuna
 
     job = HydraConfig.get()
-    told = json.loads(os.environ[ENVIRONMENT])
-    config, number = study_of(job.sweeper), composed.study.trial
-    config.storage = told["storage"]
-    with optuna_is_quiet():
+    context = json.loads(os.environ[ENVIRONMENT])
+    is_sweeper = os.getpid() == context["sweeper"]
+    settings = settings_of(job.sweeper)
+    settings.storage = context["storage"]
+    with quiet_optuna():
         trial = RunningTrial(
-            number,
-            open_storage(config.storage),
-            config,
-            make_pruner(job.sweeper),
+            composed.study.trial,
+            open_storage(settings.storage),
+            settings,
+            pruner_of(job.sweeper),
             checkpoints=lambda number: Path(job.sweep.dir) / str(number) / composed.train.checkpoint_dir,
             claim=composed.study.claim,
-            deadline=told["deadline"],
-            ends_with_parent=os.getpid() != told["sweeper"],
+            deadline=context["deadline"],
+            ends_with_parent=not is_sweeper,
         )
         composed.resume, composed.train.auto_resume = job.runtime.output_dir, True
         outcome = trial.run(lambda: run(trial))
     if outcome.reason:
-        text = f"{outcome.ending.value}: {outcome.reason}\n{outcome.traceback or ''}"
-        logging.getLogger("gpt2").info("How this trial ended: %s", text.rstrip())
-    if trial.is_orphaned():  # nobody takes what this would return, and its process would wait for more to do
+        text = f"{outcome.ending.run_state}: {outcome.reason}\n{outcome.traceback or ''}"
+        logging.getLogger("gpt2").info("Trial ended: %s", text.rstrip())
+    if trial.is_orphaned():  # no sweeper reads the return value, and the worker process would wait for more work
         logging.shutdown()
         os._exit(1)
-    if os.getpid() == told["sweeper"] and not isinstance(outcome.stops_study, UserError | None):
-        raise outcome.stops_study
-    # In a process of its own, one that was asked to end has only left its trial to another one.
-    return outcome.stops_study if isinstance(outcome.stops_study, UserError) else outcome.value
+    stop = outcome.stops_study
+    if is_sweeper and not isinstance(stop, UserError | None):
+        raise stop
+    # An interrupted worker process only leaves its trial to another one.
+    return stop if isinstance(stop, UserError) else outcome.value
 
 
 Plugins.instance().register(StudySweeper)

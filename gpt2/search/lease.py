@@ -1,7 +1,8 @@
-"""Who works on a trial, so that what a dead process left undone is told from what another one is doing.
+"""Which process works on a trial, and whether it is alive.
 
-A process holds a lock for as long as it lives, and the trial names it. The kernel keeps the lock, so on one machine
-the answer is exact, and at once. Of other machines only signs of life are known, which a trial gets from time to time.
+Each process holds a file lock as long as it lives, and the trials that it claimed name this lock. On one machine the
+kernel knows the answer exactly and at once. A process on another machine counts as dead when its heartbeat, a time
+stamp in the trial, is old.
 """
 
 import logging
@@ -21,46 +22,46 @@ from gpt2.runtime.files import LOCK, is_locked, run_lock
 
 log = logging.getLogger(__name__)
 
-WORKER, SIGN_OF_LIFE = "worker", "sign_of_life"  # user attributes of a trial
-SECONDS_BETWEEN_SIGNS = 30
-SECONDS_UNTIL_DEAD = 300  # without a sign; clocks of two machines may differ by some
+WORKER, HEARTBEAT = "worker", "heartbeat"  # user attributes of a trial
+HEARTBEAT_SECONDS = 30
+DEAD_AFTER_SECONDS = 300  # without a heartbeat; allows for clocks that differ
 
 
-class Life(Enum):
-    ALIVE = "somebody works on it"
-    ORPHANED = "the process that trains it has outlived the one that started it, and will soon notice"
-    DEAD = "nobody does"
+class Status(Enum):
+    ALIVE = "a process works on the trial"
+    ORPHANED = "the process that trains it has lost its parent and will end soon"
+    DEAD = "no process works on it"
 
 
 class Worker:
-    """This process, as far as a study is concerned: a context in which it is alive."""
+    """This process as a worker of a study. Use it as a context manager: inside, it counts as alive."""
 
-    _here: ClassVar[set[Path]] = set()  # the locks of this process, which it may not ask for itself
+    _own_locks: ClassVar[set[Path]] = set()  # of this process; testing such a lock would release it
 
     def __init__(self, folder: Path, storage: BaseStorage):
         """
         Args:
-            folder: Where its lock is, with those of others who share the study.
+            folder: The study's; the locks of its workers are files in it.
         """
         self.folder, self.storage = folder / ".workers", storage
         self.name = f"{os.getpid()}-{secrets.token_hex(4)}{LOCK}"
-        self.trials: set[int] = set()  # ids of those that it works on
+        self.trials: set[int] = set()  # ids of the trials that it works on
         self._stack = ExitStack()
         self._is_over = threading.Event()
 
     def __enter__(self) -> "Worker":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(run_lock(self.folder, self.name))
-        self._here.add(self.lock)
-        threading.Thread(target=self._give_signs, daemon=True).start()
+        self._own_locks.add(self.lock)
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._is_over.set()
-        self._here.discard(self.lock)
+        self._own_locks.discard(self.lock)
         self.lock.unlink(missing_ok=True)
         self._stack.close()
-        with suppress(OSError):  # others are at work, or died at it
+        with suppress(OSError):  # not empty: other workers are alive, or were killed
             self.folder.rmdir()
 
     @property
@@ -68,45 +69,45 @@ class Worker:
         return (self.folder / self.name).resolve()
 
     def acquire(self, trial_id: int) -> str:
-        """Sign a trial. Returns what tells this time from any other that it is taken."""
+        """Record this worker in a trial. Returns an id of this claim: a trial may be claimed again after a crash."""
         claim = secrets.token_hex(4)
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str(self.lock), "claim": claim}
-        self.storage.set_trial_user_attr(trial_id, WORKER, who)
-        self._give_sign(trial_id)
+        worker = {"host": socket.gethostname(), "pid": os.getpid(), "lock": str(self.lock), "claim": claim}
+        self.storage.set_trial_user_attr(trial_id, WORKER, worker)
+        self._send_heartbeat(trial_id)
         self.trials.add(trial_id)
         return claim
 
     def release(self, trial_id: int) -> None:
-        """Have no more to do with a trial, which somebody else may be working on."""
+        """Give up our claim; another process may still train the trial."""
         self.trials.discard(trial_id)
         self.storage.set_trial_user_attr(trial_id, WORKER, None)
 
-    def _give_signs(self) -> None:
-        while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
+    def _send_heartbeats(self) -> None:
+        while not self._is_over.wait(HEARTBEAT_SECONDS):
             for trial_id in list(self.trials):
                 try:
-                    self._give_sign(trial_id)
-                except Exception as error:  # noqa: BLE001  # finished by now, or the database is away for a moment
-                    log.debug("No sign of life for trial id %s: %s", trial_id, error)
+                    self._send_heartbeat(trial_id)
+                except Exception as error:  # noqa: BLE001  # the trial has ended, or the database is unreachable
+                    log.debug("No heartbeat for trial id %s: %s", trial_id, error)
 
-    def _give_sign(self, trial_id: int) -> None:
-        self.storage.set_trial_user_attr(trial_id, SIGN_OF_LIFE, time.time())
+    def _send_heartbeat(self, trial_id: int) -> None:
+        self.storage.set_trial_user_attr(trial_id, HEARTBEAT, time.time())
 
-    def status(self, attributes: dict[str, Any], run_folder: Path) -> "Life":
-        """What has become of those who work on a trial that is said to run.
+    def status(self, attributes: dict[str, Any], run_folder: Path) -> Status:
+        """Whether the worker of a running trial is alive.
 
         Args:
-            attributes: Of the trial.
-            run_folder: Of its training, which may outlive the process that started it.
+            attributes: User attributes of the trial.
+            run_folder: Of its training, which may be a child process that outlives the worker.
         """
-        who = attributes.get(WORKER)
-        lock = Path(who["lock"]) if who else None
-        if lock in self._here or (lock and is_locked(lock)):
-            return Life.ALIVE
+        worker = attributes.get(WORKER)
+        lock = Path(worker["lock"]) if worker else None
+        if lock in self._own_locks or (lock and is_locked(lock)):
+            return Status.ALIVE
         if is_locked(run_folder / LOCK):
-            return Life.ORPHANED
-        if not who or not lock:  # not signed when its process died, while nobody else looked; or given up
-            return Life.DEAD
-        is_out_of_sight = who["host"] != socket.gethostname() or not lock.exists() or is_locked(lock) is None
-        is_fresh = time.time() - attributes.get(SIGN_OF_LIFE, 0) < SECONDS_UNTIL_DEAD
-        return Life.ALIVE if is_out_of_sight and is_fresh else Life.DEAD
+            return Status.ORPHANED
+        if not worker or not lock:  # released, or killed before `acquire`
+            return Status.DEAD
+        is_elsewhere = worker["host"] != socket.gethostname() or not lock.exists() or is_locked(lock) is None
+        is_recent = time.time() - attributes.get(HEARTBEAT, 0) < DEAD_AFTER_SECONDS
+        return Status.ALIVE if is_elsewhere and is_recent else Status.DEAD

@@ -1,4 +1,7 @@
-"""What a study has found, in pictures: its course, its trials on their way, what mattered, and how."""
+"""The pictures of a study: history, learning curves of the trials, importances, and slices.
+
+Unlike `optuna.visualization`, they show pruned trials, mark the best one, and leave room for the better trials.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,109 +12,113 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.analysis.plotting import BEST, FAINT, new_figure, picture, plain
-from gpt2.search.trial import best_of
+from gpt2.search.trial import WITH_VALUE, best_of
 
 COMPLETE, PRUNED = "#3f6ea3", "#b9b9b9"
-FEWEST_FOR_IMPORTANCES = 10  # complete trials
-MARK_OF_PRUNED: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNED, "linestyle": "none"}
+LOSS = "validation loss (nats a token)"
+MIN_TRIALS_FOR_IMPORTANCES = 10  # complete ones
+PRUNED_MARK: dict[str, Any] = {"marker": "x", "markersize": 5, "color": PRUNED, "linestyle": "none"}
+BEST_MARK: dict[str, Any] = {"marker": "o", "markersize": 7, "color": BEST, "zorder": 3}
 
 
 def draw(study: optuna.Study) -> dict[str, bytes]:
-    """PNGs by their names: those that the study has something for."""
-    figures = {name: draw_it(study) for name, draw_it in PICTURES.items()}
-    drawn = {}
-    for name, figure in figures.items():
-        if figure is not None:
-            drawn[name] = picture(figure)
-    return drawn
+    """The pictures for which there is data, as PNG by file name."""
+    figures = {name: plot(study) for name, plot in PICTURES.items()}
+    return {name: picture(figure) for name, figure in figures.items() if figure is not None}
 
 
-def _limit(axes: Axes, study: optuna.Study, values: list[float]) -> None:
-    """Of many values, leave room for the better nine tenths, not for what went astray."""
-    values = sorted(values)
-    worst = len(values) // 10 if len(values) >= 20 else 0
-    is_less_better = study.direction == optuna.study.StudyDirection.MINIMIZE
-    kept = values[: len(values) - worst] if is_less_better else values[worst:]
-    margin = 0.08 * (kept[-1] - kept[0]) or 0.1
-    axes.set_ylim(kept[0] - margin, kept[-1] + margin)
+def _trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Complete and pruned trials. A trial that diverged before its first evaluation has no value."""
+    return [trial for trial in study.get_trials(deepcopy=False, states=WITH_VALUE) if trial.value is not None]
 
 
-def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    """Those that have a value; a trial that diverged before its first evaluation has none."""
-    return [trial for trial in study.get_trials(deepcopy=False, states=states) if trial.value is not None]
+def _is_complete(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.COMPLETE
 
 
-def _values(trials: list[FrozenTrial]) -> list[float]:
-    return [trial.value for trial in trials if trial.value is not None]
+def _set_limits(axes: Axes, study: optuna.Study, values: list[float]) -> None:
+    """Fit the axis to the better nine tenths of the values if there are many."""
+    values = sorted(values, reverse=study.direction == StudyDirection.MAXIMIZE)  # the best first
+    shown = values[: len(values) - len(values) // 10] if len(values) >= 20 else values
+    low, high = min(shown), max(shown)
+    margin = 0.08 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
 
 
 def history(study: optuna.Study) -> Figure | None:
     """The value of each trial, and the best so far."""
-    complete, pruned = (_trials(study, state) for state in (TrialState.COMPLETE, TrialState.PRUNED))
-    if not complete:
-        return None
+    trials = _trials(study)
+    best_so_far: list[tuple[int, float]] = []
+    better = min if study.direction == StudyDirection.MINIMIZE else max
     figure = new_figure()
     axes = figure.subplots()
-    if pruned:
-        axes.plot([t.number for t in pruned], _values(pruned), label="pruned, when it was", **MARK_OF_PRUNED)
-    axes.plot([t.number for t in complete], _values(complete), "o", color=COMPLETE, label="complete")
-    better = min if study.direction == optuna.study.StudyDirection.MINIMIZE else max
-    so_far = [better(_values(complete)[: n + 1]) for n in range(len(complete))]
-    last = max(trial.number for trial in [*complete, *pruned])
-    axes.step(
-        [*(t.number for t in complete), last], [*so_far, so_far[-1]], where="post", color=BEST, label="best so far"
-    )
-    _limit(axes, study, _values([*complete, *pruned]))
+    for trial in trials:
+        assert trial.value is not None
+        if _is_complete(trial):
+            best = better(trial.value, best_so_far[-1][1]) if best_so_far else trial.value
+            best_so_far.append((trial.number, best))
+            axes.plot(trial.number, trial.value, "o", color=COMPLETE)
+        else:
+            axes.plot(trial.number, trial.value, **PRUNED_MARK)
+    if not best_so_far:
+        return None
+    best_so_far.append((trials[-1].number, best_so_far[-1][1]))
+    axes.step(*zip(*best_so_far, strict=True), where="post", color=BEST)
+    _set_limits(axes, study, [trial.value for trial in trials if trial.value is not None])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plain(axes, xlabel="trial", ylabel="validation loss (nats a token)")
-    axes.legend(frameon=False)
+    plain(axes, xlabel="trial", ylabel=LOSS)
+    complete = Line2D([], [], color=COMPLETE, marker="o", linestyle="none", label="complete")
+    _add_legend(axes, trials, complete, "best so far")
     return figure
 
 
+def _add_legend(axes: Axes, trials: list[FrozenTrial], complete: Line2D, best: str | None) -> None:
+    handles = [complete]
+    if not all(map(_is_complete, trials)):
+        handles.append(Line2D([], [], label="pruned", **PRUNED_MARK))
+    if best:
+        handles.append(Line2D([], [], color=BEST, label=best))
+    axes.legend(handles=handles, frameon=False)
+
+
 def evaluations(study: optuna.Study) -> Figure | None:
-    """The loss of each trial on its way."""
-    trials = [t for t in _trials(study, TrialState.COMPLETE, TrialState.PRUNED) if t.intermediate_values]
+    """The loss of each trial at its evaluations."""
+    trials = [trial for trial in _trials(study) if trial.intermediate_values]
     if not trials:
         return None
     figure = new_figure()
     axes = figure.subplots()
     best = best_of(study)
-    last_values = []
     for trial in trials:
         points = sorted((number + 1, value) for number, value in trial.intermediate_values.items())
         is_best = best is not None and trial.number == best.number
-        is_pruned = trial.state == TrialState.PRUNED
-        colour = BEST if is_best else PRUNED if is_pruned else FAINT
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=2 if is_best else 1, zorder=3 if is_best else 2)
-        if is_pruned:
-            axes.plot(*points[-1], **MARK_OF_PRUNED)
-        last_values += [value for _, value in points]
-    _limit(axes, study, last_values)
+        color = BEST if is_best else FAINT if _is_complete(trial) else PRUNED
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=2 if is_best else 1, zorder=3 if is_best else 2)
+        if not _is_complete(trial):
+            axes.plot(*points[-1], **PRUNED_MARK)
+    _set_limits(axes, study, [value for trial in trials for value in trial.intermediate_values.values()])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plain(axes, xlabel="evaluation", ylabel="validation loss (nats a token)")
-    handles = [Line2D([], [], color=FAINT, label="complete")]
-    if any(trial.state == TrialState.PRUNED for trial in trials):
-        handles.append(Line2D([], [], label="pruned", **MARK_OF_PRUNED))
-    if best:
-        handles.insert(0, Line2D([], [], color=BEST, linewidth=2, label=f"trial {best.number}, the best"))
-    axes.legend(handles=handles, frameon=False)
+    plain(axes, xlabel="evaluation", ylabel=LOSS)
+    complete = Line2D([], [], color=FAINT, label="complete")
+    _add_legend(axes, trials, complete, f"trial {best.number}, the best" if best else None)
     return figure
 
 
 def importances(study: optuna.Study) -> Figure | None:
-    """How much each parameter has to do with being among the better trials, by PED-ANOVA (Watanabe et al., 2023)."""
-    if len(_trials(study, TrialState.COMPLETE)) < FEWEST_FOR_IMPORTANCES:
+    """The importance of each parameter for being among the best trials, by PED-ANOVA (Watanabe et al., 2023)."""
+    if sum(map(_is_complete, _trials(study))) < MIN_TRIALS_FOR_IMPORTANCES:
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    except (RuntimeError, ValueError, UserWarning):  # too few complete trials to tell
+    except (RuntimeError, ValueError, UserWarning):  # the complete trials differ too little
         return None
     if not shares or not sum(shares.values()) > 0:
         return None
@@ -128,8 +135,8 @@ def importances(study: optuna.Study) -> Figure | None:
 
 
 def slices(study: optuna.Study) -> Figure | None:
-    """The value over each parameter by itself."""
-    trials = _trials(study, TrialState.COMPLETE, TrialState.PRUNED)
+    """The value over each parameter."""
+    trials = _trials(study)
     keys = sorted({key for trial in trials for key in trial.params})
     if not keys:
         return None
@@ -140,7 +147,7 @@ def slices(study: optuna.Study) -> Figure | None:
     best = best_of(study)
     for axes, key in zip(grid.flat, keys, strict=False):
         _slice(axes, key, [trial for trial in trials if key in trial.params], best)
-    _limit(grid[0][0], study, _values(trials))
+    _set_limits(grid[0][0], study, [trial.value for trial in trials if trial.value is not None])
     for row in grid:
         row[0].set_ylabel("validation loss")
     for axes in list(grid.flat)[len(keys) :]:
@@ -150,22 +157,21 @@ def slices(study: optuna.Study) -> Figure | None:
 
 def _slice(axes: Axes, key: str, trials: list[FrozenTrial], best: FrozenTrial | None) -> None:
     distribution = trials[0].distributions[key]
-    places = [trial.params[key] for trial in trials]
+    x = [trial.params[key] for trial in trials]
     if isinstance(distribution, CategoricalDistribution):
-        places = [distribution.choices.index(choice) for choice in places]
+        x = [distribution.choices.index(choice) for choice in x]
         axes.set_xticks(range(len(distribution.choices)), list(map(str, distribution.choices)))
-    elif isinstance(distribution, FloatDistribution | IntDistribution) and distribution.log and len(set(places)) > 1:
+    elif getattr(distribution, "log", False) and len(set(x)) > 1:
         axes.set_xscale("log")
-        is_short = max(places) < 10 * min(places)  # too short for powers of ten to label it
+        is_short = max(x) < 10 * min(x)  # powers of ten alone would not label such an axis
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}" if is_short else NullFormatter())
-    for place, trial, value in zip(places, trials, _values(trials), strict=True):
-        if trial.state == TrialState.PRUNED:
-            axes.plot(place, value, **MARK_OF_PRUNED)
-        elif best is not None and trial.number == best.number:
-            axes.plot(place, value, "o", color=BEST, markersize=7, zorder=3)
-        else:
-            axes.plot(place, value, "o", color=COMPLETE, markersize=4)
+    for place, trial in zip(x, trials, strict=True):
+        style = PRUNED_MARK
+        if _is_complete(trial):
+            is_best = best is not None and trial.number == best.number
+            style = BEST_MARK if is_best else {"marker": "o", "markersize": 4, "color": COMPLETE}
+        axes.plot(place, trial.value, **style)  # type: ignore[arg-type]  # `_trials` have values
     plain(axes, xlabel=key)
 
 

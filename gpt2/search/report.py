@@ -1,89 +1,89 @@
-"""What a study has found, for people: a table, a file for spreadsheets, pictures."""
+"""The report of a study: `study.md` with all trials, `trials.csv`, and pictures."""
 
 import csv
 import io
+from collections import Counter
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from gpt2.analysis.compare import as_markdown
 from gpt2.runtime.files import atomic_write
 from gpt2.search.plots import draw
-from gpt2.search.study import shown_parameters, shown_state, shown_value
+from gpt2.search.study import shown_parameters, shown_value, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
+
+FIGURES = ("steps", "tokens", "seconds")  # of SPENT
 
 
 def write(study: optuna.Study, folder: Path, how_to_run_best: str = "") -> None:
-    """Write `study.md`, `trials.csv` and the pictures that there is something for.
+    """Write `study.md`, `trials.csv` and the pictures for which there is data.
 
     Args:
-        how_to_run_best: Goes into `study.md`, as a paragraph.
+        how_to_run_best: A paragraph for `study.md`.
     """
-    trials = study.get_trials(deepcopy=False)
     pictures = draw(study)
-    for name, content in pictures.items():
-        _write(folder / name, content)
-    _write(folder / "trials.csv", csv_of(study).encode())
-    shown = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-    parts = [f"# Study {study.study_name}", summary(study), how_to_run_best, shown, table(study, trials)]
-    _write(folder / "study.md", ("\n\n".join(filter(None, parts)) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
+    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
+    parts = [f"# Study {study.study_name}", summary(study), how_to_run_best, images, table(study)]
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    for name, content in {**pictures, "trials.csv": csv_of(study).encode(), "study.md": text.encode()}.items():
+        with atomic_write(folder / name) as file:
+            file.write(content)
 
 
 def summary(study: optuna.Study) -> str:
-    """How many trials ended how, the best one, and what pruning spared."""
+    """How many trials ended in which way, the best one, and the tokens that pruning saved."""
     trials = study.get_trials(deepcopy=False)
-    counts: dict[str, int] = {}
-    for trial in trials:
-        counts[shown_state(trial)] = counts.get(shown_state(trial), 0) + 1
+    counts = Counter(map(state_name, trials))
     lines = [f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
     if best := best_of(study):
         lines.append(f"The best is trial {best.number}, {best.value:.4f}: {shown_parameters(best)}.")
-    tokens = {trial.number: trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials}
+    tokens = {trial.number: _spent(trial, "tokens") or 0 for trial in trials}
     whole = max((tokens[trial.number] for trial in trials if trial.state == TrialState.COMPLETE), default=0)
     pruned = [tokens[trial.number] for trial in trials if trial.state == TrialState.PRUNED]
     if pruned and whole:
-        spared = sum(max(0, whole - n) for n in pruned)
-        share = spared / (spared + sum(tokens.values()))
-        lines.append(f"It trained on {sum(tokens.values()):,} tokens; pruning spared {spared:,}, {share:.0%} of all.")
+        spent, saved = sum(tokens.values()), sum(max(0, whole - n) for n in pruned)
+        share = saved / (saved + spent)
+        lines.append(f"It trained on {spent:,} tokens; pruning saved {saved:,}, {share:.0%} of all.")
     return "\n".join(lines)
 
 
-def by_value(study: optuna.Study, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The best first, those without a value last."""
-    sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
-    order = [TrialState.COMPLETE, TrialState.PRUNED]
-    return sorted(
-        trials,
-        key=lambda trial: (
-            order.index(trial.state) if trial.state in order else len(order),
-            inf if trial.value is None else sign * trial.value,
-        ),
-    )
+def _spent(trial: FrozenTrial, figure: str) -> Any:
+    return trial.user_attrs.get(SPENT, {}).get(figure)
 
 
-def table(study: optuna.Study, trials: list[FrozenTrial]) -> str:
-    """Markdown."""
-    keys = sorted({key for trial in trials for key in trial.params})
+def _keys(trials: list[FrozenTrial]) -> list[str]:
+    return sorted({key for trial in trials for key in trial.params})
+
+
+def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float]:
+    """Complete trials before pruned ones before those without a value; the better first."""
+    states = [TrialState.COMPLETE, TrialState.PRUNED]
+    place = states.index(trial.state) if trial.state in states else len(states)
+    return place, inf if trial.value is None else sign * trial.value
+
+
+def table(study: optuna.Study) -> str:
+    """All trials in Markdown, the best first."""
+    trials = study.get_trials(deepcopy=False)
+    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    keys = _keys(trials)
     rows = [["trial", "state", "value", *keys, "evaluations", "seconds", "reason"]]
-    for trial in by_value(study, trials):
-        seconds = trial.user_attrs.get(SPENT, {}).get("seconds")
+    for trial in sorted(trials, key=lambda trial: _rank(trial, sign)):
+        seconds = _spent(trial, "seconds")
         rows.append(
             [
-                *(str(trial.number), shown_state(trial), shown_value(trial).split(" at ")[0].strip()),
+                *(str(trial.number), state_name(trial), shown_value(trial).split(" at ")[0].strip()),
                 *(_short(trial.params.get(key)) for key in keys),
                 *(str(len(trial.intermediate_values)), "" if seconds is None else f"{seconds:.1f}"),
-                (trial.user_attrs.get(REASON) or "").replace("|", r"\|")[:120],
+                (trial.user_attrs.get(REASON) or "")[:120],
             ]
         )
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+    return as_markdown(rows)
 
 
 def _short(value: Any) -> str:
@@ -91,20 +91,20 @@ def _short(value: Any) -> str:
 
 
 def csv_of(study: optuna.Study) -> str:
-    """A line a trial, by number: state, value, parameters, what it spent, and the loss at each evaluation."""
+    """One line a trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
     trials = study.get_trials(deepcopy=False)
-    keys = sorted({key for trial in trials for key in trial.params})
+    keys = _keys(trials)
     evaluations = sorted({number for trial in trials for number in trial.intermediate_values})
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    spent = ("steps", "tokens", "seconds")
-    writer.writerow(["trial", "state", "value", *keys, *spent, "reason", *(f"evaluation {n + 1}" for n in evaluations)])
+    losses = [f"evaluation {number + 1}" for number in evaluations]
+    writer.writerow(["trial", "state", "value", *keys, *FIGURES, "reason", *losses])
     for trial in trials:
         writer.writerow(
             [
-                *(trial.number, shown_state(trial), trial.value),
+                *(trial.number, state_name(trial), trial.value),
                 *(trial.params.get(key) for key in keys),
-                *(trial.user_attrs.get(SPENT, {}).get(key) for key in spent),
+                *(_spent(trial, figure) for figure in FIGURES),
                 trial.user_attrs.get(REASON) or "",
                 *(trial.intermediate_values.get(number) for number in evaluations),
             ]

@@ -1,4 +1,4 @@
-"""Where a study is kept: opened by many processes at once, changed by one at a time, its password told to nobody."""
+"""The storage of a study: shared by several processes, changed by one at a time, its password never logged."""
 
 import logging
 import os
@@ -18,21 +18,21 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt2.errors import ResourceError, UserError, without_password
+from gpt2.errors import ResourceError, UserError, one_line, without_password
 
 log = logging.getLogger(__name__)
 
 SQLITE, JOURNAL = "sqlite:///", "journal:///"
-ADVISORY_LOCK = {  # a server's own lock, given back when the connection that took it ends, however it ends
+ADVISORY_LOCK = {  # locks of the server, released when the connection ends for any reason
     "postgresql": ("SELECT pg_advisory_lock(20240)", "SELECT pg_advisory_unlock(20240)"),
     "mysql": ("SELECT GET_LOCK('gpt2', -1)", "SELECT RELEASE_LOCK('gpt2')"),
 }
-FAILURES = (StorageInternalError, SQLAlchemyError)  # of a server, or of the way to it
-PATIENCE = 60  # seconds that a process waits for another one's write to a SQLite file
+FAILURES = (StorageInternalError, SQLAlchemyError)  # of a server, or of the connection
+BUSY_SECONDS = 60  # how long a process waits for another one to write to a SQLite file
 
 
 def validate_storage(url: str | None) -> str | None:
-    """What is wrong with the URL of a storage, as far as one sees without opening it; no password is repeated."""
+    """The problem of a storage URL that is visible without opening it, without its password; None if there is none."""
     if url is None or file_of(url) is not None or _server_kind(url) is not None:
         return None
     return (
@@ -42,7 +42,7 @@ def validate_storage(url: str | None) -> str | None:
 
 
 def file_of(url: str | None) -> Path | None:
-    """The file that a storage on this machine is kept in; None for a server."""
+    """The file of a storage on this machine; None for a server and for memory."""
     for scheme in (SQLITE, JOURNAL):
         if url is not None and url.startswith(scheme) and len(url) > len(scheme) and "?" not in url:
             return Path(url.removeprefix(scheme))
@@ -54,10 +54,10 @@ def _server_kind(url: str) -> str | None:
     return match and match[1]
 
 
-class _FileLockOfJournal:
-    """The lock of Optuna's journal, as the kernel keeps it: a process that is killed leaves none behind.
+class _JournalLock:
+    """A lock for Optuna's journal that the kernel releases when its process is killed.
 
-    Who takes it finds whole lines. Behind one that a crash has cut short, the next would stand on the same line.
+    It also removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
     """
 
     def __init__(self, file: Path):
@@ -69,7 +69,7 @@ class _FileLockOfJournal:
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-                log.warning("%s: a last line that was cut short is taken out", self._file)
+                log.warning("%s: the last line was incomplete and has been removed", self._file)
         return True
 
     def release(self) -> None:
@@ -77,7 +77,7 @@ class _FileLockOfJournal:
 
 
 def open_storage(url: str | None) -> BaseStorage:
-    """The storage at a URL, made if it is not there; a new one in memory if None.
+    """The storage of a URL, created if it does not exist; for None, a new one in memory.
 
     Raises:
         UserError: It cannot be opened.
@@ -94,49 +94,48 @@ def _open(url: str) -> BaseStorage:
         with exclusive(url), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if file is not None and url.startswith(JOURNAL):
-                return JournalStorage(JournalFileBackend(str(file), _FileLockOfJournal(file)))  # type: ignore[arg-type]
-            options = {"connect_args": {"timeout": PATIENCE}} if file is not None else {"pool_pre_ping": True}
+                return JournalStorage(JournalFileBackend(str(file), _JournalLock(file)))  # type: ignore[arg-type]
+            options = {"connect_args": {"timeout": BUSY_SECONDS}} if file is not None else {"pool_pre_ping": True}
             return RDBStorage(url, engine_kwargs=options)
-    except Exception as error:  # noqa: BLE001  # the database's, its driver's, SQLAlchemy's or Optuna's
-        told = without_password(" ".join(str(error).split()), url)
-        raise UserError(f"storage: {without_password(url)} cannot be opened: {told}") from None
+    except Exception as error:  # noqa: BLE001  # of the database, its driver, SQLAlchemy or Optuna
+        reason = without_password(one_line(error), url)
+        raise UserError(f"storage: {without_password(url)} cannot be opened: {reason}") from None
 
 
 @contextmanager
-def failures_in_a_line(url: str | None) -> Iterator[None]:
-    """Let a storage that is out of reach end a study as a full disk would: nothing is lost.
+def storage_errors(url: str | None) -> Iterator[None]:
+    """Turn an unreachable storage into a one-line error; the study can be resumed.
 
     Raises:
-        MachineError: It is.
+        ResourceError: The storage is unreachable.
     """
     try:
         yield
     except FAILURES as error:
-        told = without_password(" ".join(str(error.__cause__ or error).split()), url)
-        raise ResourceError(f"storage: {told[:300]}; what is done is kept, the same command goes on") from None
+        reason = without_password(one_line(error.__cause__ or error), url)[:300]
+        raise ResourceError(f"storage: {reason}; finished trials are saved, resume with the same command") from None
 
 
 @contextmanager
 def exclusive(url: str | None) -> Iterator[None]:
-    """Let no other process that is here too change a study meanwhile. Never hold it while a model is trained."""
+    """Lock a study against changes by other processes. Do not train a model inside."""
     file, kind = file_of(url), _server_kind(url or "")
     if file is not None:
         with FileLock(f"{file}.lock"):
             yield
     elif kind is not None and url is not None:
-        take, give_back = map(sqlalchemy.text, ADVISORY_LOCK[kind])
-        engine = _engine(url)
-        with engine.connect() as connection:
-            connection.execute(take)
+        lock, unlock = map(sqlalchemy.text, ADVISORY_LOCK[kind])
+        with _engine(url).connect() as connection:
+            connection.execute(lock)
             try:
                 yield
             finally:
-                connection.execute(give_back)
+                connection.execute(unlock)
     else:
         yield
 
 
 @cache
 def _engine(url: str) -> Any:
-    """A connection of its own for the lock: Optuna's go back to its pool in between."""
+    """An engine for the lock alone: Optuna returns its connections to a pool in between."""
     return sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")

@@ -1,24 +1,28 @@
-"""A study that can be left alone: exactly its number of trials, whoever runs them and whatever happens to them.
+"""A study that survives crashes: exactly its number of trials, in any number of processes.
 
-`Study` hands out trials, and a `gpt2.search.trial.RunningTrial` is one of them. The two may be in different processes
-and share nothing but the storage. A trial keeps its number, its parameters and its folder for life:
-one that is interrupted goes back to WAITING, is taken again before any new one, and goes on from its checkpoint.
+`Study` hands out trials; `gpt2.search.trial.RunningTrial` runs one of them. The two may be in different processes and
+share only the storage. An interrupted trial keeps its number, its parameters and its folder: it becomes WAITING, is
+handed out before any new trial, and resumes from its checkpoint.
 
-Knows neither Hydra nor W&B. What a trial's training is, is up to who runs it.
+This module knows neither Hydra nor W&B.
 """
 
 import json
 import logging
-import re
 import time
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -27,16 +31,16 @@ from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import time_left
 from gpt2.runtime.files import LOCK, is_locked
-from gpt2.search.lease import Life, Worker
+from gpt2.search.lease import Status, Worker
 from gpt2.search.storage import exclusive, open_storage
-from gpt2.search.trial import DEATHS, REASON, SPENT, STOPPED, best_of
+from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
 
-log = logging.getLogger("study")  # beside those of the package, which Hydra configures anew for each trial
+log = logging.getLogger("study")  # not a child of gpt2's logger, which Hydra configures again for each trial
 
 FIXED = "fixed"  # user attribute of a study
-# How often a process may die that has a trial, without news of it in between, until the trial is taken to be why: one
-# that somebody started and may have killed, and one that a launcher started for this trial.
-MOST_DEATHS, MOST_KILLS = 5, 2
+# How often the process of a trial may die without progress until the trial counts as the cause: a process that somebody
+# started and may have killed, and a process that a launcher started for this trial.
+MAX_DEATHS, MAX_JOB_DEATHS = 5, 2
 
 
 class StudyFailure(UserError):
@@ -46,7 +50,7 @@ class StudyFailure(UserError):
 
 
 class Study:
-    """A study as one of the processes sees it that work on it; they do while they are in its context."""
+    """A study in one of the processes that work on it. `claim` and `settle` are for use inside its context."""
 
     def __init__(
         self,
@@ -60,14 +64,14 @@ class Study:
     ):
         """
         Args:
-            space: By the key of a configuration.
-            make_sampler: Given a number that is another one for each trial, seeds a sampler by it.
+            space: By key of the configuration.
+            make_sampler: The sampler that draws a trial, given its number.
             folder: Of the study.
             run_folder: Of a trial, given its number.
-            fixed: What all trials have in common. A study that has begun goes on only with the same.
+            fixed: The configuration that all trials have in common. Resuming the study with another one is refused.
 
         Raises:
-            UserError: The storage cannot be opened, or holds a study of that name which is another one.
+            UserError: The storage cannot be opened, or has a study of that name with another space or configuration.
         """
         self.config, self.space, self.make_sampler = config, space, make_sampler
         self.folder, self.run_folder = folder, run_folder
@@ -81,134 +85,132 @@ class Study:
                 pruner=pruner,
                 load_if_exists=True,
             )
-            self._refuse_another(fixed)
+            self._check_settings(fixed)
         self.worker = Worker(folder, self.storage)
-        self.claims: dict[int, str] = {}  # of each trial that was taken here, the newest
-        self._mine = 0  # trials that ended here
-        self._began = time.time()
+        self.claims: dict[int, str] = {}  # the newest claim of each trial that this process claimed
+        self._ended_here = 0
+        self._started = time.time()
 
-    def _refuse_another(self, fixed: dict[str, Any]) -> None:
-        """Remember what the study is about, or hold against it what it is said to be about."""
+    def _check_settings(self, fixed: dict[str, Any]) -> None:
+        """Save what the study is about; if it has results already, refuse other settings."""
         config, trials = self.config, self._trials()
-        asked = {**{key: {"searched": _plain(distribution)} for key, distribution in self.space.items()}, **fixed}
-        before = self.optuna.user_attrs.get(FIXED, asked)
-        has_begun = any(trial.state != TrialState.WAITING or trial.intermediate_values for trial in trials)
-        if not has_begun and all(trial.params.keys() <= self.space.keys() for trial in trials):
-            before = asked  # nothing came of it so far: its first command may have been mistaken
-            self.optuna.set_user_attr(FIXED, asked)
-        found = [
-            f"{key}: {_shown(asked.get(key))} was asked for, the study has {_shown(before.get(key))}"
-            for key in dict.fromkeys([*asked, *before])
-            if asked.get(key) != before.get(key)
+        requested = {**{key: {"searched": _plain(distribution)} for key, distribution in self.space.items()}, **fixed}
+        saved = self.optuna.user_attrs.get(FIXED, requested)
+        has_results = any(trial.state != TrialState.WAITING or trial.intermediate_values for trial in trials)
+        if not has_results and all(trial.params.keys() <= self.space.keys() for trial in trials):
+            saved = requested  # the first command may have been a mistake
+            self.optuna.set_user_attr(FIXED, requested)
+        problems = [
+            f"{key}: {_shown(requested.get(key))} was requested, the study has {_shown(saved.get(key))}"
+            for key in dict.fromkeys([*requested, *saved])
+            if requested.get(key) != saved.get(key)
         ]
-        if self.optuna.direction.name.lower() != config.direction:
-            found.append(f"direction: the study is to {self.optuna.direction.name.lower()}")
-        if found:
-            found.append(f"study_name: {config.study_name} has begun otherwise; give this study a name of its own")
-            raise UserError(*found)
+        direction = self.optuna.direction.name.lower()
+        if direction != config.direction:
+            problems.append(f"direction: {config.direction} was requested, the study has {direction}")
+        if problems:
+            problems.append(f"study_name: {config.study_name} exists with other settings; choose another name")
+            raise UserError(*problems)
 
     def __enter__(self) -> "Study":
         self.worker.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for trial_id in list(self.worker.trials):  # taken, and not settled: something came in between
+        for trial_id in list(self.worker.trials):  # claimed and not settled, because of an exception
             trial = self.storage.get_trial(trial_id)
-            if trial.state == TrialState.RUNNING and not self._leave(trial):
+            if trial.state == TrialState.RUNNING and not self._release(trial):
                 self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
             log.info("%s", self.line(self._trial(trial.number)))
         self.worker.__exit__(*error)
 
-    def _leave(self, trial: FrozenTrial) -> bool:
-        """Have no more to do with a trial that is said to run. Whether another process still works on it."""
+    def _release(self, trial: FrozenTrial) -> bool:
+        """Release our lease; returns whether another process still trains the trial."""
         self.worker.release(self._id(trial.number))
         return bool(is_locked(self.run_folder(trial.number) / LOCK))
 
+    # ------------------------------------------------------------------------------------------------------------------
+    # Handing trials out
+
     def claim(self, most: int = 1) -> list[Trial]:
-        """The next trials, at most so many; none if all are done or under way, or the time is up."""
+        """The next trials, at most `most`; empty if all are done or running elsewhere, or after the timeout."""
         while time.time() < self.deadline:
             with exclusive(self.config.storage):
-                has_orphans = self._put_back_what_is_dead()
-                taken: list[Trial] = []
-                while len(taken) < most and len(self._trials(TrialState.RUNNING, *STOPPED)) < self.config.n_trials:
+                has_orphans = self._requeue_dead_trials()
+                claimed: list[Trial] = []
+                while len(claimed) < most and len(self._trials(TrialState.RUNNING, *DONE)) < self.config.n_trials:
                     waiting = self._trials(TrialState.WAITING)
                     may_kill = bool(waiting and waiting[0].user_attrs.get(DEATHS))
-                    if taken and may_kill:
+                    if claimed and may_kill:
                         break
-                    taken.append(self._ask(waiting))
-                    if may_kill:  # alone
+                    claimed.append(self._ask(waiting))
+                    if may_kill:  # it runs alone
                         break
-            if taken or not has_orphans:
-                return taken
+            if claimed or not has_orphans:
+                return claimed
             time.sleep(1)
         return []
 
     def _ask(self, waiting: list[FrozenTrial]) -> Trial:
-        """A trial that waits, or else a new one. Its draw depends on its number and what is known by then, not on when
-        this process began: resumed, a sampler that is seeded once would repeat itself (Optuna's issue 3255)."""
+        """A waiting trial, or a new one if there is none."""
         self.optuna.sampler = self.make_sampler(waiting[0].number if waiting else len(self._trials()))
         trial = self.optuna.ask()
-        self._draw(trial)
+        drawn = trial.distributions
+        independent = {} if drawn.keys() == self.space.keys() else drawn.keys() - trial.relative_params.keys()
+        for key, distribution in self.space.items():
+            if key in independent:
+                # The process died while it drew this trial. Draw again only to advance the generator to that point.
+                self.optuna.sampler.sample_independent(self.optuna, self._trial(trial.number), key, distribution)
+            _suggest(trial, key, distribution)
         self.claims[trial.number] = self.worker.acquire(self._id(trial.number))
         return trial
 
-    def _draw(self, trial: Trial) -> None:
-        """Give a trial its parameters. One whose process died while it drew them gets those that it would have got."""
-        before = trial.distributions
-        init_distributed = {} if before.keys() == self.space.keys() else trial.relative_params
-        for key, distribution in self.space.items():
-            if (
-                key in before and key not in init_distributed
-            ):  # drawn again only to leave the generator where it was then
-                self.optuna.sampler.sample_independent(self.optuna, self._trial(trial.number), key, distribution)
-            trial._suggest(key, distribution)
-
-    def _put_back_what_is_dead(self) -> bool:
-        """Have the trials wait that nobody works on any more. Whether others will soon be of that kind."""
+    def _requeue_dead_trials(self) -> bool:
+        """Requeue the trials whose process is dead. Returns whether any trial is orphaned and will be soon."""
         has_orphans = False
         for trial in self._trials(TrialState.RUNNING):
-            life = self.worker.status(trial.user_attrs, self.run_folder(trial.number))
-            has_orphans |= life == Life.ORPHANED
-            if life == Life.DEAD:
-                self._put_back(trial)
+            status = self.worker.status(trial.user_attrs, self.run_folder(trial.number))
+            has_orphans |= status == Status.ORPHANED
+            if status == Status.DEAD:
+                self._requeue(trial)
         return has_orphans
 
-    def _put_back(self, trial: FrozenTrial, most_deaths: int = MOST_DEATHS, problem: str | None = None) -> None:
-        """Have a trial wait whose process died, unless that happens to it time and again."""
+    def _requeue(self, trial: FrozenTrial, max_deaths: int = MAX_DEATHS, problem: str | None = None) -> None:
+        """Let a trial wait again after its process died; fail it if that happens repeatedly without progress."""
         saved = [step_of(path) or 0 for path in self.run_folder(trial.number).rglob("step_*.pth")]
-        news = [len(trial.intermediate_values), max(saved, default=0)]
-        deaths, news_before = trial.user_attrs.get(DEATHS, (0, [0, 0]))
-        deaths = deaths + 1 if news == news_before else 1
+        progress = [len(trial.intermediate_values), max(saved, default=0)]
+        deaths, earlier_progress = trial.user_attrs.get(DEATHS, (0, [0, 0]))
+        deaths = deaths + 1 if progress == earlier_progress else 1
         trial_id = self._id(trial.number)
-        self.storage.set_trial_user_attr(trial_id, DEATHS, (deaths, news))
-        if deaths < most_deaths:
-            self.storage.set_trial_state_values(trial_id, TrialState.WAITING)
-        else:
-            self.storage.set_trial_user_attr(
-                trial_id, REASON, f"its process died {deaths} times" + (f", {problem}" if problem else "")
-            )
-            self.storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self.storage.set_trial_user_attr(trial_id, DEATHS, (deaths, progress))
+        state = TrialState.WAITING
+        if deaths >= max_deaths:
+            state = TrialState.FAIL
+            reason = f"its process died {deaths} times" + (f", {problem}" if problem else "")
+            self.storage.set_trial_user_attr(trial_id, REASON, reason)
+        self.storage.set_trial_state_values(trial_id, state)
 
     def settle(self, trials: list[Trial], problem: str | None = None) -> None:
-        """See what has become of trials that were handed out here, and tell it; put back those that nobody ended.
+        """Log how trials that were claimed here ended, and requeue those that did not end.
 
-        One whose process lives on is left to it: a launcher may give up on a batch of which only one job has died.
+        A trial whose process is alive is left to it: a launcher may give up a batch in which only one job died.
 
         Args:
-            problem: What may be the reason for that.
+            problem: The probable reason.
         """
         with exclusive(self.config.storage):
             for trial in trials:
                 now = self._trial(trial.number)
-                if now.state == TrialState.RUNNING and not self._leave(now):
-                    self._put_back(now, MOST_KILLS, problem)
+                if now.state == TrialState.RUNNING and not self._release(now):
+                    self._requeue(now, MAX_JOB_DEATHS, problem)
                 self.worker.trials.discard(self._id(trial.number))
         for trial in trials:
             now = self._trial(trial.number)
-            self._mine += now.state.is_finished()
+            self._ended_here += now.state.is_finished()
             log.info("%s", self.line(now))
 
-    # What it knows
+    # ------------------------------------------------------------------------------------------------------------------
+    # Results
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.optuna.get_trials(deepcopy=False, states=states or None)
@@ -221,12 +223,10 @@ class Study:
         return self.storage.get_trial_id_from_study_id_trial_number(study, number)
 
     def done(self) -> list[FrozenTrial]:
-        return self._trials(*STOPPED)
+        return self._trials(*DONE)
 
-    def shown_space(self, separator: str) -> str:
-        return separator.join(
-            _shown({"searched": _plain(distribution)}, key) for key, distribution in self.space.items()
-        )
+    def describe_space(self, separator: str) -> str:
+        return separator.join(_shown({"searched": _plain(values)}, key) for key, values in self.space.items())
 
     def best(self) -> FrozenTrial | None:
         return best_of(self.optuna)
@@ -239,56 +239,58 @@ class Study:
         if best := self.best():
             return best
         done = self.done()
-        if elsewhere := self._trials(TrialState.RUNNING):
-            raise StudyFailure(
-                f"study {self.config.study_name}: none of its trials has given a value yet, other processes run "
-                f"{len(elsewhere)} of them"
-            )
-        if not done:
-            told = "no trial was finished in the time that it had; the same command goes on"
-            raise StudyFailure(f"study {self.config.study_name}: {told}")
         reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
-        told = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
-        raise StudyFailure(f"study {self.config.study_name}: none of its {len(done)} trials gave a value ({told})")
+        examples = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
+        problem = f"none of its {len(done)} trials gave a value ({examples})"
+        if elsewhere := self._trials(TrialState.RUNNING):
+            problem = f"no trial has given a value yet, {len(elsewhere)} are running in other processes"
+        elif not done:
+            problem = "no trial ended before the timeout; resume with the same command"
+        raise StudyFailure(f"study {self.config.study_name}: {problem}")
 
     def line(self, trial: FrozenTrial) -> str:
-        """A trial in a line: how it ended, against the best, with which parameters."""
-        best, done = self.best(), len(self.done())
-        against = f"best {best.value:.4f} (trial {best.number})" if best else "none complete so far"
+        """A trial in one line: how it ended, the best trial so far, its parameters, and the time."""
+        best, left = self.best(), self.config.n_trials - len(self.done())
+        comparison = f"best {best.value:.4f} (trial {best.number})" if best else "none complete so far"
         if best and best.number == trial.number:
-            against = "the best so far"
+            comparison = "the best so far"
         seconds = trial.user_attrs.get(SPENT, {}).get("seconds")
-        left = self.config.n_trials - done
-        clock = [] if seconds is None else [f"{seconds:,.0f} s"]
-        if left > 0 and self._mine:
-            clock.append(f"{time_left((time.time() - self._began) / self._mine * left)} left")
+        times = [] if seconds is None else [f"{seconds:,.0f} s"]
+        if left > 0 and self._ended_here:
+            times.append(f"{time_left((time.time() - self._started) / self._ended_here * left)} left")
         reason = f"  ({trial.user_attrs[REASON]})" if trial.user_attrs.get(REASON) else ""
-        return "  ".join(
-            [
-                f"trial {trial.number:>3} {shown_state(trial):<11} {shown_value(trial):<11}",
-                f"{against:<26}",
-                shown_parameters(trial),
-                ", ".join(clock) + reason,
-            ]
+        return (
+            f"trial {trial.number:>3} {state_name(trial):<11} {shown_value(trial):<11}  {comparison:<26}  "
+            f"{shown_parameters(trial)}  {', '.join(times)}{reason}"
         )
 
 
-def shown_state(trial: FrozenTrial) -> str:
+def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> None:
+    """`Trial.suggest_*` for a distribution, which the storage records; a value drawn earlier is not drawn again."""
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(key, distribution.choices)
+        return
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    suggest: Callable[..., Any] = (
+        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    )
+    suggest(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def state_name(trial: FrozenTrial) -> str:
     return {TrialState.FAIL: "failed", TrialState.WAITING: "interrupted"}.get(trial.state, trial.state.name.lower())
 
 
 def shown_value(trial: FrozenTrial) -> str:
-    """A value, and for a pruned trial after how many evaluations."""
+    """The value, and the number of evaluations for a pruned trial."""
     value = "     -" if trial.value is None else f"{trial.value:.4f}"
     return f"{value} at {len(trial.intermediate_values)}" if trial.state == TrialState.PRUNED else value
 
 
 def shown_parameters(trial: FrozenTrial) -> str:
-    """Without the group in front of each, and in four digits."""
+    """Without the group in front of each, in three significant digits."""
     values = {key.rpartition(".")[2]: value for key, value in trial.params.items()}
-    return " ".join(
-        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
-    )
+    return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in values.items())
 
 
 def _plain(distribution: BaseDistribution) -> dict[str, Any]:
@@ -302,14 +304,3 @@ def _shown(value: Any, key: str = "a search") -> str:
     if "choices" in space:
         return f"{key} of {', '.join(map(str, space['choices']))}"
     return f"{key} from {space['low']:g} to {space['high']:g}{' (log)' if space['log'] else ''}"
-
-
-def seed_of_trial(seed: int, number: int, sampler: str) -> int:
-    """Of 32 bits, another one for each trial; the same for samplers whose draws are places in one sequence.
-
-    Args:
-        sampler: Its name or class, such as QMC or optuna.samplers.QMCSampler.
-    """
-    if re.search("QMC|Grid", sampler, re.IGNORECASE):
-        return seed % 2**32
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

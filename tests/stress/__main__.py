@@ -31,7 +31,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
     "numbers": (not_finite, 12, 6),
     "studies": (sweeper_kills, 50, 2),
     "shared": (shared_studies, 50, 2),
-    "deaths": (deaths, 8, 0),  # tests/test_sweeper.py has the worst of them
+    "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the worst of them
 }
 
 

@@ -103,8 +103,8 @@ WAYS_TO_DIE = {  # the state of the trial, and what its reason says
     "out_of_memory@3": ("PRUNED", "out of memory"),
     "nan_loss@3": ("PRUNED", "the loss is nan"),
     "exit@3": ("FAIL", "SystemExit: 7"),
-    "no_evaluation@1-99": ("FAIL", "it gave None"),
-    "slow@1-99": ("PRUNED", "past its time, 3 s"),
+    "no_evaluation@1-99": ("FAIL", "its validation loss is None"),
+    "slow@1-99": ("PRUNED", "longer than trial_timeout=3 seconds"),
     "kill@3": ("FAIL", "its process died 5 times"),
 }
 

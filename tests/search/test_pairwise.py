@@ -5,7 +5,8 @@ from itertools import combinations, product
 import pytest
 
 from gpt2.cli.compose import parsed
-from gpt2.search.space import MOST_COMBINATIONS, candidates, combined
+from gpt2.cli.sweeper import swept_values
+from gpt2.search.pairwise import MAX_COMBINATIONS, combined
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from gpt2.search.space import MOST_COMBINATIONS, candidates, combined
     ],
 )
 def test_a_sweep_over_a_key_amounts_to_its_choices_or_both_ends(override, expected):
-    assert candidates(parsed([override])[0]) == expected
+    assert swept_values(parsed([override])[0]) == expected
 
 
 def test_a_few_combinations_are_all_there():
@@ -34,7 +35,7 @@ def test_of_many_there_is_every_pair(sizes):
     choices = [[f"{place}={option}" for option in range(size)] for place, size in enumerate(sizes)]
     rows = combined(choices)
     everything = set(product(*choices))
-    assert len(everything) > MOST_COMBINATIONS
+    assert len(everything) > MAX_COMBINATIONS
     assert set(rows) <= everything
     assert len(rows) < len(everything) or len(sizes) == 2
     pairs = {pair for one, other in combinations(choices, 2) for pair in product(one, other)}

@@ -14,7 +14,8 @@ from pathlib import Path
 import optuna
 import pytest
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
@@ -22,8 +23,11 @@ from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
 from gpt2.cli.preflight import check_command_line, with_values
 from gpt2.cli.schema import steps_of_compute
+from gpt2.cli.sweeper import distributions, settings_of, study_sweeper
+from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
+from gpt2.search.algorithms import PRUNERS, SAMPLERS
 from tests.conftest import ROOT, TINY, Workspace
 from tests.test_scripts import wait_for
 from tests.wandb_file import read_wandb
@@ -96,7 +100,7 @@ def test_a_study_leaves_a_report_and_the_best_checkpoints(studied):
     assert [float(row["value"]) for row in rows] == [trial.value for trial in studied.study.trials]
     report = (studied.sweep / "study.md").read_text()
     assert f"The best is trial {best}, {studied.study.best_value:.4f}" in report
-    assert "pruning spared" in report
+    assert "pruning saved" in report
 
 
 def test_each_trial_has_a_line(studied):
@@ -152,9 +156,9 @@ def test_the_same_command_has_nothing_left_to_do_and_another_one_is_refused(stud
     assert [trial.datetime_complete for trial in studied.study.trials] == before
     refused = studied.run("train.py", *studied.command_line, "train.max_steps=9", "train.beta2=0.9", expect=2)
     assert refused.stderr.splitlines() == [
-        "error: train.beta2: 0.9 was asked for, the study has a search from 0.9 to 0.999",
-        "error: train.max_steps: 9 was asked for, the study has 8",
-        "error: study_name: mine has begun otherwise; give this study a name of its own",
+        "error: train.beta2: 0.9 was requested, the study has a search from 0.9 to 0.999",
+        "error: train.max_steps: 9 was requested, the study has 8",
+        "error: study_name: mine exists with other settings; choose another name",
     ]
 
 
@@ -229,7 +233,7 @@ def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler,
             ["hydra.sweeper.storage='${oc.env:NOBODY_HAS_SET_IT}'"],
             r"Environment variable 'NOBODY_HAS_SET_IT' not found",
         ),
-        (["train.learning_rate=interval(1e-2, 1e-4)"], r"an interval goes from the smaller to the larger end"),
+        (["train.learning_rate=interval(1e-2, 1e-4)"], r"the first end of an interval must be the smaller one"),
         (["train.learning_rate=tag(lg, interval(1e-4, 1e-2))"], r"there is no tag lg, only log"),
         (["train.learning_rat=interval(1e-4, 1e-2)"], r"Key 'learning_rat' not in 'TrainingConfig'"),
         (["hydra.sweeper.study_name=model"], r"hydra.sweeper.study_name: 'model' must be letters"),
@@ -294,6 +298,39 @@ def test_nothing_left_to_search_is_told():
     values = ["train.learning_rate=1e-3", "train.batch_size=4", "train.warmup_steps=5", "train.weight_decay=0.1"]
     with pytest.raises(UserError, match="nothing is left to search"):
         check("-m", "hparams_search=optuna", *values, "train.beta2=0.9", "model.dropout=0.0", "data=stdlib")
+
+
+def test_private_api_of_the_optuna_plugin():
+    try:
+        space, fixed = distributions(["train.beta2=interval(0.9, 0.99)", "train.seed=1,2", "train.max_steps=8"])
+    except ImportError as error:
+        pytest.fail(f"the Optuna plugin moved create_params_from_overrides, see gpt2/cli/sweeper.py: {error}")
+    assert space == {"train.beta2": FloatDistribution(0.9, 0.99), "train.seed": CategoricalDistribution([1, 2])}
+    assert fixed == {"train.max_steps": "8"}
+
+
+@pytest.mark.parametrize(("kind", "table"), [("sampler", SAMPLERS), ("pruner", PRUNERS)])
+def test_files_of_samplers_and_pruners_match_the_table(kind, table):
+    assert {composed_study(f"hydra/sweeper/{kind}={name}")[kind].name for name in names(kind)} == set(table)
+    for name in names(kind):
+        line = [f"hydra/sweeper/{kind}={name}", "hydra.sweeper.n_startup_trials=3", "hydra.sweeper.n_warmup_steps=1"]
+        algorithm = composed_study(*line)[kind]
+        options = table[algorithm.name].options(OptunaConfig(n_startup_trials=3, n_warmup_steps=1))
+        if name != "median_early":  # whose point is other options
+            assert {key: algorithm[key] for key in options.keys() & algorithm.keys()} == {
+                key: value for key, value in options.items() if key in algorithm
+            }
+
+
+def composed_study(*line: str) -> DictConfig:
+    sweeper = study_sweeper(["hparams_search=optuna", *line])
+    assert sweeper is not None
+    return sweeper
+
+
+def test_settings_of_a_study_have_the_defaults_of_the_python_api():
+    default = replace(settings_of(composed_study()), storage=None)
+    assert default == OptunaConfig(sampler="tpe", pruner="median")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,12 +398,12 @@ def test_a_dozen_trials_in_one_process_do_not_make_it_grow(workspace: Workspace)
     script = f"""
 import resource, runpy, sys, gpt2.search.trial as trial
 sys.path.insert(0, {str(ROOT)!r})
-grown, tell = [], trial.TrialUnderWay._tell
+grown, tell = [], trial.RunningTrial._tell
 def measured(self, outcome):
     tell(self, outcome)
     with open("/proc/self/statm") as file:
         grown.append(int(file.read().split()[1]) * resource.getpagesize() / 1e6)
-trial.TrialUnderWay._tell = measured
+trial.RunningTrial._tell = measured
 sys.argv[1:] = {[*STUDY, "hydra.sweeper.n_trials=12", "model.d_model=256", "model.d_ff=1024", "model.num_layers=3"]}
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 print("grown", *grown)

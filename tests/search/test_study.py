@@ -11,14 +11,13 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.samplers import RandomSampler
 
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
-from gpt2.optimize import make_sampler
-from gpt2.search.lease import SECONDS_UNTIL_DEAD, SIGN_OF_LIFE, WORKER, Life, Worker
-from gpt2.search.study import MOST_DEATHS, MOST_KILLS, Study, StudyFailure, seed_of_trial
-from gpt2.search.trial import optuna_is_quiet
+from gpt2.search.algorithms import make_sampler
+from gpt2.search.lease import DEAD_AFTER_SECONDS, HEARTBEAT, WORKER, Status, Worker
+from gpt2.search.study import MAX_DEATHS, MAX_JOB_DEATHS, Study, StudyFailure
+from gpt2.search.trial import quiet_optuna
 from tests.conftest import ROOT
 
 SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
@@ -29,7 +28,7 @@ def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None, **fixe
     return Study(
         config,
         SPACE,
-        lambda number: RandomSampler(seed_of_trial(1, number, "Random")),
+        lambda number: make_sampler(OptunaConfig(sampler="random"), 1, number, SPACE),
         optuna.pruners.NopPruner(),
         folder,
         lambda number: folder / str(number),
@@ -66,7 +65,7 @@ def test_what_a_study_is_about_may_be_mended_until_something_came_of_it(tmp_path
     with study_in(tmp_path, steps=2) as study:
         (trial,) = study.claim()
         study.optuna.tell(trial.number, 1.0)
-    with pytest.raises(UserError, match="steps: 1 was asked for, the study has 2"):
+    with pytest.raises(UserError, match="steps: 1 was requested, the study has 2"):
         study_in(tmp_path, steps=1)
     assert states(study_in(tmp_path, steps=2)) == ["COMPLETE"]
 
@@ -74,7 +73,7 @@ def test_what_a_study_is_about_may_be_mended_until_something_came_of_it(tmp_path
 CLAIM_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from tests.test_study import study_in
+from tests.search.test_study import study_in
 study = study_in(Path(sys.argv[1])).__enter__()
 study.claim(int(sys.argv[2]))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -101,17 +100,17 @@ def test_a_trial_whose_process_died_is_taken_again_as_it_was(tmp_path):
 
 
 def test_a_trial_that_kills_every_process_is_given_up(tmp_path):
-    for _ in range(MOST_DEATHS):
+    for _ in range(MAX_DEATHS):
         claim_and_die(tmp_path)
     with study_in(tmp_path) as study:
         assert [trial.number for trial in study.claim()] == [1]
         assert states(study) == ["FAIL", "RUNNING"]
-        assert study.optuna.trials[0].user_attrs["reason"] == f"its process died {MOST_DEATHS} times"
+        assert study.optuna.trials[0].user_attrs["reason"] == f"its process died {MAX_DEATHS} times"
 
 
 @pytest.mark.slow
 def test_news_of_a_trial_gives_it_more_lives(tmp_path):
-    for number in range(MOST_DEATHS + 2):
+    for number in range(MAX_DEATHS + 2):
         claim_and_die(tmp_path)
         study = study_in(tmp_path)
         study.storage.set_trial_intermediate_value(study._id(0), number, 1.0)
@@ -121,10 +120,10 @@ def test_news_of_a_trial_gives_it_more_lives(tmp_path):
 
 def test_a_job_that_did_not_end_its_trial_is_tried_once_more(tmp_path, caplog):
     with study_in(tmp_path, n_trials=1) as study:
-        for attempt in range(MOST_KILLS):
+        for attempt in range(MAX_JOB_DEATHS):
             trials = study.claim()
             study.settle(trials, "TerminatedWorkerError: of loky")
-            assert states(study) == (["WAITING"] if attempt < MOST_KILLS - 1 else ["FAIL"])
+            assert states(study) == (["WAITING"] if attempt < MAX_JOB_DEATHS - 1 else ["FAIL"])
         assert study.claim() == []
         with pytest.raises(StudyFailure, match="its process died 2 times, TerminatedWorkerError: of loky"):
             study.best_or_failure()
@@ -150,7 +149,7 @@ def test_a_draw_that_was_cut_short_is_completed_as_it_would_have_been(tmp_path, 
 
     def draws(folder: Path, cut: bool) -> list[dict]:
         config = OptunaConfig(n_trials=4, sampler=sampler, n_startup_trials=2, storage=f"sqlite:///{folder}.db")
-        samplers = lambda number: make_sampler(config, seed_of_trial(1, number, config.sampler))  # noqa: E731
+        samplers = lambda number: make_sampler(config, 1, number, space)  # noqa: E731
         nop = optuna.pruners.NopPruner()
         study = Study(config, space, samplers, nop, folder, lambda number: folder / str(number), fixed={})
         with study:
@@ -159,13 +158,13 @@ def test_a_draw_that_was_cut_short_is_completed_as_it_would_have_been(tmp_path, 
                     study.optuna.sampler = samplers(number)
                     begun = study.optuna.ask()
                     for key in list(space)[:2]:
-                        begun._suggest(key, space[key])
+                        begun.suggest_float(key, 0, 1)
                 (trial,) = study.claim()
                 assert trial.number == number
                 study.optuna.tell(number, sum(trial.params.values()))
         return [trial.params for trial in study.optuna.trials]
 
-    with optuna_is_quiet():
+    with quiet_optuna():
         assert draws(tmp_path / "cut", cut=True) == draws(tmp_path / "straight", cut=False)
 
 
@@ -198,17 +197,17 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_process_on_this_machine_is_known_to_be_dead_at_once(tmp_path, storage):
     attributes = signed_by(tmp_path, storage)
     with Worker(tmp_path, storage) as worker:
-        assert worker.status(attributes, tmp_path / "0") == Life.DEAD
-        assert worker.status({}, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Status.DEAD
+        assert worker.status({}, tmp_path / "0") == Status.DEAD
 
 
 def test_one_on_another_machine_is_alive_while_it_gives_signs(tmp_path, storage):
     attributes = signed_by(tmp_path, storage)
     attributes[WORKER]["host"] = "elsewhere"
     with Worker(tmp_path, storage) as worker:
-        assert worker.status(attributes, tmp_path / "0") == Life.ALIVE
-        attributes[SIGN_OF_LIFE] = time.time() - SECONDS_UNTIL_DEAD - 1
-        assert worker.status(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Status.ALIVE
+        attributes[HEARTBEAT] = time.time() - DEAD_AFTER_SECONDS - 1
+        assert worker.status(attributes, tmp_path / "0") == Status.DEAD
 
 
 def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_path, storage):
@@ -216,7 +215,7 @@ def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_p
     with Worker(tmp_path, storage) as one:
         one.acquire(study.ask()._trial_id)
         attributes = study.trials[0].user_attrs
-        assert one.status(attributes, tmp_path / "0") == Life.ALIVE
+        assert one.status(attributes, tmp_path / "0") == Status.ALIVE
         script = (
             "import sys, json, gpt2.search.lease as w; from pathlib import Path; t = w.Worker(Path(sys.argv[1]), None)"
         )
@@ -227,7 +226,7 @@ def test_a_process_sees_itself_and_its_neighbours_alive_and_leaves_nothing(tmp_p
             text=True,
             cwd=ROOT,
         )
-        assert told.stdout.strip() == "Life.ALIVE", told.stderr
+        assert told.stdout.strip() == "Status.ALIVE", told.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +238,7 @@ def test_a_job_that_has_outlived_its_sweeper_is_waited_for(tmp_path, storage):
     orphan = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "0")], stdout=subprocess.PIPE, cwd=ROOT)
     assert orphan.stdout.readline() == b"held\n"
     with Worker(tmp_path, storage) as worker:
-        assert worker.status(attributes, tmp_path / "0") == Life.ORPHANED
+        assert worker.status(attributes, tmp_path / "0") == Status.ORPHANED
         orphan.kill()
         orphan.wait()
-        assert worker.status(attributes, tmp_path / "0") == Life.DEAD
+        assert worker.status(attributes, tmp_path / "0") == Status.DEAD

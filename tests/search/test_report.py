@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from gpt2.search import report as study_report
+from gpt2.search import report
 from gpt2.search.plots import PICTURES, draw
 
 SPACE = {
@@ -46,7 +46,7 @@ def study_of(count: int, direction: str = "minimize") -> optuna.Study:
 
 def test_the_table_has_every_trial_the_best_first():
     study = study_of(12)
-    header, _, *rows = study_report.table(study, study.trials).splitlines()
+    header, _, *rows = report.table(study).splitlines()
     assert header.startswith("| trial | state | value | train.batch_size | train.learning_rate |")
     assert len(rows) == 12
     numbers = [int(row.split("|")[1]) for row in rows]
@@ -58,23 +58,23 @@ def test_the_table_has_every_trial_the_best_first():
 
 def test_the_best_of_a_study_that_maximizes_is_the_largest():
     study = study_of(12, "maximize")
-    first = study_report.table(study, study.trials).splitlines()[2]
+    first = report.table(study).splitlines()[2]
     assert int(first.split("|")[1]) == study.best_trial.number
     assert study.best_value == max(trial.value for trial in study.trials if trial.state == TrialState.COMPLETE)
 
 
 def test_the_summary_tells_what_pruning_spared():
-    summary = study_report.summary(study_of(12))
+    summary = report.summary(study_of(12))
     assert "12 trials: 8 complete, 3 pruned, 1 failed." in summary
     spent, spared = 8 * 400 + 4 * 200, 3 * 200
     assert (
-        f"It trained on {spent:,} tokens; pruning spared {spared:,}, {spared / (spent + spared):.0%} of all." in summary
+        f"It trained on {spent:,} tokens; pruning saved {spared:,}, {spared / (spent + spared):.0%} of all." in summary
     )
 
 
 def test_the_file_for_spreadsheets_has_what_the_study_has():
     study = study_of(6)
-    rows = list(csv.DictReader(study_report.csv_of(study).splitlines()))
+    rows = list(csv.DictReader(report.csv_of(study).splitlines()))
     for row, trial in zip(rows, study.trials, strict=True):
         assert float(row["train.learning_rate"]) == trial.params["train.learning_rate"]
         values = [float(row[f"evaluation {n + 1}"]) for n in trial.intermediate_values]
@@ -85,12 +85,12 @@ def test_the_file_for_spreadsheets_has_what_the_study_has():
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
 def test_there_is_a_picture_of_whatever_there_is(tmp_path, count):
     study = study_of(count)
-    study_report.write(study, tmp_path)
+    report.write(study, tmp_path)
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == (set() if count < 2 else PICTURES.keys() - ({"importances.png"} if count < 40 else set()))
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    report = (tmp_path / "study.md").read_text()
-    assert all(f"]({name})" in report for name in pictures)
+    text = (tmp_path / "study.md").read_text()
+    assert all(f"]({name})" in text for name in pictures)
 
 
 def test_the_pictures_show_every_trial_and_the_best():

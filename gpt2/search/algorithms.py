@@ -1,0 +1,140 @@
+"""Samplers and pruners by name, for `OptunaOptimizer` and for `hydra/sweeper`.
+
+To add one, add an entry to a table here, and a file of the same name to `conf/hydra/sweeper/sampler` or `pruner` with
+the options that a command line may change.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from optuna import pruners, samplers
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from gpt2.config import OptunaConfig
+from gpt2.errors import one_line
+
+Space = dict[str, BaseDistribution]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A class of Optuna, and the options that are not Optuna's defaults."""
+
+    cls: Callable[..., Any]
+    options: Callable[[OptunaConfig], dict[str, Any]] = lambda _: {}
+    is_sequence: bool = False  # a sampler whose trials are points of one sequence, so all of them have the same seed
+
+
+def _random_first(config: OptunaConfig) -> dict[str, Any]:
+    return {"n_startup_trials": config.n_startup_trials}
+
+
+SAMPLERS = {  # names are case-insensitive
+    "tpe": Algorithm(samplers.TPESampler, lambda c: _random_first(c) | {"multivariate": True, "constant_liar": True}),
+    "random": Algorithm(samplers.RandomSampler),
+    "cmaes": Algorithm(  # categorical parameters are drawn at random
+        samplers.CmaEsSampler,
+        lambda c: _random_first(c) | {"consider_pruned_trials": True, "warn_independent_sampling": False},
+    ),
+    "gp": Algorithm(samplers.GPSampler, _random_first),
+    "qmc": Algorithm(
+        samplers.QMCSampler,
+        lambda _: {"scramble": True, "warn_independent_sampling": False, "warn_asynchronous_seeding": False},
+        is_sequence=True,
+    ),
+    "grid": Algorithm(samplers.GridSampler, is_sequence=True),
+}
+PRUNERS = {
+    "median": Algorithm(
+        pruners.MedianPruner, lambda c: _random_first(c) | {"n_warmup_steps": c.n_warmup_steps, "n_min_trials": 1}
+    ),
+    "asha": Algorithm(
+        pruners.SuccessiveHalvingPruner,
+        lambda c: {"min_resource": max(1, c.n_warmup_steps), "reduction_factor": 3},
+    ),
+    "hyperband": Algorithm(pruners.HyperbandPruner),  # has several warm-ups, so it takes no n_warmup_steps
+    "none": Algorithm(pruners.NopPruner),
+}
+
+
+def find(table: dict[str, Algorithm], name: str) -> Algorithm:
+    """The entry of a name, or of the name of its class.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for short, algorithm in table.items():
+        if name.lower() in (short, algorithm.cls.__name__.lower()):
+            return algorithm
+    raise ValueError(f"{name!r} is none of {', '.join(table)}")
+
+
+def make_sampler(config: OptunaConfig, seed: int | None, trial: int, space: Space, **options: Any) -> BaseSampler:
+    """The sampler that draws one trial.
+
+    Each trial has a sampler of its own, seeded by its number: a sampler that is seeded once per process would repeat
+    its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
+
+    Args:
+        seed: None draws differently each time.
+        space: What is searched.
+        options: Take the place of those in the table.
+    """
+    algorithm = find(SAMPLERS, config.sampler)
+    if seed is not None:  # NumPy takes 32 bits
+        seeds = np.random.SeedSequence([seed, trial])
+        seed = seed % 2**32 if algorithm.is_sequence else int(seeds.generate_state(1)[0])
+    if algorithm.cls is samplers.GridSampler:
+        options["search_space"] = grid(space)
+    return algorithm.cls(seed=seed, **algorithm.options(config) | options)
+
+
+def make_pruner(config: OptunaConfig, **options: Any) -> BasePruner:
+    """The pruner of a study; it counts the evaluations of a trial from 0."""
+    algorithm = find(PRUNERS, config.pruner)
+    return algorithm.cls(**algorithm.options(config) | options)
+
+
+def grid(space: Space) -> dict[str, list[Any]]:
+    """The values of each parameter.
+
+    Raises:
+        ValueError: A parameter is a continuous range.
+    """
+    return {key: _values(key, distribution) for key, distribution in space.items()}
+
+
+def _values(key: str, distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if step is None:
+        raise ValueError(f"a grid needs values, and {key} is a range from {low} to {high}")
+    values = (Decimal(str(low)) + n * Decimal(str(step)) for n in range(round((high - low) / step) + 1))
+    return [type(low)(value) for value in values]
+
+
+def validate_algorithms(
+    config: OptunaConfig,
+    prefix: str,
+    space: Space,
+    sampler: dict[str, Any] | None = None,
+    pruner: dict[str, Any] | None = None,
+) -> list[str]:
+    """The problems that Optuna has with a sampler and a pruner and their options."""
+    problems = []
+    for key, make in (
+        ("sampler", lambda: make_sampler(config, 0, 0, space, **sampler or {})),
+        ("pruner", lambda: make_pruner(config, **pruner or {})),
+    ):
+        try:
+            make()
+        except (ValueError, TypeError) as error:
+            problems.append(f"{prefix}{key}: {one_line(error)}")
+    return problems
