@@ -1,7 +1,8 @@
-"""Packed tokens to batches.
+"""From files of tokens to batches.
 
-The token files of `gpt2.data.corpus` are memory-mapped and cut into blocks. The order of blocks is a pure function of
-(seed, epoch, position), so a position in the data is one integer and resuming is arithmetic.
+The token files of `gpt2.data.corpus` are memory-mapped and divided into blocks. The order of the blocks is a pure
+function of (seed, epoch, position), so a place in the data is two integers and resuming is arithmetic. Data loading is
+rank-agnostic: every rank reads the global batch and computes its share.
 """
 
 import logging
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gpt2.config import DataConfig, TrainingConfig
-from gpt2.data.corpus import prepare
+from gpt2.data.corpus import PreparedData, prepare
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
 from gpt2.runtime.dist_env import dist_env
@@ -29,11 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class TokenDataset(Dataset):
-    """A file of tokens as blocks of `length` inputs and the `length` tokens that follow them.
+    """A file of tokens as blocks of `length` inputs and `length` targets, the tokens that follow the inputs.
 
-    Block i starts at token i * stride. By default that is i * length: its last target is the first input of block
-    i + 1. With a smaller stride the blocks overlap, and a target that an earlier block had is ignored, so in any case
-    each token but the very first is predicted exactly once. The last block is filled up with ignored targets.
+    Block i starts at token i * stride. By default the stride is `length`, and the last target of a block is the first
+    input of the next. With a smaller stride the blocks overlap, and targets that an earlier block has are ignored, so
+    every token but the first of the file is predicted exactly once. The last block is padded with ignored targets.
     """
 
     def __init__(
@@ -45,12 +46,17 @@ class TokenDataset(Dataset):
         fingerprint: str | None = None,
         stride: int | None = None,
     ):
+        """
+        Args:
+            dtype: Of the tokens in the file, by its numpy name.
+            tokenizer: Saved in the checkpoints of models that are trained on these blocks.
+            fingerprint: Of the corpus; a resumed run compares it with its checkpoint's.
+        """
         self.path, self.dtype, self.length = path, dtype, length
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.stride = length if stride is None else stride
         if not 1 <= self.stride <= length:
-            raise ValueError(f"a stride of {stride} leaves tokens out, 1 to {length} would not")
-        self.fingerprint = fingerprint  # of the corpus: a resumed run must find the one that it began with
-        self.tokenizer = tokenizer  # travels into the checkpoints of what is trained on these blocks
+            raise ValueError(f"a stride of {stride} would skip tokens, it must be between 1 and {length}")
         self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
 
     @cached_property
@@ -58,7 +64,7 @@ class TokenDataset(Dataset):
         return np.memmap(self.path, dtype=self.dtype, mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the map, a worker process opens its own, and without the tokenizer, which it does not need."""
+        """For worker processes: without the memory map, which they open themselves, and without the tokenizer."""
         return {**{key: value for key, value in vars(self).items() if key != "tokens"}, "tokenizer": None}
 
     def __len__(self) -> int:
@@ -69,7 +75,7 @@ class TokenDataset(Dataset):
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """`input_ids` and `targets`, (b, length) each: what `GPT2Model.forward` takes."""
+        """A batch for `GPT2Model.forward`: `input_ids` and `targets`, int64, each (b, length)."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"block {indices} of {len(self)}")
         batch = torch.full((len(indices), self.length + 1), IGNORE_INDEX, dtype=torch.int64)
@@ -85,12 +91,12 @@ class TokenDataset(Dataset):
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Numbers of blocks in batches: every block once an epoch, in an order that (seed, epoch) alone decides."""
+    """Batches of block numbers: every block once an epoch, in an order that depends on (seed, epoch) alone."""
 
     def __init__(self, number_of_blocks: int, batch_size: int, seed: int):
         self.number_of_blocks, self.batch_size, self.seed = number_of_blocks, batch_size, seed
         self.epoch = 0
-        self.position = 0  # batches of this epoch that the next iteration leaves out: where a resumed run goes on
+        self.position = 0  # batches of the epoch that iteration skips: set when a run is resumed
 
     def __len__(self) -> int:
         return -(-self.number_of_blocks // self.batch_size)
@@ -102,51 +108,47 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset, TokenDataset, GPT2Tokenizer]:
-    """Text as `data_config` describes it -> training, validation and test blocks, and the tokenizer that made them.
+    """The training, validation and test blocks of a corpus, and its tokenizer.
 
-    A source without a test split is tested on its validation split.
+    If the source has no test split, the validation split is used.
 
     Raises:
-        UserError: See `prepare`.
+        UserError: See `gpt2.data.corpus.prepare`; or a split has fewer than two tokens.
     """
-    prepared = prepare(data_config)
-    tokenizer = prepared.tokenizer()
-
-    def blocks(split: str) -> TokenDataset:
-        path = prepared.folder / f"{split}.bin"
-        about = prepared.about
-        return TokenDataset(path, about["dtype"], data_config.max_length, tokenizer, about["fingerprint"])
-
-    tokens, length = prepared.about["tokens"], data_config.max_length
-    for split, key in (("train", "a longer text"), ("validation", "a larger data.validation_fraction")):
+    prepared, length = prepare(data_config), data_config.max_length
+    tokens = prepared.about["tokens"]
+    for split, remedy in (("train", "use a longer text"), ("validation", "increase data.validation_fraction")):
         if tokens[split] < 2:
-            raise UserError(f"data: the {split} split has no token to predict; {key} would give it some")
+            raise UserError(f"data: the {split} split has no token to predict; {remedy}")
         if tokens[split] <= length:
-            log.warning(
-                "Note: the %s split has only %s tokens, less than one block of data.max_length=%s.",
-                *(split, f"{tokens[split]:,}", length),
-            )
-    test = "test" if tokens["test"] > 1 else "validation"
-    return blocks("train"), blocks("validation"), blocks(test), tokenizer
+            message = "Note: the %s split has only %s tokens, less than one block of data.max_length=%s."
+            log.warning(message, split, f"{tokens[split]:,}", length)
+    splits = ("train", "validation", "test" if tokens["test"] > 1 else "validation")
+    train, validation, test = (_blocks(prepared, split, data_config) for split in splits)
+    return train, validation, test, prepared.tokenizer
 
 
 def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenDataset:
-    """One split alone, or `all` in one, in blocks that start every `stride` tokens.
+    """The blocks of one split, or of `all` splits together.
 
-    A source without a test split is tested on its validation split, and a log line says so.
+    If the source has no test split, the validation split is used, with a warning.
+
+    Args:
+        stride: Tokens between the starts of two blocks; None: `data_config.max_length`.
 
     Raises:
-        UserError: See `prepare`.
+        UserError: See `gpt2.data.corpus.prepare`.
     """
     prepared = prepare(data_config, only=split)
-    about = prepared.about
-    (found,) = about["tokens"]
-    if found != split:
-        log.warning("Note: the data have no %s split, this is the %s split.", split, found)
-    path = prepared.folder / f"{found}.bin"
-    return TokenDataset(
-        path, about["dtype"], data_config.max_length, prepared.tokenizer(), about["fingerprint"], stride
-    )
+    (actual,) = prepared.about["tokens"]
+    if actual != split:
+        log.warning("Note: the data have no %s split, the %s split is used.", split, actual)
+    return _blocks(prepared, actual, data_config, stride)
+
+
+def _blocks(prepared: PreparedData, split: str, config: DataConfig, stride: int | None = None) -> TokenDataset:
+    about, path = prepared.about, prepared.folder / f"{split}.bin"
+    return TokenDataset(path, about["dtype"], config.max_length, prepared.tokenizer, about["fingerprint"], stride)
 
 
 def get_dataloaders(
@@ -155,24 +157,23 @@ def get_dataloaders(
     test_dataset: Dataset,
     training_config: TrainingConfig,
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of batches as `GPT2Model.forward` takes them.
+    """Loaders of batches for `GPT2Model.forward`.
 
-    Training is shuffled anew each epoch. Validation has one order for ever, shuffled too, so that its first
-    `eval_batches` are a fair sample of it. Test goes in order.
+    The training data are shuffled in each epoch. The validation data have one fixed random order, so that the first
+    `eval_batches` are a fair sample. The test data are in order.
     """
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    # Cores that train have none to spare: two workers beside two such threads made a step 13 % longer.
+    # On a CPU, workers take cores from training: two of them beside two training threads made a step 13 % slower.
     cores = (os.cpu_count() or 1) // dist_env().local_world_size
-    spare_cores = cores - (0 if on_cuda else torch.get_num_threads())
-    workers = max(0, min(config.num_workers, spare_cores))
-    is_of_joblib = multiprocessing.get_start_method() == "loky"  # whose way to start processes PyTorch cannot use
+    workers = max(0, min(config.num_workers, cores - (0 if on_cuda else torch.get_num_threads())))
+    is_joblib = multiprocessing.get_start_method() == "loky"  # a start method that PyTorch does not support
     common: dict[str, Any] = {
         "num_workers": workers,
-        "multiprocessing_context": "fork" if workers and is_of_joblib else None,
+        "multiprocessing_context": "fork" if workers and is_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _start_worker,
-        # A loader draws a seed for its workers whenever it starts: not from the generator that dropout draws from.
+        # A loader draws a seed for its workers at each start, which must not advance the generator of dropout.
         "generator": torch.Generator(),
     }
     if isinstance(train_dataset, TokenDataset):
@@ -182,20 +183,27 @@ def get_dataloaders(
         batches = ShuffledBatches(len(dataset), config.batch_size, seed)  # type: ignore[arg-type]
         return DataLoader(dataset, batch_sampler=batches, **common)
 
-    train_loader = shuffled(train_dataset, config.seed)
-    val_loader = shuffled(val_dataset, seed=0)
     test_loader = DataLoader(test_dataset, batch_size=config.batch_size, **common)
-    return train_loader, val_loader, test_loader
+    return shuffled(train_dataset, config.seed), shuffled(val_dataset, seed=0), test_loader
+
+
+def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate function for `TokenDataset`, whose `__getitems__` returns a batch."""
+    return batch
+
+
+def _start_worker(_worker: int) -> None:
+    leave_to_parent()
 
 
 def batch_size_of(loader: DataLoader) -> int | None:
-    """The blocks in a batch; None if the loader is of a kind of which `with_batch_size` makes no other one."""
+    """The number of blocks in a batch; None for a loader that `with_batch_size` cannot change."""
     sampler = loader.batch_sampler
     return sampler.batch_size if isinstance(sampler, ShuffledBatches) else loader.batch_size
 
 
 def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
-    """A loader of the same data in the same order, in batches of another size; the same one if that is None."""
+    """A loader of the same data in the same order with another batch size; the given loader if that is None."""
     if batch_size is None:
         return loader
     names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
@@ -208,12 +216,3 @@ def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
     if not isinstance(loader.dataset, IterableDataset):
         common["sampler"] = loader.sampler
     return DataLoader(loader.dataset, batch_size=batch_size, drop_last=loader.drop_last, **common)
-
-
-def _start_worker(_worker: int) -> None:
-    leave_to_parent()  # the trainer alone decides when it is over
-
-
-def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collate what `TokenDataset.__getitems__` has stacked already."""
-    return batch

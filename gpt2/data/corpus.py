@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,16 +198,14 @@ class PreparedData:
         except (OSError, ValueError, KeyError):
             return False
 
+    @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
-        purposes = {"train": "for training", "validation": "for validation", "test": "for testing", "all": "in all"}
         about = self.about
-        parts = [
-            f"{about['tokens'][split]:,} tokens {purposes[split]}" for split in purposes if about["tokens"].get(split)
-        ]
-        return f"{', '.join(parts)}, vocabulary of {about['vocab_size']:,}"
+        sizes = [f"{split} {tokens:,} tokens" for split, tokens in about["tokens"].items() if tokens]
+        return f"{', '.join(sizes)}, vocabulary of {about['vocab_size']:,}"
 
 
 def prepare(config: DataConfig, only: str | None = None) -> PreparedData:

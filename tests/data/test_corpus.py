@@ -387,7 +387,7 @@ def test_a_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, traine
         (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
         prepared.append(prepare(config_of(tmp_path, tokenizer=str(folder))))
     assert prepared[0].folder != prepared[1].folder
-    assert prepared[1].tokenizer().fingerprint == GPT2Tokenizer.of_bytes().fingerprint
+    assert prepared[1].tokenizer.fingerprint == GPT2Tokenizer.of_bytes().fingerprint
 
 
 def test_changed_text_is_another_corpus(tmp_path):
