@@ -1,4 +1,4 @@
-"""Write text with a trained model: `python generate.py prompt="..."`."""
+"""Generate text with a trained model: `python generate.py prompt="..."`."""
 
 import json
 import logging
@@ -19,40 +19,37 @@ if TYPE_CHECKING:
 @script("generate")
 def main(config: GenerateRun) -> None:
     if config.prompt is not None and config.prompts_file is not None:
-        raise UserError("prompts_file: there is a prompt= already, drop one of the two")
+        raise UserError("prompts_file: contradicts prompt, drop one of the two")
     if config.prompt is None and config.prompts_file is None and sys.stdin is None:
-        raise UserError("prompt: there is none, and standard input is closed")
+        raise UserError("prompt: missing, and standard input is closed")
     records = read_prompts(config.prompts_file) if config.prompts_file is not None else []
-    side_by_side = config.inference.num_return_sequences * max(1, len(records))
 
+    # torch is imported from here on, after all errors of the command line
     from gpt2.inference import TextGenerator
     from gpt2.runtime.device import choose_device
     from gpt2.tracking.tracker import Tracker
     from gpt2.tracking.wandb_logger import comparable, start_wandb
 
-    choose_device(config.device)  # refuses a missing one before any work
-
-    def note(text: object) -> None:
-        if not config.quiet:
-            print(text, file=sys.stderr)
-
     if config.quiet:
         logging.getLogger("gpt2").setLevel(logging.WARNING)
+    choose_device(config.device)  # a device that is not available is an error, before the model is loaded
     generator = TextGenerator(
         str(config.checkpoint),
         config.device,
         config.inference.precision,
         config.inference.quantization,
         config.inference.compile,
-        texts=min(side_by_side, config.batch_size),
+        texts=min(config.inference.num_return_sequences * max(1, len(records)), config.batch_size),
         allow_special_tokens=config.allow_special_tokens,
     )
-    note(generator.describe())
+    report(config, generator.describe())
+
     if config.prompt is None and not records and sys.stdin.isatty():
         if config.wandb.mode != "off":
-            note("W&B gets nothing of a session.")
+            report(config, "Interactive sessions are not logged to W&B.")
         generator.interactive_mode(config.inference)
         return
+
     experiment = generator.trained.experiment
     external = start_wandb(
         config.wandb,
@@ -61,32 +58,38 @@ def main(config: GenerateRun) -> None:
         job_type="generate",
         run_config=comparable(asdict(config)),
     )
+    rows: list[list[str]] = []
     with Tracker(external=external):
-        rows: list[list[str]] = []
         try:
-            rows.extend(map(list, write(config, records, generator)))
-        finally:  # it may be interrupted
+            rows.extend(map(list, generate(config, records, generator)))
+        finally:  # also what was generated before an interruption
             external.show_table("texts", ["prompt", "text"], rows)
-    note(generator.speed)
+    report(config, generator.speed)
     if where := external.where():
-        note(f"W&B: {where}")
+        report(config, f"W&B: {where}")
 
 
-def write(config: GenerateRun, records: list[dict[str, Any]], generator: "TextGenerator") -> Iterator[tuple[str, str]]:
-    """Write the texts that were asked for, and yield each prompt with what was written after it."""
+def report(config: GenerateRun, message: object) -> None:
+    """Print a message to standard error, which keeps standard output to the text alone."""
+    if not config.quiet:
+        print(message, file=sys.stderr)
+
+
+def generate(
+    config: GenerateRun, records: list[dict[str, Any]], generator: "TextGenerator"
+) -> Iterator[tuple[str, str]]:
+    """Print the requested texts. Yields each prompt and its continuation."""
     if records:
-        of_each = config.inference.num_return_sequences
-        continuations = generator.continuations(
-            [record["prompt"] for record in records], config.inference, config.batch_size
-        )
+        prompts = [record["prompt"] for record in records]
+        continuations = generator.continuations(prompts, config.inference, config.batch_size)
         for number, continuation in enumerate(continuations):
-            line = {**records[number // of_each], **vars(continuation)}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            record = records[number // config.inference.num_return_sequences]
+            print(json.dumps({**record, **vars(continuation)}, ensure_ascii=False), flush=True)
             yield continuation.prompt, continuation.text
     else:
         prompt = sys.stdin.read().removesuffix("\n") if config.prompt is None else config.prompt
         generator.generate_text(prompt, config.inference)
-        yield from ((prompt, text) for text in generator.written)
+        yield from ((prompt, text) for text in generator.printed)
 
 
 if __name__ == "__main__":

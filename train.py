@@ -35,7 +35,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.analysis.plotting import draw_curves
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
-    from gpt2.inference import stream_text
+    from gpt2.generation.text import stream_text
     from gpt2.model import GPT2Model
     from gpt2.runtime.device import keep_freed_memory
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker

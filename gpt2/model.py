@@ -1,14 +1,13 @@
-"""GPT-2 as OpenAI built it (Radford et al., 2019), its axes named in einops patterns.
+"""GPT-2 (Radford et al., 2019) with its axes named in einops patterns.
 
-Pre-LayerNorm blocks, learned positions, tanh GELU, a head tied to the token embedding. Nothing here knows of text,
-files, devices or logging.
+Pre-LayerNorm blocks, learned positions, tanh GELU, an output head tied to the token embedding. Logits, loss, gradients
+and greedy text equal those of `GPT2LMHeadModel` in transformers.
 
-Axes: b batch, t time, c channel (d_model), h head, d head dimension, v vocabulary.
+Axes: b batch, t time, c channel (d_model), v vocabulary.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from itertools import repeat
 from math import sqrt
 
 import torch
@@ -19,25 +18,24 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPT2Config, InferenceConfig
 from gpt2.generation.decode import decode
-from gpt2.generation.kv_cache import FixedPlace, LayerKVCache
-from gpt2.generation.sampling import Randomness, next_token
-from gpt2.ops import linear as onednn
-from gpt2.ops.attention import attend, causal_mask
+from gpt2.generation.sampling import Generators, SamplingParams, next_token
+from gpt2.ops.attention import PastKeyValues, attend, causal_mask
 from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies
+from gpt2.ops.linear import LinearFunction
 from gpt2.validation import validate
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Targets (b, t) from labels (b, t): what comes after each position, and nothing after the last."""
+    """Targets (b, t) from labels (b, t): the token after each position, and IGNORE_INDEX after the last one."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 class Linear(nn.Linear):
-    """A linear layer that may be told how to multiply matrices, see `GPT2Model.use_linear`."""
+    """`nn.Linear` with an exchangeable product, see `GPT2Model.use_linear`."""
 
-    linear: onednn.Linear = staticmethod(F.linear)
+    linear: LinearFunction = staticmethod(F.linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -45,7 +43,7 @@ class Linear(nn.Linear):
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention. `dropout` falls on the attention weights."""
+    """Causal self-attention. `dropout` acts on the attention weights."""
 
     def __init__(self, d_model: int, num_heads: int, dropout: float, use_bias: bool):
         super().__init__()
@@ -55,16 +53,13 @@ class MultiHeadAttention(nn.Module):
         self.out = Linear(d_model, d_model, bias=use_bias)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past: LayerKVCache | FixedPlace | None = None,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: PastKeyValues | None = None
     ) -> Tensor:
         """(b, t, c) -> (b, t, c).
 
         Args:
-            attention_mask: (b, t), 1 real and 0 padding, or what `causal_mask` makes of it.
-            past: The tokens before these; these are added to it.
+            attention_mask: (b, t), 1 for real tokens and 0 for padding; or boolean (b, 1, t, T), see `causal_mask`.
+            past: A key-value cache, see `gpt2.generation.kv_cache`.
         """
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = causal_mask(attention_mask)
@@ -73,7 +68,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU in the tanh form that OpenAI used."""
+    """Two linear layers around a GELU in the tanh approximation, which OpenAI used."""
 
     def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
         super().__init__()
@@ -87,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention, then feed-forward, each normalised before and added after. `dropout` falls before both additions."""
+    """Attention, then feed-forward, each with LayerNorm before and a residual connection. `dropout` acts on both."""
 
     def __init__(
         self,
@@ -107,31 +102,28 @@ class DecoderBlock(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, dropout, use_bias)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past: LayerKVCache | FixedPlace | None = None,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: PastKeyValues | None = None
     ) -> Tensor:
-        """(b, t, c) -> (b, t, c). The rest as `MultiHeadAttention` takes it."""
+        """(b, t, c) -> (b, t, c). Arguments as of `MultiHeadAttention`."""
         attended = self.attention(self.attention_norm(hidden_states), attention_mask, past)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
 
 
 class GPT2Model(nn.Module):
-    """The whole language model: tokens in, logits of the next token out.
+    """The language model: token ids in, logits of the next token out.
 
     Raises:
-        ValueError: `config` describes no model, such as a `d_model` that its heads do not divide.
+        ValueError: `config` is invalid, for example because num_heads does not divide d_model.
     """
 
     def __init__(self, config: GPT2Config):
         super().__init__()
-        if found := validate(config):
-            raise ValueError("; ".join(found))
+        if problems := validate(config):
+            raise ValueError("; ".join(problems))
         self.config = config
         self.gradient_checkpointing = False
-        self.linear: onednn.Linear = F.linear
+        self.linear: LinearFunction = F.linear
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context_length, config.d_model)
@@ -149,21 +141,26 @@ class GPT2Model(nn.Module):
             for _ in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.head: Callable[[Tensor], Tensor] | None = (
-            None  # in place of the token embedding, which is it: see gpt2.ops.cpu_inference
-        )
+        self.head: nn.Module | None = None  # None: the token embedding; see gpt2.ops.cpu_inference
         self._initialize()
 
     def _initialize(self) -> None:
-        """GPT-2's initialisation: normal weights, and narrower ones where a layer writes to the residual stream."""
+        """Normal weights; those of projections into the residual stream shrink by sqrt(2 * num_layers) (GPT-2, 2.3)."""
         std = self.config.initializer_range
         residual_std = std / sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                writes_residual = name.endswith(("attention.out", "feed_forward.down"))
-                nn.init.normal_(module.weight, std=residual_std if writes_residual else std)
+                is_residual = name.endswith(("attention.out", "feed_forward.down"))
+                nn.init.normal_(module.weight, std=residual_std if is_residual else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def use_linear(self, linear: LinearFunction) -> None:
+        """Multiply by weights with this function, a drop-in replacement of `F.linear`."""
+        self.linear = linear
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.linear = linear
 
     def forward(
         self,
@@ -174,28 +171,29 @@ class GPT2Model(nn.Module):
         divisor: Tensor | None = None,
         return_logits: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits (b, t, v) for input_ids (b, t), and, with labels or targets, the mean cross-entropy in nats.
+        """Logits (b, t, v), and with labels or targets the mean cross-entropy in nats, a scalar.
 
         Args:
             input_ids: Token ids (b, t), t at most `context_length`.
-            labels: What `transformers` calls labels: (b, t), usually `input_ids` itself, shifted in here so that
-                logit t is held against label t + 1. The last position then learns nothing.
-            attention_mask: (b, t), 1 for a real token and 0 for padding, left or right.
-            targets: Labels that are shifted already: target t is the token after input t. All t positions learn.
-                A label or target of -100 is ignored.
-            divisor: Of the sum of the cross-entropies, a scalar, in place of the number of targets.
-            return_logits: If False, compute logits in chunks and discard them, see `gpt2.ops.cross_entropy`.
+            labels: As in transformers: (b, t), usually `input_ids` itself. They are shifted here, so that logit t is
+                compared with label t + 1, and the last position has no target.
+            attention_mask: (b, t), 1 for real tokens and 0 for padding, on either side.
+            targets: Labels that are already shifted: target t is the token after input t, so all positions learn.
+                -100 is ignored, in labels and targets.
+            divisor: Divides the sum of the cross-entropies, a scalar; the number of targets by default.
+            return_logits: If False, logits are computed in chunks and discarded, see `gpt2.ops.cross_entropy`.
 
         Raises:
-            ValueError: `input_ids` is empty or longer than `context_length`, or both `labels` and `targets` are given.
+            ValueError: `input_ids` is empty or longer than `context_length`, or both labels and targets are given.
         """
         if labels is not None and targets is not None:
-            raise ValueError("give labels (shifted here) or targets (shifted already), not both")
-        hidden_states = self._hidden_states(input_ids, attention_mask)
+            raise ValueError("give labels (shifted by the model) or targets (already shifted), not both")
         if labels is not None:
             targets = shifted(labels)
         if targets is not None:
             targets = rearrange(targets, "b t -> (b t)")
+
+        hidden_states = self._hidden_states(input_ids, attention_mask)
         if not return_logits:
             if targets is None:
                 return None, None
@@ -211,66 +209,61 @@ class GPT2Model(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of each target (b, t), in fp32; 0 where a target is ignored. Arguments as `forward`."""
+        """Cross-entropy in nats of each target, (b, t) in fp32, 0 where it is ignored. Arguments as of `forward`."""
         rows = rearrange(self._hidden_states(input_ids, attention_mask), "b t c -> (b t) c")
         losses = cross_entropies(rows, self._head, rearrange(targets, "b t -> (b t)"), self.config.vocab_size)
         return losses.view_as(targets)
 
-    def use_linear(self, linear: onednn.Linear) -> None:
-        """Multiply by weights with this function, which has the arguments and the result of `F.linear`."""
-        self.linear = linear
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.linear = linear
+    def last_logits(
+        self,
+        input_ids: Tensor,
+        past: Sequence[PastKeyValues] = (),
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b, v) of the token after each text (b, t), for decoding.
+
+        Args:
+            past: The key-value cache of each block.
+            attention_mask: Boolean (b, 1, t, T) over the T tokens that the cache returns.
+            positions: Of each token, (b, t); 0 to t - 1 by default.
+            last: Index of the last token of each text, (b,), where texts are padded on the right.
+        """
+        hidden_states = self._hidden_states(input_ids, attention_mask, past, positions)
+        if last is None:
+            return self._head(hidden_states[:, -1])
+        return self._head(hidden_states[torch.arange(len(last), device=last.device), last])
 
     def _hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        cache: Sequence[LayerKVCache | FixedPlace] = (),
+        past: Sequence[PastKeyValues] = (),
         positions: Tensor | None = None,
     ) -> Tensor:
-        """(b, t) -> (b, t, c): everything but the head."""
-        t, start = input_ids.size(1), cache[0].used if cache else 0
-        if not 1 <= t <= self.config.context_length - start:
-            raise ValueError(
-                f"{start + t} tokens are none or more than the context_length of {self.config.context_length}"
-            )
-        if attention_mask is None and start and t > 1:
-            attention_mask = torch.ones(1, start + t, device=input_ids.device)
+        """(b, t) -> (b, t, c): everything before the head."""
+        t, context_length = input_ids.size(1), self.config.context_length
+        if not 1 <= t <= context_length:
+            raise ValueError(f"input_ids: {t} tokens are not between 1 and the context_length of {context_length}")
         if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = causal_mask(attention_mask, t)
+            attention_mask = causal_mask(attention_mask)
         if positions is None:
-            positions = torch.arange(start, start + t, device=input_ids.device)
+            positions = torch.arange(t, device=input_ids.device)
 
         hidden_states = self.dropout(self.token_embedding(input_ids) + self.position_embedding(positions))
-        for block, past in zip(self.blocks, cache or repeat(None), strict=False):
+        pasts: Sequence[PastKeyValues | None] = past or [None] * self.config.num_layers
+        for block, block_past in zip(self.blocks, pasts, strict=True):
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint(block, hidden_states, attention_mask, use_reentrant=False)
             else:
-                hidden_states = block(hidden_states, attention_mask, past)
+                hidden_states = block(hidden_states, attention_mask, block_past)
         return self.final_norm(hidden_states)
 
     def _head(self, hidden_states: Tensor) -> Tensor:
         if self.head is not None:
             return self.head(hidden_states)
         return self.linear(hidden_states, self.token_embedding.weight, None)
-
-    def last_logits(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: Sequence[LayerKVCache | FixedPlace],
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Logits (b, v) after input_ids (b, t), which come after what is in the cache of each block.
-
-        Args:
-            attention_mask: (b, T) over what is in the cache and these, 1 real and 0 padding, or what `causal_mask`
-                makes of it, (b, 1, t, T).
-            positions: Where each token stands in its text, (b, t); as many as come before it if None.
-        """
-        return self._head(self._hidden_states(input_ids, attention_mask, cache, positions)[:, -1])
 
     def generate(
         self,
@@ -282,62 +275,60 @@ class GPT2Model(nn.Module):
         repetition_penalty: float = 1.0,
         do_sample: bool = True,
         eos_token_id: int | None = None,
-        generator: Randomness = None,
+        generator: Generators = None,
         use_cache: bool = True,
         min_p: float | None = None,
         attention_mask: Tensor | None = None,
     ) -> Generator[Tensor, None, Tensor]:
-        """Continue input_ids (b, t) token by token, see `gpt2.decoding.decode`.
+        """Continue texts (b, t) token by token, see `gpt2.generation.decode`.
 
         Args:
             temperature: Divides the logits; 0 is greedy, as is `do_sample=False`.
             top_k, top_p, min_p, repetition_penalty, generator: See `gpt2.generation.sampling`.
-            eos_token_id: A sequence that has produced it goes on with nothing else; generation ends when all have.
+            eos_token_id: After this token a text is filled with it; generation ends when all texts have ended.
+            use_cache: If False, recompute the keys and values of all tokens for each new one.
+            attention_mask: (b, t), 1 for real tokens and 0 for padding, on either side.
 
         Yields:
-            The next token of each sequence, (b,).
+            The next token of each text, (b,).
 
         Returns:
-            The whole sequences, prompt included, (b, t + n).
+            The texts with their prompts, (b, t + n).
 
         Raises:
-            ValueError: A value is out of its range, or a sequence has no token.
+            ValueError: A value is out of its range, or a text has no token.
         """
-        asked = InferenceConfig(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, min_p=min_p
-        )
-        if found := validate(asked):
-            raise ValueError("; ".join(found))
-        choose = partial(
-            next_token,
+        config = InferenceConfig(
+            do_sample=do_sample,
             temperature=temperature,
+            repetition_penalty=repetition_penalty,
             top_k=top_k,
             top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            do_sample=do_sample,
-            generator=generator,
             min_p=min_p,
         )
-        ended = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-        for token, _ in decode(self, input_ids, max_new_tokens, choose, attention_mask, use_cache):
+        if problems := validate(config):
+            raise ValueError("; ".join(problems))
+        sampler = partial(next_token, params=SamplingParams.from_config(config), generators=generator)
+        is_done = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
+        for tokens, _ in decode(self, input_ids, max_new_tokens, sampler, attention_mask, use_cache):
             if eos_token_id is not None:
-                token = token.masked_fill(ended, eos_token_id)
-                ended = ended | (token == eos_token_id)
-            input_ids = torch.cat((input_ids, rearrange(token, "b -> b 1")), dim=1)
-            yield token
-            if eos_token_id is not None and ended.all():
+                tokens = tokens.masked_fill(is_done, eos_token_id)
+                is_done = is_done | (tokens == eos_token_id)
+            input_ids = torch.cat((input_ids, rearrange(tokens, "b -> b 1")), dim=1)
+            yield tokens
+            if eos_token_id is not None and is_done.all():
                 break
         return input_ids
 
     def num_parameters(self) -> int:
-        """Number of weights, the tied head counted once."""
+        """Number of weights; the tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, t: int) -> float:
-        """Floating point operations a token of a block of t tokens costs to train on, forward and backward.
+        """FLOPs of training on one token of a sequence of t tokens, forward and backward.
 
-        Counted as in PaLM (Chowdhery et al., 2022, appendix B): 6 for each weight of a matrix product (the position
-        table is none) and 12 * layers * d_model * t for attention, without the discount for causality.
+        As in PaLM (Chowdhery et al., 2022, appendix B): 6 for each weight in a matrix product (all but the position
+        table), and 12 * num_layers * d_model * t for attention, without a discount for causality.
         """
         multiplied = self.num_parameters() - self.position_embedding.weight.numel()
         return 6 * multiplied + 12 * self.config.num_layers * self.config.d_model * t

@@ -17,7 +17,8 @@ from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, T
 from gpt2.data_loader import get_dataloaders, load_split, load_text_data
 from gpt2.errors import UserError
 from gpt2.evaluate import Evaluator
-from gpt2.inference import TextGenerator, stream_text
+from gpt2.generation.text import stream_text
+from gpt2.inference import TextGenerator
 from gpt2.model import DecoderBlock, FeedForward, GPT2Model, MultiHeadAttention
 from gpt2.optimize import OptunaOptimizer
 from gpt2.tokenizer import GPT2Tokenizer

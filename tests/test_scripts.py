@@ -115,7 +115,7 @@ def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trai
     ("arguments", "complaint"),
     [
         (["prompts_file=nowhere.txt"], "prompts_file: nowhere.txt cannot be read"),
-        (["prompts_file=corpus.txt", "prompt=x"], "prompts_file: there is a prompt= already"),
+        (["prompts_file=corpus.txt", "prompt=x"], "prompts_file: contradicts prompt"),
         (["prompt=x", "inference.quantization=int8", "device=cuda"], "device: there is no cuda here"),
     ],
 )
@@ -140,7 +140,7 @@ def test_a_place_that_cannot_take_the_text_is_no_traceback(trained, tmp_path):
     assert json.loads(run(f"prompts_file={tmp_path}/odd.jsonl").stdout)["prompt"] == "?"
     assert run("prompt=é", PYTHONIOENCODING="ascii").stdout.startswith("?")
     closed = run("<&-")
-    assert (closed.returncode, closed.stderr) == (2, "error: prompt: there is none, and standard input is closed\n")
+    assert (closed.returncode, closed.stderr) == (2, "error: prompt: missing, and standard input is closed\n")
     full = run("prompt=x > /dev/full")
     assert full.returncode == 1
     assert full.stderr.splitlines()[-1] == "error: No space left on device"

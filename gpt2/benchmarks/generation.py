@@ -1,4 +1,4 @@
-"""How fast text is written, against `transformers`: the same weights, one process, in turn, medians."""
+"""Generation speed against `transformers`: the same weights, interleaved repetitions in one process, medians."""
 
 import copy
 import logging
@@ -21,59 +21,60 @@ from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved
 from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import GenerationBenchmark
-from gpt2.generation.decode import Recorder, decode
-from gpt2.generation.sampling import next_token
-from gpt2.inference import lay_out, on_host
+from gpt2.generation.decode import CompiledDecoding, decode
+from gpt2.generation.sampling import SamplingParams, next_token
+from gpt2.generation.text import on_host
 from gpt2.model import GPT2Model
+from gpt2.ops.cpu_inference import pack_linears, quantize
 from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
 
-FORMATS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a weight
-READ_BYTES = 256 << 20  # enough that no cache holds it
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+READ_BYTES = 256 << 20  # more than any cache holds
 
 
 @dataclass
-class Writing:
-    """What one contestant did once."""
+class Timing:
+    """One run of a contestant."""
 
     prefill_seconds: float  # up to the first new token
-    step_seconds: float  # a token after it, by the median
+    step_seconds: float  # for each later token, median
     tokens: Tensor  # (b, n)
 
     @classmethod
-    def timed(cls, clock: list[float], tokens: Tensor) -> "Writing":
-        """From the times at the beginning and at each token."""
+    def from_clock(cls, clock: list[float], tokens: Tensor) -> "Timing":
+        """From the times of the start and of each token."""
         steps = [after - before for before, after in pairwise(clock)]
         return cls(steps[0], median(steps[1:]), tokens)
 
 
-Write = Callable[[Tensor, int], Writing]  # from prompts (b, t) and a number of new tokens
+Generate = Callable[[Tensor, int], Timing]  # (prompts (b, t), number of new tokens)
 
 
 @dataclass
 class Contestant:
     name: str
-    write: Write
-    bytes_of_weight: int = 4
+    generate: Generate
+    weight_bytes: int = 4
     layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
 
 
-def ours(model: GPT2Model, recorder: Recorder | None) -> Write:
-    def run(input_ids: Tensor, max_new_tokens: int) -> Writing:
-        choose = partial(next_token, do_sample=False)
-        steps = decode(model, input_ids, max_new_tokens, choose, recorder=recorder)
+def ours(model: GPT2Model, compiled: CompiledDecoding | None = None) -> Generate:
+    def run(input_ids: Tensor, max_new_tokens: int) -> Timing:
+        sampler = partial(next_token, params=SamplingParams(do_sample=False))
+        steps = decode(model, input_ids, max_new_tokens, sampler, compiled=compiled)
         clock, tokens = [time.perf_counter()], []
         for (token,) in on_host(step[:1] for step in steps):
             clock.append(time.perf_counter())
             tokens.append(token)
-        return Writing.timed(clock, torch.tensor(tokens).T)
+        return Timing.from_clock(clock, torch.tensor(tokens).T)
 
     return run
 
 
-def theirs(model: Any, **options: Any) -> Write:
-    def run(input_ids: Tensor, max_new_tokens: int) -> Writing:
+def theirs(model: Any, **options: Any) -> Generate:
+    def run(input_ids: Tensor, max_new_tokens: int) -> Timing:
         clock = [time.perf_counter()]
 
         def tick(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -89,20 +90,20 @@ def theirs(model: Any, **options: Any) -> Write:
             stopping_criteria=[tick],
             **options,
         )
-        return Writing.timed(clock, whole[:, input_ids.size(1) :].cpu())
+        return Timing.from_clock(clock, whole[:, input_ids.size(1) :].cpu())
 
     return run
 
 
 def read_bandwidth(memory: Tensor) -> float:
-    """Bytes a second at which the device reads memory, by a sum over some of it."""
+    """Bytes per second at which the device reads memory, measured by a sum."""
     began = time.perf_counter()
     float(memory.sum())  # waits for the device
     return memory.nbytes / (time.perf_counter() - began)
 
 
 class GenerationComparison:
-    """`transformers`' generate against ours in each number format. Greedy, so that the tokens can be compared."""
+    """`generate` of transformers against ours in each number format. Greedy, so that tokens can be compared."""
 
     def __init__(self, config: GenerationBenchmark):
         self.config = config
@@ -117,28 +118,27 @@ class GenerationComparison:
         self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
 
     def contestants(self, batch_size: int) -> list[Contestant]:
-        """That of `transformers` with its defaults first."""
-        compiled: Any = CompileConfig()
-        compiled._compile_all_devices = True  # on a CPU too
-        static = {"cache_implementation": "static", "compile_config": compiled}
-        found = [
+        """`transformers` with its defaults comes first."""
+        compile_config: Any = CompileConfig()
+        compile_config._compile_all_devices = True  # on a CPU too
+        static = {"cache_implementation": "static", "compile_config": compile_config}
+        contestants = [
             Contestant("transformers", theirs(self.twin)),
             Contestant("transformers, static, compiled", theirs(self.twin, **static)),
         ]
         for form in self.config.formats:
             if form == "int8" and self.device.type != "cpu":
-                log.info("gpt2, int8 is left out: it is for a CPU.")
+                log.info("gpt2, int8 is left out: it needs a CPU.")
                 continue
-            dtype = torch.bfloat16 if form == "bf16" else torch.float32
-            model = copy.deepcopy(self.model).to(self.device, dtype)
-            layout = lay_out(model, form if form == "int8" else None, batch_size)
-            recorder = Recorder(model, self.config.compile) if self.device.type == "cuda" else None
-            found.append(Contestant(f"gpt2, {form}", ours(model, recorder), FORMATS[form], layout.__name__))
-        return found
+            model = copy.deepcopy(self.model).to(self.device, torch.bfloat16 if form == "bf16" else torch.float32)
+            kind = quantize(model) if form == "int8" else pack_linears(model, batch_size)
+            compiled = CompiledDecoding() if self.config.compile and self.device.type == "cuda" else None
+            contestants.append(Contestant(f"gpt2, {form}", ours(model, compiled), WEIGHT_BYTES[form], kind.__name__))
+        return contestants
 
     @torch.no_grad()
     def compare(self, batch_size: int) -> list[dict[str, Any]]:
-        """A row for each contestant."""
+        """Time all contestants in turn. Returns a row for each."""
         config = self.config
         generator = torch.Generator().manual_seed(batch_size)
         vocabulary = self.model.config.vocab_size
@@ -147,33 +147,33 @@ class GenerationComparison:
         for contestant in self.contestants(batch_size):
             began = time.perf_counter()
             try:
-                contestant.write(input_ids, config.new_tokens)  # compilers and caches set themselves up
+                contestant.generate(input_ids, config.new_tokens)  # warm-up, including compilation
             except RuntimeError as error:
-                if not runs:  # what all others are compared with
+                if not runs:  # the reference
                     raise
                 log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
                 continue
             runs.append((contestant, time.perf_counter() - began))
         turns: list[Callable[[], Any]] = [partial(read_bandwidth, self.memory)]
-        turns += [partial(contestant.write, input_ids, config.new_tokens) for contestant, _ in runs]
-        bandwidths, *writings_of = interleaved(turns, config.repetitions, f"Batch {batch_size}")
+        turns += [partial(contestant.generate, input_ids, config.new_tokens) for contestant, _ in runs]
+        bandwidths, *timings_of = interleaved(turns, config.repetitions, f"Batch {batch_size}")
 
-        reference = writings_of[0][0].tokens
+        reference = timings_of[0][0].tokens
         bandwidth = median(bandwidths)
         rows: list[dict[str, Any]] = []
-        for (contestant, first_seconds), writings in zip(runs, writings_of, strict=True):
-            seconds = median(writing.step_seconds for writing in writings)
+        for (contestant, first_seconds), timings in zip(runs, timings_of, strict=True):
+            seconds = median(timing.step_seconds for timing in timings)
             rows.append(
                 {
                     "batch_size": batch_size,
                     "contestant": contestant.name,
                     "layout": contestant.layout,
                     "tokens_per_second": batch_size / seconds,
-                    "tokens_per_second_of_each": [batch_size / writing.step_seconds for writing in writings],
-                    "share_of_floor": self.weights * contestant.bytes_of_weight / bandwidth / seconds,
-                    "prefill_seconds": median(writing.prefill_seconds for writing in writings),
+                    "tokens_per_second_of_each": [batch_size / timing.step_seconds for timing in timings],
+                    "share_of_floor": self.weights * contestant.weight_bytes / bandwidth / seconds,
+                    "prefill_seconds": median(timing.prefill_seconds for timing in timings),
                     "first_seconds": first_seconds,
-                    "same_tokens": (writings[0].tokens == reference).float().mean().item(),
+                    "same_tokens": (timings[0].tokens == reference).float().mean().item(),
                     "read_bytes_per_second": bandwidth,
                 }
             )
@@ -183,9 +183,9 @@ class GenerationComparison:
 
 HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
 LEGEND = """\
-ratio: to the better of the two ways of transformers. of floor: the floor is the bytes of the weights over the bandwidth
-of the memory. first s: the first run, with what is set up and compiled. same tokens: as in the first line. weights:
-their layout, see gpt2/ops/cpu_inference.py"""
+ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
+allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
+weights: their layout, see gpt2/ops/cpu_inference.py"""
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
@@ -204,24 +204,24 @@ def table_of(rows: list[dict[str, Any]]) -> str:
         )
         lines.append(cells)
     bandwidth = rows[0]["read_bytes_per_second"] / 1e9
-    return f"batch {rows[0]['batch_size']}, memory read at {bandwidth:.1f} GB/s\n{table(HEAD, lines)}"
+    return f"batch {rows[0]['batch_size']}, memory bandwidth {bandwidth:.1f} GB/s\n{table(HEAD, lines)}"
 
 
 def generation(config: GenerationBenchmark) -> None:
-    """Print a table for each batch size, and write it all to `config.json`."""
+    """Print a table for each batch size, and write all measurements to `config.json`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if config.compile and choose_device(config.device).type != "cuda":
-        log.warning("compile=true is for CUDA: ours is not compiled.")
+        log.warning("compile=true has no effect: it needs CUDA.")
     comparison = GenerationComparison(config)
-    found = circumstances(comparison.device)
+    machine = circumstances(comparison.device)
     print(
-        f"{comparison.weights / 1e6:,.1f} million weights read a token, prompts of {config.prompt_tokens} tokens, "
-        f"{config.new_tokens} new ones, greedy, medians of {config.repetitions}\n{headline(found)}"
+        f"{comparison.weights / 1e6:,.1f} million weights read per token, prompts of {config.prompt_tokens} tokens, "
+        f"{config.new_tokens} new tokens, greedy, medians of {config.repetitions}\n{headline(machine)}"
     )
     rows = []
     for batch_size in config.batch_sizes:
-        rows += (compared := comparison.compare(batch_size))
-        print(f"\n{table_of(compared)}", flush=True)
+        rows += (batch_rows := comparison.compare(batch_size))
+        print(f"\n{table_of(batch_rows)}", flush=True)
     print(f"\n{LEGEND}")
-    write_json(config.json, {"benchmark": "generation", "config": asdict(config), **found, "results": rows})
+    write_json(config.json, {"benchmark": "generation", "config": asdict(config), **machine, "results": rows})

@@ -1,4 +1,4 @@
-"""From logits to text: key-value caches, the decoding loop, sampling filters, the interactive session, prompt files.
+"""Decoding and sampling: key-value cache, decoding loop, sampling filters, text streams, interactive session, prompts.
 
-Models are used through a protocol, so that `GPT2Model.generate` may import this package.
+Models are seen through a protocol, so that `GPT2Model.generate` may use this package.
 """

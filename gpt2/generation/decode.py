@@ -1,277 +1,236 @@
-"""Writing token by token: keys and values of what was read are kept, so that the next token costs one token's work.
+"""The decoding loop: one token at a time over a key-value cache, with a sliding window beyond the model's context.
 
-Texts of different lengths are written side by side, aligned at their ends and padded at their beginnings.
+Texts of different lengths are decoded side by side, and each gets the logits that it gets alone.
 
-Axes: b batch, t time, h head, d head dimension, v vocabulary; T is all of the time, t its latest part.
+Axes: b batch, t time, v vocabulary, T columns of the cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from gpt2.generation.kv_cache import FixedPlace, KVCache
-from gpt2.ops.attention import causal_mask
+from gpt2.config import GPT2Config
+from gpt2.generation.kv_cache import KVCache
+from gpt2.ops.attention import PastKeyValues
 
-if TYPE_CHECKING:
-    from gpt2.model import GPT2Model
+TokenSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (b, v), text so far (b, t)) -> next tokens (b,)
 
-TokenSampler = Callable[[Tensor, Tensor], Tensor]  # the next tokens (b,), from logits (b, v) and the text before (b, T)
+
+class LanguageModel(Protocol):
+    """What decoding needs of a model. `GPT2Model` implements it."""
+
+    config: GPT2Config
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+    def last_logits(
+        self,
+        input_ids: Tensor,
+        past: Sequence[PastKeyValues] = (),
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        last: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Where the part begins that a model sees of a text of `length` tokens: at 0 as long as all of it fits.
+    """Index of the first token that the model sees of a text of `length` tokens; 0 as long as all of it fits.
 
-    After that it moves on by a quarter of the context at a time. Positions are counted within the window, so each
-    move makes all cached keys and values useless: moving at every token would save nothing.
+    Beyond the context, the window moves by a quarter of the context at a time. Positions count from the start of the
+    window, so each move invalidates the cache: moving at every token would make the cache useless.
     """
-    step = max(1, context_length // 4)
-    return step * ceil(max(0, length - context_length) / step)
+    stride = max(1, context_length // 4)
+    return stride * ceil(max(0, length - context_length) / stride)
 
 
-class RecordedStep:
-    """The step of one more token, every shape and address in it fixed, so that CUDA records it once and replays it.
-
-    A token's work is some hundred small kernels, which take longer to launch one by one than to run. Where the token
-    goes is therefore a tensor, and attention looks at the whole cache through a mask. Without CUDA nothing is
-    recorded, the step is the same.
-    """
-
-    def __init__(self, model: "GPT2Model", b: int, length: int, compiled: bool):
-        device = model.token_embedding.weight.device
-        self.model, self.length = model, length
-        self.cache = KVCache(model.config.num_layers, length)
-        self.reader: object = None  # whose texts are in the cache
-        self.token = torch.zeros(b, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(b, 1, dtype=torch.long, device=device)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)
-        self.mask = torch.zeros(b, 1, 1, length, dtype=torch.bool, device=device)
-        self.places = [FixedPlace(block, self.column) for block in self.cache.blocks]
-        self.run = torch.compile(self._run, fullgraph=True, dynamic=False) if compiled else self._run
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor | None = None
-
-    def _run(self) -> Tensor:
-        self.mask.index_fill_(3, self.column, True)
-        logits = self.model.last_logits(self.token, self.mask, self.places, self.positions)
-        self.column.add_(1)
-        self.positions.add_(1)
-        return logits
-
-    def begin(self, used: int, paddings: list[int]) -> None:
-        """Go on after `used` columns of the cache, the first of which are padding, so many in each row."""
-        padding = torch.tensor(paddings, device=self.mask.device).unsqueeze(1)
-        columns = torch.arange(self.length, device=self.mask.device)
-        self.mask.copy_(rearrange((columns >= padding) & (columns < used), "b T -> b 1 1 T"))
-        self.positions.copy_(used - padding)
-        self.column.fill_(used)
-
-    def __call__(self, token: Tensor) -> Tensor:
-        """The logits (b, v) after one more token (b,) of each text, to be read before the next call."""
-        self.token.copy_(rearrange(token, "b -> b 1"))
-        if token.device.type != "cuda":
-            return self.run()
-        if self.graph is None or self.logits is None:
-            self.graph, self.logits = self._record()
-        self.graph.replay()
-        return self.logits
-
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        state = (self.column, self.positions, self.mask)
-        before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries and compilers set themselves up in the first runs
-            for _ in range(3):
-                self.run()
-                for tensor, value in zip(state, before, strict=True):
-                    tensor.copy_(value)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.run()
-        return graph, logits
-
-
-class Recorder:
-    """Keeps the latest recorded step of a model whose weights stay where they are.
+def decode_step(
+    model: LanguageModel, cache: KVCache, tokens: Tensor, columns: Tensor, visible: int, is_masked: bool = True
+) -> Tensor:
+    """Logits (b, v) after one more token (b,) of each text, which is stored at its column (b,) of the cache.
 
     Args:
-        compiled: Let torch.compile fuse the kernels first, which takes from seconds to a minute.
+        visible: Number of columns that attention reads.
+        is_masked: Whether each text attends only to the columns up to its own. If False, all texts are equally long.
+    """
+    mask = None
+    if is_masked:
+        mask = torch.arange(visible, device=columns.device) <= rearrange(columns, "b -> b 1 1 1")
+    past = [partial(layer.append, columns=columns, visible=visible) for layer in cache.layers]
+    return model.last_logits(rearrange(tokens, "b -> b 1"), past, mask, positions=rearrange(columns, "b -> b 1"))
+
+
+class CompiledDecoding:
+    """`decode_step` at fixed shapes, compiled into one CUDA graph: a static cache and `mode="reduce-overhead"`.
+
+    The kernels of one step take longer to launch than to run; a CUDA graph launches them together. This is the way of
+    gpt-fast (pytorch-labs). It has been tested on a CPU only, with the compiler's CPU backends.
     """
 
-    def __init__(self, model: "GPT2Model", compiled: bool = False):
-        self.model, self.compiled = model, compiled
-        self.kept: tuple[tuple[int, int], RecordedStep] | None = None
+    def __init__(self, **options: Any):
+        """`options`: of `torch.compile`, in place of `mode="reduce-overhead"`."""
+        self.options = options or {"mode": "reduce-overhead"}
+        self.cache: KVCache | None = None
+        self.step = decode_step
 
-    def step(self, b: int, length: int) -> RecordedStep:
-        """A step for b texts of `length` tokens at most, prompt included."""
-        length = min(128 * ceil(length / 128), self.model.config.context_length)  # so that few lengths are recorded
-        if self.kept is None or self.kept[0] != (b, length):
-            if self.kept and self.compiled:
-                torch.compiler.reset()  # it refuses to compile one function for ever more shapes
-            self.kept = (b, length), RecordedStep(self.model, b, length, self.compiled)
-        return self.kept[1]
+    def cache_for(self, config: GPT2Config, b: int, length: int) -> KVCache:
+        """The cache for b texts of at most `length` tokens: the previous one if its shape fits.
+
+        Lengths are rounded up to multiples of 128, so that few shapes are compiled.
+        """
+        length = min(128 * ceil(length / 128), config.context_length)
+        if self.cache is None or (self.cache.b, self.cache.length) != (b, length):
+            torch.compiler.reset()  # the compiler refuses a function that it has compiled for too many shapes
+            self.cache = KVCache(config.num_layers, b, length)
+            self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, **self.options)
+        return self.cache
+
+    def __call__(self, model: LanguageModel, tokens: Tensor, columns: Tensor) -> Tensor:
+        """Logits (b, v), which the next call overwrites."""
+        assert self.cache is not None
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.step(model, self.cache, tokens, columns, self.cache.length)
 
 
 class Decoder:
-    """Some texts, what a model has read of them, and what it finds that comes next."""
+    """Texts that are being decoded, with their cache."""
 
     def __init__(
         self,
-        model: "GPT2Model",
+        model: LanguageModel,
         input_ids: Tensor,
         max_new_tokens: int,
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
-        recorder: Recorder | None = None,
+        compiled: CompiledDecoding | None = None,
     ):
-        """As `decode`."""
+        """See `decode`."""
         b, t = input_ids.shape
-        self.model, self.use_cache = model, use_cache
-        self.lengths = [t] * b
+        lengths = [t] * b
         if max_new_tokens < 0:
-            raise ValueError(f"{max_new_tokens} new tokens are fewer than none")
+            raise ValueError(f"max_new_tokens: {max_new_tokens} is negative")
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
-                shapes = f"{tuple(attention_mask.shape)}, of input_ids {tuple(input_ids.shape)}"
-                raise ValueError(f"the attention_mask is of shape {shapes}; it needs a value for each token")
-            self.lengths = attention_mask.bool().sum(1).tolist()
-            input_ids = aligned_right(input_ids, attention_mask.bool())
-        if t == 0 or min(self.lengths) == 0:
-            raise ValueError("a text without a token has no next one")
-        self.memory = input_ids
-        self.end = t
-        self.starts: list[int] = []  # of the window in each text
-        self.paddings: list[int] = []  # columns at the beginning of the cache that are none of each text's
-        length = min(max(self.lengths) + max_new_tokens, model.config.context_length)
-        self.recorded = recorder.step(b, length) if recorder and use_cache else None
-        self.cache = self.recorded.cache if self.recorded else KVCache(model.config.num_layers, length)
+                shapes = f"{tuple(attention_mask.shape)}, but input_ids {tuple(input_ids.shape)}"
+                raise ValueError(f"attention_mask has shape {shapes}: they must be equal")
+            lengths = attention_mask.bool().sum(1).tolist()
+            input_ids = align_right(input_ids, attention_mask.bool())
+        if t == 0 or min(lengths) == 0:
+            raise ValueError("each text needs at least one token")
+        self.model, self.text, self.lengths = model, input_ids, lengths
+        self.tokens = input_ids[:, -1]  # the latest one of each text
+        self.starts = [-1] * b  # of each text's window; -1: not read yet
+        self.columns = torch.zeros(b, dtype=torch.long, device=input_ids.device)  # of each text's latest token
+        self.compiled = compiled if use_cache else None
+        self.identity = object()  # not `self`, for a cycle of references would keep the cache in memory
+        self.cache: KVCache | None = None
+        length = min(max(lengths) + max_new_tokens, model.config.context_length)
+        if self.compiled:
+            self.cache = self.compiled.cache_for(model.config, b, length)
+        elif use_cache:
+            self.cache = KVCache(model.config.num_layers, b, length)
 
-    @property
-    def text(self) -> Tensor:
-        """The texts so far (b, T), aligned right; what is missing at the left is filled with a token of the text."""
-        return self.memory[:, : self.end]
-
-    def append(self, token: Tensor) -> None:
+    def append(self, tokens: Tensor) -> None:
         """Add a token (b,) to each text."""
-        if self.end == self.memory.size(1):
-            self.memory = torch.cat((self.memory, torch.empty_like(self.memory)), dim=1)
-        self.memory[:, self.end] = token
-        self.end += 1
+        self.tokens = tokens
+        self.text = torch.cat((self.text, rearrange(tokens, "b -> b 1")), dim=1)
         self.lengths = [length + 1 for length in self.lengths]
 
     def next_logits(self) -> Tensor:
-        """The logits (b, v) of what comes after each text."""
-        starts = [window_start(length, self.model.config.context_length) for length in self.lengths]
-        is_cached = bool(self.starts) and self.use_cache and (not self.recorded or self.recorded.reader is self)
-        moved = [row for row, start in enumerate(starts) if not is_cached or start != self.starts[row]]
-        self.starts = starts
-        if not moved:
-            if self.recorded:
-                self.cache.count_one()
-                return self.recorded(self.text[:, -1])
-            return self._read(self.text[:, -1:], self.cache, self.paddings)
-        if len(moved) == len(starts):
-            logits, self.paddings = self._read_windows(moved, self.cache)
-        else:
-            logits = self._move_windows(moved)
-        if self.recorded:
-            self.recorded.reader = self
-            self.recorded.begin(self.cache.used, self.paddings)
-        return logits
+        """Logits (b, v) of the token after each text.
 
-    def _read_windows(self, rows: list[int], cache: KVCache) -> tuple[Tensor, list[int]]:
-        """Read all that the model is to see of some texts. Their logits (rows, v), and their padding in the cache."""
-        cache.clear()
-        sizes = [self.lengths[row] - self.starts[row] for row in rows]
-        columns = max(sizes)
-        paddings = [columns - size for size in sizes]
-        return self._read(self.text[rows, -columns:], cache, paddings), paddings
-
-    def _move_windows(self, moved: list[int]) -> Tensor:
-        """Read anew those texts whose window has moved, for each token in it has another position now.
-
-        Of the others a token is read, as in any step. All stay aligned at their ends.
+        Texts whose window has moved are read from the start of their window; the others take one step.
         """
-        sizes = [length - start for length, start in zip(self.lengths, self.starts, strict=True)]
-        columns = max(sizes)
-        self.paddings = [columns - size for size in sizes]
-        self.cache.drop_first(self.cache.used - (columns - 1))
-        logits = self._read(self.text[:, -1:], self.cache, self.paddings)  # of those that have moved, not theirs
-        anew = KVCache(len(self.cache.blocks), max(sizes[row] for row in moved))
-        logits[moved], _ = self._read_windows(moved, anew)
-        self.cache.replace_last(moved, anew)
+        starts = [window_start(length, self.model.config.context_length) for length in self.lengths]
+        is_valid = self.cache is not None and self.cache.owner is self.identity
+        stale = [row for row, start in enumerate(starts) if not is_valid or start != self.starts[row]]
+        self.starts = starts
+        sizes = [length - start for length, start in zip(self.lengths, starts, strict=True)]
+        self.columns = torch.tensor(sizes, device=self.text.device) - 1 if stale else self.columns + 1
+        if len(stale) == len(starts):
+            return self._read_windows(stale, sizes)
+        logits = self._step(sizes)
+        if stale:  # their rows of the step are meaningless
+            logits[stale] = self._read_windows(stale, sizes)
         return logits
 
-    def _read(self, input_ids: Tensor, cache: KVCache, paddings: list[int]) -> Tensor:
-        """The logits (b, v) after input_ids (b, t), which come after what is in the cache."""
-        if not any(paddings):
-            return self.model.last_logits(input_ids, None, cache.blocks)
-        t = input_ids.size(1)
-        columns = torch.arange(cache.used + t, device=input_ids.device)
-        positions = columns - torch.tensor(paddings, device=input_ids.device).unsqueeze(1)
-        return self.model.last_logits(
-            input_ids, causal_mask(positions >= 0, t), cache.blocks, positions[:, -t:].clamp(min=0)
-        )
+    def _step(self, sizes: list[int]) -> Tensor:
+        assert self.cache is not None
+        if self.compiled:
+            return self.compiled(self.model, self.tokens, self.columns)
+        return decode_step(self.model, self.cache, self.tokens, self.columns, max(sizes), min(sizes) < max(sizes))
+
+    def _read_windows(self, rows: list[int], sizes: list[int]) -> Tensor:
+        """Read the windows of some texts in one pass, padded on the right, where causal attention ignores padding."""
+        past: list[PastKeyValues] = []
+        if self.cache is not None:
+            self.cache.owner = self.identity
+            past = [partial(layer.prefill, rows=rows) for layer in self.cache.layers]
+        last = self.columns[rows]
+        end = self.text.size(1) - 1
+        columns = torch.arange(max(sizes[row] for row in rows), device=self.text.device)
+        index = (end - rearrange(last, "b -> b 1") + columns).clamp(max=end)
+        return self.model.last_logits(self.text[rows].gather(1, index), past, last=last)
 
 
-def aligned_right(input_ids: Tensor, real: Tensor) -> Tensor:
-    """Move the padding of texts (b, t) to their left, and make it a token that each text has.
+def align_right(input_ids: Tensor, is_real: Tensor) -> Tensor:
+    """Move the padding of texts (b, t) to the left, and replace it by a token of the text.
 
-    A repetition penalty then sees nothing that is not in the text.
+    Padding that repeats a token of the text does not affect a repetition penalty.
     """
-    padding_first = real.int().argsort(dim=1, stable=True)
+    padding_first = is_real.int().argsort(dim=1, stable=True)
     input_ids = input_ids.gather(1, padding_first)
-    return torch.where(real.gather(1, padding_first), input_ids, input_ids[:, -1:])
+    return torch.where(is_real.gather(1, padding_first), input_ids, input_ids[:, -1:])
 
 
 @torch.no_grad()
 def decode(
-    model: "GPT2Model",
+    model: LanguageModel,
     input_ids: Tensor,
     max_new_tokens: int,
-    choose: TokenSampler,
+    sampler: TokenSampler,
     attention_mask: Tensor | None = None,
     use_cache: bool = True,
-    recorder: Recorder | None = None,
+    compiled: CompiledDecoding | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Continue texts token by token, without dropout.
 
-    Once a text is longer than the model's context, the model sees a window of it, see `window_start`.
-
     Args:
         input_ids: The texts (b, t).
-        choose: The next token of each text, from its logits and the text.
-        attention_mask: (b, t), 1 for a real token and 0 for padding, on either side; no padding if None.
-        use_cache: Keep keys and values; without, all that the model sees is read anew for each token.
-        recorder: Write by a step that CUDA has recorded.
+        sampler: Chooses the next token of each text.
+        attention_mask: (b, t), 1 for a real token and 0 for padding, on either side. None is no padding.
+        use_cache: If False, the whole window is read again for each token.
+        compiled: Take the steps by a compiled function over its static cache.
 
     Yields:
-        The next token of each text (b,), and the logits (b, v) that it was chosen by, to be read before going on.
+        The next token of each text (b,), and the logits (b, v) it was chosen from, valid until the next step.
 
     Raises:
-        ValueError: A text has no token, or the mask another shape.
+        ValueError: A text has no token, or the mask has another shape than the texts.
     """
-    decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, recorder)
+    decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, compiled)
     for _ in range(max_new_tokens):
-        with evaluating(model):  # and not while the caller has the word, who may train, or never come back
+        with evaluation_mode(model):  # only during the step: between two tokens, the caller may train
             logits = decoder.next_logits()
-        token = choose(logits, decoder.text)
-        decoder.append(token)
-        yield token, logits
+        tokens = sampler(logits, decoder.text)
+        decoder.append(tokens)
+        yield tokens, logits
 
 
 @contextmanager
-def evaluating(model: "GPT2Model") -> Iterator[None]:
-    """Without dropout, if it has any."""
+def evaluation_mode(model: LanguageModel) -> Iterator[None]:
+    """Switch dropout off."""
     was_training = model.training
     if was_training:
-        model.eval()
+        model.train(False)
     try:
         yield
     finally:

@@ -1,82 +1,59 @@
-"""Keys and values of the tokens that a model has read.
+"""Key-value cache: the keys and values of the tokens that a model has already read.
 
-Axes: b batch, t time, h head, d head dimension.
+Every text starts at column 0 of its row, so that the column of a token is its position, and texts of different
+lengths need no padding on the left.
+
+Axes: b batch, t time, h head, d head dimension, T columns that are attended to.
 """
 
-from torch import Tensor
+from collections.abc import Sequence
+
+from einops import rearrange
+from torch import Tensor, nn
 
 
-class LayerKVCache:
-    """The keys and values of the tokens that one block has seen, in memory that is taken once, for `length` tokens."""
+class LayerKVCache(nn.Module):
+    """Keys and values of one block, allocated once for `length` tokens of each of b texts.
 
-    def __init__(self, length: int):
-        self.length = length
-        self.used = 0  # tokens that are in it
-        self._memory: Tensor | None = None
+    The memory is a buffer, because `torch.compile` takes the address of a buffer to be fixed, which CUDA graphs need.
 
-    def memory(self, like: Tensor) -> Tensor:
-        """Where keys and values lie, (kv, b, h, length, d), in the format and on the device of `like`."""
-        if self._memory is None:
-            _, b, h, _, d = like.shape
-            self._memory = like.new_zeros(2, b, h, self.length, d)
-        return self._memory
+    Attributes:
+        memory: (kv, b, h, length, d), in the format and on the device of what is stored first.
+    """
 
-    def filled(self) -> Tensor:
-        """What is in it, (kv, b, h, used, d)."""
-        assert self._memory is not None
-        return self._memory[..., : self.used, :]
+    memory: Tensor | None
 
-    def extend(self, kv: Tensor) -> Tensor:
-        """Add keys and values (kv, b, h, t, d) of the next t tokens. Returns all by now, (kv, b, h, used, d)."""
-        memory = self.memory(kv)
-        start, self.used = self.used, self.used + kv.size(-2)
-        memory[..., start : self.used, :] = kv
-        return memory[..., : self.used, :]
+    def __init__(self, b: int, length: int):
+        super().__init__()
+        self.b, self.length = b, length
+        self.register_buffer("memory", None)
 
+    def prefill(self, kv: Tensor, rows: list[int]) -> Tensor:
+        """Store the first t tokens of some texts, (kv, rows, h, t, d), which attend to each other alone."""
+        if self.memory is None:
+            _, _, h, _, d = kv.shape
+            self.memory = kv.new_zeros(2, self.b, h, self.length, d)
+        self.memory[:, rows, :, : kv.size(3)] = kv
+        return kv
 
-class KVCache:
-    """What all blocks have seen."""
+    def append(self, kv: Tensor, columns: Tensor, visible: int) -> Tensor:
+        """Store a token of each text, (kv, b, h, 1, d), at its column (b,).
 
-    def __init__(self, num_layers: int, length: int):
-        self.blocks = [LayerKVCache(length) for _ in range(num_layers)]
-
-    @property
-    def used(self) -> int:
-        """How many tokens are in it."""
-        return self.blocks[0].used
-
-    def clear(self) -> None:
-        """Forget them; the memory stays."""
-        for block in self.blocks:
-            block.used = 0
-
-    def count_one(self) -> None:
-        """A token has come in that was put in its place by the device alone."""
-        for block in self.blocks:
-            block.used += 1
-
-    def drop_first(self, columns: int) -> None:
-        """Forget the first ones; what comes after moves to the beginning."""
-        for block in self.blocks:
-            if columns:
-                kept = block.filled()[..., columns:, :].clone()
-                block.used -= columns
-                block.filled().copy_(kept)
-
-    def replace_last(self, rows: list[int], other: "KVCache") -> None:
-        """Put what another cache holds of some rows in the place of the last columns of these rows."""
-        for block, new in zip(self.blocks, other.blocks, strict=True):
-            block.filled()[:, rows, :, -new.used :] = new.filled()
+        Returns:
+            The first `visible` columns, (kv, b, h, T, d).
+        """
+        assert self.memory is not None, "prefill first"
+        self.memory.scatter_(3, rearrange(columns, "b -> 1 b 1 1 1").expand_as(kv), kv)
+        return self.memory[:, :, :, :visible]
 
 
-class FixedPlace:
-    """A `LayerKVCache` as a recorded step sees it: the next token's column is a tensor."""
+class KVCache(nn.Module):
+    """The caches of all blocks, for b texts of at most `length` tokens."""
 
-    used = 0  # which only the device knows: whoever takes the step gives positions and mask
+    layers: Sequence[LayerKVCache]
 
-    def __init__(self, block: LayerKVCache, column: Tensor):
-        self.block, self.column = block, column
-
-    def extend(self, kv: Tensor) -> Tensor:
-        """Put keys and values (kv, b, h, 1, d) in their column. Returns all of the memory, (kv, b, h, length, d)."""
-        return self.block.memory(kv).index_copy_(3, self.column, kv)
+    def __init__(self, num_layers: int, b: int, length: int):
+        super().__init__()
+        self.b, self.length = b, length
+        self.layers = nn.ModuleList(LayerKVCache(b, length) for _ in range(num_layers))  # type: ignore[assignment]
+        self.owner: object = None  # identifies the texts that it holds

@@ -1,4 +1,4 @@
-"""An interactive session on a terminal: a line in, its continuation out, and the sampling changed on the way."""
+"""An interactive session on a terminal: each line is continued, and commands change the sampling options."""
 
 import json
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from gpt2.config import WHEN_LOADED, InferenceConfig
 from gpt2.errors import UserError
 from gpt2.validation import replace_checked
 
-WELCOME = "Type the beginning of a text; /help tells the rest. Ctrl-D leaves."
+WELCOME = "Type the beginning of a text; /help lists the commands. Ctrl-D quits."
 HELP = """\
-Each line is continued. Ctrl-C ends the text that is being written, Ctrl-D leaves.
-  /set KEY VALUE   change the sampling: /set temperature 0.5, /set top_k null, /set stop ["\\n", "end"]
-  /config          show it
-  /reset           take it back to what it was at first
-  /help            this
-A text that begins with a slash is told from a command by a space before it."""
+Each line is continued. Ctrl-C stops the current text, Ctrl-D quits.
+  /set KEY VALUE   change an option: /set temperature 0.5, /set top_k null, /set stop ["\\n", "end"]
+  /config          show the options
+  /reset           restore the options of the start
+  /help            show this list
+To begin a text with a slash, type a space before it."""
 
 
-def value_of(text: str) -> Any:
-    """What a value is that was typed as YAML has it: null, true, 0.5, a text, or a list [a, "b"]."""
+def parse_value(text: str) -> Any:
+    """A value in YAML: null, true, 0.5, a string, or a list [a, "b"]. What is not YAML is a string."""
     with suppress(yaml.YAMLError):
         return yaml.safe_load(f"value: {text}")["value"]
     return text
@@ -33,17 +33,17 @@ def value_of(text: str) -> Any:
 class Session:
     """Reads lines from the terminal until Ctrl-D."""
 
-    def __init__(self, write: Callable[[str, InferenceConfig], None], config: InferenceConfig, history: Path | None):
+    def __init__(self, generate: Callable[[str, InferenceConfig], None], config: InferenceConfig, history: Path | None):
         """
         Args:
-            write: Prints a text and its continuation.
-            history: A file that keeps the lines for the next session; they are forgotten if None.
+            generate: Prints a prompt and its continuation.
+            history: A file that stores the lines for the next session; None stores nothing.
         """
-        self.write, self.first, self.config, self.history = write, config, replace(config), history
+        self.generate, self.initial, self.config, self.history = generate, config, replace(config), history
 
     def run(self) -> None:
-        with suppress(ImportError):  # Windows has none: lines are then read without editing
-            import readline  # from here on, `input` edits its line and remembers those before
+        with suppress(ImportError):  # Windows has no readline: lines are read without editing
+            import readline  # importing it gives `input` line editing and history
 
             if self.history and self.history.is_file():
                 with suppress(OSError):
@@ -51,45 +51,48 @@ class Session:
         print(WELCOME)
         while True:
             try:
-                line = input("> ")
-                self.answer(line)
+                self.answer(input("> "))
             except EOFError:
                 print()
                 return
             except KeyboardInterrupt:
                 print()
-            self.remember()
+            self.save_history()
 
     def answer(self, line: str) -> None:
-        """Do what a command says, or continue a text. A mistake is told in a line, and nothing has changed."""
-        command, *words = line.split(maxsplit=2) if line.startswith("/") else [""]
+        """Continue a text, or run a command. An invalid command prints an error and changes nothing."""
         if not line.strip():
             return
-        if not command:
-            self.write(line.removeprefix(" ") if line.startswith(" /") else line, self.config)
-        elif command == "/set" and len(words) == 2:
-            if words[0] in WHEN_LOADED:
-                print(f"error: {words[0]} is settled when a model is loaded: leave, and say inference.{words[0]}=...")
-                return
-            value = value_of(words[1])
-            if isinstance(getattr(self.config, words[0], None), list) and not isinstance(value, list):
-                value = [value]
-            try:
-                self.config = replace_checked(self.config, {words[0]: value})
-            except UserError as error:
-                print("\n".join(f"error: {fault}" for fault in error.problems))
+        if not line.startswith("/"):
+            self.generate(line.removeprefix(" ") if line.startswith(" /") else line, self.config)
+            return
+        command, *words = line.split(maxsplit=2)
+        if command == "/set" and len(words) == 2:
+            self.set_option(*words)
         elif line.strip() == "/config":
             for key, value in vars(self.config).items():
                 print(key, json.dumps(value, ensure_ascii=False))
         elif line.strip() == "/reset":
-            self.config = replace(self.first)
+            self.config = replace(self.initial)
         elif line.strip() == "/help":
             print(HELP)
         else:
-            print(f"error: {line.strip()} is none of /set KEY VALUE, /config, /reset, /help; Ctrl-D leaves")
+            print(f"error: {line.strip()} is none of /set KEY VALUE, /config, /reset, /help; Ctrl-D quits")
 
-    def remember(self) -> None:
-        with suppress(ImportError, OSError):  # a history is a convenience
+    def set_option(self, key: str, text: str) -> None:
+        if key in WHEN_LOADED:
+            print(f"error: {key} applies when a model is loaded: quit, and start with inference.{key}=...")
+            return
+        value = parse_value(text)
+        if isinstance(getattr(self.config, key, None), list) and not isinstance(value, list):
+            value = [value]
+        try:
+            self.config = replace_checked(self.config, {key: value})
+        except UserError as error:
+            print("\n".join(f"error: {problem}" for problem in error.problems))
+
+    def save_history(self) -> None:
+        with suppress(ImportError, OSError):  # a history that cannot be saved is no error
             import readline
 
             if self.history:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.model import Forward, GPT2Model
-from gpt2.ops.linear import Linear
+from gpt2.ops.linear import LinearFunction
 from gpt2.runtime.device import Precision, known_peak
 from gpt2.runtime.rng import RandomState
 
@@ -54,7 +54,7 @@ class Compiled:
         model: GPT2Model,
         device: torch.device,
         shape: tuple[int, int],
-        linear: Linear = F.linear,
+        linear: LinearFunction = F.linear,
     ):
         """
         Args:

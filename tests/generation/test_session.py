@@ -16,29 +16,29 @@ from tests.conftest import Workspace
 
 @pytest.fixture
 def session() -> Session:
-    """A session whose texts are only noted down, in `session.written`."""
-    written: list[tuple[str, InferenceConfig]] = []
-    session = Session(lambda text, config: written.append((text, config)), InferenceConfig(seed=3), history=None)
-    session.written = written
+    """A session that only records what it should generate, in `session.generated`."""
+    generated: list[tuple[str, InferenceConfig]] = []
+    session = Session(lambda text, config: generated.append((text, config)), InferenceConfig(seed=3), history=None)
+    session.generated = generated
     return session
 
 
 def test_a_line_is_continued_and_an_empty_one_is_not(session):
     for line in ("Once upon", "", "   ", "  indented "):
         session.answer(line)
-    assert [text for text, _ in session.written] == ["Once upon", "  indented "]
+    assert [text for text, _ in session.generated] == ["Once upon", "  indented "]
 
 
 def test_a_text_may_begin_with_a_slash(session):
     session.answer(" /set the table")
-    assert session.written[0][0] == "/set the table"
+    assert session.generated[0][0] == "/set the table"
 
 
-def test_settings_are_changed_shown_and_taken_back(session, capsys):
+def test_options_are_set_shown_and_reset(session, capsys):
     for line in ("/set temperature 0.5", "/set top_k null", "/set do_sample false", "/set max_new_tokens 7"):
         session.answer(line)
     session.answer("text")
-    config = session.written[0][1]
+    config = session.generated[0][1]
     assert (config.temperature, config.top_k, config.do_sample, config.max_new_tokens) == (0.5, None, False, 7)
     assert config.seed == 3
     session.answer("/config")
@@ -48,7 +48,7 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
         assert session.config.stop == stop
     session.answer("/reset")
     session.answer("text")
-    assert session.written[1][1] == InferenceConfig(seed=3)
+    assert session.generated[1][1] == InferenceConfig(seed=3)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
         ("/set temperature -1", "temperature: -1.0 is not a finite number of at least 0"),
         ("/set top_p 2", "top_p: 2.0 is not above 0 and at most 1"),
         ("/set top_k many", "top_k: 'many' is not a whole number or null"),
-        ("/set quantization int8", "quantization is settled when a model is loaded"),
+        ("/set quantization int8", "quantization applies when a model is loaded"),
         ("/set seed ${x}", "seed: '${x}' is not a whole number or null"),
         ("/set colour blue", "colour: there is no such key; there are max_new_tokens, "),
         ("/set temperature", "/set temperature is none of /set KEY VALUE"),
@@ -65,15 +65,15 @@ def test_settings_are_changed_shown_and_taken_back(session, capsys):
         ("/", "/ is none of"),
     ],
 )
-def test_a_mistake_is_told_and_changes_nothing(session, capsys, line, complaint):
+def test_an_invalid_command_prints_an_error_and_changes_nothing(session, capsys, line, complaint):
     session.answer(line)
     assert complaint in capsys.readouterr().out
-    assert session.config == session.first
-    assert not session.written
+    assert session.config == session.initial
+    assert not session.generated
 
 
 class Terminal:
-    """The script on a terminal of its own."""
+    """generate.py on a pseudo-terminal."""
 
     def __init__(self, workspace: Workspace, *arguments: str):
         self.master, slave = pty.openpty()
@@ -93,10 +93,10 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def wait_for(self, text: str) -> str:
-        """All that was shown up to `text`, which must come."""
-        deadline = time.monotonic() + 60
+        """Wait until `text` is shown. Returns everything that was shown before it."""
+        deadline = time.monotonic() + 120
         while text not in self.seen:
-            assert time.monotonic() < deadline, f"waited in vain for {text!r} in {self.seen!r}"
+            assert time.monotonic() < deadline, f"{text!r} did not appear in {self.seen!r}"
             if select.select([self.master], [], [], 0.2)[0]:
                 self.seen += os.read(self.master, 4096).decode()
         before, self.seen = self.seen.split(text, 1)
@@ -105,33 +105,33 @@ class Terminal:
 
 def test_a_session_on_a_terminal(trained: Workspace):
     terminal = Terminal(trained, "inference.max_new_tokens=5", "inference.seed=1")
-    assert "(step 8)" in terminal.wait_for("/help tells the rest")
+    assert "(step 8)" in terminal.wait_for("/help lists the commands")
     terminal.wait_for("> ")
     terminal.type("def f\n")
-    terminal.wait_for("def f")  # what was typed, shown back
-    terminal.wait_for("def f")  # and with its continuation
+    terminal.wait_for("def f")  # the echo of what was typed
+    terminal.wait_for("def f")  # the prompt with its continuation
     terminal.wait_for("> ")
     terminal.type("/set max_new_tokens 100000\n")
     terminal.wait_for("> ")
     terminal.type("def g\n")
     terminal.wait_for("def g")
     terminal.wait_for("def g")
-    os.killpg(terminal.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C: it ends the text, not the session
+    os.killpg(terminal.process.pid, signal.SIGINT)  # Ctrl-C ends the text, not the session
     terminal.wait_for("> ")
     terminal.type("/config\n")
     terminal.wait_for("max_new_tokens 100000")
     terminal.wait_for("> ")
     terminal.type("\x04")  # Ctrl-D
-    assert terminal.process.wait(timeout=30) == 0
+    assert terminal.process.wait(timeout=120) == 0
     history = trained.folder / "cache" / "gpt2" / "history"
     assert history.read_text().splitlines()[-3:] == ["/set max_new_tokens 100000", "def g", "/config"]
     history.unlink()
 
 
-def test_a_prompt_from_a_pipe_and_nothing_but_text_back(trained: Workspace):
+def test_a_piped_prompt_gives_only_text_on_standard_output(trained: Workspace):
     options = ["inference=greedy", "inference.max_new_tokens=8"]
     given = trained.run("generate.py", "prompt=def f\nx", *options)
-    assert "tokens at" in given.stderr
+    assert "tokens/s" in given.stderr
     piped = subprocess.run(
         trained.command("generate.py", *options, "quiet=true"),
         input="def f\nx\n",

@@ -1,4 +1,4 @@
-"""Each step from logits to a token equals the logits processor of `transformers` that does the same."""
+"""Each sampling filter equals the logits processor of `transformers` of the same name."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gpt2.generation.sampling import keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2.generation.sampling import SamplingParams, keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
 
 VOCABULARY = 50
 
@@ -48,29 +48,29 @@ def test_filter_equals_transformers(ours, theirs, value, spread):
 
 
 @pytest.mark.parametrize(("ours", "theirs", "value"), FILTERS, **named)
-def test_filter_changes_neither_its_input_nor_one_row_by_another(ours, theirs, value):
+def test_filter_is_pure_and_rows_are_independent(ours, theirs, value):
     logits, input_ids = random_logits(), random_ids()
     before = logits.clone()
-    init_distributed = apply(ours, logits, input_ids, value)
+    together = apply(ours, logits, input_ids, value)
     alone = [apply(ours, logits[i : i + 1], input_ids[i : i + 1], value) for i in range(len(logits))]
     assert torch.equal(logits, before)
-    assert_close(init_distributed, torch.cat(alone), atol=0, rtol=0)
+    assert_close(together, torch.cat(alone), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("keep", "all_of_it"),
+    ("keep", "off"),
     [(keep_top_k, None), (keep_top_p, None), (keep_top_p, 1.0), (keep_min_p, None), (keep_min_p, 0.0)],
 )
-def test_all_is_all(keep, all_of_it):
+def test_a_filter_that_is_off_changes_nothing(keep, off):
     logits = random_logits(spread=30.0)  # some probabilities are 0 in fp32
-    assert torch.equal(keep(logits, all_of_it), logits)
+    assert torch.equal(keep(logits, off), logits)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "penalty"), [(None, None, 1.0), (10, 0.8, 1.3), (3, None, 2.0), (None, 0.5, 1.1)]
 )
-def test_next_token_is_drawn_from_what_transformers_leaves(temperature, top_k, top_p, penalty):
+def test_next_token_is_sampled_from_the_distribution_of_transformers(temperature, top_k, top_p, penalty):
     """In the order of transformers' generate(): penalty, temperature, top-k, top-p."""
     logits, input_ids = random_logits(b=512), random_ids(b=512)
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
@@ -80,15 +80,16 @@ def test_next_token_is_drawn_from_what_transformers_leaves(temperature, top_k, t
     expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))[:, 0]
 
     generator = torch.Generator().manual_seed(7)
-    drawn = next_token(logits, input_ids, temperature, top_k, top_p, penalty, generator=generator)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    drawn = next_token(logits, input_ids, params, generator)
     assert torch.equal(drawn, expected)
 
 
 @pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"do_sample": False}], ids=str)
-def test_greedy_takes_the_likeliest_after_the_penalty(greedy):
+def test_greedy_is_the_argmax_after_the_penalty(greedy):
     logits, input_ids = random_logits(), random_ids()
     expected = RepetitionPenaltyLogitsProcessor(3.0)(input_ids, logits.clone()).argmax(-1)
-    assert torch.equal(next_token(logits, input_ids, repetition_penalty=3.0, **greedy), expected)
+    assert torch.equal(next_token(logits, input_ids, SamplingParams(repetition_penalty=3.0, **greedy)), expected)
     assert not torch.equal(expected, logits.argmax(-1))
 
 
@@ -98,7 +99,7 @@ def test_frequencies_follow_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -2.0, -torch.inf])
     generator = torch.Generator().manual_seed(0)
     nothing_before = torch.zeros(draws, 0, dtype=torch.long)
-    drawn = next_token(logits.expand(draws, -1), nothing_before, temperature, generator=generator)
+    drawn = next_token(logits.expand(draws, -1), nothing_before, SamplingParams(temperature=temperature), generator)
     observed = drawn.bincount(minlength=7)
     expected = (logits / temperature).softmax(-1) * draws
     assert observed[6] == 0
@@ -107,10 +108,11 @@ def test_frequencies_follow_the_softmax(temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_logits_of_a_half_precision_are_sampled_in_full(dtype):
+def test_16_bit_logits_are_sampled_in_fp32(dtype):
     logits, input_ids = random_logits(b=4096).to(dtype), random_ids(b=4096)
 
-    def sample(logits: torch.Tensor) -> torch.Tensor:
-        return next_token(logits, input_ids, 0.7, 20, 0.9, 1.3, generator=torch.Generator().manual_seed(1))
-
-    assert torch.equal(sample(logits), sample(logits.float()))
+    params = SamplingParams(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3)
+    drawn, expected = (
+        next_token(x, input_ids, params, torch.Generator().manual_seed(1)) for x in (logits, logits.float())
+    )
+    assert torch.equal(drawn, expected)

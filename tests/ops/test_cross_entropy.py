@@ -31,8 +31,7 @@ def plain(hidden_states, weight, targets):
 
 @pytest.fixture(params=[1, 7, 50, 1000], ids="{} rows a chunk".format)
 def rows(request, monkeypatch):
-    monkeypatch.setitem(module.CHUNK, "cpu", request.param * V * 4)
-    monkeypatch.setattr(module, "IN_CACHE", 3 * V * 4)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", request.param * V * 4)
     return request.param
 
 
@@ -149,7 +148,7 @@ def test_a_vocabulary_that_is_filled_up_changes_nothing():
     scale = torch.tensor(1 / 43)
     alone = module._loss_and_gradients(hidden_states, weight, targets, scale, F.linear, V)
     padded = module._loss_and_gradients(
-        hidden_states, F.pad(weight, (0, 0, 0, -V % module.ALIGNED)), targets, scale, F.linear, V
+        hidden_states, F.pad(weight, (0, 0, 0, -V % module.VOCABULARY_MULTIPLE)), targets, scale, F.linear, V
     )
     torch.testing.assert_close(padded[:2], alone[:2])
     torch.testing.assert_close(padded[2][:V], alone[2])
@@ -158,12 +157,11 @@ def test_a_vocabulary_that_is_filled_up_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_the_softmax_in_place(dtype, size, monkeypatch):
-    monkeypatch.setattr(module, "IN_CACHE", 3 * V * 4)
+def test_softmax_in_place(dtype, size):
     logits = (size * torch.randn(10, V)).to(dtype)
     exact = logits.double()
-    normalizer = softmax_(logits)
-    torch.testing.assert_close(normalizer.double(), torch.logsumexp(exact, -1, keepdim=True), rtol=1e-6, atol=1e-5)
+    log_sums = softmax_(logits)
+    torch.testing.assert_close(log_sums.double(), torch.logsumexp(exact, -1, keepdim=True), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(logits, torch.softmax(exact, -1).to(dtype), rtol=1e-2 if size > 1 else 1e-5, atol=1e-6)
 
 

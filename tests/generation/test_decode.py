@@ -1,4 +1,4 @@
-"""Writing with what was read kept in mind: the same text as without, alone and side by side."""
+"""Decoding: with and without a cache, alone and side by side, dynamic and compiled, the text is the same."""
 
 from functools import partial
 
@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gpt2.generation.decode import Recorder, aligned_right, decode, window_start
+from gpt2.generation.decode import CompiledDecoding, align_right, decode, window_start
 from gpt2.generation.kv_cache import KVCache
-from gpt2.generation.sampling import next_token
+from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.model import GPT2Model
-from gpt2.ops.attention import causal_mask
-from tests.helpers import finish, noisy_model, padding_mask, random_ids, tiny_config
+from tests.helpers import finish, noisy_model, random_ids, tiny_config
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 close = {"atol": 1e-5, "rtol": 1e-5}
-greedy = partial(next_token, do_sample=False, repetition_penalty=1.3)
+greedy = partial(next_token, params=SamplingParams(do_sample=False, repetition_penalty=1.3))
 
 
 def test_beyond_its_context_the_model_sees_a_window_that_moves_by_a_quarter():
@@ -48,18 +48,18 @@ def test_with_and_without_a_cache_the_text_is_the_same(options, length):
     assert torch.equal(cached, recomputed)
 
 
-@pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 1, 9], [1, 15]], ids=str)
-@pytest.mark.parametrize("side", [None, "left", "right"])
-def test_a_text_in_pieces_through_a_cache_is_the_text_in_one(pieces, side):
+@pytest.mark.parametrize("prompt", [16, 1, 5])
+def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt):
     model = noisy_model(tiny_config()).eval()
     input_ids = random_ids(model.config, 3, 16)
-    mask = None if side is None else padding_mask(side, 3, 16)
-    whole = model._hidden_states(input_ids, mask)
-    cache, parts = KVCache(model.config.num_layers, 16), []
-    for piece in input_ids.split(pieces, dim=1):
-        until = cache.used + piece.size(1)
-        parts.append(model._hidden_states(piece, None if mask is None else mask[:, :until], cache.blocks))
-    assert_close(torch.cat(parts, dim=1), whole, **close)
+    cache = KVCache(model.config.num_layers, b=3, length=16)
+    prefill = [partial(layer.prefill, rows=[0, 1, 2]) for layer in cache.layers]
+    parts = [model._hidden_states(input_ids[:, :prompt], past=prefill)]
+    for t in range(prompt, 16):
+        columns = torch.full((3,), t)
+        append = [partial(layer.append, columns=columns, visible=t + 1) for layer in cache.layers]
+        parts.append(model._hidden_states(input_ids[:, t : t + 1], past=append, positions=columns[:, None]))
+    assert_close(torch.cat(parts, dim=1), model._hidden_states(input_ids), **close)
 
 
 def test_with_a_cache_the_model_reads_each_token_once():
@@ -75,17 +75,6 @@ def test_a_cache_takes_keys_in_the_format_that_the_model_computes_in():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens, _ = finish(model.generate(random_ids(model.config, 2, 5), 4, do_sample=False))
     assert len(tokens) == 4
-
-
-@pytest.mark.parametrize("t", [None, 1, 3, 5])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_mask_lets_each_token_see_itself_and_the_real_ones_before(side, t):
-    real = padding_mask(side, 4, 5)
-    mask = causal_mask(real, t)
-    for row in range(4):
-        for i, looking in enumerate(range(5 - (t or 5), 5)):
-            seen = [place for place in range(5) if place == looking or (place < looking and real[row, place])]
-            assert mask[row, 0, i].nonzero()[:, 0].tolist() == seen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,11 +107,11 @@ def test_a_text_among_others_is_the_text_alone(lengths, side, use_cache):
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, *lengths)
     input_ids, real = padded(texts, side)
-    init_distributed = list(decode(model, input_ids, 30, greedy, real, use_cache))
+    together = list(decode(model, input_ids, 30, greedy, real, use_cache))
     for row, text in enumerate(texts):
         alone = list(decode(model, text, 30, greedy))
-        assert torch.equal(new_tokens(init_distributed)[row : row + 1], new_tokens(alone))
-        for (_, logits), (_, expected) in zip(init_distributed, alone, strict=True):
+        assert torch.equal(new_tokens(together)[row : row + 1], new_tokens(alone))
+        for (_, logits), (_, expected) in zip(together, alone, strict=True):
             assert_close(logits[row : row + 1], expected, **close)
 
 
@@ -142,9 +131,10 @@ def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others()
 
     def drawn(rows: list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(100 + row) for row in rows]
-        choose = partial(next_token, temperature=1.3, top_k=20, top_p=0.9, generator=generators)
+        params = SamplingParams(temperature=1.3, top_k=20, top_p=0.9)
+        sampler = partial(next_token, params=params, generators=generators)
         input_ids, real = padded([texts[row] for row in rows], "left")
-        return new_tokens(decode(model, input_ids, 30, choose, real))
+        return new_tokens(decode(model, input_ids, 30, sampler, real))
 
     all_of_them = drawn([0, 1, 2])
     assert torch.equal(drawn([2, 0]), all_of_them[[2, 0]])
@@ -154,9 +144,9 @@ def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others()
 @pytest.mark.parametrize(
     ("input_ids", "mask", "complaint"),
     [
-        ([[]], None, "a text without a token"),
-        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "a text without a token"),
-        ([[1, 2]], [[1, 1, 1]], r"attention_mask is of shape \(1, 3\), of input_ids \(1, 2\)"),
+        ([[]], None, "at least one token"),
+        ([[1, 2], [3, 4]], [[1, 1], [0, 0]], "at least one token"),
+        ([[1, 2]], [[1, 1, 1]], r"attention_mask has shape \(1, 3\), but input_ids \(1, 2\)"),
     ],
     ids=str,
 )
@@ -174,7 +164,7 @@ def test_texts_that_make_no_sense_are_refused(input_ids, mask, complaint):
         ({"top_k": 0, "top_p": 2.0}, "top_k: 0 is not .*; top_p: 2.0 is not"),
         ({"min_p": 2.0}, "min_p: 2.0 is not"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 is not"),
-        ({"max_new_tokens": -1}, "-1 new tokens"),
+        ({"max_new_tokens": -1}, "max_new_tokens: -1 is negative"),
     ],
 )
 def test_values_out_of_range_are_refused(options, complaint):
@@ -184,70 +174,70 @@ def test_values_out_of_range_are_refused(options, complaint):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The step that CUDA records: without CUDA, the same step
+# The static cache and the compiled step
 
 
-@pytest.mark.parametrize("lengths", [(5,), (3, 3), (9, 23, 1)], ids=str)
-def test_a_step_with_fixed_shapes_writes_the_same(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "backend"), [((5,), "eager"), ((3, 3), "eager"), ((9, 23, 1), "eager"), ((9, 3), "aot_eager")], ids=str
+)
+@torch._dynamo.config.patch(recompile_limit=1)  # one compilation serves all steps
+def test_the_static_cache_gives_the_logits_of_the_dynamic_one(lengths, backend):
     model = noisy_model(tiny_config(), seed=3)
     input_ids, real = padded(texts_of_lengths(model, *lengths), "left")
-    recorder = Recorder(model)
-    for _ in range(2):  # the second on the memory of the first
-        plain, recorded = (new_tokens(decode(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
-        assert torch.equal(plain, recorded)
+    compiled = CompiledDecoding(backend=backend)
+    expected = list(decode(model, input_ids, 30, greedy, real))
+    for _ in range(2):  # the second time in the memory of the first
+        for step, (tokens, logits) in zip(decode(model, input_ids, 30, greedy, real, compiled=compiled), expected):  # noqa: B905
+            assert torch.equal(step[0], tokens)
+            assert_close(step[1], logits, **close)
 
 
-def test_a_step_is_kept_for_texts_of_like_shape():
-    recorder = Recorder(noisy_model(tiny_config(context_length=512)))
-    step = recorder.step(2, 100)
-    assert step.length == 128
-    assert recorder.step(2, 128) is step
-    assert recorder.step(2, 129) is not step
-    assert recorder.step(1, 1000).length == 512
+def test_a_static_cache_is_reused_for_texts_of_similar_shape():
+    config = tiny_config(context_length=512)
+    compiled = CompiledDecoding()
+    cache = compiled.cache_for(config, 2, 100)
+    assert cache.length == 128
+    assert compiled.cache_for(config, 2, 128) is cache
+    assert compiled.cache_for(config, 2, 129) is not cache
+    assert compiled.cache_for(config, 1, 1000).length == 512
 
 
-def test_two_texts_that_share_a_step_do_not_disturb_each_other():
+def test_two_texts_that_share_a_static_cache_do_not_affect_each_other():
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, 4, 6)
-    recorder = Recorder(model)
+    compiled = CompiledDecoding(backend="eager")
     expected = [new_tokens(decode(model, text, 9, greedy)) for text in texts]
-    streams = [decode(model, text, 9, greedy, recorder=recorder) for text in texts]
-    mixed = zip(*zip(*streams, strict=True), strict=True)  # a step of one, a step of the other, ...
-    for steps, tokens in zip(mixed, expected, strict=True):
+    streams = [decode(model, text, 9, greedy, compiled=compiled) for text in texts]
+    interleaved = zip(*zip(*streams, strict=True), strict=True)  # a step of one, a step of the other, ...
+    for steps, tokens in zip(interleaved, expected, strict=True):
         assert torch.equal(new_tokens(steps), tokens)
 
 
-@pytest.mark.slow
-def test_the_step_compiles_into_one_graph():
-    model = noisy_model(tiny_config(), seed=3)
-    input_ids, real = padded(texts_of_lengths(model, 9, 3), "left")
-    compiled = new_tokens(decode(model, input_ids, 30, greedy, real, recorder=Recorder(model, compiled=True)))
-    assert torch.equal(compiled, new_tokens(decode(model, input_ids, 30, greedy, real)))
-
-
-@pytest.mark.slow
-def test_more_shapes_compile_than_the_compiler_keeps(monkeypatch):
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 3)  # 8, of which each takes seconds
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_shapes_compile_than_the_compiler_caches():
     model = noisy_model(tiny_config(num_layers=1))
-    recorder = Recorder(model, compiled=True)
-    for b in range(1, 6):
-        assert len(list(decode(model, random_ids(model.config, b, 3), 2, greedy, recorder=recorder))) == 2
+    compiled = CompiledDecoding(backend="eager")
+    for b in range(1, 5):
+        assert len(list(decode(model, random_ids(model.config, b, 3), 2, greedy, compiled=compiled))) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_on_cuda_writes_the_same(compiled):
-    model = noisy_model(tiny_config(), seed=3).cuda()
-    input_ids, real = (tensor.cuda() for tensor in padded(texts_of_lengths(model, 9, 23, 1), "left"))
-    recorder = Recorder(model, compiled)
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_the_compiled_step_generates_the_same_text(device):
+    """With the options that are used on CUDA; a CPU ignores CUDA graphs."""
+    model = noisy_model(tiny_config(), seed=3).to(device)
+    input_ids, real = (tensor.to(device) for tensor in padded(texts_of_lengths(model, 9, 23, 1), "left"))
+    compiled = CompiledDecoding()
     for _ in range(2):
-        plain, recorded = (new_tokens(decode(model, input_ids, 30, greedy, real, recorder=r)) for r in (None, recorder))
-        assert torch.equal(plain, recorded)
+        expected, tokens = (
+            new_tokens(decode(model, input_ids, 30, greedy, real, compiled=c)) for c in (None, compiled)
+        )
+        assert torch.equal(tokens, expected)
 
 
 def test_padding_is_moved_to_the_left_and_becomes_a_token_of_the_text():
     input_ids = torch.tensor([[1, 2, 9, 9], [9, 3, 4, 5], [9, 6, 7, 9], [1, 2, 3, 4]])
-    moved = aligned_right(input_ids, input_ids != 9)
+    moved = align_right(input_ids, input_ids != 9)
     assert moved.tolist() == [[2, 2, 1, 2], [5, 3, 4, 5], [7, 7, 6, 7], [1, 2, 3, 4]]
 
 

@@ -5,24 +5,24 @@ import json
 import pytest
 import torch
 
-from gpt2.benchmarks.generation import Contestant, GenerationComparison, Writing, ours, read_bandwidth, table_of, theirs
+from gpt2.benchmarks.generation import Contestant, GenerationComparison, Timing, ours, read_bandwidth, table_of, theirs
 from gpt2.config import GenerationBenchmark
 from tests.conftest import Workspace
 from tests.helpers import random_ids, tiny_config
 
 
 def test_times_are_those_of_the_first_token_and_of_the_typical_one_after_it():
-    writing = Writing.timed([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
-    assert (writing.prefill_seconds, writing.step_seconds) == (3.0, 0.5)
+    timing = Timing.from_clock([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
+    assert (timing.prefill_seconds, timing.step_seconds) == (3.0, 0.5)
 
 
 def test_both_write_the_same_tokens_from_the_same_weights():
     comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
     input_ids = random_ids(comparison.model.config, 3, 5)
-    writings = [write(input_ids, 8) for write in (theirs(comparison.twin), ours(comparison.model, None))]
-    assert torch.equal(*(writing.tokens for writing in writings))
-    assert writings[0].tokens.shape == (3, 8)
-    assert len(set(writings[0].tokens.flatten().tolist())) > 2
+    timings = [run(input_ids, 8) for run in (theirs(comparison.twin), ours(comparison.model))]
+    assert torch.equal(*(timing.tokens for timing in timings))
+    assert timings[0].tokens.shape == (3, 8)
+    assert len(set(timings[0].tokens.flatten().tolist())) > 2
     assert comparison.weights == comparison.model.num_parameters() - 16 * 16  # the position table
 
 
@@ -37,7 +37,7 @@ def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
         def fails(*_):
             raise RuntimeError("no compiler\nand so on")
 
-        compiled.write = fails
+        compiled.generate = fails
         return [first, compiled, *rest]
 
     monkeypatch.setattr(comparison, "contestants", contestants)
@@ -58,7 +58,7 @@ def test_the_figures_of_a_row(monkeypatch):
 
     def takes(seconds: list[float], written: torch.Tensor = tokens):
         each = iter([9.0, *seconds])  # the first run counts for nothing
-        return lambda *_: Writing(prefill_seconds=1.0, step_seconds=next(each), tokens=written)
+        return lambda *_: Timing(prefill_seconds=1.0, step_seconds=next(each), tokens=written)
 
     contestants = [
         Contestant("transformers", takes([0.4, 0.2, 0.3, 0.2, 0.1])),
