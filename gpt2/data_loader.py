@@ -23,7 +23,7 @@ from gpt2.data.corpus import PreparedData, prepare
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
 from gpt2.runtime.dist_env import dist_env
-from gpt2.runtime.signals import leave_to_parent
+from gpt2.runtime.signals import ignore_signals
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _start_worker(_worker: int) -> None:
-    leave_to_parent()
+    ignore_signals()
 
 
 def batch_size_of(loader: DataLoader) -> int | None:

@@ -1,9 +1,8 @@
-"""What runs the jobs of a sweep: its settings, checked before any work; and jobs that are put into the queue again.
+"""Hydra launchers, which run the jobs of a sweep: checks of their settings, and jobs that a scheduler restarts.
 
-Slurm warns a job of its end by a signal. submitit answers by asking Slurm to start the job again, but would do so in
-the middle of a step. During training the signals are the trainer's, so ours come to their end in this order: the
-step is finished and saved, then the same signal goes on to submitit. Started again, by submitit or by Slurm itself, a
-job finds itself in the same folder and goes on from the newest checkpoint there.
+Slurm warns a job with a signal before it ends it, and submitit handles the signal by requeueing the job at once. During
+training our own handler comes first: the step is finished and saved, then the signal is raised again for submitit. The
+restarted job finds itself in the same folder and resumes from its newest checkpoint.
 """
 
 import logging
@@ -26,116 +25,122 @@ from gpt2.runtime.signals import Interrupted
 T = TypeVar("T")
 
 KEY = "hydra.launcher."
-REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # either may be what a cluster warns by
+REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
 
 
 def launcher_of(overrides: list[str]) -> DictConfig:
-    """The launcher that a command line chooses."""
+    """The configuration of the launcher that a command line selects."""
     return compose("train", overrides, with_hydra=True).hydra.launcher
 
 
+def uses_submitit(launcher: DictConfig) -> bool:
+    """Whether jobs run elsewhere. They are all submitted before the first one is waited for."""
+    return "hydra_submitit_launcher" in launcher._target_
+
+
 def requeues(launcher: DictConfig) -> bool:
-    """Whether a launcher starts jobs again whose time was up."""
-    times = launcher.get("max_num_timeout")
-    return isinstance(times, int) and times > 0
+    """Whether a job that reaches its time limit is restarted."""
+    restarts = launcher.get("max_num_timeout")
+    return isinstance(restarts, int) and restarts > 0
+
+
+def log_submissions(enabled: bool = True) -> None:
+    """Log the jobs that submitit submits and their folders, because the jobs print nothing on this terminal."""
+    log = logging.getLogger("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
+    log.handlers, log.propagate = [ConsoleHandler()], False
+    log.setLevel(logging.INFO if enabled else logging.WARNING)
 
 
 def validate_launcher(launcher: DictConfig) -> list[str]:
-    """What is missing for a launcher, or wrong with its settings."""
+    """Problems with the settings of a launcher, or the package that it needs."""
     target = launcher._target_
     package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
     if package is not None and find_spec(f"hydra_plugins.{package}") is None:
         needed = f"`pip install {package.replace('_', '-')}==1.4.0rc3`"
         return [f"hydra/launcher: needs a package that is not installed, {needed}"]
-    return _validate_submitit(launcher) if is_of_submitit(launcher) else []
-
-
-def is_of_submitit(launcher: DictConfig) -> bool:
-    """Whether its jobs run elsewhere, all submitted before the first of them is waited for."""
-    return "hydra_submitit_launcher" in launcher._target_
-
-
-def show_submissions(are_shown: bool = True) -> None:
-    """Have submitit's launcher say which jobs there are and where: they print nothing on this terminal."""
-    log = logging.getLogger("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
-    log.handlers, log.propagate = [ConsoleHandler()], False
-    log.setLevel(logging.INFO if are_shown else logging.WARNING)
+    return _validate_submitit(launcher) if uses_submitit(launcher) else []
 
 
 def _validate_submitit(launcher: DictConfig) -> list[str]:
-    """What submitit would find wrong, which it says when the sweep has begun."""
-    import submitit
-    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
-
     settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
-    cluster = "slurm" if launcher._target_.endswith("SlurmLauncher") else "local"
-    least = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
-    found = [
-        f"{KEY}{key}: {settings[key]} is not a whole number of at least {smallest}"
-        for key, smallest in least.items()
-        if key in settings and (type(settings[key]) is not int or settings[key] < smallest)
+    minima = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
+    problems = [
+        f"{KEY}{key}: {settings[key]} is not a whole number of at least {minimum}"
+        for key, minimum in minima.items()
+        if key in settings and (type(settings[key]) is not int or settings[key] < minimum)
     ]
-    if found:
-        return found
+    if problems:
+        return problems
     delay = settings.get("signal_delay_s", 30)
     if not isinstance(delay, int) or not 0 <= delay < settings["timeout_min"] * 60:
         return [
             f"{KEY}signal_delay_s: {delay} is no whole number of seconds that is less than "
             f"{KEY}timeout_min={settings['timeout_min']} minutes"
         ]
+    return _try_submitit(settings, "slurm" if launcher._target_.endswith("SlurmLauncher") else "local")
+
+
+def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
+    """Have submitit check the settings. The launcher itself would do so only after the sweep has begun."""
+    import submitit
+    from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
-    told = {
-        key if key in shared else f"{cluster}_{key}": value
-        for key, value in settings.items()
-        if key not in ("_target_", "submitit_folder", "max_num_timeout", "python")
+    own = ("_target_", "submitit_folder", "max_num_timeout", "python")  # of the launcher, not of submitit's executor
+    parameters = {
+        key if key in shared else f"{cluster}_{key}": value for key, value in settings.items() if key not in own
     }
     try:
         with TemporaryDirectory() as folder:
-            submitit.AutoExecutor(folder, cluster=cluster).update_parameters(**told)
-    except Exception as error:  # noqa: BLE001  # submitit's kinds are many: a name, a type, a machine without Slurm
+            submitit.AutoExecutor(folder, cluster=cluster).update_parameters(**parameters)
+    except Exception as error:  # noqa: BLE001  # an unknown name, a wrong type, a machine without Slurm: no common class
         return [f"hydra.launcher: {str(error).splitlines()[0].replace(f'{cluster}_', '')}"]
     return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a job
+# Inside a job
 
 
-def of_sweep(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]:
-    """A run, as it is if a sweep is what it is part of: with train.auto_resume, it goes on from its own checkpoint."""
+def resumable_job(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]:
+    """Wrap a job so that, inside a multirun with `train.auto_resume`, it resumes from its own checkpoint.
+
+    Other jobs are returned as they are; a trial is resumed by its study.
+    """
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:
         return run
-    if is_of_submitit(job.launcher):
-        requeue_by_either_signal()
+    if uses_submitit(job.launcher):
+        requeue_on_both_signals()
     if composed.study.trial is not None or not composed.train.auto_resume:
         return run
     composed.resume = job.runtime.output_dir
-    return partial(_until_requeued, run) if is_of_submitit(job.launcher) else run
+    return partial(_run_until_requeued, run) if uses_submitit(job.launcher) else run
 
 
-def requeue_by_either_signal() -> None:
-    """Have both signals do what submitit does at one of them; the other would kill a job that does not train yet."""
+def requeue_on_both_signals() -> None:
+    """Let SIGUSR1 and SIGUSR2 both requeue. submitit handles one; the other would kill a job before it trains."""
     handlers = [handler for number in REQUEUING if callable(handler := signal.getsignal(number))]
     for number in REQUEUING:
         if handlers and not callable(signal.getsignal(number)):
             signal.signal(number, handlers[0])
 
 
-def _until_requeued(run: Callable[[], Any]) -> Any:
-    """Run; and what it was asked to end by, once it has saved itself, is for submitit to answer.
+def _run_until_requeued(run: Callable[[], Any]) -> Any:
+    """Run a job; if a signal interrupts it, raise the signal again, for submitit to requeue the job and exit.
 
-    That ends this process, and requeues its job. But submitit lets SIGTERM pass: a job that ended by itself then would
-    not be requeued by Slurm. So it goes on until Slurm ends it.
+    submitit ignores SIGTERM, which Slurm sends before it preempts a job. A job that ended by itself would not be
+    requeued then, so it continues until Slurm kills it.
     """
     while True:
         try:
             return run()
-        except Interrupted as asked:
-            number = int(str(asked.code)) - 128
+        except Interrupted as interruption:
+            number = int(str(interruption.code)) - 128
             if number == signal.SIGINT:
                 raise
             try:
                 signal.raise_signal(number)
-            except RuntimeError as error:  # submitit's: not requeued
-                raise ResourceError(f"{error} It is saved, and the same command line goes on with it.") from error
+            except RuntimeError as error:  # by submitit: the job was restarted max_num_timeout times
+                message = f"{error} A checkpoint was saved; the same command resumes."
+                raise ResourceError(message) from error

@@ -7,7 +7,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from gpt2.cli.complete import resumed_checkpoint
 from gpt2.cli.compose import compose, parsed
-from gpt2.cli.launchers import is_of_submitit, requeues
+from gpt2.cli.launchers import requeues, uses_submitit
 from gpt2.config import StudyConfig
 from gpt2.errors import UserError
 
@@ -44,7 +44,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
     if composed.hydra.sweeper._target_ == StudyConfig._target_:
         return []
     if not composed.train.auto_resume and not requeues(launcher):
-        if not is_of_submitit(launcher) or "hydra.sweep.dir" in given:
+        if not uses_submitit(launcher) or "hydra.sweep.dir" in given:
             return []
         folder = composed.hydra.sweep.dir  # said once, or Hydra's copies of it would have suffixes of their own
         return [in_hydras_quotes("hydra.sweep.dir", folder)]

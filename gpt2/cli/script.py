@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
-from gpt2.cli.launchers import is_of_submitit, of_sweep, show_submissions
+from gpt2.cli.launchers import log_submissions, resumable_job, uses_submitit
 from gpt2.cli.preflight import check_command_line, runs_something
 from gpt2.cli.resume import folder_arguments, in_hydras_quotes, sweep_arguments
 from gpt2.cli.sweeper import run_trial
@@ -82,7 +82,7 @@ def checked(name: str, options: Namespace) -> list[str]:
     """
     logging.disable(logging.WARNING)  # the run will say all that again
     check_command_line(name, options)
-    show_submissions(options.multirun)
+    log_submissions(options.multirun)
     missing: list[str] = []
     if name == "train":
         missing = (sweep_arguments if options.multirun else folder_arguments)(options.overrides)
@@ -124,7 +124,7 @@ def checked_for_ranks(name: str, options: Namespace) -> list[str]:
 def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
     """What Hydra calls, once a run."""
     job = HydraConfig.get()
-    run = of_sweep(composed, partial(run_locked, name, task, composed, prompt))
+    run = resumable_job(composed, partial(run_locked, name, task, composed, prompt))
     if name == "train" and composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
     in_sweep = job.mode == RunMode.MULTIRUN
@@ -142,7 +142,7 @@ def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> 
                 if job.output_subdir is not None and not isinstance(error, RunLockedError):
                     remove_if_nothing_happened(output_folder())
                 raise
-    if problem and is_of_submitit(job.launcher):  # whose terminal shows nothing; it ends when all of its jobs have
+    if problem and uses_submitit(job.launcher):  # whose terminal shows nothing; it ends when all of its jobs have
         raise problem
     return inf
 

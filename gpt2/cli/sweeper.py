@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of
 from gpt2.cli.compose import CONF, WITHOUT_PART, as_argument, compose, composition_error, leaves, parsed, preset
-from gpt2.cli.launchers import show_submissions
+from gpt2.cli.launchers import log_submissions
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
@@ -224,7 +224,7 @@ class StudySweeper(Sweeper):
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        show_submissions(False)  # a trial has a line of its own
+        log_submissions(False)  # a trial has a line of its own
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the trials that the study lacks.

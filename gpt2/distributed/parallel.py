@@ -1,6 +1,5 @@
-"""How the ranks share the work on a model: each holds all of it (DDP), or a part (FSDP2).
-
-What differs between them, and from a process alone, is here; the trainer is the same for all.
+"""Strategies for training a model on several ranks: DDP, where each rank holds all of it, and FSDP2, where each holds a
+shard. The trainer calls them through one interface, which does nothing on a single device.
 """
 
 from collections.abc import Iterator
@@ -17,40 +16,40 @@ from gpt2.runtime.device import Precision
 
 
 class SingleDevice:
-    """The whole model on each rank, and no other rank: nothing to do. What the others do differently, they override."""
+    """A single process with the whole model. The other strategies override what they do differently."""
 
-    shards = False  # whether a rank holds a part of each tensor only
+    shards = False  # whether a rank holds only a part of each tensor
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         self.model, self.group = model, group
 
     def forward(self, compute: Forward) -> Forward:
-        """What computes a loss whose gradient the ranks will share, out of what computes one."""
+        """Wrap a forward pass so that its backward pass averages gradients over the ranks."""
         return compute
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around each forward and backward pass of a step: only in the last one gradients go from rank to rank."""
+        """Context of one forward and backward pass of a step. Ranks exchange gradients only in the last one."""
         return nullcontext()
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Within it, each rank may compute with the model without the others, and without gradients."""
+        """In this context a rank has the whole model and may run it alone, without gradients."""
         return nullcontext()
 
     def norms(self, local: Tensor) -> Tensor:
-        """Norms of whole tensors (n,) from those of this rank's parts."""
+        """Norms (n,) of n whole tensors, from the norms of this rank's parts."""
         return local
 
     def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors from this rank's parts, on rank 0; all ranks must call it."""
+        """The whole tensors, on rank 0. A collective operation: all ranks must call it."""
         return tensors
 
     def parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, cut as the tensors `of` the same name are."""
+        """This rank's parts of whole tensors, sharded like the tensors in `of` with the same names."""
         return tensors
 
 
 class DataParallel(SingleDevice):
-    """DistributedDataParallel (Li et al., 2020): gradients are averaged while the backward pass goes on."""
+    """DistributedDataParallel (Li et al., 2020) averages gradients during the backward pass."""
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         super().__init__(model, precision, group)
@@ -63,7 +62,7 @@ class DataParallel(SingleDevice):
         )
 
     def forward(self, compute: Forward) -> Forward:
-        self.step.compute = partial(compute)  # no module, for PyTorch would count its weights twice
+        self.step.compute = partial(compute)  # not a module: the weights would be registered twice
         return self.ddp
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -71,7 +70,7 @@ class DataParallel(SingleDevice):
 
 
 class _Step(nn.Module):
-    """A module for DDP to wrap, so that what it computes with may be another function than the model itself."""
+    """The module that DDP wraps. It can run another function with the weights of the model, such as a compiled one."""
 
     def __init__(self, model: GPT2Model):
         super().__init__()
@@ -83,10 +82,10 @@ class _Step(nn.Module):
 
 
 class FullySharded(SingleDevice):
-    """FSDP2, a block at a time: of weights, gradients and optimizer state each rank holds its part, in fp32.
+    """FSDP2: each rank holds a shard of the weights, gradients and optimizer state, in fp32.
 
-    Before a block computes, its weights come together in the format of the computation; after it, they are freed.
-    Rajbhandari et al. (2020) is the method, torch.distributed.fsdp the implementation.
+    The weights of a block are gathered in the precision of the computation before it runs, and freed after it. The
+    method is ZeRO stage 3 (Rajbhandari et al., 2020), the implementation torch.distributed.fsdp.
     """
 
     shards = True
@@ -97,14 +96,14 @@ class FullySharded(SingleDevice):
 
         super().__init__(model, precision, group)
         mesh = init_device_mesh(precision.device.type, (group.size,))
-        # Not the inputs: among them is the divisor of the loss, which is exact in fp32 only.
+        # The inputs are not cast: one is the divisor of the loss, a count of tokens that bf16 would round.
         policy = MixedPrecisionPolicy(precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for parameter in model.parameters():  # as DDP does: rank 0's weights are those of all
+        for parameter in model.parameters():  # start from the weights of rank 0, as DDP does
             torch.distributed.broadcast(parameter.detach(), 0)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        for method in ("token_losses", "last_logits"):  # which are forward passes too
+        for method in ("token_losses", "last_logits"):  # these are forward passes too
             register_fsdp_forward_method(model, method)
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -128,39 +127,35 @@ class FullySharded(SingleDevice):
         return self.group.all_reduce_(local.double().square()).sqrt().float()
 
     def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        result = {}
+        full = {}
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if self.group.is_main:
-                result[name] = whole.cpu()
-        return result
+                full[name] = whole.cpu()
+        return full
 
     def parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import distribute_tensor
 
-        result = {}
-        for name, tensor in tensors.items():
-            like: Any = of[name]
-            is_cut = tensor.shape == like.shape  # an optimizer's count of steps is not
-            on_device = tensor.to(like.device)
-            result[name] = (
-                distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
-                if is_cut
-                else on_device
-            )
-        return result
+        def part(tensor: Tensor, like: Any) -> Tensor:
+            tensor = tensor.to(like.device)
+            if tensor.shape != like.shape:  # a count of steps, in the state of the optimizer
+                return tensor
+            return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+        return {name: part(tensor, of[name]) for name, tensor in tensors.items()}
 
 
 STRATEGIES: dict[str, type[SingleDevice]] = {"ddp": DataParallel, "fsdp": FullySharded}
 
 
 def strategy(name: str, model: GPT2Model, precision: Precision, group: ProcessGroup) -> SingleDevice:
-    """That of a name; in a process alone there is nothing to divide."""
+    """Wrap the model in a strategy; a single process always uses SingleDevice."""
     if group.size == 1:
         return SingleDevice(model, precision, group)
     return STRATEGIES[name](model, precision, group)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in its own memory."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

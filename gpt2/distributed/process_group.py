@@ -56,57 +56,59 @@ class ProcessGroup:
             time.sleep(0.1)
 
     def shard(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
-        """This rank's part of a step: as many batches as any other rank has, of rows shared out as even as can be.
+        """This rank's share of a step, as evenly divided as rows allow.
 
-        Where there is nothing left for this rank, at the end of the data, it computes on a row that has no targets:
-        ranks that wait for each other must all come.
+        Every rank gets the same number of micro-batches, because they wait for each other in each pass. A rank for
+        which no rows are left, at the end of an epoch, gets one row without targets.
 
         Args:
-            accumulation_steps: The micro-batches of a full step.
+            micro_batches: Of the whole step, each a dictionary of tensors (b, t).
+            accumulation_steps: The number of micro-batches in a full step.
         """
         if self.size == 1:
             return micro_batches
         groups, parts = division(accumulation_steps, self.size)
         group, part = divmod(self.rank, parts)
-        shares = []
+        no_targets = {key: tensor[:1] for key, tensor in micro_batches[0].items()}
+        no_targets["targets"] = torch.full_like(no_targets["targets"], IGNORE_INDEX)
+
+        shards = []
         for batch in micro_batches[group::groups]:
             rows = -(-len(batch["input_ids"]) // parts)
-            shares.append({key: tensor[part * rows : (part + 1) * rows] for key, tensor in batch.items()})
-        nothing = {key: tensor[:1] for key, tensor in micro_batches[0].items()}
-        nothing["targets"] = torch.full_like(nothing["targets"], IGNORE_INDEX)
+            shard = {key: tensor[part * rows : (part + 1) * rows] for key, tensor in batch.items()}
+            shards.append(shard if len(shard["input_ids"]) else no_targets)
         passes = -(-len(micro_batches) // groups)
-        shares = [share if len(share["input_ids"]) else nothing for share in shares]
-        return shares + [nothing] * (passes - len(shares))
+        return shards + [no_targets] * (passes - len(shards))
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, in its place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def all_gather(self, numbers: list[int]) -> list[list[int]]:
-        """The numbers of each rank, for all to know: the host waits for the other hosts, not for a GPU."""
+        """The numbers of each rank, on all ranks. Runs on the host, without synchronizing the GPU."""
         if self.size == 1:
             return [numbers]
         own = torch.tensor(numbers, dtype=torch.int64)
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(found, own)
-        return [tensor.tolist() for tensor in found]
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(gathered, own)
+        return [tensor.tolist() for tensor in gathered]
 
     def broadcast_object(self, value: Any) -> Any:
-        """The value that rank 0 has."""
-        found = [value]
+        """The value of rank 0, on all ranks."""
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(found)
-        return found[0]
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def gather_object(self, value: Any) -> list[Any]:
-        """The value of each rank, on rank 0; elsewhere only its own."""
+        """The values of all ranks on rank 0; on the others only their own."""
         if self.size == 1:
             return [value]
-        found = [None] * self.size if self.is_main else None
-        dist.gather_object(value, found)
-        return found or [value]
+        gathered = [None] * self.size if self.is_main else None
+        dist.gather_object(value, gathered)
+        return gathered or [value]
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How this process was started: alone, or by torchrun as one rank of several. Nothing heavy is imported here."""
+"""The environment variables with which torchrun starts a process. Imports neither torch nor anything else slow."""
 
 import os
 import sys
@@ -11,48 +11,48 @@ from gpt2.errors import UserError
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among those that torchrun started, in the words of torchrun's environment variables."""
+    """The place of this process among those that torchrun started; by default a single process without torchrun."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # among the ranks of this machine
     local_world_size: int = 1
     by_torchrun: bool = False
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0: it alone writes files, speaks to the terminal and to W&B."""
+        """Whether this is rank 0, the only one that writes files, prints, and logs to W&B."""
         return self.rank == 0
 
     def command(self) -> str:
-        """What starts a script in this way, as typed; of several machines each must say where the first is."""
+        """The words before a script's name in a command that starts it the same way."""
         if not self.by_torchrun:
             return "python"
-        nodes = self.world_size // self.local_world_size
-        among = f" --nnodes={nodes} ..." if nodes > 1 else ""
-        return f"torchrun{among} --nproc_per_node={self.local_world_size}"
+        machines = self.world_size // self.local_world_size
+        options = f" --nnodes={machines} ..." if machines > 1 else ""
+        return f"torchrun{options} --nproc_per_node={self.local_world_size}"
 
 
 @cache
 def dist_env() -> DistEnv:
-    """As the environment has it, which does not change.
+    """Read the environment variables, which do not change.
 
     Raises:
-        UserError: It has a part of it only.
+        UserError: Some of them are missing.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return DistEnv()
     if missing := [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"RANK and WORLD_SIZE are set, as torchrun sets them, but not {', '.join(missing)}")
+        raise UserError(f"RANK and WORLD_SIZE are set, as by torchrun, but not {', '.join(missing)}")
     rank, world_size, local_rank, local_world_size = (int(os.environ[name]) for name in names)
     return DistEnv(rank, world_size, local_rank, local_world_size, by_torchrun=True)
 
 
 def silence_unless_main() -> None:
-    """Have this rank print nothing, if it is not rank 0; what it has to say goes through rank 0."""
+    """Discard the standard output of this process unless it is rank 0. Errors of all ranks go to standard error."""
     if not dist_env().is_main:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # open until the process ends
 
 
 def report_to_torchrun(error: BaseException) -> None:
@@ -64,11 +64,11 @@ def report_to_torchrun(error: BaseException) -> None:
 
 
 def division(accumulation_steps: int, world_size: int) -> tuple[int, int]:
-    """How a step is divided over the ranks.
+    """How the micro-batches of a step are divided over the ranks.
 
     Returns:
-        To how many groups of ranks its micro-batches are dealt out, and into how many parts each is cut, one for each
-        rank of a group: as few as can be, for large passes are the fast ones.
+        The number of groups of ranks that the micro-batches are dealt out to, and the number of ranks in a group, which
+        each take a slice of its micro-batches. There are as many groups as possible, since large passes are faster.
     """
     groups = gcd(accumulation_steps, world_size)
     return groups, world_size // groups

@@ -1,7 +1,7 @@
-"""Signals that ask a process to end: Ctrl-C, a scheduler's SIGTERM, and SIGUSR1 or 2, by which Slurm can warn ahead.
+"""Signals that end a process: Ctrl-C, SIGTERM, and SIGUSR1 or SIGUSR2, with which Slurm warns a job before its end.
 
-A process that is asked to end says so by its exit code, 128 and the number of the signal, as a shell would: 130 after
-Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1, 140 after SIGUSR2.
+A process that a signal ends exits with 128 plus the number of the signal, as a shell reports it: 130 after Ctrl-C, 143
+after SIGTERM, 138 after SIGUSR1, 140 after SIGUSR2.
 """
 
 import os
@@ -15,104 +15,98 @@ from gpt2.runtime.dist_env import dist_env
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 SIGNALS = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
+SECONDS_OF_ONE_CTRL_C = 0.5
 
-
-_asked: int | None = None  # by which signal this process was asked to end
-_is_ending = False  # for another reason already
+_received: int | None = None  # the signal that raised Interrupted
 
 
 class Interrupted(SystemExit):
-    """The process ends as it was asked to. Its exit code is 128 and the number of the signal."""
+    """A signal ends this process; the exit code is 128 plus its number."""
 
     @classmethod
     def by(cls, number: int) -> "Interrupted":
         return cls(128 + number)
 
 
-def leave(number: int, _frame: Any = None) -> None:
-    """End the process by an exception, so that what is half done is cleaned up on the way."""
-    global _asked
-    if _is_ending:
-        return
-    _asked = number
-    _say(f"Interrupted by {signal.Signals(number).name}.")
-    raise Interrupted.by(number)
-
-
-def end_undisturbed() -> None:
-    """This process is about to end, and says why: from now on it need not be asked to."""
-    global _is_ending
-    _is_ending = True
-
-
 def exit_on_signals(also_by_ctrl_c: bool) -> None:
-    """From now on signals end the process by `leave`; Ctrl-C may stay what it is to Python, a KeyboardInterrupt."""
+    """From now on signals raise Interrupted. Without `also_by_ctrl_c`, Ctrl-C remains a KeyboardInterrupt."""
     for number in SIGNALS:
         if number != signal.SIGINT or also_by_ctrl_c:
-            signal.signal(number, leave)
+            signal.signal(number, _raise_interrupted)
+
+
+def _raise_interrupted(number: int, _frame: Any) -> None:
+    global _received
+    _received = number
+    _print(f"Interrupted by {signal.Signals(number).name}.")
+    raise Interrupted.by(number)
 
 
 @contextmanager
 def reraise_interruption() -> Iterator[None]:
-    """Let the exception of `leave` arrive, whatever the code that it came through has made of it."""
+    """Raise Interrupted again if the code in the block turned it into another exception, as libraries do."""
     try:
         yield
     except BaseException as error:
-        if _asked is not None and not isinstance(error, SystemExit):
-            raise Interrupted.by(_asked) from error
+        if _received is not None and not isinstance(error, SystemExit):
+            raise Interrupted.by(_received) from error
         raise
 
 
 @contextmanager
-def defer_signals(remember: Callable[[int], None]) -> Iterator[None]:
-    """Have the first signal only remembered, by its number. A second Ctrl-C acts as it did before.
+def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Pass the first signal to `on_signal` instead of interrupting the block. A second Ctrl-C acts as it did before.
 
-    Other signals are not as impatient: a scheduler sends two as a matter of course, and so does a terminal with a
-    program between, to the group and through that program; half a second apart they are one. A signal is remembered
-    too that came earlier and has been lost: Python ignores exceptions where it finalizes objects.
+    Only Ctrl-C acts twice, because schedulers routinely send two signals. A terminal may deliver one Ctrl-C twice,
+    through the process group and through a parent process, so two within half a second count as one.
+
+    `on_signal` also receives a signal from before the block: its exception is lost where Python ignores exceptions, in
+    `__del__` for example. Off the main thread this does nothing.
     """
     first: float | None = None
-
-    def note(number: int, _frame: Any) -> None:
-        nonlocal first
-        if _is_ending:
-            return
-        if first is None:
-            first = time.monotonic()
-            remember(number)
-            _say("Interrupted: finishing this step, then saving. Ctrl-C once more, and it stops at once.")
-        elif number == signal.SIGINT and time.monotonic() - first > 0.5:
-            restore()
-            signal.raise_signal(number)
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    before: dict[int, Any] = {}
+    def handle(number: int, _frame: Any) -> None:
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            on_signal(number)
+            _print("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
+        elif number == signal.SIGINT and time.monotonic() - first > SECONDS_OF_ONE_CTRL_C:
+            restore()
+            signal.raise_signal(number)
+
     try:
         for number in SIGNALS:
             before[number] = signal.getsignal(number)
-            signal.signal(number, note)
-    except ValueError:  # not the main thread: signals are somebody else's
+            signal.signal(number, handle)
+    except ValueError:  # not the main thread
         yield
         return
     try:
-        if _asked is not None:
-            remember(_asked)
+        if _received is not None:
+            on_signal(_received)
         yield
+    except Exception:
+        if dist_env().by_torchrun:  # it sends SIGTERM when a rank fails, which must not interrupt the error handling
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         restore()
 
 
-def _say(text: str) -> None:
-    """Past Python's buffers: a signal may come while they are in use. Rank 0 says it for all."""
+def _print(text: str) -> None:
+    """Print on rank 0, past Python's buffers: the signal may have interrupted code that was using them."""
     if dist_env().is_main:
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())
 
 
-def leave_to_parent() -> None:
-    """In a child: Ctrl-C goes to every process of a terminal, SIGTERM often to a whole group; the parent decides."""
+def ignore_signals() -> None:
+    """For child processes: a terminal sends Ctrl-C to all of them, but the parent decides when they end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -339,7 +339,7 @@ def test_settings_of_a_study_have_the_defaults_of_the_python_api():
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_loses_its_own_trial_and_nothing_else(workspace: Workspace):
-    """Of joblib; submitit has a process for each run anyway, see tests/test_jobs.py."""
+    """Of joblib; submitit has a process for each run anyway, see tests/cli/test_launchers.py."""
     workspace.environment["GPT2_FAULT"] = "kill@3#1,slow@1-99#0"  # the one that is slow outlives the one that is killed
     two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3", "hydra/launcher=joblib", "train.max_steps=30"]
     two.append("train.num_workers=1")  # processes of processes
