@@ -107,9 +107,9 @@ def study() -> None:
     places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
     if len(places) != 1 or not chosen.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
-    from gpt2.experiments import runner as recorded_study
+    from gpt2.experiments.runner import run_study
 
-    recorded_study.run(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
+    run_study(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
 
 
 def main() -> None:

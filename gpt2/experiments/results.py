@@ -1,16 +1,17 @@
-"""What a recorded study has found: `results.csv`, a table and pictures in its `README.md`."""
+"""The results of a recorded study: `results.csv`, and a table and pictures in its `README.md`."""
 
 import csv
 import io
-import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gpt2.analysis.compare import Comparison, as_markdown, shown_value
@@ -19,7 +20,7 @@ from gpt2.analysis.plotting import as_label, new_figure, picture, plain
 from gpt2.analysis.runs import COLUMNS, UNITS, RunResult
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
-from gpt2.experiments.plan import Point, key_of_columns
+from gpt2.experiments.plan import PlannedRun, column_key
 from gpt2.runtime.files import atomic_write
 from gpt2.tracking.tracker import DIVERGED
 
@@ -33,165 +34,140 @@ FIGURES = (
 
 @dataclass
 class Cell:
-    """What the runs of a study came to that differ by their seed only."""
+    """A cell of the table: the runs of one setting, which differ in their seed."""
 
     variant: str
-    values: dict[str, Any]  # of the sweep
-    runs: list[RunResult]
     metric: str
+    runs: list[RunResult] = field(default_factory=list)
 
-    def of(self, key: str) -> Any:
-        """The value of a key of the configuration, or of a column, in the mean; or the variant."""
+    def value_of(self, key: str) -> Any:
+        """The variant, the mean of a column, or the value of a key of the configuration."""
         if key == "variant":
             return self.variant
         if key in COLUMNS:
-            found = [value for run in self.runs if (value := COLUMNS[key].of(run)) is not None]
-            return mean(found) if found else None
+            values = [value for run in self.runs if (value := COLUMNS[key].of(run)) is not None]
+            return mean(values) if values else None
         return self.runs[0].config.get(key)
 
     @property
     def results(self) -> list[float]:
-        """Of the runs that did not diverge."""
-        kept = (COLUMNS[self.metric].of(run) for run in self.runs if run.state != DIVERGED)
-        return [value for value in kept if value is not None]
+        """The metric of each run that did not diverge."""
+        values = (COLUMNS[self.metric].of(run) for run in self.runs if run.state != DIVERGED)
+        return [value for value in values if value is not None]
 
     @property
-    def value(self) -> float:
-        """Their mean; infinitely bad if any run diverged, or none has the metric."""
-        worst = inf if COLUMNS[self.metric].is_less_better else -inf
-        return mean(self.results) if len(self.results) == len(self.runs) else worst
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the best and the worst."""
-        return (max(self.results) - min(self.results)) / 2 if self.results else 0.0
+    def loss(self) -> float:
+        """The mean metric, with the sign that makes less better; infinite if a run diverged or has no metric."""
+        if len(self.results) < len(self.runs):
+            return inf
+        return mean(self.results) if COLUMNS[self.metric].is_less_better else -mean(self.results)
 
     def shown(self) -> str:
         diverged = sum(run.state == DIVERGED for run in self.runs)
         if not self.results:
             return "diverged" if diverged else "n/a"
-        spread = f" ± {self.spread:.3f}" if len(self.results) > 1 else ""
+        spread = f" ± {(max(self.results) - min(self.results)) / 2:.3f}" if len(self.results) > 1 else ""
         lost = f" ({diverged} of {len(self.runs)} diverged)" if diverged else ""
         return f"{COLUMNS[self.metric].shown(mean(self.results))}{spread}{lost}"
 
 
+def best_of(cells: list[Cell]) -> Cell:
+    return min(cells, key=lambda cell: cell.loss)
+
+
 class Results:
-    """The runs of a study, all of them done."""
+    """The results of a complete study."""
 
-    def __init__(self, name: str, plan: StudyPlan, points: Iterable[Point]):
+    def __init__(self, name: str, plan: StudyPlan, runs: Iterable[PlannedRun]):
         self.name, self.plan = name, plan
-        self.runs = [(point, RunResult(point.folder)) for point in points]
-        groups: dict[str, Cell] = {}
-        for point, run in self.runs:
-            swept = {key: value for key, value in point.values.items() if key in plan.sweep}
-            cell = groups.setdefault(f"{point.variant} {swept}", Cell(point.variant, swept, [], plan.metric))
-            cell.runs.append(run)
-        self.cells = list(groups.values())
-
-    @property
-    def sign(self) -> int:
-        return 1 if COLUMNS[self.plan.metric].is_less_better else -1
+        self.runs = [(run, RunResult(run.folder)) for run in runs]
+        cells: dict[str, Cell] = {}
+        for planned, run in self.runs:
+            setting = [planned.variant, *(value for key, value in planned.values.items() if key in plan.sweep)]
+            cells.setdefault(repr(setting), Cell(planned.variant, plan.metric)).runs.append(run)
+        self.cells = list(cells.values())
 
     def lines(self) -> dict[Any, list[Cell]]:
-        """The cells of each line of the picture, in the order of the plan."""
-        lines: dict[Any, list[Cell]] = {}
+        """The cells of each line of the picture, which is a row of the table, in the order of the plan."""
+        lines = defaultdict(list)
         for cell in self.cells:
-            lines.setdefault(cell.of(self.plan.lines), []).append(cell)
+            lines[cell.value_of(self.plan.lines)].append(cell)
         return lines
 
-    def best(self, cells: list[Cell]) -> Cell:
-        return min(cells, key=lambda cell: self.sign * cell.value)
-
     def csv(self) -> str:
-        """A line a run."""
+        """One line a run."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        keys = list(self.runs[0][0].values)
         figures = dict.fromkeys([*FIGURES, self.plan.metric])
-        writer.writerow(["variant", *keys, "state", *figures, "seconds"])
-        for point, run in self.runs:
+        writer.writerow(["variant", *self.runs[0][0].values, "state", *figures, "seconds"])
+        for planned, run in self.runs:
             values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
             shown = ("" if value is None else value for value in values)
-            writer.writerow([point.variant, *(shown_value(v) for v in point.values.values()), run.state, *shown])
+            writer.writerow([planned.variant, *map(shown_value, planned.values.values()), run.state, *shown])
         return file.getvalue()
 
     def table(self) -> str:
-        """A row a line of the picture, a column a value of what it is drawn over; the best of each row is bold."""
-        key = key_of_columns(self.plan)
-        heads = list(dict.fromkeys(cell.of(key) for cell in self.cells))
+        """A row for each line of the picture and a column for each value of its x axis. The best of a row is bold."""
+        key = column_key(self.plan)
+        heads = list(dict.fromkeys(cell.value_of(key) for cell in self.cells))
         rows = [[f"{_short(self.plan.lines)} \\ {_short(key)}", *map(shown_value, heads)]]
         for line, cells in self.lines().items():
-            best = self.best(cells)
-            is_good = len(best.results) == len(best.runs)
-            by_head = {c.of(key): f"**{c.shown()}**" if c is best and is_good else c.shown() for c in cells}
-            rows.append([shown_value(line), *(by_head.get(head, "") for head in heads)])
+            best = best_of(cells)
+            shown = {c.value_of(key): f"**{c.shown()}**" if c is best and c.loss < inf else c.shown() for c in cells}
+            rows.append([shown_value(line), *(shown.get(head, "") for head in heads)])
         return as_markdown(rows)
 
     def section(self) -> str:
-        """What stands in the README."""
+        """The generated part of the README."""
         seeds = len(self.plan.seeds)
-        what = UNITS.get(self.plan.metric, COLUMNS[self.plan.metric].header)
+        metric = UNITS.get(self.plan.metric, COLUMNS[self.plan.metric].header)
         spread = f", mean of {seeds} seeds ± half the distance between the best and the worst" if seeds > 1 else ""
         hours = sum(run.last("seconds") or 0 for _, run in self.runs) / 3600
-        machines = dict.fromkeys(map(_machine, (run for _, run in self.runs)))
+        machines = dict.fromkeys(_machine(run) for _, run in self.runs)
         return "\n\n".join(
             [
-                f"{what[0].upper()}{what[1:]} at the end of training{spread}. The best of each row is bold.",
+                f"{metric[0].upper()}{metric[1:]} at the end of training{spread}. The best of each row is bold.",
                 self.table(),
-                f"![{what} over {_short(self.plan.x)}](results.png)",
-                "![the runs on their way: the best of each variant](curves.png)",
-                f"{len(self.runs)} runs, {hours:.1f} hours of training one after another, on {'; '.join(machines)}.",
+                f"![{metric} over {_short(self.plan.x)}](results.png)",
+                "![loss curves of the best setting of each variant](curves.png)",
+                f"{len(self.runs)} runs, {hours:.1f} hours of training in total, on {'; '.join(machines)}.",
             ]
         )
 
     def over_x(self) -> Figure:
-        """The metric over `plan.x`: means, the range over seeds, and the best of each line in a ring."""
+        """The metric over `plan.x`: means, the range over seeds, and a ring around the best of each line."""
         figure = new_figure(8, 5)
         axes = figure.subplots()
-        lines, metric = self.lines(), COLUMNS[self.plan.metric]
-        places = [cell.of(self.plan.x) for cell in self.cells]
-        is_number = all(isinstance(place, int | float) for place in places)
-        names = list(dict.fromkeys(places))
+        lines, x = self.lines(), self.plan.x
+        names = list(dict.fromkeys(cell.value_of(x) for cell in self.cells))
+        is_number = all(isinstance(name, int | float) for name in names)
+        places = {name: name if is_number else place for place, name in enumerate(names)}
         for (line, cells), colour in zip(lines.items(), colours(list(lines)), strict=True):
-            drawn = [cell for cell in cells if cell.results]
-            if not drawn:
-                continue
-            drawn.sort(key=lambda cell: cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)))
-            x = [cell.of(self.plan.x) if is_number else names.index(cell.of(self.plan.x)) for cell in drawn]
-            y = [mean(cell.results) for cell in drawn]
-            axes.plot(x, y, "-", color=colour, linewidth=1.6, label=as_label(shown_value(line)))
-            axes.vlines(x, [min(c.results) for c in drawn], [max(c.results) for c in drawn], color=colour, linewidth=1)
-            for place, cell in zip(x, drawn, strict=True):
-                axes.plot([place] * len(cell.results), cell.results, ".", color=colour, markersize=5)
-            best = drawn.index(self.best(drawn))
-            axes.plot(x[best], y[best], "o", markersize=11, markerfacecolor="none", color=colour)
-        if is_number and min(places) > 0 and max(places) >= 8 * min(places):
+            drawn = sorted((places[cell.value_of(x)], n, cell) for n, cell in enumerate(cells) if cell.results)
+            if drawn:
+                _plot_line(axes, [(place, cell) for place, _, cell in drawn], colour, as_label(shown_value(line)))
+        if is_number and min(names) > 0 and max(names) >= 8 * min(names):
             axes.set_xscale("log")
-        if self.plan.x not in COLUMNS:
-            axes.set_xticks(names if is_number else range(len(names)), [as_label(shown_value(name)) for name in names])
+        if x not in COLUMNS:
+            axes.set_xticks(list(places.values()), [as_label(shown_value(name)) for name in names])
             axes.minorticks_off()
-        plain(
-            axes,
-            xlabel=UNITS.get(self.plan.x, _short(self.plan.x)),
-            ylabel=UNITS.get(self.plan.metric, metric.header),
-        )
+        metric = self.plan.metric
+        plain(axes, xlabel=UNITS.get(x, _short(x)), ylabel=UNITS.get(metric, COLUMNS[metric].header))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(title=_short(self.plan.lines), frameon=False)
         return figure
 
     def curves(self) -> Figure:
-        """The runs of the best cell of each variant, on their way; against compute, for several share a machine."""
-        best = {v: self.best([cell for cell in self.cells if cell.variant == v]) for v in self.plan.variants}
-        names = {run.folder: variant for variant, cell in best.items() for run in cell.runs}
-        lines = self.lines()
-        is_same = len(lines) == len(best)  # a variant is a line of the other picture, and has its colour
-        shades = colours(list(lines)) if is_same else colours(list(best))
-        palette = dict(zip(best, shades, strict=True))
+        """Loss curves of the best setting of each variant, over compute: run time depends on what runs beside it."""
+        best = {v: best_of([cell for cell in self.cells if cell.variant == v]) for v in self.plan.variants}
+        variants = {run.folder: variant for variant, cell in best.items() for run in cell.runs}
+        lines = list(self.lines())
+        palette = dict(zip(best, colours(lines if len(lines) == len(best) else list(best)), strict=True))
         runs = [run for cell in best.values() for run in cell.runs]
-        return curves(Comparison(runs), "flops", palette=palette, group_of=lambda run: names[run.folder])
+        return curves(Comparison(runs), "flops", palette=palette, group_of=lambda run: variants[run.folder])
 
     def write(self, folder: Path) -> list[str]:
-        """Write everything. Returns the names of the files."""
+        """Write all files. Returns their names."""
         readme = folder / README
         text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
         contents = {
@@ -205,44 +181,50 @@ class Results:
                 file.write(content)
         return list(contents)
 
-    def beside_recorded(self, folder: Path) -> str | None:
-        """How these results compare with those in the folder, of an earlier time; None without any."""
+    def compare_with_recorded(self, folder: Path) -> list[str]:
+        """How these results compare with those that the folder has, in one line; empty without any."""
         path = folder / RESULTS
-        if not path.exists():
-            return None
-        now = _means(self.csv(), self.plan)
-        then = _means(path.read_text(encoding="utf-8"), self.plan)
-        both = [key for key in now if key in then]
+        now = _results_by_setting(self.csv(), self.plan)
+        then = _results_by_setting(path.read_text(encoding="utf-8") if path.exists() else "", self.plan)
+        both = now.keys() & then.keys()
         if not both:
-            return None
-        off = {key: abs(mean(now[key]) - mean(then[key])) for key in both}
-        within = [key for key in both if off[key] <= max(then[key]) - min(then[key])]
+            return []
+        differences = {key: abs(mean(now[key]) - mean(then[key])) for key in both}
+        within = sum(differences[key] <= max(then[key]) - min(then[key]) for key in both)
         same = sum(now[key] == then[key] for key in both)
-        return (
-            f"Beside the recorded results: {len(within)} of {len(both)} means lie within the recorded range over seeds,"
-            f" {same} are the same to all digits; the largest difference is {max(off.values()):.4f}"
-        )
+        return [
+            f"Compared with the recorded results: {within} of {len(both)} means are within the recorded range over "
+            f"seeds, {same} are the same to all digits; the largest difference is {max(differences.values()):.4f}"
+        ]
 
 
-def _means(text: str, plan: StudyPlan) -> dict[str, list[float]]:
-    """The results in a `results.csv`, by all that its runs have in common but their seed."""
-    found: dict[str, list[float]] = {}
+def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str, label: str) -> None:
+    x, results = [place for place, _ in cells], [cell.results for _, cell in cells]
+    axes.plot(x, list(map(mean, results)), "-", color=colour, linewidth=1.6, label=label)
+    axes.vlines(x, list(map(min, results)), list(map(max, results)), color=colour, linewidth=1)
+    for place, values in zip(x, results, strict=True):
+        axes.plot([place] * len(values), values, ".", color=colour, markersize=5)
+    place, best = min(cells, key=lambda cell: cell[1].loss)
+    axes.plot(place, mean(best.results), "o", markersize=11, markerfacecolor="none", color=colour)
+
+
+def _results_by_setting(text: str, plan: StudyPlan) -> dict[tuple[Any, ...], list[float]]:
+    """The metric of the runs in a `results.csv`, by variant and swept values."""
+    results = defaultdict(list)
     for row in csv.DictReader(io.StringIO(text)):
-        key = json.dumps([row.get("variant"), *(row.get(name) for name in plan.sweep)])
-        value = row.get(plan.metric)
-        if value and row.get("state") != DIVERGED:
-            found.setdefault(key, []).append(float(value))
-    return found
+        if row.get(plan.metric) and row.get("state") != DIVERGED:
+            results[row.get("variant"), *(row.get(name) for name in plan.sweep)].append(float(row[plan.metric]))
+    return results
 
 
 def with_section(text: str, section: str) -> str:
-    """A README with our part of it exchanged, or added at its end."""
+    """A README with its generated part replaced, or appended if it has none."""
     marked = f"{OPENING}\n\n{section}\n\n{CLOSING}"
     pattern = re.escape(OPENING) + ".*?" + re.escape(CLOSING)
     if re.search(pattern, text, re.DOTALL):
         return re.sub(pattern, lambda _: marked, text, flags=re.DOTALL)
     if OPENING in text:
-        raise UserError(f"{README}: the line {CLOSING} is missing, which ends the part that is written anew")
+        raise UserError(f"{README}: the line {CLOSING} is missing, which ends the generated part")
     return f"{text.rstrip()}\n\n{marked}\n"
 
 
@@ -254,5 +236,5 @@ def _machine(run: RunResult) -> str:
     machine, versions = run.about.get("machine") or {}, run.about.get("versions") or {}
     device = machine.get("device")
     place = f"{machine.get('cpu')} with {machine.get('cores')} cores" if device == "cpu" else device
-    threads = f", {machine.get('threads')} of them a run" if device == "cpu" else ""
+    threads = f", {machine.get('threads')} of them per run" if device == "cpu" else ""
     return f"{place}{threads} (PyTorch {versions.get('torch')}, Python {versions.get('python')})"

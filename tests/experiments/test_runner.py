@@ -12,7 +12,7 @@ import yaml
 from gpt2.cli.compose import ROOT
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
-from gpt2.experiments.plan import Point, read_plan
+from gpt2.experiments.plan import PlannedRun, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
 from gpt2.experiments.runner import RecordedStudy
 from gpt2.tracking.tracker import read_metrics
@@ -30,7 +30,7 @@ lines: model.d_model
 
 
 def write_study(folder: Path, plan: str = PLAN) -> Path:
-    """A study of tiny models, in a folder where presets are looked for."""
+    """A study of tiny models, in a folder where presets are found."""
     study = folder / "outputs" / "sweeps" / "tiny"
     study.mkdir(parents=True)
     (folder / "corpus.txt").write_text(TEXT)
@@ -51,17 +51,17 @@ def write_study(folder: Path, plan: str = PLAN) -> Path:
 def finished(study: str, plan: StudyPlan, folder: Path, monkeypatch) -> Results:
     """What the runs of a plan would have left: the loss is 2, less for a higher rate, and a tenth apart by seed."""
     monkeypatch.chdir(folder)
-    points = []
+    runs = []
     for variant, width in zip(plan.variants, (16, 32, 64), strict=False):
         for rate in plan.sweep["train.learning_rate"]:
             for seed in plan.seeds:
-                point = Point(study, variant, {"train.learning_rate": rate, "train.seed": seed})
+                run = PlannedRun(study, variant, {"train.learning_rate": rate, "train.seed": seed})
                 loss = round(2 - 100 * rate + seed / 10 + width / 100, 4)
                 config = {"model.d_model": width, "train.learning_rate": rate, "train.seed": seed}
                 state = "diverged" if rate > 0.1 else "finished"
-                make_run(point.folder, (3.0, loss), state, **config)
-                points.append(point)
-    return Results(study, plan, points)
+                make_run(run.folder, (3.0, loss), state, **config)
+                runs.append(run)
+    return Results(study, plan, runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_pat
     study = RecordedStudy(folder)
     with (folder / "results.csv").open() as file:
         rows = [(row["variant"], row["train.seed"]) for row in csv.DictReader(file)]
-    assert sorted(rows) == sorted((point.variant, str(point.values["train.seed"])) for point in study.points)
+    assert sorted(rows) == sorted((run.variant, str(run.values["train.seed"])) for run in study.runs)
     readme = (folder / "README.md").read_text()
     assert OPENING in readme
     assert f"python -m gpt2.main study experiments/{folder.name}" in readme
@@ -88,16 +88,16 @@ def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_pat
 def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
-    points = RecordedStudy(folder).points
-    assert [point.name for point in points[:5]] == [
+    runs = RecordedStudy(folder).runs
+    assert [run.name for run in runs[:5]] == [
         *("narrow learning_rate=0.001 seed=1", "narrow learning_rate=0.003 seed=1"),
         *("wide learning_rate=0.001 seed=1", "wide learning_rate=0.003 seed=1", "narrow learning_rate=0.001 seed=2"),
     ]
-    assert points[0].arguments == [
+    assert runs[0].arguments == [
         *("+tiny=narrow", "train.learning_rate=0.001", "train.seed=1", "train.auto_resume=true"),
         "hydra.run.dir='outputs/studies/tiny/narrow,learning_rate=0.001,seed=1'",
     ]
-    assert len({point.folder for point in points}) == 8
+    assert len({run.folder for run in runs}) == 8
 
 
 @pytest.mark.parametrize(
@@ -106,15 +106,15 @@ def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_pa
         ("variants: [a", "study.yaml: while parsing"),
         ("variant: [narrow]", "Key 'variant' not in 'StudyPlan'"),
         ("variants: [narow]", "there is no narow.yaml beside it"),
-        ("variants: [narrow]\nmetric: lss", "there is no lss; there are loss, best"),
+        ("variants: [narrow]\nmetric: lss", "metric: 'lss' is none of loss, best"),
         ("variants: [narrow]\nseeds: []", "need at least one value"),
-        ("variants: [narrow]\nseeds: [1, 1]", "the same run is asked for twice"),
-        ("", "lines are wanted"),
-        ("[1]", "lines are wanted"),
+        ("variants: [narrow]\nseeds: [1, 1]", "a run is planned twice"),
+        ("", "expected `key: value` lines"),
+        ("[1]", "expected `key: value` lines"),
         ("variants: [narrow]\nsweep: [a]", "study.yaml: "),
         ("variants: [narrow]\nx: nonsense", "x: there is no nonsense to draw by"),
         ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
-        ("variants: [narrow, wide]\nx: train.seed\nlines: train.seed", "do not tell"),
+        ("variants: [narrow, wide]\nx: train.seed\nlines: train.seed", "do not distinguish"),
         (
             "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
             "sweep one key",
@@ -136,16 +136,16 @@ def test_a_fault_in_a_plan_is_told_before_anything_runs(tmp_path, monkeypatch, p
 def test_a_study_that_no_run_would_find_is_refused(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path / "outputs")
-    with pytest.raises(UserError, match="presets are looked for"):
+    with pytest.raises(UserError, match="presets are found"):
         RecordedStudy(folder)
 
 
 def test_runs_of_another_plan_are_not_taken_for_its_own(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
-    point = RecordedStudy(folder).points[0]
-    make_run(point.folder, **{"train.max_steps": 9})
-    with pytest.raises(UserError, match=r"was begun with train.max_steps=9, the study says 8 by now"):
+    run = RecordedStudy(folder).runs[0]
+    make_run(run.folder, **{"train.max_steps": 9})
+    with pytest.raises(UserError, match=r"was started with train.max_steps=9, the study now has 8"):
         RecordedStudy(folder)
 
 
@@ -206,9 +206,9 @@ def test_figures_are_written_in_full(tmp_path, monkeypatch):
 
 
 def test_values_that_are_nearly_the_same_are_other_runs():
-    names = {Point("s", "v", {"train.learning_rate": rate}).folder for rate in (0.0012345671, 0.0012345672)}
+    names = {PlannedRun("s", "v", {"train.learning_rate": rate}).folder for rate in (0.0012345671, 0.0012345672)}
     assert len(names) == 2
-    assert Point("s", "v", {"train.max_steps": None, "data.files": ["a b"]}).overrides == [
+    assert PlannedRun("s", "v", {"train.max_steps": None, "data.files": ["a b"]}).overrides == [
         *("+s=v", "train.max_steps=null", 'data.files=["a b"]')
     ]
 
@@ -223,20 +223,22 @@ def test_a_readme_keeps_what_people_wrote():
         with_section(f"{OPENING}\nold\n", "new")
 
 
-def test_results_are_put_beside_those_that_were_recorded(tmp_path, monkeypatch):
+def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path))
     results = finished("tiny", plan, tmp_path, monkeypatch)
-    assert results.beside_recorded(tmp_path) is None
+    assert results.compare_with_recorded(tmp_path) == []
     files = results.write(tmp_path)
     assert all((tmp_path / name).stat().st_size for name in files)
-    assert "4 of 4 means lie within" in results.beside_recorded(tmp_path)
-    assert "4 are the same to all digits" in results.beside_recorded(tmp_path)
+    (line,) = results.compare_with_recorded(tmp_path)
+    assert "4 of 4 means are within" in line
+    assert "4 are the same to all digits" in line
     recorded = tmp_path / "results.csv"
     recorded.write_text(recorded.read_text().replace(",2.16,", ",2.96,"))
-    assert "3 of 4 means" not in results.beside_recorded(tmp_path)  # the range has grown with it
+    assert "4 of 4 means are within" in results.compare_with_recorded(tmp_path)[0]  # the range has grown too
     recorded.write_text(recorded.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
-    assert "3 of 4 means lie within" in results.beside_recorded(tmp_path)
-    assert "largest difference is 0.1500" in results.beside_recorded(tmp_path)
+    (line,) = results.compare_with_recorded(tmp_path)
+    assert "3 of 4 means are within" in line
+    assert "largest difference is 0.1500" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
