@@ -1,1 +1,1 @@
-"""Run folders read back: tables, pictures and HTML pages that compare runs."""
+"""Reading run folders, and comparing runs: tables, plots and an HTML page."""

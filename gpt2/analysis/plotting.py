@@ -1,4 +1,4 @@
-"""How our pictures look, and the picture of a single run."""
+"""The style of all plots, and the loss curves of a single run."""
 
 import io
 from pathlib import Path
@@ -14,7 +14,7 @@ BEST, FAINT = "#c8502d", "#9db4d0"
 
 
 def new_figure(width: float = 8, height: float = 4.5) -> Figure:
-    """In inches."""
+    """A figure without pyplot's global state; sizes in inches."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
@@ -26,19 +26,19 @@ def plain(axes: Axes, **labels: Any) -> None:
 
 
 def as_label(text: str) -> str:
-    """A text as a label that shows it: matplotlib sets what stands between dollars, and hides what begins with _."""
+    """Escape a text for matplotlib, which sets text between dollars as formulas and hides labels that begin with _."""
     return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def picture(figure: Figure, kind: str = "png") -> bytes:
-    """A file's content: png, svg or pdf."""
+    """The content of a png, svg or pdf file."""
     content = io.BytesIO()
     figure.savefig(content, format=kind)
     return content.getvalue()
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
-    """Draw the loss of a run over the tokens seen, in training and validation."""
+    """Plot the training and validation loss of a run over tokens."""
     records = read_metrics(metrics)
     figure = new_figure()
     axes = figure.subplots()
@@ -50,16 +50,10 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), **style)
-    best = min((r for r in records if r.get("val/loss") is not None), key=lambda r: r["val/loss"], default=None)
-    if best:
-        axes.annotate(
-            f"best {best['val/loss']:.3f}",
-            (best["tokens"], best["val/loss"]),
-            textcoords="offset points",
-            xytext=(0, 10),
-            ha="right",
-            color=styles["val/loss"]["color"],
-        )
+    if points:  # of the validation loss
+        tokens, loss = min(points, key=lambda point: point[1])
+        above: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 10), "ha": "right"}
+        axes.annotate(f"best {loss:.3f}", (tokens, loss), color=BEST, **above)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(axes, xlabel="tokens", ylabel="loss (nats per token)")
     if axes.get_legend_handles_labels()[0]:

@@ -1,4 +1,4 @@
-"""Run folders as they are read: what was configured, how far they came, what they reached. Also while they go on."""
+"""Run folders read back: configuration, progress and results, also of runs that are still training."""
 
 import glob
 from collections.abc import Callable, Iterable
@@ -9,19 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from gpt2.config import TrainRun
 from gpt2.errors import UserError
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.tracking.tracker import METRICS, RUNNING, Record, read_about, read_metrics
 
 SEED = "train.seed"
-KILLED = "killed"  # a run that was going on when its process vanished
+KILLED = "killed"  # the state of a run whose process ended without recording how
 
 
 def flat(nested: Record, prefix: str = "") -> dict[str, Any]:
-    """The values of nested dictionaries by their full keys; an empty dictionary is a value."""
+    """The values of nested dictionaries by their dotted keys; an empty dictionary is a value."""
     result: dict[str, Any] = {}
     for key, value in nested.items():
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
@@ -33,11 +31,11 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and isfinite(value)
 
 
-DEFAULTS = flat(asdict(TrainRun()))  # what a run was not told, it had, whatever version of this repository it is from
+DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
 
 
 class RunResult:
-    """One run, read from its folder. What it does not tell is None."""
+    """One run, read from its folder. Missing values are None."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -49,15 +47,8 @@ class RunResult:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its configuration, resolved, by full key. Empty of a run that was started from Python."""
+        """The resolved configuration by dotted key; empty for a run that was started from Python."""
         nested = self.about.get("config")
-        if nested is None:  # of an earlier version
-            try:
-                nested = yaml.safe_load((self.folder / ".hydra" / "config.yaml").read_bytes())
-            except (OSError, yaml.YAMLError):
-                return {}
-            if isinstance(nested, dict):  # the vocabulary became the tokenizer's, whatever stands there
-                return {key: v for key, v in {**DEFAULTS, **flat(nested)}.items() if key != "model.vocab_size"}
         return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
     @property
@@ -72,7 +63,7 @@ class RunResult:
         return state if isinstance(state, str) else None
 
     def values(self, key: str) -> list[float]:
-        """All that was logged under a key, in order."""
+        """All finite values that were logged under a key, in order."""
         return [record[key] for record in self.records if is_finite(record.get(key))]
 
     def last(self, key: str) -> float | None:
@@ -89,7 +80,7 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median of what was logged, without the first step, which is slow."""
+        """The median, without the first value, which contains compilation and other one-time costs."""
         speeds = self.values("train/tokens_per_second")
         return median(speeds[1:] or speeds) if speeds else None
 
@@ -100,18 +91,18 @@ class RunResult:
 
     @property
     def flops(self) -> float | None:
-        """Floating point operations of its training, evaluations left out; see `GPT2Model.flops_per_token`."""
-        tokens, each = self.last("tokens"), self.fact("flops_per_token")
-        return None if tokens is None or each is None else tokens * each
+        """Floating point operations of training, without evaluation; see `GPT2Model.flops_per_token`."""
+        tokens, flops_per_token = self.last("tokens"), self.fact("flops_per_token")
+        return None if tokens is None or flops_per_token is None else tokens * flops_per_token
 
     @property
     def text_bytes(self) -> float | None:
-        """The bytes of text in its tokens, by the bytes a token that its validation set has."""
+        """Bytes of training text, estimated from the bytes per token of the validation set."""
         loss, bits, tokens = self.last("val/loss"), self.last("val/bits_per_byte"), self.last("tokens")
         return tokens * loss / log(2) / bits if loss and bits and tokens else None
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
-        """Points of two logged values, at the records that have both; `flops` counts as one."""
+        """Points (x, y) of the records that have both keys; `flops` is computed from `tokens`."""
         factor = self.fact("flops_per_token") if x == "flops" else 1.0
         key = "tokens" if x == "flops" else x
         if factor is None:
@@ -121,7 +112,7 @@ class RunResult:
 
 @dataclass
 class Column:
-    """A figure of a run: how it is headed and written, and which is better."""
+    """A column of a comparison."""
 
     header: str
     of: Callable[[RunResult], float | None]
@@ -143,36 +134,36 @@ COLUMNS = {
     "parameters": Column("parameters", lambda run: run.fact("parameters"), "{:,}".format),
 }
 
-UNITS = {  # what axes say
-    "loss": "validation loss (nats a token)",
-    "best": "lowest validation loss (nats a token)",
-    "bits_per_byte": "bits a byte of text",
+UNITS = {  # axis labels
+    "loss": "validation loss (nats per token)",
+    "best": "lowest validation loss (nats per token)",
+    "bits_per_byte": "bits per byte of text",
     "flops": "floating point operations of training",
     "text_bytes": "bytes of text read",
 }
 
 
 def find_runs(places: Iterable[str]) -> list[RunResult]:
-    """The runs that paths and patterns name: a run folder, or a folder with runs in it, such as a sweep's.
+    """The runs in run folders, in folders that contain runs, such as a sweep's, and in patterns of such.
 
     Raises:
-        UserError: With each place that has none.
+        UserError: Some places contain no run.
     """
     folders: dict[Path, Path] = {}
-    found: list[str] = []
+    problems: list[str] = []
     for place in places:
         matches = [place] if Path(place).exists() or not glob.has_magic(place) else sorted(glob.glob(place))
         runs = [run for match in matches for run in _runs_in(Path(match))]
         if not runs:
-            there = "has no run in it" if matches and Path(matches[0]).exists() else "is not there"
-            found.append(f"{place} {there}; a run is a folder with a {METRICS}, such as outputs/runs/NAME/TIME")
+            problem = "contains no run" if matches and Path(matches[0]).exists() else "does not exist"
+            problems.append(f"{place} {problem}; a run is a folder with a {METRICS}, such as outputs/runs/NAME/TIME")
         folders |= {run.resolve(): run for run in runs}
-    if found:
-        raise UserError(*found)
+    if problems:
+        raise UserError(*problems)
     try:
         results = [RunResult(folder) for folder in folders.values()]
         for result in results:
-            result.records  # noqa: B018  # read here, where what cannot be read is told
+            result.records  # noqa: B018  # reads the file, so that an unreadable one is an error here
         return results
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
@@ -181,16 +172,16 @@ def find_runs(places: Iterable[str]) -> list[RunResult]:
 def _runs_in(folder: Path) -> list[Path]:
     if (folder / METRICS).is_file():
         return [folder]
-    return sorted((path.parent for path in folder.glob(f"**/{METRICS}")), key=_as_people_count)
+    return sorted((path.parent for path in folder.glob(f"**/{METRICS}")), key=_natural_order)
 
 
-def _as_people_count(path: Path) -> list[tuple[int, str]]:
-    """Trial 10 comes after trial 9."""
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sorts trial 10 after trial 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
 
 
 def differences(runs: list[RunResult]) -> list[str]:
-    """The keys of the configuration in which runs differ, in its order; runs that have none are left out."""
+    """The keys in which the configurations of runs differ; runs without a configuration are ignored."""
     configs = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1]

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs, what each came to, and where to look."""
+"""Comparing runs: run folders, tables, plots, the HTML page and the command."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def two(tmp_path: Path) -> Comparison:
     return Comparison(find_runs([str(tmp_path)]))
 
 
-def test_the_figures_of_a_run_are_those_of_its_metrics(tmp_path):
+def test_columns_of_a_run(tmp_path):
     result = make_run(tmp_path / "a", (3.0, 1.8, 2.5))
     figures = {name: column.of(result) for name, column in COLUMNS.items()}
     assert figures == {
@@ -66,14 +66,14 @@ def test_the_figures_of_a_run_are_those_of_its_metrics(tmp_path):
     }
 
 
-def test_a_folder_with_nothing_but_metrics_is_a_run_too(tmp_path):
+def test_folder_with_only_metrics_is_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "seconds": 1.0, "train/loss": 3.0}\n{"st')
     (only,) = find_runs([str(tmp_path)])
     assert (only.last("train/loss"), only.best_loss, only.config, only.state) == (3.0, None, {}, None)
     assert "n/a" in as_text(Comparison([only]).rows())
 
 
-def test_runs_are_found_by_folder_pattern_and_sweep_and_each_once(tmp_path):
+def test_runs_are_found_once_in_natural_order(tmp_path):
     for number in (10, 9, 1):
         make_run(tmp_path / "sweep" / str(number))
     place = str(tmp_path / "sweep")
@@ -81,24 +81,24 @@ def test_runs_are_found_by_folder_pattern_and_sweep_and_each_once(tmp_path):
     assert [found.folder.name for found in find_runs([f"{place}/9", f"{place}/*", f"{place}/1"])] == ["9", "1", "10"]
 
 
-def test_all_places_without_a_run_are_named(tmp_path):
+def test_places_without_a_run_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as refused:
         find_runs([str(tmp_path / "empty"), str(tmp_path / "gone"), str(tmp_path / "no*")])
-    assert [("no run" in fault, "not there" in fault) for fault in refused.value.problems] == [
+    assert [("no run" in problem, "not exist" in problem) for problem in refused.value.problems] == [
         *((True, False), (False, True), (False, True))
     ]
 
 
-def test_what_a_run_was_not_told_it_had_by_default(tmp_path):
-    """A run of an earlier version does not differ by what that did not know yet."""
+def test_missing_keys_have_their_defaults(tmp_path):
+    """A run of an earlier version does not differ in keys that are newer."""
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"train.on_nonfinite": "stop"})
     assert differences([first, second]) == []
     third = make_run(tmp_path / "c", **{"train.on_nonfinite": "skip"})
     assert differences([first, second, third]) == ["train.on_nonfinite"]
 
 
-def test_the_table_begins_with_what_differs_and_is_sorted_by_what_is_asked_for(two):
+def test_table_begins_with_differences_and_is_sorted(two):
     head, *rows = two.rows()
     assert head == ["run", "learning_rate", "val loss", "best", "bits/byte", "tokens", "tokens/s", "hours", "MFU"]
     assert [row[:4] for row in rows] == [["b", "0.003", "2.0000", "2.0000"], ["a", "0.001", "2.5000", "1.8000"]]
@@ -110,13 +110,13 @@ def test_the_table_begins_with_what_differs_and_is_sorted_by_what_is_asked_for(t
         Comparison(two.runs, "lss")
 
 
-def test_a_run_without_a_figure_comes_last(tmp_path):
+def test_run_without_the_value_sorts_last(tmp_path):
     make_run(tmp_path / "a", ())
     make_run(tmp_path / "b")
     assert [found.folder.name for found in Comparison(find_runs([str(tmp_path)])).runs] == ["b", "a"]
 
 
-def test_a_number_that_is_none_counts_for_nothing_and_a_short_name_is_enough(tmp_path):
+def test_nan_is_ignored_and_short_keys_sort(tmp_path):
     worst = make_run(tmp_path / "a", (3.0, float("nan")), **{"train.learning_rate": 1.0})
     make_run(tmp_path / "b", (2.5,), **{"train.learning_rate": 2.0})
     found = Comparison(find_runs([str(tmp_path)]), "learning_rate")
@@ -125,7 +125,7 @@ def test_a_number_that_is_none_counts_for_nothing_and_a_short_name_is_enough(tmp
 
 
 @pytest.mark.parametrize("about", ['{"state": 5, "parameters": "many", "title": 3, "config": [1]}', '{"state": ', "[]"])
-def test_a_run_json_of_another_making_is_no_traceback(tmp_path, about):
+def test_invalid_run_json_is_tolerated(tmp_path, about):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     (tmp_path / "a" / "run.json").write_text(about)
@@ -135,7 +135,7 @@ def test_a_run_json_of_another_making_is_no_traceback(tmp_path, about):
     assert page(found)
 
 
-def test_a_label_names_only_what_tells_runs_apart(tmp_path):
+def test_label_has_only_distinguishing_keys(tmp_path):
     for width, seed in ((32, 1), (32, 2), (64, 1)):
         config = {"model.d_model": width, "model.d_ff": 4 * width, "train.seed": seed, "train.log_every": seed}
         make_run(tmp_path / f"{width}-{seed}", **config)
@@ -147,14 +147,14 @@ def test_a_label_names_only_what_tells_runs_apart(tmp_path):
     assert {found.group(result) for result in found.runs} == {"d_model=32", "d_model=64"}
 
 
-def test_runs_that_are_the_same_are_told_apart_by_their_folders(tmp_path):
+def test_equal_runs_are_labelled_by_folder(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")
     found = Comparison(find_runs([str(tmp_path)]))
     assert [found.label(result) for result in found.runs] == ["a", "b"]
 
 
-def test_keys_of_the_same_name_keep_their_group():
+def test_ambiguous_short_names_keep_their_group():
     assert short_names(["data.vocab_size", "model.vocab_size", "model.d_ff"]) == {
         "data.vocab_size": "data.vocab_size",
         "model.vocab_size": "model.vocab_size",
@@ -171,7 +171,7 @@ def test_keys_of_the_same_name_keep_their_group():
         ({"train.learning_rate": 1.0}, None),
     ],
 )
-def test_what_does_not_compare_is_said(tmp_path, changed, note):
+def test_notes_on_incomparable_runs(tmp_path, changed, note):
     base = {"data.files": ["a.txt"], "train.eval_batches": 5, "train.batch_size": 4}
     make_run(tmp_path / "a", **base)
     make_run(tmp_path / "b", **{**base, **changed})
@@ -179,8 +179,8 @@ def test_what_does_not_compare_is_said(tmp_path, changed, note):
     assert notes == [] if note is None else len(notes) == 1 and note in notes[0]
 
 
-@pytest.mark.parametrize(("held", "state"), [(True, "running"), (False, "killed")])
-def test_a_run_under_way_and_one_whose_process_vanished_are_told_apart(tmp_path, held, state):
+@pytest.mark.parametrize(("locked", "state"), [(True, "running"), (False, "killed")])
+def test_state_of_a_running_and_of_a_killed_run(tmp_path, locked, state):
     folder = tmp_path / "a"
     make_run(folder, state="running")
     code = "import sys\nfrom pathlib import Path\nfrom gpt2.runtime.files import run_lock\n"
@@ -188,7 +188,7 @@ def test_a_run_under_way_and_one_whose_process_vanished_are_told_apart(tmp_path,
     command = [sys.executable, "-c", f"{code} print(); input()", str(folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert holder.stdout.readline()
-    if not held:
+    if not locked:
         holder.kill()
         holder.wait()
     assert RunResult(folder).state == state
@@ -196,25 +196,25 @@ def test_a_run_under_way_and_one_whose_process_vanished_are_told_apart(tmp_path,
     holder.communicate()
 
 
-def test_tables_are_aligned_and_nothing_breaks_out_of_them():
+def test_tables_as_text_and_markdown():
     rows = [["run", "x"], ["a|b", "1"], ["c", "12,500"]]
     assert as_text(rows) == "run       x\na|b       1\nc    12,500"
     assert as_markdown(rows) == "| run | x |\n| --- | ---: |\n| a\\|b | 1 |\n| c | 12,500 |"
 
 
 @pytest.mark.parametrize("cell", ["1", "-0.5", "1.31e+06", "12,500", "31.2%", "2.38 ± 0.01", "**2.38**", "n/a", ""])
-def test_numbers_of_all_kinds_are_numbers(cell):
+def test_is_number(cell):
     assert is_number(cell)
     assert not is_number(f"{cell}x")
 
 
-def test_colours_are_a_scale_for_numbers_and_distinct_for_names():
+def test_colours_of_numbers_and_names():
     scale = colours([3, 1, 2])
     assert [scale[1], scale[2], scale[0]] == colours([1, 2, 3])
     assert len(set(colours(["a", "b"]))) == 2
 
 
-def test_seeds_share_a_line_in_the_legend(tmp_path):
+def test_seeds_share_a_legend_entry(tmp_path):
     for rate in (1e-3, 3e-3):
         for seed in (1, 2):
             make_run(tmp_path / f"{rate}-{seed}", **{"train.learning_rate": rate, "train.seed": seed})
@@ -229,7 +229,7 @@ def test_seeds_share_a_line_in_the_legend(tmp_path):
     assert list(by_time.lines[0].get_xdata()) == [36, 72]
 
 
-def test_runs_that_differ_by_the_seed_alone_are_one_line_and_repetitions_are_no_seeds(tmp_path):
+def test_legend_counts_seeds_and_repetitions(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / "seeds" / str(seed), **{"train.seed": seed})
     for number in range(2):
@@ -243,7 +243,7 @@ def test_runs_that_differ_by_the_seed_alone_are_one_line_and_repetitions_are_no_
     assert sorted(legend("again")) == ["learning_rate=1 (2 runs)", "learning_rate=2"]
 
 
-def test_names_are_shown_as_they_are(tmp_path):
+def test_labels_are_escaped(tmp_path):
     make_run(tmp_path / "1.2.3", name=r"$\foo$ a")
     make_run(tmp_path / "b", name="_b")
     found = Comparison(find_runs([str(tmp_path)]))
@@ -253,31 +253,31 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert {text.get_text().strip("\u200b").replace("\\$", "$") for text in legend.get_texts()} == {r"$\foo$ a", "_b"}
 
 
-def test_places_with_strange_names_are_found_and_each_run_once(tmp_path, monkeypatch):
+def test_folder_names_with_pattern_characters(tmp_path, monkeypatch):
     make_run(tmp_path / "a[1]=b")
     monkeypatch.chdir(tmp_path)
     assert len(find_runs(["a[1]=b", str(tmp_path / "a[1]=b")])) == 1
 
 
-def test_many_runs_leave_the_worst_grey(tmp_path):
+def test_many_groups_are_grey_and_counted(tmp_path):
     for number in range(15):
         make_run(tmp_path / str(number), (3.0 + number / 10,), **{"train.weight_decay": number / 100})
     (legend,) = curves(Comparison(find_runs([str(tmp_path)]))).legends
     assert [text.get_text() for text in legend.get_texts()][-1] == "3 others"
 
 
-def test_other_tokenizers_are_drawn_in_bits_a_byte(tmp_path):
+def test_different_tokenizers_are_plotted_in_bits_per_byte(tmp_path):
     make_run(tmp_path / "a", **{"model.vocab_size": 300})
     make_run(tmp_path / "b", **{"model.vocab_size": 400})
-    assert curves(Comparison(find_runs([str(tmp_path)]))).axes[0].get_ylabel() == "bits a byte of text"
+    assert curves(Comparison(find_runs([str(tmp_path)]))).axes[0].get_ylabel() == "bits per byte of text"
 
 
-def test_a_picture_of_runs_that_have_nothing_yet_is_empty_and_no_error(tmp_path):
+def test_plot_of_runs_without_evaluations_is_empty(tmp_path):
     make_run(tmp_path / "a", ())
     assert not curves(Comparison(find_runs([str(tmp_path)]))).axes[0].lines
 
 
-def test_the_page_needs_nothing_beside_it_and_shows_text_as_text(two):
+def test_html_page_is_self_contained_and_escaped(two):
     text = page(two)
     assert "<svg" in text
     assert "text &lt;b&gt;3&lt;/b&gt;" in text
@@ -287,34 +287,32 @@ def test_the_page_needs_nothing_beside_it_and_shows_text_as_text(two):
     assert 'id="run-0-' in text
 
 
-def typed(monkeypatch, *words: str) -> None:
+def run_compare(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["compare", *words])
     main.compare()
 
 
-def test_json_has_full_names_and_numbers(two, capsys, monkeypatch):
-    typed(monkeypatch, str(two.parent), "--json")
+def test_json_output(two, capsys, monkeypatch):
+    run_compare(monkeypatch, str(two.parent), "--json")
     records = json.loads(capsys.readouterr().out)
     assert [record["loss"] for record in records] == [2.0, 2.5]
     assert records[0]["config"] == {"train.learning_rate": 0.003}
     assert {"folder", "title", "state", *runs_module.COLUMNS} <= records[0].keys()
 
 
-def test_files_are_written_where_they_are_asked_for_and_a_place_that_cannot_be_is_refused(
-    two, tmp_path, capsys, monkeypatch
-):
-    typed(monkeypatch, str(two.parent), f"html={tmp_path}/new/page.html", f"picture={tmp_path}/c.svg")
+def test_output_files_and_unwritable_paths(two, tmp_path, capsys, monkeypatch):
+    run_compare(monkeypatch, str(two.parent), f"html={tmp_path}/new/page.html", f"picture={tmp_path}/c.svg")
     assert (tmp_path / "new" / "page.html").read_text().startswith("<!doctype html>")
     assert "<svg" in (tmp_path / "c.svg").read_text()
     assert f"written to {tmp_path}/c.svg" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        typed(monkeypatch, str(two.parent), f"picture={tmp_path}/file/c.png")
+        run_compare(monkeypatch, str(two.parent), f"picture={tmp_path}/file/c.png")
     with pytest.raises(UserError, match=r"none of \.png, \.svg"):
-        typed(monkeypatch, str(two.parent), "picture=c.jpg")
+        run_compare(monkeypatch, str(two.parent), "picture=c.jpg")
 
 
-def test_a_resumed_run_is_compared_by_what_it_was_told_last(trained, workspace):
+def test_resumed_run_has_its_newest_configuration(trained, workspace):
     (real,) = trained.runs()
     copy = workspace.folder / "outputs" / "runs" / "gpt2" / "a"
     shutil.copytree(real, copy)
@@ -334,10 +332,10 @@ def test_a_resumed_run_is_compared_by_what_it_was_told_last(trained, workspace):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As typed
+# As a command
 
 
-def test_real_runs_are_compared_without_torch(trained, workspace):
+def test_command_compares_runs_without_torch(trained, workspace):
     (real,) = trained.runs()
     for name, rate in (("a", "0.0003"), ("b", "0.01")):
         copy = workspace.folder / "outputs" / "runs" / "gpt2" / name
@@ -358,20 +356,27 @@ def test_real_runs_are_compared_without_torch(trained, workspace):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["outputs/runs/gone"], "error: outputs/runs/gone is not there"),
-        (["--jsn"], "error: --jsn: there is no such option; there are sort=..., html=..."),
-        (["srt=loss"], "error: srt=loss: there is no such option"),
-        (["corpus.txt"], "error: corpus.txt has no run in it"),
-        (["--json=x"], "error: --json=x: there is no such option"),
-        (["outputs/runs/*seed=1"], "error: outputs/runs/*seed=1 is not there"),
+        (["--jsn"], "--jsn: there is no such option; there are sort=..., html=..."),
+        (["srt=loss"], "srt=loss: there is no such option"),
+        (["corpus.txt"], "corpus.txt contains no run"),
+        (["--json=x"], "--json=x: there is no such option"),
+        (["outputs/runs/*seed=1"], "outputs/runs/*seed=1 does not exist"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(workspace, arguments, told):
-    done = workspace.module("gpt2.main", "compare", *arguments)
+def test_wrong_arguments_are_errors(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.txt").write_text("")
+    with pytest.raises(UserError) as raised:
+        run_compare(monkeypatch, *arguments)
+    assert raised.value.problems[0].startswith(message)
+
+
+def test_error_of_the_command_is_one_line(workspace):
+    done = workspace.module("gpt2.main", "compare", "outputs/runs/gone")
     assert done.returncode == 2
-    assert done.stderr.startswith(told)
+    assert done.stderr.startswith("error: outputs/runs/gone does not exist")
     assert len(done.stderr.splitlines()) == 1
 
 

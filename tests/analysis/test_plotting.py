@@ -1,11 +1,11 @@
-"""The picture of a run."""
+"""The loss curves of a run."""
 
 from gpt2.analysis.plotting import draw_curves
 from gpt2.tracking.tracker import Tracker
 from tests.test_tracking import record
 
 
-def test_curves_are_drawn_also_of_a_run_that_was_never_evaluated(tmp_path):
+def test_draw_curves_of_runs_with_and_without_evaluations(tmp_path):
     tracker = Tracker(tmp_path)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "nothing.png")
     tracker.log(record(1, **{"train/loss": 2.5}))
