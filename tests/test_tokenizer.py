@@ -143,7 +143,7 @@ def test_every_character_is_cut_as_by_tokenizers(context):
     merges = list({"".join(pair): pair for pair in merges}.values())
     tokens = [*byte_alphabet(), *map("".join, merges), END_OF_TEXT]
     tokenizer = GPT2Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
-    assert tokenizer._why_not_by_rank() is None
+    assert tokenizer._reason_against_tiktoken() is None
     # All characters that there are stand in every context. Of the planes in which there are none, and of those for
     # private use, which in Unicode are alike for ever, a sixth does, each in one of the six.
     assigned = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
@@ -246,7 +246,7 @@ def test_random_merges_give_one_result_both_ways():
                 merges.append(pair)
                 tokens.append("".join(pair))
         tokenizer = with_merges(*merges)
-        served += tokenizer._why_not_by_rank() is None
+        served += tokenizer._reason_against_tiktoken() is None
         both_ways(tokenizer, ["".join(random.choice(list("abcd "), size=40)) for _ in range(50)])
     assert 20 < served < 180
 
@@ -483,13 +483,13 @@ def test_tokens_that_stand_only_among_the_added_ones_are_known(tmp_path):
 
 OTHER_KINDS = [
     ({"model": {"type": "WordPiece"}}, "its model is WordPiece, not BPE"),
-    ({"model": {"ignore_merges": True}}, "its merges are not all that makes a token"),
-    ({"model": {"dropout": 0.1}}, "its merges are not all"),
+    ({"model": {"ignore_merges": True}}, "its BPE has options that GPT-2 does not use"),
+    ({"model": {"dropout": 0.1}}, "its BPE has options"),
     ({"normalizer": {"type": "NFC"}}, "it normalizes the text"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "it cuts the text by Whitespace, not ByteLevel"),
-    ({"pre_tokenizer": None}, "it cuts the text by None"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "it puts a space before the text"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "it does not cut the text into words"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "it splits the text by Whitespace, not ByteLevel"),
+    ({"pre_tokenizer": None}, "it splits the text by None"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "it adds a space before the text"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "it does not split the text into words"),
     ({"model": {"vocab": [1]}}, "holds no GPT-2 tokenizer"),
     ({"model": None}, "holds no GPT-2 tokenizer"),
 ]
