@@ -49,7 +49,7 @@ def test_number_of_blocks(tmp_path, number_of_tokens, expected):
             blocks[outside]
 
 
-def test_blocks_travel_to_another_process_without_their_tokens(tmp_path):
+def test_dataset_is_pickled_without_its_tokens(tmp_path):
     blocks = blocks_of(tmp_path, 50_000, 4)
     blocks.tokenizer = GPT2Tokenizer.of_bytes()
     expected = blocks[3]
@@ -80,7 +80,7 @@ def order(seed: int, epoch: int) -> list[list[int]]:
     return list(sampler)
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch_only():
     first = order(seed=1, epoch=0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -91,7 +91,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize("position", [0, 1, 7, 14, 15])
-def test_a_position_resumes_the_epoch_exactly(position):
+def test_position_resumes_the_epoch_exactly(position):
     sampler = ShuffledBatches(100, 7, seed=3)
     sampler.epoch = 2
     whole = list(sampler)
@@ -104,7 +104,7 @@ def loaders_of(blocks: TokenDataset, **fields):
     return get_dataloaders(blocks, blocks, blocks, TrainingConfig(batch_size=3, device="cpu", **fields))
 
 
-def test_batches_are_the_same_from_worker_processes(tmp_path):
+def test_worker_processes_give_the_same_batches(tmp_path):
     blocks = blocks_of(tmp_path, 90, 8)
     alone, helped = (loaders_of(blocks, num_workers=number) for number in (0, 2))
     for loader, other in zip(alone, helped, strict=True):
@@ -115,7 +115,7 @@ def test_batches_are_the_same_from_worker_processes(tmp_path):
             assert all(torch.equal(batch[key], same[key]) for key in batch)
 
 
-def test_training_follows_the_seed_validation_has_one_order_and_test_its_own(tmp_path):
+def test_order_of_training_validation_and_test(tmp_path):
     blocks = blocks_of(tmp_path, 200, 8)
     train, validation, test = loaders_of(blocks, num_workers=0, seed=5)
     expected = [blocks[i]["input_ids"][0] for batch in ShuffledBatches(len(blocks), 3, 5) for i in batch]
@@ -131,7 +131,7 @@ def test_training_follows_the_seed_validation_has_one_order_and_test_its_own(tmp
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loading_draws_nothing_from_the_global_randomness(tmp_path, num_workers):
+def test_loading_does_not_advance_the_global_generator(tmp_path, num_workers):
     """Dropout draws from it: validating more often must not change what is trained."""
     train, validation, _ = loaders_of(blocks_of(tmp_path, 90, 8), num_workers=num_workers)
     before = torch.get_rng_state()
@@ -139,7 +139,7 @@ def test_loading_draws_nothing_from_the_global_randomness(tmp_path, num_workers)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_loaders_take_any_dataset(tmp_path):
+def test_loaders_accept_any_dataset(tmp_path):
     dataset = torch.utils.data.TensorDataset(torch.arange(10))
     train, validation, _ = loaders_of(dataset, num_workers=0)
     assert sorted(i.item() for (batch,) in train for i in batch) == list(range(10))

@@ -63,7 +63,7 @@ def write_folder(folder: Path, vocabulary: dict[str, int], merges: list[tuple[st
 # Any text, from any source
 
 
-def test_tokens_equal_transformers():
+def test_tokens_match_transformers():
     from transformers import GPT2Tokenizer as TheirTokenizer
 
     folder = shared("tokenizers/gpt2")
@@ -75,22 +75,22 @@ def test_tokens_equal_transformers():
         assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def test_text_survives_its_tokens(tokenizer):
+def test_decoding_restores_the_text(tokenizer):
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_batch_is_encoded_as_each_alone(tokenizer):
+def test_batch_matches_single_texts(tokenizer):
     assert batch(tokenizer, TEXTS) == [tokenizer.encode(text) for text in TEXTS]
 
 
-def test_no_text_brings_in_the_special_token(tokenizer):
+def test_text_never_contains_the_special_token(tokenizer):
     for text in [END_OF_TEXT, f"a{END_OF_TEXT}b", END_OF_TEXT * 3, f" {END_OF_TEXT}\n", *TEXTS]:
         assert tokenizer.eos_token_id not in tokenizer.encode(text)
     assert tokenizer.decode([tokenizer.eos_token_id]) == END_OF_TEXT
 
 
-def test_a_text_names_special_tokens_only_where_that_is_allowed(tokenizer):
+def test_special_tokens_are_encoded_only_if_allowed(tokenizer):
     text = "a<|endoftext|>b <|endoftext|><|endoftext|>"
     end = [tokenizer.eos_token_id]
     allowed = tokenizer.encode(text, allow_special_tokens=True)
@@ -100,7 +100,7 @@ def test_a_text_names_special_tokens_only_where_that_is_allowed(tokenizer):
     assert tokenizer.encode("", allow_special_tokens=True) == []
 
 
-def test_saved_tokenizer_is_the_same(tokenizer):
+def test_saved_tokenizer_is_equal(tokenizer):
     again = GPT2Tokenizer.from_json(tokenizer.to_json())
     assert again.vocabulary == tokenizer.vocabulary
     assert again.merges == [tuple(merge) for merge in tokenizer.merges]
@@ -109,12 +109,12 @@ def test_saved_tokenizer_is_the_same(tokenizer):
     assert batch(again, TEXTS) == batch(tokenizer, TEXTS)
 
 
-def test_fingerprint_tells_tokenizers_apart(trained):
+def test_fingerprint_distinguishes_tokenizers(trained):
     others = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer(trained.vocabulary, trained.merges[:-1])]
     assert len({tokenizer.fingerprint for tokenizer in [trained, *others]}) == 3
 
 
-def test_a_lone_surrogate_costs_only_itself():
+def test_lone_surrogate_is_replaced():
     """A prompt with bytes that are no UTF-8 reaches Python as such a string."""
     tokenizer = GPT2Tokenizer.of_bytes()
     text = tokenizer.decode(tokenizer.encode("a\udcffb"))
@@ -136,7 +136,7 @@ CONTEXTS = ["{}", "a{}b", " {} ", "1{}{}2", "'{}s.{}!", "\u3000{}\n"]
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_every_character_is_cut_as_by_tokenizers(context):
+def test_tiktoken_splits_every_character_like_tokenizers(context):
     """By a tokenizer that joins all it may: where two characters are cut apart shows in the tokens."""
     merges = [(left, right) for left in byte_alphabet() for right in "abs12'.!ĠĊ"]
     merges += [(left, right) for left in "ab12'.!ĠĊ" for right in byte_alphabet()]
@@ -156,12 +156,12 @@ def test_every_character_is_cut_as_by_tokenizers(context):
 
 
 @pytest.mark.parametrize("vocab_size", [257, 258, 300, 600, 2000])
-def test_trained_tokenizers_give_one_result_both_ways(vocab_size):
+def test_tiktoken_matches_tokenizers_for_trained_vocabularies(vocab_size):
     tokenizer = GPT2Tokenizer.train([python_source(), *nasty_texts(500)], vocab_size)
     both_ways(tokenizer, [*TEXTS, python_source(), *nasty_texts(3000, seed=1)])
 
 
-def test_random_bytes_and_runs_of_space_give_one_result_both_ways(tokenizer):
+def test_tiktoken_matches_tokenizers_on_random_text(tokenizer):
     random = np.random.default_rng(0)
     both_ways(tokenizer, [random.bytes(200).decode("utf-8", "replace") for _ in range(500)])
     both_ways(tokenizer, [random.bytes(200).decode("latin-1") for _ in range(500)])
@@ -177,7 +177,7 @@ def test_random_bytes_and_runs_of_space_give_one_result_both_ways(tokenizer):
     both_ways(tokenizer, ["".join(random.choice(letters, size=20)) for _ in range(2000)])
 
 
-def test_wikipedia_gives_one_result_both_ways(tokenizer):
+def test_tiktoken_matches_tokenizers_on_wikipedia(tokenizer):
     import pyarrow.parquet as parquet
 
     folder = shared("datasets/wikitext/wikitext-2-sample")
@@ -186,13 +186,13 @@ def test_wikipedia_gives_one_result_both_ways(tokenizer):
 
 
 @pytest.mark.parametrize("run", [" " * 2_000_000 + "a", "\n \n" * 700_000 + "a", "a" * 200_000, "漢" * 50_000])
-def test_long_runs_give_one_result_both_ways(trained, run):
+def test_tiktoken_matches_tokenizers_on_long_runs(trained, run):
     """Some are too much for tiktoken's regular expressions, which it tells."""
     both_ways(trained, [run, "short"])
 
 
 @pytest.mark.parametrize("source", ["bytes", "trained"])
-def test_a_lone_surrogate_in_a_batch_costs_only_itself(source, trained):
+def test_lone_surrogate_in_a_batch_is_replaced(source, trained):
     tokenizer = trained if source == "trained" else GPT2Tokenizer.of_bytes()
     assert batch(tokenizer, ["a\udcffb", "c"]) == [tokenizer.encode("a\udcffb"), tokenizer.encode("c")]
 
@@ -217,14 +217,14 @@ UNREACHED = [
         (lambda: with_merges(*UNREACHED), "its merges do not reach every token"),
     ],
 )
-def test_where_tiktoken_would_err_tokenizers_are_asked_and_that_is_told(caplog, tokenizer, complaint):
+def test_tokenizers_is_used_with_a_warning_where_tiktoken_differs(caplog, tokenizer, complaint):
     texts = ["abc", " abc", "abcabc ab bc", "[PAD]", END_OF_TEXT, "a\udcffb", ""]
     tokenizer = tokenizer()
     assert batch(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
     assert complaint in caplog.text
 
 
-def test_an_added_token_never_comes_from_a_text(caplog):
+def test_text_never_contains_added_tokens(caplog):
     tokenizer = with_merges(("a", "b"), ("ab", "c"))
     texts = ["[PAD]", " [PAD]abc", f"{END_OF_TEXT}[PAD]"]
     assert batch(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
@@ -234,7 +234,7 @@ def test_an_added_token_never_comes_from_a_text(caplog):
     assert not caplog.text, "it was tiktoken"
 
 
-def test_random_merges_give_one_result_both_ways():
+def test_tiktoken_matches_tokenizers_for_random_merges():
     """Of vocabularies that nobody has trained: some tiktoken may serve, some not, and none errs."""
     random = np.random.default_rng(0)
     served = 0
@@ -251,7 +251,7 @@ def test_random_merges_give_one_result_both_ways():
     assert 20 < served < 180
 
 
-def test_threads_share_a_tokenizer():
+def test_tokenizer_is_thread_safe():
     from concurrent.futures import ThreadPoolExecutor
 
     tokenizer = GPT2Tokenizer.train([python_source()], 600)
@@ -261,7 +261,7 @@ def test_threads_share_a_tokenizer():
     assert results == [[tokenizer.encode(text) for text in texts]] * 4
 
 
-def test_importing_the_tokenizer_brings_in_no_library_for_batches():
+def test_import_loads_no_tokenizer_library():
     code = "import sys, gpt2.tokenizer; print({'numpy', 'tiktoken', 'tokenizers'} & {*sys.modules})"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "set()"
 
@@ -270,7 +270,7 @@ def test_importing_the_tokenizer_brings_in_no_library_for_batches():
 # Bytes
 
 
-def test_a_byte_token_is_its_byte():
+def test_byte_tokens_are_bytes():
     tokenizer = GPT2Tokenizer.of_bytes()
     assert (len(tokenizer), tokenizer.vocab_size, tokenizer.eos_token_id) == (257, 257, 256)
     for text in TEXTS:
@@ -278,7 +278,7 @@ def test_a_byte_token_is_its_byte():
     assert tokenizer.token_bytes == [*(bytes([byte]) for byte in range(256)), END_OF_TEXT.encode()]
 
 
-def test_the_alphabet_is_openais():
+def test_byte_alphabet_is_that_of_openai():
     from tokenizers import pre_tokenizers
 
     assert len(set(byte_alphabet())) == 256
@@ -298,7 +298,7 @@ def test_training_fills_the_vocabulary_and_compresses(trained):
 
 
 @pytest.mark.parametrize("vocab_size", [257, 258, 300])
-def test_vocabulary_has_at_most_the_size_that_was_asked_for_and_ends_with_the_special_token(vocab_size):
+def test_trained_vocabulary_is_bounded_and_ends_with_the_special_token(vocab_size):
     tokenizer = GPT2Tokenizer.train(["the cat, the hat, the rat"] * 2, vocab_size)
     assert 257 <= tokenizer.vocab_size <= vocab_size
     assert tokenizer.eos_token_id == tokenizer.vocab_size - 1
@@ -306,7 +306,7 @@ def test_vocabulary_has_at_most_the_size_that_was_asked_for_and_ends_with_the_sp
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["x"], ["abc"]], ids=str)
-def test_from_a_corpus_without_a_pair_that_recurs_nothing_is_learned(texts):
+def test_no_merges_are_learned_without_repeated_pairs(texts):
     assert GPT2Tokenizer.train(texts, 1000).vocabulary == GPT2Tokenizer.train([], 257).vocabulary
 
 
@@ -314,7 +314,7 @@ def test_training_is_repeatable(trained):
     assert GPT2Tokenizer.train(iter([python_source()]), vocab_size=600).fingerprint == trained.fingerprint
 
 
-def test_a_corpus_full_of_the_special_token_does_not_teach_it():
+def test_special_token_is_not_learned_from_text():
     tokenizer = GPT2Tokenizer.train([f"{END_OF_TEXT}a{END_OF_TEXT} "] * 100, 400)
     assert tokenizer.eos_token_id not in tokenizer.encode(END_OF_TEXT)
     assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
@@ -324,12 +324,12 @@ def test_a_corpus_full_of_the_special_token_does_not_teach_it():
 # Folders
 
 
-def test_a_folder_holds_all_of_a_tokenizer(trained, tmp_path):
+def test_folder_holds_the_whole_tokenizer(trained, tmp_path):
     again = GPT2Tokenizer.from_folder(write_folder(tmp_path, trained.vocabulary, trained.merges))
     assert again.fingerprint == trained.fingerprint
 
 
-def test_a_folder_with_the_line_ends_of_windows_is_read_too(trained, tmp_path):
+def test_windows_line_ends_are_accepted(trained, tmp_path):
     write_folder(tmp_path, trained.vocabulary, trained.merges)
     merges = tmp_path / "merges.txt"
     merges.write_bytes(merges.read_bytes().replace(b"\n", b"\r\n"))
@@ -354,7 +354,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_folder_that_holds_no_gpt2_tokenizer_is_named(tmp_path, fault):
+def test_invalid_vocabulary_or_merges_are_a_user_error(tmp_path, fault):
     vocabulary, merges = BROKEN[fault]
     (tmp_path / "vocab.json").write_text(vocabulary)
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
@@ -364,7 +364,7 @@ def test_a_folder_that_holds_no_gpt2_tokenizer_is_named(tmp_path, fault):
 
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "not UTF-8"])
-def test_a_folder_with_a_missing_or_binary_file_is_named(tmp_path, file, content):
+def test_missing_or_binary_file_is_a_user_error(tmp_path, file, content):
     write_folder(tmp_path, BYTES, [])
     (tmp_path / file).unlink()
     if content is not None:
@@ -380,7 +380,7 @@ def test_a_folder_with_a_missing_or_binary_file_is_named(tmp_path, file, content
 
 
 @pytest.mark.parametrize("source", ["bytes", "trained"])
-def test_streamed_pieces_are_the_decoded_text(source, trained):
+def test_streamed_text_matches_decoded_text(source, trained):
     tokenizer = trained if source == "trained" else GPT2Tokenizer.of_bytes()
     random = np.random.default_rng(0)
     # Bytes from 128 on are UTF-8 only in the right company: draw those more often than chance would.
@@ -397,7 +397,7 @@ def test_streamed_pieces_are_the_decoded_text(source, trained):
     assert replaced > 400  # it was not all easy
 
 
-def test_streamed_pieces_of_whole_and_broken_characters(trained):
+def test_streamed_text_with_incomplete_characters(trained):
     """Emoji and Chinese, whose characters are of several tokens, cut anywhere."""
     text = "".join(nasty_texts(40, seed=3)) + "漢字かな交じり文👩🏽‍🚀🇩🇪🏴‍☠️" * 20
     ids = trained.encode(text)
@@ -412,18 +412,18 @@ def test_streamed_pieces_of_whole_and_broken_characters(trained):
     assert replaced > 50
 
 
-def test_a_character_appears_as_soon_as_it_is_whole():
+def test_character_is_streamed_with_its_last_byte():
     tokenizer = GPT2Tokenizer.of_bytes()
     pieces = list(tokenizer.stream(tokenizer.encode("aé€😀b")))
     assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "b", ""]
 
 
-def test_what_is_left_of_a_character_is_told_at_the_end():
+def test_incomplete_character_is_streamed_at_the_end():
     tokenizer = GPT2Tokenizer.of_bytes()
     assert list(tokenizer.stream("a😀".encode()[:3])) == ["a", "", "", "\ufffd"]
 
 
-def test_a_stream_reads_no_further_than_it_has_told():
+def test_stream_reads_one_token_at_a_time():
     """Text is printed while the model still writes."""
     taken = []
 
@@ -451,7 +451,7 @@ def described(tmp_path: Path, **changes) -> Path:
     return tmp_path
 
 
-def test_a_folder_is_read_from_either_of_its_descriptions(tmp_path):
+def test_either_description_in_a_folder_suffices(tmp_path):
     trained = GPT2Tokenizer.train([python_source()], 300)
     trained.to_folder(tmp_path, context_length=64)
     (tmp_path / "pair").mkdir()
@@ -461,7 +461,7 @@ def test_a_folder_is_read_from_either_of_its_descriptions(tmp_path):
         assert GPT2Tokenizer.from_folder(folder).fingerprint == trained.fingerprint
 
 
-def test_merges_as_older_libraries_wrote_them(tmp_path):
+def test_merges_in_the_format_of_older_libraries(tmp_path):
     folder = described(tmp_path)
     expected = GPT2Tokenizer.from_folder(folder).fingerprint
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -470,7 +470,7 @@ def test_merges_as_older_libraries_wrote_them(tmp_path):
     assert GPT2Tokenizer.from_folder(folder).fingerprint == expected
 
 
-def test_tokens_that_stand_only_among_the_added_ones_are_known(tmp_path):
+def test_added_tokens_outside_the_vocabulary_are_read(tmp_path):
     folder = described(tmp_path)
     content = json.loads((folder / "tokenizer.json").read_text())
     del content["model"]["vocab"]["<|endoftext|>"]
@@ -496,7 +496,7 @@ OTHER_KINDS = [
 
 
 @pytest.mark.parametrize(("changes", "complaint"), OTHER_KINDS, ids=[complaint for _, complaint in OTHER_KINDS])
-def test_a_tokenizer_of_another_kind_is_refused_with_the_reason(tmp_path, changes, complaint):
+def test_other_kinds_of_tokenizer_are_refused_with_the_reason(tmp_path, changes, complaint):
     if changes == {"model": None}:
         folder = described(tmp_path)
         (folder / "tokenizer.json").write_text("{}")
@@ -506,10 +506,10 @@ def test_a_tokenizer_of_another_kind_is_refused_with_the_reason(tmp_path, change
         GPT2Tokenizer.from_folder(folder)
 
 
-def test_too_few_tokens_for_the_bytes_are_refused():
+def test_vocabulary_smaller_than_the_bytes_is_refused():
     with pytest.raises(UserError, match="256 tokens are too few"):
         GPT2Tokenizer.train(["text"], 256)
 
 
-def test_an_id_beyond_the_vocabulary_is_no_text():
+def test_ids_beyond_the_vocabulary_are_skipped():
     assert GPT2Tokenizer.of_bytes().decode([97, 257, 98, 9999]) == "ab"

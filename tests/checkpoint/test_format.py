@@ -22,7 +22,7 @@ TENSORS = {"model/a": torch.arange(6.0).reshape(2, 3), "rng/cpu": torch.arange(5
 RECORD = {"model": {"d_model": 3}, "tokenizer": "ünï ☃", "progress": {"best": None, "seconds": 0.1 + 0.2}}
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_checkpoint_is_read(tmp_path):
     checkpoint.write_checkpoint(tmp_path / "new" / "last.pth", TENSORS, RECORD)
     read = checkpoint.read_tensors(tmp_path / "new" / "last.pth")
     assert read.keys() == TENSORS.keys()
@@ -33,7 +33,7 @@ def test_what_is_written_is_read(tmp_path):
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "last.pth"]
 
 
-def test_the_file_is_safetensors_with_json_and_nothing_else(tmp_path):
+def test_file_is_safetensors_with_json_only(tmp_path):
     path = tmp_path / "last.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     content = path.read_bytes()
@@ -43,7 +43,7 @@ def test_the_file_is_safetensors_with_json_and_nothing_else(tmp_path):
     assert json.loads(header["__metadata__"]["gpt2"])["tokenizer"] == RECORD["tokenizer"]
 
 
-def test_the_record_is_read_without_importing_torch(tmp_path):
+def test_record_is_read_without_importing_torch(tmp_path):
     checkpoint.write_checkpoint(tmp_path / "last.pth", TENSORS, RECORD)
     code = (
         "import sys; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
@@ -52,7 +52,7 @@ def test_the_record_is_read_without_importing_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_litter(tmp_path):
+def test_failed_write_keeps_the_old_checkpoint_only(tmp_path):
     path = tmp_path / "last.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     before = path.read_bytes()
@@ -97,7 +97,7 @@ def of_the_future(path: Path) -> None:
         (lambda path: None, "cannot read"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, damage, complaint):
+def test_file_that_is_not_a_checkpoint_is_refused_in_one_line(tmp_path, damage, complaint):
     path = tmp_path / "some.pth"
     damage(path)
     with pytest.raises(UserError, match=complaint) as refusal:
@@ -115,7 +115,7 @@ def make_run(folder: Path, *names: str, age: float = 0.0) -> Path:
     return folder
 
 
-def test_a_checkpoint_is_found_by_file_by_run_folder_and_by_being_the_newest(tmp_path, monkeypatch):
+def test_checkpoint_is_found_by_file_run_folder_or_age(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     old = make_run(Path("outputs/runs/a/1"), run_folder.BEST, run_folder.LAST, age=100)
     new = make_run(Path("outputs/runs/b/0"), run_folder.LAST)
@@ -128,13 +128,13 @@ def test_a_checkpoint_is_found_by_file_by_run_folder_and_by_being_the_newest(tmp
 
 
 @pytest.mark.parametrize("path", [None, "nowhere", "."])
-def test_no_checkpoint_is_one_line_too(tmp_path, monkeypatch, path):
+def test_missing_checkpoint_is_a_user_error(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^checkpoint: "):
         run_folder.find_checkpoint(path)
 
 
-def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path):
+def test_checkpoint_has_the_usual_permissions(tmp_path):
     (tmp_path / "other").touch()
     checkpoint.write_checkpoint(tmp_path / "a.pth", {"x": torch.zeros(2)}, {})
     assert (tmp_path / "a.pth").stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -165,7 +165,7 @@ def forge(path: Path, record: str, sums: str = "{}", data: bytes = b"", **entrie
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def test_any_flipped_bit_is_noticed_by_whoever_reads_it_and_by_nobody_else(tmp_path):
+def test_flipped_bit_is_detected_exactly_where_it_is_read(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     good = path.read_bytes()
@@ -191,7 +191,7 @@ def test_any_flipped_bit_is_noticed_by_whoever_reads_it_and_by_nobody_else(tmp_p
     assert checkpoint.verify(path) == checkpoint.read_record(path)
 
 
-def test_a_file_of_any_other_length_is_refused(tmp_path):
+def test_file_of_any_other_length_is_refused(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     good = path.read_bytes()
@@ -200,7 +200,7 @@ def test_a_file_of_any_other_length_is_refused(tmp_path):
         assert all(is_refused(f, path) for f in (checkpoint.verify, checkpoint.read_record, checkpoint.read_tensors))
 
 
-def test_the_bytes_of_two_tensors_are_not_taken_for_one_another(tmp_path):
+def test_exchanged_tensors_are_detected(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(
         path, {"model/a": torch.rand(8), "model/b": torch.rand(8), "model/c": torch.rand(8)}, {}
@@ -214,7 +214,7 @@ def test_the_bytes_of_two_tensors_are_not_taken_for_one_another(tmp_path):
     assert checkpoint.read_tensors(path, "model/c").keys() == {""}
 
 
-def test_a_tensor_is_verified_to_its_end_however_large(tmp_path):
+def test_large_tensors_are_verified_completely(tmp_path):
     path, size = (
         tmp_path / "step.pth",
         2**21 + 2**19 + 3,
@@ -233,7 +233,7 @@ def test_a_tensor_is_verified_to_its_end_however_large(tmp_path):
             checkpoint.verify(path)
 
 
-def test_damage_after_a_first_look_is_noticed_too(tmp_path):
+def test_damage_after_a_verification_is_detected(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     checkpoint.verify(path)
@@ -257,7 +257,7 @@ def link_to_itself(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [fifo, link_to_folder, link_to_itself])
-def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path, make):
+def test_pipes_and_folders_are_refused_without_blocking(tmp_path, make):
     make(tmp_path / "step.pth")
     for read in (checkpoint.verify, checkpoint.read_record, checkpoint.read_tensors):
         with pytest.raises(UserError, match=r"cannot read .*step.pth"):
@@ -274,7 +274,7 @@ def peak_memory(read, path: Path) -> int:
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "[]", "{}", '{"a":0}', '"ab"', '""'])
-def test_many_small_values_in_a_header_are_not_built_in_memory(tmp_path, value):
+def test_many_small_values_in_a_header_take_no_memory(tmp_path, value):
     path = tmp_path / "step.pth"
     text = f'{{"__metadata__":{{"gpt2":[{",".join([value] * (2_000_000 // (len(value) + 1)))}]}}}}'.encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
@@ -282,7 +282,7 @@ def test_many_small_values_in_a_header_are_not_built_in_memory(tmp_path, value):
 
 
 @pytest.mark.parametrize("place", ["record", "sums"])
-def test_nor_are_many_small_values_in_the_texts_of_a_header_whose_checksum_is_right(tmp_path, place):
+def test_many_small_values_in_a_valid_header_take_no_memory(tmp_path, place):
     path, bomb = tmp_path / "step.pth", f"[{','.join(['[]'] * 1_300_000)}]"
     forge(path, **{"record": f'{{"format":{checkpoint.FORMAT}}}', place: bomb}, x={"data_offsets": [0, 0]})
     assert peak_memory(checkpoint.read_record, path) < 5 * path.stat().st_size
@@ -306,20 +306,20 @@ def test_nor_are_many_small_values_in_the_texts_of_a_header_whose_checksum_is_ri
         b"{\0}\0",
     ],
 )
-def test_a_header_of_other_json_or_of_none_is_refused(tmp_path, content):
+def test_invalid_header_is_refused(tmp_path, content):
     path = tmp_path / "step.pth"
     path.write_bytes(len(content).to_bytes(8, "little") + content)
     with pytest.raises(UserError, match=r"not a checkpoint of this program|wrong checksum of its header"):
         checkpoint.read_record(path)
 
 
-def test_a_claim_of_a_huge_header_takes_no_memory(tmp_path):
+def test_claimed_huge_header_takes_no_memory(tmp_path):
     for claim in (2**60, 2**64 - 1, 2**31, 2**24, 9):
         (tmp_path / "step.pth").write_bytes(claim.to_bytes(8, "little") + b"{}")
         assert peak_memory(checkpoint.read_record, tmp_path / "step.pth") < 2**20
 
 
-def test_a_header_whose_length_is_damaged_is_refused_as_quickly_as_any(tmp_path):
+def test_damaged_header_length_is_refused_in_linear_time(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(20_000)})})
     content = path.read_bytes()
@@ -335,7 +335,7 @@ def test_a_header_whose_length_is_damaged_is_refused_as_quickly_as_any(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", checkpoint.SAFETENSORS_DTYPES)
-def test_every_bit_of_every_type_and_shape_returns_and_safetensors_reads_the_same(tmp_path, dtype):
+def test_all_types_and_shapes_survive_and_safetensors_reads_them(tmp_path, dtype):
     from safetensors.torch import load_file
 
     random = torch.Generator().manual_seed(0)
@@ -357,7 +357,7 @@ def test_every_bit_of_every_type_and_shape_returns_and_safetensors_reads_the_sam
     checkpoint.verify(tmp_path / "step.pth")
 
 
-def test_numbers_lie_where_a_processor_wants_them(tmp_path):
+def test_tensors_are_aligned(tmp_path):
     tensors = {
         f"{i}/{dtype}": torch.zeros(3, dtype=getattr(torch, dtype)) for i in "ab" for dtype in ("uint8", "int64")
     }
@@ -372,7 +372,7 @@ def test_numbers_lie_where_a_processor_wants_them(tmp_path):
         assert not any(header[f"{i}/int64"]["data_offsets"][0] % 8 for i in "ab")
 
 
-def test_a_record_may_say_what_a_header_says(tmp_path):
+def test_record_may_contain_header_text(tmp_path):
     record = {"a": '"sha256_of_header":"' + "0" * 64 + '"', "b": "\ud800 \x00 \u2028", '__metadata__"': [None, 1e308]}
     checkpoint.write_checkpoint(tmp_path / "step.pth", {"sha256_of_header": torch.zeros(2)}, record)
     read = checkpoint.verify(tmp_path / "step.pth")
@@ -382,7 +382,7 @@ def test_a_record_may_say_what_a_header_says(tmp_path):
 # Writing
 
 
-def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_failed_fsync_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
     before = path.read_bytes()
@@ -398,7 +398,7 @@ def test_a_disk_that_fails_to_keep_the_bytes_leaves_the_old_checkpoint(tmp_path,
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-def test_the_bytes_are_on_disk_before_the_name_and_the_name_when_writing_returns(tmp_path):
+def test_file_is_flushed_before_the_rename_and_folder_after_it(tmp_path):
     code = (
         "import torch; from pathlib import Path; from gpt2.checkpoint import format as checkpoint;"
         f"checkpoint.write_checkpoint(Path({str(tmp_path / 'step.pth')!r}), {{'x': torch.zeros(99_999)}}, {{}})"

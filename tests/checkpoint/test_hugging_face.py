@@ -42,7 +42,7 @@ def describe(folder: Path, **fields) -> None:
 
 
 @pytest.mark.parametrize("size", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
-def test_every_size_gives_the_logits_and_the_greedy_text_of_transformers(tmp_path, size):
+def test_logits_and_greedy_text_match_transformers(tmp_path, size):
     """As deep and with as many heads as the size has, but narrow."""
     shape = OmegaConf.load(ROOT / "conf" / "model" / f"{size}.yaml")
     width = 4 * shape.num_heads
@@ -100,7 +100,7 @@ LAYOUTS = [without_prefix, as_openai_stored_it, with_the_head_stored_too, in_sha
 
 
 @pytest.mark.parametrize("store", LAYOUTS, ids=lambda store: store.__name__)
-def test_every_layout_holds_the_same_weights(folder, store):
+def test_all_layouts_give_the_same_weights(folder, store):
     expected = open_model(str(folder)).tensors()
     store(folder)
     assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
@@ -115,7 +115,7 @@ def test_half_precision_weights_become_fp32(folder, dtype):
     assert_close(tensors, {name: t.to(dtype).float() for name, t in expected.items()}, atol=0, rtol=0)
 
 
-def test_the_configuration_as_openai_wrote_it(folder):
+def test_configuration_in_the_original_openai_format(folder):
     """Few fields, `n_ctx` beside `n_positions`, and no `n_inner`."""
     described = {"model_type": "gpt2", "n_ctx": 16, "n_positions": 16, "n_embd": 32, "n_head": 4, "n_layer": 2}
     (folder / "config.json").write_text(json.dumps({**described, "activation_function": "gelu_new"}))
@@ -123,12 +123,12 @@ def test_the_configuration_as_openai_wrote_it(folder):
     assert open_model(str(folder)).config == expected
 
 
-def test_two_names_of_one_activation_are_taken(folder):
+def test_both_names_of_the_activation_are_accepted(folder):
     describe(folder, activation_function="gelu_pytorch_tanh")
     assert open_model(str(folder)).config.d_model == 16
 
 
-def test_one_file_comes_before_an_index(folder):
+def test_single_file_takes_precedence_over_an_index(folder):
     expected = open_model(str(folder)).tensors()
     (folder / "model.safetensors.index.json").write_text(
         '{"weight_map": {"transformer.wte.weight": "gone.safetensors"}}'
@@ -136,13 +136,13 @@ def test_one_file_comes_before_an_index(folder):
     assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
 
 
-def test_all_files_of_sharded_weights_are_asked_of_the_hub(folder):
+def test_patterns_match_all_files_of_sharded_weights(folder):
     in_shards(folder)
     files = {path.name for path in folder.glob("model*")}
     assert {name for name in files if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)} == files
 
 
-def test_all_tensors_that_do_not_fit_are_named_in_one_error(folder):
+def test_all_wrong_tensors_are_named_in_one_error(folder):
     def spoil(tensors):
         del tensors["transformer.h.0.ln_1.bias"], tensors["transformer.wpe.weight"]
         tensors["transformer.h.7.ln_1.bias"] = torch.zeros(16)
@@ -245,14 +245,14 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("spoil", "complaint"), REFUSED, ids=[f"{number} {complaint}" for number, (_, complaint) in enumerate(REFUSED)]
 )
-def test_what_cannot_be_read_as_gpt2_is_refused_with_the_reason(folder, spoil, complaint):
+def test_other_models_are_refused_with_the_reason(folder, spoil, complaint):
     spoil(folder)
     with pytest.raises(UserError, match=complaint) as refused:
         open_model(str(folder)).build()
     assert str(folder) in str(refused.value)
 
 
-def test_a_file_cut_anywhere_is_refused(folder):
+def test_truncated_file_is_refused(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
@@ -277,7 +277,7 @@ def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) ->
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, use_bias):
+def test_exported_model_is_bit_identical(tmp_path, use_bias):
     weights = save_checkpoint(
         tmp_path / "a.pth", tiny_config(vocab_size=257, use_bias=use_bias, dropout=0.2), GPT2Tokenizer.of_bytes()
     )
@@ -289,7 +289,7 @@ def test_out_and_in_again_is_the_same_to_the_bit(tmp_path, use_bias):
     assert_close(again.tensors(), weights, atol=0, rtol=0)
 
 
-def test_in_and_out_again_is_the_file_that_transformers_wrote(folder):
+def test_export_equals_the_file_of_transformers(folder):
     export(open_model(str(folder)), folder.parent / "out")
     assert (folder.parent / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
@@ -312,7 +312,7 @@ print(json.dumps(results))
 """
 
 
-def test_transformers_loads_what_was_exported_without_a_word_and_writes_the_same_text(tmp_path):
+def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_path):
     """For every kind of tokenizer, in one process, since importing transformers takes seconds."""
     tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
     if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's lies beside some checkouts
@@ -337,7 +337,7 @@ def test_transformers_loads_what_was_exported_without_a_word_and_writes_the_same
     assert json.loads(done.stdout) == expected
 
 
-def test_the_card_says_what_the_model_is(tmp_path):
+def test_model_card_states_training_and_shape(tmp_path):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -350,7 +350,7 @@ def test_the_card_says_what_the_model_is(tmp_path):
         assert fact in card
 
 
-def test_what_was_exported_names_its_end_of_text_and_its_length(tmp_path):
+def test_export_states_special_tokens_and_length(tmp_path):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
     names = ("config", "generation_config", "tokenizer_config", "tokenizer")
@@ -381,7 +381,7 @@ def where_something_is(folder: Path) -> Path:
     ("place", "complaint"),
     [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "already exists")],
 )
-def test_an_export_that_fails_says_why_and_leaves_nothing(folder, place, complaint):
+def test_failed_export_leaves_nothing(folder, place, complaint):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = sorted(folder.parent.rglob("*"))
     try:
@@ -394,7 +394,7 @@ def test_an_export_that_fails_says_why_and_leaves_nothing(folder, place, complai
     assert not list(folder.parent.glob("out/*"))
 
 
-def test_a_model_without_a_tokenizer_is_exported_without_one_and_it_is_said(folder, caplog):
+def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
     export(open_model(str(folder)), folder.parent / "out")
     assert "holds no tokenizer, so the exported folder has none" in caplog.text
     assert open_model(str(folder.parent / "out")).tokenizer is None
@@ -414,7 +414,7 @@ def record_of(path: Path, change) -> None:
         (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
     ],
 )
-def test_a_checkpoint_that_is_none_of_ours_is_refused(tmp_path, change, complaint):
+def test_checkpoint_with_another_record_is_refused(tmp_path, change, complaint):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     record_of(tmp_path / "a.pth", change)
     with pytest.raises(UserError, match=complaint):

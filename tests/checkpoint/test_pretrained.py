@@ -24,7 +24,7 @@ from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, trans
 # The shape follows the weights
 
 
-def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder):
+def test_finetuning_config_follows_the_weights_except_for_requested_fields(folder):
     trained = open_model(str(folder))
     assert finetuning_config(trained, GPT2Config(), set()) == trained.config
     dropout = {"dropout": 0.3, "attention_dropout": 0.2, "residual_dropout": 0.1}
@@ -36,7 +36,7 @@ def test_the_configuration_follows_the_weights_but_for_what_was_asked_for(folder
     assert (found.context_length, found.d_model) == (8, 16)
 
 
-def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
+def test_contradictions_with_the_weights_name_both_values(folder):
     trained = open_model(str(folder))
     with pytest.raises(UserError) as refused:
         finetuning_config(trained, GPT2Config(num_heads=8, context_length=32), {"d_model"})
@@ -47,7 +47,7 @@ def test_what_contradicts_the_weights_is_refused_naming_both_values(folder):
     ]
 
 
-def test_a_shorter_context_leaves_out_the_last_positions(folder):
+def test_shorter_context_drops_the_last_positions(folder):
     trained = open_model(str(folder))
     whole, cropped = trained.build().eval(), trained.build(tiny_config(vocab_size=257, context_length=5)).eval()
     input_ids = torch.randint(257, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_a_shorter_context_leaves_out_the_last_positions(folder):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
-def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_that_name(workspace, folder, name):
+def test_openai_names_take_precedence_over_a_folder(workspace, folder, name):
     write_tokenizer(folder)
     workspace.cache_as_from_hub(name, folder)
     (workspace.folder / "gpt2").mkdir()
@@ -71,12 +71,12 @@ def test_openais_names_come_from_the_cache_of_the_hub_even_beside_a_folder_of_th
     assert cached.stderr.splitlines()[-2] == "gpt2 on cpu in fp32"
 
 
-def test_a_model_of_the_hub_that_is_not_cached_is_one_clear_line(workspace):
+def test_model_missing_from_the_hub_cache_is_a_user_error(workspace):
     (line,) = workspace.run("evaluate.py", "checkpoint=gpt2-xl", expect=2).stderr.splitlines()
     assert "gpt2-xl: there is no such folder here, and config.json is not to be had from the Hugging Face Hub" in line
 
 
-def test_a_part_of_a_repository_in_the_cache_is_no_model(workspace, folder):
+def test_partially_cached_repository_is_a_user_error(workspace, folder):
     write_tokenizer(folder)
     (folder / "config.json").unlink()
     workspace.cache_as_from_hub("openai-community/gpt2", folder)
@@ -85,13 +85,13 @@ def test_a_part_of_a_repository_in_the_cache_is_no_model(workspace, folder):
 
 
 @pytest.mark.parametrize("name", ["outputs/missing", "checkpoints/best_model.pth", ""])
-def test_a_path_that_leads_nowhere_is_not_looked_up_elsewhere(workspace, name):
+def test_missing_path_is_not_looked_up_on_the_hub(workspace, name):
     (workspace.folder / "outputs").mkdir()
     (line,) = workspace.run("generate.py", f"checkpoint={name}", "prompt=x", expect=2).stderr.splitlines()
     assert f"checkpoint: there is no '{name}' here" in line
 
 
-def test_weights_without_a_tokenizer_get_none_made_up(workspace, folder):
+def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder):
     for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
         text = ["data=text", "data.files=[corpus.txt]", f"{key}={folder}"]
         (line,) = workspace.run(script, *text, expect=2).stderr.splitlines()
@@ -104,7 +104,7 @@ def test_weights_without_a_tokenizer_get_none_made_up(workspace, folder):
     assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in line or "tokens are more" in line
 
 
-def test_weights_of_gpt2s_size_without_a_tokenizer_get_gpt2s_in_every_script(workspace, tmp_path):
+def test_weights_of_gpt2_size_without_tokenizer_use_that_of_gpt2(workspace, tmp_path):
     """From another repository of the Hub; what lies in the cache as GPT-2's tokenizer is bytes here."""
     transformers_twin(noisy_model(tiny_config(vocab_size=50257))).save_pretrained(tmp_path / "weights")
     workspace.cache_as_from_hub("someone/model", tmp_path / "weights")
@@ -118,7 +118,7 @@ def test_weights_of_gpt2s_size_without_a_tokenizer_get_gpt2s_in_every_script(wor
     assert "bits per byte" in scored.stdout
 
 
-def test_a_token_that_someone_added_does_no_harm(workspace, folder):
+def test_added_tokens_are_accepted(workspace, folder):
     """A padding token beyond the model's vocabulary, as fine-tuning scripts add it: no text is ever encoded to it."""
     tokenizer = GPT2Tokenizer.of_bytes()
     padded = GPT2Tokenizer({**tokenizer.vocabulary, "[PAD]": 257}, [])
@@ -130,7 +130,7 @@ def test_a_token_that_someone_added_does_no_harm(workspace, folder):
     assert [token["content"] for token in described["added_tokens"]] == ["<|endoftext|>", "[PAD]"]
 
 
-def test_damaged_weights_are_found_before_the_data_are_prepared(workspace, folder):
+def test_unreadable_weights_are_reported_before_data_are_prepared(workspace, folder):
     write_tokenizer(folder)
     only_a_pickle(folder)
     for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
@@ -144,7 +144,7 @@ FINE_TUNE = [
 ]
 
 
-def test_fine_tuning_takes_shape_and_tokenizer_from_the_weights_and_resumes_without_them(workspace, folder):
+def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(workspace, folder):
     tokenizer = GPT2Tokenizer.train([CORPUS], 257)
     write_tokenizer(folder, tokenizer)
     done = workspace.run("train.py", *FINE_TUNE, f"train.init_from={folder}", "model.dropout=0.2")
@@ -167,7 +167,7 @@ def test_fine_tuning_takes_shape_and_tokenizer_from_the_weights_and_resumes_with
     assert "Going on after step 8" in resumed.stdout
 
 
-def test_the_run_that_goes_on_from_a_run_has_its_weights(workspace):
+def test_fine_tuning_starts_from_the_weights_of_a_run(workspace):
     workspace.run("train.py", *TINY)
     (first,) = workspace.runs()
     workspace.run("train.py", *FINE_TUNE, f"train.init_from={first}", "train.learning_rate=1e-30", "name=second")
@@ -175,7 +175,7 @@ def test_the_run_that_goes_on_from_a_run_has_its_weights(workspace):
     assert_close(open_model(str(second)).tensors(), open_model(str(first)).tensors(), atol=1e-6, rtol=0)
 
 
-def test_contradictions_are_refused_together_before_anything_is_written(workspace, folder):
+def test_contradictions_are_reported_together_before_anything_is_written(workspace, folder):
     write_tokenizer(folder)
     done = workspace.run(
         "train.py", *FINE_TUNE, f"train.init_from={folder}", "model=gpt2_nano", "data.tokenizer=train", expect=2
@@ -198,20 +198,20 @@ def test_contradictions_are_refused_together_before_anything_is_written(workspac
         ([], set()),
     ],
 )
-def test_what_was_asked_for_by_name_contradicts_even_where_it_is_the_default(folder, overrides, expected):
+def test_explicit_defaults_contradict_the_weights(folder, overrides, expected):
     write_tokenizer(folder)
     found = validate_command_line("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
     assert {line.split(":")[0] for line in found} == expected
 
 
-def test_what_refers_to_another_value_was_asked_for(folder):
+def test_interpolated_values_count_as_requested(folder):
     write_tokenizer(folder)
     line = ["hparams_search=optuna", f"train.init_from='{folder}'", "model.dropout=0.1", "data=stdlib"]
     config = resolve("train", compose("train", line), line)
     assert (config.model.dropout, config.model.attention_dropout, config.model.residual_dropout) == (0.1, 0.1, 0.1)
 
 
-def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
+def test_other_tokenizer_than_that_of_the_weights_is_refused(folder, tmp_path):
     write_tokenizer(folder)
     (tmp_path / "other").mkdir()
     write_tokenizer(tmp_path / "other", GPT2Tokenizer.train([CORPUS], 257 + 40))
@@ -223,7 +223,7 @@ def test_another_tokenizer_than_the_weights_is_refused(folder, tmp_path):
         assert not validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
 
 
-def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
+def test_checkpoint_alone_suffices_for_generation(trained, tmp_path):
     elsewhere = Workspace(tmp_path)
     shutil.copy(trained.runs()[0] / "checkpoints" / run_folder.BEST, tmp_path / "model.pth")
     options = ["prompt=def f", "inference.seed=1"]
@@ -231,7 +231,7 @@ def test_a_checkpoint_is_all_that_another_machine_needs(trained, tmp_path):
     assert elsewhere.run("generate.py", *options, "checkpoint=model.pth").stdout == here
 
 
-def test_export_as_a_command(trained, tmp_path):
+def test_export_command(trained, tmp_path):
     done = trained.module_anew("gpt2.main", "export", f"to={tmp_path / 'a b' / 'out'}")
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:

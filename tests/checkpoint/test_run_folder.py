@@ -1,13 +1,8 @@
-"""A run folder: which checkpoints are kept, which one is taken, and who may write."""
+"""The checkpoints of a run folder: which one is used and which ones are deleted."""
 
 import errno
 import logging
 import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +12,6 @@ from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.run_folder import BEST, LAST, step_name
 from gpt2.errors import UserError
-from gpt2.runtime.files import LOCK, run_lock
 
 
 def save(folder: Path, step: int, is_best: bool = False, name: str | None = None, **progress) -> Path:
@@ -45,7 +39,7 @@ def names(folder: Path) -> list[str]:
 # Names
 
 
-def test_steps_have_names_that_sort_as_they_do_and_tell_them():
+def test_step_names_sort_and_parse():
     steps = [0, 1, 9, 10, 99_999_999]
     assert [run_folder.step_of(Path("some/folder") / step_name(step)) for step in [*steps, 10**8]] == [*steps, 10**8]
     assert sorted(map(step_name, steps)) == [step_name(step) for step in steps]
@@ -66,11 +60,11 @@ def test_steps_have_names_that_sort_as_they_do_and_tell_them():
         *("my_step_00000001.pth", "step_-0000001.pth", ".saving-step_00000001.pth", "step_00000001.pth\n"),
     ],
 )
-def test_no_other_name_is_that_of_a_step(name):
+def test_other_names_have_no_step(name):
     assert run_folder.step_of(Path(name)) is None
 
 
-def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names_or_ages(tmp_path):
+def test_checkpoints_are_ordered_by_step(tmp_path):
     for step in (5, 10**8, 99_999_999, 20):
         save(tmp_path, step)
     for name in (LAST, BEST, "step_7.pth", "notes.txt"):
@@ -82,7 +76,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_not_of_their_names_or_ages(
     assert [path.name for path in run_folder.best_first(tmp_path)] == [*newest, LAST]
 
 
-def test_a_second_name_is_the_same_file_and_stays_with_it(tmp_path):
+def test_add_name_links_the_same_file(tmp_path):
     first = save(tmp_path, 1)
     run_folder.add_name(first, LAST)
     run_folder.add_name(first, LAST)  # the two names for one file, once more
@@ -96,7 +90,7 @@ def test_a_second_name_is_the_same_file_and_stays_with_it(tmp_path):
     assert names(tmp_path) == [LAST, step_name(1), step_name(2)]
 
 
-def test_a_filesystem_without_links_gets_a_copy(tmp_path, monkeypatch):
+def test_add_name_copies_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_arguments, **_options):
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -110,7 +104,7 @@ def test_a_filesystem_without_links_gets_a_copy(tmp_path, monkeypatch):
     assert names(tmp_path) == [LAST, step_name(2)]
 
 
-def test_what_a_killed_process_was_naming_is_not_written_over(tmp_path):
+def test_add_name_preserves_a_file_linked_by_a_killed_process(tmp_path):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
     os.link(old, tmp_path / f"{run_folder.TEMPORARY_PREFIX}{LAST}")
     run_folder.add_name(new, LAST)
@@ -119,7 +113,7 @@ def test_what_a_killed_process_was_naming_is_not_written_over(tmp_path):
     assert names(tmp_path) == [LAST, step_name(1), step_name(2)]
 
 
-def test_a_name_that_cannot_be_given_leaves_the_old_one(tmp_path):
+def test_failed_add_name_keeps_the_old_file(tmp_path):
     old = save(tmp_path, 1, name=LAST).read_bytes()
     with pytest.raises(OSError, match="No such file"):
         run_folder.add_name(tmp_path / step_name(2), LAST)
@@ -134,14 +128,14 @@ def test_a_name_that_cannot_be_given_leaves_the_old_one(tmp_path):
     ("keep", "step", "kept"),
     [(2, 40, [30, 40]), (1, 40, [40]), (9, 40, [10, 20, 30, 40]), (2, 25, [10, 20]), (1, 30, [30]), (3, 5, [])],
 )
-def test_the_newest_up_to_a_step_are_kept_and_later_ones_are_not(tmp_path, keep, step, kept):
+def test_prune_keeps_the_newest_up_to_a_step(tmp_path, keep, step, kept):
     for number in (40, 10, 30, 20):
         save(tmp_path, number)
     run_folder.prune(tmp_path, keep, step)
     assert names(tmp_path) == [step_name(number) for number in kept]
 
 
-def test_what_is_no_checkpoint_of_a_step_is_never_removed(tmp_path):
+def test_prune_deletes_step_checkpoints_only(tmp_path):
     os.link(save(tmp_path, 1), tmp_path / BEST)
     os.link(save(tmp_path, 2), tmp_path / LAST)
     foreign = ["step_1.pth", "step_00000001.pth.bak", "step_00000001", "mine.pth", "my_step_00000001.pth", ".lock"]
@@ -153,7 +147,7 @@ def test_what_is_no_checkpoint_of_a_step_is_never_removed(tmp_path):
     assert checkpoint.verify(tmp_path / BEST)["progress"]["step"] == 1
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_end(tmp_path, caplog):
+def test_failed_prune_is_a_warning(tmp_path, caplog):
     (tmp_path / step_name(2)).mkdir()  # which not even root can unlink
     for step in (1, 3, 4):
         save(tmp_path, step)
@@ -163,7 +157,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning_and_no_end(tmp_pa
     assert step_name(2) in caplog.text
 
 
-def test_only_what_a_killed_process_left_is_cleared_away(tmp_path):
+def test_remove_unfinished_deletes_temporary_files_only(tmp_path):
     kept = [LAST, step_name(1), "saving-mine.pth", ".lock", "x.saving-y"]
     for name in (*kept, f"{run_folder.TEMPORARY_PREFIX}{LAST}", f"{run_folder.TEMPORARY_PREFIX}{step_name(2)}"):
         (tmp_path / name).touch()
@@ -175,7 +169,7 @@ def test_only_what_a_killed_process_left_is_cleared_away(tmp_path):
 # Which one is taken
 
 
-def test_the_newest_is_taken_without_a_word(tmp_path, caplog):
+def test_newest_intact_checkpoint_is_used_without_a_warning(tmp_path, caplog):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
     assert run_folder.first_intact(run_folder.newest_first(tmp_path)) == newest
@@ -183,7 +177,7 @@ def test_the_newest_is_taken_without_a_word(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_damaged_ones_are_passed_over_each_with_a_warning(tmp_path, caplog):
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     damage(tmp_path / step_name(4))
@@ -196,7 +190,7 @@ def test_damaged_ones_are_passed_over_each_with_a_warning(tmp_path, caplog):
     assert step_name(1) not in caplog.text
 
 
-def test_if_all_are_damaged_each_is_named_and_none_is_taken(tmp_path, caplog):
+def test_all_damaged_is_a_user_error_that_names_each(tmp_path, caplog):
     for step in (1, 2):
         damage(save(tmp_path, step))
     with pytest.raises(UserError) as refusal:
@@ -208,7 +202,7 @@ def test_if_all_are_damaged_each_is_named_and_none_is_taken(tmp_path, caplog):
     assert "Using instead" not in caplog.text
 
 
-def test_a_damaged_file_of_several_names_is_named_once(tmp_path):
+def test_damaged_file_with_several_names_is_reported_once(tmp_path):
     path = save(tmp_path, 1, is_best=True)
     run_folder.add_name(path, LAST)
     run_folder.add_name(path, BEST)
@@ -218,7 +212,7 @@ def test_a_damaged_file_of_several_names_is_named_once(tmp_path):
     assert len(refusal.value.problems) == 1
 
 
-def test_damage_is_noticed_by_those_who_want_what_is_damaged(tmp_path):
+def test_damaged_optimizer_state_matters_for_resuming_only(tmp_path):
     save(tmp_path / "run", 1)
     newest = save(tmp_path / "run", 2)
     damage(newest, "optimizer/weight")
@@ -228,7 +222,7 @@ def test_damage_is_noticed_by_those_who_want_what_is_damaged(tmp_path):
     assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(1)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path, caplog):
+def test_checkpoint_under_the_name_of_another_step_is_skipped(tmp_path, caplog):
     save(tmp_path, 2)
     save(tmp_path, 3, name=step_name(9))
     assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
@@ -236,7 +230,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path, caplog
 
 
 @pytest.mark.parametrize("record", [{}, {"progress": None}, {"progress": {}}])
-def test_a_checkpoint_without_progress_is_refused_under_the_name_of_a_step(tmp_path, record):
+def test_step_checkpoint_without_progress_is_skipped(tmp_path, record):
     checkpoint.write_checkpoint(tmp_path / step_name(9), {}, record)
     save(tmp_path, 2)
     assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
@@ -249,7 +243,7 @@ def test_a_checkpoint_without_progress_is_refused_under_the_name_of_a_step(tmp_p
         {"is_best": True, "evaluated_at": 2},  # made after the best one, before the next evaluation
     ],
 )
-def test_a_best_checkpoint_that_was_replaced_by_another_is_refused(tmp_path, caplog, other):
+def test_best_checkpoint_replaced_by_another_is_skipped(tmp_path, caplog, other):
     folder = tmp_path / "checkpoints"
     save(folder, 1, is_best=True, name=BEST)
     save(folder, 4)
@@ -260,20 +254,20 @@ def test_a_best_checkpoint_that_was_replaced_by_another_is_refused(tmp_path, cap
 
 
 @pytest.mark.parametrize("wrong", [BEST, step_name(9)])
-def test_a_checkpoint_that_has_a_wrong_name_too_is_taken_under_its_own(tmp_path, wrong):
+def test_checkpoint_with_an_additional_wrong_name_is_used(tmp_path, wrong):
     save(tmp_path / "checkpoints", 3)
     path = save(tmp_path / "checkpoints", 4)
     os.link(path, path.with_name(wrong))
     assert run_folder.find_checkpoint(str(tmp_path)) == path
 
 
-def test_a_checkpoint_that_a_running_training_removes_meanwhile_is_passed_over(tmp_path):
+def test_checkpoint_deleted_during_the_search_is_skipped(tmp_path):
     candidates = [save(tmp_path, 2), save(tmp_path, 1)]
     candidates[0].unlink()
     assert run_folder.first_intact(candidates) == candidates[1]
 
 
-def test_a_damaged_best_gives_way_to_the_newest(tmp_path, caplog):
+def test_newest_checkpoint_replaces_a_damaged_best(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     damage(save(folder, 1, is_best=True, name=BEST))
     run_folder.add_name(save(folder, 4), LAST)
@@ -281,13 +275,13 @@ def test_a_damaged_best_gives_way_to_the_newest(tmp_path, caplog):
     assert BEST in caplog.text
 
 
-def test_a_file_that_is_named_is_taken_as_it_is(tmp_path):
+def test_named_file_is_returned_without_verification(tmp_path):
     path = save(tmp_path, 1)
     damage(path)
     assert run_folder.find_checkpoint(str(path)) == path
 
 
-def test_nothing_intact_is_told_of_each_and_nothing_at_all_by_the_name_of_the_option(tmp_path):
+def test_errors_name_the_damage_or_the_option(tmp_path):
     damage(save(tmp_path / "run" / "checkpoints", 1))
     with pytest.raises(UserError, match="is damaged"):
         run_folder.find_checkpoint(str(tmp_path / "run"))
@@ -297,7 +291,7 @@ def test_nothing_intact_is_told_of_each_and_nothing_at_all_by_the_name_of_the_op
             run_folder.find_checkpoint(str(tmp_path / place), "resume")
 
 
-def test_the_latest_run_is_the_one_that_saved_last(tmp_path):
+def test_latest_run_saved_last(tmp_path):
     for name, age in (("a/1", 20), ("b/0", 10), ("a/2", 30)):
         for step in (1, 2):
             path = save(tmp_path / name / "checkpoints", step)
@@ -305,7 +299,7 @@ def test_the_latest_run_is_the_one_that_saved_last(tmp_path):
     assert run_folder.latest_run(tmp_path) == tmp_path / "b/0"
 
 
-def test_a_run_that_was_killed_at_its_first_checkpoint_is_not_the_latest_run_with_one(tmp_path, monkeypatch):
+def test_unfinished_first_checkpoint_does_not_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = save(Path("outputs/runs/a/1/checkpoints"), 1)
     os.utime(good, (1e9, 1e9))
@@ -313,81 +307,3 @@ def test_a_run_that_was_killed_at_its_first_checkpoint_is_not_the_latest_run_wit
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(b"half of it")
     assert run_folder.find_checkpoint(None) == good
-
-
-# Who may write
-
-
-@contextmanager
-def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Popen]:
-    """Another process that holds a folder; it has said so, in a line with what `then` printed."""
-    code = (
-        "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
-        f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_a_second_process_is_refused_and_told_which_is_the_first_until_that_is_killed(tmp_path):
-    with holder(tmp_path) as process:
-        for _ in range(2):  # a refusal takes nothing away
-            with (
-                pytest.raises(UserError, match=f"{tmp_path} is being written by process {process.pid} on "),
-                run_lock(tmp_path),
-            ):
-                pass
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with run_lock(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
-            pass  # now it is ours
-        with run_lock(tmp_path):
-            assert (tmp_path / LOCK).read_text().count("process") == 1  # it names one process only
-
-
-def test_a_child_that_outlives_the_holder_does_not_block(tmp_path):
-    # As a data worker does: it was forked while the folder was held, and has all that was open then.
-    then = "pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(99)"
-    with holder(tmp_path, then) as process:
-        child = int(process.stdout.readline())
-        try:
-            process.kill()
-            process.wait()
-            os.kill(child, 0)  # it lives
-            with run_lock(tmp_path):
-                pass
-        finally:
-            os.kill(child, signal.SIGKILL)
-
-
-def test_a_child_that_ends_leaves_the_folder_held(tmp_path):
-    then = "pid = os.fork() or os._exit(0); os.waitpid(pid, 0); print('ended', flush=True); time.sleep(99)"
-    with holder(tmp_path, then) as process:
-        assert process.stdout.readline() == "ended\n"
-        with pytest.raises(UserError, match=str(process.pid)), run_lock(tmp_path):
-            pass
-
-
-def test_a_folder_is_free_after_a_holder_that_failed(tmp_path):
-    with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
-        raise ZeroDivisionError
-    with holder(tmp_path):
-        pass
-
-
-def test_a_filesystem_without_locks_is_a_warning_and_no_end(tmp_path, monkeypatch, caplog):
-    import fcntl
-
-    def refuse(*_arguments):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with run_lock(tmp_path):
-        pass
-    assert "cannot be locked" in caplog.text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt2.config import DataConfig
-from gpt2.data import corpus, sources
+from gpt2.data import corpus
 from gpt2.data.corpus import (
     MAX_PIECE_LENGTH,
     PIECE_LENGTH,
@@ -22,7 +22,6 @@ from gpt2.data.corpus import (
     token_dtype,
     write_tokens,
 )
-from gpt2.data.sources import TextDocument, TextFile
 from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
@@ -71,7 +70,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("kind", LONG)
-def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
+def test_pieces_have_the_tokens_of_the_whole_document(trained, kind):
     document = LONG[kind](python_source())
     parts = [text for text, _ in split_into_pieces([document])]
     assert "".join(parts) == document
@@ -80,14 +79,14 @@ def test_tokens_of_the_pieces_are_those_of_the_whole(trained, kind):
     assert [i for part in parts for i in trained.encode(part)] == trained.encode(document)
 
 
-def test_pieces_are_of_a_bounded_size_and_the_last_one_says_so():
+def test_pieces_are_bounded_and_the_last_one_is_marked():
     parts = list(split_into_pieces([python_source()]))
     assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
     assert max(len(text) for text, _ in parts) < PIECE_LENGTH + 100
 
 
 @pytest.mark.parametrize("space", [chr(i) for i in range(0x110000) if chr(i).isspace()], ids=ascii)
-def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
+def test_pieces_end_at_token_boundaries_for_every_white_space(monkeypatch, space):
     """What Python takes for a space the tokenizer may not, and then a token can reach across it."""
     monkeypatch.setattr(corpus, "PIECE_LENGTH", 2)
     document = f"ab,{space},cd" * 5
@@ -98,7 +97,7 @@ def test_pieces_end_where_tokens_end_whatever_the_space(monkeypatch, space):
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, PIECE_LENGTH])
-def test_the_pieces_are_the_same_however_a_document_is_read(monkeypatch, size):
+def test_pieces_do_not_depend_on_how_the_document_is_read(monkeypatch, size):
     monkeypatch.setattr(corpus, "PIECE_LENGTH", 50)
     monkeypatch.setattr(corpus, "MAX_PIECE_LENGTH", 200)
     document = python_source()[:20_000] + "a" * 1000 + " " * 1000 + "漢" * 300 + " the end"
@@ -107,7 +106,7 @@ def test_the_pieces_are_the_same_however_a_document_is_read(monkeypatch, size):
     assert "".join(text for text, _ in split_into_pieces(parts)) == document
 
 
-def test_a_text_without_any_border_is_cut_so_that_memory_does_not_grow():
+def test_text_without_boundaries_is_cut_at_the_maximum_length():
     document = "a" * MAX_PIECE_LENGTH + "b" * MAX_PIECE_LENGTH + "c d"
     assert [text for text, _ in split_into_pieces([document])] == [
         "a" * MAX_PIECE_LENGTH,
@@ -116,7 +115,7 @@ def test_a_text_without_any_border_is_cut_so_that_memory_does_not_grow():
     ]
 
 
-def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
+def test_map_in_threads_keeps_order_and_takes_few_items_ahead():
     taken = []
 
     def numbers():
@@ -134,14 +133,14 @@ def test_results_of_threads_come_in_order_and_are_not_computed_far_ahead():
     assert list(results) == [number**2 for number in range(1, 100)]
 
 
-def test_a_failure_in_a_thread_reaches_who_waits():
+def test_map_in_threads_raises_errors_of_the_function():
     with pytest.raises(ZeroDivisionError):
         list(map_in_threads(lambda number: 1 // number, [2, 1, 0, 1], 2))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
-def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, batch, threads):
+def test_documents_are_written_in_order_with_end_of_text(tmp_path, monkeypatch, batch, threads):
     monkeypatch.setattr(corpus, "BATCH_LENGTH", batch)  # characters encoded at a time: no document may get lost between
     documents = ["first", "", "zweites äöü", "x" * 300, "", " " * 99 + "y", python_source(), "\n"]
     in_parts = ([document[:50], document[50:]] for document in documents)
@@ -155,7 +154,7 @@ def test_documents_are_packed_in_order_each_with_its_end(tmp_path, monkeypatch, 
     ("vocab_size", "dtype"),
     [(256, "uint8"), (257, "uint16"), (50257, "uint16"), (65536, "uint16"), (65537, "uint32"), (200_000, "uint32")],
 )
-def test_tokens_are_kept_in_the_smallest_type_that_holds_them(vocab_size, dtype):
+def test_token_dtype_is_the_smallest_that_fits(vocab_size, dtype):
     assert token_dtype(vocab_size) == np.dtype(dtype)
     assert np.array([vocab_size - 1]).astype(dtype)[0] == vocab_size - 1
 
@@ -173,7 +172,7 @@ def write_files(folder: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25])
-def test_the_end_of_a_single_file_is_held_out(tmp_path, fraction):
+def test_end_of_a_single_file_is_held_out(tmp_path, fraction):
     text = python_source()[:10_000]
     (tmp_path / "a.txt").write_bytes(text.encode())
     prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
@@ -182,7 +181,7 @@ def test_the_end_of_a_single_file_is_held_out(tmp_path, fraction):
     assert len(validation) == pytest.approx(fraction * len(text), abs=1)
 
 
-def test_of_a_few_files_the_end_of_each_is_held_out(tmp_path):
+def test_end_of_each_of_few_files_is_held_out(tmp_path):
     texts = write_files(tmp_path, 20)
     prepared = prepare(config_of(tmp_path))
     parts = zip(documents_of(prepared, "train"), documents_of(prepared, "validation"), strict=True)
@@ -190,7 +189,7 @@ def test_of_a_few_files_the_end_of_each_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(60, 0.1), (60, 0.5), (11, 0.5)])
-def test_of_many_files_whole_ones_are_held_out(tmp_path, count, fraction):
+def test_whole_files_are_held_out_of_many(tmp_path, count, fraction):
     texts = write_files(tmp_path, count)
     prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
     train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
@@ -200,26 +199,26 @@ def test_of_many_files_whole_ones_are_held_out(tmp_path, count, fraction):
     assert validation != texts[-len(validation) :], "a sample, not the end of the alphabet"
 
 
-def test_without_a_test_split_the_validation_split_serves(tmp_path):
+def test_validation_split_replaces_a_missing_test_split(tmp_path):
     write_files(tmp_path, 1)
     train, validation, test, tokenizer = load_text_data(config_of(tmp_path, max_length=8))
     assert test.path == validation.path != train.path
     assert (train.length, tokenizer.fingerprint) == (8, GPT2Tokenizer.of_bytes().fingerprint)
 
 
-def test_a_tokenizer_is_trained_on_the_training_split_alone(tmp_path):
+def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):
     (tmp_path / "a.txt").write_text("ab " * 900 + "xy " * 100)
     *_, tokenizer = load_text_data(config_of(tmp_path, tokenizer="train", vocab_size=300))
     assert "ab" in tokenizer.vocabulary
     assert "xy" not in tokenizer.vocabulary
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 100)
     assert documents_of(prepare(config_of(tmp_path)), "train") == ["a" * 90]
 
 
-def test_line_ends_are_kept_as_they_are(tmp_path):
+def test_line_ends_are_unchanged(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a\r\nb\rc\n" * 10)
     assert documents_of(prepare(config_of(tmp_path)), "train") == ["a\r\nb\rc\n" * 9]
 
@@ -233,7 +232,7 @@ def test_excluded_files_are_left_out(tmp_path):
     assert [document.split(".txt")[0] for document in documents_of(prepared, "train")] == ["deep/er/b", "keep"]
 
 
-def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
+def test_file_named_twice_is_read_once(tmp_path, monkeypatch):
     """Read twice, it could be trained on and held out at once."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a" * 100)
@@ -242,52 +241,12 @@ def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["[draft] a.txt", "a?.txt"])
-def test_a_file_whose_name_looks_like_a_pattern_is_found(tmp_path, name):
+def test_file_name_that_looks_like_a_pattern_is_found(tmp_path, name):
     (tmp_path / name).write_text("a" * 100)
     assert documents_of(prepare(config_of(tmp_path, files=[str(tmp_path / name)])), "train") == ["a" * 90]
 
 
-@pytest.mark.parametrize("part", [1, 2, 5, 1 << 20])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
-def test_a_file_in_parts_is_its_text(tmp_path, monkeypatch, part, mark):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
-    text = "aé€😀\r\n\ufeff" * 3
-    (tmp_path / "a.txt").write_bytes(mark + text.encode())
-    document = TextFile(tmp_path / "a.txt")
-    assert "".join(document.parts()) == text
-    for share in np.linspace(0, 1, 50):
-        before, after = "".join(document.parts(0, share)), "".join(document.parts(share, 1))
-        assert before + after == text
-        assert len(before.encode()) == pytest.approx(share * len(text.encode()), abs=4)
-
-
-def test_a_text_in_memory_is_cut_like_one_in_a_file():
-    document = TextDocument("aé€😀" * 10)
-    assert ["".join(document.parts(*shares)) for shares in [(), (0, 0.5), (0.5, 1)]] == [
-        *("aé€😀" * 10, "aé€😀" * 5, "aé€😀" * 5)
-    ]
-
-
-NOT_UTF8 = [b"\x80abc", b"abc\xe9", b"abc\xe2\x82", b"\xc3\xa9\xff", b"a\xed\xa0\x80b", b"ab\xf0\x9f\x98z", b"\xef\xbb"]
-NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82\x82\x82"]
-
-
-@pytest.mark.parametrize("part", [1, 3, 1 << 20])
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
-@pytest.mark.parametrize("content", NOT_UTF8)
-def test_the_first_byte_that_is_not_utf8_is_told_wherever_the_file_is_cut(tmp_path, monkeypatch, content, mark, part):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
-    (tmp_path / "a.txt").write_bytes(mark + content)
-    with pytest.raises(UnicodeDecodeError) as expected:
-        (mark + content).decode()
-    for share in np.linspace(0, 1, 20):
-        document = TextFile(tmp_path / "a.txt")
-        with pytest.raises(UserError) as error:
-            list(document.parts(0, share)), list(document.parts(share, 1))
-        assert f"at byte {expected.value.start};" in str(error.value)
-
-
-def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
+def test_invalid_utf8_is_reported_with_file_and_place(tmp_path):
     (tmp_path / "good.txt").write_text("good" * 100)
     (tmp_path / "latin.txt").write_bytes(b"caf" + b"\xe9" + b" noir" * 100)
     with pytest.raises(UserError) as error:
@@ -298,7 +257,7 @@ def test_text_that_is_not_utf8_is_named_with_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", " \n", "a"])
-def test_too_little_text_is_a_fault_of_the_user(tmp_path, content):
+def test_too_little_text_is_a_user_error(tmp_path, content):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(UserError, match=r"there is no text in the (train|validation) split"):
         prepare(config_of(tmp_path))
@@ -333,7 +292,7 @@ def peak_of(path: Path | str, tokenizer: str = "") -> int:
         ("bytes", 1, "blank"),
     ],
 )
-def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, files, kind):
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, files, kind):
     text = {"text": python_source().encode(), "no border": b"ab" * 100_000, "blank": b" " * 200_000}[kind]
     for number in range(files):
         with (tmp_path / f"{number}.txt").open("wb") as file:
@@ -344,7 +303,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, tokenizer, files, kind):
     assert peak_of(tmp_path, tokenizer) - peak_of("") < 100
 
 
-def test_no_file_left_is_a_fault_of_the_user(tmp_path):
+def test_excluding_all_files_is_a_user_error(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(UserError, match=r"data\.files"):
         prepare(config_of(tmp_path, exclude=["*.txt"]))
@@ -359,7 +318,7 @@ def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
-def test_a_prepared_corpus_is_taken_from_the_cache(tmp_path):
+def test_prepared_corpus_is_read_from_the_cache(tmp_path):
     write_files(tmp_path, 3)
     first = prepare(config_of(tmp_path))
     before = state_of(first.folder)
@@ -369,7 +328,7 @@ def test_a_prepared_corpus_is_taken_from_the_cache(tmp_path):
     assert state_of(again.folder) == before
 
 
-def test_another_configuration_is_another_corpus(tmp_path):
+def test_changed_configuration_is_another_corpus(tmp_path):
     write_files(tmp_path, 3)
     changes = [{}, {"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
     folders = [prepare(config_of(tmp_path, **change)).folder for change in changes]
@@ -377,7 +336,7 @@ def test_another_configuration_is_another_corpus(tmp_path):
     assert [prepare(config_of(tmp_path, **change)).folder for change in changes] == folders
 
 
-def test_a_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, trained):
+def test_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, trained):
     write_files(tmp_path, 3)
     folder = tmp_path / "tokenizer"
     folder.mkdir()
@@ -408,7 +367,7 @@ def cut_short(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_short, Path.unlink])
 @pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
-def test_a_damaged_corpus_is_made_again(tmp_path, file, damage):
+def test_damaged_corpus_is_prepared_again(tmp_path, file, damage):
     write_files(tmp_path, 3)
     first = prepare(config_of(tmp_path))
     whole = {name: content for name, (_, content) in state_of(first.folder).items()}
@@ -445,7 +404,7 @@ def start_preparing(folder: Path, **fields) -> subprocess.Popen:
     )
 
 
-def test_of_four_processes_that_start_at_once_one_prepares(tmp_path):
+def test_one_of_four_concurrent_processes_prepares(tmp_path):
     (tmp_path / "a.txt").write_text(python_source())
     fields = {"files": ["a.txt"], "tokenizer": "train", "vocab_size": 400}
     processes = [start_preparing(tmp_path, **fields) for _ in range(4)]
@@ -485,7 +444,7 @@ def dataset_config(folder: Path, tmp_path: Path, **fields) -> DataConfig:
 ROWS = [" = One = \n", "first line\n", "", "second line", " = Two = \n", " = = a section = = \n", "third"]
 
 
-def test_rows_from_a_title_to_the_next_are_one_document(tmp_path):
+def test_rows_between_titles_are_one_document(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=ROWS, validation=ROWS[4:], test=["no title", *ROWS[:2]])
     prepared = prepare(dataset_config(folder, tmp_path))
     one = " = One = \nfirst line\n\nsecond line\n"
@@ -495,14 +454,14 @@ def test_rows_from_a_title_to_the_next_are_one_document(tmp_path):
     assert documents_of(prepared, "test") == ["no title\n", " = One = \nfirst line\n"]
 
 
-def test_without_a_title_pattern_each_row_is_a_document(tmp_path):
+def test_each_row_is_a_document_without_a_title_pattern(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=ROWS, validation=ROWS[:1], test=ROWS[-1:])
     prepared = prepare(dataset_config(folder, tmp_path, document_start=None))
     assert documents_of(prepared, "train") == [row for row in ROWS if row]
     assert (documents_of(prepared, "validation"), documents_of(prepared, "test")) == (ROWS[:1], ROWS[-1:])
 
 
-def test_splits_and_column_go_by_the_names_that_are_configured(tmp_path):
+def test_split_and_column_names_are_configurable(tmp_path):
     rows = {name: [{"body": f"{name} body", "text": "unwanted"}] for name in ("learn", "check", "exam")}
     names = {"train_split": "learn", "validation_split": "check", "test_split": "exam", "text_column": "body"}
     prepared = prepare(dataset_config(write_dataset(tmp_path / "tiny", **rows), tmp_path, document_start=None, **names))
@@ -510,7 +469,7 @@ def test_splits_and_column_go_by_the_names_that_are_configured(tmp_path):
     assert packed == {"train": ["learn body"], "validation": ["check body"], "test": ["exam body"]}
 
 
-def test_rows_are_held_out_where_there_is_no_validation_split(tmp_path):
+def test_rows_are_held_out_without_a_validation_split(tmp_path):
     rows = [f"row {number}" for number in range(100)]
     folder = write_dataset(tmp_path / "tiny", train=rows, test=["test row"])
     config = dataset_config(folder, tmp_path, document_start=None, validation_split=None)
@@ -525,7 +484,7 @@ def test_rows_are_held_out_where_there_is_no_validation_split(tmp_path):
     assert test.path == held_out.path
 
 
-def test_of_a_few_documents_in_many_rows_a_tenth_is_held_out(tmp_path):
+def test_tenth_of_few_documents_in_many_rows_is_held_out(tmp_path):
     rows = [row for number in range(3) for row in (f" = {number} = ", *["a line of text"] * 99)]
     folder = write_dataset(tmp_path / "tiny", train=rows)
     prepared = prepare(dataset_config(folder, tmp_path, validation_split=None, test_split=None))
@@ -535,7 +494,7 @@ def test_of_a_few_documents_in_many_rows_a_tenth_is_held_out(tmp_path):
 
 @pytest.mark.parametrize("validation_split", ["validation", None])
 @pytest.mark.parametrize("document_start", [None, "^ = [^=]"])
-def test_a_row_without_text_is_an_empty_one(tmp_path, document_start, validation_split):
+def test_missing_text_is_an_empty_row(tmp_path, document_start, validation_split):
     rows = [" = T = ", None, "text"] * 10
     folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows)
     options = {"document_start": document_start, "validation_split": validation_split, "test_split": None}
@@ -552,7 +511,7 @@ def test_a_row_without_text_is_an_empty_one(tmp_path, document_start, validation
         ("dataset_config", "huge", "small"),
     ],
 )
-def test_a_wrong_name_is_told_with_the_right_ones(tmp_path, field, wrong, right):
+def test_wrong_name_is_reported_with_the_valid_ones(tmp_path, field, wrong, right):
     rows = [{"sentence": "words"}] * 3
     folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows, test=rows)
     with pytest.raises(UserError) as error:
@@ -562,21 +521,21 @@ def test_a_wrong_name_is_told_with_the_right_ones(tmp_path, field, wrong, right)
     assert "\n" not in str(error.value)
 
 
-def test_a_column_that_holds_no_text_is_told(tmp_path):
+def test_column_without_text_is_a_user_error(tmp_path):
     rows = [{"text": "text", "number": 7}] * 3
     folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows, test=rows)
     with pytest.raises(UserError, match="number"):
         prepare(dataset_config(folder, tmp_path, text_column="number"))
 
 
-def test_a_dataset_that_cannot_be_parsed_is_told(tmp_path):
+def test_dataset_that_cannot_be_parsed_is_a_user_error(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3)
     (folder / "validation.jsonl").write_text("{broken\n")
     with pytest.raises(UserError, match="tiny"):
         prepare(dataset_config(folder, tmp_path, test_split=None))
 
 
-def test_a_changed_folder_is_another_corpus(tmp_path):
+def test_changed_folder_is_another_corpus(tmp_path):
     folders = []
     for text in ("before", "after"):
         folder = write_dataset(tmp_path / "tiny", train=[text] * 9, validation=[text] * 9)
@@ -586,14 +545,14 @@ def test_a_changed_folder_is_another_corpus(tmp_path):
     assert folders[0] != folders[1]
 
 
-def test_two_folders_of_the_same_name_are_two_corpora(tmp_path):
+def test_folders_of_the_same_name_are_different_corpora(tmp_path):
     for place in ("here", "there"):
         folder = write_dataset(tmp_path / place / "corpus", train=[place] * 9, validation=[place] * 9)
         prepared = prepare(dataset_config(folder, tmp_path, document_start=None, test_split=None))
         assert documents_of(prepared, "train") == [place] * 9
 
 
-def test_wikitext_in_a_folder_is_read_as_from_the_hub(tmp_path):
+def test_wikitext_in_a_folder_is_read_like_from_the_hub(tmp_path):
     folder = shared("datasets/wikitext")
     config = dataset_config(folder, tmp_path, dataset_config="wikitext-2-sample", max_length=64)
     train, validation, test, tokenizer = load_text_data(config)
@@ -611,7 +570,7 @@ UNREACHABLE = {
 
 
 @pytest.mark.parametrize("what", UNREACHABLE)
-def test_what_the_hub_would_have_to_bring_is_told_soon_and_with_ways_out(tmp_path, what):
+def test_unreachable_hub_is_reported_quickly_with_alternatives(tmp_path, what):
     """In a process of its own, because the libraries remember whether they are online."""
     write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3, test=["text"] * 3)
     started = time.monotonic()
@@ -620,13 +579,13 @@ def test_what_the_hub_would_have_to_bring_is_told_soon_and_with_ways_out(tmp_pat
     assert time.monotonic() - started < 20  # left to themselves the libraries ask again and again for 23 s
 
 
-def test_a_pattern_of_other_data_is_told(tmp_path):
+def test_document_start_that_never_matches_is_a_user_error(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=["a row"] * 9, validation=["a row"] * 9)
     with pytest.raises(UserError, match=r"data\.document_start=null"):
         prepare(dataset_config(folder, tmp_path, document_start="^ = [^=]", test_split=None))
 
 
-def test_the_same_contents_under_other_names_are_another_corpus(tmp_path):
+def test_exchanged_file_names_are_another_corpus(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=["long"] * 50, validation=["short"] * 9)
     options = {"document_start": None, "test_split": None}
     before = prepare(dataset_config(folder, tmp_path, **options)).folder

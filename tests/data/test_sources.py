@@ -1,0 +1,54 @@
+"""Documents of text files: any two parts are the whole text, and invalid UTF-8 is reported."""
+
+import numpy as np
+import pytest
+
+from gpt2.config import DATA_SOURCES, DataConfig
+from gpt2.data import sources
+from gpt2.data.sources import SOURCES, TextDocument, TextFile
+from gpt2.errors import UserError
+
+
+def test_every_source_is_listed_and_is_a_field():
+    assert list(SOURCES) == list(DATA_SOURCES)
+    assert {name for names in DATA_SOURCES.values() for name in names} <= vars(DataConfig()).keys()
+
+
+@pytest.mark.parametrize("part", [1, 2, 5, 1 << 20])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+def test_parts_of_a_file_are_its_text(tmp_path, monkeypatch, part, mark):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
+    text = "aé€😀\r\n\ufeff" * 3
+    (tmp_path / "a.txt").write_bytes(mark + text.encode())
+    document = TextFile(tmp_path / "a.txt")
+    assert "".join(document.parts()) == text
+    for share in np.linspace(0, 1, 50):
+        before, after = "".join(document.parts(0, share)), "".join(document.parts(share, 1))
+        assert before + after == text
+        assert len(before.encode()) == pytest.approx(share * len(text.encode()), abs=4)
+
+
+def test_parts_of_a_text_in_memory_are_its_text():
+    document = TextDocument("aé€😀" * 10)
+    assert ["".join(document.parts(*shares)) for shares in [(), (0, 0.5), (0.5, 1)]] == [
+        *("aé€😀" * 10, "aé€😀" * 5, "aé€😀" * 5)
+    ]
+
+
+NOT_UTF8 = [b"\x80abc", b"abc\xe9", b"abc\xe2\x82", b"\xc3\xa9\xff", b"a\xed\xa0\x80b", b"ab\xf0\x9f\x98z", b"\xef\xbb"]
+NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82\x82\x82"]
+
+
+@pytest.mark.parametrize("part", [1, 3, 1 << 20])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
+@pytest.mark.parametrize("content", NOT_UTF8)
+def test_first_byte_that_is_not_utf8_is_reported_for_every_cut(tmp_path, monkeypatch, content, mark, part):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
+    (tmp_path / "a.txt").write_bytes(mark + content)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        (mark + content).decode()
+    for share in np.linspace(0, 1, 20):
+        document = TextFile(tmp_path / "a.txt")
+        with pytest.raises(UserError) as error:
+            list(document.parts(0, share)), list(document.parts(share, 1))
+        assert f"at byte {expected.value.start};" in str(error.value)

@@ -1,0 +1,123 @@
+"""Atomic writes, and the lock of a run folder, which the kernel releases with its process."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gpt2.errors import UserError
+from gpt2.runtime.files import LOCK, TEMPORARY_PREFIX, atomic_folder, atomic_write, run_lock
+
+
+def test_atomic_write_replaces_the_file_or_leaves_it(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as file:
+        file.write(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as file:
+        file.write(b"new")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_preserves_a_file_linked_by_a_killed_process(tmp_path):
+    (tmp_path / "other").write_bytes(b"other")
+    os.link(tmp_path / "other", tmp_path / f"{TEMPORARY_PREFIX}file")
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"new")
+    assert (tmp_path / "other").read_bytes() == b"other"
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_atomic_folder_appears_complete_or_not_at_all(tmp_path):
+    target = tmp_path / "parent" / "folder"
+    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
+        (folder / "part").touch()
+        raise ZeroDivisionError
+    assert list(target.parent.iterdir()) == []
+    with atomic_folder(target) as folder:
+        (folder / "file").touch()
+        assert not target.exists()
+    assert list(target.parent.iterdir()) == [target]
+    assert [path.name for path in target.iterdir()] == ["file"]
+
+
+@contextmanager
+def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Popen]:
+    """Another process that holds a folder; it has said so, in a line with what `then` printed."""
+    code = (
+        "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
+        f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_lock_names_its_holder_until_that_is_killed(tmp_path):
+    with holder(tmp_path) as process:
+        for _ in range(2):  # a refusal takes nothing away
+            with (
+                pytest.raises(UserError, match=f"{tmp_path} is being written by process {process.pid} on "),
+                run_lock(tmp_path),
+            ):
+                pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with run_lock(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
+            pass  # now it is ours
+        with run_lock(tmp_path):
+            assert (tmp_path / LOCK).read_text().count("process") == 1  # it names one process only
+
+
+def test_lock_is_released_when_a_child_outlives_its_holder(tmp_path):
+    # As a data worker does: it was forked while the folder was held, and has all that was open then.
+    then = "pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(99)"
+    with holder(tmp_path, then) as process:
+        child = int(process.stdout.readline())
+        try:
+            process.kill()
+            process.wait()
+            os.kill(child, 0)  # it lives
+            with run_lock(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_lock_is_kept_when_a_child_of_its_holder_ends(tmp_path):
+    then = "pid = os.fork() or os._exit(0); os.waitpid(pid, 0); print('ended', flush=True); time.sleep(99)"
+    with holder(tmp_path, then) as process:
+        assert process.stdout.readline() == "ended\n"
+        with pytest.raises(UserError, match=str(process.pid)), run_lock(tmp_path):
+            pass
+
+
+def test_lock_is_released_after_an_exception(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path):
+        raise ZeroDivisionError
+    with holder(tmp_path):
+        pass
+
+
+def test_filesystem_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    import fcntl
+
+    def refuse(*_arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with run_lock(tmp_path):
+        pass
+    assert "cannot be locked" in caplog.text
