@@ -29,6 +29,17 @@ class GPT2Config:
     use_bias: bool = True  # in the linear layers
 
 
+@dataclass(frozen=True)
+class OptimizerTraits:
+    """What an optimizer supports; see `gpt2.training.optimizer.BUILDERS` for how it is built."""
+
+    sharded: bool = True  # by FSDP, which leaves each rank only a part of each matrix
+    skips_nonfinite: bool = False  # its fused CUDA kernel skips the step where `found_inf` is 1
+
+
+OPTIMIZERS = {"adamw": OptimizerTraits(skips_nonfinite=True), "muon": OptimizerTraits(sharded=False)}
+
+
 @dataclass
 class TrainingConfig:
     """Training. One optimizer step sees batch_size * accumulation_steps blocks of data.max_length tokens."""

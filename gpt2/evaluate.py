@@ -1,4 +1,4 @@
-"""The loss of a model over a split: exact, whatever the batch size."""
+"""Evaluation of a model on a split; the result does not depend on the batch size."""
 
 import time
 from collections.abc import Callable
@@ -19,16 +19,16 @@ from gpt2.model import IGNORE_INDEX, GPT2Model, shifted
 from gpt2.runtime.console import track
 from gpt2.runtime.device import cuda_or_else
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.training.computation import agreed_precision
+from gpt2.training.compile import agreed_precision
 
 UNITS = {"loss": "nats a token", "bytes": "of text", "tokens": "predicted"}
 
 
 def as_inputs(batch: Any) -> Batch:
-    """A batch of any loader as keyword arguments of `GPT2Model.forward`: `input_ids`, `targets` and what else it has.
+    """Convert a batch of any loader to keyword arguments of `GPT2Model.forward`: `input_ids`, `targets`, ...
 
-    Taken: a mapping with `targets`, as `gpt2.data_loader` yields, or with `labels`; a pair (input_ids, labels); or
-    input_ids (b, t) alone, their own labels.
+    A batch is a mapping with `targets` (as `gpt2.data_loader` yields) or with `labels`, a pair (input_ids, labels), or
+    input_ids (b, t) alone, which are then the labels too.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch, "labels": batch}
@@ -44,12 +44,12 @@ def as_inputs(batch: Any) -> Batch:
 
 
 def count_targets(batch: Batch) -> int:
-    """How many tokens of a batch are predicted: those the loss is a mean over."""
+    """The number of tokens of a batch that are predicted."""
     return int((batch["targets"] != IGNORE_INDEX).sum())
 
 
 def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
-    """Whether any of the first batches has a token to predict; a loss over none would be no number."""
+    """Whether any of the first batches has a token to predict; otherwise the loss would be NaN."""
     return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
 
 
@@ -60,17 +60,17 @@ def validate_data(
     model: GPT2Model,
     tokenizer: GPT2Tokenizer | None,
 ) -> list[str]:
-    """What keeps a model from being trained on these data."""
-    found = []
+    """Problems that prevent training this model on these data."""
+    problems = []
     if not len(train_loader):
-        found.append("data: the training split is empty")
-    is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of whose blocks has some
+        problems.append("data: the training split is empty")
+    is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of its blocks has targets
     if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
-        found.append("data: the validation split has no token to predict")
+        problems.append("data: the validation split has no token to predict")
     if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
         known = model.config.vocab_size
-        found.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
-    return found
+        problems.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
+    return problems
 
 
 def perplexity(loss: float) -> float:
@@ -80,20 +80,20 @@ def perplexity(loss: float) -> float:
 
 @dataclass
 class Score:
-    """What predicting some tokens cost. The sum is kept in fp64: batches of any size add up to the same."""
+    """Accumulated cross-entropy with token and byte counts; the sum is fp64, so that the batch size does not matter."""
 
     nats: float = 0.0
     tokens: int = 0
-    bytes: int = 0  # of text in these tokens, if it was asked for
+    bytes: int = 0  # of text in these tokens; 0 without a tokenizer
 
     @property
     def loss(self) -> float:
-        """Nats a token; NaN if nothing was predicted."""
+        """Nats a token; NaN without tokens."""
         return self.nats / self.tokens if self.tokens else nan
 
     @property
     def bits_per_byte(self) -> float:
-        """What a byte of text costs, its share of the ends of documents included: no matter how it is tokenized."""
+        """Loss per byte of text in bits, ends of documents included; comparable between tokenizers."""
         return self.nats / log(2) / self.bytes if self.bytes else nan
 
 
@@ -104,50 +104,51 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager | None = None,
     max_batches: int | None = None,
-    go_on: Callable[[int, int], bool] = lambda batch, batches: True,
-    bytes_of_token: Tensor | None = None,
+    on_batch: Callable[[int, int], bool] = lambda batch, batches: True,
+    tokenizer: GPT2Tokenizer | None = None,
     group: ProcessGroup | None = None,
 ) -> Score:
-    """Sum the cross-entropy over a loader, without dropout; every token weighs the same, whatever its batch.
-
-    Before each batch, `go_on` hears its number and how many there are, and may end it: then the score is empty.
+    """Sum the cross-entropy over a loader without dropout; every token has the same weight.
 
     Args:
-        bytes_of_token: (v,), to count the bytes of text that are predicted.
-        ranks: Who takes turns at the batches. Each has the score of all, to the last bit that of a process alone.
+        on_batch: Called before each batch with its index and the number of batches; if it returns False on any rank,
+            the score is empty.
+        tokenizer: To count the bytes of text that are predicted.
+        group: The ranks take turns at the batches. Each returns the score of all, bitwise equal to a single process's.
     """
     group = group or ProcessGroup()
+    token_bytes = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
     was_training = model.training
     model.eval()
     batches = min(len(loader), max_batches or len(loader))
     sums = torch.zeros(3, batches, dtype=torch.float64)  # nats, tokens, bytes
-    has_ended = False
+    is_interrupted = False
     try:
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
             if number % group.size != group.rank:
                 continue
-            if has_ended := not go_on(number, batches):
+            if is_interrupted := not on_batch(number, batches):
                 break
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
                 losses = model.token_losses(**moved)
             sums[0, number] = losses.cpu().double().sum()
             sums[1, number] = count_targets(batch)
-            if bytes_of_token is not None:
-                sums[2, number] = bytes_of_token[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
+            if token_bytes is not None:
+                sums[2, number] = token_bytes[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
     finally:
         model.train(was_training)
-    if any(ended for (ended,) in group.all_gather([has_ended])):
+    if any(flag for (flag,) in group.all_gather([is_interrupted])):
         return Score()
     nats, tokens, texts = group.all_reduce_(sums).tolist()
     return Score(sum(nats), int(sum(tokens)), int(sum(texts)))
 
 
 def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
-    """How many bytes of text each token of a model's vocabulary stands for, (v,); `<|endoftext|>` for none."""
+    """The number of bytes of text of each token of a model's vocabulary, (v,); 0 for `<|endoftext|>`."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     known = torch.tensor([len(text) for text in tokenizer.token_bytes[:vocab_size]])
-    lengths[: len(known)] = known  # either may have more tokens: a padded head, or added tokens that no text has
+    lengths[: len(known)] = known  # the sizes may differ: a padded output layer, or added tokens that no text has
     lengths[tokenizer.eos_token_id] = 0
     return lengths
 
@@ -168,7 +169,7 @@ class Evaluator:
             test_loader: Batches as `as_inputs` takes them.
             device: See `gpt2.runtime.device.cuda_or_else`.
             precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.choose_precision`.
-            ranks: Who share the work, see `gpt2.distributed.process_group.init_distributed`.
+            group: The ranks that share the work, see `gpt2.distributed.process_group.init_distributed`.
         """
         self.group = group or ProcessGroup()
         self.device = cuda_or_else(device)
@@ -180,34 +181,26 @@ class Evaluator:
         """Score the whole test set.
 
         Returns:
-            `loss` in nats a token, `perplexity`, `tokens` predicted and `tokens_per_second`; where the test set knows
-            its tokenizer, as those of `gpt2.data_loader` do, also `bits_per_byte` and `bytes`.
+            `loss` in nats a token, `perplexity`, `tokens` predicted and `tokens_per_second`; if the test set has a
+            tokenizer, as those of `gpt2.data_loader` do, also `bits_per_byte` and `bytes`.
         """
         tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
-        lengths = tokenizer and bytes_of_tokens(tokenizer, self.model.config.vocab_size)
-        began = time.perf_counter()
+        started = time.perf_counter()
         with track("Evaluating", unit="batches") as advance:
 
-            def go_on(batch: int, batches: int) -> bool:
+            def on_batch(batch: int, batches: int) -> bool:
                 advance(batch + 1, batches)
                 return True
 
-            total = score(
-                self.model,
-                self.test_loader,
-                self.device,
-                self.precision.autocast(),
-                go_on=go_on,
-                bytes_of_token=lengths,
-                group=self.group,
-            )
+            autocast = self.precision.autocast()
+            total = score(self.model, self.test_loader, self.device, autocast, None, on_batch, tokenizer, self.group)
         metrics = {"loss": total.loss, "perplexity": perplexity(total.loss)}
         if tokenizer:
             metrics |= {"bits_per_byte": total.bits_per_byte, "bytes": total.bytes}
-        return {**metrics, "tokens": total.tokens, "tokens_per_second": total.tokens / (time.perf_counter() - began)}
+        return {**metrics, "tokens": total.tokens, "tokens_per_second": total.tokens / (time.perf_counter() - started)}
 
     def print_metrics(self, metrics: dict[str, float]) -> None:
-        """Print a table, a line a metric."""
+        """Print a table with one line per metric."""
         for name, value in metrics.items():
             digits = {"loss": 4, "bits_per_byte": 4, "perplexity": 2}.get(name, 0)
             print(f"{name.replace('_', ' '):<18}{value:>16,.{digits}f}  {UNITS.get(name, '')}".rstrip())

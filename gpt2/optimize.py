@@ -27,6 +27,7 @@ from gpt2.search.storage import storage_errors
 from gpt2.search.study import Study
 from gpt2.search.trial import RunningTrial, quiet_optuna
 from gpt2.train import Trainer
+from gpt2.training.callbacks import ConsoleLog
 from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ class OptunaOptimizer:
         train_loader = with_batch_size(self.train_loader, parameters.get("train.batch_size"))
         torch.manual_seed(training_config.seed)
         model = GPT2Model(model_config)
-        trainer = Trainer(model, train_loader, self.val_loader, training_config, str(folder), callbacks=[trial])
+        callbacks = [ConsoleLog(trial.label), trial]
+        trainer = Trainer(model, train_loader, self.val_loader, training_config, str(folder), callbacks)
         if checkpoint := run_folder.first_intact(run_folder.newest_first(folder)):
             trainer.load_checkpoint(str(checkpoint))
         trainer.train()

@@ -1,42 +1,38 @@
 """The training loop."""
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import islice
-from math import isfinite, nan
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.checkpoint import run_folder
 from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
-from gpt2.distributed.parallel import local, strategy
+from gpt2.distributed.parallel import strategy
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import DivergenceError, UserError
-from gpt2.evaluate import Batch, Score, as_inputs, bytes_of_tokens, count_targets, perplexity, score, validate_data
+from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
 from gpt2.model import Forward, GPT2Model
-from gpt2.ops.linear import LINEARS
-from gpt2.runtime.console import ProgressLine
-from gpt2.runtime.device import choose_device, peak_flops, precision_asked
+from gpt2.ops.linear import LINEARS, name_of
+from gpt2.runtime.device import choose_device, peak_flops
 from gpt2.runtime.dist_env import division
-from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank
+from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
 from gpt2.runtime.signals import defer_signals
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking.tracker import Tracker
-from gpt2.training import state as snapshot
-from gpt2.training.callbacks import Callback
-from gpt2.training.compile import Compiled
-from gpt2.training.computation import agreed_precision, choose_computation
-from gpt2.training.nonfinite import ADVICE, NonFiniteGuard, gradient_norms
-from gpt2.training.optimizer import build_optimizer, learning_rate
-from gpt2.training.state import Progress
+from gpt2.training import state as states
+from gpt2.training.callbacks import Callback, ConsoleLog
+from gpt2.training.compile import Compiled, ComputePlan, choose_plan
+from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, gradient_norms, nonfinite_names
+from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.training.state import Progress, RunCheckpoints, StoredState
 from gpt2.training.throughput import Throughput
 from gpt2.validation import validate, validate_distributed
 
@@ -44,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a model, evaluates it as it goes, and keeps it on disk."""
+    """Trains a model, evaluates it at intervals, and saves checkpoints."""
 
     def __init__(
         self,
@@ -53,105 +49,87 @@ class Trainer:
         val_loader: DataLoader,
         config: TrainingConfig,
         checkpoint_dir: str | None = None,
-        tracker: Tracker | None = None,
-        write_sample: Callable[[int], str] | None = None,
+        callbacks: Sequence[Callback] = (),
         run: dict[str, Any] | None = None,
-        on_evaluation: "Callable[[Trainer], None] | None" = None,
-        on_step: Callable[[], None] | None = None,
         group: ProcessGroup | None = None,
         distributed: DistributedConfig | None = None,
-        callbacks: Sequence[Callback] = (),
     ):
         """
         Args:
             train_loader, val_loader: Batches as `gpt2.evaluate.as_inputs` takes them.
-            checkpoint_dir: Where checkpoints go; `config.checkpoint_dir` if None.
-            tracker: Where numbers go; nowhere if None.
-            write_sample: Given the step, writes the text that each evaluation shows; no samples if None.
-            run: The configuration of the whole run, kept in its checkpoints so that it can be resumed from them.
-            on_evaluation: Called after each evaluation, when it is logged and, if it is the best, saved; what it raises
-                ends training.
-            on_step: Called after each step.
-            group: The process group, see `gpt2.distributed.process_group.init_distributed`. Each rank has a trainer,
-                with loaders that yield the same batches. Only rank 0 uses `tracker`, `write_sample` and `on_step`,
-                and it alone writes files.
-            distributed: How they do.
-            callbacks: What follows this training, see `gpt2.training.callbacks`.
+            checkpoint_dir: Folder for checkpoints; None: `config.checkpoint_dir`.
+            callbacks: See `gpt2.training.callbacks`. A `ConsoleLog` is added if there is none among them.
+            run: Configuration of the whole run; saved in checkpoints, so that the run can be resumed from them.
+            group: The process group, see `gpt2.distributed.process_group.init_distributed`. Each rank has a Trainer
+                with loaders that yield the same batches; only rank 0 writes files.
+            distributed: The strategy.
 
         Raises:
-            UserError: `config` makes no sense, its device is not there, the data have tokens unknown to the model, or
-                there are none; or the ranks do not divide a step.
+            UserError: Invalid `config`, missing device, empty data, tokens that the model does not know, or a step that
+                cannot be divided over the ranks.
         """
-        self.group, distributed = group or ProcessGroup(), distributed or DistributedConfig()
+        self.group = group = group or ProcessGroup()
+        distributed = distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        found = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
-        found += validate_distributed(distributed, config, self.group.env)
-        if found:
-            raise UserError(*found)
+        problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
+        problems += validate_distributed(distributed, config, group.env)
+        if problems:
+            raise UserError(*problems)
         if config.deterministic:
             make_deterministic()
-        torch.manual_seed(seed_of_rank(config.seed, self.group.rank))  # dropout; a checkpoint restores its own state
-        self.config = config
+        torch.manual_seed(seed_of_rank(config.seed, group.rank))  # for dropout; a checkpoint restores its own
+
+        self.config, self.distributed, self.run, self.tokenizer = config, distributed, run, tokenizer
+        self.train_loader, self.val_loader = train_loader, val_loader
+        has_console = any(isinstance(callback, ConsoleLog) for callback in callbacks)
+        self.callbacks = [*([] if has_console else [ConsoleLog()]), *callbacks]
+        folder = Path(checkpoint_dir or config.checkpoint_dir)
+        self.checkpoints = RunCheckpoints(folder, config.keep_checkpoints, group.is_main)
+
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        self.precision = agreed_precision(precision_asked(config), self.device, self.group)
-        self.strategy = distributed.strategy
-        self.parallel = strategy(self.strategy, self.model, self.precision, self.group)
+        plan = self._choose_plan(compilable=distributed.strategy != "fsdp" or group.size == 1)
+        self.parallel = strategy(distributed.strategy, self.model, plan.precision, group)
         self.optimizer = build_optimizer(self.model, config)
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.checkpoint_dir = Path(checkpoint_dir or config.checkpoint_dir)
-        is_main = self.group.is_main
-        self.tracker = (tracker if is_main else None) or Tracker()
-        self.write_sample = write_sample if is_main else None
-        self.run = run
-        self.on_evaluation = on_evaluation
-        self.on_step = on_step if is_main else None
-        self.callbacks = tuple(callbacks)
-        self.label = ""  # in front of the progress line
-        self.tokenizer = tokenizer
-        self._bytes_of_token = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
+        self._use_plan(plan)
 
-        self.steps_per_epoch = -(-len(train_loader) // config.accumulation_steps)
-        most_steps = config.max_epochs * self.steps_per_epoch
-        self.total_steps = min(config.max_steps or most_steps, most_steps)
-        self.compute_as()
         self.progress = Progress()
+        self.throughput = Throughput()
+        self.losses_since_log = MeanLoss(self.device)
         self.stop_reason: str | None = None
-        self.interrupted_by: int | None = None  # the signal
-        self.progress_line = ProgressLine(self.total_steps)
-        self.losses_since_log = self._no_losses()
-        self.pace = Throughput()
-        self._validation_line = 0.0  # when it was last told how far validation is
-        self._saved: Progress | None = None  # what the newest checkpoint holds
-        self._checksum = 0  # of the data of the newest step: all ranks must have the same
-        self._goes_on_here = False  # whether the checkpoints in `checkpoint_dir` are those of this run
-        self._spared: set[Path] = set()  # those that are not
+        self.interrupted_by: int | None = None  # signal number
+        self._data_checksum = 0  # of the newest step; must be the same on all ranks
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train_loader) // self.config.accumulation_steps)
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.config.max_epochs * self.steps_per_epoch
+        return min(self.config.max_steps or steps, steps)
+
+    # -----------------------------------------------------------------------------------------------------------------
     # The loop
 
     def train(self) -> None:
-        """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, whichever is first, or a signal.
+        """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, or a signal arrives.
 
-        Ctrl-C, SIGTERM and SIGUSR1 let the step finish and save it; `interrupted_by` then holds the signal. Afterwards
-        `stop_reason` says why training ended. `last.pth` exists then, and `best_model.pth` unless it was interrupted
-        before any evaluation. Nobody else may write to `checkpoint_dir` meanwhile.
+        After Ctrl-C, SIGTERM or SIGUSR1 the current step is finished and saved; `interrupted_by` is the signal.
+        `stop_reason` says why training ended. `last.pth` exists afterwards, and `best_model.pth` unless training was
+        interrupted before the first evaluation. No other process may write to `checkpoint_dir` at the same time.
 
         Raises:
-            Divergence: A loss or a gradient became NaN or infinite. Checkpoints from before are intact.
-            OSError: There is no room for a checkpoint, or for the metrics. Checkpoints from before are intact.
+            DivergenceError: A loss or a gradient became NaN or infinite. Earlier checkpoints are intact.
+            OSError: The disk is full. Earlier checkpoints are intact.
         """
         self.interrupted_by = None
-        if self.group.is_main:
-            self._spared = set() if self._goes_on_here else set(run_folder.newest_first(self.checkpoint_dir))
-            if self._spared:
-                log.warning("%s holds another run: best_model.pth and last.pth become this one's", self.checkpoint_dir)
-            run_folder.remove_unfinished(self.checkpoint_dir)
-        self.pace.begin(self.progress.seconds, self.progress.tokens)
-        self.progress_line = ProgressLine(self.total_steps, self.progress.step, self.label)
+        self.checkpoints.prepare()
+        self.throughput.start(self.progress.seconds, self.progress.tokens)
         try:
-            self._call("on_train_start")
-            with defer_signals(self.interrupt), self.progress_line:
+            with defer_signals(self.interrupt):
+                self._call("on_train_start")
                 self._train()
         except BaseException as error:
             self._call("on_exception", error)
@@ -159,8 +137,8 @@ class Trainer:
         self._call("on_train_end")
 
     def _train(self) -> None:
-        if self._saved:  # the interruption may have come before this step's evaluation, or before it had its names
-            self._name_newest()
+        if self.checkpoints.saved:  # the run may have been killed before this step's evaluation, or before its names
+            self.checkpoints.add_names(self.progress)
         if self.progress.step and self.progress.step % self.config.eval_every == 0:
             self._evaluate()
         while not self._should_stop():
@@ -169,182 +147,168 @@ class Trainer:
             self._evaluate()
         self._save()
 
-    def _call(self, hook: str, *arguments: Any) -> None:
-        """Call a hook of all callbacks."""
-        for callback in self.callbacks:
-            getattr(callback, hook)(self, *arguments)
-
     def interrupt(self, number: int) -> None:
-        """Have training end after this step, and say later that the signal of that number was why."""
+        """End training after the current step, as the signal of that number does."""
         self.interrupted_by = number
 
     def train_epoch(self) -> float:
-        """Train on what is left of the epoch, or up to the end of training. Returns the mean of its step losses."""
-        losses = self._no_losses()
+        """Train on the rest of the epoch, or until training ends. Returns the mean of the step losses."""
+        losses = MeanLoss(self.device)
         self.model.train()
         for micro_batches in self._steps_of_epoch():
-            done = self.train_step(micro_batches)
-            if done is None:
+            result = self.train_step(micro_batches)
+            if result is None:
                 break
-            step_loss, gradient_norm = done
-            losses += _counted(step_loss)
+            step_loss, gradient_norm = result
+            losses.add(step_loss)
             self._after_step(step_loss, gradient_norm)
             if self._should_stop():
                 break
-        return _mean(losses)
+        return losses.compute()
 
     def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor] | None:
-        """One update of the weights. Returns its loss and its gradient's norm, on the device: nothing waits for them.
+        """Update the weights once. Returns loss and gradient norm as scalars on the device, without waiting for it.
 
-        The loss is the mean over the predicted tokens of all micro-batches together, so how they are cut up does not
-        matter, nor which rank computes which. An interruption between two of them gives the step up, and nothing has
-        happened; then None. Several ranks finish it, for they have to decide together.
+        The loss is the mean over the predicted tokens of all micro-batches and ranks, so that it does not depend on how
+        the step is divided. If a signal arrives between two micro-batches of a single process, the step is undone and
+        None returned; several ranks finish it, because they must decide together.
 
         Raises:
-            Divergence: See `NonFiniteGuard.check`.
+            DivergenceError: See `NonFiniteGuard.check`.
         """
-        passes = self.group.shard(micro_batches, self.config.accumulation_steps)
-        before = RandomState.of_torch(self.device) if len(passes) > 1 and self.group.size == 1 else None
+        targets = sum(count_targets(batch) for batch in micro_batches)
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        counts = [count_targets(batch) for batch in micro_batches]
-        step_loss = torch.zeros((), device=self.device)
-        # Gradients of ranks are averaged, and are to be added up.
-        divisor = torch.full((), max(1, sum(counts)) / self.group.size, dtype=torch.float32, device=self.device)
-        for number, batch in enumerate(passes):
-            if number and before and self.interrupted_by is not None:
-                before.restore()
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-            inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
-            with self.parallel.last_pass(number == len(passes) - 1):
-                with self.precision.autocast():
-                    _, share = self.forward(**inputs, divisor=divisor, return_logits=False)
-                assert share is not None
-                self.scaler.scale(share).backward()
-            step_loss += share.detach()
-        if self.group.size > 1:
-            step_loss = self.group.all_reduce_(step_loss) / self.group.size
-            self._checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
+        loss = self._accumulate_gradients(micro_batches, targets)
+        if loss is None:
+            return None
 
         self.scaler.unscale_(self.optimizer)
         norms = self.parallel.norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
-        self._clip(gradient_norm)
-        if self.nonfinite.check(self._place(len(micro_batches)), step_loss, norms):
+        self._clip_gradients(gradient_norm)
+        if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-        self.progress.advance(len(micro_batches), len(self.train_loader), sum(counts))
-        return step_loss, gradient_norm
+        self.progress.advance(len(micro_batches), len(self.train_loader), targets)
+        return loss, gradient_norm
 
-    def _clip(self, gradient_norm: Tensor) -> None:
+    def _accumulate_gradients(self, micro_batches: list[Batch], targets: int) -> Tensor | None:
+        """Forward and backward passes of this rank. Returns the loss of the whole step; None if it was interrupted."""
+        batches = self.group.shard(micro_batches, self.config.accumulation_steps)
+        can_undo = len(batches) > 1 and self.group.size == 1
+        random_state = RandomState.of_torch(self.device) if can_undo else None
+        loss = torch.zeros((), device=self.device)
+        # Gradients are averaged over the ranks but must be summed: hence the division by their number.
+        divisor = torch.full((), max(1, targets) / self.group.size, dtype=torch.float32, device=self.device)
+
+        for number, batch in enumerate(batches):
+            if number and random_state and self.interrupted_by is not None:
+                random_state.restore()
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+            inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
+            with self.parallel.last_pass(number == len(batches) - 1):
+                with self.plan.precision.autocast():
+                    _, part = self.forward(**inputs, divisor=divisor, return_logits=False)
+                assert part is not None
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+
+        if self.group.size > 1:
+            loss = self.group.all_reduce_(loss) / self.group.size
+            self._data_checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
+        return loss
+
+    def _clip_gradients(self, norm: Tensor) -> None:
         limit = self.config.gradient_clip
-        # A CPU need not multiply all gradients by one; a GPU would have to be waited for to know that it is one.
-        if limit and (self.device.type != "cpu" or gradient_norm + 1e-6 > limit):
-            gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, (limit / (gradient_norm + 1e-6)).clamp(max=1.0))
-
-    def compute_as(self, precision: str | None = None, linear: str | None = None, compiled: bool | None = None) -> None:
-        """Settle how a step is computed, see `gpt2.training.computation`; what is None is as `config` says."""
-        if self.parallel.shards:  # whose parts of weights come together in one format for good, in code of FSDP's
-            precision, compiled = self.precision.name, False
-        config, length = self.config, self._block_length()
-        tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
-        flops = tokens * self.model.flops_per_token(length)
-        chosen = choose_computation(config, self.device, flops, self.group, precision, linear, compiled)
-        self.precision, self.is_compiled, products = chosen.precision, chosen.compiled, LINEARS[chosen.linear]
-        self.scaler = self.precision.scaler()
-        self.nonfinite = NonFiniteGuard(self.model, self.optimizer, config, self.scaler.is_enabled())
-        self.model.use_linear(LINEARS["PyTorch"] if self.is_compiled else products)
-        compute: Forward = self.model
-        if self.is_compiled:
-            rows = config.batch_size // division(config.accumulation_steps, self.group.size)[1]
-            compute = Compiled(self.model, self.device, (rows, length), products)
-        self.forward = self.parallel.forward(compute)
-
-    def _block_length(self) -> int:
-        return getattr(self.train_loader.dataset, "length", self.model.config.context_length)
+        # A CPU skips the multiplication by 1; on a GPU the comparison would be a synchronization.
+        if limit and (self.device.type != "cpu" or norm + 1e-6 > limit):
+            clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
     def validate(self) -> float:
-        """Mean loss in nats a token over the validation set, or its first `eval_batches` batches.
+        """Mean loss in nats a token over the validation set, or over its first `eval_batches` batches.
 
-        NaN if an interruption cut it short.
+        NaN if it was interrupted.
         """
         return self._score_validation().loss
 
     def _score_validation(self) -> Score:
+        def on_batch(batch: int, batches: int) -> bool:
+            self._call("on_validation_batch", batch, batches)
+            return self.interrupted_by is None
+
         return score(
             self.model,
             self.val_loader,
             self.device,
-            self.precision.autocast(),
+            self.plan.precision.autocast(),
             self.config.eval_batches,
-            go_on=self._show_validation,
-            bytes_of_token=self._bytes_of_token,
-            group=self.group,
+            on_batch,
+            self.tokenizer,
+            self.group,
         )
 
-    def _place(self, micro_batches: int) -> str:
-        """Which step is under way, and where in the data it is."""
+    def _step_name(self, micro_batches: int) -> str:
+        """Number of the current step and its place in the data, for messages."""
         first = self.progress.position + 1
         batches = f"batch {first}" if micro_batches == 1 else f"batches {first} to {first + micro_batches - 1}"
         return f"step {self.progress.step + 1} ({batches} of epoch {self.progress.epoch + 1})"
 
-    def _no_losses(self) -> Tensor:
-        """What `_counted` losses are added to."""
-        return torch.zeros(2, device=self.device)
-
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each step that is left of the epoch; the last step may have fewer."""
+        """The micro-batches of each remaining step of the epoch; the last step may have fewer."""
         sampler = self.train_loader.batch_sampler
-        already_seen = self.progress.position
+        skip = self.progress.position
         if isinstance(sampler, ShuffledBatches):
             sampler.epoch, sampler.position = self.progress.epoch, self.progress.position
-            already_seen = 0  # the sampler leaves them out itself, without loading them
-        batches = islice(self.train_loader, already_seen, None)
+            skip = 0  # the sampler starts at the position itself, without loading what comes before
+        batches = islice(self.train_loader, skip, None)
         while micro_batches := list(map(as_inputs, islice(batches, self.config.accumulation_steps))):
             yield micro_batches
 
     def _should_stop(self) -> bool:
-        """Whether training ends here; `stop_reason` then says why."""
-        self.progress.seconds = self.pace.seconds
-        self._agree()
+        """Whether training ends here; sets `stop_reason`."""
+        self.progress.seconds = self.throughput.seconds
+        self._synchronize()
+        config, progress = self.config, self.progress
         if self.interrupted_by is not None:
             self.stop_reason = "interrupted"
-        elif self.config.max_steps is not None and self.progress.step >= self.config.max_steps:
-            self.stop_reason = f"train.max_steps={self.config.max_steps} reached"
-        elif self.progress.epoch >= self.config.max_epochs:
-            self.stop_reason = f"train.max_epochs={self.config.max_epochs} reached"
-        elif self.progress.seconds >= self.config.max_training_hours * 3600:
-            self.stop_reason = f"train.max_training_hours={self.config.max_training_hours} reached"
+        elif config.max_steps is not None and progress.step >= config.max_steps:
+            self.stop_reason = f"train.max_steps={config.max_steps} reached"
+        elif progress.epoch >= config.max_epochs:
+            self.stop_reason = f"train.max_epochs={config.max_epochs} reached"
+        elif progress.seconds >= config.max_training_hours * 3600:
+            self.stop_reason = f"train.max_training_hours={config.max_training_hours} reached"
         else:
             self.stop_reason = None
         return self.stop_reason is not None
 
-    def _agree(self) -> None:
-        """Have all ranks know what one of them was told or sees: a signal, how late it is, other data than the rest."""
+    def _synchronize(self) -> None:
+        """Let all ranks agree on signals and time, and check that they read the same data."""
         if self.group.size == 1:
             return
         milliseconds = round(self.progress.seconds * 1000)
-        told = self.group.all_gather([self.interrupted_by or 0, milliseconds, self._checksum])
-        signals, times, checksums = zip(*told, strict=True)
+        rows = self.group.all_gather([self.interrupted_by or 0, milliseconds, self._data_checksum])
+        signals, times, checksums = zip(*rows, strict=True)
         if len(set(checksums)) > 1:
-            raise UserError("data: the ranks have read other tokens at the same place; their files must be the same")
+            raise UserError("data: the ranks read different tokens at the same place; their files must be the same")
         self.interrupted_by = max(signals) or None
         self.progress.seconds = max(times) / 1000
 
-    # What happens now and then
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Logging, evaluation, checkpoints
 
     def _after_step(self, step_loss: Tensor, gradient_norm: Tensor) -> None:
-        self.losses_since_log += _counted(step_loss)
+        self.losses_since_log.add(step_loss)
         step = self.progress.step
-        self.progress_line.step(step)
-        if self.on_step:
-            self.on_step()
         self._call("on_step_end")
         if step % self.config.log_every == 0 or step == 1:
             self._log(gradient_norm)
@@ -354,175 +318,189 @@ class Trainer:
             self._save()
 
     def _log(self, gradient_norm: Tensor) -> None:
-        """Record the mean loss and the speed since the last time. A loss that is not finite is left out."""
-        self.nonfinite.poll()
-        loss = _mean(self.losses_since_log)
-        self.losses_since_log.zero_()
-        tokens_per_second = self.pace.tokens_per_second(self.progress.tokens)
-        rate = self.optimizer.param_groups[0]["lr"]
-        record = {
-            "train/loss": loss,
-            "train/learning_rate": rate,
+        """Record mean loss and throughput since the previous record."""
+        self.guard.poll()
+        tokens_per_second = self.throughput.tokens_per_second(self.progress.tokens)
+        metrics = {
+            **self._counters(),
+            "train/loss": self.losses_since_log.compute(),
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/grad_norm": float(gradient_norm),
             "train/tokens_per_second": tokens_per_second,
             "train/mfu": self._model_flops_utilization(tokens_per_second),
             "train/epoch": self.progress.epoch + self.progress.position / len(self.train_loader),
         }
-        if self.nonfinite.total:
-            record["train/steps_left_out"] = self.nonfinite.total
-        record = {**self._now(), **record}
-        self.tracker.log(record)
-        self._call("on_log", record)
-        left = self._seconds_left()
-        self.progress_line.figures(loss, tokens_per_second, left)
-        log.info(
-            "step %s/%s  loss %.4f  lr %.2e  grad norm %.2f  %s tokens/s",
-            f"{self.progress.step:,}",
-            f"{self.total_steps:,}",
-            loss,
-            rate,
-            float(gradient_norm),
-            f"{tokens_per_second:,.0f}",
-            extra={"on_progress_line": True},
-        )
+        if self.guard.total:
+            metrics["train/steps_left_out"] = self.guard.total
+        self.losses_since_log.reset()
+        self._call("on_log", metrics)
 
     def _evaluate(self) -> None:
-        """Validate, show a sample, and keep the model if it is the best so far. Once a step.
+        """Validate, and save the model if it is the best so far. Does nothing if this step is already evaluated.
 
-        An interruption gives it up, and nothing has happened: the run that goes on begins with it.
+        If a signal interrupts it, its result is discarded; the resumed run starts with this evaluation.
         """
         if self.progress.evaluated_at == self.progress.step:
             return
-        self.nonfinite.poll()
-        with self.pace.aside(), self.parallel.gathered():
-            found = self._score_validation()
-            loss, text = found.loss, None
-            if self.write_sample and self.interrupted_by is None:
-                text = self.write_sample(self.progress.step)
-            record: dict[str, Any] = {}
-            self._call("extend_evaluation", record)
-        self._agree()
+        self.guard.poll()
+        extra: dict[str, Any] = {}
+        with self.throughput.pause(), self.parallel.gathered():
+            result = self._score_validation()
+            if self.interrupted_by is None:
+                self._call("extend_evaluation", extra)
+        self._synchronize()
         if self.interrupted_by is not None:
             return
+        loss = result.loss
         if not isfinite(loss):
             raise DivergenceError(f"step {self.progress.step}: the validation loss is {loss}; {ADVICE}")
+
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
-        record = {**self._now(), "val/loss": loss, "val/perplexity": perplexity(loss), **record}
-        if self.tokenizer:
-            record["val/bits_per_byte"] = found.bits_per_byte
-        self.tracker.log(record, sample=text)
-        self._call("on_log", record)
-        log.info(
-            "step %s  validation loss %.4f  perplexity %.2f%s",
-            f"{self.progress.step:,}",
-            loss,
-            perplexity(loss),
-            "  (best so far)" if is_best else "",
-        )
-        if text is not None:
-            harmless = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)  # no escape sequences
-            log.info("%s", "\n".join(f"    | {line}" for line in harmless.split("\n")))
         if is_best:
             self.progress.best_val_loss = loss
+        metrics = {**self._counters(), "val/loss": loss, "val/perplexity": perplexity(loss)}
+        if self.tokenizer:
+            metrics["val/bits_per_byte"] = result.bits_per_byte
+        metrics |= extra
+        self._call("on_log", metrics)
+        if is_best:
             self._save()
-        if self.on_evaluation:
-            self.on_evaluation(self)
-        self._call("on_evaluation_end", record)
+        self._call("on_evaluation_end", metrics)
 
-    def _show_validation(self, batch: int, batches: int) -> bool:
-        """Tell how far validation is; whether it may go on."""
-        self._call("on_validation_batch", batch, batches)
-        self.progress_line.show(f"validating {batch:,}/{batches:,}")
-        now = time.perf_counter()
-        if batch == 0:
-            self._validation_line = now
-        elif now - self._validation_line > 10:
-            log.info("validating: batch %s of %s", f"{batch:,}", f"{batches:,}", extra={"on_progress_line": True})
-            self._validation_line = now
-        return self.interrupted_by is None
-
-    def _now(self) -> dict[str, Any]:
-        self.progress.seconds = self.pace.seconds
-        return {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "seconds": round(self.progress.seconds, 3),
-        }
-
-    def _seconds_left(self) -> float:
-        """Until the last step at the speed so far, or until the time is up."""
-        steps_left = self.total_steps - self.progress.step
-        by_steps = self.progress.seconds / max(1, self.progress.step) * steps_left
-        return min(by_steps, self.config.max_training_hours * 3600 - self.progress.seconds)
+    def _counters(self) -> dict[str, Any]:
+        self.progress.seconds = self.throughput.seconds
+        seconds = round(self.progress.seconds, 3)
+        return {"step": self.progress.step, "tokens": self.progress.tokens, "seconds": seconds}
 
     def _model_flops_utilization(self, tokens_per_second: float) -> float | None:
-        """The share of the chip's limit that goes into the model's own arithmetic; None where the limit is unknown."""
-        peak = peak_flops(self.precision)
+        """The model's FLOPs as a fraction of the hardware's peak; None where the peak is unknown."""
+        peak = peak_flops(self.plan.precision)
         flops_per_second = tokens_per_second * self.model.flops_per_token(self._block_length())
         return peak and flops_per_second / (peak * self.group.size)
 
-    # Checkpoints
-
     def _save(self) -> None:
-        """Save, unless nothing has happened since the last time: a large model is not written twice in one step."""
-        with self.pace.aside():
-            if not self.progress.is_as_in(self._saved):
-                self.tracker.flush()  # what a checkpoint knows to be logged must not be lost without it
+        """Save a checkpoint of this step, unless there is one already, and remove old ones."""
+        with self.throughput.pause():
+            if not self.progress.same_but_time(self.checkpoints.saved):
                 self._call("before_checkpoint")
-                self.save_checkpoint(run_folder.step_name(self.progress.step))
-                self._saved = replace(self.progress)
-                self._goes_on_here = True
-                self._name_newest()
-                self._call("on_checkpoint", self.checkpoint_dir / run_folder.step_name(self.progress.step))
-            if self.group.is_main:
-                run_folder.prune(self.checkpoint_dir, self.config.keep_checkpoints, self.progress.step, self._spared)
-
-    def _name_newest(self) -> None:
-        """Give the newest checkpoint the names under which it is looked for."""
-        if not self.group.is_main:
-            return
-        newest = self.checkpoint_dir / run_folder.step_name(self.progress.step)
-        run_folder.add_name(newest, run_folder.LAST)
-        if self.progress.is_best():
-            run_folder.add_name(newest, run_folder.BEST)
+                path = self.checkpoints.path_of(self.progress)
+                self.save_checkpoint(path.name)
+                self.checkpoints.added(self.progress)
+                self._call("on_checkpoint", path)
+            self.checkpoints.prune(self.progress)
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write everything that resuming and generating need to `checkpoint_dir/filename`: the whole, from all ranks.
+        """Write everything that resuming and generating need to `checkpoint_dir/filename`. Called by all ranks.
 
         Raises:
-            Divergence: A number in it is not finite. Nothing was written.
-            OSError: There is no room for it. Nothing was written.
+            DivergenceError: A number in it is not finite. Nothing is written.
+            OSError: The disk is full. Nothing is written.
         """
-        self.nonfinite.poll()
-        self.progress.seconds = self.pace.seconds
-        taken = snapshot.take(self)
+        self.guard.poll()
+        self.progress.seconds = self.throughput.seconds
+        tensors, record = states.split_state(self.state_dict())
+        if names := nonfinite_names(tensors):
+            raise DivergenceError(f"step {self.progress.step}: {names[0]} is not finite, not saved; {ADVICE}")
+        record |= self._description()
+        record |= {"run": self.run, "tokenizer": self.tokenizer and self.tokenizer.to_json()}
+        for callback in self.callbacks:
+            record |= callback.state_dict()
         if self.group.is_main:
-            checkpoint.write_checkpoint(self.checkpoint_dir / filename, *taken)
+            checkpoint.write_checkpoint(self.checkpoints.folder / filename, tensors, record)
 
     def load_checkpoint(self, filepath: str, accept_other_data: bool = False) -> None:
-        """Take up a run where `save_checkpoint` left it, and log what is not as it was then.
+        """Continue where `save_checkpoint` was called, and log every setting that differs from then.
 
         Args:
-            accept_other_data: Go on with another corpus, from the beginning of the epoch.
+            accept_other_data: Continue with other data, from the start of the epoch.
 
         Raises:
-            UserError: The file is missing, damaged, or of a model of another shape or of another corpus.
+            UserError: The file is missing or damaged, or of a model of another shape or of other data.
         """
         path = Path(filepath)
-        snapshot.restore(self, path, accept_other_data)
-        self.pace.begin(self.progress.seconds, self.progress.tokens)
-        self._goes_on_here = path.parent.resolve() == self.checkpoint_dir.resolve()
-        if path.resolve() == (self.checkpoint_dir / run_folder.step_name(self.progress.step)).resolve():
-            self._saved = replace(self.progress)
+        state = StoredState(path)
+        saved = state.record
+        states.check_compatible(path, saved, self._description(), accept_other_data)
+        plan = self._choose_plan(saved["machine"], compilable=not self.parallel.shards)
+        if self.parallel.shards:  # FSDP was set up with a precision
+            plan = replace(plan, precision=self.plan.precision)
+        self._use_plan(plan)
+        states.log_changes(saved, self._description())
 
+        is_same_optimizer = saved["train"]["optimizer"] == self.config.optimizer
+        if not is_same_optimizer:
+            log.warning("train.optimizer differs from the checkpoint's: the optimizer starts without its state")
+        self.load_state_dict(state, with_optimizer=is_same_optimizer)
+        self.progress = states.restored_progress(saved, self._description())
+        self.throughput.start(self.progress.seconds, self.progress.tokens)
+        self.checkpoints.loaded(path, self.progress)
 
-def _counted(loss: Tensor) -> Tensor:
-    """(2,): a loss and 1, to be added up; zeros if it is not finite, for then its step was left out."""
-    return torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+    def _description(self) -> dict[str, Any]:
+        """What besides its state determines how a training continues."""
+        return {
+            "model": asdict(self.model.config),
+            "train": asdict(self.config),
+            "data": getattr(self.train_loader.dataset, "fingerprint", None),
+            "machine": {
+                "device": self.device.type,
+                "precision": self.plan.precision.name,
+                "linear": name_of(self.model.linear),
+                "compiled": self.plan.compiled,
+                "threads": torch.get_num_threads(),
+                "ranks": self.group.size,
+                "strategy": self.distributed.strategy if self.group.size > 1 else None,
+            },
+            "versions": versions(),
+        }
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of all parts, complete on rank 0 only. Called by all ranks."""
+        return {
+            "model": self.parallel.full(self.model.state_dict()),
+            "optimizer": self.parallel.full(optimizer_tensors(self.optimizer, self.model)),
+            "random": states.random_state_dict(self.device, self.group),
+            "losses_since_log": self.losses_since_log.totals,
+            "progress": asdict(self.progress),
+            "steps_left_out": self.guard.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
 
-def _mean(losses: Tensor) -> float:
-    """Of what `_counted` returned; NaN of nothing."""
-    total, count = losses.tolist()
-    return total / count if count else nan
+    def load_state_dict(self, state: Mapping[str, Any], with_optimizer: bool = True) -> None:
+        """Restore what `state_dict` returned on rank 0. Called by all ranks."""
+        weights = self.model.state_dict()
+        self.model.load_state_dict(self.parallel.parts(state["model"], weights))
+        if with_optimizer:
+            tensors = state["optimizer"]
+            like = {name: weights[name.split("/", 1)[1]] for name in tensors}
+            load_optimizer_tensors(self.optimizer, self.model, self.parallel.parts(tensors, like))
+        if self.scaler.is_enabled() and state["scaler"]:  # this device may need no loss scaling
+            self.scaler.load_state_dict(state["scaler"])
+        self.guard.load_state_dict(state["steps_left_out"])
+        self.losses_since_log.totals.copy_(state["losses_since_log"])
+        self.progress = Progress(**state["progress"])
+        seed = seed_of_rank(self.config.seed, self.group.rank, self.progress.step)
+        states.load_random_state_dict(state["random"], self.device, self.group, seed)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # How steps are computed
+
+    def _choose_plan(self, saved: dict[str, Any] | None = None, compilable: bool = True) -> ComputePlan:
+        config, length = self.config, self._block_length()
+        tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
+        flops = tokens * self.model.flops_per_token(length)
+        return choose_plan(config, self.device, flops, self.group, saved, compilable)
+
+    def _use_plan(self, plan: ComputePlan) -> None:
+        self.plan = plan
+        self.scaler = plan.precision.scaler()
+        self.guard = NonFiniteGuard(self.model, self.optimizer, self.config, self.scaler.is_enabled())
+        self.model.use_linear(LINEARS["PyTorch" if plan.compiled else plan.linear])
+        compute: Forward = self.model
+        if plan.compiled:
+            rows = self.config.batch_size // division(self.config.accumulation_steps, self.group.size)[1]
+            compute = Compiled(self.model, self.device, (rows, self._block_length()), LINEARS[plan.linear])
+        self.forward = self.parallel.forward(compute)
+
+    def _block_length(self) -> int:
+        return getattr(self.train_loader.dataset, "length", self.model.config.context_length)

@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gpt2.config import (
+    OPTIMIZERS,
     WHEN_LOADED,
     DataBenchmark,
     DataConfig,
@@ -282,8 +283,8 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
     if distributed.strategy == "fsdp" and started.world_size > 1:
         if train.precision == "fp16":
             problems.append(f"{fsdp} is for bf16 and fp32, not for train.precision=fp16")
-        if train.optimizer == "muon":
-            problems.append(f"{fsdp} divides the matrices that train.optimizer=muon needs whole; adamw or ddp would do")
+        if train.optimizer in OPTIMIZERS and not OPTIMIZERS[train.optimizer].sharded:
+            problems.append(f"{fsdp} does not support train.optimizer={train.optimizer}, use adamw or ddp")
         if train.compile is True:
             problems.append(f"{fsdp} is not compiled; drop train.compile=true, or take ddp")
     if started.by_torchrun and re.fullmatch(r"mps|cuda:\d+", train.device):

@@ -50,16 +50,16 @@ def test_the_same_command_goes_on_with_its_run_and_does_nothing_when_that_is_fin
     again.send_signal(signal.SIGTERM)
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 128 + signal.SIGTERM
-    assert f"Going on after step {stopped_at:,}" in output
+    assert f"Resuming after step {stopped_at:,}" in output
     assert steps(run) == sorted(set(steps(run)))
     assert workspace.runs() == [run]
 
     done = workspace.run("train.py", *AUTO)  # another command: another run
     assert len(workspace.runs()) == 2
-    assert "Going on" not in done.stdout
+    assert "Resuming" not in done.stdout
     other = max(workspace.runs(), key=lambda path: path.stat().st_mtime)
     before = (other / "checkpoints" / run_folder.LAST).read_bytes()
-    assert "Going on after step 8" in workspace.run("train.py", *AUTO).stdout
+    assert "Resuming after step 8" in workspace.run("train.py", *AUTO).stdout
     assert (other / "checkpoints" / run_folder.LAST).read_bytes() == before
     assert steps(other, "val/loss") == [4, 8]
 
@@ -78,7 +78,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(workspace
     again.send_signal(signal.SIGINT)
     output, _ = again.communicate(timeout=60)
     assert again.returncode == 130
-    assert "Going on after" not in output
+    assert "Resuming after" not in output
     assert steps(run) == sorted(set(steps(run)))
     assert (run / "wandb_id").read_text() == wandb_id
 
@@ -92,9 +92,9 @@ def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace
     (run / "backup").mkdir()
     shutil.copy(run / "checkpoints" / "step_00000004.pth", run / "backup")
     longer = workspace.run("train.py", f"resume={run}", "train.max_steps=12")
-    assert "metrics.jsonl: 4 lines are damaged and left out" in longer.stdout
-    assert "Going on after step 8" in longer.stdout
-    assert "Going on after step 12" in workspace.run("train.py", *AUTO).stdout  # longer stays longer
+    assert "metrics.jsonl: 4 damaged lines are removed" in longer.stdout
+    assert "Resuming after step 8" in longer.stdout
+    assert "Resuming after step 12" in workspace.run("train.py", *AUTO).stdout  # longer stays longer
     assert steps(run, "val/loss") == [4, 8, 12]
     assert (run / "backup").is_dir()
 
@@ -141,7 +141,7 @@ def test_a_second_process_is_refused_and_told_who_is_at_work(workspace: Workspac
     for arguments in (["resume=latest"], [*AUTO, *LONG, "train.save_every=5"]):
         refused = workspace.run("train.py", *arguments, expect=2)
         assert f"is being written by process {running.pid} on " in refused.stderr
-        assert "Going on" not in refused.stdout
+        assert "Resuming" not in refused.stdout
     running.kill()
     running.communicate()
     assert (run / ".hydra" / "config.yaml").read_text() == before
@@ -156,11 +156,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace:
     (run / "checkpoints" / run_folder.LAST).unlink()
     (run / "checkpoints" / run_folder.BEST).unlink()
     written = workspace.run("generate.py", "prompt=def f")
-    assert f"{newest.relative_to(workspace.folder)} is damaged: the checksum of " in written.stderr
+    assert f"{newest.relative_to(workspace.folder)} is damaged: wrong checksum of " in written.stderr
     assert f"Using instead: {before.relative_to(workspace.folder)}" in written.stderr
     resumed = workspace.run("train.py", "resume=latest")
     assert f"{newest.name} is damaged" in resumed.stdout
-    assert "Going on after step 4" in resumed.stdout
+    assert "Resuming after step 4" in resumed.stdout
     assert steps(run, "val/loss") == [4, 6]
     for path in (run / "checkpoints").iterdir():
         checkpoint.verify(path)
@@ -195,7 +195,7 @@ def test_what_would_change_the_run_is_refused_or_listed(workspace: Workspace):
     for told in ("train.batch_size is 2, it was 4", "train.seed is 5, it was 1", "model.dropout is 0.3, it was 0.0"):
         assert f"Changed: {told}" in done.stdout
     assert "Changed: data is" in done.stdout
-    assert "Going on after step 9" in done.stdout
+    assert "Resuming after step 9" in done.stdout
     kept = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
     assert (kept["train"]["batch_size"], kept["model"]["dropout"], kept["resume_changes"]) == (2, 0.3, True)
     assert workspace.run("train.py", "resume=latest", "train.max_steps=14").stdout.count("Changed") == 1
@@ -215,22 +215,22 @@ def test_what_ends_a_run_is_told_in_a_line_with_how_to_go_on(workspace: Workspac
     ended = workspace.run("train.py", *TINY, expect=code)
     (line,) = ended.stderr.splitlines()
     assert told in line
-    assert "Step 4 is saved, go on with: python train.py resume=outputs/runs/gpt2/" in line
+    assert "Step 4 is saved, resume with: python train.py resume=outputs/runs/gpt2/" in line
     del workspace.environment["GPT2_FAULT"]
     arguments = line.split("python train.py ")[1].split()
-    assert "Going on after step 4" in workspace.run("train.py", *arguments).stdout
+    assert "Resuming after step 4" in workspace.run("train.py", *arguments).stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_preparation_ends_it_and_leaves_nothing_behind(workspace: Workspace, number):
     (workspace.folder / "corpus.txt").write_text("some more words to be counted " * 400_000)
     running = start(workspace, *TINY, "data.tokenizer=train", "data.vocab_size=300")
-    wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.making-*")))
+    wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.saving-*")))
     os.kill(running.pid, number)
     output, _ = running.communicate(timeout=10)
     assert running.returncode == 128 + number
     assert "Traceback" not in output
-    assert not list(workspace.folder.glob("cache/gpt2/tokens/.making-*"))
+    assert not list(workspace.folder.glob("cache/gpt2/tokens/.saving-*"))
     assert workspace.runs() == []
 
 

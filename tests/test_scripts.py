@@ -205,11 +205,11 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_as_if_nothing_had_happe
     running.send_signal(signal.SIGINT)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGINT
-    (line,) = (line for line in output.splitlines() if line.startswith("Go on with:"))
+    (line,) = (line for line in output.splitlines() if line.startswith("Resume with:"))
 
-    _, script, *arguments = shlex.split(line.removeprefix("Go on with:"))
+    _, script, *arguments = shlex.split(line.removeprefix("Resume with:"))
     resumed = workspace.run(script, *arguments)
-    assert "Going on after step" in resumed.stdout
+    assert "Resuming after step" in resumed.stdout
     (run,) = metrics.iterdir()
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [
         r["step"] for r in read_metrics(straight / "metrics.jsonl")
@@ -262,7 +262,7 @@ def test_a_trial_that_diverges_does_not_end_the_sweep(workspace: Workspace):
 
 @pytest.mark.parametrize(
     ("override", "complaint"),
-    [("train.device=cuda:9", "there is no cuda:9 here"), ("model.vocab_size=4096", "is not the 257 tokens")],
+    [("train.device=cuda:9", "there is no cuda:9 here"), ("model.vocab_size=4096", "is not the tokenizer's 257")],
 )
 def test_what_the_configuration_cannot_know_is_refused_before_training(workspace: Workspace, override, complaint):
     assert complaint in workspace.run("train.py", *TINY, override, expect=2).stderr
@@ -280,7 +280,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
     os.killpg(running.pid, number)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + number
-    assert "Go on with:" in output
+    assert "Resume with:" in output
     assert checkpoint.read_record(workspace.runs()[0] / "checkpoints" / run_folder.LAST)["progress"]["step"] > 0
 
 

@@ -24,7 +24,8 @@ from gpt2.ops import linear as onednn
 from gpt2.runtime import device
 from gpt2.tracking.tracker import Tracker, read_metrics
 from gpt2.train import Trainer
-from gpt2.training import computation
+from gpt2.training import compile as compilation
+from gpt2.training.callbacks import Callback, Samples, TrackerLog
 from gpt2.training.compile import Compiled
 from gpt2.training.profiler import StepProfiler
 
@@ -40,14 +41,17 @@ def blocks(tmp_path: Path) -> TokenDataset:
     return TokenDataset(path, "uint8", LENGTH)
 
 
-def make_trainer(blocks: TokenDataset, folder: Path, dropout: float = 0.0, tracker=None, write_sample=None, **options):
+def make_trainer(
+    blocks: TokenDataset, folder: Path, dropout: float = 0.0, tracker: Tracker | None = None, callbacks=(), **options
+) -> Trainer:
     defaults = {"batch_size": 4, "num_workers": 0, "warmup_steps": 2, "learning_rate": 1e-2, "device": "cpu"}
     defaults["precision"] = "fp32"
     config = TrainingConfig(**{**defaults, **options})
     torch.manual_seed(config.seed)
     shape = GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, dropout, dropout, dropout)
     train_loader, val_loader, _ = get_dataloaders(blocks, blocks, blocks, config)
-    return Trainer(GPT2Model(shape), train_loader, val_loader, config, str(folder), tracker, write_sample)
+    callbacks = [*callbacks, *([TrackerLog(tracker)] if tracker else [])]
+    return Trainer(GPT2Model(shape), train_loader, val_loader, config, str(folder), callbacks)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -101,7 +105,7 @@ def test_mixed_precision_learns_like_fp32(blocks, tmp_path, precision, tolerance
 
 
 def test_mixed_precision_false_means_fp32(blocks, tmp_path):
-    assert make_trainer(blocks, tmp_path, mixed_precision=False).precision.name == "fp32"
+    assert make_trainer(blocks, tmp_path, mixed_precision=False).plan.precision.name == "fp32"
 
 
 def test_gradients_are_clipped_to_the_given_norm(blocks, tmp_path):
@@ -122,11 +126,11 @@ def test_gradient_checkpointing_changes_nothing(blocks, tmp_path):
 
 def test_evaluating_sampling_and_saving_do_not_touch_training(blocks, tmp_path):
     def draw(step):
-        return str(torch.rand(3, generator=torch.Generator().manual_seed(step)))
+        yield str(torch.rand(3, generator=torch.Generator().manual_seed(step)))
 
     often = make_trainer(
         *(blocks, tmp_path / "often", 0.1),
-        write_sample=draw,
+        callbacks=[Samples(draw)],
         max_steps=7,
         eval_every=1,
         save_every=1,
@@ -194,7 +198,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks,
     trainer = make_trainer(blocks, tmp_path, max_steps=9, eval_every=2, log_every=1)
     trainer.train()
     before = (tmp_path / run_folder.LAST).read_bytes()
-    trainer.config.max_steps, trainer.total_steps = 20, 20
+    trainer.config.max_steps = 20
     with torch.no_grad():
         trainer.model.final_norm.bias.fill_(float("nan"))
     with pytest.raises(DivergenceError, match=r"step 10 \(batch 5 of epoch 2\): the loss is nan and the gradient of"):
@@ -205,16 +209,14 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks,
 # Interruption: k + k steps are 2k steps
 
 
-class InterruptsAt(Tracker):
-    """A tracker that presses Ctrl-C once, when it hears of a certain step."""
+class InterruptAt(Callback):
+    """Sends SIGINT when a certain step is logged."""
 
-    def __init__(self, folder: Path, step: int):
-        super().__init__(folder)
-        self.interrupts_at = step
+    def __init__(self, step: int):
+        self.step = step
 
-    def log(self, record, sample=None):
-        super().log(record, sample)
-        if record["step"] == self.interrupts_at and "train/loss" in record:
+    def on_log(self, trainer: Trainer, metrics: dict) -> None:
+        if metrics["step"] == self.step and "train/loss" in metrics:
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -237,14 +239,13 @@ def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_pat
         path.mkdir()
     make_trainer(blocks, straight, tracker=Tracker(straight), **options).train()
 
-    first = make_trainer(blocks, folder, tracker=InterruptsAt(folder, stop_at), **options)
+    first = make_trainer(blocks, folder, tracker=Tracker(folder), callbacks=[InterruptAt(stop_at)], **options)
     first.train()
     assert first.interrupted_by == signal.SIGINT
     assert first.progress.step == stop_at
 
     second = make_trainer(blocks, folder, tracker=Tracker(folder), **options)
     second.load_checkpoint(str(folder / run_folder.LAST))
-    second.tracker.cut_back(second.progress.step, second.progress.evaluated_at)
     second.train()
 
     assert_same_state(straight / run_folder.LAST, folder / run_folder.LAST)
@@ -282,7 +283,6 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path
 
     again = make_trainer(blocks, tmp_path / "b", tracker=tracker, **options)
     again.load_checkpoint(str(tmp_path / "a" / "step_4"))
-    tracker.cut_back(4, 0)
     again.train()
     assert_same_state(tmp_path / "a" / run_folder.LAST, tmp_path / "b" / run_folder.LAST)
     assert logged(tmp_path) == before
@@ -300,7 +300,7 @@ def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=2)
     trainer.train()
     trainer.progress.seconds = 3600.0
-    trainer.pace.began -= 3600
+    trainer.throughput.started -= 3600
     trainer.save_checkpoint("late.pth")
     resumed = make_trainer(blocks, tmp_path, max_training_hours=1.0, max_steps=9)
     resumed.load_checkpoint(str(tmp_path / "late.pth"))
@@ -351,8 +351,7 @@ def test_the_library_works_without_hydra(tmp_path, capsys):
 def test_a_resumed_run_is_the_same_to_the_bit_with(option, blocks, tmp_path):
     whole = make_trainer(blocks, tmp_path / "whole", max_steps=6, **option)
     whole.train()
-    half = make_trainer(blocks, tmp_path / "parts", max_steps=3, **option)
-    half.total_steps = whole.total_steps
+    half = make_trainer(blocks, tmp_path / "parts", callbacks=[InterruptAt(3)], max_steps=6, log_every=1, **option)
     half.train()
     rest = make_trainer(blocks, tmp_path / "parts", max_steps=6, **option)
     rest.load_checkpoint(str(tmp_path / "parts" / "last.pth"))
@@ -367,20 +366,20 @@ def test_a_resumed_run_computes_as_it_began_where_that_is_left_to_auto(then, tod
     first.train()
     monkeypatch.setattr(device, "computes_in_bf16", lambda: today)
     resumed = make_trainer(blocks, tmp_path, max_steps=4, precision="auto")
-    assert resumed.precision.name != first.precision.name
+    assert resumed.plan.precision.name != first.plan.precision.name
     resumed.load_checkpoint(str(tmp_path / "last.pth"))
-    assert resumed.precision.name == first.precision.name == ("bf16" if then else "fp32")
+    assert resumed.plan.precision.name == first.plan.precision.name == ("bf16" if then else "fp32")
     told = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16")
     told.load_checkpoint(str(tmp_path / "last.pth"))
-    assert told.precision.name == "bf16"
+    assert told.plan.precision.name == "bf16"
 
 
 @pytest.mark.parametrize("then", onednn.LINEARS)
 def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(computation, "faster_linear", lambda: then)
+    monkeypatch.setattr(compilation, "faster_linear", lambda: then)
     make_trainer(blocks, tmp_path, max_steps=2).train()
     for today in onednn.LINEARS:
-        monkeypatch.setattr(computation, "faster_linear", lambda today=today: today)
+        monkeypatch.setattr(compilation, "faster_linear", lambda today=today: today)
         resumed = make_trainer(blocks, tmp_path, max_steps=4)
         assert onednn.name_of(resumed.model.linear) == today
         resumed.load_checkpoint(str(tmp_path / "last.pth"))
@@ -388,7 +387,7 @@ def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatc
 
 
 def test_a_deterministic_run_and_one_in_16_bits_measure_nothing(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(computation, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
+    monkeypatch.setattr(compilation, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
     monkeypatch.setattr(train, "make_deterministic", lambda: None)
     for option in ({"deterministic": True}, {"precision": "bf16"}):
         assert make_trainer(blocks, tmp_path, **option).model.linear is torch.nn.functional.linear
@@ -398,7 +397,7 @@ def test_another_optimizer_begins_without_memory_and_says_so(blocks, tmp_path, c
     make_trainer(blocks, tmp_path, max_steps=2).train()
     resumed = make_trainer(blocks, tmp_path, max_steps=4, optimizer="muon")
     resumed.load_checkpoint(str(tmp_path / "last.pth"))
-    assert "begins without memory" in caplog.text
+    assert "starts without its state" in caplog.text
     resumed.train()
     assert resumed.progress.step == 4
 
@@ -420,20 +419,15 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(blocks, tmp_path, monk
 
 
 def test_a_profile_names_the_costliest_operations(blocks, tmp_path, caplog):
-    trainer = make_trainer(blocks, tmp_path, max_steps=9)
-    trainer.on_step = profiler = StepProfiler(tmp_path, trainer.device)
+    trainer = make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=9)
     with caplog.at_level("INFO"):
         trainer.train()
-        profiler.close()
     assert "Profile of 3 steps" in caplog.text
     assert "aten::addmm" in caplog.text or "mkldnn::" in caplog.text
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
 def test_a_run_too_short_for_a_profile_is_told(blocks, tmp_path, caplog):
-    trainer = make_trainer(blocks, tmp_path, max_steps=2)
-    trainer.on_step = profiler = StepProfiler(tmp_path, trainer.device)
-    trainer.train()
-    profiler.close()
-    assert "8 steps at least" in caplog.text
+    make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=2).train()
+    assert "at least 8 steps" in caplog.text
     assert not (tmp_path / "trace.json").exists()

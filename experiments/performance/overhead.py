@@ -21,7 +21,7 @@ from gpt2.cli.compose import compose
 from gpt2.config import WandbConfig
 from gpt2.tracking.tracker import FINISHED, Ended, Tracker
 from gpt2.tracking.wandb_logger import start_wandb
-from gpt2.training.callbacks import Callback
+from gpt2.training.callbacks import Callback, TrackerLog
 
 NEVER = 10**9
 INTERVALS = {"log_every": 10, "eval_every": NEVER, "save_every": NEVER, "keep_checkpoints": 1, "eval_batches": 1}
@@ -65,7 +65,7 @@ class StepTimes(Callback):
 
 def train(trainer, workload, steps):
     """Train so many steps more. The first step, which starts the loader's workers, is not among the timed ones."""
-    (times,) = trainer.callbacks
+    times = next(callback for callback in trainer.callbacks if isinstance(callback, StepTimes))
     trainer.config.max_steps = trainer.progress.step + steps
     began = time.perf_counter()
     trainer.train()
@@ -99,7 +99,7 @@ def compare(config, arguments, folder):
 
     wandb = start_wandb(WandbConfig(mode=arguments.wandb), name="overhead", group="benchmark", job_type="train")
     options = in_precision(config.train, precision, **INTERVALS)
-    full = workload.trainer(options, tracker=Tracker(folder, wandb), callbacks=[StepTimes()])
+    full = workload.trainer(options, callbacks=[TrackerLog(Tracker(folder, wandb)), StepTimes()])
     full.train_loader = TimedLoader(full.train_loader)
     bare = workload.trainer(in_precision(config.train, precision))
     train_bare(bare, workload, config.warmup)

@@ -1,48 +1,161 @@
-"""What the scripts print at their ends."""
+"""What train.py prints and records about a run: its facts, its start, its end, and advice after a failure."""
 
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from gpt2.checkpoint.run_folder import checkpoint_folder_of, newest_first, step_of
+from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
+from gpt2.cli.compose import as_argument, title
 from gpt2.config import TrainRun
 from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError, is_out_of_memory, machine_error
+from gpt2.evaluate import perplexity
+from gpt2.model import GPT2Model
+from gpt2.runtime.console import time_left
+from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, precision_asked
+from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.rng import commit, versions
+from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
+from gpt2.train import Trainer
+
+log = logging.getLogger("gpt2")
 
 
-def explain_failure(error: Exception, config: TrainRun, run: Path, command: str) -> UserError | None:
-    """What ended the training of a run, and how to go on; None for a bug.
+def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> dict[str, Any]:
+    """What identifies a run, its size and its machine, for `run.json` and W&B.
 
     Args:
-        run: Its folder.
-        command: What goes on with it, as typed.
+        settings: The complete configuration as plain values; `.hydra` has only the one of the first start.
+    """
+    train, device = config.train, choose_device(config.train.device)
+    precision = choose_precision(precision_asked(train), device)
+    return {
+        "title": title(config.started_with) or config.name,
+        "tags": list(dict.fromkeys(config.choices.values())),
+        "parameters": model.num_parameters(),
+        "flops_per_token": model.flops_per_token(config.data.max_length),
+        "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
+        "repository": commit(),
+        "machine": {**hardware(device), "precision": precision.name, "ranks": dist_env().world_size},
+        "versions": versions(),
+        "config": settings,
+    }
+
+
+def announce(trainer: Trainer) -> None:
+    """Log the size of model, steps and hardware, and notes on settings that have no effect."""
+    config, model, group = trainer.config, trainer.model.config, trainer.group
+    strategy, precision = trainer.distributed.strategy, trainer.plan.precision.name
+    blocks = config.batch_size * config.accumulation_steps
+    tokens_per_step = blocks * trainer.train_loader.dataset.length  # type: ignore[attr-defined]
+    is_automatic = precision_asked(config) == "auto" and precision == "bf16" and trainer.device.type == "cpu"
+    why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
+    ranks = f"{group.size} ranks ({strategy}), each on " if group.size > 1 else ""
+    log.info(
+        f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
+        f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
+        f"Run     {trainer.total_steps:,} steps of {tokens_per_step:,} tokens ({blocks} blocks), "
+        f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
+        f"On      {ranks}{describe(trainer.device)}, {precision}{why}"
+    )
+    if strategy == "fsdp" and group.size == 1:
+        log.info("Note    distributed.strategy=fsdp has no effect in a single process")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
+        log.info("Note    without train.auto_resume=true, a restart by torchrun starts this run from the beginning")
+    if trainer.progress.step:
+        log.info(f"Resuming after step {trainer.progress.step:,}")
+    if config.warmup_steps > trainer.total_steps:
+        log.info(
+            f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: "
+            f"the learning rate never reaches its peak"
+        )
+    log.info("")
+
+
+def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path) -> None:
+    """Log why training stopped, the losses, where the files are, and the next command."""
+    losses = [record["val/loss"] for record in read_metrics(folder / METRICS) if record.get("val/loss") is not None]
+    duration = time_left(trainer.progress.seconds)
+    log.info(f"\nStopped after step {trainer.progress.step:,}, {duration}: {trainer.stop_reason}.")
+    if losses:
+        shown = losses if len(losses) <= 8 else [*losses[:3], *losses[-4:]]
+        course = " -> ".join(f"{loss:.3f}" for loss in shown)
+        log.info(
+            f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})"
+        )
+    names = [path.name for path in best_first(folder / config.train.checkpoint_dir)]
+    checkpoints = ", ".join([*(name for name in (BEST, LAST) if name in names), "step_*.pth"])
+    place = os.path.relpath(folder)
+    log.info(f"  everything is in {place}:")
+    log.info(f"    {config.train.checkpoint_dir}/ ({checkpoints}), curves.png, samples.md, metrics.jsonl, train.log")
+    if where := tracker.external.where():
+        log.info(f"  W&B: {where}")
+    if trainer.interrupted_by:
+        same = "the same command line, or  " if config.train.auto_resume else ""
+        log.info(f"\nResume with:  {same}{resume_command(folder)}")
+    else:
+        prompt = config.sample_prompt or "The"
+        quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)
+        is_default_place = folder.parent.parent == Path("outputs/runs").resolve()  # where generate.py searches
+        checkpoint = "" if is_default_place else " " + as_argument("checkpoint", place)
+        log.info(f"\nNow try:  python generate.py prompt={quoted}{checkpoint}")
+
+
+def resume_command(folder: Path) -> str:
+    return f"{dist_env().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
+
+
+@contextmanager
+def failures_with_advice(config: TrainRun, folder: Path) -> Iterator[None]:
+    """Turn expected failures (full disk, out of memory, divergence) into a one-line error with the resume command."""
+    try:
+        yield
+    except Exception as error:
+        explained = explain_failure(error, config, folder, resume_command(folder))
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def explain_failure(error: Exception, config: TrainRun, folder: Path, command: str) -> UserError | None:
+    """The failure in one line, with how to resume; None for a bug.
+
+    Args:
+        folder: The run folder.
+        command: What resumes it.
     """
     train, problem = config.train, machine_error(error)
     if isinstance(error, DivergenceError):
         slower = f"train.learning_rate={train.learning_rate / 2:g} resume_changes=true"
-        return DivergenceError(f"{error}{saved(run, f'{command} {slower}')}")
+        return DivergenceError(f"{error}{how_to_resume(folder, f'{command} {slower}')}")
     if isinstance(error, LostRankError):
-        return LostRankError(f"{error}{saved(run, command)}")
+        return LostRankError(f"{error}{how_to_resume(folder, command)}")
     if problem is None:
         return None
     if not is_out_of_memory(error):
-        return ResourceError(f"{problem}; make room{saved(run, command)}")
-    smaller, also = "train.gradient_checkpointing=true", ""
+        return ResourceError(f"{problem}; free some space{how_to_resume(folder, command)}")
     if train.batch_size == 1 and train.gradient_checkpointing:
-        return ResourceError(
-            f"{problem}, with the smallest passes there are; a smaller model or data.max_length would do"
-        )
+        return ResourceError(f"{problem} with the smallest passes; try a smaller model or data.max_length")
+
+    smaller, alternative = "train.gradient_checkpointing=true", ""
     if train.batch_size > 1:
         parts = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
+        alternative = "" if train.gradient_checkpointing else f", and so does {smaller}"
         batch_size, passes = train.batch_size // parts, train.accumulation_steps * parts
-        also = "" if train.gradient_checkpointing else f", and so does {smaller}"
         smaller = f"train.batch_size={batch_size} train.accumulation_steps={passes}"
     return ResourceError(
         f"{problem}. A pass was train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
         f"tokens, a step train.accumulation_steps={train.accumulation_steps} of them; {smaller} makes the same steps "
-        f"in less memory{also}{saved(run, f'{command} {smaller} resume_changes=true')}"
+        f"in less memory{alternative}{how_to_resume(folder, f'{command} {smaller} resume_changes=true')}"
     )
 
 
-def saved(run: Path, command: str) -> str:
-    """What is saved of a run, and the command that goes on with it, as the end of a sentence."""
-    folder = checkpoint_folder_of(run)
-    steps = [step for path in newest_first(folder) if (step := step_of(path)) is not None] if folder else []
-    return f". Step {steps[0]:,} is saved, go on with: {command}" if steps else ""
+def how_to_resume(folder: Path, command: str) -> str:
+    """The newest saved step and the command that resumes from it, as the end of a sentence."""
+    checkpoints = checkpoint_folder_of(folder)
+    paths = newest_first(checkpoints) if checkpoints else []
+    steps = [step for path in paths if (step := step_of(path)) is not None]
+    return f". Step {steps[0]:,} is saved, resume with: {command}" if steps else ""

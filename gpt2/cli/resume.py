@@ -1,15 +1,22 @@
 """X."""
 
+import logging
+import os
+from dataclasses import asdict
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from gpt2.checkpoint.format import read_record
 from gpt2.cli.complete import resumed_checkpoint
 from gpt2.cli.compose import compose, parsed
 from gpt2.cli.launchers import requeues, uses_submitit
-from gpt2.config import StudyConfig
+from gpt2.config import StudyConfig, TrainRun
 from gpt2.errors import UserError
+
+log = logging.getLogger("gpt2")
 
 
 def folder_arguments(overrides: list[str]) -> list[str]:
@@ -74,3 +81,24 @@ def own_folder(kind: str, name: str, overrides: list[str]) -> str:
 
 def in_hydras_quotes(key: str, value: Any) -> str:
     return f"{key}={QuotedString(str(value), Quote.single).with_quotes()}"
+
+
+def refuse_second_run(config: TrainRun, folder: Path) -> None:
+    """Raise a UserError if a run that is not resumed would start in the folder of another run."""
+    if config.resume or not (folder / "metrics.jsonl").exists():
+        return
+    place = os.path.relpath(folder)
+    if not config.train.auto_resume:
+        raise UserError(f"{folder} already holds a run; resume it (resume={place}) or choose another folder")
+    log.warning(f"Note: {place} has no checkpoint to resume from, its run starts from the beginning")
+
+
+def saved_settings(config: TrainRun) -> tuple[dict[str, Any], str | None]:
+    """The configuration to save in checkpoints, and the W&B id of a resumed run."""
+    settings = asdict(config)
+    if not config.resume:
+        return settings, None
+    record = read_record(Path(config.resume))
+    if config.data.tokenizer == config.resume:  # it was read from the checkpoint; save where it came from originally
+        settings["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
+    return settings, record.get("wandb_id")

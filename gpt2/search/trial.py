@@ -34,7 +34,7 @@ from gpt2.runtime.signals import Interrupted
 from gpt2.search.lease import WORKER
 from gpt2.search.storage import FAILURES, exclusive, storage_errors
 from gpt2.tracking import tracker as tracking
-from gpt2.tracking.tracker import Ended
+from gpt2.tracking.tracker import Ended, Tracker
 from gpt2.training.callbacks import Callback, Metrics
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class RunningTrial(Callback):
         study_id = storage.get_study_id_from_name(config.study_name)
         self.trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.trial = Trial(self.study, self.trial_id)
+        self.tracker: Tracker | None = None  # receives how the run ended
         self._timed_out = False  # by trial_timeout, not by the study's deadline
         self._interrupted_by: int | None = None  # SIGALRM: by a time limit
         self._spent: dict[str, float] = {}
@@ -134,6 +135,11 @@ class RunningTrial(Callback):
     def was_interrupted(self) -> bool:
         """Whether an earlier process started this trial."""
         return not {REASON, DEATHS}.isdisjoint(self.storage.get_trial(self.trial_id).user_attrs)
+
+    @property
+    def label(self) -> str:
+        """Shown in front of the progress line."""
+        return f"trial {self.number} of {self.config.n_trials}"
 
     def is_orphaned(self) -> bool:
         return self.parent not in (None, os.getppid())
@@ -196,7 +202,8 @@ class RunningTrial(Callback):
         code = outcome.ending.exit_code
         if outcome.ending == Ending.INTERRUPTED:
             code += trainer.interrupted_by or SIGTERM
-        trainer.tracker.ended(Ended(outcome.ending.run_state, code, outcome.reason))
+        if self.tracker:
+            self.tracker.outcome = Ended(outcome.ending.run_state, code, outcome.reason)
 
     # ------------------------------------------------------------------------------------------------------------------
     # When it ends

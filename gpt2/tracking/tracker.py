@@ -1,6 +1,6 @@
-"""What a run tells, and to whom: `metrics.jsonl` and `run.json` first, then whoever else listens.
+"""The files that record a run (`metrics.jsonl`, `run.json`, `samples.md`), and the interface of external loggers.
 
-The files are the record of the run. An error of an external logger (`gpt2.tracking.wandb_logger`) never ends a run.
+An error of an external logger (`gpt2.tracking.wandb_logger`) never ends a run.
 """
 
 import json
@@ -19,7 +19,7 @@ from gpt2.runtime.signals import Interrupted
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-Sample = tuple[int, str]  # the step, and what was written
+Sample = tuple[int, str]  # step and text
 
 METRICS, ABOUT = "metrics.jsonl", "run.json"
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
@@ -28,12 +28,12 @@ ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEM
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line cut short by a crash is left out."""
+    """The records of a `metrics.jsonl`, without damaged lines, such as a last one that a crash cut short."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # also what is no UTF-8
+        except ValueError:  # invalid JSON or UTF-8
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -41,7 +41,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def read_about(folder: Path) -> Record:
-    """The `run.json` of a run folder; empty where there is none, or none that can be read."""
+    """The `run.json` of a run folder; empty if it is missing or cannot be read."""
     try:
         about = json.loads((folder / ABOUT).read_bytes())
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def read_about(folder: Path) -> Record:
 
 @dataclass
 class Ended:
-    """How a run ended. The exit code is that of its process, had it been alone in it."""
+    """How a run ended. For a trial of a study, the exit code is that of the same run by itself."""
 
     state: str
     exit_code: int = 0
@@ -68,64 +68,65 @@ class Ended:
 
 
 class ExternalLogger:
-    """Who listens beside the files. This one has no ears: the null object."""
+    """Base class for external loggers; does nothing."""
 
     id: str | None = None
 
     def log(self, record: Record) -> None:
-        """Hear of one record of `metrics.jsonl`."""
+        """Log one record of `metrics.jsonl`."""
 
     def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
-        """See a table, in the place of the one before of that name."""
+        """Show a table; it replaces the previous table of that name."""
 
     def summarize(self, figures: Record) -> None:
-        """Hear figures that the run as a whole came to."""
+        """Log figures of the run as a whole."""
 
     def finish(self, ended: Ended, folder: Path | None) -> None:
-        """Hear how the run ended, and what is in its folder."""
+        """End the run; `folder` is the run folder with its files."""
 
     def where(self) -> str | None:
-        """Where to look at the run, in a line for its end."""
+        """One line that says where the run can be viewed; None if nowhere."""
         return None
 
 
 class Tracker:
-    """Where a run's numbers go. Without a folder and without a guest, nowhere."""
+    """Writes a run's records to its files and to an external logger; without both, nowhere.
+
+    As a context manager it writes to `run.json` that the run is running, and at the end how it ended.
+    """
 
     def __init__(self, folder: Path | None = None, external: ExternalLogger | None = None, about: Record | None = None):
         """
         Args:
-            about: What is known of the run before it begins, for `run.json`.
+            about: Facts that are known before the run starts, for `run.json`.
         """
         self.folder = folder
         self.external = external or ExternalLogger()
         self.about = about or {}
         self.samples: list[Sample] = []
-        self.how_it_ended: Ended | None = None  # None: as the exception says that ends it
+        self.outcome: Ended | None = None  # None: determined by the exception that ends the context
 
     @property
     def path(self) -> Path | None:
         return self.folder and self.folder / METRICS
 
-    def cut_back(self, step: int, evaluated_at: int) -> None:
-        """Forget what came after `step`, or after the evaluation at `evaluated_at`: a resumed run does it again."""
-        if self.folder is None or self.path is None:
-            return
-        if not self.path.exists():
+    def rewind(self, step: int, evaluated_at: int) -> None:
+        """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them."""
+        if self.folder is None or self.path is None or not self.path.exists():
             return
         records = read_metrics(self.path)
-        kept = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
-        self.samples = [(r["step"], r["sample"]) for r in kept if "sample" in r]
+        remaining = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
+        self.samples = [(r["step"], r["sample"]) for r in remaining if "sample" in r]
         lost = len(self.path.read_bytes().splitlines()) - len(records)
         if lost > 1:  # a crash leaves one line unfinished
-            log.warning("%s: %s lines are damaged and left out", self.path, lost)
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+            log.warning("%s: %s damaged lines are removed", self.path, lost)
+        _replace(self.path, "".join(json.dumps(record) + "\n" for record in remaining))
         _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
 
     def log(self, record: Record, sample: str | None = None) -> None:
-        """Add one record; it has `step`, `tokens` and `seconds`. A number that is none (NaN, infinity) becomes null.
+        """Add one record, which has `step`, `tokens` and `seconds`; NaN and infinity become null.
 
-        A sample of text goes with it into `metrics.jsonl`, and is a section of `samples.md`.
+        A sample of text becomes a part of the record in `metrics.jsonl` and a section of `samples.md`.
         """
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._append(METRICS, json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
@@ -136,7 +137,7 @@ class Tracker:
             self.external.show_table("samples", ["step", "text"], [list(sample) for sample in self.samples])
 
     def flush(self) -> None:
-        """Have the disk, not only the kernel, hold all that was logged."""
+        """Write everything that was logged to disk (fsync)."""
         if self.path and self.path.exists():
             with self.path.open("a") as file:
                 os.fsync(file.fileno())
@@ -151,10 +152,6 @@ class Tracker:
             error.filename = str(self.folder / name)
             raise
 
-    def ended(self, ended: Ended) -> None:
-        """Say how the run ended, if it is not as the exception says that ends it."""
-        self.how_it_ended = ended
-
     def __enter__(self) -> "Tracker":
         earlier = read_about(self.folder) if self.folder else {}
         started = {"started": earlier.get("started", _now())}
@@ -162,7 +159,7 @@ class Tracker:
         return self
 
     def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
-        ended = self.how_it_ended or (Ended.by(error) if error else Ended(FINISHED))
+        ended = self.outcome or (Ended.by(error) if error else Ended(FINISHED))
         try:
             self._write_about({**read_about(self.folder), **vars(ended), "ended": _now()} if self.folder else {})
         except OSError as full:
@@ -171,7 +168,7 @@ class Tracker:
                 raise
         finally:
             self.external.finish(ended, self.folder)
-            if error and (where := self.external.where()):  # who ended well says so among other things
+            if error and (where := self.external.where()):  # otherwise the script prints it
                 log.info("W&B: %s", where)
 
     def _write_about(self, about: Record) -> None:
@@ -188,7 +185,7 @@ def _section(step: int, sample: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Give a file another content, all of it or none; also if the power goes."""
+    """Replace the content of a file atomically."""
     content = text.encode()
     if path.exists() and path.read_bytes() == content:
         return

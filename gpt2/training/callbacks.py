@@ -3,8 +3,17 @@
 `trainer` is always a `gpt2.train.Trainer`; it is not annotated because that module is in a layer above.
 """
 
+import logging
+import time
+from collections.abc import Callable, Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from gpt2.runtime.console import ProgressLine
+from gpt2.tracking.tracker import Tracker
+
+log = logging.getLogger(__name__)
 
 Metrics = dict[str, Any]
 
@@ -53,3 +62,103 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Plain entries that are added to the record of each checkpoint."""
         return {}
+
+
+class ConsoleLog(Callback):
+    """Log lines for each record, and a progress line where standard output is a terminal. Every Trainer has one."""
+
+    LINE_SECONDS = 10.0  # between two log lines of a validation
+
+    def __init__(self, label: str = ""):
+        """`label` stands in front of the progress line."""
+        self.label = label
+        self.progress_line = ProgressLine(0)
+        self._last_line = 0.0
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.progress_line = ProgressLine(trainer.total_steps, trainer.progress.step, self.label)
+        self.progress_line.__enter__()
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.progress_line.__exit__()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.progress_line.__exit__()
+
+    def on_step_end(self, trainer: Any) -> None:
+        self.progress_line.step(trainer.progress.step)
+
+    def on_log(self, trainer: Any, metrics: Metrics) -> None:
+        if "train/loss" in metrics:
+            self._log_training(trainer, metrics)
+        if "val/loss" in metrics:
+            self._log_evaluation(trainer, metrics)
+
+    def _log_training(self, trainer: Any, metrics: Metrics) -> None:
+        loss, tokens_per_second = metrics["train/loss"], metrics["train/tokens_per_second"]
+        self.progress_line.figures(loss, tokens_per_second, seconds_left(trainer))
+        log.info(
+            f"step {metrics['step']:,}/{trainer.total_steps:,}  loss {loss:.4f}  "
+            f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/grad_norm']:.2f}  "
+            f"{tokens_per_second:,.0f} tokens/s",
+            extra={"on_progress_line": True},
+        )
+
+    def _log_evaluation(self, trainer: Any, metrics: Metrics) -> None:
+        best = "  (best so far)" if trainer.progress.is_best() else ""
+        log.info(
+            f"step {metrics['step']:,}  validation loss {metrics['val/loss']:.4f}  "
+            f"perplexity {metrics['val/perplexity']:.2f}{best}"
+        )
+        if "sample" in metrics:
+            # Without control characters: they could be escape sequences for the terminal.
+            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in metrics["sample"])
+            log.info("\n".join(f"    | {line}" for line in text.split("\n")))
+
+    def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:
+        self.progress_line.show(f"validating {batch:,}/{batches:,}")
+        now = time.perf_counter()
+        if batch == 0:
+            self._last_line = now
+        elif now - self._last_line > self.LINE_SECONDS:
+            log.info(f"validating: batch {batch:,} of {batches:,}", extra={"on_progress_line": True})
+            self._last_line = now
+
+
+def seconds_left(trainer: Any) -> float:
+    """Until the last step at the mean speed so far, or until the time limit."""
+    progress = trainer.progress
+    by_steps = progress.seconds / max(1, progress.step) * (trainer.total_steps - progress.step)
+    return min(by_steps, trainer.config.max_training_hours * 3600 - progress.seconds)
+
+
+class TrackerLog(Callback):
+    """Writes each record to a Tracker: `metrics.jsonl`, `samples.md` and the external logger."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+
+    def on_train_start(self, trainer: Any) -> None:
+        self.tracker.rewind(trainer.progress.step, trainer.progress.evaluated_at)
+
+    def on_log(self, trainer: Any, metrics: Metrics) -> None:
+        record = {key: value for key, value in metrics.items() if key != "sample"}
+        self.tracker.log(record, metrics.get("sample"))
+
+    def before_checkpoint(self, trainer: Any) -> None:
+        self.tracker.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wandb_id": self.tracker.external.id}
+
+
+class Samples(Callback):
+    """Adds a sample of the model's text to each evaluation."""
+
+    def __init__(self, write: Callable[[int], Iterable[str]]):
+        """`write`: given the step, yields the text piece by piece."""
+        self.write = write
+
+    def extend_evaluation(self, trainer: Any, metrics: Metrics) -> None:
+        pieces = takewhile(lambda _: trainer.interrupted_by is None, self.write(trainer.progress.step))
+        metrics["sample"] = "".join(pieces)

@@ -1,18 +1,20 @@
-"""Steps whose loss or gradient is no finite number: they are kept from the weights, and told.
+"""Detect steps whose loss or gradient is NaN or infinite, and keep them from changing the weights.
 
-On a CPU, with Muon and where the loss is scaled, the host looks before it has the optimizer step. Else, on CUDA, it
-runs ahead of the device and must not wait: there the optimizer itself leaves the step out (AdamW's fused kernel does so
-where `found_inf` is 1, as for loss scaling), and the host hears of it during the next step, before that one changes
-anything.
+On a CPU, with Muon and with loss scaling, the host checks before it calls the optimizer. With AdamW on CUDA the host
+must not wait for the device: there the fused kernel itself skips the step where `found_inf` is 1, and the host reads
+the result during the next step, before that step changes anything.
+
+Private API, checked with torch 2.13: `torch._foreach_norm`, and the attribute `found_inf` of fused optimizers, which
+`torch.amp.GradScaler` sets too. tests/training/test_nonfinite.py fails if they change.
 """
 
 import logging
-from math import isfinite
+from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
 
-from gpt2.config import TrainingConfig
+from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.distributed.parallel import local
 from gpt2.errors import DivergenceError
 
@@ -22,89 +24,107 @@ ADVICE = "A smaller train.learning_rate or a longer train.warmup_steps may help"
 
 
 def gradient_norms(model: nn.Module) -> Tensor:
-    """The norm of the gradient of each parameter that has one, (n,), in their order in the model, on its device.
+    """The gradient norm of each parameter that has a gradient, (n,), in the order of the model, on its device.
 
-    Where ranks hold parts of them, that of this rank's part.
+    Under FSDP these are the norms of this rank's shards.
     """
     return torch.stack(torch._foreach_norm([local(p.grad) for p in model.parameters() if p.grad is not None]))
 
 
-def broken(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of those with a number in them that is not finite."""
+def nonfinite_names(tensors: dict[str, Tensor]) -> list[str]:
+    """The names of the tensors that contain NaN or infinity."""
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     return [name for name, tensor in floats.items() if not torch.linalg.vector_norm(tensor, float("inf")).isfinite()]
 
 
+class MeanLoss:
+    """The mean of losses that stay on the device; a loss that is not finite does not count, its step was skipped."""
+
+    def __init__(self, device: torch.device):
+        self.totals = torch.zeros(2, device=device)  # sum and count
+
+    def add(self, loss: Tensor) -> None:
+        self.totals += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+
+    def compute(self) -> float:
+        """NaN without any finite loss."""
+        total, count = self.totals.tolist()
+        return total / count if count else nan
+
+    def reset(self) -> None:
+        self.totals.zero_()
+
+
 class NonFiniteGuard:
-    """Judges each step. Knows how many were left out, `total` and the newest `in_a_row`."""
+    """Checks each step; counts the skipped ones in all (`total`) and since the last finite one (`in_a_row`)."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainingConfig, loss_is_scaled: bool
     ):
-        """`loss_is_scaled`: fp16; then a gradient beyond its range is no fault, but lowers the scale."""
+        """`loss_is_scaled`: with fp16 an infinite gradient is no error, it lowers the loss scale."""
         self.model, self.optimizer, self.config, self.loss_is_scaled = model, optimizer, config, loss_is_scaled
         self.total = self.in_a_row = 0
-        leaves_out = isinstance(optimizer, torch.optim.AdamW)  # by itself, where `found_inf` is 1
         first = next(model.parameters())
-        is_whole = local(first) is first  # fused AdamW on parts of tensors has not been tried with `found_inf`
-        self.host_runs_ahead = first.device.type == "cuda" and not loss_is_scaled and leaves_out and is_whole
-        self._unheard: tuple[str, Tensor, torch.cuda.Event | None] | None = None
+        is_whole = local(first) is first  # `found_inf` is untested with the sharded tensors of FSDP
+        can_skip = OPTIMIZERS[config.optimizer].skips_nonfinite and is_whole
+        self.host_runs_ahead = first.device.type == "cuda" and not loss_is_scaled and can_skip
+        self._pending: tuple[str, Tensor, torch.cuda.Event | None] | None = None
 
     def check(self, step: str, loss: Tensor, norms: Tensor) -> bool:
-        """Whether the optimizer is to be called for this step. On CUDA it is, and leaves out by itself what is wrong.
+        """Whether to call the optimizer for this step. On CUDA always: its kernel skips non-finite steps by itself.
 
         Args:
-            step: Its place, for whoever reads of it.
-            loss: Its loss, a scalar on the device.
-            norms: What `gradient_norms` returned.
+            step: Number and place in the data, for messages.
+            loss: Scalar on the device.
+            norms: Result of `gradient_norms`.
 
         Raises:
-            Divergence: This step is not finite and `train.on_nonfinite` is `stop`, or too many are, one after another.
-                On CUDA it may be the step before.
+            DivergenceError: This step (on CUDA: the step before) is not finite and `train.on_nonfinite` is `stop`, or
+                more than `train.nonfinite_limit` steps in a row were not finite.
         """
         self.poll()
-        evidence = torch.cat([loss.detach().reshape(1).float(), norms.float()])
+        values = torch.cat([loss.detach().reshape(1).float(), norms.float()])
         if not self.host_runs_ahead:
-            self._unheard = step, evidence.cpu(), None
-            overflows = self.loss_is_scaled and bool(loss.isfinite())  # the scaler leaves it out, and lowers the scale
+            self._pending = step, values.cpu(), None
+            overflows = self.loss_is_scaled and bool(loss.isfinite())  # the scaler skips it and lowers the scale
             return self.poll() or overflows
-        self.optimizer.found_inf = (~evidence.isfinite().all()).float()  # type: ignore[attr-defined]
-        self._unheard = step, *_on_its_way_to_host(evidence)
+        self.optimizer.found_inf = (~values.isfinite().all()).float()  # type: ignore[attr-defined]
+        self._pending = step, *_copy_to_host(values)
         return True
 
     def poll(self) -> bool:
-        """Whether the newest step was finite; of one that was not, this tells once.
+        """Whether the newest step was finite; a non-finite one is reported once.
 
         Raises:
-            Divergence: See `check`.
+            DivergenceError: See `check`.
         """
-        if self._unheard is None:
+        if self._pending is None:
             return True
-        step, evidence, arrived = self._unheard
-        self._unheard = None
+        step, values, arrived = self._pending
+        self._pending = None
         if arrived is not None:
             arrived.synchronize()
-        loss, *norms = evidence.tolist()
+        loss, *norms = values.tolist()
         if all(map(isfinite, (loss, *norms))):
             self.in_a_row = 0
             return True
         self.total += 1
         self.in_a_row += 1
-        told = f"{step}: {self._what_is_wrong(loss, norms)}"
+        problem = f"{step}: {self._describe(loss, norms)}"
         is_overflow = self.loss_is_scaled and isfinite(loss)
         if self.config.on_nonfinite == "stop" and not is_overflow:
             raise DivergenceError(
-                f"{told}; the weights are as before it. {ADVICE}, and train.on_nonfinite=skip leaves such steps out"
+                f"{problem}; the weights are as before it. {ADVICE}, and train.on_nonfinite=skip skips such steps"
             )
         if self.in_a_row > self.config.nonfinite_limit:
             raise DivergenceError(
-                f"{told}, the last of more than train.nonfinite_limit={self.config.nonfinite_limit} steps one after "
-                f"another; the weights are as before them. {ADVICE}"
+                f"{problem}, after train.nonfinite_limit={self.config.nonfinite_limit} such steps in a row; "
+                f"the weights are as before them. {ADVICE}"
             )
-        log.warning("%s: left out, %s so far", told, f"{self.total:,}")
+        log.warning("%s: skipped, %s so far", problem, f"{self.total:,}")
         return False
 
-    def _what_is_wrong(self, loss: float, norms: list[float]) -> str:
+    def _describe(self, loss: float, norms: list[float]) -> str:
         names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         wrong = [name for name, norm in zip(names, norms, strict=False) if not isfinite(norm)]
         in_loss = [] if isfinite(loss) else [f"the loss is {loss}"]
@@ -112,15 +132,15 @@ class NonFiniteGuard:
         more = f", nor that of {len(wrong) - 1} other parameters" if len(wrong) > 1 else ""
         return " and ".join(in_loss + in_gradient) + more
 
-    def state(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
-def _on_its_way_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """A copy on the host, and the event after which it is there; None where it is there at once."""
+def _copy_to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start a copy to the host; on CUDA also the event that marks its end."""
     if tensor.device.type != "cuda":
         return tensor.cpu(), None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -1,23 +1,22 @@
-"""All of a training under way that a checkpoint holds, and taking it up again."""
+"""The state of a training outside of model and optimizer, and the checkpoints of a run folder.
+
+A checkpoint stores the entries of `Trainer.state_dict`: tensors under `<entry>/<name>`, everything else in its record.
+"""
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.errors import DivergenceError, UserError
-from gpt2.ops.linear import name_of
-from gpt2.runtime.device import precision_asked
-from gpt2.runtime.rng import RandomState, seed_of_rank, versions
-from gpt2.training.nonfinite import ADVICE, broken
-from gpt2.training.optimizer import load_optimizer_tensors, optimizer_tensors
-
-if TYPE_CHECKING:
-    from gpt2.train import Trainer
+from gpt2.checkpoint import run_folder
+from gpt2.distributed.process_group import ProcessGroup
+from gpt2.errors import UserError
+from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
 
@@ -26,155 +25,186 @@ SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "
 
 @dataclass
 class Progress:
-    """How far a run has come: all that a resumed run must know beside tensors."""
+    """How far a run has come."""
 
-    step: int = 0  # optimizer updates made
+    step: int = 0  # optimizer updates
     epoch: int = 0
-    position: int = 0  # batches of this epoch that are used up
-    tokens: int = 0  # predicted so far
-    seconds: float = 0.0  # spent in `train`, over all resumptions
-    evaluated_at: int = 0  # the step of the newest evaluation
+    position: int = 0  # batches of this epoch that were trained on
+    tokens: int = 0  # predicted
+    seconds: float = 0.0  # in `train`, over all resumptions
+    evaluated_at: int = 0  # step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
 
-    def advance(self, batches: int, of_epoch: int, tokens: int) -> None:
-        """Count a step. The end of an epoch is the beginning of the next: one place has one name, whoever arrives."""
+    def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
+        """Count a step. The end of an epoch is stored as position 0 of the next one."""
         self.step += 1
         self.tokens += tokens
         self.position += batches
-        if self.position >= of_epoch:
+        if self.position >= batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
 
     def is_best(self) -> bool:
-        """Whether no earlier evaluation was better than one that was made here."""
+        """Whether this step was evaluated and is the best so far."""
         return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss
 
-    def is_as_in(self, other: "Progress | None") -> bool:
-        """Whether nothing but time has passed."""
+    def same_but_time(self, other: "Progress | None") -> bool:
         return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
 
 
-def take(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the record of a checkpoint, whole on rank 0; all ranks must call it.
-
-    Raises:
-        Divergence: A number in it is not finite.
-    """
-    random = RandomState.now(trainer.device)
-    of_ranks = enumerate(trainer.group.gather_object(random.tensors))
-    tensors = {
-        **trainer.parallel.full(
-            {
-                **{f"model/{name}": tensor for name, tensor in trainer.model.state_dict().items()},
-                **{f"optimizer/{name}": t for name, t in optimizer_tensors(trainer.optimizer, trainer.model).items()},
-            }
-        ),
-        **{f"random/{_of_rank(rank)}{name}": t for rank, tensors in of_ranks for name, t in tensors.items()},
-        "losses_since_log": trainer.losses_since_log,
-    }
-    if names := broken(tensors):
-        raise DivergenceError(
-            f"step {trainer.progress.step}: {names[0]} is no longer finite, and is not saved; {ADVICE}"
-        )
-    record = {
-        **_circumstances(trainer),
-        "run": trainer.run,
-        "wandb_id": trainer.tracker.external.id,
-        "tokenizer": trainer.tokenizer and trainer.tokenizer.to_json(),
-        "progress": asdict(trainer.progress),
-        "steps_left_out": trainer.nonfinite.state(),
-        "scaler": trainer.scaler.state_dict(),
-        "random": random.elsewhere,
-        **{key: value for callback in trainer.callbacks for key, value in callback.state_dict().items()},
-    }
-    return tensors, record
+# ---------------------------------------------------------------------------------------------------------------------
+# State dicts and files
 
 
-def _circumstances(trainer: "Trainer") -> dict[str, Any]:
-    """What decides how a training goes on, beside its state."""
-    return {
-        "model": asdict(trainer.model.config),
-        "train": asdict(trainer.config),
-        "data": getattr(trainer.train_loader.dataset, "fingerprint", None),
-        "machine": {
-            "device": trainer.device.type,
-            "precision": trainer.precision.name,
-            "linear": name_of(trainer.model.linear),
-            "compiled": trainer.is_compiled,
-            "threads": torch.get_num_threads(),
-            "ranks": trainer.group.size,
-            "strategy": trainer.strategy if trainer.group.size > 1 else None,
-        },
-        "versions": versions(),
-    }
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split the entries of a state dict into tensors by path and plain values for the record."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for entry, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[entry] = value
+        elif isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values()):
+            tensors |= {f"{entry}/{name}": item for name, item in value.items() if isinstance(item, Tensor)}
+            if rest := {name: item for name, item in value.items() if not isinstance(item, Tensor)}:
+                plain[entry] = rest
+        else:
+            plain[entry] = value
+    return tensors, plain
 
 
-def restore(trainer: "Trainer", path: Path, accept_other_data: bool) -> None:
-    """Have a trainer go on from a checkpoint, and log what is not as it was then.
+class StoredState(Mapping[str, Any]):
+    """The entries of a state dict in a checkpoint file; the tensors of each are read when it is accessed."""
 
-    Raises:
-        UserError: The file is missing, damaged, or of a model of another shape or of another corpus.
-    """
-    record, now = checkpoint.read_record(path), _circumstances(trainer)
-    model = record["model"]
-    if other := [f"{k}={model.get(k)}, not {now['model'][k]}" for k in SHAPE if model.get(k) != now["model"][k]]:
-        raise UserError(f"checkpoint: {path} holds a model of another shape: {', '.join(other)}")
-    is_same_data = record["data"] == now["data"]
-    if not is_same_data and not accept_other_data:
-        raise UserError(
-            f"checkpoint: {path} was trained on other data (fingerprint {record['data']}, not {now['data']}); "
-            f"resume_changes=true goes on with these"
-        )
-    _compute_as_then(trainer, record)
-    now = _circumstances(trainer)
-    before = _flat(record)
-    for key, value in _flat(now).items():
-        if before.get(key) != value:
-            log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
+    def __init__(self, path: Path):
+        self.path, self.record = path, checkpoint.read_record(path)
 
-    shapes = trainer.model.state_dict()
-    trainer.model.load_state_dict(trainer.parallel.parts(checkpoint.read_tensors(path, "model/"), shapes))
-    if record["train"].get("optimizer", "adamw") != trainer.config.optimizer:
-        log.warning("The optimizer is another one: it begins without memory")
+    def __getitem__(self, entry: str) -> Any:
+        tensors = checkpoint.read_tensors(self.path, entry)
+        if "" in tensors:
+            return tensors[""]
+        if not tensors:
+            return self.record[entry]
+        named = {name.removeprefix("/"): tensor for name, tensor in tensors.items()}
+        return named if entry in DESCRIPTION else {**self.record.get(entry, {}), **named}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.record)
+
+    def __len__(self) -> int:
+        return len(self.record)
+
+
+DESCRIPTION = ("model", "train", "data", "machine", "versions")  # entries of the record that describe the run
+
+
+def random_state_dict(device: torch.device, group: ProcessGroup) -> dict[str, Any]:
+    """All ranks' random states, on rank 0: `cpu`, `cuda`, `rank1/cpu`, ..., and `python` and `numpy` of rank 0."""
+    own = RandomState.now(device)
+    ranks = enumerate(group.gather_object(own.tensors))
+    tensors = {f"{_rank_prefix(rank)}{name}": t for rank, states in ranks for name, t in states.items()}
+    return {**tensors, **own.elsewhere}
+
+
+def load_random_state_dict(state: Mapping[str, Any], device: torch.device, group: ProcessGroup, seed: int) -> None:
+    """Restore this rank's random state; `seed` is for a rank that the saved run did not have."""
+    prefix = _rank_prefix(group.rank)
+    states = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor) and "/" not in name}
+    if tensors:
+        plain = {} if group.rank else {name: state[name] for name in ("python", "numpy")}
+        RandomState(device, tensors, plain).restore()
     else:
-        memory = checkpoint.read_tensors(path, "optimizer/")
-        like = {name: shapes[name.split("/", 1)[1]] for name in memory}
-        load_optimizer_tensors(trainer.optimizer, trainer.model, trainer.parallel.parts(memory, like))
-    if trainer.scaler.is_enabled() and record["scaler"]:  # the other device may need no scaling
-        trainer.scaler.load_state_dict(record["scaler"])
-    trainer.nonfinite.load_state(record["steps_left_out"])
-    progress = Progress(**record["progress"])
-    blocks_used = progress.position * record["train"]["batch_size"]
-    position = blocks_used // trainer.config.batch_size if is_same_data else 0
-    trainer.progress = replace(progress, position=position)
-    trainer.losses_since_log = checkpoint.read_tensors(path, "losses_since_log")[""].clone().to(trainer.device)
-    rank = trainer.group.rank
-    if random := checkpoint.read_tensors(path, f"random/{_of_rank(rank)}"):
-        RandomState(trainer.device, random, {} if rank else record["random"]).restore()
-    else:  # there were fewer ranks then
-        torch.manual_seed(seed_of_rank(trainer.config.seed, rank, progress.step))
+        torch.manual_seed(seed)
 
 
-def _of_rank(rank: int) -> str:
-    """What stands before the names of a rank's random states; those of rank 0 are called as if it were alone."""
+def _rank_prefix(rank: int) -> str:
     return f"rank{rank}/" if rank else ""
 
 
-def _compute_as_then(trainer: "Trainer", record: dict[str, Any]) -> None:
-    """Have a trainer compute in the way that the run began in, where that is left to `auto`: it may be another today.
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming under other circumstances
 
-    Runs of earlier versions computed in fp32 on a CPU, by PyTorch's products.
+
+def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any], accept_other_data: bool) -> None:
+    """Compare the descriptions of the saved and of the current run.
+
+    Raises:
+        UserError: The model has another shape, or the data are others and are not accepted.
     """
-    machine, config = record["machine"], trainer.config
-    if machine["device"] != trainer.device.type:
-        return
-    precision = machine["precision"] if precision_asked(config) == "auto" else None
-    is_same = machine["precision"] == (precision or trainer.precision.name)
-    compiled = machine.get("compiled", bool(record["train"].get("compile"))) if config.compile == "auto" else None
-    trainer.compute_as(precision, machine.get("linear", "PyTorch") if is_same else None, compiled)
+    model, other = saved["model"], current["model"]
+    if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in SHAPE if model.get(key) != other[key]]:
+        raise UserError(f"checkpoint: {path} holds a model of another shape: {', '.join(problems)}")
+    if saved["data"] != current["data"] and not accept_other_data:
+        raise UserError(
+            f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
+            f"resume_changes=true continues with the new data"
+        )
 
 
-def _flat(circumstances: dict[str, Any]) -> dict[str, Any]:
-    groups = ("model", "train", "machine", "versions")
-    values = {f"{group}.{key}": value for group in groups for key, value in circumstances[group].items()}
-    return {**values, "data": circumstances["data"]}
+def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Log each value of the run's description that differs from the checkpoint's."""
+    before = _flat(saved)
+    for key, value in _flat(current).items():
+        if before.get(key) != value:
+            log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
+
+
+def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [group for group in DESCRIPTION if group != "data"]
+    values = {f"{group}.{key}": value for group in groups for key, value in description[group].items()}
+    return {**values, "data": description["data"]}
+
+
+def restored_progress(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Progress:
+    """The saved progress; with another batch size the position is converted, with other data the epoch restarts."""
+    progress = Progress(**saved["progress"])
+    blocks = progress.position * saved["train"]["batch_size"]
+    is_same_data = saved["data"] == current["data"]
+    return replace(progress, position=blocks // current["train"]["batch_size"] if is_same_data else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run
+
+
+class RunCheckpoints:
+    """The folder with a run's checkpoints: which state is already saved, their names, and which are removed."""
+
+    def __init__(self, folder: Path, keep: int, is_main: bool):
+        self.folder, self.keep, self.is_main = folder, keep, is_main
+        self.saved: Progress | None = None  # progress of the newest checkpoint
+        self._is_ours = False  # whether the checkpoints in the folder belong to this run
+        self._foreign: set[Path] = set()  # those that do not; they are never removed
+
+    def prepare(self) -> None:
+        """Remove unfinished files, and warn if the folder holds checkpoints of another run."""
+        if not self.is_main:
+            return
+        self._foreign = set() if self._is_ours else set(run_folder.newest_first(self.folder))
+        if self._foreign:
+            log.warning("%s holds another run: its best_model.pth and last.pth are replaced", self.folder)
+        run_folder.remove_unfinished(self.folder)
+
+    def path_of(self, progress: Progress) -> Path:
+        return self.folder / run_folder.step_name(progress.step)
+
+    def loaded(self, path: Path, progress: Progress) -> None:
+        self._is_ours = path.parent.resolve() == self.folder.resolve()
+        if path.resolve() == self.path_of(progress).resolve():
+            self.saved = replace(progress)
+
+    def added(self, progress: Progress) -> None:
+        self.saved, self._is_ours = replace(progress), True
+        self.add_names(progress)
+
+    def add_names(self, progress: Progress) -> None:
+        """Give the newest checkpoint its second names, `last.pth` and, if it is the best, `best_model.pth`."""
+        if not self.is_main:
+            return
+        run_folder.add_name(self.path_of(progress), run_folder.LAST)
+        if progress.is_best():
+            run_folder.add_name(self.path_of(progress), run_folder.BEST)
+
+    def prune(self, progress: Progress) -> None:
+        if self.is_main:
+            run_folder.prune(self.folder, self.keep, progress.step, self._foreign)

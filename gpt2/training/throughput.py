@@ -1,4 +1,4 @@
-"""How fast a training goes."""
+"""Training time and throughput."""
 
 import time
 from collections.abc import Iterator
@@ -6,30 +6,30 @@ from contextlib import contextmanager
 
 
 class Throughput:
-    """Counts the seconds of a training over all resumptions, and the tokens a second since it was last asked."""
+    """Measures the seconds of a training over all resumptions, and tokens per second between two log records."""
 
     def __init__(self) -> None:
-        self.begin(0.0, 0)
+        self.start(0.0, 0)
 
-    def begin(self, seconds: float, tokens: int) -> None:
-        """From here on; so many seconds were spent and so many tokens predicted before."""
+    def start(self, seconds: float, tokens: int) -> None:
+        """Start the clock at the seconds and tokens of earlier sessions of the run."""
         now = time.perf_counter()
-        self.began, self._asked, self._tokens = now - seconds, now, tokens
+        self.started, self._last_time, self._last_tokens = now - seconds, now, tokens
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.started
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens within says nothing of the speed of training."""
-        began = time.perf_counter()
+    def pause(self) -> Iterator[None]:
+        """Exclude what happens inside, such as an evaluation, from tokens per second (but not from `seconds`)."""
+        started = time.perf_counter()
         yield
-        self._asked += time.perf_counter() - began
+        self._last_time += time.perf_counter() - started
 
     def tokens_per_second(self, tokens: int) -> float:
-        """Since the last time that this was asked; `tokens` are all that were predicted so far."""
+        """Since the previous call; `tokens` is the total of the run."""
         now = time.perf_counter()
-        speed = (tokens - self._tokens) / (now - self._asked)
-        self._asked, self._tokens = now, tokens
+        speed = (tokens - self._last_tokens) / (now - self._last_time)
+        self._last_time, self._last_tokens = now, tokens
         return speed

@@ -2,7 +2,7 @@
 
 from gpt2.analysis.plotting import draw_curves
 from gpt2.tracking.tracker import Tracker
-from tests.test_tracking import record
+from tests.tracking.test_tracker import record
 
 
 def test_draw_curves_of_runs_with_and_without_evaluations(tmp_path):

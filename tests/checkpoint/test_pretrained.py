@@ -164,7 +164,7 @@ def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(w
 
     shutil.rmtree(folder)
     resumed = workspace.run("train.py", "resume=latest", "train.max_steps=10")
-    assert "Going on after step 8" in resumed.stdout
+    assert "Resuming after step 8" in resumed.stdout
 
 
 def test_fine_tuning_starts_from_the_weights_of_a_run(workspace):

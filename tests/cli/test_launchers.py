@@ -178,7 +178,7 @@ def check_that_both_went_on(workspace: Workspace, sweep: Path) -> None:
     workspace.environment.pop("GPT2_FAULT", None)
     workspace.run("train.py", "-m", *SWEEP, "hydra.sweep.dir=straight")
     for number in "01":
-        assert "Going on after step" in (sweep / number / "train.log").read_text()
+        assert "Resuming after step" in (sweep / number / "train.log").read_text()
         assert figures(sweep / number) == figures(workspace.folder / "straight" / number)
         assert len(figures(sweep / number)) == 19
 
@@ -257,7 +257,7 @@ def test_trials_that_are_warned_wait_and_are_gone_on_with_in_new_jobs(workspace:
     assert process.wait(timeout=60) == 0
     study = study_in(workspace.folder)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
-    assert all("Going on after step" in (folder / number / "train.log").read_text() for number in "01")
+    assert all("Resuming after step" in (folder / number / "train.log").read_text() for number in "01")
     interrupted = [figures(folder / number) for number in "01"]
 
     workspace.environment.pop("GPT2_FAULT")

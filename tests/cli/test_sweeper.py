@@ -359,7 +359,7 @@ def test_a_worker_that_is_asked_to_end_leaves_its_trial_to_another(workspace: Wo
     os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
     assert process.wait(timeout=120) == 0
     assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
-    assert "Going on after step" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
+    assert "Resuming after step" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
 
 
 def pids_in(folder: Path) -> list[int]:
@@ -388,7 +388,7 @@ def test_a_parallel_study_that_is_ended_goes_on_where_it_was(workspace: Workspac
     trials = study_in(workspace.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
     for trial in trials:
-        assert "Going on after step" in (workspace.folder / f"outputs/sweeps/mine/{trial.number}/train.log").read_text()
+        assert "Resuming after step" in (workspace.folder / f"outputs/sweeps/mine/{trial.number}/train.log").read_text()
     wait_for(lambda: not pids_in(workspace.folder), seconds=20)
 
 

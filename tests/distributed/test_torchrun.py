@@ -241,7 +241,7 @@ def test_a_run_that_broke_goes_on_with_any_number_of_ranks(place):
     whole = trained(place, 2)
     broken = start(place, 2, *SAME, *DRY, "hydra.run.dir=broken", GPT2_FAULT="exception@7%1")
     _, err = ends(broken, 1)
-    assert "rank 1: RuntimeError: on purpose. Step 4 is saved, go on with: torchrun --nproc_per_node=2" in err
+    assert "rank 1: RuntimeError: on purpose. Step 4 is saved, resume with: torchrun --nproc_per_node=2" in err
     for group, more in ((1, []), (4, []), (2, ["distributed.strategy=fsdp"])):
         name = f"broken-{group}"
         shutil.copytree(place.folder / "broken", place.folder / name)
@@ -261,7 +261,7 @@ def test_the_same_number_of_ranks_goes_on_to_the_bit(place):
     out, err = process.communicate(timeout=60)
     assert err.count("Interrupted: finishing this step") == 1
     assert read_about(stopped)["state"] == "interrupted"
-    assert "Go on with:  torchrun --nproc_per_node=2 train.py resume=stopped" in out
+    assert "Resume with:  torchrun --nproc_per_node=2 train.py resume=stopped" in out
     ends(start(place, 2, "resume=stopped"))
     assert numbers(stopped) == numbers(whole)
     before, after = weights(whole), weights(stopped)
@@ -281,7 +281,7 @@ def test_what_is_killed_on_one_machine_is_started_again_on_all_and_goes_on_by_it
     printed = [machine.communicate(timeout=120) for machine in machines]
     out, err = ("".join(texts) for texts in zip(*printed, strict=True))
     assert {machine.returncode for machine in machines} == {0}, err
-    assert out.count("Going on after step") == 1
+    assert out.count("Resuming after step") == 1
     assert numbers(place.folder / "restarted") == numbers(whole)
 
 

@@ -97,7 +97,7 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
     newest.write_bytes(damage.good[:-1])
     resumed = place.run("train.py", *SMALL, *options)
     not_back += complain(place, resumed, {0})
-    if f"{newest.name} is damaged" not in resumed.output or "Going on after step 8" not in resumed.output:
+    if f"{newest.name} is damaged" not in resumed.output or "Resuming after step 8" not in resumed.output:
         not_back.append(f"train.py does not tell: {resumed.output}")
     return [
         Row("checkpoint flipped, cut, exchanged, zeroed, longer, gone", count, "accepted", accepted),

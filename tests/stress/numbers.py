@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.tracking.tracker import read_metrics
-from gpt2.training.nonfinite import broken
+from gpt2.training.nonfinite import nonfinite_names
 from tests.stress.table import Row, complain
 from tests.stress.warm import SMALL, Place
 
@@ -39,7 +39,7 @@ def not_finite(count: int, folder: Path, random: random.Random) -> list[Row]:
             poisoned.append(f"{fault}: no word of it: {ended.output[-300:]}")
         for run in place.runs():
             for path in run.glob("checkpoints/*.pth"):
-                poisoned += [f"{fault}: {path.name} {name}" for name in broken(checkpoint.read_tensors(path))]
+                poisoned += [f"{fault}: {path.name} {name}" for name in nonfinite_names(checkpoint.read_tensors(path))]
             losses = [record["train/loss"] for record in read_metrics(run / "metrics.jsonl") if "train/loss" in record]
             poisoned += [f"{fault}: logged {loss}" for loss in losses if loss is not None and not 0.1 < loss < math.inf]
         place.environment = {"GPT2_FAULT": ""}

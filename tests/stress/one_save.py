@@ -9,6 +9,7 @@ from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.model import GPT2Model
 from gpt2.tracking.tracker import Tracker
 from gpt2.train import Trainer
+from gpt2.training.callbacks import TrackerLog
 
 
 def main(folder: Path) -> None:
@@ -21,11 +22,10 @@ def main(folder: Path) -> None:
     )
     loader, *_ = get_dataloaders(blocks, blocks, blocks, config)
     model = GPT2Model(GPT2Config(61, 16, 16, 2, 1, 32, 0.1, 0.1, 0.1))
-    trainer = Trainer(model, loader, loader, config, str(folder / "checkpoints"), Tracker(folder))
+    trainer = Trainer(model, loader, loader, config, str(folder / "checkpoints"), [TrackerLog(Tracker(folder))])
     before = first_intact(newest_first(folder / "checkpoints"))
     if before:
         trainer.load_checkpoint(str(before))
-    trainer.tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
     config.max_steps = trainer.progress.step + 1
     trainer.train()  # one step, an evaluation that is the best so far, a save with all that belongs to it
 

@@ -14,11 +14,11 @@ from gpt2.checkpoint import run_folder
 from gpt2.config import TrainingConfig
 from gpt2.errors import DivergenceError
 from gpt2.tracking.tracker import Tracker, read_metrics
-from gpt2.training.nonfinite import NonFiniteGuard, broken, gradient_norms
+from gpt2.training.nonfinite import NonFiniteGuard, gradient_norms, nonfinite_names
 from gpt2.training.optimizer import build_optimizer, optimizer_tensors
 from tests import fault_injection
 from tests.helpers import noisy_model, tiny_config
-from tests.test_train import InterruptsAt, assert_same_state, logged, make_trainer
+from tests.test_train import InterruptAt, assert_same_state, logged, make_trainer
 
 blocks = training.blocks  # the fixture
 FIRST = "token_embedding.weight"
@@ -92,7 +92,7 @@ def test_one_look_is_enough_and_nothing_is_told_twice(ahead, caplog):
     assert judge.poll()
     assert judge.total == 1
     assert len(caplog.records) == 1
-    assert "step 1: the loss is nan: left out, 1 so far" in caplog.text
+    assert "step 1: the loss is nan: skipped, 1 so far" in caplog.text
 
 
 def test_the_first_parameter_is_named_and_the_others_are_counted():
@@ -138,7 +138,9 @@ def test_so_many_steps_are_skipped_one_after_another_and_one_more_ends_the_run(a
     before = state(judge)
     for _ in range(limit):
         take_step(judge, number := number + 1, loss=nan)
-    with pytest.raises(DivergenceError, match=f"^step {number + 1}: .* more than train.nonfinite_limit={limit} steps"):
+    with pytest.raises(
+        DivergenceError, match=f"^step {number + 1}: .* after train.nonfinite_limit={limit} such steps in a row"
+    ):
         take_step(judge, number + 1, loss=nan)
         judge.poll()
     assert judge.total == 3 * limit + 1
@@ -154,8 +156,8 @@ def test_the_count_goes_on_after_a_resumption(ahead):
         if number == 2:
             take_step(first, 3)
     first.poll()
-    second.load_state(json.loads(json.dumps(first.state())))
-    assert second.state() == first.state() == {"total": 4, "in_a_row": 2}
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.state_dict() == first.state_dict() == {"total": 4, "in_a_row": 2}
     take_step(second, 6, loss=nan)
     with pytest.raises(DivergenceError, match="nonfinite_limit=3"):
         take_step(second, 7, loss=nan)
@@ -198,12 +200,12 @@ def test_broken_names_what_holds_a_number_that_is_none():
         "integers": torch.tensor([2**62, -1]),
         "bytes": torch.tensor([255], dtype=torch.uint8),
     }
-    assert broken(good) == []
+    assert nonfinite_names(good) == []
     for name in ("large", "bf16", "fp16", "fp64", "zero_dim"):
         for value in (nan, inf, -inf):
             spoiled = {**good, name: good[name].clone()}
             spoiled[name].view(-1)[-1] = value
-            assert broken(spoiled) == [name]
+            assert nonfinite_names(spoiled) == [name]
 
 
 # A whole run
@@ -214,15 +216,14 @@ def fault(monkeypatch):
     return lambda text: monkeypatch.setenv(fault_injection.VARIABLE, text)
 
 
-def run(blocks, folder: Path, ahead: bool = False, tracker: type[Tracker] | None = None, load: bool = False, **options):
+def run(blocks, folder: Path, ahead: bool = False, load: bool = False, **options):
     """A run of 9 steps, evaluated, saved and logged at each unless told otherwise."""
     folder.mkdir(exist_ok=True)
     each = {"eval_every": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 99, "max_steps": 9}
-    trainer = make_trainer(blocks, folder, 0.1, tracker=(tracker or Tracker)(folder), **{**each, **options})
-    trainer.nonfinite.host_runs_ahead = ahead
+    trainer = make_trainer(blocks, folder, 0.1, tracker=Tracker(folder), **{**each, **options})
+    trainer.guard.host_runs_ahead = ahead
     if load:
         trainer.load_checkpoint(str(folder / run_folder.LAST))
-        trainer.tracker.cut_back(trainer.progress.step, trainer.progress.evaluated_at)
     trainer.train()
     return trainer
 
@@ -231,7 +232,7 @@ def assert_finite_checkpoints(folder: Path, *steps: int) -> None:
     assert [run_folder.step_of(path) for path in sorted(folder.glob("step_*"))] == list(steps)
     for path in folder.glob("*.pth"):
         checkpoint.verify(path)
-        assert broken(checkpoint.read_tensors(path)) == []
+        assert nonfinite_names(checkpoint.read_tensors(path)) == []
 
 
 def losses(folder: Path) -> dict[int, float | None]:
@@ -315,7 +316,7 @@ def test_the_mean_loss_that_is_logged_is_that_of_the_steps_that_were_taken(block
         6: pytest.approx((each[4] + each[6]) / 2),
         9: None,
     }
-    assert trainer.losses_since_log.tolist() == [0, 0]
+    assert trainer.losses_since_log.totals.tolist() == [0, 0]
 
 
 def test_the_loss_of_an_epoch_without_a_finite_step_is_no_number(blocks, tmp_path, fault):
@@ -330,7 +331,7 @@ def test_a_skipping_run_that_was_interrupted_is_the_uninterrupted_one(blocks, tm
     fault("nan_loss@3-5,inf_gradient@8")
     options = {"on_nonfinite": "skip", "ahead": ahead, "eval_every": 4, "save_every": 99}
     run(blocks, tmp_path / "straight", **options)
-    first = run(blocks, tmp_path / "cut", tracker=lambda folder: InterruptsAt(folder, stop_at), **options)
+    first = run(blocks, tmp_path / "cut", callbacks=[InterruptAt(stop_at)], **options)
     assert (first.interrupted_by, first.progress.step) == (signal.SIGINT, stop_at)
     run(blocks, tmp_path / "cut", load=True, **options)
     for name in (run_folder.LAST, run_folder.BEST):
@@ -344,14 +345,14 @@ def test_a_skipping_run_that_was_interrupted_is_the_uninterrupted_one(blocks, tm
 def test_an_interruption_does_not_lengthen_the_limit(blocks, tmp_path, fault, ahead):
     fault("nan_gradient@3-9")
     options = {"on_nonfinite": "skip", "nonfinite_limit": 3, "ahead": ahead, "eval_every": 99, "save_every": 99}
-    run(blocks, tmp_path, tracker=lambda folder: InterruptsAt(folder, 4), **options)
-    with pytest.raises(DivergenceError, match=r"^step 6 .* more than train.nonfinite_limit=3"):
+    run(blocks, tmp_path, callbacks=[InterruptAt(4)], **options)
+    with pytest.raises(DivergenceError, match=r"^step 6 .* after train.nonfinite_limit=3 such steps"):
         run(blocks, tmp_path, load=True, **options)
 
 
 def test_weights_that_are_not_finite_are_never_saved_even_if_skipping(blocks, tmp_path, fault):
     fault("nan_weight@4")
-    with pytest.raises(DivergenceError, match=r"^step 4: .*final_norm.bias is no longer finite, and is not saved"):
+    with pytest.raises(DivergenceError, match=r"^step 4: .*final_norm.bias is not finite, not saved"):
         run(blocks, tmp_path, on_nonfinite="skip", eval_every=99)
     assert_finite_checkpoints(tmp_path, 1, 2, 3)
 
@@ -361,7 +362,7 @@ def test_fp16_lowers_its_scale_where_a_gradient_overflows_and_stops_where_a_loss
     options = {"precision": "fp16", "ahead": ahead}
     fault("inf_gradient@4-5")
     trainer = run(blocks, tmp_path, **options)
-    assert trainer.nonfinite.total == 2
+    assert trainer.guard.total == 2
     assert trainer.scaler.get_scale() == 2**16 / 4
     before, after = (checkpoint.read_tensors(tmp_path / run_folder.step_name(step), "model/") for step in (3, 5))
     assert_same(before, after)

@@ -29,7 +29,7 @@ def test_cutting_back_forgets_later_steps_and_a_line_cut_by_a_crash(tmp_path):
         tracker.log(record(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tok')
-    tracker.cut_back(3, evaluated_at=0)
+    tracker.rewind(3, evaluated_at=0)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
@@ -40,7 +40,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_of_is_forgotten_with_it
         tracker.log(record(step, **{"val/loss": 2.0}), sample=f"text {step}")
     before = (tmp_path / "samples.md").read_text()
     resumed = Tracker(tmp_path)
-    resumed.cut_back(4, evaluated_at=2)
+    resumed.rewind(4, evaluated_at=2)
     assert [(r["step"], "val/loss" in r) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         (2, False),
         (2, True),
@@ -55,7 +55,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Tracker() as tracker:
         tracker.log(record(1), sample="text")
-        tracker.cut_back(0, 0)
+        tracker.rewind(0, 0)
         tracker.flush()
     assert not list(tmp_path.iterdir())
 

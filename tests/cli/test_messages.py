@@ -149,13 +149,13 @@ def test_what_is_on_already_is_not_proposed(tmp_path):
 def test_how_to_go_on_is_told_where_something_is_saved(tmp_path, error, kind, exit_code, command):
     nothing = explain_failure(error, run_of(8), tmp_path, RESUME)
     assert (type(nothing), nothing.exit_code) == (kind, exit_code)
-    assert "go on with" not in str(nothing)
+    assert "resume with" not in str(nothing)
     (tmp_path / "checkpoints").mkdir()
     for name in (step_name(999), step_name(1200), LAST):
         (tmp_path / "checkpoints" / name).touch()
     saved = explain_failure(error, run_of(8), tmp_path, RESUME)
     assert type(saved) is kind
     assert str(saved).startswith(str(nothing))
-    assert str(saved).endswith(f". Step 1,200 is saved, go on with: {RESUME} {command}".rstrip())
+    assert str(saved).endswith(f". Step 1,200 is saved, resume with: {RESUME} {command}".rstrip())
     assert len(saved.problems) == 1
     assert "\n" not in saved.problems[0]
