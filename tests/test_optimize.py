@@ -25,7 +25,7 @@ from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.optimize import SPACE, OptunaOptimizer, with_parameters
 from gpt2.runtime.signals import Interrupted
-from gpt2.search import plots as study_pictures
+from gpt2.search import report
 from gpt2.train import Trainer
 from tests.helpers import tiny_config
 
@@ -44,8 +44,8 @@ def only_new_garbage():
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    """They take a second, and have their own tests."""
-    monkeypatch.setattr(study_pictures, "PICTURES", {})
+    """Pictures take a second and have their own tests."""
+    monkeypatch.setattr(report, "draw", lambda study: {})
 
 
 def make_optimizer(folder: Path, blocks=BLOCKS, training=None, **study) -> OptunaOptimizer:

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpt2.analysis.compare import as_markdown
 from gpt2.runtime.files import atomic_write
 from gpt2.search.plots import draw
-from gpt2.search.study import shown_parameters, shown_value, state_name
+from gpt2.search.study import shown_parameters, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
 
 FIGURES = ("steps", "tokens", "seconds")  # of SPENT
@@ -42,7 +42,7 @@ def summary(study: optuna.Study) -> str:
     lines = [f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
     if best := best_of(study):
         lines.append(f"The best is trial {best.number}, {best.value:.4f}: {shown_parameters(best)}.")
-    tokens = {trial.number: _spent(trial, "tokens") or 0 for trial in trials}
+    tokens = {trial.number: trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials}
     whole = max((tokens[trial.number] for trial in trials if trial.state == TrialState.COMPLETE), default=0)
     pruned = [tokens[trial.number] for trial in trials if trial.state == TrialState.PRUNED]
     if pruned and whole:
@@ -52,14 +52,6 @@ def summary(study: optuna.Study) -> str:
     return "\n".join(lines)
 
 
-def _spent(trial: FrozenTrial, figure: str) -> Any:
-    return trial.user_attrs.get(SPENT, {}).get(figure)
-
-
-def _keys(trials: list[FrozenTrial]) -> list[str]:
-    return sorted({key for trial in trials for key in trial.params})
-
-
 def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float]:
     """Complete trials before pruned ones before those without a value; the better first."""
     states = [TrialState.COMPLETE, TrialState.PRUNED]
@@ -67,46 +59,41 @@ def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float]:
     return place, inf if trial.value is None else sign * trial.value
 
 
+def _columns(trials: list[FrozenTrial], *others: str) -> list[str]:
+    return ["trial", "state", "value", *sorted({key for trial in trials for key in trial.params}), *others]
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    losses = {f"evaluation {number + 1}": loss for number, loss in trial.intermediate_values.items()}
+    reason = trial.user_attrs.get(REASON) or ""
+    spent = trial.user_attrs.get(SPENT, {})
+    values = {"trial": trial.number, "state": state_name(trial), "value": trial.value, "reason": reason}
+    return {**values, **trial.params, **spent, **losses}
+
+
 def table(study: optuna.Study) -> str:
     """All trials in Markdown, the best first."""
     trials = study.get_trials(deepcopy=False)
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
-    keys = _keys(trials)
-    rows = [["trial", "state", "value", *keys, "evaluations", "seconds", "reason"]]
+    columns = _columns(trials, "evaluations", "seconds", "reason")
+    rows = [columns]
     for trial in sorted(trials, key=lambda trial: _rank(trial, sign)):
-        seconds = _spent(trial, "seconds")
-        rows.append(
-            [
-                *(str(trial.number), state_name(trial), shown_value(trial).split(" at ")[0].strip()),
-                *(_short(trial.params.get(key)) for key in keys),
-                *(str(len(trial.intermediate_values)), "" if seconds is None else f"{seconds:.1f}"),
-                (trial.user_attrs.get(REASON) or "")[:120],
-            ]
-        )
+        values = {**_row(trial), "evaluations": len(trial.intermediate_values)}
+        rows.append([_short(values.get(column), 5 if column == "value" else 4) for column in columns])
     return as_markdown(rows)
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str("" if value is None else value)
+def _short(value: Any, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else "" if value is None else str(value)[:120]
 
 
 def csv_of(study: optuna.Study) -> str:
     """One line a trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
     trials = study.get_trials(deepcopy=False)
-    keys = _keys(trials)
     evaluations = sorted({number for trial in trials for number in trial.intermediate_values})
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     losses = [f"evaluation {number + 1}" for number in evaluations]
-    writer.writerow(["trial", "state", "value", *keys, *FIGURES, "reason", *losses])
-    for trial in trials:
-        writer.writerow(
-            [
-                *(trial.number, state_name(trial), trial.value),
-                *(trial.params.get(key) for key in keys),
-                *(_spent(trial, figure) for figure in FIGURES),
-                trial.user_attrs.get(REASON) or "",
-                *(trial.intermediate_values.get(number) for number in evaluations),
-            ]
-        )
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _columns(trials, *FIGURES, "reason", *losses), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_row, trials))
     return file.getvalue()

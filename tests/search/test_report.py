@@ -1,16 +1,16 @@
-"""What a study has found: the table, the file for spreadsheets, the pictures."""
+"""The report of a study: table, CSV file, pictures."""
 
 import csv
 import math
 
+import matplotlib.pyplot as plt
 import optuna
 import pytest
-from matplotlib.figure import Figure
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from gpt2.search import report
-from gpt2.search.plots import PICTURES, draw
+from gpt2.search.plots import draw, evaluations
 
 SPACE = {
     "train.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
@@ -20,7 +20,7 @@ SPACE = {
 
 
 def study_of(count: int, direction: str = "minimize") -> optuna.Study:
-    """Trials whose loss depends on the learning rate; every third is pruned, the last one has failed."""
+    """Trials whose loss depends on the learning rate; every third is pruned, the last one failed."""
     study = optuna.create_study(study_name="s", direction=direction)
     for n in range(count):
         rate = 10 ** (-4 + 3 * ((n * 7) % count) / count)
@@ -44,7 +44,7 @@ def study_of(count: int, direction: str = "minimize") -> optuna.Study:
     return study
 
 
-def test_the_table_has_every_trial_the_best_first():
+def test_table_has_every_trial_and_the_best_first():
     study = study_of(12)
     header, _, *rows = report.table(study).splitlines()
     assert header.startswith("| trial | state | value | train.batch_size | train.learning_rate |")
@@ -56,14 +56,14 @@ def test_the_table_has_every_trial_the_best_first():
     assert all(row.count("|") - row.count(r"\|") == header.count("|") for row in rows)
 
 
-def test_the_best_of_a_study_that_maximizes_is_the_largest():
+def test_best_trial_of_a_maximized_study():
     study = study_of(12, "maximize")
     first = report.table(study).splitlines()[2]
     assert int(first.split("|")[1]) == study.best_trial.number
     assert study.best_value == max(trial.value for trial in study.trials if trial.state == TrialState.COMPLETE)
 
 
-def test_the_summary_tells_what_pruning_spared():
+def test_summary_counts_the_tokens_that_pruning_saved():
     summary = report.summary(study_of(12))
     assert "12 trials: 8 complete, 3 pruned, 1 failed." in summary
     spent, spared = 8 * 400 + 4 * 200, 3 * 200
@@ -72,7 +72,7 @@ def test_the_summary_tells_what_pruning_spared():
     )
 
 
-def test_the_file_for_spreadsheets_has_what_the_study_has():
+def test_csv_has_all_values():
     study = study_of(6)
     rows = list(csv.DictReader(report.csv_of(study).splitlines()))
     for row, trial in zip(rows, study.trials, strict=True):
@@ -83,39 +83,33 @@ def test_the_file_for_spreadsheets_has_what_the_study_has():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 40])
-def test_there_is_a_picture_of_whatever_there_is(tmp_path, count):
+def test_report_has_a_picture_wherever_there_is_data(tmp_path, count):
     study = study_of(count)
     report.write(study, tmp_path)
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == (set() if count < 2 else PICTURES.keys() - ({"importances.png"} if count < 40 else set()))
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    expected = {0: set(), 1: set(), 2: {"evaluations", "history", "slices"}}
+    assert pictures == expected.get(count, {"evaluations", "history", "slices", "importances"})
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     text = (tmp_path / "study.md").read_text()
-    assert all(f"]({name})" in text for name in pictures)
+    assert all(f"]({name}.png)" in text for name in pictures)
+    assert not plt.get_fignums()
+    assert plt.rcParams["axes.facecolor"] == "white"  # Optuna's style is gone again
 
 
-def test_the_pictures_show_every_trial_and_the_best():
-    study = study_of(40)
-    figure = PICTURES["evaluations.png"](study)
-    assert isinstance(figure, Figure)
-    (axes,) = figure.axes
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_evaluations_show_every_trial_and_the_best(direction):
+    study = study_of(40, direction)
+    (axes,) = evaluations(study).axes
     with_value = [trial for trial in study.trials if trial.value is not None]
     pruned = [trial for trial in with_value if trial.state == TrialState.PRUNED]
     assert len(axes.lines) == len(with_value) + len(pruned)  # a cross where a trial was pruned
-    assert f"trial {study.best_trial.number}, the best" in [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["complete", "pruned", f"trial {study.best_trial.number}, the best"]
     low, high = axes.get_ylim()
     assert low < study.best_value < high
-    slices = PICTURES["slices.png"](study)
-    assert [axes.get_xlabel() for axes in slices.axes if axes.get_visible()] == sorted(SPACE)
-    assert [axes.get_xscale() for axes in slices.axes[:3]] == ["linear", "log", "linear"]
 
 
-def test_what_matters_is_found():
-    figure = PICTURES["importances.png"](study_of(40))
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names[-1] == "train.learning_rate"  # the longest bar is on top
-
-
-def test_a_study_in_which_all_is_equal_has_no_importances():
+def test_trials_with_equal_values_have_no_importances():
     study = optuna.create_study()
     for n in range(20):
         study.add_trial(
