@@ -17,13 +17,12 @@ import transformers
 from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table, write_json
+from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, table, write_json
 from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import GenerationBenchmark
 from gpt2.generation.decode import CompiledDecoding, decode
 from gpt2.generation.sampling import SamplingParams, next_token
-from gpt2.generation.text import on_host
 from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import pack_linears, quantize
 from gpt2.runtime.device import choose_device
@@ -32,21 +31,29 @@ log = logging.getLogger(__name__)
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 READ_BYTES = 256 << 20  # more than any cache holds
+HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
+LEGEND = """\
+ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
+allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
+weights: their layout, see gpt2/ops/cpu_inference.py"""
 
 
 @dataclass
 class Timing:
     """One run of a contestant."""
 
-    prefill_seconds: float  # up to the first new token
-    step_seconds: float  # for each later token, median
+    clock: list[float]  # at the start and at each token, seconds
     tokens: Tensor  # (b, n)
 
-    @classmethod
-    def from_clock(cls, clock: list[float], tokens: Tensor) -> "Timing":
-        """From the times of the start and of each token."""
-        steps = [after - before for before, after in pairwise(clock)]
-        return cls(steps[0], median(steps[1:]), tokens)
+    @property
+    def prefill_seconds(self) -> float:
+        """Up to the first new token."""
+        return self.clock[1] - self.clock[0]
+
+    @property
+    def step_seconds(self) -> float:
+        """For each later token, median."""
+        return median(after - before for before, after in pairwise(self.clock[1:]))
 
 
 Generate = Callable[[Tensor, int], Timing]  # (prompts (b, t), number of new tokens)
@@ -58,17 +65,17 @@ class Contestant:
     generate: Generate
     weight_bytes: int = 4
     layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
+    first_seconds: float = 0.0  # of the first run
 
 
 def ours(model: GPT2Model, compiled: CompiledDecoding | None = None) -> Generate:
     def run(input_ids: Tensor, max_new_tokens: int) -> Timing:
         sampler = partial(next_token, params=SamplingParams(do_sample=False))
-        steps = decode(model, input_ids, max_new_tokens, sampler, compiled=compiled)
         clock, tokens = [time.perf_counter()], []
-        for (token,) in on_host(step[:1] for step in steps):
+        for token, _ in decode(model, input_ids, max_new_tokens, sampler, compiled=compiled):
+            tokens.append(token.tolist())
             clock.append(time.perf_counter())
-            tokens.append(token)
-        return Timing.from_clock(clock, torch.tensor(tokens).T)
+        return Timing(clock, torch.tensor(tokens).T)
 
     return run
 
@@ -90,7 +97,7 @@ def theirs(model: Any, **options: Any) -> Generate:
             stopping_criteria=[tick],
             **options,
         )
-        return Timing.from_clock(clock, whole[:, input_ids.size(1) :].cpu())
+        return Timing(clock, whole[:, input_ids.size(1) :].cpu())
 
     return run
 
@@ -121,10 +128,10 @@ class GenerationComparison:
         """`transformers` with its defaults comes first."""
         compile_config: Any = CompileConfig()
         compile_config._compile_all_devices = True  # on a CPU too
-        static = {"cache_implementation": "static", "compile_config": compile_config}
+        static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
         contestants = [
             Contestant("transformers", theirs(self.twin)),
-            Contestant("transformers, static, compiled", theirs(self.twin, **static)),
+            Contestant("transformers, static, compiled", static),
         ]
         for form in self.config.formats:
             if form == "int8" and self.device.type != "cpu":
@@ -136,32 +143,35 @@ class GenerationComparison:
             contestants.append(Contestant(f"gpt2, {form}", ours(model, compiled), WEIGHT_BYTES[form], kind.__name__))
         return contestants
 
-    @torch.no_grad()
-    def compare(self, batch_size: int) -> list[dict[str, Any]]:
-        """Time all contestants in turn. Returns a row for each."""
-        config = self.config
-        generator = torch.Generator().manual_seed(batch_size)
-        vocabulary = self.model.config.vocab_size
-        input_ids = torch.randint(vocabulary, (batch_size, config.prompt_tokens), generator=generator).to(self.device)
-        runs: list[tuple[Contestant, float]] = []
+    def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:
+        """The contestants after a first run, which compiles. Those that fail are left out, except the reference."""
+        contestants: list[Contestant] = []
         for contestant in self.contestants(batch_size):
             began = time.perf_counter()
             try:
-                contestant.generate(input_ids, config.new_tokens)  # warm-up, including compilation
+                contestant.generate(input_ids, self.config.new_tokens)
             except RuntimeError as error:
-                if not runs:  # the reference
+                if not contestants:
                     raise
                 log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
                 continue
-            runs.append((contestant, time.perf_counter() - began))
+            contestant.first_seconds = time.perf_counter() - began
+            contestants.append(contestant)
+        return contestants
+
+    @torch.no_grad()
+    def compare(self, batch_size: int) -> list[Row]:
+        """Time all contestants in turn. Returns a row for each."""
+        config, generator = self.config, torch.Generator().manual_seed(batch_size)
+        shape = (batch_size, config.prompt_tokens)
+        input_ids = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+        contestants = self.warmed_up(batch_size, input_ids)
         turns: list[Callable[[], Any]] = [partial(read_bandwidth, self.memory)]
-        turns += [partial(contestant.generate, input_ids, config.new_tokens) for contestant, _ in runs]
+        turns += [partial(contestant.generate, input_ids, config.new_tokens) for contestant in contestants]
         bandwidths, *timings_of = interleaved(turns, config.repetitions, f"Batch {batch_size}")
 
-        reference = timings_of[0][0].tokens
-        bandwidth = median(bandwidths)
-        rows: list[dict[str, Any]] = []
-        for (contestant, first_seconds), timings in zip(runs, timings_of, strict=True):
+        rows: list[Row] = []
+        for contestant, timings in zip(contestants, timings_of, strict=True):
             seconds = median(timing.step_seconds for timing in timings)
             rows.append(
                 {
@@ -170,28 +180,20 @@ class GenerationComparison:
                     "layout": contestant.layout,
                     "tokens_per_second": batch_size / seconds,
                     "tokens_per_second_of_each": [batch_size / timing.step_seconds for timing in timings],
-                    "share_of_floor": self.weights * contestant.weight_bytes / bandwidth / seconds,
+                    "share_of_floor": self.weights * contestant.weight_bytes / median(bandwidths) / seconds,
                     "prefill_seconds": median(timing.prefill_seconds for timing in timings),
-                    "first_seconds": first_seconds,
-                    "same_tokens": (timings[0].tokens == reference).float().mean().item(),
-                    "read_bytes_per_second": bandwidth,
+                    "first_seconds": contestant.first_seconds,
+                    "same_tokens": (timings[0].tokens == timings_of[0][0].tokens).float().mean().item(),
+                    "read_bytes_per_second": median(bandwidths),
                 }
             )
         best_of_theirs = max(row["tokens_per_second"] for row in rows if row["contestant"].startswith("transformers"))
         return [{**row, "ratio": row["tokens_per_second"] / best_of_theirs} for row in rows]
 
 
-HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
-LEGEND = """\
-ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
-allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
-weights: their layout, see gpt2/ops/cpu_inference.py"""
-
-
-def table_of(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in rows:
-        cells = (
+def table_of(rows: list[Row]) -> str:
+    lines = [
+        (
             row["contestant"],
             f"{row['tokens_per_second']:,.1f}",
             from_to(row["tokens_per_second_of_each"], 1),
@@ -202,7 +204,8 @@ def table_of(rows: list[dict[str, Any]]) -> str:
             f"{row['same_tokens']:.0%}",
             row["layout"],
         )
-        lines.append(cells)
+        for row in rows
+    ]
     bandwidth = rows[0]["read_bytes_per_second"] / 1e9
     return f"batch {rows[0]['batch_size']}, memory bandwidth {bandwidth:.1f} GB/s\n{table(HEAD, lines)}"
 

@@ -71,11 +71,11 @@ class TextBatch:
         self.speed.prompt_tokens += sum(len(prompt) - window_start(len(prompt), context) for prompt in prompts)
 
         device = next(iter(model.parameters())).device
-        generators = [seeded_generator(seed, device) for seed in seeds]
+        generators = [new_generator(seed, device) for seed in seeds]
         sampler = partial(next_token, params=SamplingParams.from_config(config), generators=generators)
         input_ids, attention_mask = pad_left(prompts, device)
         steps = decode(model, input_ids, config.max_new_tokens, sampler, attention_mask, compiled=compiled)
-        self.steps = on_host(with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
+        self.steps = (with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
         self.results: list[list[list[float]]] = []  # of each step: token ids and, if requested, log-probabilities
         self.rows = len(prompts)
 
@@ -86,11 +86,11 @@ class TextBatch:
         """Result of a step, counted from 0, which runs now unless it ran before; None after the last one."""
         if number == len(self.results):
             began = time.perf_counter()
-            result = next(self.steps, None)
-            seconds = time.perf_counter() - began
-            if result is None:
+            tensors = next(self.steps, None)
+            if tensors is None:
                 return None
-            self.results.append(result)
+            self.results.append([tensor.tolist() for tensor in tensors])
+            seconds = time.perf_counter() - began
             if number == 0:
                 self.speed.prefill_seconds += seconds
             else:
@@ -124,7 +124,7 @@ class GeneratedText:
             yield int(token)
 
 
-def seeded_generator(seed: int | None, device: torch.device) -> torch.Generator:
+def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
@@ -145,25 +145,6 @@ def pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor
 def with_log_probability(tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (b,) and their log-probabilities (b,) given logits (b, v)."""
     return tokens, logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-
-
-def on_host(steps: Iterator[Sequence[Tensor]]) -> Iterator[list[list[float]]]:
-    """The tensors of each step as lists. On CUDA, the next step is launched before the results of one are awaited."""
-    pending: tuple[torch.cuda.Event, list[Tensor]] | None = None
-    for number, tensors in enumerate(steps):
-        if number == 0 or tensors[0].device.type != "cuda":  # the first token is not delayed
-            yield [tensor.tolist() for tensor in tensors]
-            continue
-        previous = pending
-        copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-        pending = torch.cuda.Event(), copies
-        pending[0].record()
-        if previous:
-            previous[0].synchronize()
-            yield [copy.tolist() for copy in previous[1]]
-    if pending:
-        pending[0].synchronize()
-        yield [copy.tolist() for copy in pending[1]]
 
 
 def before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:

@@ -50,14 +50,8 @@ def attend(
     k, v = kv if past is None else past(kv)
     if past is None and attention_mask is None and _explicit_is_faster(q[0]):
         return rearrange(_explicit_attention(q[0], k, v, dropout), "b h t d -> b t (h d)")
-    mixed = F.scaled_dot_product_attention(
-        q[0],
-        k,
-        v,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=attention_mask is None and qkv.size(1) > 1,  # a single token attends to everything before it
-    )
+    is_causal = attention_mask is None and qkv.size(1) > 1  # a single token attends to everything before it
+    mixed = F.scaled_dot_product_attention(q[0], k, v, attention_mask, dropout, is_causal)
     return rearrange(mixed, "b h t d -> b t (h d)")
 
 

@@ -1,4 +1,4 @@
-"""Speed is not tested, but that it is measured on the same work."""
+"""The generation benchmark: contestants do the same work, and its figures are right. Speed itself is not tested."""
 
 import json
 
@@ -11,12 +11,12 @@ from tests.conftest import Workspace
 from tests.helpers import random_ids, tiny_config
 
 
-def test_times_are_those_of_the_first_token_and_of_the_typical_one_after_it():
-    timing = Timing.from_clock([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
+def test_timing_of_the_first_token_and_the_median_later_one():
+    timing = Timing([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
     assert (timing.prefill_seconds, timing.step_seconds) == (3.0, 0.5)
 
 
-def test_both_write_the_same_tokens_from_the_same_weights():
+def test_both_generate_the_same_tokens_from_the_same_weights():
     comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
     input_ids = random_ids(comparison.model.config, 3, 5)
     timings = [run(input_ids, 8) for run in (theirs(comparison.twin), ours(comparison.model))]
@@ -26,7 +26,7 @@ def test_both_write_the_same_tokens_from_the_same_weights():
     assert comparison.weights == comparison.model.num_parameters() - 16 * 16  # the position table
 
 
-def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
+def test_a_contestant_that_fails_is_left_out_with_a_warning(monkeypatch, caplog):
     config = GenerationBenchmark(tiny_config(), device="cpu", new_tokens=3, prompt_tokens=2, repetitions=2)
     comparison = GenerationComparison(config)
     broken = comparison.contestants
@@ -51,14 +51,19 @@ def test_what_cannot_run_is_left_out_and_said(monkeypatch, caplog):
     assert len(table_of(rows).splitlines()) == 2 + len(rows)
 
 
-def test_the_figures_of_a_row(monkeypatch):
-    """From contestants that take just so long."""
+def test_figures_of_a_row(monkeypatch):
+    """Computed from contestants with fixed times."""
     comparison = GenerationComparison(GenerationBenchmark(tiny_config(), device="cpu", new_tokens=2, prompt_tokens=2))
     tokens = torch.tensor([[1, 2], [3, 4]])
 
-    def takes(seconds: list[float], written: torch.Tensor = tokens):
-        each = iter([9.0, *seconds])  # the first run counts for nothing
-        return lambda *_: Timing(prefill_seconds=1.0, step_seconds=next(each), tokens=written)
+    def takes(seconds: list[float], output: torch.Tensor = tokens):
+        each = iter([9.0, *seconds])  # the first run does not count
+
+        def generate(*_) -> Timing:
+            step = next(each)
+            return Timing([0.0, 1.0, 1.0 + step, 1.0 + 2 * step], output)
+
+        return generate
 
     contestants = [
         Contestant("transformers", takes([0.4, 0.2, 0.3, 0.2, 0.1])),
@@ -78,13 +83,13 @@ def test_the_figures_of_a_row(monkeypatch):
     assert (ours["layout"], ours["prefill_seconds"]) == ("Sliced", 1.0)
 
 
-def test_the_bandwidth_is_bytes_over_seconds(monkeypatch):
+def test_bandwidth_is_bytes_over_seconds(monkeypatch):
     clock = iter([1.0, 1.5])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     assert read_bandwidth(torch.ones(1000)) == 8000
 
 
-def test_the_benchmarks_are_listed_and_their_mistakes_told(workspace: Workspace):
+def test_benchmarks_are_listed_and_invalid_options_reported(workspace: Workspace):
     for arguments in ([], ["nothing"]):
         done = workspace.module("gpt2.main", "benchmark", *arguments)
         assert done.returncode == 2
@@ -95,7 +100,7 @@ def test_the_benchmarks_are_listed_and_their_mistakes_told(workspace: Workspace)
 
 
 @pytest.mark.slow
-def test_the_command_prints_tables_and_writes_what_it_measured(workspace: Workspace):
+def test_the_command_prints_tables_and_writes_json(workspace: Workspace):
     shape = ["model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.vocab_size=300"]
     work = ["new_tokens=3", "prompt_tokens=4", "repetitions=2", "batch_sizes=[1,3]", "json=speed/result.json"]
     done = workspace.module("gpt2.main", "benchmark", "generation", *shape, *work)
