@@ -116,29 +116,29 @@ DATA_SOURCES = {"files": ("files",), "dataset_name": ("dataset_name", "dataset_c
 
 @dataclass
 class InferenceConfig:
-    """How text is written."""
+    """Text generation: sampling, when to stop, and how the model is loaded."""
 
     max_new_tokens: int = 100
-    temperature: float = 0.8  # 0 is greedy
-    top_k: int | None = 50  # null: all
-    top_p: float | None = 0.95  # null: all
-    repetition_penalty: float = 1.2  # 1 is none
-    do_sample: bool = True  # false is greedy
-    num_return_sequences: int = 1
-    stream: bool = True
+    temperature: float = 0.8  # divides the logits; 0: greedy
+    top_k: int | None = 50  # keep the k likeliest tokens; null: all
+    top_p: float | None = 0.95  # keep the likeliest tokens up to this total probability; null: all
+    repetition_penalty: float = 1.2  # 1: none
+    do_sample: bool = True  # false: greedy
+    num_return_sequences: int = 1  # texts per prompt
+    stream: bool = True  # print the text as it is generated
 
-    min_p: float | None = None  # tokens less likely than this share of the likeliest are left out; null: none
-    stop: list[str] = field(default_factory=list)  # texts before which to end
-    stop_at_end_of_text: bool = True  # false: go on after <|endoftext|>, with another document
-    seed: int | None = None  # null: another text each time
+    min_p: float | None = None  # keep tokens at least this share as likely as the likeliest; null: all
+    stop: list[str] = field(default_factory=list)  # strings that end a text and are not part of it
+    stop_at_end_of_text: bool = True  # false: continue after <|endoftext|>, with another document
+    seed: int | None = None  # null: random
 
-    # How a trained model is loaded for writing; the samples of a training are written with the model as it is trained.
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the weights and all that is computed
-    quantization: Literal["int8"] | None = None  # weights in 8 bits, on a CPU: a quarter of the bytes, nearly as good
-    compile: bool = False  # torch.compile on CUDA: up to a minute at the start, faster after it
+    # How the model is loaded. Samples during training use the model as it is trained.
+    precision: Literal["fp32", "bf16"] = "fp32"  # of weights and activations
+    quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
+    compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
 
 
-WHEN_LOADED = ("precision", "quantization", "compile")  # of InferenceConfig: nothing that a loaded model can change
+WHEN_LOADED = ("precision", "quantization", "compile")  # fields of InferenceConfig that a loaded model cannot change
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""TextGenerator: how a model is loaded for writing, and several texts of a prompt."""
+"""TextGenerator: how a model is loaded, and several texts of one prompt."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from tests.helpers import write_tokenizer
 
 @pytest.fixture
 def trained(folder: Path) -> str:
-    """The name of a model with a context of 16 tokens that are bytes."""
+    """A folder with a model with a context of 16 tokens, which are bytes."""
     write_tokenizer(folder)
     return str(folder)
 
@@ -28,7 +28,7 @@ def test_a_text_longer_than_the_context_is_reported_once(trained, caplog):
     assert caplog.text.count("Beyond its context of 16 tokens") == 1
 
 
-def test_several_texts_of_one_seed_differ_and_come_again(trained, capsys):
+def test_several_texts_of_one_seed_differ_and_are_reproducible(trained, capsys):
     config = InferenceConfig(max_new_tokens=20, num_return_sequences=2, seed=1)
     generator = TextGenerator(trained, "cpu")
     texts = []
@@ -39,7 +39,7 @@ def test_several_texts_of_one_seed_differ_and_come_again(trained, capsys):
     assert texts[0][0].strip() != texts[0][1].strip()
 
 
-def test_several_texts_are_the_same_one_after_another_and_side_by_side(trained, capsys):
+def test_sequential_and_batched_texts_are_equal(trained, capsys):
     config = InferenceConfig(max_new_tokens=20, num_return_sequences=5, seed=1)
     printed = []
     for texts in (1, 2, 5, 9):
@@ -49,9 +49,9 @@ def test_several_texts_are_the_same_one_after_another_and_side_by_side(trained, 
     assert printed[0].count("-" * 80) == 4
 
 
-def test_how_a_model_is_loaded_for_writing(trained):
-    otherwise = {"precision": "bf16", "allow_special_tokens": True}
-    plain, other = (TextGenerator(trained, "cpu", **options) for options in ({}, otherwise))
+def test_precision_quantization_and_special_tokens(trained):
+    options = {"precision": "bf16", "allow_special_tokens": True}
+    plain, other = (TextGenerator(trained, "cpu", **options) for options in ({}, options))
     assert (plain.model.token_embedding.weight.dtype, other.model.token_embedding.weight.dtype) == (
         torch.float32,
         torch.bfloat16,
@@ -77,6 +77,6 @@ def test_how_a_model_is_loaded_for_writing(trained):
         (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")), "stop: a list of texts"),
     ],
 )
-def test_what_a_writer_cannot_do_is_told_in_a_line(trained, act, complaint):
+def test_invalid_options_are_refused(trained, act, complaint):
     with pytest.raises(UserError, match=complaint):
         act(trained)

@@ -1,4 +1,4 @@
-"""The model is GPT-2: equal to `transformers`, weight by weight, and well-behaved where that has nothing to say."""
+"""The model is GPT-2: logits, loss, gradients and greedy text equal those of `transformers`."""
 
 import inspect
 
@@ -50,7 +50,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, padding):
     if mask is not None:
         labels[mask == 0] = -100
     if padding == "left":
-        # What padding itself predicts is nobody's business, and it is what precedes the first real token.
+        # The prediction of the first real token, from padding, is undefined.
         labels[torch.arange(b), mask.argmax(dim=1)] = -100
 
     logits, loss = ours(input_ids, labels=labels, attention_mask=mask)
@@ -63,8 +63,10 @@ def test_logits_loss_and_every_gradient_equal_transformers(shape, padding):
     expected.loss.backward()
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    wanted = from_transformers(((name, parameter.grad) for name, parameter in theirs.named_parameters()), ours)
-    assert_close(gradients, wanted, **close)
+    expected_gradients = from_transformers(
+        ((name, parameter.grad) for name, parameter in theirs.named_parameters()), ours
+    )
+    assert_close(gradients, expected_gradients, **close)
 
 
 @pytest.mark.parametrize(("b", "t"), [(1, 1), (3, 2), (2, 16)])
@@ -93,7 +95,7 @@ def test_greedy_text_equals_transformers(repetition_penalty):
     ("name", "parameters"),
     [("gpt2", 124_439_808), ("gpt2_medium", 354_823_168), ("gpt2_large", 774_030_080), ("gpt2_xl", 1_557_611_200)],
 )
-def test_sizes_in_conf_are_those_of_openai(name, parameters):
+def test_numbers_of_parameters_equal_those_of_openai(name, parameters):
     config = GPT2Config(**OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml"))
     with torch.device("meta"):
         assert GPT2Model(config).num_parameters() == parameters
@@ -104,7 +106,7 @@ def test_sizes_in_conf_are_those_of_openai(name, parameters):
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_a_later_token_changes_no_earlier_logit(with_mask):
+def test_logits_do_not_depend_on_later_tokens(with_mask):
     model = noisy_model(tiny_config()).eval()
     input_ids = random_ids(model.config, 1, 10)
     mask = torch.ones_like(input_ids) if with_mask else None
@@ -123,7 +125,7 @@ def test_a_later_token_changes_no_earlier_logit(with_mask):
     [MultiHeadAttention(16, 4, 0.0, True), DecoderBlock(16, 4, 40, 0.0, 0.0, 1e-5, True)],
     ids=["MultiHeadAttention", "DecoderBlock"],
 )
-def test_padding_masked_in_two_dimensions_is_as_if_it_were_not_there(module, side):
+def test_masked_padding_has_no_effect(module, side):
     x = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
     mask = padding_mask(side, 5, 7)
     padded = module(x, mask)
@@ -132,7 +134,7 @@ def test_padding_masked_in_two_dimensions_is_as_if_it_were_not_there(module, sid
         assert_close(padded[row, real], module(x[row : row + 1, real])[0])
 
 
-def test_a_row_of_nothing_but_padding_yields_no_nan():
+def test_a_row_of_padding_alone_gives_no_nan():
     model = noisy_model(tiny_config())
     input_ids = random_ids(model.config, 2, 5)
     mask = torch.tensor([[1] * 5, [0] * 5])
@@ -146,7 +148,7 @@ def test_a_row_of_nothing_but_padding_yields_no_nan():
 # The loss
 
 
-def test_targets_are_labels_that_are_shifted_already():
+def test_targets_are_shifted_labels():
     model = noisy_model(tiny_config())
     text = random_ids(model.config, 2, 9)
     labels = text.clone()
@@ -155,18 +157,18 @@ def test_targets_are_labels_that_are_shifted_already():
     assert_close(model(text, targets=targets)[1], model(text, labels=labels)[1], atol=0, rtol=0)
 
 
-def test_loss_is_the_mean_over_the_targets_that_are_not_ignored():
+def test_loss_is_the_mean_over_targets_that_are_not_ignored():
     model = noisy_model(tiny_config())
     input_ids, targets = random_ids(model.config, 3, 8, seed=1), random_ids(model.config, 3, 8, seed=2)
     targets[0, :] = -100
     targets[1, 2:5] = -100
     logits, loss = model(input_ids, targets=targets)
-    kept = targets != -100
-    assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
+    counts = targets != -100
+    assert_close(loss, F.cross_entropy(logits[counts], targets[counts]))
 
 
 @pytest.mark.parametrize("argument", ["labels", "targets"])
-def test_a_batch_without_any_target_costs_nothing(argument):
+def test_a_batch_without_targets_has_zero_loss_and_gradient(argument):
     model = noisy_model(tiny_config())
     input_ids = random_ids(model.config, 2, 5)
     _, loss = model(input_ids, **{argument: torch.full_like(input_ids, -100)})
@@ -180,11 +182,11 @@ def test_without_labels_there_is_no_loss():
     assert model(random_ids(model.config, 1, 3))[1] is None
 
 
-def test_one_batch_can_be_learned_by_heart():
+def test_one_batch_can_be_memorized():
     torch.manual_seed(0)
     model = GPT2Model(tiny_config(d_model=32))
     batch = random_ids(model.config, 4, 16)
-    # A first token that is the same everywhere would say nothing of what follows; these differ.
+    # The first tokens differ, so that each determines what follows.
     batch[:, 0] = torch.arange(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(150):
@@ -196,11 +198,11 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it is built
+# Construction
 
 
 @pytest.mark.parametrize("num_layers", [2, 8])
-def test_weights_begin_as_gpt2s_do(num_layers):
+def test_initial_weights_are_distributed_as_in_gpt2(num_layers):
     torch.manual_seed(0)
     model = GPT2Model(tiny_config(vocab_size=500, context_length=128, d_model=128, d_ff=256, num_layers=num_layers))
     for name, parameter in model.named_parameters():
@@ -209,14 +211,14 @@ def test_weights_begin_as_gpt2s_do(num_layers):
         elif "norm" in name:
             assert (parameter == 1).all(), name
         else:
-            writes_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            std = 0.02 / (2 * num_layers) ** 0.5 if writes_residual else 0.02
+            is_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            std = 0.02 / (2 * num_layers) ** 0.5 if is_residual else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.03), name
             assert abs(parameter.mean().item()) < 0.03 * std, name
 
 
-def test_untrained_model_knows_nothing():
-    """The loss of a fresh model is that of guessing: log(vocabulary)."""
+def test_untrained_model_guesses_uniformly():
+    """Its loss is log(vocab_size)."""
     torch.manual_seed(0)
     model = GPT2Model(tiny_config(vocab_size=500))
     input_ids = random_ids(model.config, 8, 16)
@@ -224,7 +226,7 @@ def test_untrained_model_knows_nothing():
     assert loss.item() == pytest.approx(torch.tensor(500.0).log().item(), abs=0.05)
 
 
-def test_without_use_bias_no_linear_layer_has_one():
+def test_use_bias_false_removes_all_biases():
     linear = [module for module in GPT2Model(tiny_config(use_bias=False)).modules() if isinstance(module, nn.Linear)]
     assert len(linear) == 8
     assert all(module.bias is None for module in linear)
@@ -241,16 +243,16 @@ def test_each_dropout_acts_in_training_only(kind):
 
 
 @pytest.mark.parametrize("silent", ["attention.out", "feed_forward.down"])
-def test_residual_dropout_falls_on_both_branches(silent):
+def test_residual_dropout_acts_on_both_branches(silent):
     torch.manual_seed(0)
     block = DecoderBlock(16, 4, 40, 0.5, 0.0, 1e-5, True)
     x = torch.randn(2, 8, 16)
     for parameter in block.get_submodule(silent).parameters():
-        nn.init.zeros_(parameter)  # this branch adds nothing, so what changes is the other
+        nn.init.zeros_(parameter)  # this branch adds nothing: any change comes from the other
     assert not torch.allclose(block(x), block(x))
 
 
-def test_gradient_checkpointing_recomputes_and_changes_no_number():
+def test_gradient_checkpointing_recomputes_and_gives_the_same_numbers():
     model = noisy_model(tiny_config(dropout=0.1, attention_dropout=0.1, residual_dropout=0.1))
     input_ids = random_ids(model.config, 2, 8)
     mask = padding_mask("right", 2, 8)
@@ -260,7 +262,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
     def loss_and_gradients(checkpointing: bool):
         model.gradient_checkpointing = checkpointing
         model.zero_grad()
-        torch.manual_seed(3)  # recomputing must draw the same dropout again
+        torch.manual_seed(3)  # recomputation must sample the same dropout
         loss = model(input_ids, labels=input_ids, attention_mask=mask)[1]
         loss.backward()
         return loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]
@@ -271,11 +273,11 @@ def test_gradient_checkpointing_recomputes_and_changes_no_number():
     assert len(passes) == 3
 
 
-def test_flops_per_token_are_those_of_the_matrix_products():
+def test_flops_per_token_equal_those_counted_by_pytorch():
     config = tiny_config(vocab_size=512, context_length=64, d_model=64, d_ff=256)
     model = GPT2Model(config)
     input_ids = random_ids(config, 2, 64)
-    # The fused attention of a CPU is not counted, the plain one is.
+    # PyTorch counts the math kernel of attention, but not the fused one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(input_ids, labels=input_ids)[1].backward()
     assert model.flops_per_token(64) * input_ids.numel() == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -286,7 +288,7 @@ def test_flops_per_token_are_those_of_the_matrix_products():
     [{"d_model": 15}, {"num_heads": 0}, {"vocab_size": 0}, {"dropout": 1.0}, {"layer_norm_epsilon": 0.0}],
     ids=str,
 )
-def test_a_config_that_describes_no_model_is_refused(fields):
+def test_an_invalid_config_is_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         GPT2Model(tiny_config(**fields))
 
@@ -305,10 +307,10 @@ def test_labels_and_targets_together_are_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Generation
 
 
-def test_generate_yields_each_token_and_returns_the_whole_text():
+def test_generate_yields_tokens_and_returns_the_text():
     model = noisy_model(tiny_config())
     prompt = random_ids(model.config, 3, 2)
     generator = model.generate(prompt, 5, top_k=9, top_p=0.9, repetition_penalty=1.2, temperature=0.7)
@@ -318,7 +320,7 @@ def test_generate_yields_each_token_and_returns_the_whole_text():
     assert torch.equal(text, torch.cat((prompt, torch.stack(tokens, dim=1)), dim=1))
 
 
-def test_no_new_tokens_leave_the_prompt():
+def test_zero_new_tokens_return_the_prompt():
     model = noisy_model(tiny_config())
     prompt = random_ids(model.config, 2, 4)
     tokens, text = finish(model.generate(prompt, 0))
@@ -327,7 +329,7 @@ def test_no_new_tokens_leave_the_prompt():
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
-def test_greedy_by_any_name_is_the_same(options):
+def test_all_ways_to_be_greedy_are_equal(options):
     model = noisy_model(tiny_config())
     prompt = random_ids(model.config, 3, 4)
     assert torch.equal(
@@ -335,7 +337,7 @@ def test_greedy_by_any_name_is_the_same(options):
     )
 
 
-def test_same_seed_writes_the_same_text_and_leaves_the_global_randomness_alone():
+def test_seeded_generation_is_reproducible_and_independent_of_the_global_generator():
     model = noisy_model(tiny_config())
     prompt = random_ids(model.config, 2, 4)
 
@@ -353,19 +355,19 @@ def test_same_seed_writes_the_same_text_and_leaves_the_global_randomness_alone()
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("abandon", [True, False])
-def test_generate_writes_without_dropout_and_restores_the_mode(training, abandon):
+def test_generate_disables_dropout_and_restores_the_mode(training, abandon):
     model = noisy_model(tiny_config(dropout=0.5)).train(training)
     prompt = random_ids(model.config, 1, 4)
-    keeps_gradients = []
-    model.final_norm.register_forward_hook(lambda *_: keeps_gradients.append(torch.is_grad_enabled()))
+    grad_modes = []
+    model.final_norm.register_forward_hook(lambda *_: grad_modes.append(torch.is_grad_enabled()))
     modes = []
     model.final_norm.register_forward_hook(lambda module, *_: modes.append(module.training))
     generator = model.generate(prompt, 5, do_sample=False)
     next(generator)
     assert modes == [False]
-    assert model.training is training, "between two tokens the caller may train"
-    assert keeps_gradients == [False]
-    assert torch.is_grad_enabled(), "between two tokens the caller may train"
+    assert model.training is training, "between two tokens, the caller may train"
+    assert grad_modes == [False]
+    assert torch.is_grad_enabled(), "between two tokens, the caller may train"
     if abandon:
         generator.close()
     else:
@@ -375,13 +377,13 @@ def test_generate_writes_without_dropout_and_restores_the_mode(training, abandon
 
 
 @pytest.mark.parametrize(("row", "position", "lengths"), [(0, 4, [5, 8]), (1, 2, [9, 3]), (0, 1, [2, 12])])
-def test_a_text_that_has_ended_goes_on_with_nothing_else(row, position, lengths):
+def test_a_text_is_filled_with_eos_after_its_end(row, position, lengths):
     model = noisy_model(tiny_config(), seed=5, std=0.4)
     prompt = random_ids(model.config, 2, 3)
     endless = finish(model.generate(prompt, 12, do_sample=False))[1][:, 3:].tolist()
     eos = endless[row][position]
     expected = [text[: text.index(eos) + 1] if eos in text else text for text in endless]
-    assert [len(text) for text in expected] == lengths, "the examples are to end at different places, or not at all"
+    assert [len(text) for text in expected] == lengths, "the texts should end at different places"
 
     tokens, text = finish(model.generate(prompt, 12, do_sample=False, eos_token_id=eos))
     longest = max(lengths)

@@ -18,9 +18,9 @@ close = {"atol": 1e-5, "rtol": 1e-5}
 greedy = partial(next_token, params=SamplingParams(do_sample=False, repetition_penalty=1.3))
 
 
-def test_beyond_its_context_the_model_sees_a_window_that_moves_by_a_quarter():
+def test_beyond_the_context_a_window_moves_by_a_quarter():
     model = noisy_model(tiny_config(context_length=8), seed=5, std=0.4).eval()
-    prompt = random_ids(model.config, 2, 11)  # longer than the context from the start
+    prompt = random_ids(model.config, 2, 11)  # already longer than the context
     tokens, text = finish(model.generate(prompt, 14, do_sample=False))
     for length, token in enumerate(tokens, start=11):
         window = text[:, window_start(length, 8) : length]
@@ -28,7 +28,7 @@ def test_beyond_its_context_the_model_sees_a_window_that_moves_by_a_quarter():
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 7, 8, 1024])
-def test_the_window_holds_all_that_fits_and_then_at_least_three_quarters(context):
+def test_the_window_holds_at_least_three_quarters_of_the_context(context):
     starts = [window_start(length, context) for length in range(1, 5 * context)]
     assert starts[:context] == [0] * context
     assert starts == sorted(starts)
@@ -40,8 +40,8 @@ def test_the_window_holds_all_that_fits_and_then_at_least_three_quarters(context
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.3}], ids=str)
 @pytest.mark.parametrize("length", [1, 5, 16, 23])
-def test_with_and_without_a_cache_the_text_is_the_same(options, length):
-    """From an empty page, to the edge of the context, and far beyond it."""
+def test_cached_text_equals_uncached_text(options, length):
+    """From one token, up to the context, and far beyond it."""
     model = noisy_model(tiny_config(), seed=length)
     prompt = random_ids(model.config, 3, length)
     cached, recomputed = (finish(model.generate(prompt, 30, **options, use_cache=flag))[1] for flag in (True, False))
@@ -62,7 +62,7 @@ def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt):
     assert_close(torch.cat(parts, dim=1), model._hidden_states(input_ids), **close)
 
 
-def test_with_a_cache_the_model_reads_each_token_once():
+def test_the_cache_makes_the_model_read_each_token_once():
     model = noisy_model(tiny_config())
     read = []
     model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].size(1)))
@@ -70,7 +70,7 @@ def test_with_a_cache_the_model_reads_each_token_once():
     assert read == [5] + [1] * 9
 
 
-def test_a_cache_takes_keys_in_the_format_that_the_model_computes_in():
+def test_the_cache_has_the_number_format_of_autocast():
     model = noisy_model(tiny_config())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens, _ = finish(model.generate(random_ids(model.config, 2, 5), 4, do_sample=False))
@@ -78,7 +78,7 @@ def test_a_cache_takes_keys_in_the_format_that_the_model_computes_in():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Side by side
+# Batches
 
 
 def texts_of_lengths(model: GPT2Model, *lengths: int) -> list[torch.Tensor]:
@@ -86,7 +86,7 @@ def texts_of_lengths(model: GPT2Model, *lengths: int) -> list[torch.Tensor]:
 
 
 def padded(texts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts in one batch, and where they are real; the padding is a token that a text could have."""
+    """Texts as one batch, and its attention mask. The padding is a token that a text could have."""
     longest = max(text.size(1) for text in texts)
     sides = [(0, longest - text.size(1)) if side == "right" else (longest - text.size(1), 0) for text in texts]
     rows = [F.pad(text, widths, value=7) for text, widths in zip(texts, sides, strict=True)]
@@ -102,8 +102,8 @@ def new_tokens(steps) -> torch.Tensor:
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [(1, 5, 3), (16, 2), (9, 23, 14, 1), (4, 4)], ids=str)
-def test_a_text_among_others_is_the_text_alone(lengths, side, use_cache):
-    """Of all lengths, up to where each text has outgrown the context at a time of its own."""
+def test_a_text_in_a_batch_equals_the_text_alone(lengths, side, use_cache):
+    """Also beyond the context, where each window moves at its own time."""
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, *lengths)
     input_ids, real = padded(texts, side)
@@ -115,7 +115,7 @@ def test_a_text_among_others_is_the_text_alone(lengths, side, use_cache):
             assert_close(logits[row : row + 1], expected, **close)
 
 
-def test_generate_takes_the_mask_too():
+def test_generate_with_an_attention_mask():
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, 2, 6)
     input_ids, real = padded(texts, "left")
@@ -125,7 +125,7 @@ def test_generate_takes_the_mask_too():
         assert torch.equal(whole[row, -9:], finish(model.generate(text, 9, do_sample=False))[1][0, -9:])
 
 
-def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others():
+def test_a_sampled_text_with_its_own_generator_does_not_depend_on_its_batch():
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, 3, 11, 6)
 
@@ -150,7 +150,7 @@ def test_with_randomness_of_its_own_a_drawn_text_does_not_depend_on_the_others()
     ],
     ids=str,
 )
-def test_texts_that_make_no_sense_are_refused(input_ids, mask, complaint):
+def test_invalid_texts_are_refused(input_ids, mask, complaint):
     model = noisy_model(tiny_config())
     mask = mask if mask is None else torch.tensor(mask)
     with pytest.raises(ValueError, match=complaint):
@@ -235,23 +235,23 @@ def test_the_compiled_step_generates_the_same_text(device):
         assert torch.equal(tokens, expected)
 
 
-def test_padding_is_moved_to_the_left_and_becomes_a_token_of_the_text():
+def test_align_right():
     input_ids = torch.tensor([[1, 2, 9, 9], [9, 3, 4, 5], [9, 6, 7, 9], [1, 2, 3, 4]])
     moved = align_right(input_ids, input_ids != 9)
     assert moved.tolist() == [[2, 2, 1, 2], [5, 3, 4, 5], [7, 7, 6, 7], [1, 2, 3, 4]]
 
 
-def test_of_texts_beyond_the_context_only_those_are_read_anew_whose_window_moves():
+def test_only_texts_whose_window_moves_are_read_again():
     model = noisy_model(tiny_config(context_length=64))
     input_ids, real = padded(texts_of_lengths(model, *range(30, 62, 4)), "left")
     read = []
     model.token_embedding.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].numel()))
     list(decode(model, input_ids, 200, greedy, real))
-    # A window of 49 is read every 16 tokens, and each token once.
+    # A window of 49 tokens is read every 16 tokens, and each token once.
     assert sum(read[1:]) < 8 * 200 * (1 + 49 / 16) * 1.2
 
 
-def test_two_writers_on_a_model_in_training_leave_it_so():
+def test_interleaved_decoding_leaves_a_model_in_training_mode():
     model = noisy_model(tiny_config()).train()
     first, second = (decode(model, text, 5, greedy) for text in texts_of_lengths(model, 3, 4))
     next(first)

@@ -1,5 +1,7 @@
 """Each sampling filter equals the logits processor of `transformers` of the same name."""
 
+from typing import get_type_hints
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,9 +14,27 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gpt2.generation.sampling import SamplingParams, keep_min_p, keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2.config import InferenceConfig
+from gpt2.generation.sampling import (
+    FILTERS,
+    SamplingParams,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    next_token,
+    penalize_repetition,
+)
 
 VOCABULARY = 50
+
+
+def test_sampling_params_are_fields_of_the_config():
+    """An option reaches `next_token` by its name alone."""
+    params, config = get_type_hints(SamplingParams), get_type_hints(InferenceConfig)
+    assert params == {name: config[name] for name in params}
+    assert FILTERS.keys() <= params.keys()
+    values = {"temperature": 0.3, "top_k": 7, "top_p": 0.2, "min_p": 0.1, "repetition_penalty": 2.0, "do_sample": False}
+    assert vars(SamplingParams.from_config(InferenceConfig(**values))) == values
 
 
 def random_logits(b: int = 64, spread: float = 3.0, seed: int = 0) -> torch.Tensor:
@@ -26,7 +46,7 @@ def random_ids(b: int = 64, t: int = 20, seed: int = 1) -> torch.Tensor:
     return torch.randint(VOCABULARY, (b, t), generator=torch.Generator().manual_seed(seed))
 
 
-FILTERS = [
+CASES = [
     *((penalize_repetition, RepetitionPenaltyLogitsProcessor, penalty) for penalty in (1.0, 1.2, 5.0, 0.5)),
     *((keep_top_k, TopKLogitsWarper, k) for k in (1, 2, 17, VOCABULARY - 1, VOCABULARY, 10 * VOCABULARY)),
     *((keep_top_p, TopPLogitsWarper, p) for p in (1e-9, 1e-6, 0.1, 0.5, 0.95, 0.999999)),
@@ -40,14 +60,14 @@ def apply(ours, logits: torch.Tensor, input_ids: torch.Tensor, value: float) -> 
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
-@pytest.mark.parametrize(("ours", "theirs", "value"), FILTERS, **named)
+@pytest.mark.parametrize(("ours", "theirs", "value"), CASES, **named)
 def test_filter_equals_transformers(ours, theirs, value, spread):
     logits, input_ids = random_logits(spread=spread), random_ids()
     expected = theirs(value)(input_ids, logits.clone())
     assert_close(apply(ours, logits, input_ids, value), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("ours", "theirs", "value"), FILTERS, **named)
+@pytest.mark.parametrize(("ours", "theirs", "value"), CASES, **named)
 def test_filter_is_pure_and_rows_are_independent(ours, theirs, value):
     logits, input_ids = random_logits(), random_ids()
     before = logits.clone()

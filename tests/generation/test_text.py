@@ -1,4 +1,4 @@
-"""From tokens to text on the screen."""
+"""Text streams: stop strings, seeds, batches and speed figures."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ def model() -> GPT2Model:
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """What `before_stop` should leave: each beginning of the text is tried, until one ends with a stop."""
+    """The expected result of `before_stop`: the shortest beginning that ends with a stop string, without it."""
     for end in range(len(text) + 1):
         if found := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, found))]
@@ -32,7 +32,7 @@ def cut(text: str, stops: list[str]) -> str:
 
 
 @pytest.mark.parametrize("stops", [[], ["b"], ["ab"], ["aab"], ["aba", "bb"], ["abab", "ba"], ["aaa", "a"]], ids=str)
-def test_a_text_ends_before_what_it_stops_at_however_it_comes_in_pieces(stops):
+def test_a_text_ends_before_its_first_stop_string_for_any_pieces(stops):
     random = np.random.default_rng(0)
     for _ in range(300):
         text = "".join(random.choice(list("ab"), size=random.integers(0, 12)))
@@ -41,12 +41,12 @@ def test_a_text_ends_before_what_it_stops_at_however_it_comes_in_pieces(stops):
         assert "".join(before_stop(iter(pieces), stops)) == cut(text, stops)
 
 
-def test_nothing_is_held_back_but_what_may_be_the_beginning_of_a_stop():
+def test_only_the_possible_beginning_of_a_stop_string_is_held_back():
     pieces = list(before_stop(iter(["one", " two\n", "\r three", "\n", "\n four"]), ["\n\n"]))
     assert pieces == ["one", " two", "\n\r three", "", ""]
 
 
-def test_stops_end_a_text_and_what_came_before_is_unchanged(model):
+def test_stop_strings_end_a_text_and_do_not_change_it(model):
     config = InferenceConfig(max_new_tokens=40, repetition_penalty=1.0, seed=2)
     whole = "".join(stream_text(model, BYTES, "ab", config, 2))
     stop = whole[10:12]
@@ -54,24 +54,24 @@ def test_stops_end_a_text_and_what_came_before_is_unchanged(model):
     assert "".join(stream_text(model, BYTES, "ab", config, 2)) == whole[: whole.index(stop)]
 
 
-def test_the_end_of_a_document_may_be_passed(model):
-    """A model that is made to want nothing but the end."""
-    wants_to_end = noisy_model(tiny_config(vocab_size=257))
+def test_generation_can_continue_after_the_end_of_a_document(model):
+    """With a model that always predicts the end."""
+    model_that_ends = noisy_model(tiny_config(vocab_size=257))
     with torch.no_grad():
-        wants_to_end.final_norm.weight.zero_()
-        wants_to_end.final_norm.bias.copy_(wants_to_end.token_embedding.weight[256] * 100)
+        model_that_ends.final_norm.weight.zero_()
+        model_that_ends.final_norm.bias.copy_(model_that_ends.token_embedding.weight[256] * 100)
     config = InferenceConfig(max_new_tokens=3, do_sample=False, repetition_penalty=1.0)
-    assert "".join(stream_text(wants_to_end, BYTES, "ab", config, 0)) == ""
+    assert "".join(stream_text(model_that_ends, BYTES, "ab", config, 0)) == ""
     config.stop_at_end_of_text = False
-    assert "".join(stream_text(wants_to_end, BYTES, "ab", config, 0)) == "<|endoftext|>" * 3
+    assert "".join(stream_text(model_that_ends, BYTES, "ab", config, 0)) == "<|endoftext|>" * 3
 
 
-def test_an_empty_stop_is_refused(model):
+def test_an_empty_stop_string_is_refused(model):
     with pytest.raises(UserError, match=r"inference.stop: an empty text"):
         list(stream_text(model, BYTES, "ab", InferenceConfig(stop=["x", ""]), 0))
 
 
-def test_the_smallest_share_leaves_only_the_likeliest(model):
+def test_min_p_of_one_is_greedy(model):
     greedy = InferenceConfig(max_new_tokens=20, do_sample=False)
     sampled = InferenceConfig(max_new_tokens=20, min_p=1.0, top_k=None, top_p=None)
     texts = ["".join(stream_text(model, BYTES, "ab", config, 5)) for config in (greedy, sampled)]
@@ -81,7 +81,7 @@ def test_the_smallest_share_leaves_only_the_likeliest(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 
-PROMPTS = ["ab", "c" * 12, "\N{SNOWMAN}", "d" * 40]  # to beyond the context
+PROMPTS = ["ab", "c" * 12, "\N{SNOWMAN}", "d" * 40]  # the last one is longer than the context
 
 
 def batch(model: GPT2Model, prompts: list[str], config: InferenceConfig, **options) -> TextBatch:
@@ -90,7 +90,7 @@ def batch(model: GPT2Model, prompts: list[str], config: InferenceConfig, **optio
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_what_a_text_says_does_not_depend_on_the_others(model, do_sample):
+def test_a_text_does_not_depend_on_its_batch(model, do_sample):
     config = InferenceConfig(max_new_tokens=30, do_sample=do_sample, seed=4)
     alone = ["".join(stream_text(model, BYTES, prompt, config, 4)) for prompt in PROMPTS]
     assert len(set(alone)) == len(PROMPTS)
@@ -98,7 +98,7 @@ def test_what_a_text_says_does_not_depend_on_the_others(model, do_sample):
         assert ["".join(text) for text in batch(model, PROMPTS[some], config).texts()] == alone[some]
 
 
-def test_texts_may_be_read_in_any_order_and_no_further_than_wanted(model):
+def test_texts_can_be_read_in_any_order_and_lazily(model):
     config = InferenceConfig(max_new_tokens=30, seed=4, stop_at_end_of_text=False)
     expected = ["".join(text) for text in batch(model, PROMPTS, config).texts()]
     some = batch(model, PROMPTS, config)
@@ -111,7 +111,7 @@ def test_texts_may_be_read_in_any_order_and_no_further_than_wanted(model):
     assert len(lazy.results) == 1
 
 
-def test_log_probabilities_are_those_of_the_model_whatever_it_was_drawn_by(model):
+def test_log_probabilities_are_those_of_the_model_without_filters(model):
     config = InferenceConfig(max_new_tokens=9, temperature=2.0, top_k=5, seed=4, stop_at_end_of_text=False)
     some = batch(model, PROMPTS[:3], config, with_log_probabilities=True)
     for prompt, text in zip(PROMPTS, some.texts()):  # noqa: B905 (all but the longest)
@@ -127,7 +127,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_it_was_drawn_by(model
         assert text.log_probability == pytest.approx(total, abs=1e-4)
 
 
-def test_only_tokens_up_to_the_end_count(model):
+def test_only_tokens_up_to_the_end_are_counted(model):
     config = InferenceConfig(max_new_tokens=40, seed=2, stop_at_end_of_text=False)
     whole = batch(model, ["ab"], config)
     list(whole.texts()[0])
@@ -140,7 +140,7 @@ def test_only_tokens_up_to_the_end_count(model):
     assert text.tokens == speed.new_tokens == ids.index(stop) + 1
 
 
-def test_the_speed_counts_what_was_read_and_written(model):
+def test_speed_counts_prompt_and_new_tokens(model):
     speed = Speed()
     config = InferenceConfig(max_new_tokens=7, stop_at_end_of_text=False)
     for text in batch(model, ["abc", "defg"], config, speed=speed).texts():
@@ -151,13 +151,13 @@ def test_the_speed_counts_what_was_read_and_written(model):
     assert str(speed).startswith("read 7 tokens at ")
     beyond = Speed()
     list(batch(model, ["x" * 17], config, speed=beyond).texts()[0])
-    assert beyond.prompt_tokens == 13, "what the window leaves of it"
+    assert beyond.prompt_tokens == 13, "the window drops the others"
     assert ", generated 14 at " in str(speed)
 
 
 @pytest.mark.parametrize("stop", [[], ["\ufffd"]], ids=str)
-def test_texts_that_are_left_give_their_memory_back_at_once(model, stop):
-    """Without a wait for the collector of cycles, which would come at any time, and late."""
+def test_abandoned_texts_release_their_memory_at_once(model, stop):
+    """Reference counting frees them, without the cyclic garbage collector."""
     gc.collect()
     gc.disable()
     try:

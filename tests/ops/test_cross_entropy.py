@@ -1,4 +1,4 @@
-"""The loss in chunks is the plain one, with the same gradient."""
+"""The chunked loss equals `F.cross_entropy`, gradients included."""
 
 import pytest
 import torch
@@ -39,33 +39,33 @@ LINEARS = list(onednn.LINEARS.values())
 
 
 @pytest.mark.parametrize("linear", LINEARS, ids=onednn.name_of)
-def test_loss_and_gradient_are_those_of_the_whole_logits(rows, linear):
+def test_loss_and_gradient_equal_those_of_full_logits(rows, linear):
     hidden_states, weight, targets = problem()
     expected = with_gradients(plain(hidden_states, weight, targets), hidden_states, weight)
-    found = with_gradients(
+    actual = with_gradients(
         chunked_linear_cross_entropy(hidden_states, weight, targets, linear=linear), hidden_states, weight
     )
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
-def test_there_are_never_more_logits_than_fit_into_a_chunk(rows):
-    made = []
+def test_no_chunk_of_logits_is_larger_than_the_limit(rows):
+    products = []
 
-    def watched(x, weight, bias=None):
-        made.append((len(x), len(weight)))
+    def recording(x, weight, bias=None):
+        products.append((len(x), len(weight)))
         return F.linear(x, weight, bias)
 
     hidden_states, weight, targets = problem()
-    chunked_linear_cross_entropy(hidden_states, weight, targets, linear=watched)
-    logits = [of for of, vocabulary in made if vocabulary == V]
+    chunked_linear_cross_entropy(hidden_states, weight, targets, linear=recording)
+    logits = [length for length, outputs in products if outputs == V]
     assert max(logits) <= rows
     assert sum(logits) == 50
     assert max(logits) - min(logits) <= 1
 
 
-def test_a_divisor_takes_the_place_of_the_number_of_targets(rows):
+def test_divisor_replaces_the_number_of_targets(rows):
     hidden_states, weight, targets = problem(ignored=7)
     mean = with_gradients(chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
     share = chunked_linear_cross_entropy(hidden_states, weight, targets, torch.tensor(4 * 43))
@@ -84,7 +84,7 @@ def test_a_scaled_loss_has_a_scaled_gradient():
 
 
 @pytest.mark.parametrize("ignored", [0, 50])
-def test_no_target_ignored_or_all_of_them(ignored):
+def test_none_or_all_targets_ignored(ignored):
     hidden_states, weight, targets = problem(ignored=ignored)
     loss, of_hidden, of_weight = with_gradients(
         chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight
@@ -96,7 +96,7 @@ def test_no_target_ignored_or_all_of_them(ignored):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_16_bits_it_is_as_near_to_fp32_as_the_plain_one(rows, dtype):
+def test_16_bits_are_as_close_to_fp32_as_the_plain_loss(rows, dtype):
     hidden_states, weight, targets = problem()
     exact = with_gradients(plain(hidden_states, weight, targets), hidden_states, weight)
     with torch.autocast("cpu", dtype):
@@ -109,8 +109,8 @@ def test_in_16_bits_it_is_as_near_to_fp32_as_the_plain_one(rows, dtype):
         assert (one - right).norm() < 1.2 * (other - right).norm() + 1e-4 * right.norm()
 
 
-def test_gradients_too_small_for_fp16_are_kept_for_the_loss_is_scaled():
-    """What mixed precision in fp16 does: 1 / 10^6 tokens times a gradient would be zero in fp16."""
+def test_gradients_too_small_for_fp16_survive_loss_scaling():
+    """A gradient divided by 10^6 tokens would be zero in fp16."""
     hidden_states, weight, targets = problem()
     divisor = torch.tensor(10**6)
     exact = with_gradients(plain(hidden_states, weight, targets) * 43 / divisor, hidden_states, weight)
@@ -121,8 +121,8 @@ def test_gradients_too_small_for_fp16_are_kept_for_the_loss_is_scaled():
         assert (one / 2**16 - right).norm() < 5e-3 * right.norm()
 
 
-def test_a_sum_over_many_tokens_does_not_overflow_in_fp16():
-    """Ten thousand equal tokens: plain, the gradient of their row would be ten thousand times one of them."""
+def test_sums_over_many_tokens_do_not_overflow_fp16():
+    """Ten thousand equal tokens, whose gradients add up in one row of the head."""
     n = 10_000
     hidden_states, weight = torch.full((n, C), 12.0), torch.zeros(V, C, requires_grad=True)
     targets = torch.zeros(n, dtype=torch.long)
@@ -134,16 +134,16 @@ def test_a_sum_over_many_tokens_does_not_overflow_in_fp16():
     torch.testing.assert_close(of_weight, expected, rtol=1e-2, atol=1e-4)
 
 
-def test_another_negative_target_is_refused():
-    """As elsewhere: -1, which other programs ignore, is not token 0."""
+def test_other_negative_targets_are_refused():
+    """Some programs ignore -1; here it is an error, not token 0."""
     hidden_states, weight, targets = problem()
     targets[3] = -1
     with pytest.raises(RuntimeError, match="out of bounds"):
         chunked_linear_cross_entropy(hidden_states, weight, targets)
 
 
-def test_a_vocabulary_that_is_filled_up_changes_nothing():
-    """As it is on CUDA."""
+def test_a_padded_vocabulary_changes_nothing():
+    """As on CUDA."""
     hidden_states, weight, targets = (tensor.detach() for tensor in problem())
     scale = torch.tensor(1 / 43)
     alone = module._loss_and_gradients(hidden_states, weight, targets, scale, F.linear, V)
@@ -165,7 +165,7 @@ def test_softmax_in_place(dtype, size):
     torch.testing.assert_close(logits, torch.softmax(exact, -1).to(dtype), rtol=1e-2 if size > 1 else 1e-5, atol=1e-6)
 
 
-def test_the_losses_of_each_target_without_a_gradient(rows):
+def test_cross_entropies_of_each_target(rows):
     hidden_states, weight, targets = problem()
     losses = cross_entropies(hidden_states.detach(), lambda x: F.linear(x, weight.detach()), targets, V)
     expected = F.cross_entropy(F.linear(hidden_states, weight), targets, ignore_index=IGNORE_INDEX, reduction="none")
@@ -177,16 +177,16 @@ def test_the_losses_of_each_target_without_a_gradient(rows):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_step_is_one_graph_with_the_same_gradient(gradient_checkpointing, precision):
-    """Einops and the chunks do not break it. What the compiler makes of it, `aot_eager` leaves as it is."""
+    """Neither einops nor the chunks break the graph."""
     model = noisy_model(tiny_config())
     model.gradient_checkpointing = gradient_checkpointing
     input_ids, targets = random_ids(model.config, 3, 16), random_ids(model.config, 3, 16, seed=2)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    found = []
+    results = []
     for forward in (model, compiled):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             _, loss = forward(input_ids, targets=targets, return_logits=False)
-        found.append(with_gradients(loss, *model.parameters()))
-    for one, other in zip(*found, strict=True):
+        results.append(with_gradients(loss, *model.parameters()))
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4 if precision == "fp32" else 5e-2, atol=1e-6)
     torch.compiler.reset()
