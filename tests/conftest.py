@@ -111,12 +111,13 @@ class Workspace:
         streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
         return subprocess.run(command, cwd=self.folder, env=self.environment, timeout=600, **streams)
 
-    def cache_as_from_hub(self, name: str, folder: Path) -> None:
+    def cache_as_from_hub(self, name: str, folder: Path) -> Path:
         """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
         repository = self.folder / "cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
         (repository / "refs").mkdir()
         (repository / "refs" / "main").write_text("0" * 40)
+        return repository
 
     def runs(self) -> list[Path]:
         """The run folders, oldest first."""

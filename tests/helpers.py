@@ -1,4 +1,4 @@
-"""What several test files share: the material beside the checkout, and the bridge to GPT-2 as `transformers` has it."""
+"""Shared by tests: data beside the checkout, small models, their twins in `transformers`, and difficult texts."""
 
 import string
 from collections.abc import Generator, Iterable
@@ -21,7 +21,7 @@ NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the shared material; the test that asks for it is skipped where it is missing."""
+    """A file or folder of `../shared`; the test is skipped if it is missing."""
     found = SHARED / path
     if not found.exists():
         pytest.skip(f"needs ../shared/{path}, which is not beside this checkout")
@@ -35,7 +35,7 @@ def tiny_config(**fields) -> GPT2Config:
 
 
 def noisy_model(config: GPT2Config, seed: int = 0, std: float = 0.2) -> GPT2Model:
-    """A model none of whose weights is zero or one, so that a weight which is left out or swapped is noticed."""
+    """A model without weights of exactly zero or one, so that missing or exchanged weights change its output."""
     torch.manual_seed(seed)
     model = GPT2Model(config)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def random_ids(config: GPT2Config, b: int, t: int, seed: int = 1) -> Tensor:
 
 
 def padding_mask(side: str, b: int, t: int) -> Tensor:
-    """(b, t): row i has i positions of padding on that side."""
+    """A mask (b, t) whose row i has i positions of padding on one side."""
     mask = torch.ones(b, t, dtype=torch.long)
     for row in range(1, b):
         mask[row, slice(t - row, t) if side == "right" else slice(row)] = 0
@@ -57,7 +57,7 @@ def padding_mask(side: str, b: int, t: int) -> Tensor:
 
 
 def finish(generator: Generator) -> tuple[list[Tensor], Tensor]:
-    """All that a generator yields, and what it returns."""
+    """The values that a generator yields, and its return value."""
     yielded = []
     while True:
         try:
@@ -71,13 +71,13 @@ def finish(generator: Generator) -> tuple[list[Tensor], Tensor]:
 
 
 def from_transformers(tensors: Iterable[tuple[str, Tensor]], model: GPT2Model) -> dict[str, Tensor]:
-    """Named tensors of GPT2LMHeadModel (weights, or their gradients) under the names and in the layout of `model`."""
+    """Convert tensors of GPT2LMHeadModel (weights or gradients) to the names and layout of `model`."""
     theirs = dict(tensors)
     return {name: hf_layout(name, theirs[f"transformer.{hf_name(name)}"]) for name in model.state_dict()}
 
 
 def transformers_twin(model: GPT2Model):
-    """GPT2LMHeadModel with the weights of `model`."""
+    """A GPT2LMHeadModel with the weights of `model`."""
     from transformers import GPT2Config as TheirConfig
     from transformers import GPT2LMHeadModel
 
@@ -105,12 +105,12 @@ def transformers_twin(model: GPT2Model):
 
 
 def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer | None = None) -> None:
-    """Put a tokenizer, bytes by default, into a folder of weights."""
+    """Write a tokenizer, by default one of bytes, into a folder of weights."""
     (tokenizer or GPT2Tokenizer.of_bytes()).to_folder(folder, context_length=16)
 
 
 def only_a_pickle(folder: Path) -> None:
-    """Leave a folder's weights under the name of a pickle."""
+    """Rename the weights of a folder to the name of a pickle."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
@@ -119,25 +119,25 @@ def only_a_pickle(folder: Path) -> None:
 
 CORPUS = "The quick brown fox jumps over the lazy dog. " * 50
 
-_SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2003\u2028\u2029\u3000"  # all that Unicode calls white space, in kinds
+_SPACES = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2003\u2028\u2029\u3000"  # each kind of white space in Unicode
 _CONTROLS = "".join(map(chr, (*range(9), *range(0x0E, 0x20), 0x7F))) + "\u200b\u200d\u202e\ufeff\ufffd\ufffe"
 _LETTERS = "aZéßİıǅñΩжאع가あ漢ﬁ" + "e\u0301" + "\U0001d518\U00010348"
 _NUMBERS = "0٣²½Ⅷ𝟘"
 _SYMBOLS = "😀👩🏽🇩🇪️€…’—•|<>'\"\\" + string.punctuation
 _WORDS = ["<|endoftext|>", "<|endoftext|", "'ll", "'s", " the", "  ", "\r\n", "\n\n\n", "#version", "http://a.b/c?d=e"]
-_WORDS += ["👩\u200d👩\u200d👧\u200d👦"]  # a family: four people held together by joiners
+_WORDS += ["👩\u200d👩\u200d👧\u200d👦"]  # a family: four people with zero-width joiners
 _NASTY = [*_SPACES, *_CONTROLS, *_LETTERS, *_NUMBERS, *_SYMBOLS, *_WORDS]
 
 
 def nasty_texts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """Texts over characters that tokenizers trip over, the same ones each time."""
+    """Reproducible random texts of characters that are difficult for tokenizers."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, size=count)
     return ["".join(_NASTY[i] for i in random.integers(len(_NASTY), size=length)) for length in lengths]
 
 
 def python_source() -> str:
-    """Some 240,000 characters of real text with structure, on every machine that runs Python."""
+    """About 240,000 characters of structured text that every Python installation has."""
     import _pydecimal
     import argparse
 

@@ -1,4 +1,4 @@
-"""Tokens to batches: every block once an epoch, in an order that a position resumes."""
+"""Blocks of tokens and their batches: every block once an epoch, in an order that a position resumes."""
 
 import pickle
 from pathlib import Path
@@ -30,13 +30,13 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path, length):
         block = blocks[number]
         inputs, targets = block["input_ids"], block["targets"]
         assert (inputs.shape, targets.shape, inputs.dtype, targets.dtype) == ((length,), (length,), *[torch.int64] * 2)
-        kept = targets != -100
-        assert kept.all() or number == len(blocks) - 1
-        assert kept.any()
-        assert torch.equal(inputs[kept] + 1, targets[kept])  # the token that follows
-        assert not kept[kept.sum() :].any(), "padding comes last"
+        is_target = targets != -100
+        assert is_target.all() or number == len(blocks) - 1
+        assert is_target.any()
+        assert torch.equal(inputs[is_target] + 1, targets[is_target])  # the token that follows
+        assert not is_target[is_target.sum() :].any(), "padding comes last"
         assert inputs.min() >= 0
-        seen += targets[kept].tolist()
+        seen += targets[is_target].tolist()
     assert seen == list(range(1, 13))
 
 
@@ -53,11 +53,11 @@ def test_dataset_is_pickled_without_its_tokens(tmp_path):
     blocks = blocks_of(tmp_path, 50_000, 4)
     blocks.tokenizer = GPT2Tokenizer.of_bytes()
     expected = blocks[3]
-    travelling = pickle.dumps(blocks)
-    assert len(travelling) < 1000
-    again = pickle.loads(travelling)
-    assert len(again) == len(blocks)
-    assert all(torch.equal(again[3][key], expected[key]) for key in expected)
+    pickled = pickle.dumps(blocks)
+    assert len(pickled) < 1000
+    copy = pickle.loads(pickled)
+    assert len(copy) == len(blocks)
+    assert all(torch.equal(copy[3][key], expected[key]) for key in expected)
     assert blocks.tokenizer is not None
 
 
@@ -106,8 +106,8 @@ def loaders_of(blocks: TokenDataset, **fields):
 
 def test_worker_processes_give_the_same_batches(tmp_path):
     blocks = blocks_of(tmp_path, 90, 8)
-    alone, helped = (loaders_of(blocks, num_workers=number) for number in (0, 2))
-    for loader, other in zip(alone, helped, strict=True):
+    without_workers, with_workers = (loaders_of(blocks, num_workers=number) for number in (0, 2))
+    for loader, other in zip(without_workers, with_workers, strict=True):
         batches, others = list(loader), list(other)
         assert len(batches) == len(others) == 4
         for batch, same in zip(batches, others, strict=True):
@@ -127,12 +127,12 @@ def test_order_of_training_validation_and_test(tmp_path):
     orders.append(torch.cat([batch["targets"] for batch in with_other_seed]).flatten())
     assert all(torch.equal(order, orders[0]) for order in orders)
     assert sorted(orders[0].tolist())[-199:] == list(range(1, 200))
-    assert orders[0].tolist()[:199] != list(range(1, 200))  # so that its first batches are a fair sample
+    assert orders[0].tolist()[:199] != list(range(1, 200))  # shuffled: its first batches are a fair sample
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_does_not_advance_the_global_generator(tmp_path, num_workers):
-    """Dropout draws from it: validating more often must not change what is trained."""
+    """Dropout uses it, and the training result must not depend on how often a run is validated."""
     train, validation, _ = loaders_of(blocks_of(tmp_path, 90, 8), num_workers=num_workers)
     before = torch.get_rng_state()
     next(iter(train)), next(iter(validation))

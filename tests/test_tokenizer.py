@@ -1,4 +1,4 @@
-"""Text survives its tokens, whatever is in it; GPT-2's tokenizer is OpenAI's; no text can bring in a special token."""
+"""Decoding restores any text, tokens match `transformers`, and text never contains special tokens."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def trained() -> GPT2Tokenizer:
 
 @pytest.fixture(params=["bytes", "trained", "gpt2"])
 def tokenizer(request) -> GPT2Tokenizer:
-    """The tokenizer from each of the sources there are."""
+    """Tokenizers of every kind."""
     if request.param == "trained":
         return request.getfixturevalue("trained")
     return (
@@ -60,7 +60,7 @@ def write_folder(folder: Path, vocabulary: dict[str, int], merges: list[tuple[st
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Any text, from any source
+# Encoding and decoding
 
 
 def test_tokens_match_transformers():
@@ -115,18 +115,18 @@ def test_fingerprint_distinguishes_tokenizers(trained):
 
 
 def test_lone_surrogate_is_replaced():
-    """A prompt with bytes that are no UTF-8 reaches Python as such a string."""
+    """Python represents invalid UTF-8 on the command line this way."""
     tokenizer = GPT2Tokenizer.of_bytes()
     text = tokenizer.decode(tokenizer.encode("a\udcffb"))
     assert (text[0], text[-1]) == ("a", "b")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many texts: tiktoken gives the tokens of tokenizers, or is not asked
+# Batches: tiktoken gives the same tokens as tokenizers, or is not used
 
 
 def both_ways(tokenizer: GPT2Tokenizer, texts: list[str]) -> None:
-    """Fail at the first text of which a batch makes other tokens than `tokenizers` does."""
+    """Compare `encode_batch` with the tokenizers library."""
     expected = [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
     for text, ids, right in zip(texts, batch(tokenizer, texts), expected, strict=True):
         assert ids == right, ascii(text[:200])
@@ -137,21 +137,21 @@ CONTEXTS = ["{}", "a{}b", " {} ", "1{}{}2", "'{}s.{}!", "\u3000{}\n"]
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_tiktoken_splits_every_character_like_tokenizers(context):
-    """By a tokenizer that joins all it may: where two characters are cut apart shows in the tokens."""
+    """With merges of all neighbors, so that a different split into words would change the tokens."""
     merges = [(left, right) for left in byte_alphabet() for right in "abs12'.!ĠĊ"]
     merges += [(left, right) for left in "ab12'.!ĠĊ" for right in byte_alphabet()]
     merges = list({"".join(pair): pair for pair in merges}.values())
     tokens = [*byte_alphabet(), *map("".join, merges), END_OF_TEXT]
     tokenizer = GPT2Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
     assert tokenizer._reason_against_tiktoken() is None
-    # All characters that there are stand in every context. Of the planes in which there are none, and of those for
-    # private use, which in Unicode are alike for ever, a sixth does, each in one of the six.
+    # Every context tests all assigned characters, and a sixth of the unassigned and private ones, which Unicode
+    # treats alike.
     assigned = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xF0000)]
     others = [*range(0x40000, 0xE0000), *range(0xF0000, 0x110000)]
     characters = [chr(i) for i in [*assigned, *others[CONTEXTS.index(context) :: len(CONTEXTS)]]]
     texts = [context.replace("{}", character) for character in characters]
     both_ways(tokenizer, [*texts[:0x300], *texts[0x300::500]])
-    # All of them, a thousand in a text, each after a character that no token joins to another.
+    # A thousand in a text, separated by a character without merges.
     both_ways(tokenizer, ["\0".join(texts[start : start + 1000]) for start in range(0, len(texts), 1000)])
 
 
@@ -187,7 +187,7 @@ def test_tiktoken_matches_tokenizers_on_wikipedia(tokenizer):
 
 @pytest.mark.parametrize("run", [" " * 2_000_000 + "a", "\n \n" * 700_000 + "a", "a" * 200_000, "漢" * 50_000])
 def test_tiktoken_matches_tokenizers_on_long_runs(trained, run):
-    """Some are too much for tiktoken's regular expressions, which it tells."""
+    """Some are too long for the regular expressions of tiktoken, which raises an error."""
     both_ways(trained, [run, "short"])
 
 
@@ -198,7 +198,7 @@ def test_lone_surrogate_in_a_batch_is_replaced(source, trained):
 
 
 def with_merges(*merges: tuple[str, str], order: int = 1) -> GPT2Tokenizer:
-    """Bytes, `<|endoftext|>`, [PAD], and the tokens of the merges, in their order or (-1) against it."""
+    """Bytes, `<|endoftext|>`, [PAD], and the tokens of the merges, in their order or (-1) in reverse."""
     made = list(dict.fromkeys(map("".join, merges)))[::order]
     return GPT2Tokenizer({token: i for i, token in enumerate([*BYTES, "[PAD]", *made])}, list(merges))
 
@@ -207,7 +207,7 @@ UNREACHED = [
     ("a", "b"),
     ("b", "c"),
     ("a", "bc"),
-]  # of "abc" the first makes "ab", "c": there is no token "abc" in texts
+]  # "abc" becomes "ab" and "c": text never contains the token "abc"
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_text_never_contains_added_tokens(caplog):
     assert not {tokenizer.eos_token_id, tokenizer.vocabulary["[PAD]"]} & {
         i for ids in batch(tokenizer, texts) for i in ids
     }
-    assert not caplog.text, "it was tiktoken"
+    assert not caplog.text, "tiktoken is used"
 
 
 def test_tiktoken_matches_tokenizers_for_random_merges():
-    """Of vocabularies that nobody has trained: some tiktoken may serve, some not, and none errs."""
+    """Some of these vocabularies suit tiktoken and some do not; all must give the right tokens."""
     random = np.random.default_rng(0)
-    served = 0
+    suitable = 0
     for _ in range(200):
         tokens, merges = list("abcd"), []
         for _ in range(random.integers(1, 12)):
@@ -246,9 +246,9 @@ def test_tiktoken_matches_tokenizers_for_random_merges():
                 merges.append(pair)
                 tokens.append("".join(pair))
         tokenizer = with_merges(*merges)
-        served += tokenizer._reason_against_tiktoken() is None
+        suitable += tokenizer._reason_against_tiktoken() is None
         both_ways(tokenizer, ["".join(random.choice(list("abcd "), size=40)) for _ in range(50)])
-    assert 20 < served < 180
+    assert 20 < suitable < 180
 
 
 def test_tokenizer_is_thread_safe():
@@ -376,14 +376,14 @@ def test_missing_or_binary_file_is_a_user_error(tmp_path, file, content):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Streams
+# Streaming
 
 
 @pytest.mark.parametrize("source", ["bytes", "trained"])
 def test_streamed_text_matches_decoded_text(source, trained):
     tokenizer = trained if source == "trained" else GPT2Tokenizer.of_bytes()
     random = np.random.default_rng(0)
-    # Bytes from 128 on are UTF-8 only in the right company: draw those more often than chance would.
+    # Draw bytes from 128 on more often: they are valid UTF-8 only in certain sequences.
     unlikely = [i for i, token in enumerate(tokenizer.token_bytes) if max(token) > 127]
     replaced = 0
     for _ in range(500):
@@ -394,11 +394,11 @@ def test_streamed_text_matches_decoded_text(source, trained):
         assert text == b"".join(tokenizer.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
         assert text == tokenizer.backend.decode(ids, skip_special_tokens=False)
         replaced += "\ufffd" in text
-    assert replaced > 400  # it was not all easy
+    assert replaced > 400  # most texts contained invalid UTF-8
 
 
 def test_streamed_text_with_incomplete_characters(trained):
-    """Emoji and Chinese, whose characters are of several tokens, cut anywhere."""
+    """Emoji and Chinese characters, which have several tokens, cut anywhere."""
     text = "".join(nasty_texts(40, seed=3)) + "漢字かな交じり文👩🏽‍🚀🇩🇪🏴‍☠️" * 20
     ids = trained.encode(text)
     random = np.random.default_rng(1)
@@ -424,7 +424,7 @@ def test_incomplete_character_is_streamed_at_the_end():
 
 
 def test_stream_reads_one_token_at_a_time():
-    """Text is printed while the model still writes."""
+    """So that text is printed while the model generates."""
     taken = []
 
     def ids():
@@ -441,7 +441,7 @@ def test_stream_reads_one_token_at_a_time():
 
 
 def described(tmp_path: Path, **changes) -> Path:
-    """A folder with the `tokenizer.json` of a trained tokenizer, changed at the top or, for `model`, inside it."""
+    """A folder with the `tokenizer.json` of a trained tokenizer, with changes at its top level or in its `model`."""
     GPT2Tokenizer.train([python_source()], 300).to_folder(tmp_path, 64)
     (tmp_path / "vocab.json").unlink()
     (tmp_path / "merges.txt").unlink()

@@ -247,7 +247,7 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.exists():
-        raise UserError(f"to: {folder} already exists; name a new folder")
+        raise UserError(f"to: {folder} exists already; name a folder that does not")
     if trained.tokenizer is None:
         log.warning("%s holds no tokenizer, so the exported folder has none either.", trained.source)
     tensors = trained.tensors()

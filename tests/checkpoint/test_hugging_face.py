@@ -1,4 +1,4 @@
-"""Weights in and folders out: the format of `transformers`, which writes and reads what is compared here."""
+"""The format of `transformers`: reading what it writes, and writing what it reads."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, trans
 
 
 def rewrite(folder: Path, change) -> None:
-    """Change the stored tensors of a folder: `change` gets them by name, as a dict to work on."""
+    """Change the stored tensors of a folder: `change` receives them as a dict by name."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -38,12 +38,12 @@ def describe(folder: Path, **fields) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In
+# Reading
 
 
 @pytest.mark.parametrize("size", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
 def test_logits_and_greedy_text_match_transformers(tmp_path, size):
-    """As deep and with as many heads as the size has, but narrow."""
+    """With the layers and heads of each size, but narrow."""
     shape = OmegaConf.load(ROOT / "conf" / "model" / f"{size}.yaml")
     width = 4 * shape.num_heads
     shape = {"d_model": width, "d_ff": 4 * width, "num_heads": shape.num_heads, "num_layers": shape.num_layers}
@@ -71,7 +71,7 @@ def without_prefix(folder: Path) -> None:
 
 
 def as_openai_stored_it(folder: Path) -> None:
-    """Without the prefix and without the head, but with a causal mask in each layer, as in `gpt2` on the Hub."""
+    """Like `gpt2` on the Hub: without the prefix and the output layer, with a causal mask in each layer."""
     without_prefix(folder)
 
     def add_masks(tensors):
@@ -262,7 +262,7 @@ def test_truncated_file_is_refused(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Out
+# Writing
 
 
 def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) -> dict[str, torch.Tensor]:
@@ -313,12 +313,12 @@ print(json.dumps(results))
 
 
 def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_path):
-    """For every kind of tokenizer, in one process, since importing transformers takes seconds."""
+    """All kinds of tokenizer in one process, because importing transformers takes seconds."""
     tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
-    if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's lies beside some checkouts
+    if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's, beside some checkouts
         tokenizers.append(GPT2Tokenizer.from_folder(SHARED / "tokenizers" / "gpt2"))
     text = "The fox's 3 dogs …\n\n  jump — é漢🦊 ."
-    asked, expected = [], []
+    requests, expected = [], []
     for number, tokenizer in enumerate(tokenizers):
         path, folder = tmp_path / f"{number}.pth", tmp_path / f"out{number}"
         config = tiny_config(vocab_size=tokenizer.vocab_size, use_bias=number == 0, context_length=64)
@@ -329,10 +329,10 @@ def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_
         model = trained.build()
         ids = tokenizer.encode(prompt)
         written = list(model.generate(torch.tensor([ids]), 9, do_sample=False, eos_token_id=tokenizer.eos_token_id))
-        kept = [int(token) for token in written if int(token) != tokenizer.eos_token_id]
-        asked.append([str(folder), prompt, text])
-        expected.append([prompt + tokenizer.decode(kept), tokenizer.encode(text), text])
-    done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(asked), capture_output=True, text=True)
+        text_ids = [int(token) for token in written if int(token) != tokenizer.eos_token_id]
+        requests.append([str(folder), prompt, text])
+        expected.append([prompt + tokenizer.decode(text_ids), tokenizer.encode(text), text])
+    done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(requests), capture_output=True, text=True)
     assert done.stderr == ""
     assert json.loads(done.stdout) == expected
 
@@ -362,7 +362,7 @@ def test_export_states_special_tokens_and_length(tmp_path):
 
 
 def full_disk(folder: Path) -> Path:
-    """A limit on the size of files, which is all that a full disk is to a program."""
+    """Limit the size of files, which fails a write like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return folder / "out"
 
@@ -379,7 +379,7 @@ def where_something_is(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("place", "complaint"),
-    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "already exists")],
+    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "exists already")],
 )
 def test_failed_export_leaves_nothing(folder, place, complaint):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -401,7 +401,7 @@ def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
 
 
 def record_of(path: Path, change) -> None:
-    """Change what a checkpoint says beside its tensors."""
+    """Change the record of a checkpoint."""
     checkpoint.write_checkpoint(path, checkpoint.read_tensors(path), change(checkpoint.read_record(path)))
 
 

@@ -1,4 +1,4 @@
-"""Trained models by name: what is taken from them, what is refused, and the commands that start from one."""
+"""Opening trained models by name, fine-tuning them, and the scripts that use them."""
 
 import json
 import shutil
@@ -18,22 +18,30 @@ from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import TINY, Workspace
-from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, transformers_twin, write_tokenizer
+from tests.helpers import (
+    CORPUS,
+    noisy_model,
+    only_a_pickle,
+    python_source,
+    tiny_config,
+    transformers_twin,
+    write_tokenizer,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The shape follows the weights
+# The configuration for fine-tuning
 
 
 def test_finetuning_config_follows_the_weights_except_for_requested_fields(folder):
     trained = open_model(str(folder))
     assert finetuning_config(trained, GPT2Config(), set()) == trained.config
     dropout = {"dropout": 0.3, "attention_dropout": 0.2, "residual_dropout": 0.1}
-    found = finetuning_config(
+    config = finetuning_config(
         trained, GPT2Config(**dropout, context_length=8, initializer_range=0.5), {"residual_dropout"}
     )
-    assert (found.dropout, found.attention_dropout, found.residual_dropout) == (0.3, 0.2, 0.1)
-    assert found.initializer_range == 0.5
-    assert (found.context_length, found.d_model) == (8, 16)
+    assert (config.dropout, config.attention_dropout, config.residual_dropout) == (0.3, 0.2, 0.1)
+    assert config.initializer_range == 0.5
+    assert (config.context_length, config.d_model) == (8, 16)
 
 
 def test_contradictions_with_the_weights_name_both_values(folder):
@@ -56,19 +64,20 @@ def test_shorter_context_drops_the_last_positions(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands
+# The scripts
 
 
-@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
-def test_openai_names_take_precedence_over_a_folder(workspace, folder, name):
+def test_openai_names_take_precedence_over_a_folder(workspace, folder):
     write_tokenizer(folder)
-    workspace.cache_as_from_hub(name, folder)
     (workspace.folder / "gpt2").mkdir()
     options = ["prompt=ab", "inference=greedy", "inference.max_new_tokens=5"]
-    cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
     local = workspace.run("generate.py", f"checkpoint={folder}", *options)
-    assert cached.stdout == local.stdout
-    assert cached.stderr.splitlines()[-2] == "gpt2 on cpu in fp32"
+    for name in ("gpt2", "openai-community/gpt2"):
+        repository = workspace.cache_as_from_hub(name, folder)
+        cached = workspace.run("generate.py", "checkpoint=gpt2", *options)
+        assert cached.stdout == local.stdout
+        assert cached.stderr.splitlines()[-2] == "gpt2 on cpu in fp32"
+        shutil.rmtree(repository)
 
 
 def test_model_missing_from_the_hub_cache_is_a_user_error(workspace):
@@ -91,21 +100,23 @@ def test_missing_path_is_not_looked_up_on_the_hub(workspace, name):
     assert f"checkpoint: there is no '{name}' here" in line
 
 
-def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder):
-    for script, key in (("train.py", "train.init_from"), ("evaluate.py", "checkpoint")):
-        text = ["data=text", "data.files=[corpus.txt]", f"{key}={folder}"]
-        (line,) = workspace.run(script, *text, expect=2).stderr.splitlines()
-        assert f"data.tokenizer: {folder} holds no tokenizer" in line
-        (line,) = workspace.run(script, *text, "data.tokenizer=train", expect=2).stderr.splitlines()
-        assert f"data.tokenizer: the tokens of a new one mean nothing to {key}={folder}" in line
+def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder, tmp_path):
+    for name, key in (("train", "train.init_from"), ("evaluate", "checkpoint")):
+        line = [f"{key}='{folder}'", "data=stdlib"]
+        (problem,) = validate_command_line(name, line)
+        assert f"data.tokenizer: {folder} holds no tokenizer" in problem
+        (problem,) = validate_command_line(name, [*line, "data.tokenizer=train"])
+        assert f"{key}={folder}" in problem
+        assert problem.startswith("data.tokenizer: ")
+    GPT2Tokenizer.train([python_source()], 300).to_folder(tmp_path, 16)
+    (problem,) = validate_command_line("evaluate", [*line, f"data.tokenizer='{tmp_path}'"])
+    assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in problem
+    text = ["data=text", "data.files=[corpus.txt]", f"checkpoint={folder}"]
     assert "loss" in workspace.run("evaluate.py", *text, "data.tokenizer=bytes").stdout
-    GPT2Tokenizer.train([CORPUS], 300).to_folder(workspace.folder, 16)
-    (line,) = workspace.run("evaluate.py", *text, "data.tokenizer=.", expect=2).stderr.splitlines()
-    assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in line or "tokens are more" in line
 
 
 def test_weights_of_gpt2_size_without_tokenizer_use_that_of_gpt2(workspace, tmp_path):
-    """From another repository of the Hub; what lies in the cache as GPT-2's tokenizer is bytes here."""
+    """From another repository of the Hub. The cached tokenizer of GPT-2 is one of bytes here."""
     transformers_twin(noisy_model(tiny_config(vocab_size=50257))).save_pretrained(tmp_path / "weights")
     workspace.cache_as_from_hub("someone/model", tmp_path / "weights")
     write_tokenizer(tmp_path / "weights")
@@ -119,7 +130,7 @@ def test_weights_of_gpt2_size_without_tokenizer_use_that_of_gpt2(workspace, tmp_
 
 
 def test_added_tokens_are_accepted(workspace, folder):
-    """A padding token beyond the model's vocabulary, as fine-tuning scripts add it: no text is ever encoded to it."""
+    """Such as a padding token beyond the model's vocabulary, which text is never encoded to."""
     tokenizer = GPT2Tokenizer.of_bytes()
     padded = GPT2Tokenizer({**tokenizer.vocabulary, "[PAD]": 257}, [])
     write_tokenizer(folder, padded)
@@ -155,7 +166,7 @@ def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(w
     assert trained.tokenizer.fingerprint == tokenizer.fingerprint
     before, after = open_model(str(folder)).tensors(), trained.tensors()
     moved = max((before[name] - after[name]).abs().max() for name in before)
-    assert 0 < moved < 0.05  # 8 steps from the weights, not from anywhere else
+    assert 0 < moved < 0.05  # after 8 steps from these weights
     assert trained.run["train"]["init_from"] == str(folder)
     resolved = OmegaConf.load(run / ".hydra" / "config.yaml")
     assert (resolved.model.d_model, resolved.data.max_length, resolved.data.tokenizer) == (16, 16, str(folder))
@@ -167,11 +178,10 @@ def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(w
     assert "Resuming after step 8" in resumed.stdout
 
 
-def test_fine_tuning_starts_from_the_weights_of_a_run(workspace):
-    workspace.run("train.py", *TINY)
-    (first,) = workspace.runs()
+def test_fine_tuning_starts_from_the_weights_of_a_run(trained, workspace):
+    (first,) = trained.runs()
     workspace.run("train.py", *FINE_TUNE, f"train.init_from={first}", "train.learning_rate=1e-30", "name=second")
-    (second,) = workspace.folder.glob("outputs/runs/second/*")
+    (second,) = workspace.runs()
     assert_close(open_model(str(second)).tensors(), open_model(str(first)).tensors(), atol=1e-6, rtol=0)
 
 
@@ -200,8 +210,8 @@ def test_contradictions_are_reported_together_before_anything_is_written(workspa
 )
 def test_explicit_defaults_contradict_the_weights(folder, overrides, expected):
     write_tokenizer(folder)
-    found = validate_command_line("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
-    assert {line.split(":")[0] for line in found} == expected
+    problems = validate_command_line("train", [f"train.init_from='{folder}'", "data=stdlib", *overrides])
+    assert {line.split(":")[0] for line in problems} == expected
 
 
 def test_interpolated_values_count_as_requested(folder):
@@ -240,6 +250,6 @@ def test_export_command(trained, tmp_path):
     assert "| data | corpus.txt |" in card
     again = trained.module("gpt2.main", "export", f"to={tmp_path}")
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr
     missing = trained.module("gpt2.main", "export")
     assert (missing.returncode, missing.stderr) == (2, "error: to: the folder to write is missing, to=FOLDER\n")

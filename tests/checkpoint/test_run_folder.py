@@ -15,7 +15,7 @@ from gpt2.errors import UserError
 
 
 def save(folder: Path, step: int, is_best: bool = False, name: str | None = None, **progress) -> Path:
-    """A checkpoint as a trainer writes it, of tensors that tell its step."""
+    """A checkpoint like those of Trainer, whose weights equal its step."""
     path = folder / (name or step_name(step))
     losses = {"val_loss": 2.0, "best_val_loss": 2.0 if is_best else 1.0}
     progress = {"step": step, "evaluated_at": step, **losses, **progress}
@@ -25,11 +25,11 @@ def save(folder: Path, step: int, is_best: bool = False, name: str | None = None
 
 
 def damage(path: Path, tensor: str = "model/weight") -> None:
-    """Change a byte in place, so that its other names are damaged too. Both tensors are 16 bytes, in this order."""
+    """Change a byte in place, so that hard links are damaged too. Both tensors are 16 bytes, in this order."""
     with path.open("r+b") as file:
         file.seek({"model/weight": -32, "optimizer/weight": -16}[tensor], os.SEEK_END)
         file.write(b"\x99")
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # a disk's fault would be older than our first look
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # invalidates the cache of `verify`
 
 
 def names(folder: Path) -> list[str]:
@@ -79,7 +79,7 @@ def test_checkpoints_are_ordered_by_step(tmp_path):
 def test_add_name_links_the_same_file(tmp_path):
     first = save(tmp_path, 1)
     run_folder.add_name(first, LAST)
-    run_folder.add_name(first, LAST)  # the two names for one file, once more
+    run_folder.add_name(first, LAST)  # when both names are one file already
     assert (tmp_path / LAST).samefile(first)
     second = save(tmp_path, 2)
     content = first.read_bytes()
@@ -121,18 +121,18 @@ def test_failed_add_name_keeps_the_old_file(tmp_path):
     assert names(tmp_path) == [LAST]
 
 
-# What is removed
+# Deleting
 
 
 @pytest.mark.parametrize(
-    ("keep", "step", "kept"),
+    ("keep", "step", "remaining"),
     [(2, 40, [30, 40]), (1, 40, [40]), (9, 40, [10, 20, 30, 40]), (2, 25, [10, 20]), (1, 30, [30]), (3, 5, [])],
 )
-def test_prune_keeps_the_newest_up_to_a_step(tmp_path, keep, step, kept):
+def test_prune_keeps_the_newest_up_to_a_step(tmp_path, keep, step, remaining):
     for number in (40, 10, 30, 20):
         save(tmp_path, number)
     run_folder.prune(tmp_path, keep, step)
-    assert names(tmp_path) == [step_name(number) for number in kept]
+    assert names(tmp_path) == [step_name(number) for number in remaining]
 
 
 def test_prune_deletes_step_checkpoints_only(tmp_path):
@@ -148,7 +148,7 @@ def test_prune_deletes_step_checkpoints_only(tmp_path):
 
 
 def test_failed_prune_is_a_warning(tmp_path, caplog):
-    (tmp_path / step_name(2)).mkdir()  # which not even root can unlink
+    (tmp_path / step_name(2)).mkdir()  # a folder, which not even root can unlink
     for step in (1, 3, 4):
         save(tmp_path, step)
     run_folder.prune(tmp_path, 1, 4)
@@ -158,15 +158,15 @@ def test_failed_prune_is_a_warning(tmp_path, caplog):
 
 
 def test_remove_unfinished_deletes_temporary_files_only(tmp_path):
-    kept = [LAST, step_name(1), "saving-mine.pth", ".lock", "x.saving-y"]
-    for name in (*kept, f"{run_folder.TEMPORARY_PREFIX}{LAST}", f"{run_folder.TEMPORARY_PREFIX}{step_name(2)}"):
+    other = [LAST, step_name(1), "saving-mine.pth", ".lock", "x.saving-y"]
+    for name in (*other, f"{run_folder.TEMPORARY_PREFIX}{LAST}", f"{run_folder.TEMPORARY_PREFIX}{step_name(2)}"):
         (tmp_path / name).touch()
     run_folder.remove_unfinished(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(other)
     run_folder.remove_unfinished(tmp_path / "not there yet")
 
 
-# Which one is taken
+# Choosing
 
 
 def test_newest_intact_checkpoint_is_used_without_a_warning(tmp_path, caplog):
@@ -184,9 +184,9 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     (tmp_path / step_name(3)).write_bytes(b"")
     (tmp_path / step_name(5)).mkdir()
     assert run_folder.first_intact(run_folder.newest_first(tmp_path)) == tmp_path / step_name(2)
-    told = [record.getMessage() for record in caplog.records]
-    assert [step_name(n) in message for n, message in zip((5, 4, 3, 2), told, strict=True)] == [True] * 4
-    assert "checksum of model/weight" in told[1]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [step_name(n) in message for n, message in zip((5, 4, 3, 2), messages, strict=True)] == [True] * 4
+    assert "checksum of model/weight" in messages[1]
     assert step_name(1) not in caplog.text
 
 
@@ -216,8 +216,8 @@ def test_damaged_optimizer_state_matters_for_resuming_only(tmp_path):
     save(tmp_path / "run", 1)
     newest = save(tmp_path / "run", 2)
     damage(newest, "optimizer/weight")
-    assert run_folder.find_checkpoint(str(tmp_path)) == newest  # to write text with
-    assert run_folder.first_intact(run_folder.newest_first(newest.parent)).name == step_name(1)  # to resume from
+    assert run_folder.find_checkpoint(str(tmp_path)) == newest  # for generation
+    assert run_folder.first_intact(run_folder.newest_first(newest.parent)).name == step_name(1)  # for resuming
     damage(newest)
     assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(1)
 
@@ -240,7 +240,7 @@ def test_step_checkpoint_without_progress_is_skipped(tmp_path, record):
     "other",
     [
         {"is_best": False},  # evaluated, and worse
-        {"is_best": True, "evaluated_at": 2},  # made after the best one, before the next evaluation
+        {"is_best": True, "evaluated_at": 2},  # saved after the best one, before the next evaluation
     ],
 )
 def test_best_checkpoint_replaced_by_another_is_skipped(tmp_path, caplog, other):

@@ -50,7 +50,7 @@ def test_atomic_folder_appears_complete_or_not_at_all(tmp_path):
 
 @contextmanager
 def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Popen]:
-    """Another process that holds a folder; it has said so, in a line with what `then` printed."""
+    """Another process that holds the lock of a folder, and then runs the statement `then`."""
     code = (
         "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
         f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
@@ -67,7 +67,7 @@ def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Po
 
 def test_lock_names_its_holder_until_that_is_killed(tmp_path):
     with holder(tmp_path) as process:
-        for _ in range(2):  # a refusal takes nothing away
+        for _ in range(2):  # a failed attempt does not release the lock
             with (
                 pytest.raises(UserError, match=f"{tmp_path} is being written by process {process.pid} on "),
                 run_lock(tmp_path),
@@ -76,20 +76,20 @@ def test_lock_names_its_holder_until_that_is_killed(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         with run_lock(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
-            pass  # now it is ours
+            pass  # now this process holds it
         with run_lock(tmp_path):
-            assert (tmp_path / LOCK).read_text().count("process") == 1  # it names one process only
+            assert (tmp_path / LOCK).read_text().count("process") == 1  # the previous holder is no longer named
 
 
 def test_lock_is_released_when_a_child_outlives_its_holder(tmp_path):
-    # As a data worker does: it was forked while the folder was held, and has all that was open then.
+    # Like a data worker, the child is forked while the lock is held and inherits the open file.
     then = "pid = os.fork(); print(pid, flush=True) if pid else None; time.sleep(99)"
     with holder(tmp_path, then) as process:
         child = int(process.stdout.readline())
         try:
             process.kill()
             process.wait()
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # the child is alive
             with run_lock(tmp_path):
                 pass
         finally:
