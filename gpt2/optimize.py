@@ -21,7 +21,7 @@ from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.runtime.device import choose_device
 from gpt2.search import report
-from gpt2.search.algorithms import make_pruner, make_sampler, validate_algorithms
+from gpt2.search.algorithms import Algorithms
 from gpt2.search.space import default_space
 from gpt2.search.storage import storage_errors
 from gpt2.search.study import Study
@@ -83,9 +83,10 @@ class OptunaOptimizer:
             log.info("The batch size is not searched: train_loader does not let it be changed.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
+        self.algorithms = Algorithms(optuna_config, training_config.seed)
         problems = validate(optuna_config, "optuna.")
         with quiet_optuna():
-            problems += validate_algorithms(optuna_config, "optuna.", self.space)
+            problems += self.algorithms.problems("optuna.", self.space)
         for end in (0, -1):
             extreme = {key: _ends(distribution)[end] for key, distribution in self.space.items()}
             model, training = with_parameters(extreme, base_config, training_config)
@@ -122,8 +123,7 @@ class OptunaOptimizer:
             return dict(best.params)
 
     def _open(self) -> Study:
-        config, seed = self.optuna_config, self.training_config.seed
-        folder = Path(self.training_config.checkpoint_dir)
+        config, folder = self.optuna_config, Path(self.training_config.checkpoint_dir)
         others = sorted(path.name for path in folder.glob("trial_*"))
         fixed = {
             f"{group}.{key}": value
@@ -131,22 +131,14 @@ class OptunaOptimizer:
             for key, value in asdict(values).items()
             if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
         }
-        study = Study(
-            config,
-            self.space,
-            lambda trial: make_sampler(config, seed, trial, self.space),
-            make_pruner(config),
-            folder,
-            self._folder,
-            fixed,
-        )
+        study = Study(config, self.space, self.algorithms, folder, self._folder, fixed)
         if others and config.storage and not study.optuna.get_trials(deepcopy=False):
             raise UserError(f"train.checkpoint_dir: {folder} has {others[0]} of another study")
         return study
 
     def _run(self, number: int, study: Study) -> None:
-        config, claim = self.optuna_config, study.claims[number]
-        trial = RunningTrial(number, study.storage, config, make_pruner(config), self._folder, claim, study.deadline)
+        config, pruner, claim = self.optuna_config, self.algorithms.pruner(), study.claims[number]
+        trial = RunningTrial(number, study.storage, config, pruner, self._folder, claim, study.deadline)
         outcome = trial.run(lambda: self._train(trial))
         if outcome.stops_study is not None:
             raise outcome.stops_study

@@ -43,10 +43,9 @@ from gpt2.validation import COUNT, Problems, outside, validate
 
 if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
-    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial, Trial
 
+    from gpt2.search.algorithms import Algorithms
     from gpt2.search.study import Study
     from gpt2.search.trial import RunningTrial
 
@@ -87,21 +86,14 @@ def settings_of(sweeper: DictConfig) -> OptunaConfig:
 
 
 def _options(algorithm: DictConfig) -> dict[str, Any]:
-    return {str(key): value for key, value in algorithm.items() if key not in ("name", "seed")}
+    return {str(key): algorithm[key] for key in algorithm if key not in ("name", "seed")}
 
 
-def pruner_of(sweeper: DictConfig) -> "BasePruner":
-    from gpt2.search.algorithms import make_pruner
+def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
+    """The sampler and the pruner. The seed is an interpolation that a job cannot resolve and does not need."""
+    from gpt2.search.algorithms import Algorithms
 
-    return make_pruner(settings_of(sweeper), **_options(sweeper.pruner))
-
-
-def sampler_factory(sweeper: DictConfig, space: "dict[str, BaseDistribution]") -> "Callable[[int], BaseSampler]":
-    """Makes the sampler of a trial, given its number."""
-    from gpt2.search.algorithms import make_sampler
-
-    settings, options, seed = settings_of(sweeper), _options(sweeper.sampler), sweeper.sampler.get("seed")
-    return lambda trial: make_sampler(settings, seed, trial, space, **options)
+    return Algorithms(settings_of(sweeper), seed, _options(sweeper.sampler), _options(sweeper.pruner))
 
 
 def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
@@ -110,7 +102,6 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
     Args:
         launcher: The class of Hydra's launcher.
     """
-    from gpt2.search.algorithms import validate_algorithms
     from gpt2.search.storage import validate_storage
     from gpt2.search.trial import quiet_optuna
 
@@ -129,7 +120,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
     if problem := validate_storage(sweeper.storage):
         problems.append(f"{KEY}storage: {problem}")
     with quiet_optuna():
-        return problems + validate_algorithms(settings, KEY, {}, _options(sweeper.sampler), _options(sweeper.pruner))
+        return problems + algorithms_of(sweeper, sweeper.sampler.get("seed")).problems(KEY, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,8 +256,7 @@ class StudySweeper(Sweeper):
         study = Study(
             settings,
             space,
-            sampler_factory(self.sweeper, space),
-            pruner_of(self.sweeper),
+            algorithms_of(self.sweeper, self.sweeper.sampler.get("seed")),
             self.folder,
             run_folder=lambda number: self.folder / str(number),
             fixed=shared_settings(self.fixed, set(space)),
@@ -418,7 +408,7 @@ def run_trial(composed: DictConfig, run: "Callable[[RunningTrial], float | None]
             composed.study.trial,
             open_storage(settings.storage),
             settings,
-            pruner_of(job.sweeper),
+            algorithms_of(job.sweeper).pruner(),
             checkpoints=lambda number: Path(job.sweep.dir) / str(number) / composed.train.checkpoint_dir,
             claim=composed.study.claim,
             deadline=context["deadline"],

@@ -5,7 +5,7 @@ the options that a command line may change.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
@@ -62,6 +62,45 @@ PRUNERS = {
 }
 
 
+@dataclass(frozen=True)
+class Algorithms:
+    """The sampler and the pruner of a study."""
+
+    config: OptunaConfig
+    seed: int | None  # None draws differently each time
+    sampler_options: dict[str, Any] = field(default_factory=dict)  # take the place of those in the table
+    pruner_options: dict[str, Any] = field(default_factory=dict)
+
+    def sampler(self, trial: int, space: Space) -> BaseSampler:
+        """The sampler that draws one trial.
+
+        Each trial has a sampler of its own, seeded by its number: a sampler that is seeded once per process would
+        repeat its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
+        """
+        algorithm, seed, options = find(SAMPLERS, self.config.sampler), self.seed, {}
+        if seed is not None:  # NumPy takes 32 bits
+            seeds = np.random.SeedSequence([seed, trial])
+            seed = seed % 2**32 if algorithm.is_sequence else int(seeds.generate_state(1)[0])
+        if algorithm.cls is samplers.GridSampler:
+            options["search_space"] = grid(space)
+        return algorithm.cls(seed=seed, **options, **algorithm.options(self.config) | self.sampler_options)
+
+    def pruner(self) -> BasePruner:
+        """The pruner; it counts the evaluations of a trial from 0."""
+        algorithm = find(PRUNERS, self.config.pruner)
+        return algorithm.cls(**algorithm.options(self.config) | self.pruner_options)
+
+    def problems(self, prefix: str, space: Space) -> list[str]:
+        """What Optuna rejects in the names and options."""
+        problems = []
+        for key, make in (("sampler", lambda: self.sampler(0, space)), ("pruner", self.pruner)):
+            try:
+                make()
+            except (ValueError, TypeError) as error:
+                problems.append(f"{prefix}{key}: {one_line(error)}")
+        return problems
+
+
 def find(table: dict[str, Algorithm], name: str) -> Algorithm:
     """The entry of a name, or of the name of its class.
 
@@ -72,32 +111,6 @@ def find(table: dict[str, Algorithm], name: str) -> Algorithm:
         if name.lower() in (short, algorithm.cls.__name__.lower()):
             return algorithm
     raise ValueError(f"{name!r} is none of {', '.join(table)}")
-
-
-def make_sampler(config: OptunaConfig, seed: int | None, trial: int, space: Space, **options: Any) -> BaseSampler:
-    """The sampler that draws one trial.
-
-    Each trial has a sampler of its own, seeded by its number: a sampler that is seeded once per process would repeat
-    its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
-
-    Args:
-        seed: None draws differently each time.
-        space: What is searched.
-        options: Take the place of those in the table.
-    """
-    algorithm = find(SAMPLERS, config.sampler)
-    if seed is not None:  # NumPy takes 32 bits
-        seeds = np.random.SeedSequence([seed, trial])
-        seed = seed % 2**32 if algorithm.is_sequence else int(seeds.generate_state(1)[0])
-    if algorithm.cls is samplers.GridSampler:
-        options["search_space"] = grid(space)
-    return algorithm.cls(seed=seed, **algorithm.options(config) | options)
-
-
-def make_pruner(config: OptunaConfig, **options: Any) -> BasePruner:
-    """The pruner of a study; it counts the evaluations of a trial from 0."""
-    algorithm = find(PRUNERS, config.pruner)
-    return algorithm.cls(**algorithm.options(config) | options)
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
@@ -118,23 +131,3 @@ def _values(key: str, distribution: BaseDistribution) -> list[Any]:
         raise ValueError(f"a grid needs values, and {key} is a range from {low} to {high}")
     values = (Decimal(str(low)) + n * Decimal(str(step)) for n in range(round((high - low) / step) + 1))
     return [type(low)(value) for value in values]
-
-
-def validate_algorithms(
-    config: OptunaConfig,
-    prefix: str,
-    space: Space,
-    sampler: dict[str, Any] | None = None,
-    pruner: dict[str, Any] | None = None,
-) -> list[str]:
-    """The problems that Optuna has with a sampler and a pruner and their options."""
-    problems = []
-    for key, make in (
-        ("sampler", lambda: make_sampler(config, 0, 0, space, **sampler or {})),
-        ("pruner", lambda: make_pruner(config, **pruner or {})),
-    ):
-        try:
-            make()
-        except (ValueError, TypeError) as error:
-            problems.append(f"{prefix}{key}: {one_line(error)}")
-    return problems

@@ -31,6 +31,7 @@ from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import time_left
 from gpt2.runtime.files import LOCK, is_locked
+from gpt2.search.algorithms import Algorithms, Space
 from gpt2.search.lease import Status, Worker
 from gpt2.search.storage import exclusive, open_storage
 from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
@@ -55,9 +56,8 @@ class Study:
     def __init__(
         self,
         config: OptunaConfig,
-        space: dict[str, BaseDistribution],
-        make_sampler: Callable[[int], optuna.samplers.BaseSampler],
-        pruner: optuna.pruners.BasePruner,
+        space: Space,
+        algorithms: Algorithms,
         folder: Path,
         run_folder: Callable[[int], Path],
         fixed: dict[str, Any],
@@ -65,7 +65,6 @@ class Study:
         """
         Args:
             space: By key of the configuration.
-            make_sampler: The sampler that draws a trial, given its number.
             folder: Of the study.
             run_folder: Of a trial, given its number.
             fixed: The configuration that all trials have in common. Resuming the study with another one is refused.
@@ -73,7 +72,7 @@ class Study:
         Raises:
             UserError: The storage cannot be opened, or has a study of that name with another space or configuration.
         """
-        self.config, self.space, self.make_sampler = config, space, make_sampler
+        self.config, self.space, self.algorithms = config, space, algorithms
         self.folder, self.run_folder = folder, run_folder
         self.deadline = time.time() + (config.timeout or inf)
         self.storage = open_storage(config.storage)
@@ -82,7 +81,7 @@ class Study:
                 storage=self.storage,
                 study_name=config.study_name,
                 direction=StudyDirection[config.direction.upper()],
-                pruner=pruner,
+                pruner=algorithms.pruner(),
                 load_if_exists=True,
             )
             self._check_settings(fixed)
@@ -153,7 +152,8 @@ class Study:
 
     def _ask(self, waiting: list[FrozenTrial]) -> Trial:
         """A waiting trial, or a new one if there is none."""
-        self.optuna.sampler = self.make_sampler(waiting[0].number if waiting else len(self._trials()))
+        number = waiting[0].number if waiting else len(self._trials())
+        self.optuna.sampler = self.algorithms.sampler(number, self.space)
         trial = self.optuna.ask()
         drawn = trial.distributions
         independent = {} if drawn.keys() == self.space.keys() else drawn.keys() - trial.relative_params.keys()

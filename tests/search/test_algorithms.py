@@ -6,7 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from gpt2.config import OptunaConfig
 from gpt2.optimize import SPACE
-from gpt2.search.algorithms import SAMPLERS, grid, make_pruner, make_sampler, validate_algorithms
+from gpt2.search.algorithms import SAMPLERS, Algorithms, grid
 from gpt2.search.space import distribution
 
 
@@ -19,7 +19,7 @@ def is_in_space(values: dict) -> bool:
 def test_every_sampler_draws_within_the_space_and_by_its_seed(name):
     def draws(spelling: str, seed: int) -> list[dict]:
         config = OptunaConfig(sampler=spelling, n_startup_trials=1)
-        study = optuna.create_study(sampler=make_sampler(config, seed, 0, SPACE))
+        study = optuna.create_study(sampler=Algorithms(config, seed).sampler(0, SPACE))
         assert type(study.sampler).__name__ == f"{name}Sampler"
         for _ in range(3):
             trial = study.ask(SPACE)
@@ -41,7 +41,7 @@ def test_every_sampler_draws_within_the_space_and_by_its_seed(name):
 )
 def test_pruner_by_short_name_or_class(short, name):
     for spelling in (short, short.upper(), name, name.lower()):
-        assert type(make_pruner(OptunaConfig(pruner=spelling))).__name__ == name
+        assert type(Algorithms(OptunaConfig(pruner=spelling), seed=1).pruner()).__name__ == name
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_pruner_by_short_name_or_class(short, name):
     ],
 )
 def test_problems_of_samplers_and_pruners(config, sampler, pruner, problem):
-    (found,) = validate_algorithms(config, "optuna.", SPACE, sampler, pruner)
+    (found,) = Algorithms(config, 1, sampler, pruner).problems("optuna.", SPACE)
     assert found.startswith(f"optuna.{problem}")
 
 
