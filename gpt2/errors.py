@@ -33,9 +33,13 @@ class DivergenceError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank failed or hangs, so this one cannot continue."""
+    """Another rank ended, so this one cannot continue. The error of that rank is the cause."""
 
     exit_code = 1
+
+
+class RankTimeoutError(LostRankError):
+    """Another rank did not answer in time."""
 
 
 def machine_error(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
-from gpt2.distributed.parallel import strategy
+from gpt2.distributed.parallel import build_strategy
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
@@ -90,7 +90,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         plan = self._choose_plan(compilable=distributed.strategy != "fsdp" or group.size == 1)
-        self.parallel = strategy(distributed.strategy, self.model, plan.precision, group)
+        self.parallel = build_strategy(distributed.strategy, self.model, plan.precision, group)
         self.optimizer = build_optimizer(self.model, config)
         self._use_plan(plan)
 
@@ -186,7 +186,7 @@ class Trainer:
             return None
 
         self.scaler.unscale_(self.optimizer)
-        norms = self.parallel.norms(gradient_norms(self.model))
+        norms = self.parallel.full_norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
         self._clip_gradients(gradient_norm)
         if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
@@ -212,7 +212,7 @@ class Trainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
             inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
-            with self.parallel.last_pass(number == len(batches) - 1):
+            with self.parallel.pass_context(number == len(batches) - 1):
                 with self.plan.precision.autocast():
                     _, part = self.forward(**inputs, divisor=divisor, return_logits=False)
                 assert part is not None
@@ -422,8 +422,8 @@ class Trainer:
         state = StoredState(path)
         saved = state.record
         states.check_compatible(path, saved, self._description(), accept_other_data)
-        plan = self._choose_plan(saved["machine"], compilable=not self.parallel.shards)
-        if self.parallel.shards:  # FSDP was set up with a precision
+        plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
+        if self.parallel.is_sharded:  # FSDP was set up with a precision
             plan = replace(plan, precision=self.plan.precision)
         self._use_plan(plan)
         states.log_changes(saved, self._description())
@@ -457,8 +457,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts, complete on rank 0 only. Called by all ranks."""
         return {
-            "model": self.parallel.full(self.model.state_dict()),
-            "optimizer": self.parallel.full(optimizer_tensors(self.optimizer, self.model)),
+            "model": self.parallel.full_tensors(self.model.state_dict()),
+            "optimizer": self.parallel.full_tensors(optimizer_tensors(self.optimizer, self.model)),
             "random": states.random_state_dict(self.device, self.group),
             "losses_since_log": self.losses_since_log.totals,
             "progress": asdict(self.progress),
@@ -469,11 +469,11 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any], with_optimizer: bool = True) -> None:
         """Restore what `state_dict` returned on rank 0. Called by all ranks."""
         weights = self.model.state_dict()
-        self.model.load_state_dict(self.parallel.parts(state["model"], weights))
+        self.model.load_state_dict(self.parallel.local_parts(state["model"], weights))
         if with_optimizer:
             tensors = state["optimizer"]
             like = {name: weights[name.split("/", 1)[1]] for name in tensors}
-            load_optimizer_tensors(self.optimizer, self.model, self.parallel.parts(tensors, like))
+            load_optimizer_tensors(self.optimizer, self.model, self.parallel.local_parts(tensors, like))
         if self.scaler.is_enabled() and state["scaler"]:  # this device may need no loss scaling
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["steps_left_out"])

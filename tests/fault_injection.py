@@ -62,7 +62,9 @@ def patch(trainer_class) -> None:
 
 
 def install(trainer) -> None:
-    """Add the faults that GPT2_FAULT names to the model of a trainer."""
+    """Add the faults that GPT2_FAULT names to the model of a trainer, but not after torchrun restarted it."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
     for fault in filter(None, os.environ.get(VARIABLE, "").split(",")):
         match = re.fullmatch(r"(\w+)@(\d+)(?:-(\d+))?(?:#(\d+))?(?:%(\d+))?", fault)
         steps = range(int(match[2]), int(match[3] or match[2]) + 1) if match else range(0)

@@ -132,7 +132,7 @@ def explain_failure(error: Exception, config: TrainRun, folder: Path, command: s
         slower = f"train.learning_rate={train.learning_rate / 2:g} resume_changes=true"
         return DivergenceError(f"{error}{how_to_resume(folder, f'{command} {slower}')}")
     if isinstance(error, LostRankError):
-        return LostRankError(f"{error}{how_to_resume(folder, command)}")
+        return type(error)(f"{error}{how_to_resume(folder, command)}")
     if problem is None:
         return None
     if not is_out_of_memory(error):

@@ -197,7 +197,7 @@ def errors_as_lines() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         told = machine_error(error)
         if told is None:
             report_to_torchrun(error)
@@ -212,9 +212,9 @@ def tell(error: UserError) -> None:
     lines = [f"{rank}{without_password(problem)}" for problem in error.problems]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    if isinstance(error, LostRankError):  # the report shall name the cause, and this is a consequence of it
+    if type(error) is LostRankError:  # a consequence; torchrun's report shall show the cause
         return
-    try:  # a report of torchrun shows the traceback, and this one is short
+    try:  # torchrun's report shows the traceback, and this one is short
         raise UserError(*lines) from None
     except UserError as short:
         report_to_torchrun(short)

@@ -18,7 +18,7 @@ from gpt2.runtime.device import Precision
 class SingleDevice:
     """A single process with the whole model. The other strategies override what they do differently."""
 
-    shards = False  # whether a rank holds only a part of each tensor
+    is_sharded = False  # whether a rank holds only a part of each tensor
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         self.model, self.group = model, group
@@ -27,7 +27,7 @@ class SingleDevice:
         """Wrap a forward pass so that its backward pass averages gradients over the ranks."""
         return compute
 
-    def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
+    def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
         """Context of one forward and backward pass of a step. Ranks exchange gradients only in the last one."""
         return nullcontext()
 
@@ -35,15 +35,15 @@ class SingleDevice:
         """In this context a rank has the whole model and may run it alone, without gradients."""
         return nullcontext()
 
-    def norms(self, local: Tensor) -> Tensor:
+    def full_norms(self, local: Tensor) -> Tensor:
         """Norms (n,) of n whole tensors, from the norms of this rank's parts."""
         return local
 
-    def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors, on rank 0. A collective operation: all ranks must call it."""
         return tensors
 
-    def parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
+    def local_parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts of whole tensors, sharded like the tensors in `of` with the same names."""
         return tensors
 
@@ -53,23 +53,23 @@ class DataParallel(SingleDevice):
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         super().__init__(model, precision, group)
-        self.step = _Step(model)
+        self.module = _DDPModule(model)
         on_gpu = precision.device.type == "cuda"
         self.ddp = nn.parallel.DistributedDataParallel(
-            self.step,
+            self.module,
             device_ids=[precision.device] if on_gpu else None,
             gradient_as_bucket_view=True,
         )
 
     def forward(self, compute: Forward) -> Forward:
-        self.step.compute = partial(compute)  # not a module: the weights would be registered twice
+        self.module.compute = partial(compute)  # not a module: the weights would be registered twice
         return self.ddp
 
-    def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
+    def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self.ddp.no_sync()
 
 
-class _Step(nn.Module):
+class _DDPModule(nn.Module):
     """The module that DDP wraps. It can run another function with the weights of the model, such as a compiled one."""
 
     def __init__(self, model: GPT2Model):
@@ -88,7 +88,7 @@ class FullySharded(SingleDevice):
     method is ZeRO stage 3 (Rajbhandari et al., 2020), the implementation torch.distributed.fsdp.
     """
 
-    shards = True
+    is_sharded = True
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         from torch.distributed.device_mesh import init_device_mesh
@@ -106,7 +106,7 @@ class FullySharded(SingleDevice):
         for method in ("token_losses", "last_logits"):  # these are forward passes too
             register_fsdp_forward_method(model, method)
 
-    def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
+    def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         return nullcontext()
 
@@ -123,10 +123,10 @@ class FullySharded(SingleDevice):
                 module.set_reshard_after_forward(module is not self.model, recurse=False)
                 module.reshard()
 
-    def norms(self, local: Tensor) -> Tensor:
+    def full_norms(self, local: Tensor) -> Tensor:
         return self.group.all_reduce_(local.double().square()).sqrt().float()
 
-    def full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         full = {}
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -134,7 +134,7 @@ class FullySharded(SingleDevice):
                 full[name] = whole.cpu()
         return full
 
-    def parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
+    def local_parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
         from torch.distributed.tensor import distribute_tensor
 
         def part(tensor: Tensor, like: Any) -> Tensor:
@@ -149,13 +149,13 @@ class FullySharded(SingleDevice):
 STRATEGIES: dict[str, type[SingleDevice]] = {"ddp": DataParallel, "fsdp": FullySharded}
 
 
-def strategy(name: str, model: GPT2Model, precision: Precision, group: ProcessGroup) -> SingleDevice:
+def build_strategy(name: str, model: GPT2Model, precision: Precision, group: ProcessGroup) -> SingleDevice:
     """Wrap the model in a strategy; a single process always uses SingleDevice."""
     if group.size == 1:
         return SingleDevice(model, precision, group)
     return STRATEGIES[name](model, precision, group)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt2.errors import LostRankError, UserError
+from gpt2.errors import LostRankError, RankTimeoutError, UserError
 from gpt2.ops.cross_entropy import IGNORE_INDEX
 from gpt2.runtime.device import choose_device
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
@@ -129,7 +129,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
 
     Raises:
         UserError: This machine has no such device.
-        LostRankError: Another rank failed or did not answer within the timeout.
+        LostRankError: Another rank ended, or did not answer within the timeout.
     """
     device, env = choose_device(device_name, key), dist_env()
     if not env.by_torchrun:
@@ -147,20 +147,20 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
         )
         yield ProcessGroup(env)
     except RuntimeError as error:
-        if message := _lost_rank(error):
-            raise LostRankError(message) from error
+        if lost := _lost_rank(error):
+            raise lost from error
         raise
     dist.destroy_process_group()
 
 
-def _lost_rank(error: RuntimeError) -> str | None:
-    """What torch.distributed means when it lost another rank; None for any other error."""
+def _lost_rank(error: RuntimeError) -> LostRankError | None:
+    """What an error of torch.distributed says about another rank; None for any other error."""
     text = str(error)
     if "Timed out waiting" in text:
-        return "another rank did not answer within distributed.timeout; it hangs, or that is too short"
+        return RankTimeoutError("another rank did not answer within distributed.timeout: it hangs, or needs more time")
     signs = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
     if isinstance(error, dist.DistError) or any(sign in text for sign in signs):
-        return "lost the connection to another rank, whose own error is the cause"
+        return LostRankError("lost the connection to another rank, whose own error is the cause")
     return None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import OPTIMIZERS, TrainingConfig
-from gpt2.distributed.parallel import local
+from gpt2.distributed.parallel import local_part
 from gpt2.errors import DivergenceError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def gradient_norms(model: nn.Module) -> Tensor:
 
     Under FSDP these are the norms of this rank's shards.
     """
-    return torch.stack(torch._foreach_norm([local(p.grad) for p in model.parameters() if p.grad is not None]))
+    return torch.stack(torch._foreach_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None]))
 
 
 def nonfinite_names(tensors: dict[str, Tensor]) -> list[str]:
@@ -65,7 +65,7 @@ class NonFiniteGuard:
         self.model, self.optimizer, self.config, self.loss_is_scaled = model, optimizer, config, loss_is_scaled
         self.total = self.in_a_row = 0
         first = next(model.parameters())
-        is_whole = local(first) is first  # `found_inf` is untested with the sharded tensors of FSDP
+        is_whole = local_part(first) is first  # `found_inf` is untested with the sharded tensors of FSDP
         can_skip = OPTIMIZERS[config.optimizer].skips_nonfinite and is_whole
         self.host_runs_ahead = first.device.type == "cuda" and not loss_is_scaled and can_skip
         self._pending: tuple[str, Tensor, torch.cuda.Event | None] | None = None

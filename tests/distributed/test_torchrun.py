@@ -24,6 +24,8 @@ from tests.warm import Process
 STEPS = ["train.batch_size=4", "train.accumulation_steps=2", "train.max_steps=16", "train.save_every=4"]
 SAME = [*TINY, *STEPS, "train.log_every=1", "train.eval_batches=null", "train.seed=3"]
 SLOW = pytest.mark.slow
+LONG = ["train.max_steps=200", "train.max_epochs=20", "train.eval_every=100"]  # 20 s or more if it is slowed down
+SLOW_DOWN = "slow@5-200"
 DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
 
 
@@ -127,12 +129,13 @@ def trained(place: Workspace, size: int, *more: str) -> Path:
     """The folder of a run with so many ranks, which is made once."""
     name = "-".join(["run", str(size), *(word.rpartition("=")[2] for word in more)])
     if not (place.folder / name).exists():
-        run_ranks(place, size, *SAME, *DRY, *more, f"hydra.run.dir={name}")
+        dropout = [] if more == tuple(LONG) else DRY
+        run_ranks(place, size, *SAME, *dropout, *more, f"hydra.run.dir={name}")
     return place.folder / name
 
 
-def wait_for_step_4(folder: Path, process: subprocess.Popen) -> None:
-    wait_for(lambda: (folder / "checkpoints" / "step_00000004.pth").exists() or process.poll() is not None)
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen) -> None:
+    wait_for(lambda: any(newest_first(folder / "checkpoints")) or process.poll() is not None)
     assert process.poll() is None, process.communicate()
 
 
@@ -172,15 +175,12 @@ def test_ranks_match_a_single_process(place, size, more):
 
 
 def test_torchrun_restarts_killed_ranks_which_resume_with_the_same_result(place):
-    """Also the files and the weights of the restarted run are those of a run in a single process."""
-    options = ["--max-restarts=1", "train.auto_resume=true", "hydra.run.dir=restarted", "distributed.timeout=120"]
-    process = Torchrun(place, 2, *SAME, *DRY, *options, GPT2_FAULT="slow@5-16")
+    """The files and the weights of the restarted run are those of a run in a single process."""
+    options = ["--max-restarts=1", "train.auto_resume=true", "hydra.run.dir=restarted"]
     single, restarted = trained(place, 1), place.folder / "restarted"
-    wait_for_step_4(restarted, process)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    out, err = finish(process)
-    assert out.count("Going on after step") == 1
-    assert "exitcode: -9" in err
+    out, err = finish(Torchrun(place, 2, *SAME, *DRY, *options, GPT2_FAULT="kill@7%1"))
+    assert out.count("Resuming after step") == 1
+    assert err.count("error: rank 0: lost the connection to another rank") == 1
     assert_close(single, restarted)
     files = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (single, restarted)]
     assert files[0] == files[1]
@@ -226,12 +226,12 @@ def test_model_trained_by_ranks_is_like_any_other(place):
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures
 
-FAILURES = {  # the fault: what is printed before torchrun's report, and what is in its root cause
+FAILURES = {  # the fault: the error line of a rank, and the root cause in torchrun's report
     "kill@7%1": ("error: rank 0: lost the connection to another rank", "Signal 9 (SIGKILL) received"),
     "exception@7%0": ("RuntimeError: on purpose", "RuntimeError: on purpose"),
-    "nan_gradient@7%1": ("error: rank 0: step 7 (batches 13 to 14 of epoch 1): the gradient of final_norm.weight",) * 2,
-    "out_of_memory@7%1": ("error: rank 1: out of memory: CUDA out of memory",) * 2,
-    "hang@7%1": ("error: rank 0: another rank did not answer within distributed.timeout",) * 2,
+    "nan_gradient@7%1": ("error: rank 0: step 7 (", "the gradient of final_norm.weight is not finite"),
+    "out_of_memory@7%1": ("error: rank 1: out of memory: CUDA", "rank 1: out of memory: CUDA"),
+    "hang@7%1": ("error: rank 0: another rank did not answer", "another rank did not answer within"),
 }
 
 
@@ -239,14 +239,16 @@ FAILURES = {  # the fault: what is printed before torchrun's report, and what is
 @pytest.mark.parametrize("fault", FAILURES)
 def test_failure_of_one_rank_ends_all_and_leaves_the_checkpoint_intact(place, fault):
     name = fault.replace("%", "-")
-    options = [*SAME, *DRY, f"hydra.run.dir={name}", f"distributed.timeout={10 if 'hang' in fault else 120}"]
+    options = [*SAME, *DRY, f"hydra.run.dir={name}"]
+    if fault.startswith("hang"):  # it does not react to SIGTERM either
+        options += ["distributed.timeout=20", "--shutdown_timeout=2"]
     _, err = finish(Torchrun(place, 2, *options, GPT2_FAULT=fault), fails=True)
     printed, _, report = err.partition("ChildFailedError")
     line, cause = FAILURES[fault]
     assert line in printed
-    assert cause.removeprefix("error: ") in report.partition("Root Cause")[2]
+    assert cause in report.partition("Root Cause")[2]
     about = read_about(place.folder / name)
-    assert (about["state"], about["exit_code"]) == ("diverged", 3) if "nan" in fault else ("failed", 1)
+    assert (about["state"], about["exit_code"]) == (("diverged", 3) if "nan" in fault else ("failed", 1))
     if fault != "exception@7%0":
         assert "Step 4 is saved" in (place.folder / name / "train.log").read_text().splitlines()[-1]
     assert checkpoint.verify(newest_first(place.folder / name / "checkpoints")[0])["progress"]["step"] == 4
@@ -254,19 +256,18 @@ def test_failure_of_one_rank_ends_all_and_leaves_the_checkpoint_intact(place, fa
 
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_the_run_resumes_bit_for_bit(place):
-    whole, stopped = (place.folder / name for name in ("whole", "stopped"))
-    run_ranks(place, 2, *SAME, f"hydra.run.dir={whole}")  # with dropout: each rank has a random state
-    process = Torchrun(place, 2, *SAME, f"hydra.run.dir={stopped}", GPT2_FAULT="slow@5-16")
-    wait_for_step_4(stopped, process)
+    whole, stopped = trained(place, 2, *LONG), place.folder / "stopped"
+    process = Torchrun(place, 2, *SAME, *LONG, "hydra.run.dir=stopped", GPT2_FAULT=SLOW_DOWN)
+    wait_for_checkpoint(stopped, process)
     process.terminate()
     out, err = finish(process, fails=True)
     assert err.count("Interrupted: finishing this step") == 1
     assert read_about(stopped)["state"] == "interrupted"
-    assert "Go on with:  torchrun --nproc_per_node=2 train.py resume=stopped" in out
+    assert "Resume with:  torchrun --nproc_per_node=2 train.py resume=stopped" in out
     run_ranks(place, 2, "resume=stopped")
     assert numbers(stopped) == numbers(whole)
     before, after = weights(whole), weights(stopped)
-    assert "random/rank1/cpu" in before
+    assert "random/rank1/cpu" in before  # dropout masks differ between ranks
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
@@ -290,15 +291,13 @@ def test_ranks_of_two_machines_are_restarted_together(place):
     whole, restarted = trained(place, 2), place.folder / "machines"
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     options = [*SAME, *DRY, *meeting, "hydra.run.dir=machines", "train.auto_resume=true", "--max-restarts=1"]
-    faults = {"GPT2_FAULT": "slow@5-16"}
-    _, err = finish(*(Torchrun(place, 1, *options, **faults) for _ in range(2)), fails=True)
+    _, err = finish(*(Torchrun(place, 1, *options) for _ in range(2)), fails=True)
     assert "error: rank 0: torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP" in err
-    faults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    machines = [Torchrun(place, 1, *options, **faults) for _ in range(2)]
-    wait_for_step_4(restarted, machines[0])
-    os.kill(ranks_of(*machines)[1], signal.SIGKILL)
-    out, _ = finish(*machines)
-    assert out.count("Going on after step") == 1
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    out, _ = finish(
+        Torchrun(place, 1, *options, **fresh_store, GPT2_FAULT="kill@7"), Torchrun(place, 1, *options, **fresh_store)
+    )
+    assert out.count("Resuming after step") == 1
     assert numbers(restarted) == numbers(whole)
 
 
@@ -327,7 +326,7 @@ SLURM = {  # the commands of Slurm that the script calls
 
 @pytest.mark.slow
 def test_slurm_script_saves_when_warned_and_requeues_itself(place):
-    whole = trained(place, 2)
+    whole = trained(place, 2, *LONG)
     commands = place.folder / "slurm"
     commands.mkdir()
     for name, line in SLURM.items():
@@ -339,21 +338,22 @@ def test_slurm_script_saves_when_warned_and_requeues_itself(place):
     environment = {
         **place.environment,
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "GPT2_FAULT": "slow@5-16",
+        "GPT2_FAULT": SLOW_DOWN,
         "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "2",
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[1]",
     }
-    command = ["bash", "job", *SAME, *DRY, "hydra.run.dir=requeued-run"]
+    command = ["bash", "job", *SAME, *LONG, "hydra.run.dir=requeued-run"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     job = subprocess.Popen(command, cwd=place.folder, env=environment, **pipes)
-    wait_for_step_4(place.folder / "requeued-run", job)
+    wait_for_checkpoint(place.folder / "requeued-run", job)
     job.send_signal(signal.SIGUSR1)
     _, err = job.communicate(timeout=240)
     assert "Interrupted: finishing this step" in err
     assert (place.folder / "requeued").read_text() == "7\n"
     (place.folder / "requeued").unlink()
+    del environment["GPT2_FAULT"]
     again = subprocess.run(command, cwd=place.folder, env=environment, **pipes, timeout=240)
     assert again.returncode == 0, again.stderr
     assert not (place.folder / "requeued").exists()
@@ -388,4 +388,4 @@ def test_library_trains_on_ranks_and_rejects_different_data(place):
     first, second = sorted(line for line in out.splitlines() if line.startswith("rank"))
     assert first.removeprefix("rank 0") == second.removeprefix("rank 1")
     _, err = run_ranks(place, 2, "other", script=str(library), code=1)
-    assert "the ranks have read other tokens at the same place" in err
+    assert "the ranks read different tokens at the same place" in err
