@@ -28,17 +28,10 @@ FORMAT = 2
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
 NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
 MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
-SAFETENSORS_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "uint8": "U8",
-}
-JSON_STRING = re.compile(
-    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL
-)  # also one cut off by the end of the text
+SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SAFETENSORS_DTYPES |= {"int64": "I64", "uint8": "U8"}
+# A string, or the part of one at the end of a text that was cut off.
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +63,10 @@ def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str,
 
 
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
-    """Write a plain safetensors file. https://huggingface.co/docs/safetensors describes the format."""
+    """Write a plain safetensors file, see https://huggingface.co/docs/safetensors.
+
+    `safetensors.torch.save_file` makes files that only their owner may read, and hides the OSError of a full disk.
+    """
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
         for name in _layout(tensors):

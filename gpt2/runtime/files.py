@@ -1,5 +1,6 @@
 """Atomic writes of files and folders, and locks that say who uses a run folder."""
 
+import fcntl
 import logging
 import os
 import shutil
@@ -82,8 +83,6 @@ def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
     Raises:
         RunLockedError: Another process holds the lock; the message names it.
     """
-    import fcntl
-
     with (folder / name).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +102,6 @@ def is_locked(lock: Path) -> bool | None:
 
     Do not call it for a lock that this process holds: closing the file would release it.
     """
-    import fcntl
-
     try:
         with lock.open("r+") as file:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
