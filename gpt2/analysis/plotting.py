@@ -42,18 +42,14 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     records = read_metrics(metrics)
     figure = new_figure()
     axes = figure.subplots()
-    styles: dict[str, dict[str, Any]] = {
-        "train/loss": {"color": FAINT, "linewidth": 1.2, "label": "training"},
-        "val/loss": {"color": BEST, "linewidth": 2, "marker": "o", "markersize": 4, "label": "validation"},
-    }
-    for key, style in styles.items():
-        points = [(r["tokens"], r[key]) for r in records if r.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), **style)
-    if points:  # of the validation loss
-        tokens, loss = min(points, key=lambda point: point[1])
-        above: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 10), "ha": "right"}
-        axes.annotate(f"best {loss:.3f}", (tokens, loss), color=BEST, **above)
+    training, validation = (
+        [(r["tokens"], r[key]) for r in records if r.get(key) is not None] for key in ("train/loss", "val/loss")
+    )
+    if training:
+        axes.plot(*zip(*training, strict=True), color=FAINT, linewidth=1.2, label="training")
+    if validation:
+        label = f"validation, best {min(loss for _, loss in validation):.3f}"
+        axes.plot(*zip(*validation, strict=True), "o-", color=BEST, linewidth=2, markersize=4, label=label)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(axes, xlabel="tokens", ylabel="loss (nats per token)")
     if axes.get_legend_handles_labels()[0]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite, log2, nan
+from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.benchmarks.common import Row
 from gpt2.benchmarks.peers import Pairs, Parameters, Peer, State, load_peer, peer_errors, transformers_step
 from gpt2.checkpoint.hugging_face import hf_layout
 from gpt2.config import TrainingBenchmark, TrainingConfig
@@ -100,15 +101,6 @@ class Workload:
 
 
 @dataclass
-class FirstStep:
-    """The result of the first step, which must be the same for all contestants."""
-
-    seconds: float
-    loss: float
-    gradient_error: float | None  # relative, over all weights; None if the contestant does not name its weights
-
-
-@dataclass
 class Contestant:
     """One way to train."""
 
@@ -117,16 +109,16 @@ class Contestant:
     build: Callable[[], Built]
     layout: Callable[[str, Tensor], Tensor] = lambda name, gradient: gradient  # a gradient in our layout
     is_ours: bool = False
-    build_seconds: float = nan
-    parameters: Parameters = field(default_factory=dict)
-    _step: Callable[[int], Tensor] | None = None
+    parameters: Parameters = field(init=False)
+    step: Callable[[int], Tensor] = field(init=False)
     _matmul: str = "highest"
 
-    def prepare(self) -> None:
+    def prepare(self) -> float:
+        """Build the step. Returns the seconds that it takes."""
         began = time.perf_counter()
         with self.own_settings():
-            self._step, self.parameters = self.build()
-        self.build_seconds = time.perf_counter() - began
+            self.step, self.parameters = self.build()
+        return time.perf_counter() - began
 
     @contextmanager
     def own_settings(self) -> Iterator[None]:
@@ -139,12 +131,8 @@ class Contestant:
             self._matmul = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision(before)
 
-    def step(self, number: int) -> Tensor:
-        assert self._step is not None
-        return self._step(number)
-
-    def first_step(self, workload: Workload, reference: tuple[float, State]) -> FirstStep:
-        """Make the first step, and compare it with `Workload.reference`."""
+    def first_step(self, workload: Workload, reference: tuple[float, State]) -> Row:
+        """Make the first step, and compare it with `Workload.reference`: it must be the same for all contestants."""
         gradients: State = {}
 
         def save(name: str, parameter: Tensor) -> None:
@@ -163,8 +151,12 @@ class Contestant:
         for hook in hooks:
             hook.remove()
         in_our_layout = {name: self.layout(name, gradient) for name, gradient in gradients.items()}
-        error = gradient_error(in_our_layout, reference[1], is_scaled=self.precision.name == "fp16")
-        return FirstStep(seconds, loss, error)
+        return {
+            "first_step_seconds": seconds,
+            "first_loss": loss,
+            "loss_difference": loss - reference[0],
+            "gradient_error": gradient_error(in_our_layout, reference[1], is_scaled=self.precision.name == "fp16"),
+        }
 
     def turn(self, workload: Workload, first: int, steps: int) -> float:
         """Seconds a step, over some steps."""
@@ -213,21 +205,21 @@ def contestants(workload: Workload) -> list[Contestant]:
     """For each precision: `transformers`, the peer if there is one, and ours. None is built yet."""
     config = workload.config
     result: list[Contestant] = []
-    peer = load_peer(config.peer) if config.peer is not None else None
     pairs = workload.on_device()
     for precision in precisions(config, workload.device):
         train = in_precision(config.train, precision.name, device=str(workload.device))
 
-        build = partial(build_peer, workload, pairs, train)
-        suffix = f", {precision.name}"
-        result.append(Contestant(f"transformers{suffix}", precision, partial(build, transformers_step), hf_layout))
+        def add(name: str, build: Callable[[], Built], precision: Precision = precision, **options: Any) -> None:
+            result.append(Contestant(f"{name}, {precision.name}", precision, build, **options))
+
+        of_peer = partial(build_peer, workload, pairs, train)
+        add("transformers", partial(of_peer, transformers_step), layout=hf_layout)
         if workload.device.type == "cuda" or train.compile is True:
-            compiled = partial(build, partial(transformers_step, compiled=True))
-            result.append(Contestant(f"transformers, compiled{suffix}", precision, compiled, hf_layout))
-        if peer is not None:
-            stem = Path(str(config.peer).rpartition(":")[0]).stem
-            result.append(Contestant(f"{stem}{suffix}", precision, partial(build, peer, config.peer)))
-        result.append(Contestant(f"gpt2{suffix}", precision, partial(build_ours, workload, train), is_ours=True))
+            compiled = partial(transformers_step, compiled=True)
+            add("transformers, compiled", partial(of_peer, compiled), layout=hf_layout)
+        if config.peer is not None:
+            add(Path(config.peer.rpartition(":")[0]).stem, partial(of_peer, load_peer(config.peer), config.peer))
+        add("gpt2", partial(build_ours, workload, train), is_ours=True)
     return result
 
 

@@ -5,7 +5,6 @@ import os
 import tempfile
 import time
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +15,7 @@ import transformers
 
 from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, spread, table, write_json
 from gpt2.checkpoint.pretrained import open_tokenizer
-from gpt2.config import DataBenchmark
+from gpt2.config import DataBenchmark, DataConfig
 from gpt2.data import corpus
 from gpt2.data.sources import open_source
 from gpt2.data_loader import TokenDataset, get_dataloaders
@@ -29,26 +28,22 @@ PACKAGES = ("torch", "transformers", "tokenizers")
 class Tokenization:
     """The training split as tokens: by `gpt2.data.corpus`, from files to a file, and by a call of `transformers`."""
 
-    def __init__(self, config: DataBenchmark, folder: Path):
-        self.config, self.folder, self.repetitions = config.data, folder, config.repetitions
-        data = config.data
+    def __init__(self, config: DataConfig, folder: Path):
+        self.config, self.folder = config, folder
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.source = open_source(data)
-        tokenizer = None if data.tokenizer == "train" else open_tokenizer(data.tokenizer)
+        self.source = open_source(config)
+        tokenizer = None if config.tokenizer == "train" else open_tokenizer(config.tokenizer)
         self.first_seconds = self._prepare(tokenizer)  # trains the tokenizer, if there is none yet
         self.tokenizer = self._new_tokenizer()
-        documents = ("".join(parts) for parts in corpus.documents_of_split(self.source, "train", data))
+        documents = ("".join(parts) for parts in corpus.documents_of_split(self.source, "train", config))
         self.documents = [document for document in documents if document.strip()]
-        self.theirs = self._their_tokenizer()
+        fast: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined]  # a lazy attribute
+        (folder / "theirs").mkdir()
+        self.tokenizer.to_folder(str(folder / "theirs"), context_length=1024)
+        # `<|endoftext|>` in a text is plain text to it, as to ours.
+        self.theirs = fast.from_pretrained(folder / "theirs", split_special_tokens=True)
         self.their_ids: list[list[int]] = []
         self.transformers()  # fills its cache; that of ours is empty at the start of each preparation
-
-    def _their_tokenizer(self) -> Any:
-        """The tokenizer of `transformers` with our vocabulary; `<|endoftext|>` in a text is plain text to it too."""
-        with tempfile.TemporaryDirectory() as name:
-            self.tokenizer.to_folder(name, context_length=1024)
-            fast: Any = transformers.GPT2TokenizerFast  # type: ignore[attr-defined]  # a lazy attribute
-            return fast.from_pretrained(name, split_special_tokens=True)
 
     def _new_tokenizer(self) -> GPT2Tokenizer:
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -77,58 +72,53 @@ class Tokenization:
         theirs = np.concatenate([np.array([*ids, end], dtype=np.int64) for ids in self.their_ids])
         return bool(np.array_equal(theirs, self.tokens()))
 
-    def rows(self) -> list[Row]:
-        turns, tokens = [self.transformers, self.ours], len(self.tokens())
-        names = ("transformers, bare call", "gpt2, files to file")
-        seconds = interleaved(turns, self.repetitions, "Tokenizing")
-        return [
-            {
-                "contestant": name,
-                "tokens_per_second": tokens / median(each),
-                "tokens_per_second_of_each": [tokens / second for second in each],
-                **spread("seconds", each),
-                "ratio": median(seconds[0]) / median(each),
-            }
-            for name, each in zip(names, seconds, strict=True)
-        ]
-
 
 def data(config: DataBenchmark) -> None:
     """Print both tables, and write everything that was measured to `config.json`."""
     transformers.logging.set_verbosity_error()
     logging.getLogger("gpt2.runtime.console").setLevel(logging.WARNING)  # else a line a repetition
+    about = circumstances(torch.device("cpu"), PACKAGES)
     with tempfile.TemporaryDirectory() as name:
-        tokenization = Tokenization(config, Path(name))
-        record: Row = {"benchmark": "data", "config": asdict(config), **circumstances(torch.device("cpu"), PACKAGES)}
-        record |= _compare_tokenizers(tokenization, headline(record, PACKAGES))
+        tokenization = Tokenization(config.data, Path(name))
+        record = _compare_tokenizers(tokenization, config.repetitions, headline(about, PACKAGES))
         record["loader"] = _measure_loader(config, Path(name), tokenization.tokenizer)
-    write_json(config.json, record)
+    write_json(config.json, {"benchmark": "data", "config": asdict(config), **about, **record})
 
 
-def _compare_tokenizers(tokenization: Tokenization, about: str) -> Row:
-    documents, vocabulary = tokenization.documents, tokenization.tokenizer.vocab_size
-    characters, tokens = sum(map(len, documents)), len(tokenization.tokens())
+def _compare_tokenizers(tokenization: Tokenization, repetitions: int, about: str) -> Row:
+    characters, tokens = sum(map(len, tokenization.documents)), len(tokenization.tokens())
     print(
-        f"{len(documents):,} documents, {characters:,} characters, {tokens:,} tokens, vocabulary of {vocabulary:,}, "
-        f"medians of {tokenization.repetitions}\n{about}",
+        f"{len(tokenization.documents):,} documents, {characters:,} characters, {tokens:,} tokens, vocabulary of "
+        f"{tokenization.tokenizer.vocab_size:,}, medians of {repetitions}\n{about}",
         flush=True,
     )
-    rows = tokenization.rows()
-    agree = tokenization.tokens_agree()
-    cells = [
-        (
-            row["contestant"],
-            f"{row['tokens_per_second']:,.0f}",
-            from_to(row["tokens_per_second_of_each"]),
-            f"{row['seconds']:.3f}",
-            f"{row['ratio']:.2f}",
-        )
-        for row in rows
+    theirs, ours = interleaved([tokenization.transformers, tokenization.ours], repetitions, "Tokenizing")
+    rows = [
+        {
+            "contestant": name,
+            "tokens_per_second": tokens / median(each),
+            "tokens_per_second_of_each": [tokens / second for second in each],
+            **spread("seconds", each),
+            "ratio": median(theirs) / median(each),
+        }
+        for name, each in (("transformers, bare call", theirs), ("gpt2, files to file", ours))
     ]
+    speeds = [(f"{row['tokens_per_second']:,.0f}", from_to(row["tokens_per_second_of_each"])) for row in rows]
+    cells = [
+        (row["contestant"], *speed, f"{row['seconds']:.3f}", f"{row['ratio']:.2f}")
+        for row, speed in zip(rows, speeds, strict=True)
+    ]
+    agree = tokenization.tokens_agree()
     print(f"\n{table(('', 'tokens/s', 'from - to', 'seconds', 'ratio'), cells)}\n")
     print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
-    sizes = {"documents": len(documents), "characters": characters, "tokens": tokens, "same_tokens": agree}
-    return {**sizes, "first_seconds": tokenization.first_seconds, "results": rows}
+    return {
+        "documents": len(tokenization.documents),
+        "characters": characters,
+        "tokens": tokens,
+        "same_tokens": agree,
+        "first_seconds": tokenization.first_seconds,
+        "results": rows,
+    }
 
 
 def _measure_loader(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenizer) -> Row:
@@ -139,34 +129,32 @@ def _measure_loader(config: DataBenchmark, folder: Path, tokenizer: GPT2Tokenize
             f"data: {len(blocks)} blocks of data.max_length={length} make fewer than two batches of "
             f"train.batch_size={batch_size}, too few to measure a loader"
         )
-    (turns,) = interleaved([partial(_read_batches, blocks, config)], config.repetitions, "Loading")
-    each = [turn["batch"] for turn in turns]
-    loading = {
+    loader, _, _ = get_dataloaders(blocks, blocks, blocks, config.train)
+    count = min(config.batches, len(loader) - 1)
+
+    def read() -> tuple[float, float]:
+        """Seconds to the first batch, and per batch after it."""
+        began = time.perf_counter()
+        batches = iter(loader)
+        next(batches)
+        first = time.perf_counter()
+        for _ in range(count):
+            next(batches)
+        return first - began, (time.perf_counter() - first) / max(1, count)
+
+    (turns,) = interleaved([read], config.repetitions, "Loading")
+    firsts, each = zip(*turns, strict=True)
+    rate, first = 1 / median(each), median(firsts)
+    print(
+        f"\ntraining loader, batches of {batch_size} x {length} tokens, {loader.num_workers} workers: "
+        f"{rate:,.0f} batches/s, {median(each) * 1e6:,.0f} microseconds a batch "
+        f"({from_to([seconds * 1e6 for seconds in each])}), the first after {first * 1e3:,.0f} ms"
+    )
+    return {
         **spread("batch_seconds", each),
-        "batches_per_second": 1 / median(each),
-        "first_batch_seconds": median(turn["first"] for turn in turns),
-        "batches": turns[0]["batches"],
-        "workers": turns[0]["workers"],
+        "batches_per_second": rate,
+        "first_batch_seconds": first,
+        "batches": count,
+        "workers": loader.num_workers,
         "batch": {"batch_size": batch_size, "max_length": length},
     }
-    print(
-        f"\ntraining loader, batches of {batch_size} x {length} tokens, {loading['workers']} workers: "
-        f"{loading['batches_per_second']:,.0f} batches/s, {loading['batch_seconds'] * 1e6:,.0f} microseconds a batch "
-        f"({from_to([seconds * 1e6 for seconds in each])}), the first after "
-        f"{loading['first_batch_seconds'] * 1e3:,.0f} ms"
-    )
-    return loading
-
-
-def _read_batches(blocks: TokenDataset, config: DataBenchmark) -> Row:
-    """Seconds to the first batch of the training loader, and a batch after it."""
-    loader, _, _ = get_dataloaders(blocks, blocks, blocks, config.train)
-    began = time.perf_counter()
-    batches = iter(loader)
-    next(batches)
-    first, count = time.perf_counter() - began, min(config.batches, len(loader) - 1)
-    began = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    seconds = (time.perf_counter() - began) / max(1, count)
-    return {"first": first, "batch": seconds, "batches": count, "workers": loader.num_workers}

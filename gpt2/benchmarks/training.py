@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, or_na, spread, table, write_json
-from gpt2.benchmarks.contestants import Contestant, FirstStep, Workload, contestants
+from gpt2.benchmarks.contestants import Contestant, Workload, contestants
 from gpt2.benchmarks.peers import State
 from gpt2.config import TrainingBenchmark
 from gpt2.errors import one_line
@@ -43,7 +43,7 @@ class TrainingComparison:
     def compare(self) -> list[Row]:
         """A row for each contestant."""
         reference = self.workload.reference()
-        ready: list[tuple[Contestant, FirstStep]] = []
+        ready: list[tuple[Contestant, Row]] = []
         with track("Building", unit="contestants") as advance:
             everyone = contestants(self.workload)
             for number, contestant in enumerate(everyone, start=1):
@@ -51,25 +51,20 @@ class TrainingComparison:
                 if first is not None:
                     ready.append((contestant, first))
                 advance(number, len(everyone))
-        reference_loss = reference[0]
         del reference  # a gradient as large as the weights
 
         seconds = self._measure([contestant for contestant, _ in ready])
-        rows = [
-            self._row(contestant, first, each, reference_loss)
-            for (contestant, first), each in zip(ready, seconds, strict=True)
-        ]
+        rows = [self._row(contestant, each) | first for (contestant, first), each in zip(ready, seconds, strict=True)]
         peers = [row for row in rows if not row["contestant"].startswith("gpt2,")]
         named = [row for row in peers if not row["contestant"].startswith("transformers,")]
         for row in rows:
             row["ratio"] = row["tokens_per_second"] / (named or peers)[0]["tokens_per_second"] if peers else None
         return rows
 
-    def _prepare(self, contestant: Contestant, reference: tuple[float, State]) -> FirstStep | None:
+    def _prepare(self, contestant: Contestant, reference: tuple[float, State]) -> Row | None:
         """Build a contestant and make its warm-up steps; None if it does not support what is configured."""
         try:
-            contestant.prepare()
-            first = contestant.first_step(self.workload, reference)
+            first = {"build_seconds": contestant.prepare(), **contestant.first_step(self.workload, reference)}
         except (NotImplementedError, RuntimeError) as error:
             if contestant.is_ours:
                 raise
@@ -101,7 +96,7 @@ class TrainingComparison:
             self.peaks[precision.name] = max(rates)
         return results[: len(ready)]
 
-    def _row(self, contestant: Contestant, first: FirstStep, each: list[float], reference_loss: float) -> Row:
+    def _row(self, contestant: Contestant, each: list[float]) -> Row:
         step = spread("step_seconds", each)
         speed = self.workload.tokens_per_step / step["step_seconds"]
         peak = self.peaks[contestant.precision.name]
@@ -112,18 +107,22 @@ class TrainingComparison:
             "tokens_per_second_of_each": [self.workload.tokens_per_step / seconds for seconds in each],
             **step,
             "mfu": peak and speed * self.workload.flops_per_token / peak,
-            "build_seconds": contestant.build_seconds,
-            "first_step_seconds": first.seconds,
-            "first_loss": first.loss,
-            "loss_difference": first.loss - reference_loss,
-            "gradient_error": first.gradient_error,
         }
 
 
-HEAD = (
-    *("", "tokens/s", "from - to", "ms a step", "from - to", "ratio", "MFU", "first s", "first loss", "difference"),
-    "gradient error",
-)
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("", lambda row: row["contestant"]),
+    ("tokens/s", lambda row: f"{row['tokens_per_second']:,.0f}"),
+    ("from - to", lambda row: from_to(row["tokens_per_second_of_each"])),
+    ("ms a step", lambda row: f"{row['step_seconds'] * 1e3:,.1f}"),
+    ("from - to", lambda row: from_to([seconds * 1e3 for seconds in row["step_seconds_of_each"]], 1)),
+    ("ratio", lambda row: or_na(row["ratio"], ".2f")),
+    ("MFU", lambda row: or_na(row["mfu"], ".1%")),
+    ("first s", lambda row: f"{row['first_step_seconds']:.1f}"),
+    ("first loss", lambda row: f"{row['first_loss']:.4f}"),
+    ("difference", lambda row: f"{row['loss_difference']:+.1e}"),
+    ("gradient error", lambda row: or_na(row["gradient_error"], ".1e")),
+]
 LEGEND = """\
 ratio: to the first line of the peer, or of transformers if there is no other.
 MFU: model FLOPs (PaLM, appendix B) over {peak}. first s: seconds of the first step, with compilation.
@@ -131,23 +130,7 @@ difference: first loss minus that of plain fp32. gradient error: norm of the dif
 
 
 def as_text(rows: list[Row]) -> str:
-    lines = [
-        (
-            row["contestant"],
-            f"{row['tokens_per_second']:,.0f}",
-            from_to(row["tokens_per_second_of_each"]),
-            f"{row['step_seconds'] * 1e3:,.1f}",
-            from_to([seconds * 1e3 for seconds in row["step_seconds_of_each"]], 1),
-            or_na(row["ratio"], ".2f"),
-            or_na(row["mfu"], ".1%"),
-            f"{row['first_step_seconds']:.1f}",
-            f"{row['first_loss']:.4f}",
-            f"{row['loss_difference']:+.1e}",
-            or_na(row["gradient_error"], ".1e"),
-        )
-        for row in rows
-    ]
-    return table(HEAD, lines)
+    return table([head for head, _ in COLUMNS], [[cell(row) for _, cell in COLUMNS] for row in rows])
 
 
 def peaks_as_text(comparison: TrainingComparison) -> str:
