@@ -391,7 +391,7 @@ def test_what_makes_no_sense_is_told_in_a_line(model, loaders, make, complaint):
 def test_each_command_of_the_module_answers_help(workspace: Workspace, command):
     done = workspace.module_anew("gpt2.main", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Values (KEY=VALUE)" in done.stdout
+    assert "Keys (KEY=VALUE)" in done.stdout
 
 
 def test_the_module_of_inference_is_the_script(trained: Workspace):

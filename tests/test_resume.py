@@ -104,12 +104,12 @@ def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace
     [
         (
             ["resume=latest", "hydra.run.dir=elsewhere"],
-            "hydra.run.dir: a run that is resumed goes on in its own folder",
+            "hydra.run.dir: a resumed run writes to its own folder",
         ),
         ([*AUTO, "hydra.run.dir=runs/${name}"], "hydra.run.dir: train.auto_resume needs a plain name"),
         (["resume=nowhere"], "resume: nowhere is no run folder with a checkpoint in it"),
         (["resume=latest", "-m", "train.seed=1,2"], "resume=latest: one run at a time, without -m"),
-        (["train.auto_resume=true,false", "-m"], "train.auto_resume=true,false: all runs of a sweep go on by "),
+        (["train.auto_resume=true,false", "-m"], "train.auto_resume=true,false: one value for all runs"),
         ([*AUTO, "-m", "hydra.sweep.dir=a/${now:%H}"], "hydra.sweep.dir: train.auto_resume needs a plain name"),
     ],
 )

@@ -30,8 +30,8 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
         UserError: With all that is wrong with it.
     """
     try:
-        plain = OmegaConf.to_container(composed)
-        composed = merged(SCHEMAS[name], plain)  # refuses what `+key=value` brought in past the schema
+        plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
+        composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
         composed = COMPLETIONS[name](composed, overrides)
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:

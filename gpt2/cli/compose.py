@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import gpt2.cli.schema  # noqa: F401  # registers the schemas and resolvers
@@ -41,16 +41,24 @@ WITHOUT_PART = {
 
 
 def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
-    """What Hydra makes of `conf/` and a command line; `with_hydra`, its own node too."""
-    return deepcopy(_composed(name, tuple(overrides), with_hydra, Path.cwd()))
+    """Compose `conf/` and a command line with Hydra.
+
+    Args:
+        with_hydra: Keep Hydra's own node.
+    """
+    composed = deepcopy(_composed(name, tuple(overrides), Path.cwd()))
+    if not with_hydra:
+        with open_dict(composed):
+            del composed["hydra"]
+    return composed
 
 
 @lru_cache(maxsize=8)
-def _composed(name: str, overrides: tuple[str, ...], with_hydra: bool, _looked_from: Path) -> DictConfig:
-    """See `compose`, which takes Hydra 0.2 s, and is asked for the same several times before a run."""
-    is_under_way = GlobalHydra.instance().is_initialized()  # in a run; it has the same `conf/`
-    with nullcontext() if is_under_way else hydra.initialize_config_dir(str(CONF), job_name=name):
-        return hydra.compose(name, list(overrides), return_hydra_config=with_hydra)
+def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
+    """Composing takes Hydra 0.2 s, and checking a sweep composes the same several times."""
+    is_initialized = GlobalHydra.instance().is_initialized()  # in a job of a sweep, with the same `conf/`
+    with nullcontext() if is_initialized else hydra.initialize_config_dir(str(CONF), job_name=name):
+        return hydra.compose(name, list(overrides), return_hydra_config=True)
 
 
 def compose_or_refuse(name: str) -> DictConfig:

@@ -1,13 +1,18 @@
-"""X."""
+"""Where a run or a sweep writes: a new folder, the folder of the run that is resumed, or that of its command line.
+
+With `train.auto_resume` the folder is named by a hash of the command line, so that repeating the command finds the
+checkpoints of the run it started.
+"""
 
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig
 
 from gpt2.checkpoint.format import read_record
 from gpt2.cli.complete import resumed_checkpoint
@@ -19,31 +24,45 @@ from gpt2.errors import UserError
 log = logging.getLogger("gpt2")
 
 
-def folder_arguments(overrides: list[str]) -> list[str]:
-    """What makes Hydra work in the folder of the run that is resumed, and leave its `.hydra` as it was.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a single run."""
 
-    With `train.auto_resume` that is the folder of this very command line, whether anything is in it yet or not.
+    path: str
+    resume: str | None = None  # what `resume` of the configuration becomes
+    is_new: bool = True  # false: `.hydra/` of the run that is resumed stays as it is
+
+    def apply(self, composed: DictConfig) -> None:
+        """Put the folder into a configuration that is composed with its `hydra` node."""
+        composed.hydra.run.dir = self.path
+        if "resume" in composed:
+            composed.resume = self.resume
+        if not self.is_new:
+            composed.hydra.output_subdir = None
+
+
+def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
+    """The folder that a composed run of train.py writes to.
+
+    Raises:
+        UserError: The command line contradicts itself.
     """
-    composed = compose("train", overrides)
     chosen = [override.value() for override in parsed(overrides) if override.key_or_group == "hydra.run.dir"]
-    if composed.resume is None and not composed.train.auto_resume:
-        return []
-    if chosen and composed.resume is not None:
-        raise UserError("hydra.run.dir: a run that is resumed goes on in its own folder; drop one of the two")
-    if composed.resume is not None:
-        resume = composed.resume
-    else:
+    resume = composed.resume
+    if resume is None and not composed.train.auto_resume:
+        return RunFolder(str(composed.hydra.run.dir))
+    if chosen and resume is not None:
+        raise UserError("hydra.run.dir: a resumed run writes to its own folder; drop one of the two")
+    if resume is None:
         resume = plain_name("hydra.run.dir", chosen[-1]) if chosen else own_folder("runs", composed.name, overrides)
     path = resumed_checkpoint(str(resume))
-    folder = str(path.parent.parent if path else resume)
-    arguments = [in_hydras_quotes("hydra.run.dir", folder), in_hydras_quotes("resume", resume)]
-    return [*arguments, "hydra.output_subdir=null"] if path else arguments
+    return RunFolder(str(path.parent.parent if path else resume), str(resume), is_new=path is None)
 
 
 def sweep_arguments(overrides: list[str]) -> list[str]:
-    """What makes Hydra work in one folder, with `train.auto_resume` that of this very command line, and jobs go on.
+    """Arguments that give a sweep one folder: with `train.auto_resume`, that of its command line.
 
-    A launcher that starts jobs again brings `train.auto_resume` with it. A study goes on by itself anyway.
+    A launcher that requeues jobs implies `train.auto_resume`. A study resumes by its own means.
     """
     fixed = [override for override in parsed(overrides) if not override.is_sweep_override()]
     composed = compose("train", [str(override.input_line) for override in fixed], with_hydra=True)
@@ -53,11 +72,11 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
     if not composed.train.auto_resume and not requeues(launcher):
         if not uses_submitit(launcher) or "hydra.sweep.dir" in given:
             return []
-        folder = composed.hydra.sweep.dir  # said once, or Hydra's copies of it would have suffixes of their own
+        folder = composed.hydra.sweep.dir  # resolved here once: each job would resolve another random suffix
         return [in_hydras_quotes("hydra.sweep.dir", folder)]
     if given.get("train.auto_resume") is False:
-        again = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
-        raise UserError(f"train.auto_resume: {again} starts jobs again, which then go on; drop one of the two")
+        requeueing = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
+        raise UserError(f"train.auto_resume: {requeueing} restarts jobs, which then resume; drop one of the two")
     if "hydra.sweep.dir" in given:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
     else:
@@ -66,17 +85,17 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
 
 
 def plain_name(key: str, folder: Any) -> str:
-    """A folder that is the same each time."""
+    """A folder's name without interpolations, which might resolve to another name next time."""
     if "${" in str(folder):
-        raise UserError(f"{key}: train.auto_resume needs a plain name, {folder} may be another each time")
+        raise UserError(f"{key}: train.auto_resume needs a plain name, {folder} may change from start to start")
     return str(folder)
 
 
 def own_folder(kind: str, name: str, overrides: list[str]) -> str:
-    """The folder of a command line, however its words are ordered and wherever its jobs run."""
+    """The folder of a command line: the same for any order of its arguments and any launcher."""
     last = {override.key_or_group: override.input_line for override in parsed(overrides)}
-    said = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
-    return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(said)).encode()).hexdigest()[:8]}"
+    lines = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
+    return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(lines)).encode()).hexdigest()[:8]}"
 
 
 def in_hydras_quotes(key: str, value: Any) -> str:

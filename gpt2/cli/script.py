@@ -1,8 +1,8 @@
-"""A script's command line: checked whole, run by Hydra, its mistakes told in lines.
+"""The command line of a script: arguments in, a checked configuration to the script's function, errors as lines.
 
-Hydra composes the configuration; this module adds what Hydra leaves out. The whole command line is checked before
-anything runs: every fault in one line, exit code 2, and no run folder left behind. A prompt is kept out of Hydra's
-hands, for it is text and no expression.
+Hydra composes the configuration and runs sweeps. This module adds three things: everything is checked before anything
+runs (all problems are printed, exit code 2, no run folder is left behind); a single run is composed and validated
+once; and a prompt bypasses Hydra's grammar, because it is text and no expression.
 """
 
 import logging
@@ -11,7 +11,8 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
 from math import inf
@@ -19,24 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser  # private, hence the exact pin of hydra-core
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
+from gpt2.cli.help import help_text
+from gpt2.cli.hydra_private import parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job, uses_submitit
-from gpt2.cli.preflight import check_command_line, runs_something
-from gpt2.cli.resume import folder_arguments, in_hydras_quotes, sweep_arguments
+from gpt2.cli.preflight import check_run, check_sweep, is_question
+from gpt2.cli.resume import RunFolder, folder_of_run, sweep_arguments
 from gpt2.cli.sweeper import run_trial
-from gpt2.config import GenerateRun, TrainRun
+from gpt2.config import GenerateRun, Run, TrainRun
 from gpt2.errors import LostRankError, UserError, machine_error, without_password
 from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, run_lock
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
 
-TRUSTED = ["gpt2.*"]  # what a configuration may have Hydra instantiate
+TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
+OTHER_RANKS = ["hydra/job_logging=rank", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
 
 log = logging.getLogger(__name__)
 
@@ -48,166 +50,240 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         def main() -> None:
-            exit_on_signals(also_by_ctrl_c=name != "generate")  # where Ctrl-C ends a text
+            exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
-            for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows a question mark
+            for stream in (sys.stdout, sys.stderr):  # print a question mark where the terminal lacks a character
                 if isinstance(stream, TextIOWrapper):
                     stream.reconfigure(errors="replace")
-            options = get_args_parser().parse_intermixed_args(arguments)
+            options = parse_arguments(arguments)
             with errors_as_lines():
                 silence_unless_main()
-                if options.multirun and (options.cfg or options.info):
-                    raise UserError("-m: not together with --cfg and --info; one run is shown without it")
-                if runs_something(options):
-                    arguments += as_one(name, options) if dist_env().by_torchrun else checked(name, options)
-                    os.environ["HYDRA_FULL_ERROR"] = "1"  # what Hydra cannot write for want of room is ours to tell
-
-            def job(composed: DictConfig) -> Any:
-                return run_job(name, task, composed, prompt)
-
-            sys.argv[1:] = arguments
-            with errors_as_lines():
-                hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
+                if options.help:
+                    print(help_text(name))
+                elif is_question(options) or options.multirun:
+                    run_hydra(name, task, arguments, options)
+                else:
+                    run_once(name, task, options, prompt)
 
         return main
 
     return decorate
 
 
-def checked(name: str, options: Namespace) -> list[str]:
-    """Check a command line before anything runs. Returns what it lacks: see `folder_arguments` and `sweep_arguments`.
+def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
+    """Let `hydra.main` answer --cfg and the like, or run a sweep that is checked here."""
+    if options.multirun and is_question(options):
+        raise UserError("-m: not together with --cfg and --info; show one run, without -m")
+    if options.multirun:
+        arguments += sweep_arguments_if_valid(name, options)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
 
-    Raises:
-        UserError: With all that is wrong with it.
-    """
-    logging.disable(logging.WARNING)  # the run will say all that again
-    check_command_line(name, options)
-    log_submissions(options.multirun)
-    missing: list[str] = []
-    if name == "train":
-        missing = (sweep_arguments if options.multirun else folder_arguments)(options.overrides)
-    logging.disable(logging.NOTSET)
-    return missing
+    def job(composed: DictConfig) -> Any:  # launchers pickle it
+        return run_sweep_job(task, composed)
 
-
-def as_one(name: str, options: Namespace) -> list[str]:
-    """`checked` by one rank for all: they run in the folder that it chose, and it alone leaves traces there."""
-    missing: list[str] | int = []
-    if dist_env().is_main:
-        try:
-            missing = checked_for_ranks(name, options)
-        except UserError as error:
-            tell(error)
-            missing = error.exit_code
-    from gpt2.distributed.process_group import broadcast_from_main
-
-    told: list[str] | int = broadcast_from_main(missing)
-    if isinstance(told, int):
-        sys.exit(told)
-    if dist_env().is_main:
-        return told
-    return [*told, "hydra/job_logging=rank", *(["hydra.output_subdir=null"] if name == "train" else [])]
+    sys.argv[1:] = arguments
+    hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
 
 
-def checked_for_ranks(name: str, options: Namespace) -> list[str]:
-    """`checked`, and where the run is to be, for that may be another place each time that it is asked."""
-    if name not in ("train", "evaluate") or options.multirun:
-        asked = f"{name}.py{' -m' if options.multirun else ''}"
-        raise UserError(f"{asked}: torchrun is for single runs of train.py and evaluate.py")
-    missing = checked(name, options)
-    if name == "train" and not any(argument.startswith("hydra.run.dir=") for argument in missing):
-        composed = compose(name, options.overrides, with_hydra=True)
-        missing.append(in_hydras_quotes("hydra.run.dir", composed.hydra.run.dir))
-    return missing
-
-
-def run_job(name: str, task: Task, composed: DictConfig, prompt: str | None) -> Any:
-    """What Hydra calls, once a run."""
+def run_task(task: Task, config: Run) -> Any:
+    """Run a script's function in the current job of Hydra; `.hydra/config.yaml` gets its complete configuration."""
     job = HydraConfig.get()
-    run = resumable_job(composed, partial(run_locked, name, task, composed, prompt))
-    if name == "train" and composed.study.trial is not None:
-        return run_trial(composed, lambda trial: run_locked(name, partial(task, trial=trial), composed))
-    in_sweep = job.mode == RunMode.MULTIRUN
-    problem: UserError | None = None
-    with errors_as_lines():
-        try:
-            return run()
-        except (UserError, KeyboardInterrupt, SystemExit) as error:
-            if in_sweep and isinstance(error, UserError):  # the others go on; infinity is what this one is worth
-                log.error("error: %s", error)
-                problem = error
-            else:
-                if name == "train" and isinstance(error, UserError) and dist_env().is_main:
-                    log.error("error: %s", error, extra={"in_file_only": True})  # the terminal is told at the end
-                if job.output_subdir is not None and not isinstance(error, RunLockedError):
-                    remove_if_nothing_happened(output_folder())
-                raise
-    if problem and uses_submitit(job.launcher):  # whose terminal shows nothing; it ends when all of its jobs have
-        raise problem
-    return inf
-
-
-def run_locked(name: str, task: Task, composed: DictConfig, prompt: str | None = None) -> Any:
-    """Run what was composed, completed and checked, as the only one that writes to the run's folder."""
-    job = HydraConfig.get()
-    with run_lock(output_folder()) if name == "train" and dist_env().is_main else nullcontext():
-        config = resolve(name, composed, list(job.overrides.task))
-        if isinstance(config, GenerateRun):
-            config.prompt = prompt
-        if isinstance(config, TrainRun) and config.resume is None:
-            config.choices = {group: file for group, file in job.runtime.choices.items() if is_choice(group, file)}
-            if config.train.init_from is not None:  # which brought its own shape
-                config.choices["model"] = Path(config.train.init_from).name
-        if job.output_subdir is not None:  # what runs, which a trained model may have completed
-            OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
-        return task(config)
+    if isinstance(config, TrainRun) and config.resume is None:
+        config.choices = {group: file for group, file in job.runtime.choices.items() if is_choice(group, file)}
+        if config.train.init_from is not None:  # whose shape replaces that of the group `model`
+            config.choices["model"] = Path(config.train.init_from).name
+    if job.output_subdir is not None:
+        OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
+    return task(config)
 
 
 def is_choice(group: str, file: str | None) -> bool:
-    """Whether a group of `conf/` tells something of a run by the file that was chosen."""
+    """Whether the file chosen in a group of `conf/` tells runs apart."""
     return file not in (None, "default") and group not in ("wandb", "hparams_search") and not group.startswith("hydra/")
 
 
 def output_folder() -> Path:
-    """Where the run under way keeps everything."""
+    """The folder of the current run."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# A single run
+
+
+def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> None:
+    """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
+    env = dist_env()
+    early_log = EarlyLog()
+    with ExitStack() as lock:
+        if env.is_main:
+            composed, folder, config = prepare_on_main(name, options, lock)
+        else:
+            composed, folder, config = prepare_on_rank(name, options)
+        if isinstance(config, GenerateRun):
+            config.prompt = prompt
+
+        def run() -> Any:
+            if folder.is_new and name == "train" and env.is_main:
+                lock.enter_context(run_lock(output_folder()))
+            return run_task(task, config)
+
+        def job(_composed: DictConfig) -> Any:
+            early_log.replay()
+            with errors_as_lines(), clean_up_on_error():
+                return run()
+
+        run_composed(composed, job, TRUSTED)
+
+
+def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
+    """Compose, choose the run's folder, complete and validate; tell the other ranks the folder, or to exit."""
+    try:
+        if dist_env().by_torchrun and name not in ("train", "evaluate"):
+            raise UserError(f"{name}.py: torchrun is for single runs of train.py and evaluate.py")
+        composed = check_run(name, options)
+        folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
+        folder.apply(composed)
+        if not folder.is_new:  # locked before the checkpoint to resume from is chosen
+            lock.enter_context(run_lock(Path(folder.path)))
+        config = resolve(name, composed, list(composed.hydra.overrides.task))
+    except UserError as error:
+        share(error.exit_code)
+        raise
+    share(asdict(folder))
+    return composed, folder, config
+
+
+def share(value: Any) -> Any:
+    """Rank 0's value on all ranks; the value itself without torchrun."""
+    if not dist_env().by_torchrun:
+        return value
+    from gpt2.distributed.process_group import broadcast_from_main
+
+    return broadcast_from_main(value)
+
+
+def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
+    """The same on another rank, in the folder that rank 0 chose."""
+    shared = share(None)
+    if isinstance(shared, int):
+        sys.exit(shared)
+    composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
+    folder.apply(composed)
+    return composed, folder, resolve(name, composed, list(composed.hydra.overrides.task))
+
+
+class EarlyLog(logging.Handler):
+    """Collects log records until Hydra has configured logging, which replaces this handler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        logger = logging.getLogger("gpt2")
+        logger.handlers = [self]
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def replay(self) -> None:
+        for record in self.records:
+            logging.getLogger(record.name).handle(record)
+
+
+@contextmanager
+def clean_up_on_error() -> Iterator[None]:
+    """Write a user's mistake to train.log as well, and remove the folder of a run that did not begin."""
+    job = HydraConfig.get()
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, UserError) and dist_env().is_main and job.job.name == "train":
+            log.error("error: %s", error, extra={"in_file_only": True})  # `errors_as_lines` prints it
+        if job.output_subdir is not None and not isinstance(error, RunLockedError):
+            remove_if_nothing_happened(output_folder())
+        raise
+
+
 def remove_if_nothing_happened(folder: Path) -> None:
-    """Remove the folder of a run that found out, before it began, that it cannot: only Hydra has written to it."""
+    """Remove the folder of a run that ended before it began: only Hydra has written to it."""
     hydras = {folder / LOCK, folder / f"{HydraConfig.get().job.name}.log", *(folder / ".hydra").glob("*")}
     if all(path in hydras for path in folder.rglob("*") if not path.is_dir()):
         shutil.rmtree(folder)
-        with suppress(OSError):  # other runs of that name are there
+        with suppress(OSError):  # it holds other runs of that name
             folder.parent.rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A sweep
+
+
+def sweep_arguments_if_valid(name: str, options: Namespace) -> list[str]:
+    """Check a sweep; returns what `sweep_arguments` adds to its command line."""
+    if dist_env().by_torchrun:
+        raise UserError(f"{name}.py -m: torchrun is for single runs of train.py and evaluate.py")
+    logging.disable(logging.WARNING)  # each run will repeat its warnings
+    check_sweep(name, options)
+    log_submissions()
+    arguments = sweep_arguments(options.overrides)
+    logging.disable(logging.NOTSET)
+    return arguments
+
+
+def run_sweep_job(task: Task, composed: DictConfig) -> Any:
+    """One job of a sweep, in this process or in one of the launcher's. Returns its loss; infinity if it failed."""
+    run = resumable_job(composed, partial(run_locked, task, composed))
+    if composed.study.trial is not None:
+        return run_trial(composed, lambda trial: run_locked(partial(task, trial=trial), composed))
+    problem: UserError | None = None
+    with errors_as_lines(), clean_up_on_error():
+        try:
+            return run()
+        except UserError as error:  # the other runs continue
+            log.error("error: %s", error)
+            problem = error
+    if problem and uses_submitit(HydraConfig.get().launcher):  # whose jobs have no terminal: the launcher prints it
+        raise problem
+    return inf
+
+
+def run_locked(task: Task, composed: DictConfig) -> Any:
+    """Complete, validate and run a job, as the only process that writes to its folder."""
+    with run_lock(output_folder()):
+        return run_task(task, resolve("train", composed, list(HydraConfig.get().overrides.task)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and prompts
 
 
 @contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Print a user's mistake as lines and exit with 2; leave quietly where nobody reads on, or on Ctrl-C."""
+    """Print expected errors as lines and exit with their code; exit quietly on Ctrl-C and a closed pipe."""
     try:
         with reraise_interruption():
             yield
     except UserError as error:
-        tell(error)
+        print_problems(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        leave_stdout_alone()
+        discard_stdout()
         sys.exit(0)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        told = machine_error(error)
-        if told is None:
+        problem = machine_error(error)
+        if problem is None:
             report_to_torchrun(error)
             raise
-        tell(UserError(told))
-        leave_stdout_alone()
+        print_problems(UserError(problem))
+        discard_stdout()
         sys.exit(1)
 
 
-def tell(error: UserError) -> None:
+def print_problems(error: UserError) -> None:
+    """Print one line for each problem, without passwords; under torchrun with the rank, and into torchrun's report."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     lines = [f"{rank}{without_password(problem)}" for problem in error.problems]
     for line in lines:
@@ -220,13 +296,13 @@ def tell(error: UserError) -> None:
         report_to_torchrun(short)
 
 
-def leave_stdout_alone() -> None:
-    """Nobody takes what is still to be written; Python would complain when it flushes."""
+def discard_stdout() -> None:
+    """Discard what is buffered for standard output: Python would fail to flush it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Split `prompt=...` off a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
+    """Take `prompt=...` out of a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
     is_prompt = [argument.lstrip("+").startswith("prompt=") for argument in arguments]
     rest = [argument for argument, taken in zip(arguments, is_prompt, strict=True) if not taken]
     texts = [argument.split("=", 1)[1] for argument, taken in zip(arguments, is_prompt, strict=True) if taken]

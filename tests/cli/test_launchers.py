@@ -129,7 +129,7 @@ def test_a_sweep_that_goes_on_has_a_folder_of_its_command_wherever_its_jobs_run(
     assert slow[0] == "train.auto_resume=true"
     named = ["train.auto_resume=true", "hydra.sweep.dir=mine"]
     assert sweep_arguments([*plain, *named]) == ["train.auto_resume=true", "hydra.sweep.dir='mine'"]
-    with pytest.raises(UserError, match=r"train\.auto_resume: hydra\.launcher\.max_num_timeout=100 starts jobs again"):
+    with pytest.raises(UserError, match=r"train\.auto_resume: hydra\.launcher\.max_num_timeout=100 restarts jobs"):
         sweep_arguments([*plain, "hydra/launcher=submitit_slurm_requeue", "train.auto_resume=false"])
 
 

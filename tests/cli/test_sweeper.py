@@ -13,7 +13,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -21,7 +20,8 @@ from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
-from gpt2.cli.preflight import check_command_line, with_values
+from gpt2.cli.hydra_private import parse_arguments
+from gpt2.cli.preflight import check_run, check_sweep, with_values
 from gpt2.cli.schema import steps_of_compute
 from gpt2.cli.sweeper import distributions, settings_of, study_sweeper
 from gpt2.config import OptunaConfig
@@ -204,7 +204,8 @@ def test_a_storage_out_of_reach_is_told_without_its_password(workspace: Workspac
 
 
 def check(*arguments: str) -> None:
-    check_command_line("train", get_args_parser().parse_args(list(arguments)))
+    options = parse_arguments(list(arguments))
+    (check_sweep if options.multirun else check_run)("train", options)
 
 
 def names(group: str) -> list[str]:
@@ -247,9 +248,9 @@ def test_samplers_and_pruners_are_chosen_without_a_rest_of_those_before(sampler,
         (["hydra/sweeper/sampler=grid"], r"train.learning_rate=.*: a grid needs values, such as train.learning_rate="),
         (["train.learning_rate=interval(-1, 1e-4)"], r"train.learning_rate: -1.0 is not a finite number above 0"),
         (["model.num_heads=choice(4,7)"], r"model.num_heads: 7 heads do not divide"),
-        (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over KEY=..., such as train.beta2=0.9,0.99"),
+        (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over other keys, such as train.beta2=0.9,0.99"),
         (["model.num_heads=choice(4,7"], r"not of the form key=value"),
-        (["study.trial=3"], r"study.trial=3: a study fills that in"),
+        (["study.trial=3"], r"study.trial=3: only a study sets that"),
         (["resume=latest"], r"resume=latest: one run at a time, without -m"),
     ],
 )

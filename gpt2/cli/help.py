@@ -1,0 +1,87 @@
+"""Generates `--help` of a script: the comment at the top of `conf/<script>.yaml`, the groups, and a line for each key.
+
+The line of a key holds its default, its choices and its comment in `gpt2.config`. Nothing is composed.
+"""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from itertools import takewhile
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import gpt2.config
+from gpt2.cli.compose import CONF, in_hydras_grammar
+from gpt2.cli.schema import SCHEMAS
+
+WIDTH, INDENT = 120, 44  # of a line, and of the column of comments
+SET_BY_US = "set by"  # how the comment of a field begins that no command line may set
+
+
+def help_text(name: str) -> str:
+    """Everything that the command line of `conf/<name>.yaml` understands."""
+    header, _, defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")
+    groups = [folder for folder in sorted(CONF.iterdir()) if f"- {folder.name}:" in defaults]
+    choices = [f"  {group.name}={'|'.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    sections = [
+        [line.removeprefix("#").removeprefix(" ") for line in header.strip().splitlines()],
+        ["Groups (GROUP=FILE of conf/GROUP):", *choices],
+        *sections_of(SCHEMAS[name]),
+        ["--cfg job prints every key as composed, --hydra-help Hydra's own flags."],
+    ]
+    return "\n\n".join("\n".join(section) for section in sections if len(section) > 1 or section is sections[-1])
+
+
+def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):") -> list[list[str]]:
+    """The single values of a dataclass as lines under a title, and the same of each dataclass in it."""
+    lines, inner, hints = [title], [], get_type_hints(schema)
+    for field in fields(schema):
+        hint, comment = hints[field.name], comments(schema)[field.name]
+        if comment.startswith(SET_BY_US):
+            continue
+        if is_dataclass(hint):
+            about = inspect.cleandoc(hint.__doc__ or "").splitlines()[0]
+            inner += sections_of(hint, f"{prefix}{field.name}.", f"{field.name}: {about}")  # type: ignore[arg-type]
+        else:
+            lines += lines_of(f"  {prefix}{field.name}={default_of(field)}", choices_of(hint), comment)
+    return [lines, *inner]
+
+
+def lines_of(key: str, choices: str, comment: str) -> list[str]:
+    texts = textwrap.wrap("; ".join(filter(None, [choices, comment])), WIDTH - INDENT) or [""]
+    if len(key) >= INDENT - 1:
+        return [key, *(" " * INDENT + text for text in texts)]
+    return [f"{key:<{INDENT}}{texts[0]}".rstrip(), *(" " * INDENT + text for text in texts[1:])]
+
+
+def default_of(field: Field[Any]) -> str:
+    return in_hydras_grammar(field.default if field.default_factory is MISSING else field.default_factory())
+
+
+def choices_of(hint: Any) -> str:
+    """The values of `Literal[...]`, the type of a field whose default may be null; empty where the default shows it."""
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    options = [option for option in get_args(hint) if option is not NoneType]
+    if NoneType in get_args(hint):
+        return " or ".join(choices_of(option) or option.__name__ for option in options)
+    return ""
+
+
+@cache
+def comments(schema: type) -> dict[str, str]:
+    """The comment of each field of a dataclass of `gpt2.config`: behind it, or else in the lines above it."""
+    source = inspect.getsource(gpt2.config)
+    lines, result = source.splitlines(), {}
+    (node,) = (
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == schema.__name__
+    )
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            behind = [line for line in lines[field.lineno - 1 : field.end_lineno] if "  # " in line]
+            above = takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: field.lineno - 1]))
+            earlier = " ".join(line.strip(" #") for line in reversed(list(above)))
+            result[field.target.id] = behind[0].rpartition("  # ")[2] if behind else earlier
+    return result
