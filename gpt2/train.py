@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from gpt2.training.callbacks import Callback, ConsoleLog
 from gpt2.training.compile import Compiled, ComputePlan, choose_plan
 from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, gradient_norms, nonfinite_names
 from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from gpt2.training.state import Progress, RunCheckpoints, StoredState
+from gpt2.training.state import Progress, RunCheckpoints
 from gpt2.training.throughput import Throughput
 from gpt2.validation import validate, validate_distributed
 
@@ -274,17 +274,14 @@ class Trainer:
         """Whether training ends here; sets `stop_reason`."""
         self.progress.seconds = self.throughput.seconds
         self._synchronize()
-        config, progress = self.config, self.progress
-        if self.interrupted_by is not None:
-            self.stop_reason = "interrupted"
-        elif config.max_steps is not None and progress.step >= config.max_steps:
-            self.stop_reason = f"train.max_steps={config.max_steps} reached"
-        elif progress.epoch >= config.max_epochs:
-            self.stop_reason = f"train.max_epochs={config.max_epochs} reached"
-        elif progress.seconds >= config.max_training_hours * 3600:
-            self.stop_reason = f"train.max_training_hours={config.max_training_hours} reached"
-        else:
-            self.stop_reason = None
+        config, progress, hours = self.config, self.progress, self.config.max_training_hours
+        reasons = {
+            "interrupted": self.interrupted_by is not None,
+            f"train.max_steps={config.max_steps} reached": progress.step >= (config.max_steps or inf),
+            f"train.max_epochs={config.max_epochs} reached": progress.epoch >= config.max_epochs,
+            f"train.max_training_hours={hours} reached": progress.seconds >= hours * 3600,
+        }
+        self.stop_reason = next((reason for reason, applies in reasons.items() if applies), None)
         return self.stop_reason is not None
 
     def _synchronize(self) -> None:
@@ -399,10 +396,11 @@ class Trainer:
         """
         self.guard.poll()
         self.progress.seconds = self.throughput.seconds
-        tensors, record = states.split_state(self.state_dict())
+        state = self.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if names := nonfinite_names(tensors):
             raise DivergenceError(f"step {self.progress.step}: {names[0]} is not finite, not saved; {ADVICE}")
-        record |= self._description()
+        record = {name: value for name, value in state.items() if name not in tensors} | self._description()
         record |= {"run": self.run, "tokenizer": self.tokenizer and self.tokenizer.to_json()}
         for callback in self.callbacks:
             record |= callback.state_dict()
@@ -419,8 +417,7 @@ class Trainer:
             UserError: The file is missing or damaged, or of a model of another shape or of other data.
         """
         path = Path(filepath)
-        state = StoredState(path)
-        saved = state.record
+        saved = checkpoint.read_record(path)
         states.check_compatible(path, saved, self._description(), accept_other_data)
         plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
         if self.parallel.is_sharded:  # FSDP was set up with a precision
@@ -431,7 +428,7 @@ class Trainer:
         is_same_optimizer = saved["train"]["optimizer"] == self.config.optimizer
         if not is_same_optimizer:
             log.warning("train.optimizer differs from the checkpoint's: the optimizer starts without its state")
-        self.load_state_dict(state, with_optimizer=is_same_optimizer)
+        self.load_state_dict({**saved, **checkpoint.read_tensors(path)}, with_optimizer=is_same_optimizer)
         self.progress = states.restored_progress(saved, self._description())
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)
@@ -455,11 +452,13 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all parts, complete on rank 0 only. Called by all ranks."""
+        """The state of all parts, complete on rank 0 only: tensors and plain values. Called by all ranks."""
         return {
-            "model": self.parallel.full_tensors(self.model.state_dict()),
-            "optimizer": self.parallel.full_tensors(optimizer_tensors(self.optimizer, self.model)),
-            "random": states.random_state_dict(self.device, self.group),
+            **states.with_prefix("model/", self.parallel.full_tensors(self.model.state_dict())),
+            **states.with_prefix(
+                "optimizer/", self.parallel.full_tensors(optimizer_tensors(self.optimizer, self.model))
+            ),
+            **states.random_state_dict(self.device, self.group),
             "losses_since_log": self.losses_since_log.totals,
             "progress": asdict(self.progress),
             "steps_left_out": self.guard.state_dict(),
@@ -469,9 +468,9 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any], with_optimizer: bool = True) -> None:
         """Restore what `state_dict` returned on rank 0. Called by all ranks."""
         weights = self.model.state_dict()
-        self.model.load_state_dict(self.parallel.local_parts(state["model"], weights))
+        self.model.load_state_dict(self.parallel.local_parts(states.without_prefix("model/", state), weights))
         if with_optimizer:
-            tensors = state["optimizer"]
+            tensors = states.without_prefix("optimizer/", state)
             like = {name: weights[name.split("/", 1)[1]] for name in tensors}
             load_optimizer_tensors(self.optimizer, self.model, self.parallel.local_parts(tensors, like))
         if self.scaler.is_enabled() and state["scaler"]:  # this device may need no loss scaling
@@ -480,7 +479,7 @@ class Trainer:
         self.losses_since_log.totals.copy_(state["losses_since_log"])
         self.progress = Progress(**state["progress"])
         seed = seed_of_rank(self.config.seed, self.group.rank, self.progress.step)
-        states.load_random_state_dict(state["random"], self.device, self.group, seed)
+        states.load_random_state_dict(state, self.device, self.group, seed)
 
     # -----------------------------------------------------------------------------------------------------------------
     # How steps are computed

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from gpt2.training.callbacks import Callback
@@ -49,32 +48,14 @@ class StepProfiler(Callback):
         self.on_train_end(trainer)
 
     def _report(self, recorded: profile) -> None:
-        """Write the trace and log the table."""
+        """Write the trace and log the most expensive operations."""
         self.is_done = True
         trace = self.folder / TRACE
         try:
             recorded.export_chrome_trace(str(trace))
         except (OSError, RuntimeError) as error:  # such as a full disk, which must not end the training here
             log.warning(f"profile: the trace cannot be written: {error}")
-        where = "GPU" if self.is_cuda else "CPU"
-        log.info(f"Profile of {STEPS} steps, {where} time by operation:\n{self._table(recorded)}")
+        device = "cuda" if self.is_cuda else "cpu"
+        table = recorded.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        log.info(f"Profile of {STEPS} steps:\n{table}")
         log.info(f"    written to {os.path.relpath(trace)}, for https://ui.perfetto.dev or chrome://tracing")
-
-    def _table(self, recorded: profile) -> str:
-        operations = [
-            (operation, operation.self_device_time_total if self.is_cuda else operation.self_cpu_time_total)
-            for operation in recorded.key_averages()
-            if self._is_work(operation)
-        ]
-        total = sum(time for _, time in operations) or 1
-        lines = [f"    {'operation':<60} {'ms a step':>10} {'share':>7} {'calls':>7}"]
-        for operation, time in sorted(operations, key=lambda pair: pair[1], reverse=True)[:ROWS]:
-            calls = operation.count / STEPS
-            lines.append(f"    {operation.key[:60]:<60} {time / 1e3 / STEPS:>10.2f} {time / total:>7.1%} {calls:>7.0f}")
-        return "\n".join(lines)
-
-    def _is_work(self, operation: Any) -> bool:
-        """Whether it is a single operation: no annotation, and on CUDA no call that only launches a kernel."""
-        if operation.key.startswith("ProfilerStep") or operation.is_user_annotation:
-            return False
-        return not self.is_cuda or operation.device_type == DeviceType.CUDA

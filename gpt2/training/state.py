@@ -1,18 +1,13 @@
-"""The state of a training outside of model and optimizer, and the checkpoints of a run folder.
-
-A checkpoint stores the entries of `Trainer.state_dict`: tensors under `<entry>/<name>`, everything else in its record.
-"""
+"""The state of a training besides model and optimizer, how it is resumed, and the checkpoints of a run."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
@@ -20,6 +15,7 @@ from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
 
+DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
 SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # fixed by weights
 
 
@@ -53,72 +49,38 @@ class Progress:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# State dicts and files
+# State dicts
 
 
-def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the entries of a state dict into tensors by path and plain values for the record."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for entry, value in state.items():
-        if isinstance(value, Tensor):
-            tensors[entry] = value
-        elif isinstance(value, dict) and any(isinstance(item, Tensor) for item in value.values()):
-            tensors |= {f"{entry}/{name}": item for name, item in value.items() if isinstance(item, Tensor)}
-            if rest := {name: item for name, item in value.items() if not isinstance(item, Tensor)}:
-                plain[entry] = rest
-        else:
-            plain[entry] = value
-    return tensors, plain
+def with_prefix(prefix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in entries.items()}
 
 
-class StoredState(Mapping[str, Any]):
-    """The entries of a state dict in a checkpoint file; the tensors of each are read when it is accessed."""
-
-    def __init__(self, path: Path):
-        self.path, self.record = path, checkpoint.read_record(path)
-
-    def __getitem__(self, entry: str) -> Any:
-        tensors = checkpoint.read_tensors(self.path, entry)
-        if "" in tensors:
-            return tensors[""]
-        if not tensors:
-            return self.record[entry]
-        named = {name.removeprefix("/"): tensor for name, tensor in tensors.items()}
-        return named if entry in DESCRIPTION else {**self.record.get(entry, {}), **named}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.record)
-
-    def __len__(self) -> int:
-        return len(self.record)
-
-
-DESCRIPTION = ("model", "train", "data", "machine", "versions")  # entries of the record that describe the run
+def without_prefix(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def random_state_dict(device: torch.device, group: ProcessGroup) -> dict[str, Any]:
-    """All ranks' random states, on rank 0: `cpu`, `cuda`, `rank1/cpu`, ..., and `python` and `numpy` of rank 0."""
+    """All ranks' random states, on rank 0: `random/cpu`, `random/rank1/cpu`, ..., and in `random` those of Python."""
     own = RandomState.now(device)
-    ranks = enumerate(group.gather_object(own.tensors))
-    tensors = {f"{_rank_prefix(rank)}{name}": t for rank, states in ranks for name, t in states.items()}
-    return {**tensors, **own.elsewhere}
+    state: dict[str, Any] = {"random": own.elsewhere}
+    for rank, tensors in enumerate(group.gather_object(own.tensors)):
+        state |= with_prefix(_random_prefix(rank), tensors)
+    return state
 
 
 def load_random_state_dict(state: Mapping[str, Any], device: torch.device, group: ProcessGroup, seed: int) -> None:
     """Restore this rank's random state; `seed` is for a rank that the saved run did not have."""
-    prefix = _rank_prefix(group.rank)
-    states = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    tensors = {name: value for name, value in states.items() if isinstance(value, Tensor) and "/" not in name}
+    tensors = without_prefix(_random_prefix(group.rank), state)
     if tensors:
-        plain = {} if group.rank else {name: state[name] for name in ("python", "numpy")}
-        RandomState(device, tensors, plain).restore()
+        RandomState(device, tensors, {} if group.rank else state["random"]).restore()
     else:
         torch.manual_seed(seed)
 
 
-def _rank_prefix(rank: int) -> str:
-    return f"rank{rank}/" if rank else ""
+def _random_prefix(rank: int) -> str:
+    return f"random/rank{rank}/" if rank else "random/"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,8 +112,7 @@ def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
-    groups = [group for group in DESCRIPTION if group != "data"]
-    values = {f"{group}.{key}": value for group in groups for key, value in description[group].items()}
+    values = {f"{part}.{key}": value for part in DESCRIPTION for key, value in description[part].items()}
     return {**values, "data": description["data"]}
 
 
