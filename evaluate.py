@@ -1,4 +1,4 @@
-"""Score a trained model on a corpus: `python evaluate.py checkpoint=... data=...`."""
+"""Evaluate a trained model on a corpus: `python evaluate.py checkpoint=... data=...`."""
 
 import json
 import os
@@ -12,10 +12,12 @@ from typing import Any
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
+from gpt2.runtime.files import atomic_write
 
 
 @script("evaluate")
 def main(config: EvaluateRun) -> None:
+    """Compute loss and perplexity of a trained model on one split; print and store them."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -33,15 +35,15 @@ def main(config: EvaluateRun) -> None:
         if config.quantization:
             refuse_int8(choose_device(config.device), "quantization")
         trained = open_model(config.checkpoint)
-        place = Path(config.output) if config.output else place_of_evaluation(trained.source)
-        earlier = earlier_results(place)
-        model = trained.build()  # before the data, whose preparation takes time: the weights may be damaged
+        output = Path(config.output) if config.output else default_output(trained.source)
+        earlier = earlier_results(output)
+        model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
         if config.quantization:
             quantize(model)
         with group.local_main_first("data"):
             blocks = load_split(config.data, config.split, config.stride)
         if not len(blocks):
-            raise UserError(f"data: one token in the {config.split} split is too little, there is nothing to predict")
+            raise UserError(f"data: one token in the {config.split} split is not enough, there is nothing to predict")
         loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate)
 
         evaluator = Evaluator(model, loader, config.device, config.precision, group)
@@ -55,8 +57,8 @@ def main(config: EvaluateRun) -> None:
 
     if not group.is_main:
         return
-    form = f", {config.quantization}" if config.quantization else ""
-    print(f"model  {trained.describe()}{form}")
+    quantization = f", {config.quantization}" if config.quantization else ""
+    print(f"model  {trained.describe()}{quantization}")
     print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
 
@@ -69,41 +71,40 @@ def main(config: EvaluateRun) -> None:
         "torch": torch.__version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # JSON knows no infinity
-    write(place, {**numbers, **about, "earlier": earlier})
-    print(f"\nwritten to {place}")
+    numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # no NaN or infinity in JSON
+    write_result(output, {**numbers, **about, "earlier": earlier})
+    print(f"\nwritten to {output}")
     if where := external.where():
         print(f"W&B: {where}")
 
 
-def earlier_results(place: Path) -> list[dict[str, Any]]:
-    """What a file of results holds: it goes on in the next one.
+def earlier_results(path: Path) -> list[dict[str, Any]]:
+    """The results that a result file contains, oldest first.
 
     Raises:
-        UserError: It is some other file.
+        UserError: It is another kind of file.
     """
-    if not place.is_file():
+    if not path.is_file():
         return []
     try:
-        newest = json.loads(place.read_text(encoding="utf-8"))
+        newest = json.loads(path.read_text(encoding="utf-8"))
         return [*newest.pop("earlier"), newest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"output: {place} is there and holds no result of an evaluation; name another file") from error
+        raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file") from error
 
 
-def write(place: Path, result: dict[str, Any]) -> None:
-    """Write a file of results, whole or not at all."""
-    beside = place.with_name(f".{place.name}.tmp")
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file atomically."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        beside.replace(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
     except OSError as error:
-        raise UserError(f"output: cannot write {place}: {error.strerror}") from error
+        raise UserError(f"output: cannot write {path}: {error.strerror}") from error
 
 
-def place_of_evaluation(source: str) -> Path:
-    """Where the result of a trained model belongs: its run folder, if it lies in one."""
+def default_output(source: str) -> Path:
+    """evaluation.json in the run folder of a trained model, or in outputs/evaluations if it is in none."""
     run = Path(source).absolute().parent.parent
     if (run / "metrics.jsonl").is_file():
         return Path(os.path.relpath(run)) / "evaluation.json"

@@ -177,7 +177,7 @@ def test_a_batch_without_what_is_needed_is_refused(batch):
 
 @pytest.mark.parametrize("stride", [0, -3, 17])
 def test_a_stride_that_leaves_tokens_out_is_refused(tokens, stride):
-    with pytest.raises(ValueError, match="1 to 16 would not"):
+    with pytest.raises(ValueError, match="between 1 and 16"):
         windows(tokens, stride)
 
 
@@ -299,7 +299,7 @@ def test_a_file_of_something_else_is_not_written_over(trained: Workspace, tmp_pa
     for content in ("notes", "[]", '{"loss": 1}'):
         (tmp_path / "mine.json").write_text(content)
         (line,) = trained.run("evaluate.py", f"output='{tmp_path}/mine.json'", expect=2).stderr.splitlines()
-        assert "holds no result of an evaluation; name another file" in line
+        assert "is not a result of evaluate.py; name another file" in line
         assert (tmp_path / "mine.json").read_text() == content
 
 

@@ -208,6 +208,22 @@ def test_broken_names_what_holds_a_number_that_is_none():
             assert nonfinite_names(spoiled) == [name]
 
 
+def test_private_api_of_torch():
+    """Fused AdamW skips the step where `found_inf` is 1, and `_foreach_norm` returns norms as `vector_norm` does."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3)), "torch no longer reads optimizer.found_inf, see training/nonfinite.py"
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(3))
+    tensors = [torch.arange(5.0), torch.ones(2, 3)]
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    assert torch.equal(torch.stack(torch._foreach_norm(tensors)), torch.stack(norms)), "torch._foreach_norm differs"
+
+
 # A whole run
 
 

@@ -3,13 +3,14 @@
 import copy
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from gpt2.config import TrainingConfig
+from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.model import GPT2Model
-from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.training.optimizer import BUILDERS, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from tests.helpers import tiny_config
 
 
@@ -203,3 +204,12 @@ def test_an_optimizer_that_has_not_stepped_has_no_memory():
     load_optimizer_tensors(optimizer, model, {})
     update(model, optimizer, 0)
     assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_every_optimizer_has_a_builder():
+    (choices,) = (get_args(hint) for key, hint in get_type_hints(TrainingConfig).items() if key == "optimizer")
+    assert set(choices) == set(OPTIMIZERS) == set(BUILDERS)

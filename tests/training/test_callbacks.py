@@ -1,0 +1,89 @@
+"""When a Trainer calls its callbacks, and what the callbacks of the scripts do."""
+
+import os
+import signal
+
+import pytest
+
+import tests.test_train as training
+from gpt2.checkpoint import format as checkpoint
+from gpt2.tracking.tracker import Tracker, read_metrics
+from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog
+from tests.test_train import make_trainer
+
+blocks = training.blocks  # the fixture
+HOOKS = [name for name in vars(Callback) if not name.startswith("_") and name != "state_dict"]
+
+
+class Recorder(Callback):
+    """Records the calls of all hooks with the step."""
+
+    def __init__(self):
+        self.calls = []
+        for hook in HOOKS:
+            setattr(self, hook, lambda trainer, *_, hook=hook: self.calls.append((hook, trainer.progress.step)))
+
+
+def test_hooks_are_called_in_order(blocks, tmp_path):
+    recorder = Recorder()
+    make_trainer(blocks, tmp_path, callbacks=[recorder], max_steps=2, log_every=2, eval_batches=1).train()
+    evaluation = ["on_validation_batch", "extend_evaluation", "on_log", "before_checkpoint", "on_checkpoint"]
+    assert recorder.calls == [
+        ("on_train_start", 0),
+        ("on_step_end", 1),
+        ("on_log", 1),  # the first step is always logged
+        ("on_step_end", 2),
+        ("on_log", 2),
+        *((hook, 2) for hook in [*evaluation, "on_evaluation_end", "on_train_end"]),
+    ]
+
+
+@pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "on_exception"])
+def test_an_exception_of_a_callback_ends_training(blocks, tmp_path, hook):
+    def fail(trainer, *_):
+        raise ZeroDivisionError(hook)
+
+    failing, recorder = Callback(), Recorder()
+    setattr(failing, hook, fail)
+    trainer = make_trainer(blocks, tmp_path, callbacks=[recorder, failing], max_steps=2, eval_batches=1)
+    with pytest.raises(ZeroDivisionError, match=hook):
+        trainer.train()
+    if hook != "on_train_end":
+        assert recorder.calls[-1][0] == "on_exception"
+
+
+def test_an_interrupted_evaluation_is_discarded(blocks, tmp_path):
+    def write(step):
+        os.kill(os.getpid(), signal.SIGINT)
+        yield "text"
+        raise AssertionError("a sample ends when a signal arrives")
+
+    recorder = Recorder()
+    trainer = make_trainer(blocks, tmp_path, callbacks=[Samples(write), recorder], max_steps=2, eval_batches=1)
+    trainer.train()
+    assert trainer.interrupted_by == signal.SIGINT
+    assert (trainer.progress.step, trainer.progress.evaluated_at) == (2, 0)
+    assert "on_evaluation_end" not in dict(recorder.calls)
+
+
+def test_sample_and_state_are_recorded(blocks, tmp_path):
+    class WithState(Callback):
+        def state_dict(self):
+            return {"mine": 7}
+
+    callbacks = [Samples(lambda step: f"step {step}"), TrackerLog(Tracker(tmp_path)), WithState()]
+    make_trainer(blocks, tmp_path, callbacks=callbacks, max_steps=2).train()
+    assert [record.get("sample") for record in read_metrics(tmp_path / "metrics.jsonl")] == [None, "step 2"]
+    assert checkpoint.read_record(tmp_path / "last.pth")["mine"] == 7
+
+
+def test_console_log_is_added_once(blocks, tmp_path):
+    assert [type(callback) for callback in make_trainer(blocks, tmp_path).callbacks] == [ConsoleLog]
+    mine = ConsoleLog("trial 3")
+    assert make_trainer(blocks, tmp_path, callbacks=[mine]).callbacks == [mine]
+
+
+def test_samples_are_logged_without_escape_sequences(blocks, tmp_path, caplog):
+    caplog.set_level("INFO")
+    make_trainer(blocks, tmp_path, callbacks=[Samples(lambda step: "a\x1b[2Jb\nc")], max_steps=1).train()
+    assert "    | a\ufffd[2Jb\n    | c" in caplog.text
