@@ -62,7 +62,7 @@ def loss_by_transformers(model: GPT2Model, path: Path, stride: int) -> float:
 
 
 @pytest.mark.parametrize("stride", [1, 5, 8, 15, 16])
-def test_the_loss_is_that_of_a_plain_loop_over_transformers(model, tokens, stride):
+def test_loss_matches_plain_loop_over_transformers(model, tokens, stride):
     metrics = evaluate(model, windows(tokens, stride))
     expected = loss_by_transformers(model, tokens, stride)
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
@@ -71,14 +71,14 @@ def test_the_loss_is_that_of_a_plain_loop_over_transformers(model, tokens, strid
 
 
 @pytest.mark.parametrize("stride", [None, 5])
-def test_the_batch_size_does_not_matter(model, tokens, stride):
+def test_loss_does_not_depend_on_batch_size(model, tokens, stride):
     losses = [evaluate(model, windows(tokens, stride), size)["loss"] for size in (1, 2, 3, 7, 100)]
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 3, LENGTH, LENGTH + 1, LENGTH + 2, 50, 101])
 @pytest.mark.parametrize("stride", [None, 1, 3, 15, 16])
-def test_each_token_but_the_first_is_scored_once_after_as_much_as_the_window_holds(tmp_path, count, stride):
+def test_each_token_is_scored_once_with_full_context(tmp_path, count, stride):
     path = tmp_path / "tokens.bin"
     np.arange(count, dtype=np.uint16).tofile(path)
     blocks = windows(path, stride)
@@ -95,14 +95,14 @@ def test_each_token_but_the_first_is_scored_once_after_as_much_as_the_window_hol
     assert all(context >= min(token, least) for token, context in scored.items())
 
 
-def test_a_stride_of_the_whole_window_is_plain_blocks(tokens):
+def test_stride_of_window_length_gives_plain_blocks(tokens):
     plain, strided = windows(tokens), windows(tokens, LENGTH)
     assert len(plain) == len(strided) == 7
     for i in range(7):
         assert all(torch.equal(plain[i][key], strided[i][key]) for key in ("input_ids", "targets"))
 
 
-def test_bits_per_byte_count_text_and_not_the_ends_of_documents(model, tokens):
+def test_bits_per_byte_count_text_without_document_ends(model, tokens):
     metrics = evaluate(model, windows(tokens))
     ids = np.fromfile(tokens, dtype=np.uint16)[1:]
     assert metrics["bytes"] == (ids != 256).sum() == 98
@@ -133,7 +133,7 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
         assert metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_sum_is_kept_in_double_precision(model, tokens):
+def test_sum_is_double_precision(model, tokens):
     """In single precision, a sum of a hundred losses is off by 1e-7 of itself."""
     loader = DataLoader(windows(tokens), 100, collate_fn=identity_collate)
     (batch,) = map(as_inputs, loader)
@@ -142,14 +142,14 @@ def test_the_sum_is_kept_in_double_precision(model, tokens):
     assert score(model, loader, torch.device("cpu")).nats == pytest.approx(math.fsum(losses), rel=1e-14)
 
 
-def test_precision_is_that_of_the_matrix_products(model, tokens):
+def test_precision_applies_to_matrix_products(model, tokens):
     loader = DataLoader(windows(tokens), 4, collate_fn=identity_collate)
     exact, rounded = (Evaluator(model, loader, "cpu", name).evaluate()["loss"] for name in ("fp32", "bf16"))
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.05)
 
 
-def test_padding_takes_no_part(model):
+def test_padding_is_ignored(model):
     ids = torch.randint(257, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 9:] = mask[2, 4:] = 0
@@ -170,18 +170,18 @@ def test_padding_takes_no_part(model):
 
 
 @pytest.mark.parametrize("batch", [{"foo": torch.zeros(1, 2)}, {"input_ids": torch.zeros(1, 2)}])
-def test_a_batch_without_what_is_needed_is_refused(batch):
+def test_incomplete_batch_is_refused(batch):
     with pytest.raises(ValueError, match="a batch needs input_ids and either targets or labels"):
         as_inputs(batch)
 
 
 @pytest.mark.parametrize("stride", [0, -3, 17])
-def test_a_stride_that_leaves_tokens_out_is_refused(tokens, stride):
+def test_stride_that_skips_tokens_is_refused(tokens, stride):
     with pytest.raises(ValueError, match="between 1 and 16"):
         windows(tokens, stride)
 
 
-def test_all_is_every_split_that_a_source_brings(tmp_path):
+def test_all_splits_of_a_source(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}) + "\n")
     (tmp_path / "README.md").write_text(
@@ -201,7 +201,7 @@ def test_all_is_every_split_that_a_source_brings(tmp_path):
     )
 
 
-def test_one_split_alone_is_that_of_all_three(tmp_path):
+def test_single_split_matches_the_same_split_of_all(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     data = DataConfig(files=[str(tmp_path / "text.txt")], tokenizer="bytes", cache_dir=str(tmp_path / "cache"))
     train, validation, _, _ = load_text_data(data)
@@ -215,7 +215,7 @@ def test_one_split_alone_is_that_of_all_three(tmp_path):
 # The script
 
 
-def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspace):
+def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     done = trained.run_anew("evaluate.py", "batch_size=3")
     (run,) = trained.runs()
     result = json.loads((run / "evaluation.json").read_text())
@@ -241,21 +241,21 @@ def test_evaluating_a_run_writes_into_its_folder_what_it_prints(trained: Workspa
     (trained.folder / "strided.json").unlink()
 
 
-def test_a_model_from_elsewhere_is_evaluated_into_a_folder_of_its_name(workspace: Workspace):
+def test_evaluation_of_foreign_model_is_stored_by_name(workspace: Workspace):
     transformers_twin(noisy_model(tiny_config(vocab_size=257))).save_pretrained(workspace.folder / "their" / "model")
     GPT2Tokenizer.of_bytes().to_folder(workspace.folder / "their" / "model", LENGTH)
     workspace.run("evaluate.py", "checkpoint=their/model", "data=text", "data.files=[corpus.txt]")
     assert (workspace.folder / "outputs" / "evaluations" / "their_model" / "evaluation.json").is_file()
 
 
-def test_windows_are_as_long_as_those_of_the_training_not_as_the_context(workspace: Workspace):
+def test_window_length_is_that_of_training(workspace: Workspace):
     workspace.run("train.py", *TINY, "data.max_length=16")
     done = workspace.run("evaluate.py")
     assert "windows of 16 tokens, stride 16" in done.stdout
     assert "windows of 32 tokens" in workspace.run("evaluate.py", "data.max_length=32").stdout
 
 
-def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspace, tmp_path):
+def test_other_data_use_tokenizer_of_model(trained: Workspace, tmp_path):
     (tmp_path / "other.txt").write_text("Another text altogether. " * 40)
     trained.run(
         *(
@@ -290,12 +290,12 @@ def test_evaluating_other_data_uses_the_tokenizer_of_the_model(trained: Workspac
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line(trained: Workspace, arguments, complaint):
+def test_error_is_one_line(trained: Workspace, arguments, complaint):
     (line,) = trained.run("evaluate.py", *arguments, expect=2).stderr.splitlines()
     assert complaint in line
 
 
-def test_a_file_of_something_else_is_not_written_over(trained: Workspace, tmp_path):
+def test_foreign_output_file_is_not_overwritten(trained: Workspace, tmp_path):
     for content in ("notes", "[]", '{"loss": 1}'):
         (tmp_path / "mine.json").write_text(content)
         (line,) = trained.run("evaluate.py", f"output='{tmp_path}/mine.json'", expect=2).stderr.splitlines()
@@ -303,7 +303,7 @@ def test_a_file_of_something_else_is_not_written_over(trained: Workspace, tmp_pa
         assert (tmp_path / "mine.json").read_text() == content
 
 
-def test_a_text_of_one_token_cannot_be_evaluated(trained: Workspace, tmp_path):
+def test_text_of_one_token_is_refused(trained: Workspace, tmp_path):
     (tmp_path / "a.txt").write_text("")
     done = trained.run("evaluate.py", "data=text", f"data.files=['{tmp_path}/a.txt']", "split=train", expect=2)
     assert "no text in the train split" in done.stderr

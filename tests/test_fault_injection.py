@@ -25,7 +25,7 @@ def hooks(trainer) -> int:
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_nothing_is_hung_on_a_model_unless_a_fault_is_asked_for(blocks, tmp_path, monkeypatch, value):
+def test_no_hooks_without_fault(blocks, tmp_path, monkeypatch, value):
     monkeypatch.delenv(VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(VARIABLE, value)
@@ -36,7 +36,7 @@ def test_nothing_is_hung_on_a_model_unless_a_fault_is_asked_for(blocks, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_that_is_not_due_changes_no_bit(blocks, tmp_path, monkeypatch, kind):
+def test_inactive_fault_changes_nothing(blocks, tmp_path, monkeypatch, kind):
     trainers = []
     for value in ("", f"{kind}@3"):
         monkeypatch.setenv(VARIABLE, value)
@@ -65,14 +65,14 @@ def test_a_fault_that_is_not_due_changes_no_bit(blocks, tmp_path, monkeypatch, k
         *("typo@3", "NAN_LOSS@3", "nan_loss@3;inf_loss@4", " nan_loss@3", "nan_loss@1.5", "nan_loss@3,typo@4"),
     ],
 )
-def test_a_value_that_means_nothing_is_refused_with_what_is_wanted(blocks, tmp_path, monkeypatch, value):
+def test_invalid_value_is_refused(blocks, tmp_path, monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ValueError, match=rf"^{VARIABLE}=.*not KIND@STEP or KIND@FIRST-LAST.*{', '.join(KINDS)}"):
         make_trainer(blocks, tmp_path)
 
 
 @pytest.mark.parametrize("value", ["nan_loss@5-3", "nan_loss@0"])
-def test_steps_that_never_come_are_refused(blocks, tmp_path, monkeypatch, value):
+def test_impossible_steps_are_refused(blocks, tmp_path, monkeypatch, value):
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ValueError, match=VARIABLE):
         make_trainer(blocks, tmp_path)
@@ -95,9 +95,7 @@ def steps_without(folder: Path, key: str) -> set[int]:
     ],
 )
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_the_steps_that_are_asked_for_are_spoiled_and_no_others(
-    blocks, tmp_path, monkeypatch, value, loss, gradient, accumulation_steps
-):
+def test_fault_affects_only_its_steps(blocks, tmp_path, monkeypatch, value, loss, gradient, accumulation_steps):
     monkeypatch.setenv(VARIABLE, value)
     options = {"max_steps": 8, "eval_every": 1, "log_every": 1, "accumulation_steps": accumulation_steps}
     make_trainer(blocks, tmp_path, tracker=Tracker(tmp_path), on_nonfinite="skip", **options).train()
@@ -106,7 +104,7 @@ def test_the_steps_that_are_asked_for_are_spoiled_and_no_others(
     assert steps_without(tmp_path, "val/loss") == set()
 
 
-def test_a_weight_is_spoiled_at_its_step(blocks, tmp_path, monkeypatch):
+def test_weight_fault(blocks, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "nan_weight@2")
     trainer = make_trainer(blocks, tmp_path, on_nonfinite="skip")
     for _ in range(2):

@@ -34,7 +34,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_same_command_goes_on_with_its_run_and_does_nothing_when_that_is_finished(workspace: Workspace):
+def test_auto_resume_continues_and_stops_when_finished(workspace: Workspace):
     first = start(workspace, *AUTO, *LONG)
     metrics = workspace.folder / "outputs/runs/gpt2"
     wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
@@ -64,7 +64,7 @@ def test_the_same_command_goes_on_with_its_run_and_does_nothing_when_that_is_fin
     assert steps(other, "val/loss") == [4, 8]
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(workspace: Workspace):
+def test_run_killed_before_first_checkpoint_restarts(workspace: Workspace):
     running = start(workspace, *AUTO, *LONG, "train.save_every=99999", "train.eval_every=99999", "wandb=offline")
     metrics = workspace.folder / "outputs/runs/gpt2"
     wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(workspace
     assert (run / "wandb_id").read_text() == wandb_id
 
 
-def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace):
+def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     workspace.run("train.py", *AUTO)
     (run,) = workspace.runs()
     (run / ".hydra" / "overrides.yaml").write_bytes(b"\0\0\0")  # as after a power cut
@@ -113,11 +113,11 @@ def test_what_happened_in_between_does_not_stand_in_the_way(workspace: Workspace
         ([*AUTO, "-m", "hydra.sweep.dir=a/${now:%H}"], "hydra.sweep.dir: train.auto_resume needs a plain name"),
     ],
 )
-def test_what_cannot_be_gone_on_with_is_refused(trained: Workspace, arguments, told):
+def test_impossible_resumption_is_refused(trained: Workspace, arguments, told):
     assert told in trained.run("train.py", *arguments, expect=2).stderr
 
 
-def test_a_run_survives_the_terminal_that_it_was_started_on(workspace: Workspace):
+def test_run_survives_closed_terminal(workspace: Workspace):
     ours, theirs = os.openpty()
     command = workspace.command("train.py", *TINY, *LONG, "train.max_steps=800")
     environment = {**workspace.environment, "TERM": "dumb"}
@@ -133,7 +133,7 @@ def test_a_run_survives_the_terminal_that_it_was_started_on(workspace: Workspace
     assert steps(workspace.runs()[0], "val/loss")[-1] == 800
 
 
-def test_a_second_process_is_refused_and_told_who_is_at_work(workspace: Workspace):
+def test_second_process_is_refused(workspace: Workspace):
     running = start(workspace, *AUTO, *LONG, "train.save_every=5")
     wait_for(lambda: list(workspace.folder.glob("outputs/runs/*/*/checkpoints/last.pth")))
     (run,) = workspace.runs()
@@ -148,7 +148,7 @@ def test_a_second_process_is_refused_and_told_who_is_at_work(workspace: Workspac
     workspace.run("train.py", "resume=latest", f"train.max_steps={steps(run)[-1] + 5}")
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace: Workspace):
+def test_damaged_checkpoint_is_replaced_by_previous(workspace: Workspace):
     workspace.run("train.py", *TINY, "train.max_steps=6", "train.save_every=2")
     (run,) = workspace.runs()
     newest, before = run_folder.newest_first(run / "checkpoints")[:2]
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(workspace:
 
 
 @pytest.mark.slow
-def test_what_would_change_the_run_is_refused_or_listed(workspace: Workspace):
+def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     options = ["data.tokenizer=train", "data.vocab_size=270"]
     workspace.run("train.py", *TINY, *options)
     (run,) = workspace.runs()
@@ -210,7 +210,7 @@ def test_what_would_change_the_run_is_refused_or_listed(workspace: Workspace):
         ("out_of_memory@6", 1, "train.batch_size=2 train.accumulation_steps=2 makes the same steps in less memory"),
     ],
 )
-def test_what_ends_a_run_is_told_in_a_line_with_how_to_go_on(workspace: Workspace, fault, code, told):
+def test_failure_is_one_line_with_resume_command(workspace: Workspace, fault, code, told):
     workspace.environment["GPT2_FAULT"] = fault
     ended = workspace.run("train.py", *TINY, expect=code)
     (line,) = ended.stderr.splitlines()
@@ -222,7 +222,7 @@ def test_what_ends_a_run_is_told_in_a_line_with_how_to_go_on(workspace: Workspac
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_during_preparation_ends_it_and_leaves_nothing_behind(workspace: Workspace, number):
+def test_signal_during_preparation_leaves_nothing(workspace: Workspace, number):
     (workspace.folder / "corpus.txt").write_text("some more words to be counted " * 400_000)
     running = start(workspace, *TINY, "data.tokenizer=train", "data.vocab_size=300")
     wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.saving-*")))
@@ -234,7 +234,7 @@ def test_a_signal_during_preparation_ends_it_and_leaves_nothing_behind(workspace
     assert workspace.runs() == []
 
 
-def test_texts_too_short_are_told_of_before_training(workspace: Workspace):
+def test_too_short_text_is_reported_before_training(workspace: Workspace):
     (workspace.folder / "corpus.txt").write_text("a" * 25)
     noted = workspace.run("train.py", *TINY)
     assert "the train split has only 23 tokens, less than one block of data.max_length=32" in noted.stdout

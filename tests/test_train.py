@@ -76,7 +76,7 @@ def logged(folder: Path) -> list[dict]:
 # Arithmetic
 
 
-def test_four_accumulated_micro_batches_are_one_batch_of_four_times_the_size(blocks, tmp_path):
+def test_accumulation_matches_larger_batch(blocks, tmp_path):
     # A large epsilon: Adam must not blow gradients that are nothing but rounding up to full steps.
     whole = make_trainer(blocks, tmp_path, batch_size=8, max_steps=3, epsilon=1e-2)
     parts = make_trainer(blocks, tmp_path, batch_size=2, accumulation_steps=4, max_steps=3, epsilon=1e-2)
@@ -108,7 +108,7 @@ def test_mixed_precision_false_means_fp32(blocks, tmp_path):
     assert make_trainer(blocks, tmp_path, mixed_precision=False).plan.precision.name == "fp32"
 
 
-def test_gradients_are_clipped_to_the_given_norm(blocks, tmp_path):
+def test_gradients_are_clipped(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, gradient_clip=1e-3)
     _, norm = trainer.train_step([blocks.__getitems__([0, 1])])
     moments = trainer.optimizer.state[trainer.model.token_embedding.weight]["exp_avg"]
@@ -116,7 +116,7 @@ def test_gradients_are_clipped_to_the_given_norm(blocks, tmp_path):
     assert moments.norm() <= 1e-3 * (1 - trainer.config.beta1) * 1.01
 
 
-def test_gradient_checkpointing_changes_nothing(blocks, tmp_path):
+def test_gradient_checkpointing_changes_no_result(blocks, tmp_path):
     plain, recomputed = (make_trainer(blocks, tmp_path, gradient_checkpointing=flag) for flag in (False, True))
     plain.train_epoch()
     recomputed.train_epoch()
@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing(blocks, tmp_path):
         torch.testing.assert_close(weights(recomputed)[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_evaluating_sampling_and_saving_do_not_touch_training(blocks, tmp_path):
+def test_evaluation_samples_and_saves_do_not_change_training(blocks, tmp_path):
     def draw(step):
         yield str(torch.rand(3, generator=torch.Generator().manual_seed(step)))
 
@@ -143,7 +143,7 @@ def test_evaluating_sampling_and_saving_do_not_touch_training(blocks, tmp_path):
 
 
 @pytest.mark.parametrize("as_pair", [True, False])
-def test_loaders_of_pairs_and_of_plain_tensors_are_taken_as_labels_of_transformers(tmp_path, as_pair):
+def test_loaders_of_pairs_and_of_tensors(tmp_path, as_pair):
     input_ids = torch.randint(VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(input_ids, input_ids) if as_pair else input_ids, batch_size=4)
     model = GPT2Model(GPT2Config(VOCABULARY, LENGTH, 16, 2, 1, 32, 0.0, 0.0, 0.0))
@@ -176,7 +176,7 @@ def test_validation_loss_does_not_depend_on_the_batch_size(blocks, tmp_path):
         ({"max_training_hours": 1e-9}, 0, "train.max_training_hours=1e-09"),
     ],
 )
-def test_training_stops_at_whichever_limit_comes_first_and_says_so(blocks, tmp_path, options, steps, reason):
+def test_training_stops_at_first_limit(blocks, tmp_path, options, steps, reason):
     trainer = make_trainer(blocks, tmp_path, **options)
     trainer.train()
     assert trainer.progress.step == steps
@@ -184,7 +184,7 @@ def test_training_stops_at_whichever_limit_comes_first_and_says_so(blocks, tmp_p
     assert (tmp_path / run_folder.LAST).is_file()
 
 
-def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
+def test_best_checkpoint_has_lowest_validation_loss(blocks, tmp_path):
     tracker = Tracker(tmp_path)
     trainer = make_trainer(blocks, tmp_path / "kept", tracker=tracker, max_epochs=12, eval_every=2, learning_rate=0.1)
     trainer.train()
@@ -194,7 +194,7 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(blocks, tmp_path):
     assert len(losses) == 30
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(blocks, tmp_path):
+def test_nan_loss_ends_training_and_keeps_checkpoint(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=9, eval_every=2, log_every=1)
     trainer.train()
     before = (tmp_path / run_folder.LAST).read_bytes()
@@ -225,7 +225,7 @@ class InterruptAt(Callback):
     "stop_at",
     [4, 5, 6],  # in the middle of an epoch and at its end; 6 is a step that evaluates, so evaluation is cut off
 )
-def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_path, num_workers, stop_at):
+def test_interrupted_run_matches_uninterrupted(blocks, tmp_path, num_workers, stop_at):
     options = {
         "dropout": 0.1,
         "accumulation_steps": 1 if stop_at == 5 else 2,
@@ -253,7 +253,7 @@ def test_an_interrupted_run_is_bit_for_bit_the_uninterrupted_one(blocks, tmp_pat
     assert logged(folder) == logged(straight)
 
 
-def test_a_run_that_was_killed_after_its_last_save_ends_as_if_nothing_had_happened(blocks, tmp_path):
+def test_run_killed_after_last_save_matches_uninterrupted(blocks, tmp_path):
     """That save is made at the end of an epoch, before the run is over."""
     options = {"dropout": 0.1, "max_steps": 10, "save_every": 5, "eval_every": 3}
     straight = make_trainer(blocks, tmp_path / "straight", **options)
@@ -272,7 +272,7 @@ def test_a_run_that_was_killed_after_its_last_save_ends_as_if_nothing_had_happen
     assert_same_state(tmp_path / "straight" / run_folder.LAST, tmp_path / "killed" / run_folder.LAST)
 
 
-def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path):
+def test_run_resumed_from_older_checkpoint_repeats_itself(blocks, tmp_path):
     options = {"dropout": 0.1, "max_steps": 9, "eval_every": 100, "save_every": 4, "log_every": 3}
     tracker = Tracker(tmp_path)
     trainer = make_trainer(blocks, tmp_path / "a", tracker=tracker, **options)
@@ -288,7 +288,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went_then(blocks, tmp_path
     assert logged(tmp_path) == before
 
 
-def test_another_run_in_the_same_folder_is_told_of_and_spared(blocks, tmp_path, caplog):
+def test_checkpoints_of_another_run_are_kept(blocks, tmp_path, caplog):
     make_trainer(blocks, tmp_path, max_steps=8, save_every=2, eval_every=4).train()
     make_trainer(blocks, tmp_path, max_steps=3, save_every=1, keep_checkpoints=1).train()
     assert "holds another run" in caplog.text
@@ -296,7 +296,7 @@ def test_another_run_in_the_same_folder_is_told_of_and_spared(blocks, tmp_path, 
     assert kept == {"step_00000003.pth", "step_00000006.pth", "step_00000008.pth"}
 
 
-def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
+def test_time_limit_includes_earlier_sessions(blocks, tmp_path):
     trainer = make_trainer(blocks, tmp_path, max_steps=2)
     trainer.train()
     trainer.progress.seconds = 3600.0
@@ -309,7 +309,7 @@ def test_the_time_budget_counts_what_was_spent_before(blocks, tmp_path):
     assert resumed.stop_reason == "train.max_training_hours=1.0 reached"
 
 
-def test_a_checkpoint_of_another_shape_is_refused(blocks, tmp_path):
+def test_checkpoint_of_other_shape_is_refused(blocks, tmp_path):
     make_trainer(blocks, tmp_path, max_steps=1).train()
     other = make_trainer(blocks, tmp_path)
     other.model.config.num_heads = 4
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_another_shape_is_refused(blocks, tmp_path):
 # The promised API from text to text, without Hydra
 
 
-def test_the_library_works_without_hydra(tmp_path, capsys):
+def test_library_without_hydra(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
     data = DataConfig(
         files=[str(tmp_path / "text.txt")], tokenizer="bytes", max_length=LENGTH, cache_dir=str(tmp_path / "cache")
@@ -348,7 +348,7 @@ def test_the_library_works_without_hydra(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", [{"optimizer": "muon"}, {"precision": "bf16"}, {"lr_schedule": "wsd"}])
-def test_a_resumed_run_is_the_same_to_the_bit_with(option, blocks, tmp_path):
+def test_resumed_run_matches_uninterrupted_with(option, blocks, tmp_path):
     whole = make_trainer(blocks, tmp_path / "whole", max_steps=6, **option)
     whole.train()
     half = make_trainer(blocks, tmp_path / "parts", callbacks=[InterruptAt(3)], max_steps=6, log_every=1, **option)
@@ -360,7 +360,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_with(option, blocks, tmp_path):
 
 
 @pytest.mark.parametrize(("then", "today"), [(True, False), (False, True)])
-def test_a_resumed_run_computes_as_it_began_where_that_is_left_to_auto(then, today, blocks, tmp_path, monkeypatch):
+def test_resumed_run_keeps_automatic_precision(then, today, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "computes_in_bf16", lambda: then)
     first = make_trainer(blocks, tmp_path, max_steps=2, precision="auto")
     first.train()
@@ -375,7 +375,7 @@ def test_a_resumed_run_computes_as_it_began_where_that_is_left_to_auto(then, tod
 
 
 @pytest.mark.parametrize("then", onednn.LINEARS)
-def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatch):
+def test_resumed_run_keeps_linear_implementation(then, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "faster_linear", lambda: then)
     make_trainer(blocks, tmp_path, max_steps=2).train()
     for today in onednn.LINEARS:
@@ -386,14 +386,14 @@ def test_a_resumed_run_multiplies_as_it_began(then, blocks, tmp_path, monkeypatc
         assert onednn.name_of(resumed.model.linear) == then
 
 
-def test_a_deterministic_run_and_one_in_16_bits_measure_nothing(blocks, tmp_path, monkeypatch):
+def test_deterministic_and_16_bit_runs_do_not_measure(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(compilation, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
     monkeypatch.setattr(train, "make_deterministic", lambda: None)
     for option in ({"deterministic": True}, {"precision": "bf16"}):
         assert make_trainer(blocks, tmp_path, **option).model.linear is torch.nn.functional.linear
 
 
-def test_another_optimizer_begins_without_memory_and_says_so(blocks, tmp_path, caplog):
+def test_other_optimizer_starts_without_state(blocks, tmp_path, caplog):
     make_trainer(blocks, tmp_path, max_steps=2).train()
     resumed = make_trainer(blocks, tmp_path, max_steps=4, optimizer="muon")
     resumed.load_checkpoint(str(tmp_path / "last.pth"))
@@ -402,7 +402,7 @@ def test_another_optimizer_begins_without_memory_and_says_so(blocks, tmp_path, c
     assert resumed.progress.step == 4
 
 
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(blocks, tmp_path, monkeypatch):
+def test_compiled_run_matches_uncompiled(blocks, tmp_path, monkeypatch):
     """Its odd last batches too. `aot_eager` compiles without a compiler of C++."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options))
@@ -418,7 +418,7 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(blocks, tmp_path, monk
     torch.compiler.reset()
 
 
-def test_a_profile_names_the_costliest_operations(blocks, tmp_path, caplog):
+def test_profile_lists_operations(blocks, tmp_path, caplog):
     trainer = make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=9)
     with caplog.at_level("INFO"):
         trainer.train()
@@ -427,7 +427,7 @@ def test_a_profile_names_the_costliest_operations(blocks, tmp_path, caplog):
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_a_run_too_short_for_a_profile_is_told(blocks, tmp_path, caplog):
+def test_run_too_short_for_profile_warns(blocks, tmp_path, caplog):
     make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=2).train()
     assert "at least 8 steps" in caplog.text
     assert not (tmp_path / "trace.json").exists()

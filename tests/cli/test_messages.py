@@ -37,7 +37,7 @@ OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("kind", OUT_OF_MEMORY)
-def test_memory_that_is_full_is_told_in_a_line(kind):
+def test_out_of_memory_is_one_line(kind):
     error = OUT_OF_MEMORY[kind]()
     assert is_out_of_memory(error)
     told = machine_error(error)
@@ -47,14 +47,14 @@ def test_memory_that_is_full_is_told_in_a_line(kind):
     assert "See documentation" not in told
 
 
-def test_what_was_asked_for_is_told():
+def test_out_of_memory_names_requested_size():
     assert "1152921504606846976 bytes" in machine_error(OUT_OF_MEMORY["torch_cpu"]())
     assert "Tried to allocate 20.00 MiB" in machine_error(OUT_OF_MEMORY["torch_cuda"]())
     assert machine_error(MemoryError()) == "out of memory: MemoryError"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_told_with_its_reason_and_where(tmp_path, number):
+def test_full_disk_names_reason_and_place(tmp_path, number):
     path = tmp_path / "not there yet" / "step.pth"
     told = machine_error(OSError(number, os.strerror(number), str(path)))
     assert re.fullmatch(rf"{os.strerror(number)}: {re.escape(str(path))} \([\d,.]+ MB are free there\)", told)
@@ -64,7 +64,7 @@ def test_a_full_disk_is_told_with_its_reason_and_where(tmp_path, number):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_is_full_indeed():
+def test_really_full_disk():
     def write():
         with Path("/dev/full").open("w") as file:
             file.write("x")
@@ -85,7 +85,7 @@ def test_a_disk_that_is_full_indeed():
         DivergenceError("step 3"),
     ],
 )
-def test_any_other_error_is_none_of_the_machine(tmp_path, error):
+def test_other_errors_are_not_explained(tmp_path, error):
     assert machine_error(error) is None
     assert (
         isinstance(error, DivergenceError | KeyboardInterrupt)
@@ -93,7 +93,7 @@ def test_any_other_error_is_none_of_the_machine(tmp_path, error):
     )
 
 
-def test_memory_is_told_without_torch():
+def test_explaining_memory_needs_no_torch():
     code = (
         "import sys; from gpt2.errors import machine_error; print(machine_error(MemoryError('x')));"
         "assert 'torch' not in sys.modules"
@@ -109,7 +109,7 @@ def run_of(batch_size: int, accumulation_steps: int = 1) -> TrainRun:
 
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 8, 9, 12, 15, 35, 49, 97, 1000])
 @pytest.mark.parametrize("accumulation_steps", [1, 3, 16])
-def test_what_is_proposed_makes_steps_of_the_same_size_in_smaller_passes(tmp_path, batch_size, accumulation_steps):
+def test_proposed_settings_keep_step_size(tmp_path, batch_size, accumulation_steps):
     told = str(explain_failure(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
     [proposal] = re.findall(r"(train\.batch_size=(\d+) train\.accumulation_steps=(\d+)) makes the same steps", told)
     smaller, more = int(proposal[1]), int(proposal[2])
@@ -120,14 +120,14 @@ def test_what_is_proposed_makes_steps_of_the_same_size_in_smaller_passes(tmp_pat
     assert f"a step train.accumulation_steps={accumulation_steps} of them" in told
 
 
-def test_a_pass_of_one_block_cannot_be_cut_so_its_activations_are_computed_twice(tmp_path):
+def test_batch_of_one_proposes_gradient_checkpointing(tmp_path):
     told = str(explain_failure(MemoryError(), run_of(1), tmp_path, RESUME))
     assert "train.gradient_checkpointing=true makes the same steps in less memory" in told
     assert "and so does" not in told
     assert "accumulation_steps=1 of them" in told
 
 
-def test_what_is_on_already_is_not_proposed(tmp_path):
+def test_active_setting_is_not_proposed(tmp_path):
     config = run_of(1)
     config.train.gradient_checkpointing = True
     assert "train.gradient_checkpointing=true" not in str(explain_failure(MemoryError(), config, tmp_path, RESUME))
@@ -146,7 +146,7 @@ def test_what_is_on_already_is_not_proposed(tmp_path):
         (MemoryError(), ResourceError, 1, "train.batch_size=4 train.accumulation_steps=2 resume_changes=true"),
     ],
 )
-def test_how_to_go_on_is_told_where_something_is_saved(tmp_path, error, kind, exit_code, command):
+def test_resume_command_follows_if_checkpoint_exists(tmp_path, error, kind, exit_code, command):
     nothing = explain_failure(error, run_of(8), tmp_path, RESUME)
     assert (type(nothing), nothing.exit_code) == (kind, exit_code)
     assert "resume with" not in str(nothing)

@@ -33,7 +33,7 @@ def leave_as_it_was() -> Iterator[None]:
 
 @pytest.mark.parametrize("drawn", range(3))  # with and without a second number that is kept
 @pytest.mark.parametrize("through_json", [True, False])
-def test_every_generator_goes_on_as_it_would_have(drawn, through_json):
+def test_restored_generators_repeat_their_numbers(drawn, through_json):
     for _ in range(drawn):
         draw()
     state = RandomState.now(CPU)
@@ -45,7 +45,7 @@ def test_every_generator_goes_on_as_it_would_have(drawn, through_json):
     assert draw() == expected[0]
 
 
-def test_the_state_of_torch_leaves_the_others_alone():
+def test_torch_state_excludes_other_generators():
     state = RandomState.of_torch(CPU)
     first = draw()
     state.restore()
@@ -56,7 +56,7 @@ def test_the_state_of_torch_leaves_the_others_alone():
     assert state.elsewhere == {}
 
 
-def test_a_state_of_another_kind_of_device_is_left_out():
+def test_state_of_other_device_is_ignored():
     state = RandomState.of_torch(CPU)
     elsewhere = RandomState(CPU, {**state.tensors, "cuda": torch.zeros(16, dtype=torch.uint8)})
     first = draw()
@@ -64,7 +64,7 @@ def test_a_state_of_another_kind_of_device_is_left_out():
     assert draw()["torch"] == first["torch"]
 
 
-def test_the_commit_of_this_repository_is_known_and_whether_it_was_changed(tmp_path, monkeypatch):
+def test_commit_and_dirty_flag(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
     (tmp_path / "gpt2" / "runtime").mkdir(parents=True)
     monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "runtime" / "rng.py"))

@@ -14,7 +14,7 @@ def record(step: int, **values: float) -> dict:
     return {"step": step, "tokens": step * 100, "seconds": step / 10, **values}
 
 
-def test_metrics_are_one_json_object_a_line(tmp_path):
+def test_metrics_are_json_lines(tmp_path):
     tracker = Tracker(tmp_path)
     tracker.log(record(1, **{"train/loss": 2.5}))
     tracker.log(record(2, **{"val/loss": float("nan"), "val/perplexity": float("inf")}))
@@ -23,7 +23,7 @@ def test_metrics_are_one_json_object_a_line(tmp_path):
     assert json.loads(lines[1]) == record(2, **{"val/loss": None, "val/perplexity": None})
 
 
-def test_cutting_back_forgets_later_steps_and_a_line_cut_by_a_crash(tmp_path):
+def test_rewind_removes_later_steps_and_damaged_lines(tmp_path):
     tracker = Tracker(tmp_path)
     for step in range(1, 6):
         tracker.log(record(step))
@@ -33,7 +33,7 @@ def test_cutting_back_forgets_later_steps_and_a_line_cut_by_a_crash(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_an_evaluation_that_the_checkpoint_does_not_know_of_is_forgotten_with_its_sample(tmp_path):
+def test_rewind_removes_later_evaluation_with_sample(tmp_path):
     tracker = Tracker(tmp_path)
     for step in (2, 4):
         tracker.log(record(step, **{"train/loss": 2.0}))
@@ -72,7 +72,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
         (SystemExit(7), "failed", 7),
     ],
 )
-def test_how_a_run_ends_is_kept_and_told(tmp_path, error, state, exit_code):
+def test_outcome_is_stored_and_reported(tmp_path, error, state, exit_code):
     heard = []
 
     class Listener(ExternalLogger):
@@ -89,7 +89,7 @@ def test_how_a_run_ends_is_kept_and_told(tmp_path, error, state, exit_code):
     assert heard == [(state, exit_code)]
 
 
-def test_a_run_that_goes_on_keeps_when_it_began_and_forgets_how_it_had_ended(tmp_path):
+def test_resumed_run_keeps_start_and_clears_outcome(tmp_path):
     with pytest.raises(ZeroDivisionError), Tracker(tmp_path, about={"title": "a"}):
         raise ZeroDivisionError
     first = read_about(tmp_path)
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_keeps_when_it_began_and_forgets_how_it_had_ended(tmp
     assert read_about(tmp_path)["started"] == "2026-01-01T00:00:00+00:00"
 
 
-def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path, monkeypatch):
+def test_full_disk_at_end_does_not_hide_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -110,7 +110,7 @@ def test_a_full_disk_at_the_end_does_not_hide_what_ended_the_run(tmp_path, monke
         raise ZeroDivisionError
 
 
-def test_a_disk_that_is_full_at_a_good_end_is_told_to_the_guest_too(tmp_path, monkeypatch):
+def test_full_disk_at_end_is_reported_to_external_logger(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_at_a_good_end_is_told_to_the_guest_too(tmp_path, mo
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"state":'])
-def test_a_run_json_that_is_none_tells_nothing(tmp_path, content):
+def test_damaged_run_json_is_empty(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert read_about(tmp_path) == {}

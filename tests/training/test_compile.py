@@ -25,7 +25,7 @@ def aot_eager(compile_):
     return lambda model, **options: compile_(model, backend="aot_eager", **options)
 
 
-def test_it_pays_on_cuda_in_long_runs(monkeypatch, caplog):
+def test_compilation_is_worthwhile_in_long_cuda_runs(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(compilation, "find_spec", lambda name: object())
@@ -40,7 +40,7 @@ def test_it_pays_on_cuda_in_long_runs(monkeypatch, caplog):
     assert "Triton is not installed" in caplog.text
 
 
-def test_the_first_call_leaves_no_trace(problem, monkeypatch):
+def test_compilation_restores_gradients_and_random_state(problem, monkeypatch):
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
     compiled = Compiled(model, CPU, (2, 8))
@@ -53,7 +53,7 @@ def test_the_first_call_leaves_no_trace(problem, monkeypatch):
     torch.compiler.reset()
 
 
-def test_other_shapes_go_through_the_model_as_it_is(problem, monkeypatch):
+def test_other_shapes_run_uncompiled(problem, monkeypatch):
     """A compiler would be asked again for each, for a minute."""
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not for this shape"))
@@ -65,7 +65,7 @@ def test_other_shapes_go_through_the_model_as_it_is(problem, monkeypatch):
     Compiled(model, CPU, (2, 8))(**inputs, attention_mask=mask)
 
 
-def test_gradients_that_are_there_stay(problem, monkeypatch):
+def test_existing_gradients_are_kept(problem, monkeypatch):
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
     model(**inputs)[1].backward()
@@ -75,7 +75,7 @@ def test_gradients_that_are_there_stay(problem, monkeypatch):
     torch.compiler.reset()
 
 
-def test_without_a_compiler_it_says_so_and_goes_on(problem, monkeypatch, caplog):
+def test_missing_compiler_falls_back_with_warning(problem, monkeypatch, caplog):
     model, inputs = problem
 
     def no_compiler(graph, example_inputs):
@@ -93,7 +93,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(problem, monkeypatch, caplog)
     torch.compiler.reset()
 
 
-def test_too_little_memory_is_no_missing_compiler(problem, monkeypatch):
+def test_out_of_memory_is_raised(problem, monkeypatch):
     model, inputs = problem
 
     def too_large(**_):

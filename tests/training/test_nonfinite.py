@@ -70,7 +70,7 @@ WRONG = [
 @both_ways
 @pytest.mark.parametrize(("wrong", "told"), WRONG)
 @pytest.mark.parametrize("number", [1, 4])
-def test_stop_raises_before_anything_changed_and_says_where(ahead, wrong, told, number):
+def test_stop_raises_before_weights_change(ahead, wrong, told, number):
     judge = make_judge(ahead)
     for good in range(1, number):
         take_step(judge, good)
@@ -84,7 +84,7 @@ def test_stop_raises_before_anything_changed_and_says_where(ahead, wrong, told, 
 
 
 @both_ways
-def test_one_look_is_enough_and_nothing_is_told_twice(ahead, caplog):
+def test_nonfinite_step_is_reported_once(ahead, caplog):
     judge = make_judge(ahead, on_nonfinite="skip")
     assert judge.poll()
     take_step(judge, 1, loss=nan)
@@ -95,7 +95,7 @@ def test_one_look_is_enough_and_nothing_is_told_twice(ahead, caplog):
     assert "step 1: the loss is nan: skipped, 1 so far" in caplog.text
 
 
-def test_the_first_parameter_is_named_and_the_others_are_counted():
+def test_message_names_first_parameter_and_counts_others():
     judge = make_judge()
     for parameter in judge.model.parameters():
         parameter.requires_grad_(False)
@@ -112,7 +112,7 @@ def test_the_first_parameter_is_named_and_the_others_are_counted():
 @both_ways
 @pytest.mark.parametrize("wrong", [wrong for wrong, _ in WRONG])
 @pytest.mark.parametrize("left_out", [{1}, {3}, {1, 2, 5}, {6}])
-def test_a_skipped_step_is_as_if_it_had_not_been(ahead, wrong, left_out):
+def test_skipped_step_changes_nothing(ahead, wrong, left_out):
     skipping, never = make_judge(ahead, on_nonfinite="skip"), make_judge()
     for number in range(1, 7):
         take_step(skipping, number, **(wrong if number in left_out else {}))
@@ -126,7 +126,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(ahead, wrong, left_out):
 
 @both_ways
 @pytest.mark.parametrize("limit", [0, 1, 3])
-def test_so_many_steps_are_skipped_one_after_another_and_one_more_ends_the_run(ahead, limit):
+def test_limit_of_skipped_steps_in_a_row(ahead, limit):
     judge = make_judge(ahead, on_nonfinite="skip", nonfinite_limit=limit)
     number = 0
     for _ in range(2):  # a good step begins the count anew
@@ -148,7 +148,7 @@ def test_so_many_steps_are_skipped_one_after_another_and_one_more_ends_the_run(a
 
 
 @both_ways
-def test_the_count_goes_on_after_a_resumption(ahead):
+def test_count_of_skipped_steps_is_resumed(ahead):
     options = {"on_nonfinite": "skip", "nonfinite_limit": 3}
     first, second = make_judge(ahead, **options), make_judge(ahead, **options)
     for number in (1, 2, 4, 5):
@@ -166,7 +166,7 @@ def test_the_count_goes_on_after_a_resumption(ahead):
 
 
 @both_ways
-def test_fp16_takes_an_overflowing_gradient_for_a_scale_that_is_too_large_but_no_loss(ahead):
+def test_fp16_accepts_gradient_overflow_but_not_nan_loss(ahead):
     judge = make_judge(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
     assert take_step(judge, 1, spoiled=FIRST, value=inf)  # for the scaler itself leaves it out
     judge.poll()
@@ -175,7 +175,7 @@ def test_fp16_takes_an_overflowing_gradient_for_a_scale_that_is_too_large_but_no
         judge.poll()
 
 
-def test_fp16_leaves_out_a_step_whose_loss_alone_is_not_finite():
+def test_fp16_skips_step_with_nonfinite_loss():
     judge, scaler = make_judge(False, loss_is_scaled=True, on_nonfinite="skip"), torch.amp.GradScaler("cpu")
     before = state(judge)
     for parameter in judge.model.parameters():
@@ -189,7 +189,7 @@ def test_fp16_leaves_out_a_step_whose_loss_alone_is_not_finite():
     assert_same({name: state(judge)[name] for name in before}, before)
 
 
-def test_broken_names_what_holds_a_number_that_is_none():
+def test_nonfinite_names():
     good = {
         "large": torch.full((9,), 3e38),  # whose sum is infinite
         "bf16": torch.full((9,), 3e38, dtype=torch.bfloat16),
@@ -260,7 +260,7 @@ NOT_FINITE = ["nan_loss", "inf_loss", "nan_gradient", "inf_gradient"]
 
 @both_ways
 @pytest.mark.parametrize("kind", [*NOT_FINITE, "nan_weight"])
-def test_a_run_stops_at_the_step_that_is_not_finite_and_keeps_what_is_from_before(blocks, tmp_path, fault, kind, ahead):
+def test_run_stops_at_nonfinite_step_and_keeps_checkpoints(blocks, tmp_path, fault, kind, ahead):
     fault(f"{kind}@7")
     with pytest.raises(DivergenceError, match=r"^step 7 \(batch 2 of epoch 2\): the (loss|gradient of)") as end:
         run(blocks, tmp_path, ahead)
@@ -272,7 +272,7 @@ def test_a_run_stops_at_the_step_that_is_not_finite_and_keeps_what_is_from_befor
 
 @both_ways
 @pytest.mark.parametrize("only", ["log_every", "eval_every", "save_every"])
-def test_nothing_is_logged_or_saved_of_the_step_that_stops_a_run(blocks, tmp_path, fault, ahead, only):
+def test_nonfinite_step_is_neither_logged_nor_saved(blocks, tmp_path, fault, ahead, only):
     fault("nan_gradient@7")
     with pytest.raises(DivergenceError, match=r"^step 7 "):
         run(blocks, tmp_path, ahead, **{"log_every": 99, "eval_every": 99, "save_every": 99, only: 1})
@@ -281,7 +281,7 @@ def test_nothing_is_logged_or_saved_of_the_step_that_stops_a_run(blocks, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "out_of_host_memory"])
-def test_a_run_out_of_memory_keeps_what_is_from_before(blocks, tmp_path, fault, kind):
+def test_run_out_of_memory_keeps_checkpoints(blocks, tmp_path, fault, kind):
     fault(f"{kind}@7")
     with pytest.raises(RuntimeError, match=r"out of memory|can't allocate memory"):
         run(blocks, tmp_path)
@@ -290,7 +290,7 @@ def test_a_run_out_of_memory_keeps_what_is_from_before(blocks, tmp_path, fault, 
 
 @both_ways
 @pytest.mark.parametrize("kind", NOT_FINITE)
-def test_a_run_that_skips_never_logs_or_saves_what_is_not_finite(blocks, tmp_path, fault, kind, ahead):
+def test_skipping_run_logs_and_saves_only_finite_values(blocks, tmp_path, fault, kind, ahead):
     fault(f"{kind}@1,{kind}@4-6")
     trainer = run(blocks, tmp_path, ahead, on_nonfinite="skip", nonfinite_limit=3)
     assert_finite_checkpoints(tmp_path, *range(1, 10))
@@ -307,7 +307,7 @@ def test_a_run_that_skips_never_logs_or_saves_what_is_not_finite(blocks, tmp_pat
     assert saved == [1, 0, 0, 1, 2, 3, 0, 0, 0]
 
 
-def test_whether_the_host_runs_ahead_makes_no_difference_to_a_run(blocks, tmp_path, fault):
+def test_host_running_ahead_changes_no_result(blocks, tmp_path, fault):
     fault("nan_loss@2,inf_gradient@4-5,inf_loss@9")
     for options in ({}, {"eval_every": 99, "save_every": 4, "log_every": 3}):
         for ahead in (False, True):
@@ -321,7 +321,7 @@ def test_whether_the_host_runs_ahead_makes_no_difference_to_a_run(blocks, tmp_pa
             assert left_out[0] == left_out[1]
 
 
-def test_the_mean_loss_that_is_logged_is_that_of_the_steps_that_were_taken(blocks, tmp_path, fault):
+def test_logged_mean_excludes_skipped_steps(blocks, tmp_path, fault):
     fault("nan_loss@5,inf_loss@7-9")
     run(blocks, tmp_path / "each", on_nonfinite="skip")
     trainer = run(blocks, tmp_path / "third", on_nonfinite="skip", log_every=3)
@@ -335,7 +335,7 @@ def test_the_mean_loss_that_is_logged_is_that_of_the_steps_that_were_taken(block
     assert trainer.losses_since_log.totals.tolist() == [0, 0]
 
 
-def test_the_loss_of_an_epoch_without_a_finite_step_is_no_number(blocks, tmp_path, fault):
+def test_loss_of_epoch_without_finite_step_is_nan(blocks, tmp_path, fault):
     fault("nan_loss@1-5")
     trainer = make_trainer(blocks, tmp_path, on_nonfinite="skip")
     assert isnan(trainer.train_epoch())
@@ -343,7 +343,7 @@ def test_the_loss_of_an_epoch_without_a_finite_step_is_no_number(blocks, tmp_pat
 
 @both_ways
 @pytest.mark.parametrize("stop_at", [3, 5, 6])
-def test_a_skipping_run_that_was_interrupted_is_the_uninterrupted_one(blocks, tmp_path, fault, ahead, stop_at):
+def test_interrupted_skipping_run_matches_uninterrupted(blocks, tmp_path, fault, ahead, stop_at):
     fault("nan_loss@3-5,inf_gradient@8")
     options = {"on_nonfinite": "skip", "ahead": ahead, "eval_every": 4, "save_every": 99}
     run(blocks, tmp_path / "straight", **options)
@@ -358,7 +358,7 @@ def test_a_skipping_run_that_was_interrupted_is_the_uninterrupted_one(blocks, tm
 
 
 @both_ways
-def test_an_interruption_does_not_lengthen_the_limit(blocks, tmp_path, fault, ahead):
+def test_interruption_does_not_reset_limit(blocks, tmp_path, fault, ahead):
     fault("nan_gradient@3-9")
     options = {"on_nonfinite": "skip", "nonfinite_limit": 3, "ahead": ahead, "eval_every": 99, "save_every": 99}
     run(blocks, tmp_path, callbacks=[InterruptAt(4)], **options)
@@ -366,7 +366,7 @@ def test_an_interruption_does_not_lengthen_the_limit(blocks, tmp_path, fault, ah
         run(blocks, tmp_path, load=True, **options)
 
 
-def test_weights_that_are_not_finite_are_never_saved_even_if_skipping(blocks, tmp_path, fault):
+def test_nonfinite_weights_are_never_saved(blocks, tmp_path, fault):
     fault("nan_weight@4")
     with pytest.raises(DivergenceError, match=r"^step 4: .*final_norm.bias is not finite, not saved"):
         run(blocks, tmp_path, on_nonfinite="skip", eval_every=99)
@@ -374,7 +374,7 @@ def test_weights_that_are_not_finite_are_never_saved_even_if_skipping(blocks, tm
 
 
 @both_ways
-def test_fp16_lowers_its_scale_where_a_gradient_overflows_and_stops_where_a_loss_does(blocks, tmp_path, fault, ahead):
+def test_fp16_lowers_scale_at_overflow_and_stops_at_nan_loss(blocks, tmp_path, fault, ahead):
     options = {"precision": "fp16", "ahead": ahead}
     fault("inf_gradient@4-5")
     trainer = run(blocks, tmp_path, **options)

@@ -32,7 +32,7 @@ def update(model: GPT2Model, optimizer: torch.optim.Optimizer, seed: int) -> Non
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_matrices_decay_and_nothing_else(use_bias, kind):
+def test_only_matrices_decay(use_bias, kind):
     model = tiny_model(use_bias=use_bias)
     optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, optimizer=kind))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -42,14 +42,14 @@ def test_matrices_decay_and_nothing_else(use_bias, kind):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_parameter_is_in_exactly_one_group(kind):
+def test_every_parameter_is_in_one_group(kind):
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer=kind))
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
-def test_frozen_parameters_are_left_alone():
+def test_frozen_parameters_are_excluded():
     model = tiny_model()
     model.token_embedding.weight.requires_grad_(False)
     grouped = {id(p) for group in build_optimizer(model, TrainingConfig()).param_groups for p in group["params"]}
@@ -66,7 +66,7 @@ def test_settings_reach_adamw():
 # Muon
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+def test_muon_updates_block_matrices_and_adamw_the_rest():
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2, muon_momentum=0.9))
     update(model, optimizer, 0)
@@ -79,7 +79,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
-def test_each_part_steps_as_it_would_alone():
+def test_parts_update_as_separate_optimizers():
     """The same gradients to both, and to an optimizer of each kind by itself."""
     config = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
     model = tiny_model()
@@ -93,7 +93,7 @@ def test_each_part_steps_as_it_would_alone():
         assert torch.equal(parameter, dict(parts[is_matrix].named_parameters())[name]), name
 
 
-def test_a_copy_of_it_steps_alike():
+def test_copy_updates_identically():
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2))
     update(model, optimizer, 0)
@@ -103,13 +103,13 @@ def test_a_copy_of_it_steps_alike():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_without_a_matrix_to_train_it_is_adamw_alone():
+def test_muon_without_matrices_is_adamw():
     model = tiny_model()
     model.blocks.requires_grad_(False)
     assert isinstance(build_optimizer(model, TrainingConfig(optimizer="muon")), torch.optim.AdamW)
 
 
-def test_the_rate_of_every_group_can_be_set():
+def test_learning_rate_of_every_group_can_be_set():
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -124,7 +124,7 @@ def test_the_rate_of_every_group_can_be_set():
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(10, 100), (1, 50), (99, 100), (2000, 2001)])
-def test_rate_rises_in_a_line_to_its_peak_at_the_end_of_warmup(warmup, total):
+def test_warmup_is_linear(warmup, total):
     config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup)
     rates = [learning_rate(step, total, config) for step in range(warmup)]
     assert rates == pytest.approx([3e-4 * (step + 1) / warmup for step in range(warmup)])
@@ -135,7 +135,7 @@ def test_rate_rises_in_a_line_to_its_peak_at_the_end_of_warmup(warmup, total):
 @pytest.mark.parametrize(("minimum", "lowest"), [(None, 3e-5), (0.0, 0.0), (1e-4, 1e-4), (3e-4, 3e-4)])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 100), (10, 100), (0, 1), (99, 100)])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_rate_falls_to_its_minimum_at_the_end(warmup, total, minimum, lowest, schedule):
+def test_schedule_ends_at_minimum(warmup, total, minimum, lowest, schedule):
     config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate=minimum, lr_schedule=schedule)
     rates = [learning_rate(step, total, config) for step in range(warmup, total + 1)]
     assert rates[0] == pytest.approx(3e-4)
@@ -144,14 +144,14 @@ def test_rate_falls_to_its_minimum_at_the_end(warmup, total, minimum, lowest, sc
     assert learning_rate(10 * total, total, config) == pytest.approx(lowest)
 
 
-def test_halfway_down_the_rate_is_halfway_between():
+def test_cosine_schedule():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.5)
     assert learning_rate(70, 120, config) == pytest.approx(0.75)
     # A cosine, not a line: slow at both ends.
     assert learning_rate(45, 120, config) == pytest.approx(0.75 + 0.25 * 0.5**0.5)
 
 
-def test_a_linear_schedule_is_a_line_and_wsd_one_at_the_end():
+def test_linear_and_wsd_schedules():
     linear = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.0, lr_schedule="linear")
     assert [learning_rate(step, 120, linear) for step in (20, 45, 70, 95)] == pytest.approx([1, 0.75, 0.5, 0.25])
     wsd = TrainingConfig(
@@ -160,7 +160,7 @@ def test_a_linear_schedule_is_a_line_and_wsd_one_at_the_end():
     assert [learning_rate(step, 120, wsd) for step in (20, 60, 90, 105, 120)] == pytest.approx([1, 1, 1, 0.5, 0])
 
 
-def test_a_warmup_longer_than_the_run_only_rises_and_stays_below_the_peak():
+def test_warmup_longer_than_run_never_peaks():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=2000)
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert all(earlier < later for earlier, later in pairwise(rates))
@@ -172,7 +172,7 @@ def test_a_warmup_longer_than_the_run_only_rises_and_stays_below_the_peak():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_with_its_memory_back_the_next_update_is_the_same_to_the_bit(kind):
+def test_restored_optimizer_updates_identically(kind):
     config = TrainingConfig(learning_rate=1e-2, optimizer=kind)
     model = tiny_model()
     optimizer = build_optimizer(model, config)
@@ -197,7 +197,7 @@ def test_with_its_memory_back_the_next_update_is_the_same_to_the_bit(kind):
     assert not torch.equal(forgetful.final_norm.weight, resumed.final_norm.weight)
 
 
-def test_an_optimizer_that_has_not_stepped_has_no_memory():
+def test_new_optimizer_has_no_state():
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig())
     assert optimizer_tensors(optimizer, model) == {}
