@@ -36,7 +36,7 @@ LONGEST = (
     "test_no_fault_loses",
     "test_commands_run_in_order",
     "test_it_learns_shakespeare",
-    "is_killed_loses_its_own_trial",
+    "killed_worker_loses_only_its_own_trial",
 )
 
 

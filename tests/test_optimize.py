@@ -1,4 +1,4 @@
-"""The search: what a trial may do, what the study keeps of it, and that the command line searches the same space."""
+"""OptunaOptimizer: the space, resuming, pruning, and trials that fail."""
 
 import gc
 import logging
@@ -29,14 +29,14 @@ from gpt2.search import report
 from gpt2.train import Trainer
 from tests.helpers import tiny_config
 
-BLOCKS = [(torch.arange(16) * (1 + row % 3) + row) % 61 for row in range(16)]  # there is something to learn in them
+BLOCKS = [(torch.arange(16) * (1 + row % 3) + row) % 61 for row in range(16)]  # learnable
 GOOD = {"train.learning_rate": 1e-2, "train.warmup_steps": 10, "train.weight_decay": 0.01, "train.beta2": 0.95}
 GOOD |= {"train.batch_size": 8, "model.dropout": 0.15}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def only_new_garbage():
-    """Each trial ends with a collection, which is slow where all of torch is looked through again."""
+    """Each trial ends with a garbage collection, which is slow when it also visits the objects of torch."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -49,7 +49,7 @@ def no_pictures(monkeypatch):
 
 
 def make_optimizer(folder: Path, blocks=BLOCKS, training=None, **study) -> OptunaOptimizer:
-    """A search of which each trial takes 8 steps of 8 blocks and evaluates after 2, 4, 6 and 8."""
+    """Each trial trains for 8 steps of 8 blocks and evaluates after 2, 4, 6 and 8 steps."""
     sizes = {"max_steps": 8, "eval_every": 2, "device": "cpu", "checkpoint_dir": str(folder / "kept")}
     loader = DataLoader(blocks, batch_size=8)
     config = TrainingConfig(**{**sizes, **(training or {})})
@@ -57,7 +57,7 @@ def make_optimizer(folder: Path, blocks=BLOCKS, training=None, **study) -> Optun
 
 
 def storage_with(folder: Path, *trials: dict) -> str:
-    """A storage whose study begins with these trials, each of them GOOD but for what it names."""
+    """A storage whose study starts with these trials, each with the values of GOOD except those it names."""
     url = f"sqlite:///{folder / 'study.db'}"
     study = optuna.create_study(study_name=OptunaConfig().study_name, storage=url)
     for changes in trials:
@@ -81,7 +81,7 @@ def kept_folders(folder: Path) -> list[str]:
 # The space
 
 
-def test_parameters_take_their_places_and_nothing_else_changes():
+def test_parameters_change_only_their_fields():
     model, training = with_parameters(GOOD, GPT2Config(d_model=64), TrainingConfig(batch_size=8, save_every=3))
     assert model == GPT2Config(d_model=64, dropout=0.15, attention_dropout=0.15, residual_dropout=0.15)
     same = {"batch_size": 8, "save_every": 3}
@@ -89,7 +89,7 @@ def test_parameters_take_their_places_and_nothing_else_changes():
 
 
 @pytest.mark.parametrize(("batch_size", "steps", "every"), [(4, 200, 20), (8, 100, 10), (32, 25, 2)])
-def test_batch_sizes_compare_at_equal_tokens(batch_size, steps, every):
+def test_batch_sizes_train_on_equal_tokens(batch_size, steps, every):
     before = TrainingConfig(batch_size=8, max_steps=100, eval_every=10)
     _, training = with_parameters({"train.batch_size": batch_size}, GPT2Config(), before)
     assert (training.batch_size, training.max_steps, training.eval_every) == (batch_size, steps, every)
@@ -115,7 +115,7 @@ def test_command_line_searches_the_same_space():
 # The study
 
 
-def test_the_best_parameters_give_the_best_loss_again(tmp_path, caplog, capfd):
+def test_best_parameters_reproduce_the_best_loss(tmp_path, caplog, capfd):
     optimizer = make_optimizer(tmp_path, n_trials=3, sampler="random")
     with caplog.at_level(logging.INFO, logger="study"):
         best = optimizer.optimize()
@@ -141,7 +141,7 @@ def test_the_best_parameters_give_the_best_loss_again(tmp_path, caplog, capfd):
     assert optuna.logging.get_verbosity() == optuna.logging.INFO  # but to others it does
 
 
-def test_a_study_in_a_storage_is_filled_up_without_repeating_itself(tmp_path):
+def test_study_in_a_storage_is_filled_up_with_new_trials(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     for n_trials, trials in ((2, 2), (4, 4), (3, 4)):
         optimizer = make_optimizer(tmp_path, n_trials=n_trials, storage=storage, sampler="random")
@@ -151,7 +151,7 @@ def test_a_study_in_a_storage_is_filled_up_without_repeating_itself(tmp_path):
     assert len({trial.params["train.beta2"] for trial in optimizer.study.trials}) == 4
 
 
-def test_a_study_that_was_resumed_is_the_one_that_was_not(tmp_path):
+def test_resumed_study_matches_uninterrupted(tmp_path):
     def trials_of(folder: Path, *counts: int) -> list[tuple]:
         for n_trials in counts:
             folder.mkdir(exist_ok=True)
@@ -163,25 +163,25 @@ def test_a_study_that_was_resumed_is_the_one_that_was_not(tmp_path):
     assert trials_of(tmp_path / "one", 6) == trials_of(tmp_path / "other", 1, 3, 4, 6)
 
 
-def test_two_studies_do_not_share_a_folder(tmp_path):
+def test_folder_of_another_study_is_refused(tmp_path):
     make_optimizer(tmp_path, n_trials=1, storage=f"sqlite:///{tmp_path / 'one.db'}").optimize()
     with pytest.raises(UserError, match=r"train.checkpoint_dir: .* has trial_0 of another study"):
         make_optimizer(tmp_path, n_trials=1, storage=f"sqlite:///{tmp_path / 'other.db'}").optimize()
 
 
-def test_a_study_goes_on_only_as_it_began(tmp_path):
+def test_other_settings_are_refused(tmp_path):
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     make_optimizer(tmp_path, n_trials=1, storage=storage).optimize()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         make_optimizer(tmp_path, n_trials=2, storage=storage, training={"max_steps": 4, "device": "auto"}).optimize()
-    assert told.value.problems == [
+    assert error.value.problems == [
         "train.max_steps: 4 was requested, the study has 8",
         "study_name: gpt2_optimization exists with other settings; choose another name",
     ]
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_only_the_checkpoints_of_the_best_trial_stay(tmp_path, direction):
+def test_only_the_best_trial_keeps_its_checkpoints(tmp_path, direction):
     optimizer = make_optimizer(tmp_path, n_trials=3, sampler="random", direction=direction)
     optimizer.optimize()
     best = (min if direction == "minimize" else max)(optimizer.study.trials, key=lambda trial: trial.value)
@@ -201,7 +201,7 @@ def test_only_the_checkpoints_of_the_best_trial_stay(tmp_path, direction):
         ("none", 0, [0, 1, 2, 3], "COMPLETE"),
     ],
 )
-def test_a_trial_behind_the_others_is_pruned_after_the_warm_up(tmp_path, pruner, n_warmup_steps, evaluations, state):
+def test_trial_behind_the_others_is_pruned_after_the_warm_up(tmp_path, pruner, n_warmup_steps, evaluations, state):
     storage = storage_with(tmp_path, {}, {"train.learning_rate": 1e-4})
     settings = {"pruner": pruner, "n_startup_trials": 1, "n_warmup_steps": n_warmup_steps}
     optimizer = make_optimizer(tmp_path, n_trials=2, storage=storage, **settings)
@@ -214,7 +214,7 @@ def test_a_trial_behind_the_others_is_pruned_after_the_warm_up(tmp_path, pruner,
     assert kept_folders(tmp_path) == ["trial_0"]
 
 
-def test_hyperband_prunes_too(tmp_path):
+def test_hyperband_prunes(tmp_path):
     slower_and_slower = [{"train.learning_rate": 1e-2 / 2**power} for power in range(6)]
     optimizer = make_optimizer(
         tmp_path, n_trials=6, storage=storage_with(tmp_path, *slower_and_slower), pruner="hyperband"
@@ -228,7 +228,7 @@ def test_hyperband_prunes_too(tmp_path):
 
 
 class Fragile(GPT2Model):
-    """A model that is NaN with much dropout, cannot be built with little, and wants to be alone in memory."""
+    """A model that is NaN with much dropout and raises with little. No other instance may exist beside it."""
 
     alive: ClassVar = weakref.WeakSet()
 
@@ -246,9 +246,7 @@ class Fragile(GPT2Model):
 DIVERGES, BREAKS = {"model.dropout": 0.3}, {"model.dropout": 0.0}
 
 
-def test_a_trial_that_diverges_is_pruned_one_that_breaks_has_failed_and_the_study_goes_on(
-    tmp_path, monkeypatch, caplog
-):
+def test_diverged_trial_is_pruned_broken_trial_failed_and_study_continues(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(optimize, "GPT2Model", Fragile)
     storage = storage_with(tmp_path, DIVERGES, BREAKS, {}, BREAKS, DIVERGES)
     optimizer = make_optimizer(tmp_path, n_trials=5, storage=storage)
@@ -266,16 +264,16 @@ def test_a_trial_that_diverges_is_pruned_one_that_breaks_has_failed_and_the_stud
     assert not Fragile.alive
 
 
-def test_a_study_without_any_result_is_an_error_in_one_line(tmp_path, monkeypatch):
+def test_study_without_any_value_is_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setattr(optimize, "GPT2Model", Fragile)
     storage = storage_with(tmp_path, DIVERGES, BREAKS)
-    with pytest.raises(UserError, match=r"none of its 2 trials gave a value .*trial 1: RuntimeError: too dry") as told:
+    with pytest.raises(UserError, match=r"none of its 2 trials gave a value .*trial 1: RuntimeError: too dry") as error:
         make_optimizer(tmp_path, n_trials=2, storage=storage).optimize()
-    assert told.value.exit_code == 1
+    assert error.value.exit_code == 1
 
 
 class Interrupts(list):
-    """16 blocks a pass; somebody presses Ctrl-C once, when the 12th is read."""
+    """16 blocks an epoch; sends one Ctrl-C when the 12th block is read."""
 
     def __getitem__(self, index):
         self.taken = getattr(self, "taken", 0) + 1
@@ -284,7 +282,7 @@ class Interrupts(list):
         return super().__getitem__(index)
 
 
-def test_ctrl_c_ends_the_study_and_its_trial_goes_on_from_where_it_was(tmp_path):
+def test_interrupted_trial_resumes_and_matches_uninterrupted(tmp_path):
     def make(name: str, blocks: list) -> OptunaOptimizer:
         (tmp_path / name).mkdir(exist_ok=True)
         storage = f"sqlite:///{tmp_path / name / 'study.db'}"
@@ -308,7 +306,7 @@ def test_ctrl_c_ends_the_study_and_its_trial_goes_on_from_where_it_was(tmp_path)
     ]
 
 
-def test_the_time_of_a_study_ends_it_within_a_trial_which_waits(tmp_path, monkeypatch):
+def test_timeout_interrupts_the_running_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_FAULT", "slow@1-9999")
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     optimizer = make_optimizer(tmp_path, n_trials=9, timeout=1, storage=storage, training={"max_steps": 400})
@@ -318,7 +316,7 @@ def test_the_time_of_a_study_ends_it_within_a_trial_which_waits(tmp_path, monkey
     assert optimizer.study.trials[0].user_attrs["spent"]["seconds"] < 2
 
 
-def test_a_trial_past_its_time_is_pruned_and_says_so(tmp_path, monkeypatch):
+def test_trial_longer_than_its_timeout_is_pruned(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_FAULT", "slow@1-9999")
     optimizer = make_optimizer(tmp_path, n_trials=2, trial_timeout=1, training={"max_steps": 400})
     with pytest.raises(UserError, match="longer than trial_timeout=1 seconds"):
@@ -327,7 +325,7 @@ def test_a_trial_past_its_time_is_pruned_and_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("training", "study", "fault"),
+    ("training", "study", "problem"),
     [
         ({}, {"sampler": "TPS"}, "optuna.sampler: 'TPS' is none of tpe, random, cmaes, gp, qmc"),
         (
@@ -341,23 +339,23 @@ def test_a_trial_past_its_time_is_pruned_and_says_so(tmp_path, monkeypatch):
         ({"device": "cuda:99"}, {}, "train.device: there is no cuda:99 here"),
     ],
 )
-def test_a_mistake_is_told_before_any_trial(tmp_path, training, study, fault):
-    with pytest.raises(UserError, match=fault) as told:
+def test_problem_is_reported_before_any_trial(tmp_path, training, study, problem):
+    with pytest.raises(UserError, match=problem) as error:
         make_optimizer(tmp_path, training=training, **study)
-    assert len(told.value.problems) == 1
+    assert len(error.value.problems) == 1
 
 
-def test_a_storage_that_cannot_be_used_is_told_without_its_password(tmp_path):
+def test_unusable_storage_is_reported_without_password(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"storage: sqlite:.* cannot be opened: ") as told:
+    with pytest.raises(UserError, match=r"storage: sqlite:.* cannot be opened: ") as error:
         make_optimizer(tmp_path, storage=f"sqlite:///{tmp_path}/file/study.db").optimize()
-    assert len(told.value.problems[0].splitlines()) == 1
-    with pytest.raises(UserError) as told:
+    assert len(error.value.problems[0].splitlines()) == 1
+    with pytest.raises(UserError) as error:
         make_optimizer(tmp_path, storage="postgresql://me:secret@127.0.0.1:9/db").optimize()
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(error.value)
 
 
-def test_a_study_is_not_continued_in_the_other_direction(tmp_path):
+def test_other_direction_is_refused(tmp_path):
     storage = storage_with(tmp_path)
     with pytest.raises(UserError, match=r"direction: maximize was requested, the study has minimize"):
         make_optimizer(tmp_path, storage=storage, direction="maximize").optimize()

@@ -1,4 +1,4 @@
-"""Recorded studies: their plans, what they run, what they write."""
+"""Recorded studies: plans, runs and results."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def write_study(folder: Path, plan: str = PLAN) -> Path:
 
 
 def finished(study: str, plan: StudyPlan, folder: Path, monkeypatch) -> Results:
-    """What the runs of a plan would have left: the loss is 2, less for a higher rate, and a tenth apart by seed."""
+    """Results of runs as a finished study has them: the loss depends on learning rate, width and seed."""
     monkeypatch.chdir(folder)
     runs = []
     for variant, width in zip(plan.variants, (16, 32, 64), strict=False):
@@ -73,7 +73,7 @@ def test_there_are_recorded_studies():
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
-def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_path, monkeypatch):
+def test_recorded_study_composes_and_has_a_result_for_every_run(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # none of its runs is here
     (tmp_path / "input.txt").write_text("What a study may read that is not ours.")
     study = RecordedStudy(folder)
@@ -85,7 +85,7 @@ def test_a_recorded_study_composes_and_has_results_for_every_run(folder, tmp_pat
     assert f"python -m gpt2.main study experiments/{folder.name}" in readme
 
 
-def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_path, monkeypatch):
+def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     runs = RecordedStudy(folder).runs
@@ -101,7 +101,7 @@ def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "problem"),
     [
         ("variants: [a", "study.yaml: while parsing"),
         ("variant: [narrow]", "Key 'variant' not in 'StudyPlan'"),
@@ -124,23 +124,23 @@ def test_every_variant_runs_with_every_value_and_seed_and_seeds_come_last(tmp_pa
         ("sweep: {train.lr: [1]}", "missing mandatory value: variants"),
     ],
 )
-def test_a_fault_in_a_plan_is_told_before_anything_runs(tmp_path, monkeypatch, plan, told):
+def test_problem_of_a_plan_is_reported_before_any_run(tmp_path, monkeypatch, plan, problem):
     folder = write_study(tmp_path, plan)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
         RecordedStudy(folder)
-    assert told in str(refused.value)
+    assert problem in str(refused.value)
     assert not (tmp_path / "outputs" / "studies").exists()
 
 
-def test_a_study_that_no_run_would_find_is_refused(tmp_path, monkeypatch):
+def test_study_outside_the_search_path_is_refused(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path / "outputs")
     with pytest.raises(UserError, match="presets are found"):
         RecordedStudy(folder)
 
 
-def test_runs_of_another_plan_are_not_taken_for_its_own(tmp_path, monkeypatch):
+def test_runs_of_an_earlier_plan_are_refused(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = RecordedStudy(folder).runs[0]
@@ -149,7 +149,7 @@ def test_runs_of_another_plan_are_not_taken_for_its_own(tmp_path, monkeypatch):
         RecordedStudy(folder)
 
 
-def test_numbers_in_a_plan_may_be_written_as_on_the_command_line(tmp_path):
+def test_numbers_in_scientific_notation(tmp_path):
     assert read_plan(write_study(tmp_path)).sweep == {"train.learning_rate": [0.001, 0.003]}
 
 
@@ -157,7 +157,7 @@ def test_numbers_in_a_plan_may_be_written_as_on_the_command_line(tmp_path):
 # Results
 
 
-def test_the_table_has_means_and_spreads_and_the_best_is_bold(tmp_path, monkeypatch):
+def test_table_of_means_and_spreads_with_the_best_in_bold(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path))
     results = finished("tiny", plan, tmp_path, monkeypatch)
     assert results.table().splitlines() == [
@@ -172,21 +172,21 @@ def test_the_table_has_means_and_spreads_and_the_best_is_bold(tmp_path, monkeypa
     ]
 
 
-def test_what_diverged_is_said_and_is_never_the_best(tmp_path, monkeypatch):
+def test_diverged_setting_is_never_the_best(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path, PLAN.replace("3e-3", "1.0")))
     results = finished("tiny", plan, tmp_path, monkeypatch)
     assert "| 16 | **2.2100 ± 0.050** | diverged |" in results.table()
     assert results.over_x().axes[0].lines
 
 
-def test_a_study_in_which_everything_diverged_has_no_best(tmp_path, monkeypatch):
+def test_study_that_diverged_has_no_best(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path, PLAN.replace("[1e-3, 3e-3]", "[1.0, 2.0]")))
     results = finished("tiny", plan, tmp_path, monkeypatch)
     assert "| 16 | diverged | diverged |" in results.table()
     results.write(tmp_path)
 
 
-def test_a_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypatch):
+def test_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypatch):
     plan = read_plan(write_study(tmp_path))
     results = finished("tiny", plan, tmp_path, monkeypatch)
     run = next(r for p, r in results.runs if p.values["train.learning_rate"] == 3e-3)
@@ -196,7 +196,7 @@ def test_a_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeyp
     assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in table
 
 
-def test_figures_are_written_in_full(tmp_path, monkeypatch):
+def test_csv_has_full_precision(tmp_path, monkeypatch):
     results = finished("tiny", read_plan(write_study(tmp_path)), tmp_path, monkeypatch)
     folder = results.runs[0][0].folder
     line = {"step": 90, "tokens": 12_345_678, "seconds": 1.0, "val/loss": 2.123456789012}
@@ -205,7 +205,7 @@ def test_figures_are_written_in_full(tmp_path, monkeypatch):
     assert (row["tokens"], row["loss"]) == ("12345678", "2.123456789012")
 
 
-def test_values_that_are_nearly_the_same_are_other_runs():
+def test_nearly_equal_values_are_different_runs():
     names = {PlannedRun("s", "v", {"train.learning_rate": rate}).folder for rate in (0.0012345671, 0.0012345672)}
     assert len(names) == 2
     assert PlannedRun("s", "v", {"train.max_steps": None, "data.files": ["a b"]}).overrides == [
@@ -213,7 +213,7 @@ def test_values_that_are_nearly_the_same_are_other_runs():
     ]
 
 
-def test_a_readme_keeps_what_people_wrote():
+def test_readme_keeps_its_other_parts():
     text = f"# A\n\nWhy?\n\n{OPENING}\nold\n{CLOSING}\n\nBecause.\n"
     once = with_section(text, "new \\1")
     assert once == f"# A\n\nWhy?\n\n{OPENING}\n\nnew \\1\n\n{CLOSING}\n\nBecause.\n"
@@ -242,16 +242,16 @@ def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As typed
+# The command
 
 
-def test_a_variant_is_found_from_any_folder(workspace: Workspace):
+def test_variant_is_found_from_any_folder(workspace: Workspace):
     done = workspace.run("train.py", "+learning_rate=width_64", "train.learning_rate=4e-3", "--cfg", "job")
     assert "d_model: 64" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
+def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     folder = write_study(workspace.folder, PLAN.replace("seeds: [1, 2]", "seeds: [1]"))
     place = "outputs/sweeps/tiny"
     running = workspace.start("-m", "gpt2.main", "study", place, "jobs=1", errors_in_output=True)
@@ -259,9 +259,9 @@ def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
         time.sleep(0.05)
         assert running.poll() is None
     running.send_signal(signal.SIGINT)
-    told, _ = running.communicate(timeout=60)
-    assert running.returncode == 130, told
-    assert "Traceback" not in told
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 130, output
+    assert "Traceback" not in output
     assert not (folder / "results.csv").exists()
 
     collected = workspace.module("gpt2.main", "study", place, "jobs=0")
@@ -280,18 +280,18 @@ def test_a_study_is_interrupted_gone_on_with_and_written(workspace: Workspace):
 
 
 @pytest.mark.slow
-def test_two_processes_share_a_study_and_take_nothing_from_each_other(workspace: Workspace):
+def test_two_processes_share_a_study(workspace: Workspace):
     write_study(workspace.folder, "variants: [narrow, wide]")
     command = ["-m", "gpt2.main", "study", "outputs/sweeps/tiny", "jobs=1"]
     both = [workspace.start(*command, errors_in_output=True) for _ in range(2)]
-    told = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
     for folder in (workspace.folder / "outputs" / "studies" / "tiny").iterdir():
         assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "val/loss" in r] == [4, 8]
 
 
 @pytest.mark.slow
-def test_a_run_that_breaks_is_told_and_the_others_go_on(workspace: Workspace):
+def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     folder = write_study(workspace.folder, "variants: [narrow, wide]")
     (folder / "wide.yaml").write_text("# @package _global_\ndefaults: [_base]\ndata: {tokenizer: gpt2}\n")
     done = workspace.module("gpt2.main", "study", "outputs/sweeps/tiny")
@@ -302,15 +302,15 @@ def test_a_run_that_breaks_is_told_and_the_others_go_on(workspace: Workspace):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "error: study: one folder"),
         (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
         (["experiments/learning_rate", "jobs=two"], "error: study: one folder"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(workspace, arguments, told):
+def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
     done = workspace.module("gpt2.main", "study", *arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith(told)
+    assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1

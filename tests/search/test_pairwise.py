@@ -1,4 +1,4 @@
-"""Which combinations of a sweep are checked before it begins."""
+"""Which combinations of a sweep are validated before it starts."""
 
 from itertools import combinations, product
 
@@ -19,11 +19,11 @@ from gpt2.search.pairwise import MAX_COMBINATIONS, combined
         ("model=glob(gpt2_n*)", ["model=gpt2_nano"]),
     ],
 )
-def test_a_sweep_over_a_key_amounts_to_its_choices_or_both_ends(override, expected):
+def test_swept_values_are_all_choices_or_both_ends(override, expected):
     assert swept_values(parsed([override])[0]) == expected
 
 
-def test_a_few_combinations_are_all_there():
+def test_few_combinations_are_complete():
     choices = [["a", "b"], ["c", "d", "e"], ["f"]]
     assert combined(choices) == list(product(*choices))
     assert combined([]) == [()]
@@ -31,7 +31,7 @@ def test_a_few_combinations_are_all_there():
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 2, 4, 2), (7, 5, 2), (2,) * 12, (40, 3), (3, 3, 3, 3)])
-def test_of_many_there_is_every_pair(sizes):
+def test_many_combinations_contain_every_pair(sizes):
     choices = [[f"{place}={option}" for option in range(size)] for place, size in enumerate(sizes)]
     rows = combined(choices)
     everything = set(product(*choices))

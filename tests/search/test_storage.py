@@ -1,4 +1,4 @@
-"""Where a study is kept: opened at once by many, whole after a crash, and its password told to nobody."""
+"""Storages: shared between processes, intact after a crash, and their password in no output."""
 
 import multiprocessing
 import os
@@ -16,29 +16,29 @@ from gpt2.errors import UserError, without_password
 from gpt2.search.storage import exclusive, file_of, open_storage, validate_storage
 from tests.test_scripts import wait_for
 
-SECRET = "s3/cr:et@x"  # what a password may look like that nobody has escaped
+SECRET = "s3/cr:et@x"  # a password that is not escaped
 
 
 @pytest.mark.parametrize(
     "url", ["sqlite:///a/b.db", "journal:///a.log", "postgresql://me@host/db", "mysql+pymysql://me:pw@host/db", None]
 )
-def test_these_are_storages(url):
+def test_valid_urls(url):
     assert validate_storage(url) is None
 
 
 @pytest.mark.parametrize("url", ["study.db", "sqlite://", "sqlite:///", "redis://me:pw@host", "postgresql:/x", ""])
-def test_these_are_none(url):
+def test_invalid_urls(url):
     assert "is none of sqlite:///FILE" in validate_storage(url)
 
 
-def test_a_file_is_found_in_its_url():
+def test_file_of_a_url():
     assert file_of("sqlite:///a/b.db") == Path("a/b.db")
     assert file_of("journal:////abs/c.log") == Path("/abs/c.log")
     assert file_of("postgresql://host/db") is None
 
 
 @pytest.mark.parametrize("password", ["simple", SECRET, "ä%20b"])
-def test_no_password_is_left_in_a_text(password):
+def test_password_is_removed_from_text(password):
     url = f"postgresql://me:{password}@host:5432/db"
     for text in (f"cannot reach {url}.", f"password is {password}", f"('{url}', {password!r})"):
         hidden = without_password(text, url)
@@ -49,7 +49,7 @@ def test_no_password_is_left_in_a_text(password):
 
 
 @pytest.mark.parametrize("scheme", ["sqlite", "journal"])
-def test_a_storage_keeps_a_study_for_others(tmp_path, scheme):
+def test_storage_is_shared_between_processes(tmp_path, scheme):
     url = f"{scheme}:///{tmp_path}/deep/er/study"
     study = optuna.create_study(study_name="a", storage=open_storage(url))
     study.tell(study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
@@ -64,7 +64,7 @@ def _add_a_trial(url: str) -> None:
     study.tell(study.ask(), 2.0)
 
 
-def test_a_journal_that_a_crash_cut_short_is_mended(tmp_path, caplog):
+def test_incomplete_last_line_of_a_journal_is_removed(tmp_path, caplog):
     url, file = f"journal:///{tmp_path}/study", tmp_path / "study"
     optuna.create_study(study_name="a", storage=open_storage(url)).enqueue_trial({"x": 1})
     for n, is_another_process in ((2, False), (3, True)):
@@ -77,7 +77,7 @@ def test_a_journal_that_a_crash_cut_short_is_mended(tmp_path, caplog):
     assert "incomplete" in caplog.text
 
 
-def test_one_process_at_a_time_and_a_dead_one_keeps_nobody_out(tmp_path):
+def test_lock_is_exclusive_and_released_by_a_killed_process(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     context = multiprocessing.get_context("fork")
     ready = context.Event()
@@ -99,16 +99,16 @@ def test_one_process_at_a_time_and_a_dead_one_keeps_nobody_out(tmp_path):
         process.join()
 
 
-def test_a_place_that_takes_no_file_is_told_in_a_line(tmp_path):
+def test_unwritable_folder_is_a_one_line_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as told:
+    with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as error:
         open_storage(f"journal:///{tmp_path}/file/study")
-    assert len(told.value.problems) == 1
+    assert len(error.value.problems) == 1
 
 
 @pytest.fixture(scope="module")
 def postgresql(tmp_path_factory: pytest.TempPathFactory):
-    """The URL of a PostgreSQL server of our own, with a password."""
+    """The URL of a PostgreSQL server that the tests start, with a password."""
     psycopg = pytest.importorskip("psycopg")
     binaries = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     initdb = next(filter(None, binaries), None)
@@ -159,7 +159,7 @@ def wait_for_study(name: str, storage: str) -> optuna.Study:
 
 
 def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[subprocess.Popen], most: int) -> dict[int, int]:
-    """Kill so many of the processes that work on a study. Returns the trial that each had, by the process's id."""
+    """Kill `most` of the processes. Returns the trial that each was training, by process id."""
     killed: dict[int, int] = {}
 
     def are_killed() -> bool:
@@ -175,8 +175,8 @@ def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[subproces
 
 
 @pytest.mark.slow
-def test_machines_share_a_study_two_of_them_die_and_the_password_is_written_down_nowhere(postgresql, workspace):
-    """Four processes with nothing in common but the server: each has a sweep folder of its own."""
+def test_four_workers_share_postgresql_and_two_are_killed(postgresql, workspace):
+    """The workers share only the server: each has its own sweep folder. The password is in no file."""
     from tests.cli.test_sweeper import STUDY
 
     workspace.environment |= {"STUDIES": postgresql, "GPT2_FAULT": "slow@1-99"}
