@@ -16,8 +16,8 @@ from gpt2.experiments.plan import PlannedRun, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
 from gpt2.experiments.runner import RecordedStudy
 from gpt2.tracking.tracker import read_metrics
+from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
-from tests.test_compare import make_run
 
 STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.yaml"))
 PLAN = """
