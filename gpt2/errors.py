@@ -1,7 +1,4 @@
-"""What stops a run and is no bug: the machine has no room or no memory, the numbers diverge. Each in a line.
-
-The line says what happened, what would help, and how to go on from what is saved.
-"""
+"""Exceptions that a user may see as one line, and what recognizes a full disk or memory among other exceptions."""
 
 import os
 import re
@@ -11,9 +8,9 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """What the person at the keyboard can mend: printed one line a fault, without a traceback."""
+    """A mistake that the user can correct: printed as one line for each problem, without a traceback."""
 
-    exit_code = 2  # a mistake, found before any work
+    exit_code = 2
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -21,13 +18,13 @@ class UserError(Exception):
 
 
 class ResourceError(UserError):
-    """The machine has no room on its disk, or not enough memory."""
+    """The disk is full, or memory does not suffice."""
 
     exit_code = 1
 
 
 class DivergenceError(UserError):
-    """Training came to numbers that are not finite."""
+    """The loss or gradient is not finite, too often to continue."""
 
     exit_code = 3
 
@@ -43,22 +40,24 @@ class RankTimeoutError(LostRankError):
 
 
 def machine_error(error: BaseException) -> str | None:
-    """A full disk or memory in a line, or a job that was lost; None for any other error."""
-    if type(error).__name__ == "UncompletedJobError":  # submitit's, by its name: it may not be installed
+    """A full disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
+    if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
         return _lost_job(str(error))
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
-    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # of PyTorch, about shared memory
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch's, about shared memory
         return _first_sentences(error)
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
 
 
-def _lost_job(told: str) -> str:
-    job, file, state = (re.search(pattern, told) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)"))
-    where = f", what it printed is in {Path(file[1]).parent}" if file else ""
-    return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; others go on"
+def _lost_job(message: str) -> str:
+    job, file, state = (
+        re.search(pattern, message) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)")
+    )
+    where = f", see its output in {Path(file[1]).parent}" if file else ""
+    return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; other jobs continue"
 
 
 def one_line(error: BaseException) -> str:
@@ -71,7 +70,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 
 def without_password(text: str, url: str | None = None) -> str:
-    """A text with the password of a URL starred out, wherever it stands; that of `url` by itself too."""
+    """A text with the passwords of URLs replaced by stars, and every occurrence of the password of `url`."""
     password = re.search(r"://[^/@:]*:(.+)@", url or "")
     if password and password[1]:
         text = text.replace(password[1], "***")
@@ -80,7 +79,7 @@ def without_password(text: str, url: str | None = None) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text with all of its URLs that may be one starred out: user, password, token, the values of the query."""
+    """A text with the parts of URLs that may be secret replaced by stars: user, password, values of the query."""
     text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
     return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
 
@@ -93,7 +92,7 @@ def _where(error: OSError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of the host; told by its name, for torch may not be loaded."""
+    """Whether the memory of a GPU or of the host is exhausted. Works without importing torch."""
     signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     is_allocation = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     if isinstance(error, OSError):
@@ -102,6 +101,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _first_sentences(error: BaseException) -> str:
-    """What was asked for, without PyTorch's advice for programmers."""
+    """The first two sentences of a message: the size of the allocation, without PyTorch's advice."""
     text = " ".join(str(error).split())
     return ". ".join(text.split(". ")[:2]).removesuffix(".") or type(error).__name__

@@ -1,7 +1,4 @@
-"""Every command under one name: `python -m gpt2.main COMMAND [OVERRIDES]`.
-
-Those that are scripts run the script, so that there is one of each; the others are here.
-"""
+"""All commands: `python -m gpt2.main COMMAND [OVERRIDES]`. Those that are scripts run the script; others are here."""
 
 import json
 import os
@@ -20,17 +17,17 @@ from gpt2.runtime.signals import exit_on_signals
 COMMANDS = {
     "train": "train a model: train.py",
     "evaluate": "score a trained model on a corpus: evaluate.py",
-    "generate": "write text with a trained model: generate.py",
+    "generate": "generate text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
     "benchmark": "measure speed: benchmark generation|training|data",
-    "compare": "put runs side by side, in a table and a picture: compare RUN ...",
-    "study": "run a recorded study, or what it lacks, and write what was found: experiments/STUDY [jobs=N]",
+    "compare": "compare runs in a table and a plot: compare RUN ...",
+    "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
 }
 
 
 def run_script(name: str, *arguments: str) -> None:
-    """Run a script of the repository, with some arguments before those of this process."""
+    """Run a script of the repository, with these arguments before those of this process."""
     sys.argv = [f"{name}.py", *arguments, *sys.argv[1:]]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
@@ -49,11 +46,11 @@ def export(config: ExportRun) -> None:
 
 def compare() -> None:
     """`compare [RUN ...]`."""
-    about = "put runs side by side: run folders, folders with runs in them, patterns; without any, outputs/runs"
+    about = "compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs"
     options = {
         "sort": "loss (the default), best, tokens_per_second, ..., or a key such as train.learning_rate",
         "html": "write everything into this one HTML file",
-        "picture": "where the picture goes, default: outputs/comparison.png",
+        "picture": "write the plot into this file; default: outputs/comparison.png",
     }
     flags = {"json": "for programs, instead of the table", "markdown": "for documents, instead of the table"}
     places, chosen = take_arguments("compare [RUN ...] [OPTIONS]", about, options, flags)
@@ -75,7 +72,7 @@ def compare() -> None:
 
         files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(found), kind)
     if "json" in chosen:
-        finite = json.loads(json.dumps(found.records()), parse_constant=lambda _: None)  # JSON knows no infinity
+        finite = json.loads(json.dumps(found.records()), parse_constant=lambda _: None)  # JSON has no infinity
         print(json.dumps(finite, indent=2))
     elif "markdown" in chosen:
         print("\n\n".join([as_markdown(found.rows()), *found.notes]))
@@ -88,10 +85,10 @@ def compare() -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file that was asked for.
+    """Write a file and the folders it lies in.
 
     Raises:
-        UserError: That cannot be.
+        UserError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,8 +99,8 @@ def write(path: Path, content: bytes) -> None:
 
 def study() -> None:
     """`study FOLDER [jobs=N]`."""
-    about = "run what a recorded study lacks, collect its results, and write its table and pictures anew"
-    options = {"jobs": "runs at a time, default: one a core on a CPU, one on a GPU; 0 only collects"}
+    about = "run the missing runs of a recorded study, and write its table and plots"
+    options = {"jobs": "runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results"}
     places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
     if len(places) != 1 or not chosen.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")

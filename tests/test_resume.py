@@ -175,15 +175,15 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     workspace.run("train.py", *TINY, *options)
     (run,) = workspace.runs()
     changes = {
-        "train.batch_size=2": "train.batch_size: 2 was asked for, the run has 4",
-        "train.accumulation_steps=3": "train.accumulation_steps: 3 was asked for, the run has 1",
-        "train.seed=5": "train.seed: 5 was asked for, the run has 1",
-        "train.weight_decay=0.5": "train.weight_decay: 0.5 was asked for, the run has 0.01",
-        "model.dropout=0.3": "model.dropout: 0.3 was asked for, the run has 0.0",
-        "data.validation_fraction=0.2": "data.validation_fraction: 0.2 was asked for, the run has 0.1",
-        "name=other": "name: other was asked for, the run has gpt2",
-        "inference=greedy": "inference.do_sample: False was asked for, the run has True",
-        "experiment=quickstart": "model.d_model: 128 was asked for, the run has 32",
+        "train.batch_size=2": "train.batch_size: 2 was requested, but the run has 4",
+        "train.accumulation_steps=3": "train.accumulation_steps: 3 was requested, but the run has 1",
+        "train.seed=5": "train.seed: 5 was requested, but the run has 1",
+        "train.weight_decay=0.5": "train.weight_decay: 0.5 was requested, but the run has 0.01",
+        "model.dropout=0.3": "model.dropout: 0.3 was requested, but the run has 0.0",
+        "data.validation_fraction=0.2": "data.validation_fraction: 0.2 was requested, but the run has 0.1",
+        "name=other": "name: other was requested, but the run has gpt2",
+        "inference=greedy": "inference.do_sample: False was requested, but the run has True",
+        "experiment=quickstart": "model.d_model: 128 was requested, but the run has 32",
     }
     refused = workspace.run("train.py", "resume=latest", *changes, expect=2)
     assert not [told for told in changes.values() if told not in refused.stderr], refused.stderr

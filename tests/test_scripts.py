@@ -224,8 +224,8 @@ def test_a_run_is_resumed_longer_but_not_otherwise(workspace: Workspace):
     (run,) = workspace.runs()
     before = (run / ".hydra" / "overrides.yaml").read_text()
     refused = workspace.run("train.py", "resume=latest", "train.learning_rate=1", "model=gpt2", expect=2)
-    assert "train.learning_rate: 1.0 was asked for, the run has 0.0003" in refused.stderr
-    assert "model.d_model: 768 was asked for, the run has 32" in refused.stderr
+    assert "train.learning_rate: 1.0 was requested, but the run has 0.0003" in refused.stderr
+    assert "model.d_model: 768 was requested, but the run has 32" in refused.stderr
     assert len(refused.stderr.splitlines()) == 9  # what else model=gpt2 would change
 
     workspace.run("train.py", f"resume={run}", "train.max_steps=12")

@@ -1,4 +1,8 @@
-"""X."""
+"""Turns what Hydra composed into the dataclass that runs: typed, validated, and filled in from a checkpoint.
+
+A checkpoint brings its shape, tokenizer, sampling options, data, or the whole configuration of a run to resume. They
+replace defaults, never what the command line sets.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +20,7 @@ from gpt2.config import WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
 from gpt2.validation import validate
 
-# What a resumed run may be told anew: that, and how long it goes on.
+# The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
 CHANGEABLE = WITHOUT_PART | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
@@ -24,10 +28,10 @@ CHANGEABLE = WITHOUT_PART | {
 
 
 def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
-    """A composed configuration as dataclasses, completed by the trained model that it names.
+    """A composed configuration as a validated dataclass, filled in from the checkpoint that it names.
 
     Raises:
-        UserError: With all that is wrong with it.
+        UserError: With all problems.
     """
     try:
         plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
@@ -39,15 +43,18 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     assert isinstance(config, Run)
     if isinstance(config, TrainRun) and config.resume is None:
         config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
-    if isinstance(config, TrainRun | GenerateRun):  # neither a shell nor Hydra makes a line break of it
+    if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
         config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
-    if found := validate(config):
-        raise UserError(*found)
+    if problems := validate(config):
+        raise UserError(*problems)
     return config
 
 
 def with_group_of(saved: dict[str, Any], group: str, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Take a group from a saved configuration, but for what the command line says of it; none of it if it chose one."""
+    """Take a group from a saved configuration, except for keys that the command line sets.
+
+    If the command line chooses a file of the group, the saved one is ignored.
+    """
     if group in keys_of(overrides):
         return composed
     result = merged(OmegaConf.get_type(composed), composed, {group: saved[group]})  # type: ignore[arg-type]
@@ -58,7 +65,7 @@ def with_group_of(saved: dict[str, Any], group: str, composed: DictConfig, overr
 
 
 def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Sample as the model's own run did."""
+    """Sampling options of the run that trained the model."""
     trained = open_model(composed.checkpoint)
     composed.checkpoint = trained.source
     if not trained.run:
@@ -68,35 +75,35 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
 
 
 def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Evaluate on the data of the model's own run, by its own tokenizer, in windows of the length it was trained on."""
+    """Data and tokenizer of the run that trained the model, and windows as long as its blocks."""
     trained = open_model(composed.checkpoint)
     composed.checkpoint = trained.source
     run = trained.run
     if run:
         composed = with_group_of(run, "data", composed, overrides)
     keys, context = keys_of(overrides), trained.config.context_length
-    found = use_tokenizer_of(trained, "checkpoint", composed, keys)
+    problems = use_tokenizer_of(trained, "checkpoint", composed, keys)
     if "data.max_length" not in keys:
         composed.data.max_length = run["data"]["max_length"] if run else context
     elif composed.data.max_length > context:
-        found.append(
+        problems.append(
             f"data.max_length: windows of {composed.data.max_length} tokens do not fit into the context of "
             f"checkpoint={trained.source}, {context}"
         )
-    if found:
-        raise UserError(*found)
+    if problems:
+        raise UserError(*problems)
     return composed
 
 
 def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Go on with the configuration of the run that is resumed, or take the shape of the model that is started from."""
+    """The configuration of the run to resume, or the shape and tokenizer of the model in `train.init_from`."""
     if composed.resume is not None:
         path = resumed_checkpoint(composed.resume)
         if path is not None:
             return with_configuration_of_run(path, composed, overrides)
         if not composed.train.auto_resume:
             raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it")
-        composed.resume = None  # it ended before its first checkpoint, so it begins anew
+        composed.resume = None  # it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
         return composed
     trained = open_model(composed.train.init_from, "train.init_from")
@@ -106,42 +113,44 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Di
     for override in parsed(overrides):
         if override.key_or_group == "model":
             chosen |= set(map(str, OmegaConf.load(CONF / "model" / f"{override.value()}.yaml")))
-    asked = OmegaConf.to_object(composed.model)
-    assert isinstance(asked, GPT2Config)
-    found = use_tokenizer_of(trained, "train.init_from", composed, keys)
+    requested = OmegaConf.to_object(composed.model)
+    assert isinstance(requested, GPT2Config)
+    problems = use_tokenizer_of(trained, "train.init_from", composed, keys)
     try:
-        composed.model = finetuning_config(trained, asked, chosen)
+        composed.model = finetuning_config(trained, requested, chosen)
     except UserError as error:
-        found += error.problems
-    if found:
-        raise UserError(*found)
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
     composed.train.init_from = trained.source
     return composed
 
 
 def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> list[str]:
-    """Tokenize as a trained model learned to: to it, the tokens of any other tokenizer are other words.
+    """Set `data.tokenizer` to that of a trained model, whose token ids mean nothing under another tokenizer.
 
-    Returns what is wrong: the command line asks for another one, the model has none, or fewer tokens.
+    Returns the problems: the command line sets another tokenizer, the model has none, or it has fewer tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
     if "data.vocab_size" in keys:
-        return [f"data.vocab_size: it is for a tokenizer that is made, and {model} has its own"]
+        return [f"data.vocab_size: only a newly trained tokenizer has it, and {model} brings its own"]
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()
         except UserError as error:
-            return [f"data.tokenizer: {error}; name the one that it was trained with"]
-        composed.data.tokenizer = trained.source if trained.tokenizer else "gpt2"  # what `tokenizer_for_text` gave
+            return [f"data.tokenizer: {error}; name the tokenizer that it was trained with"]
+        composed.data.tokenizer = trained.source if trained.tokenizer else "gpt2"  # the result of `tokenizer_for_text`
     elif wanted == "train":
-        return [f"data.tokenizer: the tokens of a new one mean nothing to {model}; left out, it is the model's own"]
+        return [
+            f"data.tokenizer: {model} does not know the tokens of a new tokenizer; leave it out to use the model's own"
+        ]
     else:
         try:
             tokenizer = open_tokenizer(wanted)
         except UserError as error:
             return error.problems
         if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
-            return [f"data.tokenizer: {wanted} is not that of {model}; left out, it is"]
+            return [f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use that one"]
     if tokenizer.ids_in_use > trained.config.vocab_size:
         known = trained.config.vocab_size
         return [f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"]
@@ -154,71 +163,71 @@ def fill_from_checkpoint_export(composed: DictConfig, _overrides: list[str]) -> 
 
 
 def fill_from_checkpoint_benchmark(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Take the shape of the trained model, if one is named."""
+    """The shape of the trained model, if one is named."""
     if composed.checkpoint is not None:
         if any(key.split(".")[0] == "model" for key in keys_of(overrides)):
-            raise UserError("model: checkpoint= brings a model of its own, drop one of the two")
+            raise UserError("model: checkpoint= brings its own model, drop one of the two")
         trained = open_model(composed.checkpoint)
         composed.checkpoint, composed.model = trained.source, trained.config
     return composed
 
 
 def resumed_checkpoint(resume: str) -> Path | None:
-    """The newest intact checkpoint of a run folder, or of the latest run; None if it has none.
+    """The newest intact checkpoint of a run folder, or of the latest run; None if it has no checkpoint.
 
     Raises:
-        UserError: All that it has are damaged.
+        UserError: All checkpoints are damaged.
     """
     folder = run_folder.checkpoint_folder_of(run_folder.latest_run() if resume == "latest" else Path(resume))
     return folder and run_folder.first_intact(run_folder.newest_first(folder))
 
 
 def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration that a run was started with, changed where the command line may change it."""
+    """The configuration that a run was started with, and the changes to it that the command line may make."""
     record = checkpoint.read_record(path)
     saved, done = record["run"], record["progress"]["step"]
     if saved is None:
-        raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to go on with")
+        raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to resume with")
     result = merged(TrainRun, saved)
     result.resume_changes = False
-    found: list[str] = []
-    asked = requested_changes(composed, overrides, set(saved["started_with"]))
-    for key, new in asked.items():
+    problems: list[str] = []
+    requested = requested_changes(composed, overrides, set(saved["started_with"]))
+    for key, new in requested.items():
         old = OmegaConf.select(result, key)
         if key in CHANGEABLE or (new != old and composed.resume_changes):
             OmegaConf.update(result, key, new)
         elif new != old:
-            found.append(f"{key}: {new} was asked for, the run has {old}; it keeps that unless resume_changes=true")
+            problems.append(f"{key}: {new} was requested, but the run has {old}; resume_changes=true allows the change")
     if result.train.max_steps is not None and result.train.max_steps < done:
-        found.append(f"train.max_steps: the run has made {done} steps already, {result.train.max_steps} is less")
-    if found:
-        raise UserError(*found)
+        problems.append(f"train.max_steps: the run has made {done} steps already, more than {result.train.max_steps}")
+    if problems:
+        raise UserError(*problems)
     result.resume, result.study = str(path), composed.study
-    if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in asked:
-        result.data.tokenizer = str(path)  # the checkpoint holds what may be gone elsewhere by now
+    if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in requested:
+        result.data.tokenizer = str(path)  # its folder may be gone, the checkpoint holds a copy
     return result
 
 
 def requested_changes(composed: DictConfig, overrides: list[str], known: set[str]) -> dict[str, Any]:
-    """What a command line says of single values, key by key, also by the groups and presets that it chooses.
+    """The values that a command line requests, key by key, including those of the groups and presets that it chooses.
 
-    What it was told in the same words when it began (`known`) is no news to a run, but for what may change any time;
-    and that is none to one that goes on by itself, for it may have been told since.
+    Arguments that the run was started with (`known`) are no requests. An exception are the keys that may change at any
+    time, which may have changed since; but with auto_resume the command line is repeated, so they are none either.
     """
     wanted, default = leaves(composed), leaves(compose_or_refuse("train"))
-    asked: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     for override in parsed(overrides):
         key = override.key_or_group
-        may_be_news = key in CHANGEABLE and not composed.train.auto_resume
-        if key.startswith(("hydra.", "study.")) or (override.input_line in known and not may_be_news):
+        may_differ = key in CHANGEABLE and not composed.train.auto_resume
+        if key.startswith(("hydra.", "study.")) or (override.input_line in known and not may_differ):
             continue
         if key in wanted:
-            asked[key] = wanted[key]
+            requested[key] = wanted[key]
         elif key in composed and OmegaConf.is_dict(composed[key]):
-            asked |= {leaf: value for leaf, value in wanted.items() if leaf.startswith(f"{key}.")}
+            requested |= {leaf: value for leaf, value in wanted.items() if leaf.startswith(f"{key}.")}
         else:  # a preset
-            asked |= {leaf: value for leaf, value in wanted.items() if value != default.get(leaf)}
-    return asked
+            requested |= {leaf: value for leaf, value in wanted.items() if value != default.get(leaf)}
+    return requested
 
 
 COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {

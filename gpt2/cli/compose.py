@@ -1,8 +1,4 @@
-"""From what Hydra composes to what runs: typed, checked, and completed by the trained model that it names.
-
-What a trained model brings with it, its shape, its tokenizer, its sampling, its data, the configuration of a run to
-resume, takes the place of defaults, never of what was asked for.
-"""
+"""Composes `conf/` with Hydra, in this process and without running anything, and formats overrides and errors."""
 
 import re
 import shlex
@@ -24,13 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 import gpt2.cli.schema  # noqa: F401  # registers the schemas and resolvers
 from gpt2.errors import UserError, without_secrets
 
-# A folder of presets may not be there yet.
+# outputs/sweeps, where presets of studies lie, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
-# What has no part in the result of a run.
+# Keys, or groups, without effect on a run's result.
 WITHOUT_PART = {
     *("sample_prompt", "profile", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
@@ -62,7 +58,7 @@ def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
 
 
 def compose_or_refuse(name: str) -> DictConfig:
-    """The configuration without overrides. A fault in it lies in a file of `conf/`."""
+    """The configuration without overrides, so that an error lies in a file of `conf/`."""
     try:
         return compose(name, [])
     except (HydraException, OmegaConfBaseException) as error:
@@ -70,7 +66,7 @@ def compose_or_refuse(name: str) -> DictConfig:
 
 
 def composition_error(error: Exception) -> str:
-    """What is wrong, in one line out of Hydra's several: the choices there are, but not where they were looked for."""
+    """The one line of Hydra's message that says what is wrong, with the available choices but no search path."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
@@ -87,12 +83,12 @@ def parsed(overrides: list[str]) -> list[Override]:
 
 
 def merged(schema: type, *layers: Any) -> DictConfig:
-    """The layers over a schema's defaults, each checked against it."""
+    """Merge layers into a schema's defaults. OmegaConf checks each key and type."""
     return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
 
 
 def as_argument(key: str, value: Any) -> str:
-    """`key=value` as one has to type it, past the shell's grammar and Hydra's."""
+    """`key=value` quoted for the shell and for Hydra's grammar."""
     return shlex.quote(f"{key}={in_hydras_grammar(value)}")
 
 
@@ -106,10 +102,10 @@ def in_hydras_grammar(value: Any) -> str:
 
 
 def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a command line comes to, as groups to choose and the values that differ from what those say.
+    """A command line as a preset: the groups it chooses, and the values that differ from those of the groups.
 
     Args:
-        without: Groups that are not to be chosen; what they say becomes values.
+        without: Groups that the preset does not choose; their values are listed instead.
     """
     chosen, usual = (compose("train", words, with_hydra=True).hydra.runtime.choices for words in (overrides, []))
     choices = {
@@ -122,11 +118,11 @@ def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dic
 
 
 def title(overrides: list[str], longest: int = 100) -> str:
-    """What a command line asks for, in the words that tell runs apart: `model=gpt2_xl train.seed=2` is gpt2_xl seed=2.
+    """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
-    What has no part in a run's result is left out, and so is a value that is long.
+    Keys without effect on the result and long values are left out.
     """
-    words: dict[str, str] = {}  # the last of each key counts
+    words: dict[str, str] = {}  # if a key is repeated, the last one counts
     for override in parsed(overrides):
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
         if key in WITHOUT_PART or key.startswith("hydra.") or key == "wandb":
@@ -138,12 +134,12 @@ def title(overrides: list[str], longest: int = 100) -> str:
 
 
 def keys_of(overrides: list[str]) -> set[str]:
-    """The keys and groups that a command line names."""
+    """The keys and groups that a command line sets."""
     return {override.key_or_group for override in parsed(overrides)}
 
 
 def leaves(config: DictConfig, resolved: bool = True) -> dict[str, Any]:
-    """The values of a configuration by their full keys; a list is a value."""
+    """The values of a configuration by their full keys. A list is one value."""
     plain = OmegaConf.to_container(config, resolve=resolved)
     assert isinstance(plain, dict)
     result: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The dataclasses of `gpt2.config` as Hydra's schemas, and the resolvers that `conf/` uses."""
+"""Registers the dataclasses of `gpt2.config` as Hydra's schemas, and the resolvers that `conf/` uses."""
 
 import math
 import secrets
@@ -33,15 +33,15 @@ SCHEMAS: dict[str, type[Run]] = {
 
 
 def steps_for_tokens(tokens: Any, _root_: DictConfig) -> int:
-    """The steps that train on so many tokens, at the batch size that a run has: `train.max_steps=${steps:1e9}`."""
+    """The steps that train on a number of tokens, at the batch size of the run: `train.max_steps=${steps:1e9}`."""
     per_step = _root_.train.batch_size * _root_.train.accumulation_steps * _root_.data.max_length
     return max(1, round(tokens / per_step))
 
 
 def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
-    """The steps that take so much compute, 6 FLOPs a token and weight, without those of the embeddings.
+    """The steps that take a number of FLOPs: 6 for each token and weight, without embeddings (Kaplan et al., 2020).
 
-    The measure of Kaplan et al. (2020), by which models of other shapes compare.
+    By this measure models of different shapes are compared at equal compute.
     """
     model = _root_.model
     weights = model.num_layers * model.d_model * (4 * model.d_model + 2 * model.d_ff)
@@ -49,7 +49,7 @@ def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
 
 
 def register() -> None:
-    """Give Hydra the schema of each command and of a study, and the resolvers that `conf/` uses."""
+    """Register the schema of each command and of a study, and the resolvers."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)

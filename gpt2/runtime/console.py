@@ -1,4 +1,4 @@
-"""The terminal: plain lines, and a progress line for whoever watches."""
+"""Terminal output: log lines, and a progress line if standard output is a terminal."""
 
 import logging
 import math
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Log lines on standard output, above the progress line while there is one.
+    """Prints log records on standard output, above the progress line.
 
-    It looks `sys.stdout` up each time, because the progress line puts something in its place. A record marked
-    `on_progress_line` is not repeated while that line shows it, and one marked `in_file_only` is for others.
+    `sys.stdout` is looked up each time, because rich replaces it while a progress line is shown. Records with the
+    attribute `on_progress_line` are skipped on a terminal, where the line shows them; those with `in_file_only` always.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Where nobody reads any more, after `| head` or on a terminal that was closed, the run goes on in silence."""
+        """Continue without output if the reader has gone, as after `| head` or when the terminal was closed."""
         _raise_full_disk()
         if isinstance(sys.exc_info()[1], OSError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
@@ -46,7 +46,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 class LogFile(logging.FileHandler):
-    """Log lines in a file."""
+    """Writes log records to a file; a full disk ends the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         _raise_full_disk()
@@ -54,7 +54,7 @@ class LogFile(logging.FileHandler):
 
 
 def _raise_full_disk() -> None:
-    """Let what `logging` would print with a traceback, and go on, end the run as it does anywhere else."""
+    """Raise the current exception if the disk is full: `logging` would print a traceback and continue."""
     error = sys.exc_info()[1]
     if error is not None and is_full_disk(error):
         raise error
@@ -67,7 +67,7 @@ def is_terminal() -> bool:
 
 @contextmanager
 def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[..., None]]:
-    """Show that something goes on. Yields a function to call with the amount done so far, and of how much if known."""
+    """Show the progress of a long task. Yields a function of the amount done and, if known, the total."""
     started = time.perf_counter()
     last_line = started
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[amount]}"))
@@ -93,7 +93,7 @@ def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> I
 
 
 def time_left(seconds: float | None) -> str:
-    """Such as 1:02:03 or 2:03."""
+    """Seconds as h:mm:ss or m:ss; -:-- if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "-:--"
     minutes, seconds = divmod(round(seconds), 60)
@@ -102,7 +102,7 @@ def time_left(seconds: float | None) -> str:
 
 
 class ProgressLine:
-    """Step, loss, speed and time left on one line of a terminal; nothing where there is none."""
+    """Step, loss, speed and time left on one line of a terminal; nothing if standard output is no terminal."""
 
     def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         columns = (

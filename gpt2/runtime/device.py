@@ -1,4 +1,4 @@
-"""What the hardware is and can do: which device, which number format, how many operations a second at best."""
+"""The hardware: choice of device and precision, description, peak FLOP/s, memory of freed models."""
 
 import ctypes
 import gc
@@ -22,7 +22,7 @@ from gpt2.runtime.dist_env import dist_env
 
 log = logging.getLogger(__name__)
 
-# Dense 16-bit matrix FLOP/s of a single chip, from the makers' data sheets.
+# Peak FLOP/s of dense 16-bit matrix products on one chip, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -40,7 +40,10 @@ PEAK_FLOPS = {
 
 
 def choose_device(name: str, key: str = "device") -> torch.device:
-    """`auto`: CUDA, else Apple's GPU, else the CPU. Any other name is taken at its word; `key` is what it was said by.
+    """The device of a name. `auto` is CUDA, else Apple's GPU, else the CPU; a rank of torchrun gets its own GPU.
+
+    Args:
+        key: The configuration key of the name, for error messages.
 
     Raises:
         UserError: There is no such device here.
@@ -61,16 +64,16 @@ def choose_device(name: str, key: str = "device") -> torch.device:
         "cpu": True,
     }
     if not available.get(device.type, False):
-        usable = [kind for kind, there in available.items() if there]
+        usable = [kind for kind, is_available in available.items() if is_available]
         others = f", and {dist_env().local_world_size} ranks need one each" if dist_env().by_torchrun else ""
         raise UserError(f"{key}: there is no {device} here{others}; auto, or one of {usable}, would do")
     return device
 
 
 def cuda_or_else(name: str) -> torch.device:
-    """`choose_device`, but for `cuda` where there is none: then what `auto` would be, and a log line says so.
+    """`choose_device`, but `cuda` on a machine without CUDA falls back to `auto` with a warning.
 
-    For the promised API, where `cuda` is the default of classes that work everywhere.
+    For the Python API, where `cuda` is the default of classes that work on all devices.
     """
     if name != "cuda" or torch.cuda.is_available():
         return choose_device(name)
@@ -81,7 +84,7 @@ def cuda_or_else(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """The number format of matrix products. Weights, gradients and optimizer state are always fp32."""
+    """The number format of matrix products under autocast. Weights, gradients and optimizer state stay in fp32."""
 
     name: str  # fp32 | bf16 | fp16
     device: torch.device
@@ -94,37 +97,37 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Loss scaling, which only fp16 needs: its smallest numbers are too large for gradients."""
+        """Loss scaling, enabled for fp16 only: gradients would underflow in it."""
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
 def precision_asked(config: TrainingConfig) -> str:
-    """What the configuration says of the number format; it may be `auto`."""
+    """The precision that the configuration requests, which may be `auto`."""
     return config.precision if config.mixed_precision else "fp32"
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """That of a name; `auto` is bf16 where the chip computes in it, else fp16 on CUDA, else fp32."""
+    """The precision of a name. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
     if name != "auto":
         return Precision(name, device)
     if device.type == "cpu":
         return Precision("bf16" if computes_in_bf16() else "fp32", device)
     if device.type != "cuda":
         return Precision("fp32", device)
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older chips only emulate it
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate bf16
     return Precision("bf16" if has_bf16 else "fp16", device)
 
 
 @cache
 def computes_in_bf16() -> bool:
-    """Whether this CPU multiplies matrices of bf16 clearly faster than those of fp32. Others only emulate it."""
+    """Whether this CPU multiplies bf16 matrices clearly faster than fp32 ones; measured, as many CPUs emulate bf16."""
     matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     fp32, bf16 = fastest_seconds([partial(torch.mm, matrix, matrix) for matrix in matrices.values()])
     return bf16 < 0.8 * fp32
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> list[float]:
-    """The shortest time of each, in turn: what other programs take meanwhile has the least part in it."""
+    """The shortest time of each function, called in turn: the measure that other programs disturb least."""
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(repetitions + 1):
         for way, taken in zip(ways, seconds, strict=True):
@@ -135,7 +138,7 @@ def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> 
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What a run's speed depends on: the device and its memory in GB, the CPU, its cores, the threads that compute."""
+    """What the speed of a run depends on: device, its memory in GB, CPU, cores and threads of PyTorch."""
     about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -159,22 +162,22 @@ def describe(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep memory that is freed, instead of giving it back to the kernel and asking for it anew.
+    """Make glibc keep freed memory instead of returning it to the kernel; no effect with other C libraries.
 
-    Each step on a CPU allocates and frees the same activations; fresh pages cost the kernel more time than many
-    a layer: kept, a step of gpt2_nano took 0.73 of the time. Only glibc can be told so; elsewhere nothing changes.
+    Each step on a CPU allocates and frees the same activations, and fresh pages cost more time than many a layer:
+    with this setting a step of gpt2_nano takes 0.73 of the time.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # names of <malloc.h>
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of <malloc.h>
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
 
 
 def free_memory() -> None:
-    """Give back what a model that is gone has left: circles of references, and what C library and PyTorch keep."""
+    """Release the memory of deleted models: reference cycles, and the caches of the C library and PyTorch."""
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # of so many models it compiles, and then no more
+        torch.compiler.reset()  # it stops compiling after a number of models
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
@@ -185,13 +188,13 @@ def free_memory() -> None:
 
 
 def peak_flops(precision: Precision) -> float | None:
-    """The chip's own limit in FLOP/s for 16-bit matrix products, or None where it is not known."""
+    """Peak FLOP/s of the chip for 16-bit matrix products; None if unknown."""
     if precision.device.type != "cuda" or precision.name == "fp32":
         return None
     return known_peak(torch.cuda.get_device_name(precision.device))
 
 
 def known_peak(name: str) -> float | None:
-    """The entry of `PEAK_FLOPS` whose words are all words of a device's name: an A1000 is no A100."""
+    """The entry of `PEAK_FLOPS` whose words all occur in a device's name: an A1000 is no A100."""
     words = set(re.split(r"[\s-]+", name))
     return next((flops for chip, flops in PEAK_FLOPS.items() if words.issuperset(chip.split())), None)

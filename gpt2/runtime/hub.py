@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: reached when it can be, its cache used when it cannot, and never waited for."""
+"""The Hugging Face Hub: downloads if it answers within seconds, otherwise its local cache."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from gpt2.errors import UserError
 log = logging.getLogger(__name__)
 
 WITHOUT_NETWORK = (
-    "what needs no network: data=text data.files=[FILE,...]; local folders as data.dataset_name and data.tokenizer; to "
+    "without a network: data=text data.files=[FILE,...]; local folders as data.dataset_name and data.tokenizer; to "
     "train, experiment=quickstart (this Python's own source) and data.tokenizer=train or bytes"
 )
 
@@ -33,15 +33,15 @@ def is_on_hub(name: str) -> bool:
 
 
 def caches() -> Path:
-    """Where this program keeps what it can make again, unless `data.cache_dir` says otherwise."""
+    """The folder for files that can be computed again, unless `data.cache_dir` names another."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
 
 
 @cache
 def connect(seconds: float = 3.0) -> None:
-    """Find out once whether the Hub answers. If not, its libraries are told to use their caches alone.
+    """Check once whether the Hub answers. If not, make its libraries use their caches only.
 
-    Left to themselves they would ask six times over half a minute.
+    By themselves they would retry for half a minute.
     """
     if os.environ.get("HF_HUB_OFFLINE"):
         return
@@ -53,21 +53,21 @@ def connect(seconds: float = 3.0) -> None:
     except OSError as error:
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for name in ("huggingface_hub.constants", "datasets.config"):  # where a notebook has imported them already
+        for name in ("huggingface_hub.constants", "datasets.config"):  # already imported, for example in a notebook
             if name in sys.modules:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
-    """A local folder with those files of a model repository on the Hub that match, downloaded unless cached.
+    """A local folder with the files of a model repository that match the patterns, downloaded unless cached.
 
-    OpenAI's models are found in the cache with their owner's name and, as they were once called, without.
+    OpenAI's models may be cached with or without their owner's name, which they did not have at first.
 
     Args:
-        instead: What to do where it is not to be had, as the error says it.
+        instead: Advice for the error message.
 
     Raises:
-        UserError: It is neither cached nor to be had.
+        UserError: The repository is neither cached nor available.
     """
     connect()
     from huggingface_hub import constants, snapshot_download
@@ -80,10 +80,10 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     for name in names:
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:  # what huggingface_hub raises derives from one of the two
+        except (OSError, ValueError) as error:  # the bases of huggingface_hub's errors
             reason = error
             continue
-        if any(any(folder.glob(pattern)) for pattern in patterns):  # offline, what is cached may be a part
+        if any(any(folder.glob(pattern)) for pattern in patterns):  # offline, the cached snapshot may be incomplete
             return folder
     raise UserError(
         f"{repository}: there is no such folder here, and {patterns[0]} is not to be had from the Hugging Face Hub "

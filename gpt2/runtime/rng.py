@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its configuration and data: random states, algorithms, versions."""
+"""Reproducibility: states of random generators, deterministic algorithms, the commit and versions of libraries."""
 
 import os
 import platform
@@ -15,15 +15,15 @@ from torch import Tensor
 
 @dataclass
 class RandomState:
-    """The state of every global generator: PyTorch's on the CPU and on `device`, Python's, NumPy's."""
+    """The states of the global generators of PyTorch (CPU and `device`), Python and NumPy."""
 
     device: torch.device
-    tensors: dict[str, Tensor]  # of PyTorch
-    elsewhere: dict[str, Any] = field(default_factory=dict)  # plain values, fit for JSON
+    tensors: dict[str, Tensor]  # PyTorch's, by device type
+    elsewhere: dict[str, Any] = field(default_factory=dict)  # Python's and NumPy's, as JSON values
 
     @classmethod
     def of_torch(cls, device: torch.device) -> "RandomState":
-        """PyTorch's alone: all that a model draws from."""
+        """The states of PyTorch only, from which models sample."""
         states = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(device)
@@ -38,7 +38,7 @@ class RandomState:
         return cls(device, cls.of_torch(device).tensors, elsewhere)
 
     def restore(self) -> None:
-        """Set the generators back. A state of a kind of device that is not here is left out."""
+        """Set the generators to these states. The state of another type of device is ignored."""
         torch.set_rng_state(self.tensors["cpu"])
         if self.device.type == "cuda" and "cuda" in self.tensors:
             torch.cuda.set_rng_state(self.tensors["cuda"], self.device)
@@ -51,14 +51,14 @@ class RandomState:
 
 
 def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:
-    """What a rank seeds its dropout with, so that no two draw the same; rank 0 as if it were alone."""
+    """The seed of a rank's dropout: different on each rank, and `seed` itself on rank 0."""
     return seed if rank == 0 else int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
 
 
 def make_deterministic() -> None:
-    """Have PyTorch use algorithms only that give the same bits each time, or raise where there is none.
+    """Make PyTorch use deterministic algorithms, or raise an error if an operation has none.
 
-    On a CPU they do so anyway, for the same number of threads.
+    CPU operations are deterministic anyway, for the same number of threads.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the device is first used
     torch.use_deterministic_algorithms(True)
@@ -66,20 +66,20 @@ def make_deterministic() -> None:
 
 
 def commit() -> dict[str, Any] | None:
-    """Of this repository: the commit that is checked out, and whether tracked files differ from it; None if unknown."""
+    """The checked-out commit of this repository and whether tracked files differ from it; None if unknown."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
-    except (OSError, subprocess.SubprocessError):  # a copy without its history, or a machine without git
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
         return None
     return {"commit": head, "dirty": bool(changes)}
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the last bits of a number may depend on."""
+    """Versions of everything that the last bits of a result may depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -229,7 +229,10 @@ def test_other_tokenizer_than_that_of_the_weights_is_refused(folder, tmp_path):
         (fault,) = validate_command_line(
             name, [f"{key}='{folder}'", "data=stdlib", f"data.tokenizer='{tmp_path}/other'"]
         )
-        assert fault == f"data.tokenizer: {tmp_path}/other is not that of {key}={folder}; left out, it is"
+        assert (
+            fault
+            == f"data.tokenizer: {tmp_path}/other is not the tokenizer of {key}={folder}; leave it out to use that one"
+        )
         assert not validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
 
 

@@ -192,7 +192,7 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
             "64 tokens .* and 128 .*=64, prompt_tokens=32 new_tokens=32 would",
         ),
         ("benchmark_generation", ["formats=[]"], "formats: "),
-        ("benchmark_generation", ["checkpoint=x", "model=gpt2_nano"], "model: checkpoint= brings a model of its own"),
+        ("benchmark_generation", ["checkpoint=x", "model=gpt2_nano"], "model: checkpoint= brings its own model"),
         ("train", ["inference.quantization=int8"], "inference.quantization: samples are written by the model as it is"),
         ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
         ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),
