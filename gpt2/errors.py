@@ -53,11 +53,10 @@ def machine_error(error: BaseException) -> str | None:
 
 
 def _lost_job(message: str) -> str:
-    job, file, state = (
-        re.search(pattern, message) for pattern in (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)")
-    )
-    where = f", see its output in {Path(file[1]).parent}" if file else ""
-    return f"job {job[1] if job else '?'} ended without a result ({state[1] if state else '?'}){where}; other jobs continue"
+    patterns = (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)")
+    job, file, state = (match[1] if (match := re.search(pattern, message)) else None for pattern in patterns)
+    output = f", see its output in {Path(file).parent}" if file else ""
+    return f"job {job or '?'} ended without a result ({state or '?'}){output}; other jobs continue"
 
 
 def one_line(error: BaseException) -> str:

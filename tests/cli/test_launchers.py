@@ -204,7 +204,7 @@ def test_what_became_of_jobs_elsewhere_is_told_here(workspace: Workspace):
     lost = workspace.run_anew("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
-    told = r"error: job \d+ ended without a result \(FINISHED\), what it printed is in (.*); others go on\n"
+    told = r"error: job \d+ ended without a result \(FINISHED\), see its output in (.*); other jobs continue\n"
     assert Path(re.fullmatch(told, lost.stderr)[1]).parent == folder / ".submitit"
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
     failed = workspace.run_anew("train.py", *line, expect=1)
