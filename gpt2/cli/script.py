@@ -123,15 +123,12 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
         if isinstance(config, GenerateRun):
             config.prompt = prompt
 
-        def run() -> Any:
-            if folder.is_new and name == "train" and env.is_main:
-                lock.enter_context(run_lock(output_folder()))
-            return run_task(task, config)
-
         def job(_composed: DictConfig) -> Any:
             early_log.replay()
             with errors_as_lines(), clean_up_on_error():
-                return run()
+                if folder.is_new and name == "train" and env.is_main:
+                    lock.enter_context(run_lock(output_folder()))
+                return run_task(task, config)
 
         run_composed(composed, job, TRUSTED)
 
