@@ -242,16 +242,8 @@ class Trainer:
             self._call("on_validation_batch", batch, batches)
             return self.interrupted_by is None
 
-        return score(
-            self.model,
-            self.val_loader,
-            self.device,
-            self.plan.precision.autocast(),
-            self.config.eval_batches,
-            on_batch,
-            self.tokenizer,
-            self.group,
-        )
+        batches, autocast = self.config.eval_batches, self.plan.precision.autocast()
+        return score(self.model, self.val_loader, self.device, autocast, batches, on_batch, self.tokenizer, self.group)
 
     def _step_name(self, micro_batches: int) -> str:
         """Number of the current step and its place in the data, for messages."""

@@ -1,4 +1,4 @@
-"""Evaluation is exact: against a plain loop over `transformers`, whatever the batch size, the stride or the tail."""
+"""Evaluation matches a plain loop over `transformers` for all batch sizes, strides and lengths."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Faults on purpose: only those that are asked for, only at their steps, and otherwise nothing at all."""
+"""Injected faults act only at their steps and otherwise change nothing."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ blocks = training.blocks  # the fixture
 
 
 def hooks(trainer) -> int:
-    """How many there are on a model, its parts and its parameters."""
+    """The number of hooks on a model, its modules and its parameters."""
     of_modules = [
         getattr(module, kind)
         for module in trainer.model.modules()

@@ -1,4 +1,4 @@
-"""Going on with a run from the command line: what may change, who may write, and what happens when things go wrong."""
+"""Resuming a run from the command line: changed settings, concurrent writers, damaged files."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def start(workspace: Workspace, *arguments: str) -> warm.Process:
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[checkpoint._read_header(path)[1]["model/final_norm.bias"].begin] ^= 1
-    path.unlink()  # its other names stay what they were
+    path.unlink()  # its other names keep the intact file
     path.write_bytes(content)
 
 
@@ -54,7 +54,7 @@ def test_auto_resume_continues_and_stops_when_finished(workspace: Workspace):
     assert steps(run) == sorted(set(steps(run)))
     assert workspace.runs() == [run]
 
-    done = workspace.run("train.py", *AUTO)  # another command: another run
+    done = workspace.run("train.py", *AUTO)  # another command is another run
     assert len(workspace.runs()) == 2
     assert "Resuming" not in done.stdout
     other = max(workspace.runs(), key=lambda path: path.stat().st_mtime)
@@ -86,7 +86,7 @@ def test_run_killed_before_first_checkpoint_restarts(workspace: Workspace):
 def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     workspace.run("train.py", *AUTO)
     (run,) = workspace.runs()
-    (run / ".hydra" / "overrides.yaml").write_bytes(b"\0\0\0")  # as after a power cut
+    (run / ".hydra" / "overrides.yaml").write_bytes(b"\0\0\0")  # as after a power failure
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\xfe\n5\n{"tokens": 3}\n{"step": 8, "tok')
     (run / "backup").mkdir()
@@ -94,7 +94,9 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     longer = workspace.run("train.py", f"resume={run}", "train.max_steps=12")
     assert "metrics.jsonl: 4 damaged lines are removed" in longer.stdout
     assert "Resuming after step 8" in longer.stdout
-    assert "Resuming after step 12" in workspace.run("train.py", *AUTO).stdout  # longer stays longer
+    assert (
+        "Resuming after step 12" in workspace.run("train.py", *AUTO).stdout
+    )  # the longer limit is part of the run now
     assert steps(run, "val/loss") == [4, 8, 12]
     assert (run / "backup").is_dir()
 
@@ -113,8 +115,8 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
         ([*AUTO, "-m", "hydra.sweep.dir=a/${now:%H}"], "hydra.sweep.dir: train.auto_resume needs a plain name"),
     ],
 )
-def test_impossible_resumption_is_refused(trained: Workspace, arguments, told):
-    assert told in trained.run("train.py", *arguments, expect=2).stderr
+def test_impossible_resumption_is_refused(trained: Workspace, arguments, message):
+    assert message in trained.run("train.py", *arguments, expect=2).stderr
 
 
 def test_run_survives_closed_terminal(workspace: Workspace):
@@ -186,14 +188,14 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
         "experiment=quickstart": "model.d_model: 128 was requested, but the run has 32",
     }
     refused = workspace.run("train.py", "resume=latest", *changes, expect=2)
-    assert not [told for told in changes.values() if told not in refused.stderr], refused.stderr
+    assert not [message for message in changes.values() if message not in refused.stderr], refused.stderr
     same = ["data=text", "train.batch_size=4", *options]
     workspace.run("train.py", "resume=latest", *same, "train.max_steps=9")
 
     accepted = ["train.batch_size=2", "train.seed=5", "model.dropout=0.3", "data.validation_fraction=0.2"]
     done = workspace.run("train.py", "resume=latest", "train.max_steps=12", *accepted, "resume_changes=true")
-    for told in ("train.batch_size is 2, it was 4", "train.seed is 5, it was 1", "model.dropout is 0.3, it was 0.0"):
-        assert f"Changed: {told}" in done.stdout
+    for message in ("train.batch_size is 2, it was 4", "train.seed is 5, it was 1", "model.dropout is 0.3, it was 0.0"):
+        assert f"Changed: {message}" in done.stdout
     assert "Changed: data is" in done.stdout
     assert "Resuming after step 9" in done.stdout
     kept = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
@@ -210,11 +212,11 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
         ("out_of_memory@6", 1, "train.batch_size=2 train.accumulation_steps=2 makes the same steps in less memory"),
     ],
 )
-def test_failure_is_one_line_with_resume_command(workspace: Workspace, fault, code, told):
+def test_failure_is_one_line_with_resume_command(workspace: Workspace, fault, code, message):
     workspace.environment["GPT2_FAULT"] = fault
     ended = workspace.run("train.py", *TINY, expect=code)
     (line,) = ended.stderr.splitlines()
-    assert told in line
+    assert message in line
     assert "Step 4 is saved, resume with: python train.py resume=outputs/runs/gpt2/" in line
     del workspace.environment["GPT2_FAULT"]
     arguments = line.split("python train.py ")[1].split()

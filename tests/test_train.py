@@ -1,4 +1,4 @@
-"""The training loop: its arithmetic, its stops, and that an interrupted run is the uninterrupted one."""
+"""The training loop: arithmetic, limits, and that an interrupted run matches an uninterrupted one."""
 
 import json
 import os
@@ -34,7 +34,7 @@ VOCABULARY, LENGTH = 31, 16
 
 @pytest.fixture
 def blocks(tmp_path: Path) -> TokenDataset:
-    """20 blocks of numbers that have something to learn in them; the last block is short."""
+    """20 blocks of learnable numbers; the last block is short."""
     steps = np.random.default_rng(0).integers(1, 4, size=20 * LENGTH - 5)
     path = tmp_path / "tokens.bin"
     (np.cumsum(steps) % VOCABULARY).astype(np.uint8).tofile(path)
@@ -59,7 +59,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def assert_same_state(left: Path, right: Path) -> None:
-    """Two checkpoints hold the same bits, but for the time they took."""
+    """Assert that two checkpoints are bitwise equal, except for the training time."""
     one, other = checkpoint.read_tensors(left), checkpoint.read_tensors(right)
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
@@ -68,7 +68,7 @@ def assert_same_state(left: Path, right: Path) -> None:
 
 
 def logged(folder: Path) -> list[dict]:
-    """The metrics of a run without what a clock decides."""
+    """The metrics of a run without those that depend on time."""
     by_clock = {"seconds", "train/tokens_per_second"}
     return [{k: v for k, v in record.items() if k not in by_clock} for record in read_metrics(folder / "metrics.jsonl")]
 
@@ -206,7 +206,7 @@ def test_nan_loss_ends_training_and_keeps_checkpoint(blocks, tmp_path):
     assert (tmp_path / run_folder.LAST).read_bytes() == before
 
 
-# Interruption: k + k steps are 2k steps
+# Interruption: k + k steps equal 2k steps
 
 
 class InterruptAt(Callback):
@@ -254,13 +254,13 @@ def test_interrupted_run_matches_uninterrupted(blocks, tmp_path, num_workers, st
 
 
 def test_run_killed_after_last_save_matches_uninterrupted(blocks, tmp_path):
-    """That save is made at the end of an epoch, before the run is over."""
+    """The last save is at the end of an epoch, before the final evaluation."""
     options = {"dropout": 0.1, "max_steps": 10, "save_every": 5, "eval_every": 3}
     straight = make_trainer(blocks, tmp_path / "straight", **options)
 
     def after_step(*numbers: torch.Tensor) -> None:
         Trainer._after_step(straight, *numbers)
-        if straight.progress.step == 10:  # what a process leaves that is killed now
+        if straight.progress.step == 10:  # the files of a process that is killed now
             shutil.copytree(tmp_path / "straight", tmp_path / "killed")
 
     straight._after_step = after_step
@@ -317,7 +317,7 @@ def test_checkpoint_of_other_shape_is_refused(blocks, tmp_path):
         other.load_checkpoint(str(tmp_path / run_folder.LAST))
 
 
-# The promised API from text to text, without Hydra
+# The public API from text to text, without Hydra
 
 
 def test_library_without_hydra(tmp_path, capsys):
@@ -344,7 +344,7 @@ def test_library_without_hydra(tmp_path, capsys):
     assert "All work" in capsys.readouterr().out
 
 
-# How it is computed
+# The compute plan
 
 
 @pytest.mark.parametrize("option", [{"optimizer": "muon"}, {"precision": "bf16"}, {"lr_schedule": "wsd"}])
@@ -369,9 +369,9 @@ def test_resumed_run_keeps_automatic_precision(then, today, blocks, tmp_path, mo
     assert resumed.plan.precision.name != first.plan.precision.name
     resumed.load_checkpoint(str(tmp_path / "last.pth"))
     assert resumed.plan.precision.name == first.plan.precision.name == ("bf16" if then else "fp32")
-    told = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16")
-    told.load_checkpoint(str(tmp_path / "last.pth"))
-    assert told.plan.precision.name == "bf16"
+    explicit = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16")
+    explicit.load_checkpoint(str(tmp_path / "last.pth"))
+    assert explicit.plan.precision.name == "bf16"
 
 
 @pytest.mark.parametrize("then", onednn.LINEARS)
@@ -387,7 +387,9 @@ def test_resumed_run_keeps_linear_implementation(then, blocks, tmp_path, monkeyp
 
 
 def test_deterministic_and_16_bit_runs_do_not_measure(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation, "faster_linear", lambda: pytest.fail("what is measured may be another each time"))
+    monkeypatch.setattr(
+        compilation, "faster_linear", lambda: pytest.fail("a measurement may give another result each time")
+    )
     monkeypatch.setattr(train, "make_deterministic", lambda: None)
     for option in ({"deterministic": True}, {"precision": "bf16"}):
         assert make_trainer(blocks, tmp_path, **option).model.linear is torch.nn.functional.linear
@@ -403,7 +405,7 @@ def test_other_optimizer_starts_without_state(blocks, tmp_path, caplog):
 
 
 def test_compiled_run_matches_uncompiled(blocks, tmp_path, monkeypatch):
-    """Its odd last batches too. `aot_eager` compiles without a compiler of C++."""
+    """With smaller last batches. `aot_eager` needs no C++ compiler."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options))
     plain, compiled = (

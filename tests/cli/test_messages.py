@@ -1,4 +1,4 @@
-"""What ends a run and is no bug: told in a line, with what makes the same steps in less memory."""
+"""Expected failures are one line, with settings that need less memory."""
 
 import errno
 import os
@@ -40,11 +40,11 @@ OUT_OF_MEMORY = {
 def test_out_of_memory_is_one_line(kind):
     error = OUT_OF_MEMORY[kind]()
     assert is_out_of_memory(error)
-    told = machine_error(error)
-    assert told.startswith("out of memory: ")
-    assert told.removeprefix("out of memory: ").strip()
-    assert "\n" not in told
-    assert "See documentation" not in told
+    message = machine_error(error)
+    assert message.startswith("out of memory: ")
+    assert message.removeprefix("out of memory: ").strip()
+    assert "\n" not in message
+    assert "See documentation" not in message
 
 
 def test_out_of_memory_names_requested_size():
@@ -56,8 +56,8 @@ def test_out_of_memory_names_requested_size():
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_full_disk_names_reason_and_place(tmp_path, number):
     path = tmp_path / "not there yet" / "step.pth"
-    told = machine_error(OSError(number, os.strerror(number), str(path)))
-    assert re.fullmatch(rf"{os.strerror(number)}: {re.escape(str(path))} \([\d,.]+ MB are free there\)", told)
+    message = machine_error(OSError(number, os.strerror(number), str(path)))
+    assert re.fullmatch(rf"{os.strerror(number)}: {re.escape(str(path))} \([\d,.]+ MB are free there\)", message)
     assert machine_error(OSError(number, os.strerror(number))) == os.strerror(number)
     assert machine_error(OSError(number, os.strerror(number), 3)) == os.strerror(number)  # a descriptor
     assert not is_out_of_memory(OSError(number, os.strerror(number)))
@@ -110,21 +110,21 @@ def run_of(batch_size: int, accumulation_steps: int = 1) -> TrainRun:
 @pytest.mark.parametrize("batch_size", [2, 3, 4, 7, 8, 9, 12, 15, 35, 49, 97, 1000])
 @pytest.mark.parametrize("accumulation_steps", [1, 3, 16])
 def test_proposed_settings_keep_step_size(tmp_path, batch_size, accumulation_steps):
-    told = str(explain_failure(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
-    [proposal] = re.findall(r"(train\.batch_size=(\d+) train\.accumulation_steps=(\d+)) makes the same steps", told)
+    message = str(explain_failure(MemoryError(), run_of(batch_size, accumulation_steps), tmp_path, RESUME))
+    [proposal] = re.findall(r"(train\.batch_size=(\d+) train\.accumulation_steps=(\d+)) makes the same steps", message)
     smaller, more = int(proposal[1]), int(proposal[2])
     assert smaller * more == batch_size * accumulation_steps
     assert 1 <= smaller < batch_size
     assert smaller >= batch_size // 2 or all(batch_size % n for n in range(smaller + 1, batch_size))  # the next smaller
-    assert f"A pass was train.batch_size={batch_size} blocks of data.max_length=512 tokens" in told
-    assert f"a step train.accumulation_steps={accumulation_steps} of them" in told
+    assert f"A pass was train.batch_size={batch_size} blocks of data.max_length=512 tokens" in message
+    assert f"a step train.accumulation_steps={accumulation_steps} of them" in message
 
 
 def test_batch_of_one_proposes_gradient_checkpointing(tmp_path):
-    told = str(explain_failure(MemoryError(), run_of(1), tmp_path, RESUME))
-    assert "train.gradient_checkpointing=true makes the same steps in less memory" in told
-    assert "and so does" not in told
-    assert "accumulation_steps=1 of them" in told
+    message = str(explain_failure(MemoryError(), run_of(1), tmp_path, RESUME))
+    assert "train.gradient_checkpointing=true makes the same steps in less memory" in message
+    assert "and so does" not in message
+    assert "accumulation_steps=1 of them" in message
 
 
 def test_active_setting_is_not_proposed(tmp_path):

@@ -1,4 +1,4 @@
-"""Random states: kept, restored, and left alone."""
+"""Random states: saved, restored, and independent of each other."""
 
 import json
 import random
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def draw() -> dict[str, list]:
-    """Of every generator; Gaussian numbers, of which NumPy and Python make two at a time and keep one."""
+    """Numbers of every generator. NumPy and Python generate Gaussian numbers in pairs and cache the second."""
     return {
         "python": [random.gauss(0, 1), random.random()],
         "numpy": [np.random.randn(), np.random.rand()],
@@ -31,7 +31,7 @@ def leave_as_it_was() -> Iterator[None]:
     before.restore()
 
 
-@pytest.mark.parametrize("drawn", range(3))  # with and without a second number that is kept
+@pytest.mark.parametrize("drawn", range(3))  # with and without a cached second number
 @pytest.mark.parametrize("through_json", [True, False])
 def test_restored_generators_repeat_their_numbers(drawn, through_json):
     for _ in range(drawn):
@@ -41,7 +41,7 @@ def test_restored_generators_repeat_their_numbers(drawn, through_json):
     elsewhere = json.loads(json.dumps(state.elsewhere)) if through_json else state.elsewhere
     RandomState(CPU, state.tensors, elsewhere).restore()
     assert [draw() for _ in range(400)] == expected
-    state.restore()  # what was drawn has not changed it
+    state.restore()  # drawing has not changed the state
     assert draw() == expected[0]
 
 
@@ -68,7 +68,7 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
     (tmp_path / "gpt2" / "runtime").mkdir(parents=True)
     monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "runtime" / "rng.py"))
-    assert reproducibility.commit() is None  # a copy without its history
+    assert reproducibility.commit() is None  # a copy without history
     (tmp_path / "file").write_text("a")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)

@@ -1,4 +1,4 @@
-"""All that may go wrong with a run, done to it: `python -m tests.stress`. Prints a table, fails if anything was found.
+"""Inject many kinds of faults into runs: `python -m tests.stress`. Prints a table; fails if a fault did harm.
 
 `--small` does a little of each, as the tests do; names of experiments do only those.
 """

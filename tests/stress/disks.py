@@ -81,18 +81,18 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
     for number in range(count):
         kind = damage.kinds[number % len(damage.kinds)]
         kind()
-        told = f"{number}: {kind.__name__}"
+        message = f"{number}: {kind.__name__}"
         try:
             taken = run_folder.first_intact(run_folder.newest_first(checkpoints))
         except UserError as error:
             taken = None
             not_back.append(str(error))
         if taken == newest:
-            accepted.append(told)
+            accepted.append(message)
         elif taken != before:
-            not_back.append(f"{told}: {taken}")
+            not_back.append(f"{message}: {taken}")
         if newest.exists() and kind != damage.exchange_files and is_read(newest):
-            accepted.append(f"{told}, as it is named")
+            accepted.append(f"{message}, as it is named")
         damage.mend()
     newest.write_bytes(damage.good[:-1])
     resumed = place.run("train.py", *SMALL, *options)
@@ -120,7 +120,7 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
     expected, last = Result.of(reference), reference.checkpoints() / run_folder.LAST
     begun = Place(folder / "begun")
     lost += complain(begun, begun.run("train.py", *SMALL, "train.max_steps=9", "train.auto_resume=false"), {0})
-    size, told, messages = last.stat().st_size, 0, set()
+    size, message, messages = last.stat().st_size, 0, set()
     for number in range(count):
         limit = int(100 * (0.95 * size / 100) ** (number / max(1, count - 1)))
         place = Place(folder / f"limit {limit}")
@@ -137,7 +137,7 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
         if ended.code == -signal.SIGXFSZ or ended.code == 0 or "Traceback" in ended.output:
             lost.append(f"limit {limit}: exit code {ended.code}, {ended.output[-500:]}")
         found = re.findall(r"error: (File too large.*)", ended.output) or [ended.output]
-        told += "File too large" in ended.output or len(ended.output) >= limit
+        message += "File too large" in ended.output or len(ended.output) >= limit
         messages |= {found[0][:60]}
         if place.newest_step() < before:
             lost.append(f"limit {limit}: step {place.newest_step()} after {before}")
@@ -146,6 +146,6 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
             lost += [f"limit {limit}: {name} differs" for name in Result.of(place).differences(expected)]
         lost += [f"limit {limit}: {path} is left" for path in place.leftovers()]
         shutil.rmtree(place.folder)
-    if told < count:
-        lost.append(f"only {told} of {count} were told: {messages}")
-    return [Row("disk full (ulimit -f)", count, "runs lost", lost, "each goes on once there is room")]
+    if message < count:
+        lost.append(f"only {message} of {count} were told: {messages}")
+    return [Row("disk full (ulimit -f)", count, "runs lost", lost, "each resumes once there is space")]

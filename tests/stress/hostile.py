@@ -114,9 +114,9 @@ def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
         began = time.monotonic()
         ended = place.run("generate.py", "prompt=x", f"checkpoint='{path}'", before=lambda path=path: load(path))
         slowest = max(slowest, time.monotonic() - began)
-        told, memory = json.loads(path.with_name("told").read_text())
-        if forger.canary.exists() or told == "accepted":
-            executed.append(f"{kind.__name__}: {told}")
+        message, memory = json.loads(path.with_name("told").read_text())
+        if forger.canary.exists() or message == "accepted":
+            executed.append(f"{kind.__name__}: {message}")
             forger.canary.unlink(missing_ok=True)
         executed += complain(place, ended, {2})
         if memory > 2 * size + 2**22:

@@ -1,4 +1,4 @@
-"""Processes that are killed or asked to end, at any moment, and started again."""
+"""Processes that are killed or interrupted at any moment, and restarted."""
 
 import os
 import random
@@ -112,15 +112,15 @@ def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list
         if not is_there:
             lost.append(f"killed at {kind} {number}: {newest}")
         if save(run):
-            lost.append(f"killed at {kind} {number}: does not go on")
+            lost.append(f"killed at {kind} {number}: does not resume")
         steps = [record["step"] for record in read_metrics(run / "metrics.jsonl") if "val/loss" in record]
         if steps != sorted(set(steps)):
             lost.append(f"killed at {kind} {number}: evaluations of steps {steps}")
         leftovers += [str(path) for path in run.rglob(".*")]
         shutil.rmtree(run)
-    told = f"{len(points)} such calls in a save"
+    message = f"{len(points)} such calls in a save"
     return [
-        Row(fault, len(chosen), "runs lost", lost, told),
+        Row(fault, len(chosen), "runs lost", lost, message),
         Row("", len(chosen), "files left behind", leftovers, "after the next start"),
     ]
 

@@ -14,7 +14,7 @@ from tests.stress.warm import SMALL, Place
 
 
 def not_finite(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """NaN and infinity in a loss, a gradient, a weight: nothing of it is saved, and the run goes on from what is."""
+    """NaN and infinity in loss, gradient or weight: never saved, and the run resumes from an intact checkpoint."""
     skip, limit = "train.on_nonfinite=skip", "train.nonfinite_limit=3"
     cases: list[tuple[str, list[str], int]] = [
         ("nan_loss@9", [], 3),

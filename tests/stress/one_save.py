@@ -1,4 +1,4 @@
-"""A single save of a run that goes on by one step: `python -m tests.stress.one_save RUN_FOLDER`, to be killed in it."""
+"""Resume a run for one step and save it: `python -m tests.stress.one_save RUN_FOLDER`, to be killed meanwhile."""
 
 import sys
 from pathlib import Path

@@ -14,7 +14,7 @@ from gpt2.search.storage import open_storage
 from tests.stress.table import Row, complain
 from tests.stress.warm import Place
 
-# A trial of 8 steps with four evaluations; a study draws two at random, then TPE goes on.
+# A trial of 8 steps with four evaluations; a study draws two at random, then TPE.
 TRIAL = [
     *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
     *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
@@ -122,8 +122,8 @@ def deaths(count: int, folder: Path, random: random.Random) -> list[Row]:
     trials = trials_of(place)
     lost = [*complain(place, ended, {0}), *complaints(trials, len(ways) + 2)]
     for trial, (fault, (state, reason)) in zip(trials[1:-1], ways, strict=True):
-        told = trial.user_attrs.get("reason") or ""
-        if trial.state.name != state or reason not in told:
-            lost.append(f"{fault}: {trial.state.name}, {told}")
+        message = trial.user_attrs.get("reason") or ""
+        if trial.state.name != state or reason not in message:
+            lost.append(f"{fault}: {trial.state.name}, {message}")
     lost += [f"trial {n} is {trials[n].state.name}" for n in (0, -1) if trials[n].state.name != "COMPLETE"]
     return [Row("trials of one study die, each in its own way", len(ways), "misjudged, or others harmed", lost)]

@@ -20,5 +20,5 @@ class Row:
 def complain(place: Place, ended: Ended, expected: set[int]) -> Iterator[str]:
     """What is wrong with the way a process ended."""
     if ended.code not in expected or "Traceback" in ended.output:
-        told = ended.output[ended.output.find("Traceback") :] if "Traceback" in ended.output else ended.output[-500:]
-        yield f"{place.folder}: exit code {ended.code}, {told}"
+        message = ended.output[ended.output.find("Traceback") :] if "Traceback" in ended.output else ended.output[-500:]
+        yield f"{place.folder}: exit code {ended.code}, {message}"

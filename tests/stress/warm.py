@@ -83,7 +83,7 @@ class Place:
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # noqa: BLE001  # a fork ends here, whatever happens
+        except BaseException:  # noqa: BLE001  # the fork must end here
             import traceback
 
             traceback.print_exc()

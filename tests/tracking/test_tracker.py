@@ -1,4 +1,4 @@
-"""Metrics, samples and how a run ended: what is told is kept."""
+"""The files of a run: metrics, samples, and how it ended."""
 
 import json
 from contextlib import nullcontext
@@ -73,11 +73,11 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     ],
 )
 def test_outcome_is_stored_and_reported(tmp_path, error, state, exit_code):
-    heard = []
+    outcomes = []
 
     class Listener(ExternalLogger):
         def finish(self, ended: Ended, folder) -> None:
-            heard.append((ended.state, ended.exit_code))
+            outcomes.append((ended.state, ended.exit_code))
 
     tracker = Tracker(tmp_path, Listener(), about={"parameters": 7})
     with pytest.raises(type(error)) if error else nullcontext(), tracker:
@@ -86,7 +86,7 @@ def test_outcome_is_stored_and_reported(tmp_path, error, state, exit_code):
             raise error
     about = read_about(tmp_path)
     assert (about["state"], about["exit_code"], about["parameters"]) == (state, exit_code, 7)
-    assert heard == [(state, exit_code)]
+    assert outcomes == [(state, exit_code)]
 
 
 def test_resumed_run_keeps_start_and_clears_outcome(tmp_path):
@@ -114,16 +114,16 @@ def test_full_disk_at_end_is_reported_to_external_logger(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    heard = []
+    outcomes = []
 
     class Listener(ExternalLogger):
         def finish(self, ended: Ended, folder) -> None:
-            heard.append((ended.state, ended.exit_code))
+            outcomes.append((ended.state, ended.exit_code))
 
     tracker = Tracker(tmp_path, Listener())
     with pytest.raises(OSError, match="No space"), tracker:
         monkeypatch.setattr(tracker, "_write_about", full)
-    assert heard == [("failed", 1)]
+    assert outcomes == [("failed", 1)]
 
 
 @pytest.mark.parametrize("content", [None, "", "[1]", '{"state":'])

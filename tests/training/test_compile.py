@@ -1,4 +1,4 @@
-"""When a model is compiled, and what becomes of a run where that cannot be."""
+"""When a model is compiled, and the fallback if compilation fails."""
 
 import logging
 
@@ -32,7 +32,7 @@ def test_compilation_is_worthwhile_in_long_cuda_runs(monkeypatch, caplog):
     precision = Precision("bf16", CUDA)
     assert compile_is_worthwhile(precision, flops=1e18, seconds=12 * HOUR)
     assert not compile_is_worthwhile(precision, flops=1e15, seconds=12 * HOUR)  # ten seconds
-    assert not compile_is_worthwhile(precision, flops=1e18, seconds=60)  # that it may take at most
+    assert not compile_is_worthwhile(precision, flops=1e18, seconds=60)  # time limit
     assert not compile_is_worthwhile(Precision("bf16", CPU), flops=1e18, seconds=12 * HOUR)
     assert not caplog.text
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
@@ -48,13 +48,13 @@ def test_compilation_restores_gradients_and_random_state(problem, monkeypatch):
     _, expected = model(**inputs, return_logits=False)
     torch.manual_seed(5)
     _, loss = compiled(**inputs, return_logits=False)
-    torch.testing.assert_close(loss, expected)  # dropout draws what it would have drawn
+    torch.testing.assert_close(loss, expected)  # dropout draws the same numbers
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.compiler.reset()
 
 
 def test_other_shapes_run_uncompiled(problem, monkeypatch):
-    """A compiler would be asked again for each, for a minute."""
+    """Each further shape would take another minute to compile."""
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not for this shape"))
     compiled = Compiled(model.eval(), CPU, (4, 8))

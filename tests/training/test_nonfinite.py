@@ -1,4 +1,4 @@
-"""Steps that are not finite: what they leave untouched, what is told of them, and when they end a run."""
+"""Non-finite steps: they change no weights, are reported once, and end the run if configured."""
 
 import json
 import signal
@@ -27,30 +27,30 @@ LAST = "final_norm.bias"
 both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["host_waits", "host_runs_ahead"])
 
 
-def make_judge(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteGuard:
-    """Of a small model. `ahead`: as on CUDA, where the optimizer leaves out by itself and the host hears it later."""
+def make_guard(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteGuard:
+    """The guard of a small model. `ahead`: as on CUDA, where the optimizer skips and the host is notified later."""
     config = TrainingConfig(learning_rate=1e-2, **options)
     model = noisy_model(tiny_config())
-    judge = NonFiniteGuard(model, build_optimizer(model, config), config, loss_is_scaled)
-    judge.host_runs_ahead = ahead
-    return judge
+    guard = NonFiniteGuard(model, build_optimizer(model, config), config, loss_is_scaled)
+    guard.host_runs_ahead = ahead
+    return guard
 
 
-def take_step(judge: NonFiniteGuard, number: int, spoiled: str | None = None, value: float = nan, loss: float = 1.0):
-    """A step with a random gradient, the same for the same number; one element of that parameter's is spoiled."""
+def take_step(guard: NonFiniteGuard, number: int, spoiled: str | None = None, value: float = nan, loss: float = 1.0):
+    """Make step `number` with a random gradient of that seed, and set one element of one gradient to `value`."""
     random = torch.Generator().manual_seed(number)
-    for name, parameter in judge.model.named_parameters():
+    for name, parameter in guard.model.named_parameters():
         parameter.grad = torch.randn(parameter.shape, generator=random)
         if name == spoiled:
             parameter.grad.view(-1)[-1] = value
-    admitted = judge.check(f"step {number}", torch.tensor(loss), gradient_norms(judge.model))
+    admitted = guard.check(f"step {number}", torch.tensor(loss), gradient_norms(guard.model))
     if admitted:
-        judge.optimizer.step()
+        guard.optimizer.step()
     return admitted
 
 
-def state(judge: NonFiniteGuard) -> dict[str, torch.Tensor]:
-    tensors = {**judge.model.state_dict(), **optimizer_tensors(judge.optimizer, judge.model)}
+def state(guard: NonFiniteGuard) -> dict[str, torch.Tensor]:
+    tensors = {**guard.model.state_dict(), **optimizer_tensors(guard.optimizer, guard.model)}
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -70,50 +70,50 @@ WRONG = [
 @both_ways
 @pytest.mark.parametrize(("wrong", "told"), WRONG)
 @pytest.mark.parametrize("number", [1, 4])
-def test_stop_raises_before_weights_change(ahead, wrong, told, number):
-    judge = make_judge(ahead)
+def test_stop_raises_before_weights_change(ahead, wrong, message, number):
+    guard = make_guard(ahead)
     for good in range(1, number):
-        take_step(judge, good)
-    before = state(judge)
-    with pytest.raises(DivergenceError, match=f"^step {number}: {told}; the weights are as before it") as end:
-        take_step(judge, number, **wrong)
-        assert ahead  # it is told when the next step is under way, and before that changes anything
-        take_step(judge, number + 1)
-    assert_same({name: tensor for name, tensor in state(judge).items() if name in before}, before)
+        take_step(guard, good)
+    before = state(guard)
+    with pytest.raises(DivergenceError, match=f"^step {number}: {message}; the weights are as before it") as end:
+        take_step(guard, number, **wrong)
+        assert ahead  # it is raised during the next step, before that changes anything
+        take_step(guard, number + 1)
+    assert_same({name: tensor for name, tensor in state(guard).items() if name in before}, before)
     assert "\n" not in str(end.value)
 
 
 @both_ways
 def test_nonfinite_step_is_reported_once(ahead, caplog):
-    judge = make_judge(ahead, on_nonfinite="skip")
-    assert judge.poll()
-    take_step(judge, 1, loss=nan)
-    assert judge.poll() is not ahead
-    assert judge.poll()
-    assert judge.total == 1
+    guard = make_guard(ahead, on_nonfinite="skip")
+    assert guard.poll()
+    take_step(guard, 1, loss=nan)
+    assert guard.poll() is not ahead
+    assert guard.poll()
+    assert guard.total == 1
     assert len(caplog.records) == 1
     assert "step 1: the loss is nan: skipped, 1 so far" in caplog.text
 
 
 def test_message_names_first_parameter_and_counts_others():
-    judge = make_judge()
-    for parameter in judge.model.parameters():
+    guard = make_guard()
+    for parameter in guard.model.parameters():
         parameter.requires_grad_(False)
-    judge.model.final_norm.weight.requires_grad_(True)
-    judge.model.final_norm.bias.requires_grad_(True)
-    judge.optimizer = build_optimizer(judge.model, judge.config)
-    for parameter in (judge.model.final_norm.weight, judge.model.final_norm.bias):
+    guard.model.final_norm.weight.requires_grad_(True)
+    guard.model.final_norm.bias.requires_grad_(True)
+    guard.optimizer = build_optimizer(guard.model, guard.config)
+    for parameter in (guard.model.final_norm.weight, guard.model.final_norm.bias):
         parameter.grad = torch.full_like(parameter, inf)
-    told = r"the gradient of final_norm.weight is not finite, nor that of 1 other parameters"
-    with pytest.raises(DivergenceError, match=told):
-        judge.check("step 1", torch.tensor(1.0), gradient_norms(judge.model))
+    message = r"the gradient of final_norm.weight is not finite, nor that of 1 other parameters"
+    with pytest.raises(DivergenceError, match=message):
+        guard.check("step 1", torch.tensor(1.0), gradient_norms(guard.model))
 
 
 @both_ways
 @pytest.mark.parametrize("wrong", [wrong for wrong, _ in WRONG])
 @pytest.mark.parametrize("left_out", [{1}, {3}, {1, 2, 5}, {6}])
 def test_skipped_step_changes_nothing(ahead, wrong, left_out):
-    skipping, never = make_judge(ahead, on_nonfinite="skip"), make_judge()
+    skipping, never = make_guard(ahead, on_nonfinite="skip"), make_guard()
     for number in range(1, 7):
         take_step(skipping, number, **(wrong if number in left_out else {}))
         if number not in left_out:
@@ -127,30 +127,30 @@ def test_skipped_step_changes_nothing(ahead, wrong, left_out):
 @both_ways
 @pytest.mark.parametrize("limit", [0, 1, 3])
 def test_limit_of_skipped_steps_in_a_row(ahead, limit):
-    judge = make_judge(ahead, on_nonfinite="skip", nonfinite_limit=limit)
+    guard = make_guard(ahead, on_nonfinite="skip", nonfinite_limit=limit)
     number = 0
-    for _ in range(2):  # a good step begins the count anew
+    for _ in range(2):  # a finite step resets the count
         for _ in range(limit):
-            take_step(judge, number := number + 1, loss=nan)
-        take_step(judge, number := number + 1)
-        judge.poll()
-        assert judge.in_a_row == 0
-    before = state(judge)
+            take_step(guard, number := number + 1, loss=nan)
+        take_step(guard, number := number + 1)
+        guard.poll()
+        assert guard.in_a_row == 0
+    before = state(guard)
     for _ in range(limit):
-        take_step(judge, number := number + 1, loss=nan)
+        take_step(guard, number := number + 1, loss=nan)
     with pytest.raises(
         DivergenceError, match=f"^step {number + 1}: .* after train.nonfinite_limit={limit} such steps in a row"
     ):
-        take_step(judge, number + 1, loss=nan)
-        judge.poll()
-    assert judge.total == 3 * limit + 1
-    assert_same(state(judge), before)
+        take_step(guard, number + 1, loss=nan)
+        guard.poll()
+    assert guard.total == 3 * limit + 1
+    assert_same(state(guard), before)
 
 
 @both_ways
 def test_count_of_skipped_steps_is_resumed(ahead):
     options = {"on_nonfinite": "skip", "nonfinite_limit": 3}
-    first, second = make_judge(ahead, **options), make_judge(ahead, **options)
+    first, second = make_guard(ahead, **options), make_guard(ahead, **options)
     for number in (1, 2, 4, 5):
         take_step(first, number, loss=nan)
         if number == 2:
@@ -167,26 +167,26 @@ def test_count_of_skipped_steps_is_resumed(ahead):
 
 @both_ways
 def test_fp16_accepts_gradient_overflow_but_not_nan_loss(ahead):
-    judge = make_judge(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
-    assert take_step(judge, 1, spoiled=FIRST, value=inf)  # for the scaler itself leaves it out
-    judge.poll()
+    guard = make_guard(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
+    assert take_step(guard, 1, spoiled=FIRST, value=inf)  # the scaler itself skips it
+    guard.poll()
     with pytest.raises(DivergenceError, match="step 2: the loss is nan"):
-        take_step(judge, 2, loss=nan)
-        judge.poll()
+        take_step(guard, 2, loss=nan)
+        guard.poll()
 
 
 def test_fp16_skips_step_with_nonfinite_loss():
-    judge, scaler = make_judge(False, loss_is_scaled=True, on_nonfinite="skip"), torch.amp.GradScaler("cpu")
-    before = state(judge)
-    for parameter in judge.model.parameters():
+    guard, scaler = make_guard(False, loss_is_scaled=True, on_nonfinite="skip"), torch.amp.GradScaler("cpu")
+    before = state(guard)
+    for parameter in guard.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     scaler.scale(torch.tensor(1.0))
-    scaler.unscale_(judge.optimizer)
-    if judge.check("step 1", torch.tensor(nan), gradient_norms(judge.model)):
-        scaler.step(judge.optimizer)
-    judge.poll()
-    assert judge.total == 1
-    assert_same({name: state(judge)[name] for name in before}, before)
+    scaler.unscale_(guard.optimizer)
+    if guard.check("step 1", torch.tensor(nan), gradient_norms(guard.model)):
+        scaler.step(guard.optimizer)
+    guard.poll()
+    assert guard.total == 1
+    assert_same({name: state(guard)[name] for name in before}, before)
 
 
 def test_nonfinite_names():
@@ -233,7 +233,7 @@ def fault(monkeypatch):
 
 
 def run(blocks, folder: Path, ahead: bool = False, load: bool = False, **options):
-    """A run of 9 steps, evaluated, saved and logged at each unless told otherwise."""
+    """A run of 9 steps, by default evaluated, saved and logged at each."""
     folder.mkdir(exist_ok=True)
     each = {"eval_every": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 99, "max_steps": 9}
     trainer = make_trainer(blocks, folder, 0.1, tracker=Tracker(folder), **{**each, **options})
@@ -296,7 +296,7 @@ def test_skipping_run_logs_and_saves_only_finite_values(blocks, tmp_path, fault,
     assert_finite_checkpoints(tmp_path, *range(1, 10))
     assert trainer.progress.step == 9
     by_step = losses(tmp_path)
-    # Where the gradient alone is spoiled there is a loss; of a step without one, the record says so.
+    # With only the gradient spoiled there is a loss; a step without a loss is logged as null.
     without = {1, 4, 5, 6} if kind in ("nan_loss", "inf_loss") else set()
     assert {step for step, loss in by_step.items() if loss is None} == without
     assert all(1 < loss < 5 for loss in by_step.values() if loss is not None)

@@ -1,4 +1,4 @@
-"""What decays, how the learning rate goes, and that the optimizer's memory survives being put away."""
+"""Weight decay, learning rate schedules, and the state of optimizers."""
 
 import copy
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_muon_updates_block_matrices_and_adamw_the_rest():
 
 
 def test_parts_update_as_separate_optimizers():
-    """The same gradients to both, and to an optimizer of each kind by itself."""
+    """Compare with separate optimizers that get the same gradients."""
     config = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
     model = tiny_model()
     parts = [copy.deepcopy(model) for _ in range(2)]
@@ -147,7 +147,6 @@ def test_schedule_ends_at_minimum(warmup, total, minimum, lowest, schedule):
 def test_cosine_schedule():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.5)
     assert learning_rate(70, 120, config) == pytest.approx(0.75)
-    # A cosine, not a line: slow at both ends.
     assert learning_rate(45, 120, config) == pytest.approx(0.75 + 0.25 * 0.5**0.5)
 
 
@@ -168,7 +167,7 @@ def test_warmup_longer_than_run_never_peaks():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its memory
+# State
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
