@@ -35,7 +35,7 @@ TINY = [
 LONGEST = (
     "test_no_fault_loses",
     "test_commands_run_in_order",
-    "test_it_learns_shakespeare",
+    "test_shakespeare_loss",
     "killed_worker_loses_only_its_own_trial",
 )
 

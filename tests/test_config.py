@@ -1,4 +1,4 @@
-"""The dataclasses keep what users were promised, and `problems` finds what makes no sense, before anything heavy."""
+"""Defaults and validation of the configuration dataclasses."""
 
 import ast
 import dataclasses
@@ -23,7 +23,7 @@ def run_with(group: str, **fields) -> TrainRun:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was promised
+# Promised defaults
 
 
 def promised_defaults(name: str) -> dict[str, object]:
@@ -53,11 +53,11 @@ def test_importing_the_configuration_imports_nothing_heavy():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults
+# Validation
 
 
 @pytest.mark.parametrize("run", [TrainRun(), GenerateRun()], ids=["train", "generate"])
-def test_defaults_have_no_fault(run):
+def test_defaults_are_valid(run):
     assert validate(run) == []
 
 
@@ -95,11 +95,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("group", "field", "bad"), BAD, ids=str)
-def test_value_out_of_bounds_is_the_one_fault_and_is_named(group, field, bad):
-    found = validate(run_with(group, **{field: bad}))
-    assert len(found) == 1
-    assert found[0].startswith(f"{group}.{field}: ")
-    assert "\n" not in found[0]
+def test_value_out_of_bounds_is_reported(group, field, bad):
+    problems = validate(run_with(group, **{field: bad}))
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{group}.{field}: ")
+    assert "\n" not in problems[0]
 
 
 def numeric_fields() -> list[tuple[str, str]]:
@@ -114,8 +114,8 @@ def numeric_fields() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("group", "field"), numeric_fields())
-def test_no_number_may_be_nan_or_infinite(group, field, bad):
-    assert any(fault.startswith(f"{group}.{field}: {bad}") for fault in validate(run_with(group, **{field: bad})))
+def test_nan_and_infinity_are_rejected(group, field, bad):
+    assert any(problem.startswith(f"{group}.{field}: {bad}") for problem in validate(run_with(group, **{field: bad})))
 
 
 GOOD = [
@@ -138,11 +138,11 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("group", "field", "good"), GOOD, ids=str)
-def test_value_on_the_bound_is_no_fault(group, field, good):
+def test_value_on_the_bound_is_valid(group, field, good):
     assert validate(run_with(group, **{field: good})) == []
 
 
-def test_all_faults_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     run = TrainRun(
         name="a b",
         model=GPT2Config(d_model=0, dropout=2.0, context_length=0),
@@ -150,7 +150,7 @@ def test_all_faults_are_told_at_once():
         data=DataConfig(vocab_size=3, tokenizer="no-such-folder", max_length=1),
         inference=InferenceConfig(temperature=-1.0),
     )
-    keys = {fault.split(":")[0] for fault in validate(run)}
+    keys = {problem.split(":")[0] for problem in validate(run)}
     assert keys == {
         *("name", "model.context_length", "model.d_model", "model.dropout"),
         *("train.batch_size", "train.learning_rate"),
@@ -158,16 +158,16 @@ def test_all_faults_are_told_at_once():
     }
 
 
-def test_heads_that_do_not_divide_are_told_a_number_that_does():
-    (fault,) = validate(run_with("model", d_model=96, num_heads=7))
-    assert "96" in fault
-    assert re.search(r"\b(6|8) would", fault)
+def test_num_heads_error_suggests_the_nearest_divisor():
+    (problem,) = validate(run_with("model", d_model=96, num_heads=7))
+    assert "96" in problem
+    assert re.search(r"\b(6|8) would", problem)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
+def test_precision_contradicts_mixed_precision_false(precision):
     config = TrainingConfig(precision=precision, mixed_precision=False)
-    assert [fault.split(":")[0] for fault in validate(config, "train.")] == ["train.precision"]
+    assert [problem.split(":")[0] for problem in validate(config, "train.")] == ["train.precision"]
     config.mixed_precision = True
     assert validate(config, "train.") == []
 
@@ -180,10 +180,10 @@ def test_a_precision_without_mixed_precision_is_a_contradiction(precision):
         *((name, -1, "at least 0") for name in ("n_startup_trials", "n_warmup_steps")),
     ],
 )
-def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
-    (fault,) = validate(OptunaConfig(**{field: bad}), "optuna.")
-    assert fault.startswith(f"optuna.{field}: ")
-    assert choices in fault
+def test_invalid_study_settings(field, bad, choices):
+    (problem,) = validate(OptunaConfig(**{field: bad}), "optuna.")
+    assert problem.startswith(f"optuna.{field}: ")
+    assert choices in problem
 
 
 @pytest.mark.parametrize(
@@ -194,51 +194,53 @@ def test_a_study_that_makes_no_sense_is_told_what_would(field, bad, choices):
         *(("n_trials", 1), ("timeout", 1), ("timeout", None)),
     ],
 )
-def test_what_a_study_may_be_is_no_fault(field, good):
+def test_valid_study_settings(field, good):
     assert validate(OptunaConfig(**{field: good}), "optuna.") == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a b", "../a", "a" * 101, "a\n"])
-def test_a_name_that_is_no_plain_folder_name_is_refused(name):
-    assert [fault.split(":")[0] for fault in validate(TrainRun(name=name))] == ["name"]
+def test_invalid_run_names(name):
+    assert [problem.split(":")[0] for problem in validate(TrainRun(name=name))] == ["name"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a-b_c.d", "7", "größe"])
-def test_a_plain_name_is_accepted(name):
+def test_valid_run_names(name):
     assert validate(TrainRun(name=name)) == []
 
 
 @pytest.mark.parametrize("folder", ["..", ""])
-def test_checkpoints_stay_in_a_folder_of_their_own_inside_the_run(folder):
-    assert [fault.split(":")[0] for fault in validate(run_with("train", checkpoint_dir=folder))] == [
+def test_checkpoint_dir_must_be_a_plain_name(folder):
+    assert [problem.split(":")[0] for problem in validate(run_with("train", checkpoint_dir=folder))] == [
         "train.checkpoint_dir"
     ]
 
 
-def test_a_number_beyond_any_float_is_a_fault_too():
+def test_integer_beyond_float_range_is_rejected():
     """YAML's whole numbers have no end."""
-    assert [fault.split(":")[0] for fault in validate(run_with("train", seed=10**400))] == ["train.seed"]
+    assert [problem.split(":")[0] for problem in validate(run_with("train", seed=10**400))] == ["train.seed"]
 
 
-def test_a_pattern_that_is_no_regular_expression_is_a_fault():
-    assert [fault.split(":")[0] for fault in validate(run_with("data", document_start="["))] == ["data.document_start"]
+def test_invalid_regular_expression_is_rejected():
+    assert [problem.split(":")[0] for problem in validate(run_with("data", document_start="["))] == [
+        "data.document_start"
+    ]
 
 
-def test_a_device_number_that_is_none_is_a_fault():
-    assert [fault.split(":")[0] for fault in validate(run_with("train", device="cuda:one"))] == ["train.device"]
+def test_invalid_device_number_is_rejected():
+    assert [problem.split(":")[0] for problem in validate(run_with("train", device="cuda:one"))] == ["train.device"]
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p"])
-def test_generate_run_is_judged_by_its_inference_settings(field):
+def test_generate_run_validates_inference_settings(field):
     run = GenerateRun(inference=InferenceConfig(**{field: -1.0}))
-    assert [fault.split(":")[0] for fault in validate(run)] == [f"inference.{field}"]
+    assert [problem.split(":")[0] for problem in validate(run)] == [f"inference.{field}"]
 
 
-def test_generate_run_on_a_device_that_no_torch_knows_is_a_fault():
-    assert [fault.split(":")[0] for fault in validate(GenerateRun(device="gpu"))] == ["device"]
+def test_generate_run_validates_device():
+    assert [problem.split(":")[0] for problem in validate(GenerateRun(device="gpu"))] == ["device"]
 
 
-def test_two_runs_share_no_setting():
+def test_configurations_share_no_mutable_default():
     first, second = TrainRun(), TrainRun()
     for field in dataclasses.fields(TrainRun):
         value = getattr(first, field.name)
@@ -247,10 +249,10 @@ def test_two_runs_share_no_setting():
     assert second.data.exclude == []
 
 
-def test_files_are_found_by_pattern_and_the_unmatched_pattern_is_named(tmp_path: Path):
+def test_unmatched_file_pattern_is_named(tmp_path: Path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.txt").write_text("a")
     patterns = [str(tmp_path / "**" / "*.txt"), str(tmp_path / "*.md")]
-    (fault,) = validate(run_with("data", files=patterns))
-    assert repr(patterns[1]) in fault
-    assert patterns[0] not in fault
+    (problem,) = validate(run_with("data", files=patterns))
+    assert repr(patterns[1]) in problem
+    assert patterns[0] not in problem

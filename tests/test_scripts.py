@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, on a text and a model that take seconds."""
+"""The scripts as a user runs them, on a small text and a small model."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from gpt2.tracking.tracker import read_metrics
 from tests.conftest import ROOT, SHARED, TINY, Workspace
 
 
-def test_a_run_leaves_everything_in_its_folder(trained):
+def test_files_of_a_run_folder(trained):
     (run,) = trained.runs()
     assert sorted(path.name for path in run.iterdir()) == [
         *(".hydra", ".lock", "checkpoints", "curves.png", "metrics.jsonl"),
@@ -35,14 +35,14 @@ def test_a_run_leaves_everything_in_its_folder(trained):
     assert all(r["tokens"] == r["step"] * 4 * 32 for r in records)
 
 
-def test_nothing_is_written_elsewhere(trained):
+def test_nothing_is_written_outside_outputs(trained):
     (wandb_run,) = (trained.folder / "outputs" / "wandb").glob("offline-run-*")
     assert {path.name for path in trained.folder.iterdir()} == {"corpus.txt", "outputs", "cache", "home"}
     assert {path.name for path in (trained.folder / "outputs").iterdir()} == {"runs", "wandb"}
     assert (trained.runs()[0] / "wandb_id").read_text() in wandb_run.name
 
 
-def test_what_is_printed_is_what_a_reader_needs(trained):
+def test_output_of_a_training_run(trained):
     (run,) = trained.runs()
     for expected in (
         *(
@@ -58,7 +58,7 @@ def test_what_is_printed_is_what_a_reader_needs(trained):
         assert expected in trained.output
 
 
-def test_the_next_command_works_as_printed(trained):
+def test_suggested_command_works(trained):
     (line,) = (line for line in trained.output.splitlines() if line.startswith("Now try:"))
     python, script, *arguments = shlex.split(line.removeprefix("Now try:"))
     assert (python, script, arguments) == ("python", "generate.py", ["prompt=def f"])
@@ -68,14 +68,14 @@ def test_the_next_command_works_as_printed(trained):
     assert str(trained.runs()[0].relative_to(trained.folder) / "checkpoints" / run_folder.BEST) in done.stderr
 
 
-def test_a_prompt_reaches_the_model_untouched_and_a_seed_repeats_its_text(trained):
+def test_prompt_is_verbatim_and_seed_reproduces_text(trained):
     prompt = " a=b, [c] {d} 'e' \"f\" ${g} \\ 🦜\n~h"
     texts = [trained.run("generate.py", f"prompt={prompt}", "inference.seed=3").stdout for _ in range(2)]
     assert texts[0].startswith(prompt)
     assert texts[0] == texts[1]
 
 
-def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(trained, tmp_path):
+def test_generate_handles_closed_pipe_and_writes_no_files(trained, tmp_path):
     model = trained.runs()[0] / "checkpoints" / run_folder.BEST
     command = shlex.join(
         trained.command("generate.py", "prompt=x", "inference.max_new_tokens=200", f"checkpoint='{model}'")
@@ -94,7 +94,7 @@ def test_generating_writes_nothing_to_disk_and_ends_quietly_when_nobody_reads(tr
     assert not list(tmp_path.iterdir())
 
 
-def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trained, tmp_path):
+def test_batched_prompts_match_single_prompts(trained, tmp_path):
     records = [{"prompt": "def f", "id": 1}, {"prompt": "é\n🦜" * 9, "id": "x"}, {"prompt": ""}, {"prompt": "?"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     options = ["inference.seed=3", "inference.num_return_sequences=2", "quiet=true"]
@@ -106,8 +106,8 @@ def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trai
     ]
     for n, record in enumerate(records):
         alone = trained.run("generate.py", f"prompt={record['prompt']}", *options).stdout
-        init_distributed = [record["prompt"] + line["text"] + "\n" for line in lines[2 * n : 2 * n + 2]]
-        assert ("-" * 80 + "\n").join(init_distributed) == alone
+        texts = [record["prompt"] + line["text"] + "\n" for line in lines[2 * n : 2 * n + 2]]
+        assert ("-" * 80 + "\n").join(texts) == alone
     assert all(line["tokens"] == 12 and line["log_probability"] < 0 for line in lines)
 
 
@@ -119,7 +119,7 @@ def test_prompts_of_a_file_come_out_as_json_each_with_the_text_it_has_alone(trai
         (["prompt=x", "inference.quantization=int8", "device=cuda"], "device: there is no cuda here"),
     ],
 )
-def test_what_cannot_be_written_is_refused(trained, arguments, complaint):
+def test_invalid_generation_requests(trained, arguments, complaint):
     if "device=cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = trained.run("generate.py", *arguments, expect=2)
@@ -127,7 +127,7 @@ def test_what_cannot_be_written_is_refused(trained, arguments, complaint):
     assert complaint in done.stderr
 
 
-def test_a_place_that_cannot_take_the_text_is_no_traceback(trained, tmp_path):
+def test_output_errors_without_traceback(trained, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"prompt": "\\ud800"}\n')
     command = shlex.join(trained.command("generate.py", "inference.max_new_tokens=5"))
 
@@ -147,13 +147,13 @@ def test_a_place_that_cannot_take_the_text_is_no_traceback(trained, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["inference.precision=bf16", "inference.quantization=int8"])
-def test_a_model_writes_in_other_formats_and_says_so(trained, form):
+def test_generation_in_other_formats(trained, form):
     done = trained.run("generate.py", "prompt=def f", "inference=greedy", form)
     assert done.stdout.startswith("def f")
     assert f"on cpu in {form.split('=')[1]}\n" in done.stderr
 
 
-def test_writing_needs_no_library_of_training(trained):
+def test_generate_imports_no_training_libraries(trained):
     script = f"""
 import runpy, sys
 sys.argv[1:] = ["prompt=x"]
@@ -166,29 +166,29 @@ print({{"datasets", "wandb", "optuna", "matplotlib", "transformers"}} & set(sys.
     assert done.stdout.splitlines()[-1] == "set()", done.stderr
 
 
-def test_runs_that_start_at_once_do_not_share_a_folder(workspace: Workspace):
+def test_simultaneous_runs_get_separate_folders(workspace: Workspace):
     started = [workspace.start("train.py", *TINY, "train.max_steps=1") for _ in range(2)]
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert len(workspace.runs()) == 2
     assert len(list(workspace.folder.glob("cache/gpt2/tokens/*/train.bin"))) == 1
 
 
-def test_a_sweep_runs_every_choice_in_a_folder_of_its_own(workspace: Workspace):
+def test_sweep_runs_each_value_in_its_own_folder(workspace: Workspace):
     workspace.run("train.py", *TINY, "-m", "train.learning_rate=1e-3,1e-2", "train.max_steps=2", "name=sweep")
     (sweep,) = workspace.folder.glob("outputs/sweeps/sweep/*")
     rates = [read_metrics(sweep / str(number) / "metrics.jsonl")[0]["train/learning_rate"] for number in (0, 1)]
     assert rates == pytest.approx([1e-3 / 2, 1e-2 / 2])
 
 
-def wait_for(condition, seconds: float = 120) -> None:
+def wait_for(condition, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_as_if_nothing_had_happened(workspace: Workspace):
+def test_interrupted_run_matches_uninterrupted(workspace: Workspace):
     options = [*TINY, "train.max_steps=3000", "train.eval_every=1000", "train.log_every=10", "model.dropout=0.1"]
     workspace.run("train.py", *options, "name=straight")
     (straight,) = workspace.runs()
@@ -203,7 +203,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_as_if_nothing_had_happe
     metrics = workspace.folder / "outputs/runs/interrupted"
     wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
     running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=300)
     assert running.returncode == 128 + signal.SIGINT
     (line,) = (line for line in output.splitlines() if line.startswith("Resume with:"))
 
@@ -219,7 +219,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_as_if_nothing_had_happe
     assert resumed.stdout.count("W&B") == 0
 
 
-def test_a_run_is_resumed_longer_but_not_otherwise(workspace: Workspace):
+def test_resumed_run_may_be_longer_but_not_different(workspace: Workspace):
     workspace.run("train.py", *TINY)
     (run,) = workspace.runs()
     before = (run / ".hydra" / "overrides.yaml").read_text()
@@ -235,7 +235,7 @@ def test_a_run_is_resumed_longer_but_not_otherwise(workspace: Workspace):
     assert "Stopped after step 12" in workspace.run("train.py", "resume=latest").stdout  # longer stays longer
 
 
-def test_a_folder_that_holds_a_run_is_not_written_over(workspace: Workspace):
+def test_existing_run_is_not_overwritten(workspace: Workspace):
     workspace.run("train.py", *TINY, "train.max_steps=1", "hydra.run.dir=outputs/mine")
     before = (workspace.folder / "outputs/mine/metrics.jsonl").read_text()
     refused = workspace.run("train.py", *TINY, "hydra.run.dir=outputs/mine", expect=2)
@@ -243,7 +243,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(workspace: Workspace):
     assert (workspace.folder / "outputs/mine/metrics.jsonl").read_text() == before
 
 
-def test_a_run_is_not_resumed_on_other_data_or_backwards(workspace: Workspace):
+def test_resume_rejects_other_data_and_fewer_steps(workspace: Workspace):
     workspace.run("train.py", *TINY, "data.tokenizer=train", "data.vocab_size=270")
     backwards = workspace.run("train.py", "resume=latest", "train.max_steps=2", expect=2)
     assert "the run has made 8 steps already" in backwards.stderr
@@ -252,7 +252,7 @@ def test_a_run_is_not_resumed_on_other_data_or_backwards(workspace: Workspace):
     assert "was trained on other data" in changed.stderr
 
 
-def test_a_trial_that_diverges_does_not_end_the_sweep(workspace: Workspace):
+def test_diverged_run_does_not_end_the_sweep(workspace: Workspace):
     rates = "train.learning_rate=1e30,1e-3"
     done = workspace.run("train.py", *TINY, "-m", rates, "train.warmup_steps=1", "train.log_every=1", "name=sweep")
     assert "the loss is nan" in done.stdout
@@ -264,13 +264,13 @@ def test_a_trial_that_diverges_does_not_end_the_sweep(workspace: Workspace):
     ("override", "complaint"),
     [("train.device=cuda:9", "there is no cuda:9 here"), ("model.vocab_size=4096", "is not the tokenizer's 257")],
 )
-def test_what_the_configuration_cannot_know_is_refused_before_training(workspace: Workspace, override, complaint):
+def test_missing_device_and_wrong_vocabulary_are_rejected(workspace: Workspace, override, complaint):
     assert complaint in workspace.run("train.py", *TINY, override, expect=2).stderr
     assert workspace.runs() == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, number):
+def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number):
     """As a terminal's Ctrl-C, or `timeout`, or a scheduler sends it: the data workers get it too."""
     options = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5", "train.num_workers=2"]
     running = workspace.start("train.py", *TINY, *options, start_new_session=True)
@@ -278,7 +278,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
         lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))
     )
     os.killpg(running.pid, number)
-    output, _ = running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=300)
     assert running.returncode == 128 + number
     assert "Resume with:" in output
     assert checkpoint.read_record(workspace.runs()[0] / "checkpoints" / run_folder.LAST)["progress"]["step"] > 0
@@ -289,7 +289,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(workspace: Workspace, numbe
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
-def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
+def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
     """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps.
 
     Muon is there in 300. Of AdamW and nanoGPT's own schedule an eighth is run, which ended at 2.42 and 2.44;
@@ -311,7 +311,7 @@ def test_it_learns_shakespeare_as_well_as_nanogpt(workspace: Workspace):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not at hand")
-def test_the_real_124m_model_trains_on_a_cpu(workspace: Workspace):
+def test_gpt2_124m_trains_on_a_cpu(workspace: Workspace):
     done = workspace.run(
         *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
         *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),

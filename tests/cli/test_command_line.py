@@ -1,4 +1,4 @@
-"""What a command line may say, and what it is told when it may not."""
+"""Command lines: composition, validation, error messages, help."""
 
 import re
 import shlex
@@ -42,12 +42,12 @@ NASTY_PROMPTS = [
 
 
 @pytest.mark.parametrize("prompt", NASTY_PROMPTS)
-def test_a_prompt_is_taken_as_the_shell_passed_it(prompt):
+def test_prompt_bypasses_hydra_grammar(prompt):
     arguments = ["inference=greedy", f"prompt={prompt}", "-m"]
     assert take_prompt(arguments) == (["inference=greedy", "-m"], prompt)
 
 
-def test_bytes_of_a_prompt_that_are_no_text_become_replacement_characters():
+def test_invalid_utf8_in_prompt_becomes_replacement_characters():
     from_the_shell = b"prompt=a\xffb".decode("utf-8", "surrogateescape")
     assert take_prompt([from_the_shell]) == ([], "a\ufffdb")
     assert take_prompt(["device=cpu"]) == (["device=cpu"], None)
@@ -58,7 +58,7 @@ def choices(group: str) -> list[str]:
 
 
 @pytest.mark.parametrize("group", ["model", "train", "data", "inference", "wandb", "experiment", "hparams_search"])
-def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
+def test_every_choice_of_every_group_composes_and_validates(group, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for choice in choices(group):
         needs_files = choice in ("text", "shakespeare_char", "shakespeare_fast")
@@ -68,13 +68,13 @@ def test_every_choice_of_every_group_composes_into_a_valid_run(group, tmp_path):
         assert validate(config) == []
 
 
-def test_the_default_run_is_what_was_promised():
+def test_default_run_equals_dataclass_defaults():
     config = resolve("train", compose("train", []), [])
     assert config == TrainRun()
     assert (config.data.dataset_name, config.data.dataset_config) == ("wikitext", "wikitext-2-raw-v1")
 
 
-def test_every_line_of_the_groups_is_a_field():
+def test_group_files_contain_only_fields():
     for group in ("model", "train", "data", "inference", "wandb"):
         fields = getattr(TrainRun(), group)
         for choice in choices(group):
@@ -82,7 +82,7 @@ def test_every_line_of_the_groups_is_a_field():
             assert set(plain) <= set(vars(fields)), f"{group}/{choice}"
 
 
-FAULTS = [
+PROBLEMS = [
     (["train.lrr=1"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
     (["train.warmup_step=1"], ["Did you mean one of: 'warmup_steps'"]),
     (["tarin.seed=1"], ["Key 'tarin' not in 'TrainRun'. Did you mean: 'train'?"]),
@@ -110,8 +110,8 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "expected"), FAULTS, ids=lambda value: " ".join(value)[:40])
-def test_each_fault_is_one_line_and_all_are_told_at_once(overrides, expected):
+@pytest.mark.parametrize(("overrides", "expected"), PROBLEMS, ids=lambda value: " ".join(value)[:40])
+def test_all_problems_are_reported_in_one_line_each(overrides, expected):
     found = validate_command_line("train", overrides)
     assert len(found) == len(expected)
     for line, part in zip(found, expected, strict=True):
@@ -119,14 +119,14 @@ def test_each_fault_is_one_line_and_all_are_told_at_once(overrides, expected):
         assert "\n" not in line
 
 
-def test_inference_faults_are_told_before_the_checkpoint_is_read(trained: Workspace):
+def test_inference_problems_with_a_checkpoint(trained: Workspace):
     checkpoint = next(trained.folder.glob("outputs/runs/*/*/checkpoints/last.pth"))
     overrides = [f"checkpoint='{checkpoint}'", "inference.temperature=-1", "inference.top_p=2"]
     found = validate_command_line("generate", overrides)
     assert [line.split(":")[0] for line in found] == ["inference.temperature", "inference.top_p"]
 
 
-def test_a_checkpoint_brings_its_sampling_and_the_command_line_changes_it(trained: Workspace):
+def test_sampling_options_come_from_the_checkpoint_unless_overridden(trained: Workspace):
     checkpoint = next(trained.folder.glob("outputs/runs/*/*/checkpoints/last.pth"))
 
     def inference(*overrides):
@@ -161,18 +161,18 @@ def refuse(workspace: Workspace, *arguments: str, script: str = "train.py") -> l
     return done.stderr.splitlines()
 
 
-def test_a_mistaken_command_is_refused_before_anything_happens(workspace):
+def test_mistakes_are_reported_before_an_output_folder_exists(workspace):
     lines = refuse(workspace, "train.lrr=1", "model.num_heads=7", "word", "~train", "model=gtp2")
     assert len(lines) == 5
     assert all(line.startswith("error: ") for line in lines)
 
 
-def test_a_sweep_is_checked_in_its_combinations_before_its_first_run(workspace):
+def test_sweep_is_validated_before_its_first_run(workspace):
     lines = refuse(workspace, "-m", "train.learning_rate=1e-3,-1", "model=gpt2,gtp2", "data=stdlib")
     assert sorted(line.split(":")[1].strip() for line in lines) == ["model=gtp2", "train.learning_rate"]
 
 
-def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
+def test_sweep_is_validated_in_combinations():
     sweep = ["model.d_model=100,200", "model.num_heads=10,20", "model.d_ff=400"]
     check("train", "-m", *sweep)
     with pytest.raises(UserError, match="num_heads: 16 heads"):
@@ -201,7 +201,7 @@ def test_choices_of_a_sweep_that_fit_only_together_are_no_fault():
         ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),
     ],
 )
-def test_what_makes_no_sense_for_a_script_is_refused(script, arguments, complaint):
+def test_invalid_command_lines_of_each_script(script, arguments, complaint):
     with pytest.raises(UserError, match=complaint):
         check(script, *arguments)
 
@@ -212,18 +212,18 @@ def in_trained(trained: Workspace, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("value", ["outputs/runs/a/1", "it's (2), x=y", 'C:\\odd "name"'])
-def test_a_printed_argument_means_its_value_past_shell_and_hydra(value):
+def test_printed_arguments_are_quoted_for_shell_and_hydra(value):
     (argument,) = shlex.split(as_argument("resume", value))
     (override,) = parsed([argument])
     assert override.value() == value
 
 
-def test_generating_without_a_checkpoint_says_how_to_get_one(workspace):
+def test_generate_without_a_checkpoint_names_the_quickstart(workspace):
     (line,) = refuse(workspace, "prompt=x", script="generate.py")
     assert "python train.py experiment=quickstart" in line
 
 
-def test_without_a_network_the_default_run_names_what_needs_none(workspace):
+def test_without_network_the_error_names_offline_alternatives(workspace):
     done = workspace.run("train.py", "wandb=off", expect=2)
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "could not reach dataset 'wikitext'" in line
@@ -260,12 +260,12 @@ def composed_groups(name: str) -> set[str]:
     return {group for entry in OmegaConf.load(CONF / f"{name}.yaml").defaults for group in entry if entry != group}
 
 
-def test_a_sweep_cannot_be_shown_as_one_run(workspace):
+def test_multirun_with_cfg_is_rejected(workspace):
     (line,) = refuse(workspace, "-m", "train.beta2=0.9,0.95", "--cfg", "job")
     assert line.startswith("error: -m: not together with --cfg")
 
 
-def test_the_module_is_the_same_command_line(workspace):
+def test_module_runs_the_same_scripts(workspace):
     assert workspace.module_anew("gpt2.main", "train", "--help").stdout.startswith("Train GPT-2")
     refused = workspace.module("gpt2.main", "train", "train.lrr=1")
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
@@ -290,5 +290,5 @@ def test_the_module_is_the_same_command_line(workspace):
         ),
     ],
 )
-def test_a_run_is_named_by_what_tells_it_from_others(overrides, named):
+def test_title_of_a_run(overrides, named):
     assert title(overrides) == named

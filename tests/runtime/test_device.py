@@ -1,4 +1,4 @@
-"""What the hardware is: told right, or told to be unknown."""
+"""Choice of device and precision, and the description of the hardware."""
 
 import time
 
@@ -25,12 +25,12 @@ from gpt2.runtime.device import choose_device, choose_precision, cuda_or_else, f
         ("NVIDIA L40", None),
     ],
 )
-def test_a_peak_is_that_of_the_very_chip_or_unknown(name, teraflops):
+def test_peak_flops_by_device_name(name, teraflops):
     assert known_peak(name) == (teraflops and teraflops * 1e12)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused_and_only_the_promised_default_falls_back(caplog):
+def test_missing_device_is_rejected_and_api_default_falls_back(caplog):
     with pytest.raises(UserError, match="there is no cuda here"):
         choose_device("cuda")
     with caplog.at_level("INFO"):
@@ -42,7 +42,7 @@ def test_a_device_that_is_not_there_is_refused_and_only_the_promised_default_fal
 
 @pytest.mark.parametrize("computes", [False, True])
 @pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
-def test_precision_on_a_cpu_is_what_was_asked_or_what_is_fast(asked, computes, monkeypatch):
+def test_precision_on_a_cpu(asked, computes, monkeypatch):
     monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
     precision = choose_precision(asked, torch.device("cpu"))
     assert precision.name == ({False: "fp32", True: "bf16"}[computes] if asked == "auto" else asked)
@@ -50,21 +50,21 @@ def test_precision_on_a_cpu_is_what_was_asked_or_what_is_fast(asked, computes, m
 
 
 @pytest.mark.parametrize(("seconds", "computes"), [([1.0, 0.5], True), ([1.0, 0.9], False), ([1.0, 9.0], False)])
-def test_a_cpu_computes_in_bf16_if_that_is_faster(seconds, computes, monkeypatch):
+def test_bf16_on_a_cpu_only_if_faster(seconds, computes, monkeypatch):
     monkeypatch.setattr(device, "fastest_seconds", lambda ways: seconds)
     device.computes_in_bf16.cache_clear()
     assert device.computes_in_bf16() == computes
     device.computes_in_bf16.cache_clear()
 
 
-def test_the_fastest_of_several_ways_in_turn():
+def test_fastest_seconds_calls_functions_in_turn():
     calls = []
     seconds = fastest_seconds([lambda: calls.append("a"), lambda: (calls.append("b"), time.sleep(2e-3))], repetitions=3)
     assert calls == ["a", "b"] * 4
-    assert seconds[0] < 2e-3 <= seconds[1]
+    assert seconds[0] < seconds[1] and seconds[1] >= 2e-3
 
 
-def test_the_hardware_of_a_run_is_named():
+def test_hardware_description():
     about = hardware(torch.device("cpu"))
     assert about["device"] == "cpu"
     assert about["cpu"]
