@@ -6,7 +6,7 @@ before they import torch; the constructors of the Python API validate what they 
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
@@ -213,21 +213,17 @@ def _model(config: GPT2Config, prefix: str) -> Problems:
     return [f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={width}, {nearest} would"]
 
 
-def _training(config: TrainingConfig, prefix: str) -> Problems:
-    problems: Problems = []
+def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
     lowest = config.min_learning_rate
     if lowest is not None and config.learning_rate < lowest < inf:
-        problems.append(
+        yield (
             f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
             f"but the schedule only falls"
         )
     if not isinstance(config.compile, bool) and config.compile != "auto":
-        problems.append(f"{prefix}compile: {config.compile!r} is none of auto, true, false")
+        yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
-        problems.append(
-            f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
-        )
-    return problems
+        yield f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
 
 
 @cache
@@ -236,32 +232,29 @@ def files_matching(pattern: str) -> list[str]:
     return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
 
 
-def _data(config: DataConfig, prefix: str) -> Problems:
-    problems: Problems = []
+def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     if config.files == []:
-        problems.append(f"{prefix}files: the list is empty; name a file, or a pattern such as 'corpus/**/*.txt'")
+        yield f"{prefix}files: the list is empty; name a file, or a pattern such as 'corpus/**/*.txt'"
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
-        problems.append(f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})")
+        yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
     for pattern in config.files or []:
         if not files_matching(pattern):
-            problems.append(f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})")
+            yield f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})"
     try:
         re.compile(config.document_start or "")
     except re.error as error:
-        problems.append(f"{prefix}document_start: {config.document_start!r} is not a regular expression: {error}")
+        yield f"{prefix}document_start: {config.document_start!r} is not a regular expression: {error}"
     name = config.tokenizer
     if name not in ("bytes", "train") and not is_on_hub(name) and not Path(name).exists():
-        problems.append(f"{prefix}tokenizer: {name!r} is neither gpt2, bytes nor train, and no folder has that name")
-    return problems
+        yield f"{prefix}tokenizer: {name!r} is neither gpt2, bytes nor train, and no folder has that name"
 
 
-def _inference(config: InferenceConfig, prefix: str) -> Problems:
-    problems: Problems = []
+def _inference(config: InferenceConfig, prefix: str) -> Iterator[str]:
     if isinstance(config.stop, str):
-        problems.append(f"{prefix}stop: a list of texts is wanted, not {config.stop!r}")
+        yield f"{prefix}stop: a list of texts is wanted, not {config.stop!r}"
     elif "" in config.stop:
-        problems.append(f"{prefix}stop: an empty text matches everywhere, so nothing would be generated")
-    return problems + _quantization(config, prefix)
+        yield f"{prefix}stop: an empty text matches everywhere, so nothing would be generated"
+    yield from _quantization(config, prefix)
 
 
 def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problems:
@@ -302,31 +295,29 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
     return problems
 
 
-def _train_run(config: TrainRun, prefix: str) -> Problems:
-    problems = validate_distributed(config.distributed, config.train, dist_env())
+def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
+    yield from validate_distributed(config.distributed, config.train, dist_env())
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
-            problems.append(
-                f"inference.{key}: samples are written by the model as it is trained, this is for generate.py"
-            )
+            yield f"inference.{key}: samples are written by the model as it is trained, this is for generate.py"
     if config.data.max_length > config.model.context_length:
-        problems.append(
+        yield (
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
             f"model.context_length={config.model.context_length}"
         )
     folder = config.train.checkpoint_dir
     if Path(folder).name != folder or folder in ("", ".."):
-        problems.append(f"train.checkpoint_dir: {folder!r} must be the plain name of a folder")
+        yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder"
     if not re.fullmatch(r"(?!\.)(?=.*[^\W_])[\w.-]{1,100}", config.name):
-        problems.append(f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100")
-    return problems
+        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100"
 
 
-def _evaluate_run(config: EvaluateRun, prefix: str) -> Problems:
+def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     length = config.data.max_length
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
-    problems = outside(vars(config), bounds, prefix) + _quantization(config, prefix)
-    return problems + _file_to_write(config.output, "output")
+    yield from outside(vars(config), bounds, prefix)
+    yield from _quantization(config, prefix)
+    yield from _file_to_write(config.output, "output")
 
 
 def _file_to_write(name: str | None, key: str) -> Problems:
@@ -348,40 +339,38 @@ def _export_run(config: ExportRun, prefix: str) -> Problems:
     return []
 
 
-def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Problems:
-    problems = _file_to_write(config.json, "json")
+def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:
+    yield from _file_to_write(config.json, "json")
     if not config.batch_sizes or min(config.batch_sizes) < 1:
-        problems.append(f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1")
+        yield f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1"
     if not config.formats or set(config.formats) - {"fp32", "bf16", "int8"}:
-        problems.append(f"formats: {config.formats} are not one or more of fp32, bf16, int8")
+        yield f"formats: {config.formats} are not one or more of fp32, bf16, int8"
     context, prompt = config.model.context_length, config.prompt_tokens
     if prompt + config.new_tokens > context > 1:
-        problems.append(
+        yield (
             f"new_tokens: {prompt} tokens of a prompt and {config.new_tokens} new ones do not fit into "
             f"model.context_length={context}, prompt_tokens={context // 2} new_tokens={context - context // 2} would"
         )
-    return problems
 
 
-def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Problems:
-    problems = _file_to_write(config.json, "json")
+def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
+    yield from _file_to_write(config.json, "json")
     if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
-        problems.append(f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16")
+        yield f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16"
     elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
-        problems.append(f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two")
+        yield f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two"
     if config.context is not None and config.context > config.model.context_length:
-        problems.append(f"context: {config.context} is above model.context_length={config.model.context_length}")
+        yield f"context: {config.context} is above model.context_length={config.model.context_length}"
     file, _, function = (config.peer or "").rpartition(":")
     if config.peer is not None and (not Path(file).is_file() or not function.isidentifier()):
-        problems.append(f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})")
-    return problems
+        yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
 
 
 def _data_benchmark(config: DataBenchmark, prefix: str) -> Problems:
     return _file_to_write(config.json, "json")
 
 
-RELATIONS: dict[type, Callable[[Any, str], Problems]] = {
+RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     GPT2Config: _model,
     TrainingConfig: _training,
     DataConfig: _data,
