@@ -300,11 +300,14 @@ class StudySweeper(Sweeper):
         return problem
 
     def _announce(self, study: "Study") -> None:
+        from gpt2.search.study import describe
+
         settings, done = study.config, len(study.done())
+        space = f"\n{' ' * 8}".join(f"{key} {describe(values)}" for key, values in study.space.items())
         log.info(
             f"Study   {settings.study_name}: {settings.n_trials} trials{f', {done} of them done' if done else ''}\n"
             f"With    sampler {settings.sampler}, pruner {settings.pruner}\n"
-            f"Space   {study.describe_space(separator=chr(10) + ' ' * 8)}\n"
+            f"Space   {space}\n"
             f"In      {self.folder}, one folder for each trial\n"
         )
 

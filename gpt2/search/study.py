@@ -7,7 +7,6 @@ handed out before any new trial, and resumes from its checkpoint.
 This module knows neither Hydra nor W&B.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from optuna.distributions import (
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
-    distribution_to_json,
 )
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -93,14 +91,14 @@ class Study:
     def _check_settings(self, fixed: dict[str, Any]) -> None:
         """Save what the study is about; if it has results already, refuse other settings."""
         config, trials = self.config, self._trials()
-        requested = {**{key: {"searched": _plain(distribution)} for key, distribution in self.space.items()}, **fixed}
+        requested = {**{key: f"a search {describe(distribution)}" for key, distribution in self.space.items()}, **fixed}
         saved = self.optuna.user_attrs.get(FIXED, requested)
         has_results = any(trial.state != TrialState.WAITING or trial.intermediate_values for trial in trials)
         if not has_results and all(trial.params.keys() <= self.space.keys() for trial in trials):
             saved = requested  # the first command may have been a mistake
             self.optuna.set_user_attr(FIXED, requested)
         problems = [
-            f"{key}: {_shown(requested.get(key))} was requested, the study has {_shown(saved.get(key))}"
+            f"{key}: {requested.get(key, 'nothing')} was requested, the study has {saved.get(key, 'nothing')}"
             for key in dict.fromkeys([*requested, *saved])
             if requested.get(key) != saved.get(key)
         ]
@@ -225,9 +223,6 @@ class Study:
     def done(self) -> list[FrozenTrial]:
         return self._trials(*DONE)
 
-    def describe_space(self, separator: str) -> str:
-        return separator.join(_shown({"searched": _plain(values)}, key) for key, values in self.space.items())
-
     def best(self) -> FrozenTrial | None:
         return best_of(self.optuna)
 
@@ -293,14 +288,8 @@ def shown_parameters(trial: FrozenTrial) -> str:
     return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in values.items())
 
 
-def _plain(distribution: BaseDistribution) -> dict[str, Any]:
-    return json.loads(distribution_to_json(distribution))["attributes"]
-
-
-def _shown(value: Any, key: str = "a search") -> str:
-    if not isinstance(value, dict) or "searched" not in value:
-        return "nothing" if value is None else str(value)
-    space = value["searched"]
-    if "choices" in space:
-        return f"{key} of {', '.join(map(str, space['choices']))}"
-    return f"{key} from {space['low']:g} to {space['high']:g}{' (log)' if space['log'] else ''}"
+def describe(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return f"of {', '.join(map(str, distribution.choices))}"
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return f"from {distribution.low:g} to {distribution.high:g}{' (log)' if distribution.log else ''}"

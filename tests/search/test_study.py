@@ -1,4 +1,4 @@
-"""Handing trials out: exactly their number, to any number of processes, whatever happens to these."""
+"""Handing trials out: exactly their number, to any number of processes, also if these are killed."""
 
 import os
 import signal
