@@ -102,7 +102,7 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (
             ["resume=latest", "hydra.run.dir=elsewhere"],
@@ -206,7 +206,7 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
 
 
 @pytest.mark.parametrize(
-    ("fault", "code", "told"),
+    ("fault", "code", "message"),
     [
         ("nan_gradient@6", 3, "step 6 (batch 6 of epoch 1): the gradient of final_norm.weight is not finite"),
         ("out_of_memory@6", 1, "train.batch_size=2 train.accumulation_steps=2 makes the same steps in less memory"),

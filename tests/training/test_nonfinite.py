@@ -68,7 +68,7 @@ WRONG = [
 
 
 @both_ways
-@pytest.mark.parametrize(("wrong", "told"), WRONG)
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
 @pytest.mark.parametrize("number", [1, 4])
 def test_stop_raises_before_weights_change(ahead, wrong, message, number):
     guard = make_guard(ahead)
