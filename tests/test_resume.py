@@ -229,7 +229,7 @@ def test_signal_during_preparation_leaves_nothing(workspace: Workspace, number):
     running = start(workspace, *TINY, "data.tokenizer=train", "data.vocab_size=300")
     wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.saving-*")))
     os.kill(running.pid, number)
-    output, _ = running.communicate(timeout=10)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode == 128 + number
     assert "Traceback" not in output
     assert not list(workspace.folder.glob("cache/gpt2/tokens/.saving-*"))
