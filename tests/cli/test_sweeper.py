@@ -354,12 +354,16 @@ def test_trial_of_a_terminated_worker_resumes_in_another(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
     process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none")
-    wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) >= 2)
+    wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
     holder = (workspace.folder / "outputs/sweeps/mine/1/.lock").read_text()
     os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
     assert process.wait(timeout=120) == 0
     assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
     assert "Resuming after step" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
+
+
+def trials_with_a_checkpoint(workspace: Workspace) -> set[str]:
+    return {path.parents[1].name for path in workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth")}
 
 
 def pids_in(folder: Path) -> list[int]:
@@ -379,7 +383,7 @@ def test_interrupted_parallel_study_resumes(workspace: Workspace, ended_by):
     long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", start_new_session=True)
-    wait_for(lambda: len(list(workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth"))) == 2)
+    wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
     (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
     assert process.wait(timeout=120) == (130 if ended_by == signal.SIGINT else -ended_by)
     if ended_by == signal.SIGINT:
