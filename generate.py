@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gpt2.cli.script import script
-from gpt2.config import GenerateRun
+from gpt2.config import WHEN_LOADED, GenerateRun
 from gpt2.errors import UserError
 from gpt2.generation.prompts import read_prompts
 
@@ -36,9 +36,7 @@ def main(config: GenerateRun) -> None:
     generator = TextGenerator(
         str(config.checkpoint),
         config.device,
-        config.inference.precision,
-        config.inference.quantization,
-        config.inference.compile,
+        **{key: getattr(config.inference, key) for key in WHEN_LOADED},
         texts=min(config.inference.num_return_sequences * max(1, len(records)), config.batch_size),
         allow_special_tokens=config.allow_special_tokens,
     )

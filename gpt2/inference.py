@@ -24,7 +24,7 @@ from gpt2.config import InferenceConfig
 from gpt2.errors import UserError
 from gpt2.generation.decode import CompiledDecoding
 from gpt2.generation.session import Session
-from gpt2.generation.text import Speed, TextBatch
+from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
 from gpt2.runtime.device import cuda_or_else
 from gpt2.runtime.hub import caches
@@ -126,22 +126,17 @@ class TextGenerator:
         Raises:
             UserError: `config` is invalid.
         """
-        if problems := validate(config, "inference."):
-            raise UserError(*problems)
-        self.speed, self.printed = Speed(), []
-        for start in range(0, config.num_return_sequences, self.texts):
-            numbers = range(start, min(start + self.texts, config.num_return_sequences))
-            batch = self.batch([prompt] * len(numbers), config, numbers)  # logs before anything is printed
-            for number, text in zip(numbers, batch.texts(), strict=True):
-                if number:
-                    print("-" * 80)
-                print(prompt, end="", flush=True)
-                pieces = []
-                for piece in text if config.stream else ["".join(text)]:
-                    print(piece, end="", flush=True)
-                    pieces.append(piece)
-                print()
-                self.printed.append("".join(pieces))
+        self.printed = []
+        for _, text in self._generate([prompt], config, self.texts):
+            if self.printed:
+                print("-" * 80)
+            print(prompt, end="", flush=True)
+            pieces = []
+            for piece in text if config.stream else ["".join(text)]:
+                print(piece, end="", flush=True)
+                pieces.append(piece)
+            print()
+            self.printed.append("".join(pieces))
 
     def continuations(
         self, prompts: Sequence[str], config: InferenceConfig, batch_size: int = 8
@@ -153,6 +148,12 @@ class TextGenerator:
         Raises:
             UserError: `config` or `batch_size` is invalid.
         """
+        for prompt, text in self._generate(prompts, config, batch_size, with_log_probabilities=True):
+            yield Continuation(prompt, "".join(text), text.tokens, text.log_probability)
+
+    def _generate(
+        self, prompts: Sequence[str], config: InferenceConfig, batch_size: int, **options: bool
+    ) -> Iterator[tuple[str, GeneratedText]]:
         problems = validate(config, "inference.")
         if batch_size < 1:
             problems.append(f"batch_size: {batch_size} is not a whole number of at least 1")
@@ -162,10 +163,7 @@ class TextGenerator:
         remaining = ((prompt, number) for prompt in prompts for number in range(config.num_return_sequences))
         while items := list(islice(remaining, batch_size)):
             batch_prompts, numbers = zip(*items, strict=True)
-            batch = self.batch(batch_prompts, config, numbers, with_log_probabilities=True)
-            for prompt, text in zip(batch_prompts, batch.texts(), strict=True):
-                generated = "".join(text)
-                yield Continuation(prompt, generated, text.tokens, text.log_probability)
+            yield from zip(batch_prompts, self.batch(batch_prompts, config, numbers, **options).texts(), strict=True)
 
     def interactive_mode(self, config: InferenceConfig) -> None:
         """Continue each line that is typed until Ctrl-D, see `gpt2.generation.session`."""

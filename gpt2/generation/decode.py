@@ -5,7 +5,7 @@ Texts of different lengths are decoded side by side, and each gets the logits th
 Axes: b batch, t time, v vocabulary, T columns of the cache.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
@@ -32,14 +32,8 @@ class LanguageModel(Protocol):
 
     def parameters(self) -> Iterator[Tensor]: ...
 
-    def last_logits(
-        self,
-        input_ids: Tensor,
-        past: Sequence[PastKeyValues] = (),
-        attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        last: Tensor | None = None,
-    ) -> Tensor: ...
+    @property
+    def last_logits(self) -> Callable[..., Tensor]: ...  # see `GPT2Model.last_logits`
 
 
 def window_start(length: int, context_length: int) -> int:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt2.config import InferenceConfig
 from gpt2.errors import UserError
@@ -73,7 +75,9 @@ class TextBatch:
         device = next(iter(model.parameters())).device
         generators = [new_generator(seed, device) for seed in seeds]
         sampler = partial(next_token, params=SamplingParams.from_config(config), generators=generators)
-        input_ids, attention_mask = pad_left(prompts, device)
+        input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        attention_mask = torch.arange(input_ids.size(1), device=device) < rearrange(lengths, "b -> b 1")
         steps = decode(model, input_ids, config.max_new_tokens, sampler, attention_mask, compiled=compiled)
         self.steps = (with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
         self.results: list[list[list[float]]] = []  # of each step: token ids and, if requested, log-probabilities
@@ -131,15 +135,6 @@ def new_generator(seed: int | None, device: torch.device) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-def pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Token ids (b, t), and an attention mask (b, t) if the prompts differ in length."""
-    longest = max(map(len, prompts))
-    input_ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    is_padded = min(map(len, prompts)) < longest
-    return torch.tensor(input_ids, device=device), torch.tensor(mask, device=device) if is_padded else None
 
 
 def with_log_probability(tokens: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
