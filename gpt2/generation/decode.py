@@ -58,7 +58,8 @@ def decode_step(
     mask = None
     if is_masked:
         mask = torch.arange(visible, device=columns.device) <= rearrange(columns, "b -> b 1 1 1")
-    past = [partial(layer.append, columns=columns, visible=visible) for layer in cache.layers]
+    cache_columns = rearrange(columns, "b -> 1 b 1 1 1")
+    past = [partial(layer.append, columns=cache_columns, visible=visible) for layer in cache.layers]
     return model.last_logits(rearrange(tokens, "b -> b 1"), past, mask, positions=rearrange(columns, "b -> b 1"))
 
 

@@ -8,7 +8,6 @@ Axes: b batch, t time, h head, d head dimension, T columns that are attended to.
 
 from collections.abc import Sequence
 
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -37,14 +36,15 @@ class LayerKVCache(nn.Module):
         return kv
 
     def append(self, kv: Tensor, columns: Tensor, visible: int) -> Tensor:
-        """Store a token of each text, (kv, b, h, 1, d), at its column (b,).
+        """Store a token of each text, (kv, b, h, 1, d), at its column (1, b, 1, 1, 1).
 
         Returns:
             The first `visible` columns, (kv, b, h, T, d).
         """
-        assert self.memory is not None, "prefill first"
-        self.memory.scatter_(3, rearrange(columns, "b -> 1 b 1 1 1").expand_as(kv), kv)
-        return self.memory[:, :, :, :visible]
+        memory = self.memory
+        assert memory is not None, "prefill first"
+        memory.scatter_(3, columns.expand_as(kv), kv)
+        return memory[:, :, :, :visible]
 
 
 class KVCache(nn.Module):

@@ -57,7 +57,7 @@ def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt):
     parts = [model._hidden_states(input_ids[:, :prompt], past=prefill)]
     for t in range(prompt, 16):
         columns = torch.full((3,), t)
-        append = [partial(layer.append, columns=columns, visible=t + 1) for layer in cache.layers]
+        append = [partial(layer.append, columns=columns.view(1, 3, 1, 1, 1), visible=t + 1) for layer in cache.layers]
         parts.append(model._hidden_states(input_ids[:, t : t + 1], past=append, positions=columns[:, None]))
     assert_close(torch.cat(parts, dim=1), model._hidden_states(input_ids), **close)
 
