@@ -74,8 +74,11 @@ def hf_layout(name: str, tensor: "Tensor") -> "Tensor":
 
     Weights of linear layers are transposed: (out, in) <-> (in, out).
     """
-    is_linear = re.search(r"\.(attention|feed_forward)\.\w+\.weight$", name)
-    return tensor.T.contiguous() if is_linear else tensor
+    return tensor.T.contiguous() if _is_linear(name) else tensor
+
+
+def _is_linear(name: str) -> bool:
+    return re.search(r"\.(attention|feed_forward)\.\w+\.weight$", name) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +121,7 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
     shapes = shapes_of(replace(config, use_bias=True))
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
-        expected = {hf_name(name): _hf_shape(name, shape) for name, shape in shapes.items()}
+        expected = {hf_name(name): shape[::-1] if _is_linear(name) else shape for name, shape in shapes.items()}
         head = stored.get("lm_head.weight")
         if head:
             expected["lm_head.weight"] = expected["wte.weight"]
@@ -130,12 +133,6 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
         if head and not head[:].float().nan_to_num().equal(tensors["token_embedding.weight"].nan_to_num()):
             raise UserError(f"{source}: its lm_head differs from its token embedding; in GPT-2 they are one tensor")
     return tensors if config.use_bias else _without_biases(tensors, config, source)
-
-
-def _hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    import torch
-
-    return tuple(hf_layout(name, torch.empty(shape, device="meta")).shape)
 
 
 def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: str) -> "dict[str, Tensor]":
@@ -215,7 +212,7 @@ def write_folder(
         card: The model card, written as README.md.
     """
     if not config.use_bias:
-        tensors = {**_zero_biases(tensors, config), **tensors}
+        tensors = _with_zero_biases(tensors, config)
     weights = {f"transformer.{hf_name(name)}": hf_layout(name, tensor) for name, tensor in tensors.items()}
     save_tensors(folder / WEIGHTS, weights, {"format": "pt"})
 
@@ -235,11 +232,10 @@ def write_folder(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _zero_biases(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
-    import torch
-
+def _with_zero_biases(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
     shapes = shapes_of(replace(config, use_bias=True))
-    return {name: torch.zeros(shape) for name, shape in shapes.items() if name not in tensors}
+    weight = tensors["token_embedding.weight"]
+    return {name: tensors[name] if name in tensors else weight.new_zeros(shape) for name, shape in shapes.items()}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
