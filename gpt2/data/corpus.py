@@ -73,6 +73,11 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
                 yield document.parts()
 
 
+def cuts_documents(source: Source, config: DataConfig) -> bool:
+    """Whether the end of each document is held out."""
+    return source.validation is None and validation_sample(len(source.train), config.validation_fraction) is None
+
+
 def validation_sample(count: int, fraction: float) -> set[int] | None:
     """The numbers of the documents to hold out, drawn with a fixed seed; None if they would be too few."""
     size = round(count * fraction)
@@ -233,10 +238,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     }
     if only is not None:
         identity["splits"] = splits
-    cuts_documents = (
-        source.validation is None and validation_sample(len(source.train), config.validation_fraction) is None
-    )
-    if cuts_documents and source.length_unit:
+    if source.length_unit and cuts_documents(source, config):
         identity["cut"] = source.length_unit
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
