@@ -1,4 +1,4 @@
-"""A W&B server that is none: it answers wandb 0.31 well enough for online runs, remembers what it got, and can fail.
+"""A fake W&B server: it answers wandb 0.31 well enough for online runs, records requests, and can fail.
 
 `with WandbServer() as server:` and then, for wandb: `WANDB_BASE_URL=server.url`, `WANDB_API_KEY=KEY`.
 """
@@ -16,13 +16,13 @@ KEY = "0123456789" * 4
 
 
 class WandbServer(ThreadingHTTPServer):
-    """What came is in `requests`, such as `Viewer` (an operation of GraphQL) or `PUT /storage/...`, and in `runs`.
+    """Records `requests`, such as `Viewer` (an operation of GraphQL) or `PUT /storage/...`, and the data of `runs`.
 
     Args:
         status: Requests are answered by this HTTP status, such as 500 or 403.
         closes: Connections are closed without an answer, and then refused.
         hangs: Requests are not answered; their connections stay open.
-        fails_after: So many requests are still answered well. It and the faults may be set later, too.
+        fails_after: This many requests are answered before it fails. Like the failures, it may be set later.
     """
 
     daemon_threads = True
@@ -43,7 +43,7 @@ class WandbServer(ThreadingHTTPServer):
         return self.runs.setdefault(name, {**new, "complete": False, "resumes": 0})
 
     def graphql(self, operation: str, given: dict[str, Any]) -> dict[str, Any]:
-        """The data of an answer. What is asked for in vain is simply not there."""
+        """The data of an answer; missing objects are null."""
         project = {"id": "P", "name": given.get("project"), "entity": {"id": "E", "name": "guest"}}
         put: dict[str, Any] = {"id": "F", "uploadUrl": f"{self.url}/storage/manifest", "uploadHeaders": []}
         match operation:
@@ -102,7 +102,7 @@ class WandbServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news."""
+        """Clients may disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -112,14 +112,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         server, path = self.server, self.path.partition("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        asked, answer = json.loads(body) if path == "/graphql" else None, {}
-        operation = re.split(r"\W+", asked["query"].strip(), maxsplit=2)[1] if asked else ""
+        request, answer = json.loads(body) if path == "/graphql" else None, {}
+        operation = re.split(r"\W+", request["query"].strip(), maxsplit=2)[1] if request else ""
         with server.lock:
             server.requests.append(operation or f"{self.command} {path}")
             fails = len(server.requests) > server.fails_after
             if not fails or not (server.closes or server.hangs or server.status != 200):
-                if asked:
-                    answer = {"data": server.graphql(operation, asked.get("variables") or {})}
+                if request:
+                    answer = {"data": server.graphql(operation, request.get("variables") or {})}
                 elif stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", path):
                     server.file_stream(stream[1], json.loads(body))
                 else:

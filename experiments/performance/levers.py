@@ -1,11 +1,12 @@
-"""What each lever of training on a CPU gives by itself: all of them, against all but one, in one process, in turn.
+"""The gain of each optimization of a training step on a CPU: all of them, against all but one, in turn.
 
-python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false]
+Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false] [json=levers.json]
+keep=false measures without `keep_freed_memory`, and only all optimizations together.
 """
 
-import json
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
-import gpt2.model
+import gpt2.ops.attention
 import gpt2.ops.cross_entropy
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table, write_json
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
@@ -26,7 +27,7 @@ from gpt2.runtime.device import keep_freed_memory
 
 @contextmanager
 def setting(module, name, value):
-    """A constant of a module, for as long as a step takes."""
+    """Change a constant of a module for the duration of a step."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:
@@ -73,17 +74,16 @@ def with_setting(module, name, value):
 
 
 def chunks(mebibytes):
-    return with_setting(gpt2.ops.cross_entropy, "CHUNK", {"cpu": mebibytes << 20})
+    return with_setting(gpt2.ops.cross_entropy, "CHUNK_BYTES", {"cpu": mebibytes << 20})
 
 
-LEVERS = {  # name: what becomes of a trainer, and its configuration
+LEVERS = {  # name: a function from a trainer to its step, and changes of its configuration
     "all": (plain, {}),
     "logits of the whole batch": (whole_logits, {}),
     "chunks of 32 MiB": (chunks(32), {}),
     "chunks of 64 MiB": (chunks(64), {}),
     "chunks of 128 MiB": (chunks(128), {}),
-    "softmax not kept in the cache": (with_setting(gpt2.ops.cross_entropy, "IN_CACHE", 1 << 40), {}),
-    "PyTorch's attention": (with_setting(gpt2.model, "MOST_ATTENTION", 0), {}),
+    "PyTorch's attention": (with_setting(gpt2.ops.attention, "MAX_WEIGHT_BYTES", 0), {}),
     "AdamW in a loop": (another_adamw(foreach=False, fused=False), {}),
     "AdamW foreach": (another_adamw(foreach=True), {}),
     "compiled": (plain, {"compile": True}),
@@ -110,16 +110,12 @@ def main():
                 name: build(workload.trainer(replace(train, **options))) for name, (build, options) in levers.items()
             }
             results[precision.name] = measure(workload, steps)
-            told(precision.name, results[precision.name])
-    kept = "freed memory kept" if keep else "freed memory given back"
-    if config.json:
-        about = {"memory": kept, "overrides": overrides, **found}
-        Path(config.json).write_text(json.dumps({**about, "step_seconds": results}, indent=1) + "\n")
+            print_table(precision.name, results[precision.name])
+    memory = "freed memory kept" if keep else "freed memory given back"
+    write_json(config.json, {"memory": memory, "overrides": overrides, **found, "step_seconds": results})
 
 
 def measure(workload, steps):
-    import time
-
     def turn(name):
         count[name] += 1
         began = time.perf_counter()
@@ -135,7 +131,7 @@ def measure(workload, steps):
     return dict(zip(steps, interleaved(turns, workload.config.repetitions, "Levers"), strict=True))
 
 
-def told(precision, results):
+def print_table(precision, results):
     best = median(results["all"])
     rows = [
         (name, f"{median(each) * 1e3:,.1f}", from_to([s * 1e3 for s in each], 1), f"{median(each) / best:.2f}")

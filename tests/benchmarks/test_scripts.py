@@ -48,6 +48,14 @@ def test_overhead(workspace: Workspace):
     assert (overhead["steps"], overhead["wandb"], len(overhead["overhead_of_each"])) == (4, "offline", 2)
 
 
+@pytest.mark.slow
+def test_levers(workspace: Workspace):
+    result = run_script(workspace, "levers.py", *TRAINING, "repetitions=1", "warmup=1", "json=result.json")
+    seconds = result["step_seconds"]["fp32"]
+    assert {"all", "PyTorch's attention", "compiled"} <= seconds.keys()
+    assert all(len(each) == 1 for each in seconds.values())
+
+
 def test_peak_memory_can_be_reset():
     spec = importlib.util.spec_from_file_location("memory", SCRIPTS / "memory.py")
     memory = importlib.util.module_from_spec(spec)

@@ -200,8 +200,8 @@ def test_command_prints_a_table_and_writes_json(workspace: Workspace, peer):
 
 
 def test_error_of_the_command_is_one_line(workspace: Workspace, peer):
-    for name, seen in ((f"{peer}:raises", "raised ValueError: no such thing"), ("x.py:f", "with an existing file")):
-        done = workspace.module("gpt2.main", "benchmark", "training", *SMALL, f"peer={name}")
-        assert done.returncode == 2
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: peer: ") and seen in line
+    done = workspace.module("gpt2.main", "benchmark", "training", *SMALL, f"peer={peer}:raises")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: peer: ")
+    assert "raised ValueError: no such thing" in line
