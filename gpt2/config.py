@@ -62,7 +62,7 @@ class TrainingConfig:
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     num_workers: int = 4  # processes that load data, at most one for each core that does not train
     pin_memory: bool = True  # load batches into page-locked memory, from which copies to a GPU are faster
-    mixed_precision: bool = True  # false: fp32, whatever precision says
+    mixed_precision: bool = True  # false: fp32, regardless of precision
     gradient_checkpointing: bool = (
         False  # recompute activations in the backward pass: less memory, a third more compute
     )

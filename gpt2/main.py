@@ -60,25 +60,25 @@ def compare() -> None:
     from gpt2.analysis.compare import Comparison, as_markdown, as_text
     from gpt2.analysis.runs import find_runs
 
-    found = Comparison(find_runs(places or ["outputs/runs"]), chosen.get("sort", "loss"))
+    comparison = Comparison(find_runs(places or ["outputs/runs"]), chosen.get("sort", "loss"))
     files: dict[str, Callable[[], bytes]] = {}
     if "html" in chosen:
         from gpt2.analysis.compare_html import page
 
-        files[chosen["html"] or "outputs/comparison.html"] = lambda: page(found).encode()
+        files[chosen["html"] or "outputs/comparison.html"] = lambda: page(comparison).encode()
     if "picture" in chosen or not {"json", "markdown", "html"} & chosen.keys():
         from gpt2.analysis.compare_plot import curves
         from gpt2.analysis.plotting import picture
 
-        files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(found), kind)
+        files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(comparison), kind)
     if "json" in chosen:
-        finite = json.loads(json.dumps(found.records()), parse_constant=lambda _: None)  # JSON has no infinity
+        finite = json.loads(json.dumps(comparison.records()), parse_constant=lambda _: None)  # JSON has no infinity
         print(json.dumps(finite, indent=2))
     elif "markdown" in chosen:
-        print("\n\n".join([as_markdown(found.rows()), *found.notes]))
+        print("\n\n".join([as_markdown(comparison.rows()), *comparison.notes]))
     else:
-        print(f"{len(found.runs)} runs in {os.path.relpath(found.parent)}\n\n{as_text(found.rows())}\n")
-        print("".join(f"{note}\n" for note in found.notes), end="")
+        print(f"{len(comparison.runs)} runs in {os.path.relpath(comparison.parent)}\n\n{as_text(comparison.rows())}\n")
+        print("".join(f"{note}\n" for note in comparison.notes), end="")
     for name, content in files.items():
         write(Path(name), content())
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & chosen.keys() else sys.stdout)

@@ -1,6 +1,6 @@
 """Checks a whole command line before anything runs, and reports every problem in it at once.
 
-A single run is composed and checked here, once, and then runs as it is. Of a sweep all combinations are checked; of a
+A single run is composed and checked here, once, and then runs without being composed again. Of a sweep all combinations are checked; of a
 study both ends of each range.
 """
 

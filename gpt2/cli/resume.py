@@ -30,7 +30,7 @@ class RunFolder:
 
     path: str
     resume: str | None = None  # what `resume` of the configuration becomes
-    is_new: bool = True  # false: `.hydra/` of the run that is resumed stays as it is
+    is_new: bool = True  # false: `.hydra/` of the run that is resumed is left unchanged
 
     def apply(self, composed: DictConfig) -> None:
         """Put the folder into a configuration that is composed with its `hydra` node."""

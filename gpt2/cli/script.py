@@ -98,7 +98,7 @@ def run_task(task: Task, config: Run) -> Any:
 
 
 def is_choice(group: str, file: str | None) -> bool:
-    """Whether the file chosen in a group of `conf/` tells runs apart."""
+    """Whether the file chosen in a group of `conf/` distinguishes runs."""
     return file not in (None, "default") and group not in ("wandb", "hparams_search") and not group.startswith("hydra/")
 
 
@@ -134,7 +134,7 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
 
 
 def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose, choose the run's folder, complete and validate; tell the other ranks the folder, or to exit."""
+    """Compose, choose the run's folder, complete and validate; share the folder, or the exit code, with the other ranks."""
     try:
         if dist_env().by_torchrun and name not in ("train", "evaluate"):
             raise UserError(f"{name}.py: torchrun is for single runs of train.py and evaluate.py")
