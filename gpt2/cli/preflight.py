@@ -1,7 +1,7 @@
 """Checks a whole command line before anything runs, and reports every problem in it at once.
 
-A single run is composed and checked here, once, and then runs without being composed again. Of a sweep all combinations are checked; of a
-study both ends of each range.
+A single run is composed here, once, and runs without being composed again. Of a sweep all combinations are checked; of
+a study both ends of each range.
 """
 
 from argparse import Namespace

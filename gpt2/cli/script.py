@@ -134,7 +134,7 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
 
 
 def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose, choose the run's folder, complete and validate; share the folder, or the exit code, with the other ranks."""
+    """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
     try:
         if dist_env().by_torchrun and name not in ("train", "evaluate"):
             raise UserError(f"{name}.py: torchrun is for single runs of train.py and evaluate.py")
