@@ -183,9 +183,9 @@ class WandbConfig:
 
 @dataclass
 class DistributedConfig:
-    """Training on several devices; a process that torchrun has not started is alone, and none of it matters."""
+    """Training with torchrun on several devices. Nothing of this applies to a single process."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a part of it, for gpt2_xl
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a shard of it, for gpt2_xl
     timeout: float = 600.0  # seconds that a collective operation may wait for the slowest rank
 
 

@@ -1,6 +1,6 @@
-"""Slurm, as far as submitit sees it: `sbatch`, `srun`, `scontrol requeue` and `sacct` for jobs on this machine.
+"""Stand-ins for the commands of Slurm that submitit calls: sbatch, srun, scontrol requeue and sacct, on this machine.
 
-What Slurm itself would do, it cannot tell: when it preempts, what it sends, who may requeue.
+They cannot show when a real Slurm preempts, which signals it sends, or who may requeue.
 """
 
 import os
@@ -12,12 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-STATE = "FAKE_SLURM"  # a folder, in an environment variable: jobs, and what is asked of them
+STATE = "FAKE_SLURM"  # environment variable with the folder that holds the state of jobs
 HOST = "node1"
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Put the commands into a folder. Returns the environment in which they are found."""
+    """Write the commands to a folder. Returns the environment variables with which they are found."""
     for name in ("sbatch", "srun", "scontrol", "sacct"):
         command = shlex.join([sys.executable, str(Path(__file__).resolve()), name])
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
@@ -26,13 +26,13 @@ def install(folder: Path) -> dict[str, str]:
 
 
 def settings_of(script: str) -> dict[str, str | bool]:
-    """What the lines of a job's script ask of sbatch."""
+    """The options for sbatch in the script of a job."""
     lines = [shlex.split(line)[1] for line in script.splitlines() if line.startswith("#SBATCH ")]
     return {key: value or True for key, _, value in (line.removeprefix("--").partition("=") for line in lines)}
 
 
 def preempt(folder: Path, job: str, grace: float) -> None:
-    """SIGTERM, some time, SIGKILL, and the job is started again: what Slurm does with --requeue."""
+    """Send SIGTERM, wait, send SIGKILL and restart the job, as Slurm does with --requeue."""
     (folder / f"{job}.requeue").touch()
     task = int((folder / f"{job}.pid").read_text())
     os.kill(task, signal.SIGTERM)
@@ -69,7 +69,7 @@ def job(script: str, name: str) -> None:
 
 
 def srun(*arguments: str) -> None:
-    """The command of a job, its output in the file that is named."""
+    """Run the command of a job, with its output in the given file."""
     rest, array, _, index = list(arguments), *os.environ["NAME"].partition("_")
     while rest[0].startswith("--"):
         option = rest.pop(0)

@@ -32,10 +32,6 @@ class ProcessGroup:
         self.env = env or DistEnv()
         self.rank, self.size, self.is_main = self.env.rank, self.env.world_size, self.env.is_main
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self.all_gather([0])  # dist.barrier() would synchronize the GPU
-
     @contextmanager
     def local_main_first(self, what: str) -> Iterator[None]:
         """Run a block on the first rank of each machine, then on the others of it; all leave it together.
@@ -170,8 +166,8 @@ def _store() -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    # This store outlives the ranks that torchrun restarts, whose keys must not meet those of the attempt before. Agents
-    # of several machines count their restarts differently, see `_restart_workers` in torch/distributed/elastic/agent.
+    # This store is torchrun's and outlives the ranks that it restarts, so the keys of each attempt need a prefix. It
+    # cannot be the count of restarts on several machines, since a machine whose ranks did not fail does not count one.
     restarts, machines = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]), int(os.environ["GROUP_WORLD_SIZE"])
     if restarts and machines > 1:
         raise UserError("torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
