@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from math import isfinite
 from pathlib import Path
@@ -107,20 +108,18 @@ def test_unwritable_folder_is_a_one_line_error(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory: pytest.TempPathFactory):
+def postgresql():
     """The URL of a PostgreSQL server that the tests start, with a password."""
     psycopg = pytest.importorskip("psycopg")
     binaries = [shutil.which("initdb"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     initdb = next(filter(None, binaries), None)
     if initdb is None or (os.geteuid() == 0 and shutil.which("runuser") is None):
         pytest.skip("there is no PostgreSQL here")
-    folder = tmp_path_factory.mktemp("postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # pytest's folder is closed to other users
     as_user = []
     if os.geteuid() == 0:  # which PostgreSQL refuses to run as
         as_user = ["runuser", "-u", "nobody", "--"]
         shutil.chown(folder, "nobody")
-        for parent in folder.parents[:3]:
-            parent.chmod(0o755)
     (folder / "password").write_text("secret")
     (folder / "password").chmod(0o644)
     options = ["-D", f"{folder}/data", "-U", "me", "-A", "scram-sha-256", f"--pwfile={folder}/password"]
@@ -145,6 +144,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory):
     yield "postgresql://me:secret@127.0.0.1:54329/postgres"
     server.terminate()
     server.wait()
+    shutil.rmtree(folder)
 
 
 def wait_for_study(name: str, storage: str) -> optuna.Study:
