@@ -218,6 +218,9 @@ def remove_if_nothing_happened(folder: Path) -> None:
 def sweep_arguments_if_valid(name: str, options: Namespace) -> list[str]:
     """Check a sweep; returns what `sweep_arguments` adds to its command line."""
     if dist_env().by_torchrun:
+        if not dist_env().is_main:
+            sys.exit(share(None))
+        share(UserError.exit_code)
         raise UserError(f"{name}.py -m: torchrun is for single runs of train.py and evaluate.py")
     logging.disable(logging.WARNING)  # each run will repeat its warnings
     check_sweep(name, options)
