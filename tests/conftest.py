@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 
 fault_injection.enable()  # in this process; `Workspace` enables it in the scripts
 
+ENVIRONMENT = dict(os.environ)  # before tests change it: scripts are forked from one server only if theirs is the same
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
@@ -70,7 +71,7 @@ class Workspace:
         self.folder = folder
         hidden = {"WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN", "HTTPS_PROXY", "https_proxy", "HF_HUB_OFFLINE"}
         self.environment = {
-            **{name: value for name, value in os.environ.items() if name not in hidden},
+            **{name: value for name, value in ENVIRONMENT.items() if name not in hidden},
             "HOME": str(folder / "home"),
             "XDG_CACHE_HOME": str(folder / "cache"),
             "HF_HOME": str(folder / "cache" / "huggingface"),
