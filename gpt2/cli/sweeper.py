@@ -19,7 +19,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -320,13 +319,9 @@ class StudySweeper(Sweeper):
         from gpt2.search import report
         from gpt2.tracking.wandb_logger import offline_runs
 
-        if study.best() is None:
-            report.write(study.optuna, self.folder)
+        report.write(study.optuna, self.folder)
         best = study.best_or_failure()
-        name, in_full = self._write_best(best)
-        is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # on Hydra's search path
-        again = f"python train.py +{name}=best" if is_found else in_full
-        report.write(study.optuna, self.folder, f"```bash\n{again}\n```\n\nor, in full,\n\n```bash\n{in_full}\n```")
+        again = self._write_best(best)
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
         run = self.folder / str(best.number)
         is_here = checkpoint_folder_of(run) is not None  # or in the sweep folder of another process
@@ -342,28 +337,22 @@ class StudySweeper(Sweeper):
         if offline := offline_runs(path for path in self.folder.iterdir() if path.name.isdigit()):
             log.info(f"\nW&B: {offline}")
 
-    def _write_best(self, best: "FrozenTrial") -> tuple[str, str]:
-        """Write `best.yaml`. Returns the study's name and the equivalent command."""
+    def _write_best(self, best: "FrozenTrial") -> str:
+        """Write `best.yaml`, the best trial as a preset. Returns the command that trains it."""
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
         choices, values = preset(overrides, without={"hparams_search", "wandb"})
         searched = {key: value for key, value in best.params.items() if "." in key}
-        values = {**searched, **{key: v for key, v in values.items() if not key.startswith("wandb.")}, "name": name}
-        comment = f"Trial {best.number} of the study {name}: validation loss {best.value:.4f}"
-        with atomic_write(self.folder / "best.yaml") as file:
-            file.write(preset_file(f"{comment}\npython train.py +{name}=best", choices, values).encode())
-        return name, " ".join(["python train.py", *(as_argument(*item) for item in {**choices, **values}.items())])
-
-
-def preset_file(comment: str, choices: dict[str, str], values: dict[str, Any]) -> str:
-    """A preset that chooses files of groups and sets values by key."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        group, _, name = key.rpartition(".")
-        (nested.setdefault(group, {}) if group else nested)[name] = value
-    defaults = {"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]} if choices else {}
-    head = "".join(f"# {line}\n" for line in comment.splitlines())
-    return f"# @package _global_\n\n{head}{yaml.safe_dump({**defaults, **nested}, sort_keys=False)}"
+        file = OmegaConf.create({"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]})
+        for key, value in {**searched, **values, "name": name}.items():
+            if not key.startswith("wandb."):
+                OmegaConf.update(file, key, value)
+        command = f"python train.py +{name}=best"
+        comment = f"# Trial {best.number} of the study {name}: validation loss {best.value:.4f}\n# {command}\n"
+        with atomic_write(self.folder / "best.yaml") as output:
+            output.write(f"# @package _global_\n\n{comment}{OmegaConf.to_yaml(file)}".encode())
+        is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # on Hydra's search path
+        return command if is_found else f"{command}, with best.yaml in outputs/sweeps/{name}/"
 
 
 def hide_storage(config: DictConfig) -> None:

@@ -20,15 +20,11 @@ from gpt2.search.trial import REASON, SPENT, best_of
 FIGURES = ("steps", "tokens", "seconds")  # of SPENT
 
 
-def write(study: optuna.Study, folder: Path, how_to_run_best: str = "") -> None:
-    """Write `study.md`, `trials.csv` and the pictures for which there is data.
-
-    Args:
-        how_to_run_best: A paragraph for `study.md`.
-    """
+def write(study: optuna.Study, folder: Path) -> None:
+    """Write `study.md`, `trials.csv` and the pictures for which there is data."""
     pictures = draw(study)
     images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-    parts = [f"# Study {study.study_name}", summary(study), how_to_run_best, images, table(study)]
+    parts = [f"# Study {study.study_name}", summary(study), images, table(study)]
     text = "\n\n".join(filter(None, parts)) + "\n"
     for name, content in {**pictures, "trials.csv": csv_of(study).encode(), "study.md": text.encode()}.items():
         with atomic_write(folder / name) as file:

@@ -15,16 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from gpt2.checkpoint.run_folder import step_of
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import time_left
@@ -37,9 +31,7 @@ from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
 log = logging.getLogger("study")  # not a child of gpt2's logger, which Hydra configures again for each trial
 
 FIXED = "fixed"  # user attribute of a study
-# How often the process of a trial may die without progress until the trial counts as the cause: a process that somebody
-# started and may have killed, and a process that a launcher started for this trial.
-MAX_DEATHS, MAX_JOB_DEATHS = 5, 2
+MAX_DEATHS = 3  # of processes of a trial, without an evaluation in between; then the trial counts as the cause
 
 
 class StudyFailure(UserError):
@@ -134,32 +126,21 @@ class Study:
         while time.time() < self.deadline:
             with exclusive(self.config.storage):
                 has_orphans = self._requeue_dead_trials()
-                claimed: list[Trial] = []
-                while len(claimed) < most and len(self._trials(TrialState.RUNNING, *DONE)) < self.config.n_trials:
-                    waiting = self._trials(TrialState.WAITING)
-                    may_kill = bool(waiting and waiting[0].user_attrs.get(DEATHS))
-                    if claimed and may_kill:
-                        break
-                    claimed.append(self._ask(waiting))
-                    if may_kill:  # it runs alone
-                        break
+                if any(DEATHS in trial.user_attrs for trial in self._trials(TrialState.WAITING)):
+                    most = 1  # such a trial may kill its process again, and with it the other trials of a launcher
+                left = self.config.n_trials - len(self._trials(TrialState.RUNNING, *DONE))
+                claimed = [self._ask() for _ in range(min(most, left))]
             if claimed or not has_orphans:
                 return claimed
             time.sleep(1)
         return []
 
-    def _ask(self, waiting: list[FrozenTrial]) -> Trial:
-        """A waiting trial, or a new one if there is none."""
+    def _ask(self) -> Trial:
+        """A waiting trial, or a new one if there is none. Parameters that are drawn already are not drawn again."""
+        waiting = self._trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self._trials())
         self.optuna.sampler = self.algorithms.sampler(number, self.space)
-        trial = self.optuna.ask()
-        drawn = trial.distributions
-        independent = {} if drawn.keys() == self.space.keys() else drawn.keys() - trial.relative_params.keys()
-        for key, distribution in self.space.items():
-            if key in independent:
-                # The process died while it drew this trial. Draw again only to advance the generator to that point.
-                self.optuna.sampler.sample_independent(self.optuna, self._trial(trial.number), key, distribution)
-            _suggest(trial, key, distribution)
+        trial = self.optuna.ask(self.space)
         self.claims[trial.number] = self.worker.acquire(self._id(trial.number))
         return trial
 
@@ -173,16 +154,15 @@ class Study:
                 self._requeue(trial)
         return has_orphans
 
-    def _requeue(self, trial: FrozenTrial, max_deaths: int = MAX_DEATHS, problem: str | None = None) -> None:
+    def _requeue(self, trial: FrozenTrial, problem: str | None = None) -> None:
         """Let a trial wait again after its process died; fail it if that happens repeatedly without progress."""
-        saved = [step_of(path) or 0 for path in self.run_folder(trial.number).rglob("step_*.pth")]
-        progress = [len(trial.intermediate_values), max(saved, default=0)]
-        deaths, earlier_progress = trial.user_attrs.get(DEATHS, (0, [0, 0]))
-        deaths = deaths + 1 if progress == earlier_progress else 1
+        evaluations = len(trial.intermediate_values)
+        deaths, earlier_evaluations = trial.user_attrs.get(DEATHS, (0, 0))
+        deaths = deaths + 1 if evaluations == earlier_evaluations else 1
         trial_id = self._id(trial.number)
-        self.storage.set_trial_user_attr(trial_id, DEATHS, (deaths, progress))
+        self.storage.set_trial_user_attr(trial_id, DEATHS, (deaths, evaluations))
         state = TrialState.WAITING
-        if deaths >= max_deaths:
+        if deaths >= MAX_DEATHS:
             state = TrialState.FAIL
             reason = f"its process died {deaths} times" + (f", {problem}" if problem else "")
             self.storage.set_trial_user_attr(trial_id, REASON, reason)
@@ -200,7 +180,7 @@ class Study:
             for trial in trials:
                 now = self._trial(trial.number)
                 if now.state == TrialState.RUNNING and not self._release(now):
-                    self._requeue(now, MAX_JOB_DEATHS, problem)
+                    self._requeue(now, problem)
                 self.worker.trials.discard(self._id(trial.number))
         for trial in trials:
             now = self._trial(trial.number)
@@ -258,18 +238,6 @@ class Study:
             f"trial {trial.number:>3} {state_name(trial):<11} {shown_value(trial):<11}  {comparison:<26}  "
             f"{shown_parameters(trial)}  {', '.join(times)}{reason}"
         )
-
-
-def _suggest(trial: Trial, key: str, distribution: BaseDistribution) -> None:
-    """`Trial.suggest_*` for a distribution, which the storage records; a value drawn earlier is not drawn again."""
-    if isinstance(distribution, CategoricalDistribution):
-        trial.suggest_categorical(key, distribution.choices)
-        return
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    suggest: Callable[..., Any] = (
-        trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    )
-    suggest(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def state_name(trial: FrozenTrial) -> str:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import threading
 import time
 import traceback
 import warnings
@@ -123,8 +122,6 @@ class RunningTrial(Callback):
         self._timed_out = False  # by trial_timeout, not by the study's deadline
         self._interrupted_by: int | None = None  # SIGALRM: by a time limit
         self._spent: dict[str, float] = {}
-        self._training_over = threading.Event()
-        self._clock: threading.Thread | None = None
 
     def is_ours(self) -> bool:
         """Whether the trial is running and no other process has claimed it since."""
@@ -149,9 +146,21 @@ class RunningTrial(Callback):
 
     def on_train_start(self, trainer: Any) -> None:
         self._report(trainer)  # of a resumed trial, whose process may have died between evaluation and report
-        self._training_over.clear()
-        self._clock = threading.Thread(target=self._watch_time, args=(trainer,), daemon=True)
-        self._clock.start()
+
+    def on_step_end(self, trainer: Any) -> None:
+        """Interrupt the training at a time limit, or when the parent process is gone, unless a signal has already."""
+        if trainer.interrupted_by is not None:
+            return
+        if self.is_orphaned():
+            trainer.interrupt(SIGTERM)
+        elif time.time() >= self.deadline:
+            trainer.interrupt(SIGALRM)
+        elif trainer.throughput.seconds >= (self.config.trial_timeout or inf):
+            self._timed_out = True
+            trainer.interrupt(SIGALRM)
+
+    def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:
+        self.on_step_end(trainer)
 
     def on_evaluation_end(self, trainer: Any, metrics: Metrics) -> None:
         """Report, and prune a trial that is behind, but not at its last step.
@@ -178,24 +187,7 @@ class RunningTrial(Callback):
         self.trial.report(loss, number)
         return True
 
-    def _watch_time(self, trainer: Any) -> None:
-        """Interrupt the training at a time limit, or when the parent process is gone."""
-        own_limit = time.time() + (self.config.trial_timeout or inf) - trainer.progress.seconds
-        end = min(own_limit, self.deadline)
-        while not self._training_over.wait(max(0.0, min(end - time.time(), 1.0))):
-            if trainer.interrupted_by not in (None, SIGALRM):  # a signal takes precedence
-                continue
-            if self.is_orphaned():
-                trainer.interrupt(SIGTERM)
-            elif time.time() >= end:
-                self._timed_out = own_limit <= self.deadline
-                trainer.interrupt(SIGALRM)
-                end = time.time() + 0.2  # repeated, because a training that just starts forgets it
-
     def _end(self, trainer: Any, outcome: Outcome) -> None:
-        self._training_over.set()
-        if self._clock:
-            self._clock.join()
         progress = trainer.progress
         self._interrupted_by = trainer.interrupted_by
         self._spent = {"steps": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}

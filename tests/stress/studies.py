@@ -105,7 +105,7 @@ WAYS_TO_DIE = {  # the state of the trial, and what its reason says
     "exit@3": ("FAIL", "SystemExit: 7"),
     "no_evaluation@1-99": ("FAIL", "its validation loss is None"),
     "slow@1-99": ("PRUNED", "longer than trial_timeout=3 seconds"),
-    "kill@3": ("FAIL", "its process died 5 times"),
+    "kill@3": ("FAIL", "its process died 3 times"),
 }
 
 
