@@ -96,13 +96,12 @@ def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
 
 
 def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
-    """The problems of a study's settings, its space excepted.
+    """The problems of a study's settings, its space, sampler and pruner excepted.
 
     Args:
         launcher: The class of Hydra's launcher.
     """
     from gpt2.search.storage import validate_storage
-    from gpt2.search.trial import quiet_optuna
 
     settings = settings_of(sweeper)
     problems = validate(settings, KEY)
@@ -118,8 +117,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
         )
     if problem := validate_storage(sweeper.storage):
         problems.append(f"{KEY}storage: {problem}")
-    with quiet_optuna():
-        return problems + algorithms_of(sweeper, sweeper.sampler.get("seed")).problems(KEY, {})
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,36 +140,39 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
     """The sweeps of `hydra.sweeper.params` and of the command line, without the keys that the command line fixes.
 
     Raises:
-        UserError: The space is empty, cannot be parsed, or has a continuous range although the sampler is a grid.
+        UserError: The space is empty or invalid, or not one for the sampler, or the sampler or pruner is invalid.
     """
+    from gpt2.search.trial import quiet_optuna
+
     try:
         params = parsed([f"{key}={value}" for key, value in sweeper.params.items() if value is not None])
     except HydraException as error:
         raise UserError(f"{KEY}params: {composition_error(error)}") from error
     given = {override.key_or_group for override in [*parsed(fixed), *swept]}
     space = [override for override in params if override.key_or_group not in given] + swept
-    is_grid = sweeper.sampler.get("name") == "grid"
-    problems = [problem for override in space if (problem := _problem_of_sweep(override, is_grid))]
+    problems = [problem for override in space if (problem := _problem_of_sweep(override))]
     if not space:
         problems.append(f"{KEY}params: nothing is left to search, the command line fixes every parameter")
+    drawn = {} if problems else distributions([str(override.input_line) for override in space])[0]
+    with quiet_optuna():
+        problems += algorithms_of(sweeper, sweeper.sampler.get("seed")).problems(KEY, drawn)
     if problems:
         raise UserError(*problems)
     return space
 
 
-def _problem_of_sweep(override: Override, is_grid: bool) -> str | None:
-    value, line = override.value(), override.input_line
+def _problem_of_sweep(override: Override) -> str | None:
+    line = override.input_line
     if not override.is_sweep_override():
         return f"{KEY}params: {line} is not a sweep, it has one value"
-    if tags := set(getattr(value, "tags", ())) - {"log"}:
+    if tags := set(getattr(override.value(), "tags", ())) - {"log"}:
         return f"{line}: there is no tag {', '.join(map(str, tags))}, only log"
-    if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
-        if not low < high:  # type: ignore[operator]
-            return f"{line}: the first end of an interval must be the smaller one"
-        if is_grid and not (isinstance(low, int) and isinstance(high, int)):
-            values = f"{override.key_or_group}={low},{high}"
-            return f"{line}: a grid needs values, such as {values}; or choose another hydra/sweeper/sampler"
+    if isinstance(override.value(), Glob):
+        return f"{line}: a study needs the names, such as model=gpt2,gpt2_medium"
+    try:
+        distributions([str(line)])
+    except ValueError as error:
+        return f"{line}: {one_line(error)}"
     return None
 
 

@@ -24,7 +24,7 @@ from gpt2.errors import UserError
 from gpt2.runtime.console import time_left
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.search.algorithms import Algorithms, Space
-from gpt2.search.lease import Status, Worker
+from gpt2.search.lease import Status, Worker, status
 from gpt2.search.storage import exclusive, open_storage
 from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
 
@@ -75,7 +75,7 @@ class Study:
                 load_if_exists=True,
             )
             self._check_settings(fixed)
-        self.worker = Worker(folder, self.storage)
+        self.worker = Worker(self.storage)
         self.claims: dict[int, str] = {}  # the newest claim of each trial that this process claimed
         self._ended_here = 0
         self._started = time.time()
@@ -148,9 +148,9 @@ class Study:
         """Requeue the trials whose process is dead. Returns whether any trial is orphaned and will be soon."""
         has_orphans = False
         for trial in self._trials(TrialState.RUNNING):
-            status = self.worker.status(trial.user_attrs, self.run_folder(trial.number))
-            has_orphans |= status == Status.ORPHANED
-            if status == Status.DEAD:
+            now = status(trial.user_attrs, self.run_folder(trial.number))
+            has_orphans |= now == Status.ORPHANED
+            if now == Status.DEAD:
                 self._requeue(trial)
         return has_orphans
 

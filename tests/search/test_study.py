@@ -13,8 +13,10 @@ from optuna.distributions import FloatDistribution
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.search.algorithms import Algorithms
+from gpt2.search.lease import WORKER
 from gpt2.search.study import MAX_DEATHS, Study, StudyFailure
 from tests.conftest import ROOT
+from tests.search.test_lease import pid_of_a_dead_process
 
 SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
 
@@ -91,12 +93,12 @@ def test_trial_of_a_killed_process_is_handed_out_again_with_its_parameters(tmp_p
 def kill_process_of_trial(folder: Path, times: int) -> None:
     """Claim the next trial with a worker that is gone without a release, as after a SIGKILL."""
     for _ in range(times):
-        study = study_in(folder)
-        with study:
-            study.claim()
+        with study_in(folder) as study:
+            (trial,) = study.claim()
             study.worker.trials.clear()  # the context does not requeue it
-        study.worker.lock.parent.mkdir(exist_ok=True)
-        study.worker.lock.touch()
+            attributes = study.optuna.trials[trial.number].user_attrs
+            gone = attributes[WORKER] | {"pid": pid_of_a_dead_process()}
+            study.storage.set_trial_user_attr(study._id(trial.number), WORKER, gone)
 
 
 def test_trial_whose_process_always_dies_fails(tmp_path):

@@ -76,11 +76,11 @@ def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
 
 
 def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Three processes that start one study on a fresh storage in the same moment, by turns SQLite and a journal."""
+    """Three processes that start one study on a fresh storage in the same moment."""
     lost: list[str] = []
     for number in range(count):
         file = folder / f"{number}" / "shared"
-        url = f"{('sqlite', 'journal')[number % 2]}:///{file}"
+        url = f"sqlite:///{file}"
         command = [*STUDY, "hydra.sweeper.n_trials=4", "train.max_steps=2", f"hydra.sweeper.storage='{url}'"]
         places = [Place(folder / f"{number}" / f"{worker}") for worker in range(3)]
         for place in places:
