@@ -155,13 +155,11 @@ def _validate_axes(plan: StudyPlan, settings: dict[PlannedRun, dict[str, Any]]) 
         for name, key, allowed in (("x", plan.x, {*known, *COLUMNS}), ("lines", plan.lines, known))
         if key not in allowed
     ]
-    cells: dict[str, str] = {}
-    for run, values in settings.items() if not problems else ():
-        cell = repr([{**values, "variant": run.variant}[key] for key in (plan.lines, column_key(plan))])
-        setting = repr([run.variant, [value for key, value in run.values.items() if key != SEED]])
-        if cells.setdefault(cell, setting) != setting:
-            return [
-                f"lines={plan.lines} and {column_key(plan)} do not distinguish {setting} from {cells[cell]}; sweep one "
-                f"key, or make variants of the others"
-            ]
+    if not problems:
+        axes = (plan.lines, column_key(plan))
+        cells = {repr([{**values, "variant": run.variant}[key] for key in axes]) for run, values in settings.items()}
+        if len(cells) * len(plan.seeds) < len(settings):
+            problems.append(
+                f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or make variants of others"
+            )
     return problems

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
 
 from gpt2.analysis.runs import COLUMNS, RunResult
@@ -19,7 +18,6 @@ from gpt2.cli.compose import ROOT
 from gpt2.errors import ResourceError, UserError
 from gpt2.experiments.plan import RUNS, PlannedRun, planned_runs, read_plan, validate_plan
 from gpt2.runtime.console import ConsoleHandler, time_left
-from gpt2.runtime.files import LOCK, is_locked
 from gpt2.tracking.tracker import DIVERGED, FINISHED
 from gpt2.tracking.wandb_logger import offline_runs
 
@@ -72,10 +70,7 @@ class RecordedStudy:
         self.runs = planned_runs(self.plan, self.name)
 
     def run(self, jobs: int) -> list[str]:
-        """Run what is not done, `jobs` at a time. Returns the problems of runs that failed.
-
-        Runs that another process is running are left to it and waited for.
-        """
+        """Run what is not done, `jobs` at a time. Returns the problems of runs that failed."""
         missing = [run for run in self.runs if not is_done(run)]
         done = len(self.runs) - len(missing)
         log.info(f"Study   {self.name}: {len(self.runs)} runs" + (f", {done} of them done" if done else ""))
@@ -84,16 +79,10 @@ class RecordedStudy:
         running: list[RunProcess] = []
         try:
             while missing or running:
-                free = (run for run in list(missing) if not is_locked(run.folder / LOCK))
-                for run in islice(free, jobs - len(running)):
-                    missing.remove(run)
-                    if not is_done(run):  # by another process
-                        running.append(RunProcess(run, jobs))
+                while missing and len(running) < jobs:
+                    running.append(RunProcess(missing.pop(0), jobs))
                 for process in [process for process in running if process.has_ended()]:
                     running.remove(process)
-                    if not is_done(process.run) and is_locked(process.run.folder / LOCK):  # another one was faster
-                        missing.append(process.run)
-                        continue
                     problem = process.problem()
                     problems += [problem] if problem else []
                     left = len(missing) + len(running)
