@@ -159,7 +159,5 @@ def _validate_axes(plan: StudyPlan, settings: dict[PlannedRun, dict[str, Any]]) 
         axes = (plan.lines, column_key(plan))
         cells = {repr([{**values, "variant": run.variant}[key] for key in axes]) for run, values in settings.items()}
         if len(cells) * len(plan.seeds) < len(settings):
-            problems.append(
-                f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or make variants of others"
-            )
+            problems.append(f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or use more variants")
     return problems

@@ -73,8 +73,8 @@ class RunLockedError(UserError):
 
 
 @contextmanager
-def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold the lock file `name` in a run folder, which also says which process holds it.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock file of a run folder, which also says which process holds it.
 
     This is a POSIX record lock (`lockf`), which belongs to one process: the kernel releases it when that process is
     killed, even if forked data workers outlive it. `filelock` uses `flock`, which those workers would inherit and
@@ -83,7 +83,7 @@ def run_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
     Raises:
         RunLockedError: Another process holds the lock; the message names it.
     """
-    with (folder / name).open("a+", encoding="utf-8") as file:
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

@@ -15,7 +15,6 @@ from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
 from gpt2.experiments.runner import RecordedStudy
-from gpt2.tracking.tracker import read_metrics
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
 
@@ -231,7 +230,7 @@ def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
     assert all((tmp_path / name).stat().st_size for name in files)
     (line,) = results.compare_with_recorded(tmp_path)
     assert "4 of 4 means are within" in line
-    assert "4 are the same to all digits" in line
+    assert "largest difference is 0.0000" in line
     recorded = tmp_path / "results.csv"
     recorded.write_text(recorded.read_text().replace(",2.16,", ",2.96,"))
     assert "4 of 4 means are within" in results.compare_with_recorded(tmp_path)[0]  # the range has grown too
@@ -276,18 +275,7 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     assert (folder / "results.png").exists()
     again = workspace.module("gpt2.main", "study", place)
     assert "4 of them done" in again.stdout
-    assert "4 are the same to all digits" in again.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_study(workspace: Workspace):
-    write_study(workspace.folder, "variants: [narrow, wide]")
-    command = ["-m", "gpt2.main", "study", "outputs/sweeps/tiny", "jobs=1"]
-    both = [workspace.start(*command, errors_in_output=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    for folder in (workspace.folder / "outputs" / "studies" / "tiny").iterdir():
-        assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "val/loss" in r] == [4, 8]
+    assert "largest difference is 0.0000" in again.stdout
 
 
 @pytest.mark.slow
