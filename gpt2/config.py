@@ -132,7 +132,7 @@ class InferenceConfig:
     stop_at_end_of_text: bool = True  # false: continue after <|endoftext|>, with another document
     seed: int | None = None  # null: random
 
-    # How the model is loaded. Samples during training use the model as it is trained.
+    # How the model is loaded. Samples during training use the precision of training.
     precision: Literal["fp32", "bf16"] = "fp32"  # of weights and activations
     quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
@@ -200,7 +200,7 @@ class StudyOfRun:
 
 @dataclass
 class TrainRun:
-    """Everything that `train.py` needs."""
+    """The configuration of `train.py`."""
 
     name: str = "gpt2"  # runs are written to outputs/runs/<name>/
     model: GPT2Config = field(default_factory=GPT2Config)
@@ -220,7 +220,7 @@ class TrainRun:
 
 @dataclass
 class GenerateRun:
-    """Everything that `generate.py` needs."""
+    """The configuration of `generate.py`."""
 
     # Any text, exactly as the shell passes it; null: an interactive session on a terminal, otherwise standard input.
     prompt: str | None = None
@@ -238,7 +238,7 @@ class GenerateRun:
 
 @dataclass
 class EvaluateRun:
-    """Everything that `evaluate.py` needs."""
+    """The configuration of `evaluate.py`."""
 
     # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # OWNER/NAME); null: the best checkpoint of the latest run.
@@ -256,7 +256,7 @@ class EvaluateRun:
 
 @dataclass
 class ExportRun:
-    """Everything that `python -m gpt2.main export` needs."""
+    """The configuration of `python -m gpt2.main export`."""
 
     checkpoint: str | None = None  # run folder or checkpoint file; null: the best checkpoint of the latest run
     to: str | None = None  # folder to create
@@ -264,7 +264,7 @@ class ExportRun:
 
 @dataclass
 class GenerationBenchmark:
-    """All that `python -m gpt2.main benchmark generation` needs."""
+    """The configuration of `python -m gpt2.main benchmark generation`."""
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
     checkpoint: str | None = None  # a trained model instead, see gpt2/checkpoint/pretrained.py
@@ -273,7 +273,8 @@ class GenerationBenchmark:
     new_tokens: int = 128
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     repetitions: int = 5
-    formats: list[str] = field(default_factory=lambda: ["fp32", "bf16", "int8"])  # of our weights; int8 on a CPU
+    # Of our weights; int8 on a CPU.
+    formats: list[Literal["fp32", "bf16", "int8"]] = field(default_factory=lambda: ["fp32", "bf16", "int8"])
     compile: bool = False  # ours, on CUDA
     json: str | None = None  # a file for everything that was measured
 
@@ -288,7 +289,8 @@ class TrainingBenchmark:
     repetitions: int = 5  # each contestant has one turn a repetition
     steps: int = 1  # a turn
     warmup: int = 2  # steps that are not timed; the first compiles
-    precisions: list[str] = field(default_factory=lambda: ["auto"])  # fp32, bf16, fp16; auto: train.precision
+    # auto: train.precision
+    precisions: list[Literal["auto", "fp32", "bf16", "fp16"]] = field(default_factory=lambda: ["auto"])
     peer: str | None = None  # FILE.py:FUNCTION, see gpt2/benchmarks/peers.py
     json: str | None = None  # a file for everything that was measured
 

@@ -42,7 +42,8 @@ class RankTimeoutError(LostRankError):
 def machine_error(error: BaseException) -> str | None:
     """A full disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
     if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
-        return _lost_job(str(error))
+        message = " ".join(str(error).splitlines()[:2])  # which job, the file of its result, and its state
+        return f"{message}; what the job printed is in that folder; other jobs continue"
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch's, about shared memory
@@ -50,13 +51,6 @@ def machine_error(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
-
-
-def _lost_job(message: str) -> str:
-    patterns = (r"Job (\S+)", r"with path (.*)", r"\(state: (\w+)\)")
-    job, file, state = (match[1] if (match := re.search(pattern, message)) else None for pattern in patterns)
-    output = f", see its output in {Path(file).parent}" if file else ""
-    return f"job {job or '?'} ended without a result ({state or '?'}){output}; other jobs continue"
 
 
 def one_line(error: BaseException) -> str:

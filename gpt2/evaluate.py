@@ -17,7 +17,7 @@ from gpt2.data_loader import TokenDataset
 from gpt2.distributed.process_group import Batch, ProcessGroup
 from gpt2.model import IGNORE_INDEX, GPT2Model, shifted
 from gpt2.runtime.console import track
-from gpt2.runtime.device import cuda_or_else
+from gpt2.runtime.device import cuda_or_fallback
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training.compile import agreed_precision
 
@@ -167,12 +167,12 @@ class Evaluator:
         """
         Args:
             test_loader: Batches as `as_inputs` takes them.
-            device: See `gpt2.runtime.device.cuda_or_else`.
+            device: See `gpt2.runtime.device.cuda_or_fallback`.
             precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.choose_precision`.
             group: The ranks that share the work, see `gpt2.distributed.process_group.init_distributed`.
         """
         self.group = group or ProcessGroup()
-        self.device = cuda_or_else(device)
+        self.device = cuda_or_fallback(device)
         self.precision = agreed_precision(precision, self.device, self.group)
         self.model = model.to(self.device)
         self.test_loader = test_loader

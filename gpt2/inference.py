@@ -26,7 +26,7 @@ from gpt2.generation.decode import CompiledDecoding
 from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
-from gpt2.runtime.device import cuda_or_else
+from gpt2.runtime.device import cuda_or_fallback
 from gpt2.runtime.hub import caches
 from gpt2.validation import validate
 
@@ -60,7 +60,7 @@ class TextGenerator:
 
         Args:
             model_path: A checkpoint, or any other name that `gpt2.checkpoint.pretrained.open_model` accepts.
-            device: See `gpt2.runtime.device.cuda_or_else`.
+            device: See `gpt2.runtime.device.cuda_or_fallback`.
             precision, quantization, compile: As in `InferenceConfig`.
             texts: How many texts to generate side by side. On a CPU, the weights are laid out for this number.
             allow_special_tokens: Whether `<|endoftext|>` in a prompt is the special token; else it is plain text.
@@ -70,7 +70,7 @@ class TextGenerator:
         """
         if problems := validate(InferenceConfig(precision=precision, quantization=quantization), "inference."):  # type: ignore[arg-type]
             raise UserError(*problems)
-        self.device, self.format = cuda_or_else(device), quantization or precision
+        self.device, self.format = cuda_or_fallback(device), quantization or precision
         if quantization:
             refuse_int8(self.device)
         self.trained = open_model(model_path)

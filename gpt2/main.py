@@ -4,10 +4,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from gpt2.cli.arguments import take_arguments, take_word
+from gpt2.cli.arguments import split_arguments, take_subcommand
 from gpt2.cli.compose import ROOT
 from gpt2.cli.script import errors_as_lines, script
 from gpt2.config import ExportRun
@@ -44,44 +43,48 @@ def export(config: ExportRun) -> None:
     print(f"\nIn Python:  transformers.pipeline('text-generation', {str(folder)!r})")
 
 
+COMPARE = """usage: python -m gpt2.main compare [RUN ...] [OPTIONS]
+
+Compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs.
+
+  sort=KEY      a column, such as loss (the default) or tokens_per_second, or a setting: train.learning_rate
+  html=FILE     write everything into this one HTML file
+  picture=FILE  write the plot into this file; default: outputs/comparison.png
+  --json        for programs, instead of the table
+  --markdown    for documents, instead of the table"""
+
+
 def compare() -> None:
-    """`compare [RUN ...]`."""
-    about = "compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs"
-    options = {
-        "sort": "loss (the default), best, tokens_per_second, ..., or a key such as train.learning_rate",
-        "html": "write everything into this one HTML file",
-        "picture": "write the plot into this file; default: outputs/comparison.png",
-    }
-    flags = {"json": "for programs, instead of the table", "markdown": "for documents, instead of the table"}
-    places, chosen = take_arguments("compare [RUN ...] [OPTIONS]", about, options, flags)
-    kind = Path(chosen.get("picture") or "comparison.png").suffix.removeprefix(".")
+    paths, options = split_arguments(COMPARE)
+    picture_file = options.get("picture") or "outputs/comparison.png"
+    kind = Path(picture_file).suffix.removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
-        raise UserError(f"picture: {chosen['picture']} is none of .png, .svg and .pdf")
+        raise UserError(f"picture: {picture_file} is none of .png, .svg and .pdf")
     from gpt2.analysis.compare import Comparison, as_markdown, as_text
     from gpt2.analysis.runs import find_runs
 
-    comparison = Comparison(find_runs(places or ["outputs/runs"]), chosen.get("sort", "loss"))
-    files: dict[str, Callable[[], bytes]] = {}
-    if "html" in chosen:
+    comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", "loss"))
+    files: dict[str, bytes] = {}
+    if "html" in options:
         from gpt2.analysis.compare_html import page
 
-        files[chosen["html"] or "outputs/comparison.html"] = lambda: page(comparison).encode()
-    if "picture" in chosen or not {"json", "markdown", "html"} & chosen.keys():
+        files[options["html"] or "outputs/comparison.html"] = page(comparison).encode()
+    if "picture" in options or not {"json", "markdown", "html"} & options.keys():
         from gpt2.analysis.compare_plot import curves
         from gpt2.analysis.plotting import picture
 
-        files[chosen.get("picture") or "outputs/comparison.png"] = lambda: picture(curves(comparison), kind)
-    if "json" in chosen:
+        files[picture_file] = picture(curves(comparison), kind)
+    if "json" in options:
         finite = json.loads(json.dumps(comparison.records()), parse_constant=lambda _: None)  # JSON has no infinity
         print(json.dumps(finite, indent=2))
-    elif "markdown" in chosen:
+    elif "markdown" in options:
         print("\n\n".join([as_markdown(comparison.rows()), *comparison.notes]))
     else:
         print(f"{len(comparison.runs)} runs in {os.path.relpath(comparison.parent)}\n\n{as_text(comparison.rows())}\n")
         print("".join(f"{note}\n" for note in comparison.notes), end="")
     for name, content in files.items():
-        write(Path(name), content())
-        print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & chosen.keys() else sys.stdout)
+        write(Path(name), content)
+        print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)
 
 
 def write(path: Path, content: bytes) -> None:
@@ -97,20 +100,24 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+STUDY = """usage: python -m gpt2.main study experiments/STUDY [jobs=N]
+
+Run the missing runs of a recorded study, and write its table and plots.
+
+  jobs=N  runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results"""
+
+
 def study() -> None:
-    """`study FOLDER [jobs=N]`."""
-    about = "run the missing runs of a recorded study, and write its table and plots"
-    options = {"jobs": "runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results"}
-    places, chosen = take_arguments("study experiments/STUDY [jobs=N]", about, options)
-    if len(places) != 1 or not chosen.get("jobs", "1").isdecimal():
+    paths, options = split_arguments(STUDY)
+    if len(paths) != 1 or not options.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
     from gpt2.experiments.runner import run_study
 
-    run_study(Path(places[0]), int(chosen["jobs"]) if "jobs" in chosen else None)
+    run_study(Path(paths[0]), int(options["jobs"]) if "jobs" in options else None)
 
 
 def main() -> None:
-    name = take_word("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
+    name = take_subcommand("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
         export()
     elif name == "benchmark":

@@ -4,7 +4,6 @@ Each problem reads `key: what is wrong, what would be right`. All problems are r
 before they import torch; the constructors of the Python API validate what they are given.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -15,7 +14,7 @@ from itertools import count
 from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gpt2.config import (
     OPTIMIZERS,
@@ -128,8 +127,13 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     """The values of `Literal[...]`, and None where it is optional; empty for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    inner = [_choices(option) for option in get_args(hint) if get_origin(hint) is not list]
-    return (*sum(inner, ()), None) if any(inner) else ()
+    inner = [choice for option in _options(hint) if option is not hint for choice in _choices(option)]
+    return (*inner, None) if inner else ()
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; otherwise the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _shown(choice: Any) -> str:
@@ -154,7 +158,7 @@ def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
         try:
             converted[key] = _as_type(value, hints[key])
         except ValueError as error:
-            problems.append(f"{key}: {value!r} is not {error}")
+            problems.append(f"{key}: {error}")
     result = replace(config, **converted)
     if problems := problems or validate(result):
         raise UserError(*problems)
@@ -170,24 +174,16 @@ def _as_type(value: Any, hint: Any) -> Any:
     Raises:
         ValueError: It has another type; the message says in words which one is expected.
     """
-    options = get_args(hint)
-    if get_origin(hint) is UnionType:
-        for option in options:
-            with suppress(ValueError):
-                return _as_type(value, option)
-        raise ValueError(" or ".join(_IN_WORDS.get(option, "a list") for option in options))
-    if get_origin(hint) is Literal:
-        if value in options:
+    for option in _options(hint):
+        if get_origin(option) is list and isinstance(value, list) and {*map(type, value)} <= {*get_args(option)}:
             return value
-        raise ValueError(f"one of {', '.join(map(_shown, options))}")
-    if get_origin(hint) is list and isinstance(value, list):
-        return [_as_type(item, options[0]) for item in value]
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ValueError(_IN_WORDS.get(hint, "a list"))
+        if type(value) is option or value in _choices(option):
+            return value
+        if option is float and type(value) in (int, str):
+            with suppress(ValueError):
+                return float(value)
+    words = (_IN_WORDS.get(option) or ", ".join(map(str, _choices(option))) or "a list" for option in _options(hint))
+    raise ValueError(f"{value!r} is not {' or '.join(words)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +295,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     yield from validate_distributed(config.distributed, config.train, dist_env())
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
-            yield f"inference.{key}: samples are written by the model as it is trained, this is for generate.py"
+            yield f"inference.{key}: only for generate.py; samples during training use the precision of training"
     if config.data.max_length > config.model.context_length:
         yield (
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
@@ -317,18 +313,6 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
     yield from outside(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
-    yield from _file_to_write(config.output, "output")
-
-
-def _file_to_write(name: str | None, key: str) -> Problems:
-    """Problems of a file that is to be written: it, or the folder it would be made in, is not writable."""
-    if name is None:
-        return []
-    file = Path(name).absolute()
-    nearest = next(path for path in (file, *file.parents) if path.exists())
-    if (nearest.is_file() if nearest == file else nearest.is_dir()) and os.access(nearest, os.W_OK):
-        return []
-    return [f"{key}: {name!r} cannot be written; name a file, in a folder that may be written to"]
 
 
 def _export_run(config: ExportRun, prefix: str) -> Problems:
@@ -340,34 +324,18 @@ def _export_run(config: ExportRun, prefix: str) -> Problems:
 
 
 def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:
-    yield from _file_to_write(config.json, "json")
     if not config.batch_sizes or min(config.batch_sizes) < 1:
         yield f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1"
-    if not config.formats or set(config.formats) - {"fp32", "bf16", "int8"}:
-        yield f"formats: {config.formats} are not one or more of fp32, bf16, int8"
-    context, prompt = config.model.context_length, config.prompt_tokens
-    if prompt + config.new_tokens > context > 1:
-        yield (
-            f"new_tokens: {prompt} tokens of a prompt and {config.new_tokens} new ones do not fit into "
-            f"model.context_length={context}, prompt_tokens={context // 2} new_tokens={context - context // 2} would"
-        )
+    context, tokens = config.model.context_length, config.prompt_tokens + config.new_tokens
+    if tokens > context:
+        yield f"new_tokens: prompt_tokens + new_tokens = {tokens} do not fit into model.context_length={context}"
 
 
 def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
-    yield from _file_to_write(config.json, "json")
-    if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
-        yield f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16"
-    elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
+    if not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
         yield f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two"
     if config.context is not None and config.context > config.model.context_length:
         yield f"context: {config.context} is above model.context_length={config.model.context_length}"
-    file, _, function = (config.peer or "").rpartition(":")
-    if config.peer is not None and (not Path(file).is_file() or not function.isidentifier()):
-        yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
-
-
-def _data_benchmark(config: DataBenchmark, prefix: str) -> Problems:
-    return _file_to_write(config.json, "json")
 
 
 RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
@@ -381,5 +349,4 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
     TrainingBenchmark: _training_benchmark,
-    DataBenchmark: _data_benchmark,
 }

@@ -161,7 +161,7 @@ def test_damaged_checkpoint_is_replaced_by_previous(workspace: Workspace):
     assert f"{newest.relative_to(workspace.folder)} is damaged: wrong checksum of " in written.stderr
     assert f"Using instead: {before.relative_to(workspace.folder)}" in written.stderr
     resumed = workspace.run("train.py", "resume=latest")
-    assert f"{newest.name} is damaged" in resumed.stdout
+    assert f"{newest.name} is damaged" in resumed.stderr
     assert "Resuming after step 4" in resumed.stdout
     assert steps(run, "val/loss") == [4, 6]
     for path in (run / "checkpoints").iterdir():

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from gpt2.cli.arguments import take_word
+from gpt2.cli.arguments import take_subcommand
 from gpt2.cli.script import script
 
 BENCHMARKS = {
@@ -14,7 +14,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    name = take_word("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
+    name = take_subcommand("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
 
     @script(f"benchmark_{name}")
     def run(config: Any) -> None:

@@ -21,7 +21,7 @@ from gpt2.data.corpus import token_dtype
 from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.evaluate import Batch
 from gpt2.model import GPT2Model
-from gpt2.runtime.device import Precision, choose_device, choose_precision, precision_asked
+from gpt2.runtime.device import Precision, choose_device, choose_precision, requested_precision
 from gpt2.train import Trainer
 
 Built = tuple[Callable[[int], Tensor], Parameters]  # makes the step with the batch of that number; weights by our names
@@ -191,7 +191,7 @@ def gradient_error(gradients: State, reference: State, is_scaled: bool) -> float
 
 def precisions(config: TrainingBenchmark, device: torch.device) -> list[Precision]:
     """The configured precisions without repetitions."""
-    default = precision_asked(config.train)
+    default = requested_precision(config.train)
     names = [default if name == "auto" else name for name in config.precisions]
     return list({p.name: p for p in (choose_precision(name, device) for name in names)}.values())
 

@@ -1,13 +1,14 @@
-"""Command lines of commands without a configuration: a subcommand, places (files or folders), options, flags."""
+"""Command lines of commands without a configuration: a subcommand, paths, and options."""
 
+import re
 import sys
 from pathlib import Path
 
 from gpt2.errors import UserError
 
 
-def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
-    """Take a subcommand off the command line. If it is none of the choices, list them and exit."""
+def take_subcommand(kind: str, usage: str, choices: dict[str, str]) -> str:
+    """Remove a subcommand from the command line and return it. If it is none of the choices, list them and exit."""
     word = sys.argv[1] if len(sys.argv) > 1 else ""
     if word in choices:
         del sys.argv[1]
@@ -20,30 +21,28 @@ def take_word(kind: str, usage: str, choices: dict[str, str]) -> str:
     sys.exit(0 if wants_help else 2)
 
 
-def take_arguments(
-    usage: str, about: str, options: dict[str, str], flags: dict[str, str] | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """Split the command line into places, and options by name: `name=value`, or `--name` for a flag.
+def split_arguments(usage: str) -> tuple[list[str], dict[str, str]]:
+    """Split the command line into paths, and options by name.
+
+    Args:
+        usage: The text of `--help`. An indented line that begins with `name=` or `--name` describes an option.
 
     Raises:
         UserError: There are unknown options.
     """
-    flags = flags or {}
     if {"-h", "--help"} & set(sys.argv[1:]):
-        names = {**{f"{name}=...": text for name, text in options.items()}, **{f"--{n}": t for n, t in flags.items()}}
-        lines = (f"  {name:<12} {text}" for name, text in names.items())
-        print("\n".join([f"usage: python -m gpt2.main {usage}", "", f"{about}.", "", *lines]))
+        print(usage)
         sys.exit(0)
-    places, chosen, problems = [], {}, []
+    known = re.findall(r"^ +(\w+=|--\w+)", usage, flags=re.MULTILINE)
+    paths, options, problems = [], {}, []
     for word in sys.argv[1:]:
-        name, is_option, value = word.partition("=")
-        if (name in options and is_option) or (word.startswith("--") and word[2:] in flags):
-            chosen[name.removeprefix("--")] = value
-        elif word.startswith("-") or (is_option and name.isidentifier() and not Path(word).exists()):
-            known = ", ".join([*(f"{name}=..." for name in options), *(f"--{name}" for name in flags)])
-            problems.append(f"{word}: there is no such option; there are {known}")
+        name, sign, value = word.partition("=")
+        if name + sign in known:
+            options[name.removeprefix("--")] = value
+        elif word.startswith("-") or (sign and name.isidentifier() and not Path(word).exists()):
+            problems.append(f"{word}: there is no such option; there are {', '.join(known)}")
         else:
-            places.append(word)
+            paths.append(word)
     if problems:
         raise UserError(*problems)
-    return places, chosen
+    return paths, options

@@ -132,8 +132,6 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
     Returns the problems: the command line sets another tokenizer, the model has none, or it has fewer tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
-    if "data.vocab_size" in keys:
-        return [f"data.vocab_size: only a newly trained tokenizer has it, and {model} brings its own"]
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()
@@ -155,11 +153,6 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
         known = trained.config.vocab_size
         return [f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"]
     return []
-
-
-def fill_from_checkpoint_export(composed: DictConfig, _overrides: list[str]) -> DictConfig:
-    composed.checkpoint = open_model(composed.checkpoint).source
-    return composed
 
 
 def fill_from_checkpoint_benchmark(composed: DictConfig, overrides: list[str]) -> DictConfig:
@@ -234,7 +227,6 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
     "train": fill_from_checkpoint_train,
     "evaluate": fill_from_checkpoint_evaluate,
     "generate": fill_from_checkpoint_generate,
-    "export": fill_from_checkpoint_export,
     "benchmark_generation": fill_from_checkpoint_benchmark,
-    **dict.fromkeys(("benchmark_training", "benchmark_data"), lambda composed, _: composed),
+    **dict.fromkeys(("export", "benchmark_training", "benchmark_data"), lambda composed, _: composed),
 }

@@ -62,31 +62,14 @@ def validate_launcher(launcher: DictConfig) -> list[str]:
 
 
 def _validate_submitit(launcher: DictConfig) -> list[str]:
-    settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
-    minima = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
-    problems = [
-        f"{KEY}{key}: {settings[key]} is not a whole number of at least {minimum}"
-        for key, minimum in minima.items()
-        if key in settings and (type(settings[key]) is not int or settings[key] < minimum)
-    ]
-    if problems:
-        return problems
-    delay = settings.get("signal_delay_s", 30)
-    if not isinstance(delay, int) or not 0 <= delay < settings["timeout_min"] * 60:
-        return [
-            f"{KEY}signal_delay_s: {delay} is no whole number of seconds that is less than "
-            f"{KEY}timeout_min={settings['timeout_min']} minutes"
-        ]
-    return _try_submitit(settings, "slurm" if launcher._target_.endswith("SlurmLauncher") else "local")
-
-
-def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
-    """Have submitit check the settings. The launcher itself would do so only after the sweep has begun."""
+    """Let submitit check the settings. The launcher itself would do so only after the sweep has begun."""
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
+    cluster = "slurm" if launcher._target_.endswith("SlurmLauncher") else "local"
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
     own = ("_target_", "submitit_folder", "max_num_timeout", "python")  # of the launcher, not of submitit's executor
+    settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
     parameters = {
         key if key in shared else f"{cluster}_{key}": value for key, value in settings.items() if key not in own
     }
@@ -129,7 +112,7 @@ def requeue_on_both_signals() -> None:
 def _run_until_requeued(run: Callable[[], Any]) -> Any:
     """Run a job; if a signal interrupts it, raise the signal again, for submitit to requeue the job and exit.
 
-    submitit ignores SIGTERM, which Slurm sends before it preempts a job. A job that ended by itself would not be
+    submitit ignores SIGTERM, which Slurm sends before it preempts a job. A job that ended on its own would not be
     requeued then, so it continues until Slurm kills it.
     """
     while True:

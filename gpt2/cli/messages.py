@@ -15,7 +15,7 @@ from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError
 from gpt2.evaluate import perplexity
 from gpt2.model import GPT2Model
 from gpt2.runtime.console import time_left
-from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, precision_asked
+from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, requested_precision
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.rng import commit, versions
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
@@ -31,7 +31,7 @@ def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> d
         settings: The complete configuration as plain values; `.hydra` has only the one of the first start.
     """
     train, device = config.train, choose_device(config.train.device)
-    precision = choose_precision(precision_asked(train), device)
+    precision = choose_precision(requested_precision(train), device)
     return {
         "title": title(config.started_with) or config.name,
         "tags": list(dict.fromkeys(config.choices.values())),
@@ -51,7 +51,7 @@ def announce(trainer: Trainer) -> None:
     strategy, precision = trainer.distributed.strategy, trainer.plan.precision.name
     blocks = config.batch_size * config.accumulation_steps
     tokens_per_step = blocks * trainer.train_loader.dataset.length  # type: ignore[attr-defined]
-    is_automatic = precision_asked(config) == "auto" and precision == "bf16" and trainer.device.type == "cpu"
+    is_automatic = requested_precision(config) == "auto" and precision == "bf16" and trainer.device.type == "cpu"
     why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
     ranks = f"{group.size} ranks ({strategy}), each on " if group.size > 1 else ""
     log.info(

@@ -87,8 +87,6 @@ def problem_of(override: Override, multirun: bool) -> str | None:
     text, key, is_sweep = override.input_line, override.key_or_group, override.is_sweep_override()
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
-    if key in ("hydra", "hydra.sweeper") and isinstance(override.value(), dict):
-        return f"{key}: one key at a time, such as hydra.sweeper.n_trials=20"
     if key.split(".")[0] == "study":
         return f"{text}: only a study sets that"
     if key == "resume" and multirun:
@@ -118,19 +116,14 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
         except UserError as error:
             return problems + error.problems
     composed = compose("train", fixed)
-    refused: set[str] = set()  # values that do not compose; combinations with them are not tried again
     for combination in combined(list(map(swept_values, swept))):
-        if not refused.isdisjoint(combination):
-            continue
+        overrides = [*fixed, *combination]
         changed = with_values(composed, list(combination))
         try:
             if changed is None:
-                problems += validate_command_line("train", [*fixed, *combination])
-                refused |= {
-                    text for text in combination if any(problem.startswith(f"{text}: ") for problem in problems)
-                }
+                problems += validate_command_line("train", overrides)
             else:
-                resolve("train", changed, [*fixed, *combination])
+                resolve("train", changed, overrides)
         except UserError as error:
             problems += error.problems
     return problems

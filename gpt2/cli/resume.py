@@ -11,12 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from gpt2.checkpoint.format import read_record
 from gpt2.cli.complete import resumed_checkpoint
-from gpt2.cli.compose import compose, parsed
+from gpt2.cli.compose import compose, in_hydras_grammar, parsed
 from gpt2.cli.launchers import requeues, uses_submitit
 from gpt2.config import StudyConfig, TrainRun
 from gpt2.errors import UserError
@@ -73,7 +72,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
         if not uses_submitit(launcher) or "hydra.sweep.dir" in given:
             return []
         folder = composed.hydra.sweep.dir  # resolved here once: each job would resolve another random suffix
-        return [in_hydras_quotes("hydra.sweep.dir", folder)]
+        return [f"hydra.sweep.dir={in_hydras_grammar(folder)}"]
     if given.get("train.auto_resume") is False:
         requeueing = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
         raise UserError(f"train.auto_resume: {requeueing} restarts jobs, which then resume; drop one of the two")
@@ -81,7 +80,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
     else:
         folder = own_folder("sweeps", composed.name, overrides)
-    return ["train.auto_resume=true", in_hydras_quotes("hydra.sweep.dir", folder)]
+    return ["train.auto_resume=true", f"hydra.sweep.dir={in_hydras_grammar(folder)}"]
 
 
 def plain_name(key: str, folder: Any) -> str:
@@ -96,10 +95,6 @@ def own_folder(kind: str, name: str, overrides: list[str]) -> str:
     last = {override.key_or_group: override.input_line for override in parsed(overrides)}
     lines = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
     return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(lines)).encode()).hexdigest()[:8]}"
-
-
-def in_hydras_quotes(key: str, value: Any) -> str:
-    return f"{key}={QuotedString(str(value), Quote.single).with_quotes()}"
 
 
 def refuse_second_run(config: TrainRun, folder: Path) -> None:

@@ -70,7 +70,7 @@ def choose_device(name: str, key: str = "device") -> torch.device:
     return device
 
 
-def cuda_or_else(name: str) -> torch.device:
+def cuda_or_fallback(name: str) -> torch.device:
     """`choose_device`, but `cuda` on a machine without CUDA falls back to `auto` with a warning.
 
     For the Python API, where `cuda` is the default of classes that work on all devices.
@@ -101,7 +101,7 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
-def precision_asked(config: TrainingConfig) -> str:
+def requested_precision(config: TrainingConfig) -> str:
     """The precision that the configuration requests, which may be `auto`."""
     return config.precision if config.mixed_precision else "fp32"
 
@@ -147,12 +147,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    file = Path("/proc/cpuinfo")  # of Linux
+    match = re.search(r"model name\s*: (.+)", file.read_text() if file.exists() else "")
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def describe(device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """The environment variables with which torchrun starts a process. Imports neither torch nor anything else slow."""
 
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -50,8 +51,9 @@ def dist_env() -> DistEnv:
 
 
 def silence_unless_main() -> None:
-    """Discard the standard output of this process unless it is rank 0. Errors of all ranks go to standard error."""
+    """Discard standard output, and log records below errors, unless this is rank 0."""
     if not dist_env().is_main:
+        logging.disable(logging.WARNING)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # open until the process ends
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from gpt2.runtime.dist_env import dist_env
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-SIGNALS = [number for name in NAMES if (number := getattr(signal, name, None)) is not None]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_OF_ONE_CTRL_C = 0.5
 
 _received: int | None = None  # the signal that raised Interrupted

@@ -16,7 +16,7 @@ from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, LinearFunction, faster_linear
-from gpt2.runtime.device import Precision, choose_precision, known_peak, precision_asked
+from gpt2.runtime.device import Precision, choose_precision, known_peak, requested_precision
 from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def choose_plan(
         compilable: False under FSDP, whose wrapped model is not compiled.
     """
     saved = saved if saved and saved["device"] == device.type else {}
-    requested = precision_asked(config)
+    requested = requested_precision(config)
     precision = agreed_precision(saved.get("precision", "auto") if requested == "auto" else requested, device, group)
 
     linear = saved.get("linear") if saved.get("precision") == precision.name else None

@@ -89,9 +89,7 @@ def test_requeueing_launcher_sets_requeue(submitted):
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
-        (["timeout_min=1h"], "hydra.launcher.timeout_min: 1h is not a whole number of at least 1"),
-        (["max_num_timeout=-1"], "hydra.launcher.max_num_timeout: -1 is not a whole number of at least 0"),
-        (["timeout_min=2"], "hydra.launcher.signal_delay_s: 120 is no whole number of seconds that is less than "),
+        (["timeout_min=1h"], 'hydra.launcher: Parameter "timeout_min" expected type'),
         (["mem_gb=a lot"], 'hydra.launcher: Parameter "mem_gb" expected type'),
         (["partiton=gpu"], "Key 'partiton' is not in struct"),
     ],
@@ -204,8 +202,9 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
     lost = workspace.run_anew("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
-    told = r"error: job \d+ ended without a result \(FINISHED\), see its output in (.*); other jobs continue\n"
-    assert Path(re.fullmatch(told, lost.stderr)[1]).parent == folder / ".submitit"
+    (line,) = lost.stderr.splitlines()
+    assert re.match(r"error: Job \d+ .*has not produced any output \(state: FINISHED\)", line)
+    assert str(folder / ".submitit") in line
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
     failed = workspace.run_anew("train.py", *line, expect=1)
     assert failed.stderr.splitlines()[-1].startswith("error: out of memory: ")

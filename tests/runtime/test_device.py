@@ -7,7 +7,7 @@ import torch
 
 from gpt2.errors import UserError
 from gpt2.runtime import device
-from gpt2.runtime.device import choose_device, choose_precision, cuda_or_else, fastest_seconds, hardware, known_peak
+from gpt2.runtime.device import choose_device, choose_precision, cuda_or_fallback, fastest_seconds, hardware, known_peak
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,18 @@ def test_missing_device_is_rejected_and_api_default_falls_back(caplog):
     with pytest.raises(UserError, match="there is no cuda here"):
         choose_device("cuda")
     with caplog.at_level("INFO"):
-        assert cuda_or_else("cuda") == choose_device("auto")
+        assert cuda_or_fallback("cuda") == choose_device("auto")
     assert "no CUDA device" in caplog.text
     with pytest.raises(UserError, match="there is no cuda:7 here"):
-        cuda_or_else("cuda:7")
+        cuda_or_fallback("cuda:7")
 
 
 @pytest.mark.parametrize("computes", [False, True])
-@pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
-def test_precision_on_a_cpu(asked, computes, monkeypatch):
+@pytest.mark.parametrize("requested", ["auto", "fp32", "bf16"])
+def test_precision_on_a_cpu(requested, computes, monkeypatch):
     monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
-    precision = choose_precision(asked, torch.device("cpu"))
-    assert precision.name == ({False: "fp32", True: "bf16"}[computes] if asked == "auto" else asked)
+    precision = choose_precision(requested, torch.device("cpu"))
+    assert precision.name == ({False: "fp32", True: "bf16"}[computes] if requested == "auto" else requested)
     assert not precision.scaler().is_enabled()
 
 

@@ -98,7 +98,7 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
     resumed = place.run("train.py", *SMALL, *options)
     not_back += complain(place, resumed, {0})
     if f"{newest.name} is damaged" not in resumed.output or "Resuming after step 8" not in resumed.output:
-        not_back.append(f"train.py does not tell: {resumed.output}")
+        not_back.append(f"train.py does not report it: {resumed.output}")
     return [
         Row("checkpoint flipped, cut, exchanged, zeroed, longer, gone", count, "accepted", accepted),
         Row("", count, "not fallen back from", not_back),
