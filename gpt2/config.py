@@ -121,13 +121,13 @@ class InferenceConfig:
     max_new_tokens: int = 100
     temperature: float = 0.8  # divides the logits; 0: greedy
     top_k: int | None = 50  # keep the k likeliest tokens; null: all
-    top_p: float | None = 0.95  # keep the likeliest tokens up to this total probability; null: all
+    top_p: float | None = 0.95  # keep the fewest tokens whose probabilities sum to this; null: all
     repetition_penalty: float = 1.2  # 1: none
     do_sample: bool = True  # false: greedy
     num_return_sequences: int = 1  # texts per prompt
     stream: bool = True  # print the text as it is generated
 
-    min_p: float | None = None  # keep tokens at least this share as likely as the likeliest; null: all
+    min_p: float | None = None  # keep tokens with at least this fraction of the largest probability; null: all
     stop: list[str] = field(default_factory=list)  # strings that end a text and are not part of it
     stop_at_end_of_text: bool = True  # false: continue after <|endoftext|>, with another document
     seed: int | None = None  # null: random
@@ -138,7 +138,11 @@ class InferenceConfig:
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
 
 
-WHEN_LOADED = ("precision", "quantization", "compile")  # fields of InferenceConfig that a loaded model cannot change
+WHEN_LOADED = (
+    "precision",
+    "quantization",
+    "compile",
+)  # fields of InferenceConfig that are fixed once a model is loaded
 
 
 @dataclass
@@ -156,12 +160,15 @@ class OptunaConfig:
     n_warmup_steps: int = 5  # evaluations at the start of each trial that the median pruner and asha do not judge
 
     trial_timeout: int | None = None  # seconds of training after which a trial is stopped and counts as pruned
-    keep: Literal["best", "all"] = "best"  # trials whose checkpoints are kept
+    keep: Literal["best", "all"] = "best"  # trials whose checkpoints are not deleted
 
 
 @dataclass
 class StudyConfig(OptunaConfig):
-    """`hydra.sweeper` for `hydra/sweeper: study`. Sampler and pruner are groups of options; null storage is a file."""
+    """Schema of `hydra.sweeper` for `hydra/sweeper: study`.
+
+    The sampler and the pruner are config groups. Without a storage, the study is a file in the folder of the sweep.
+    """
 
     _target_: str = "gpt2.cli.sweeper.StudySweeper"
     defaults: list[Any] = field(default_factory=lambda: [{"sampler": "tpe"}, {"pruner": "median"}])
@@ -276,7 +283,7 @@ class GenerationBenchmark:
     # Of our weights; int8 on a CPU.
     formats: list[Literal["fp32", "bf16", "int8"]] = field(default_factory=lambda: ["fp32", "bf16", "int8"])
     compile: bool = False  # ours, on CUDA
-    json: str | None = None  # a file for everything that was measured
+    json: str | None = None  # file for all results
 
 
 @dataclass
@@ -287,12 +294,12 @@ class TrainingBenchmark:
     train: TrainingConfig = field(default_factory=TrainingConfig)
     context: int | None = None  # tokens a block; null: model.context_length
     repetitions: int = 5  # each contestant has one turn a repetition
-    steps: int = 1  # a turn
+    steps: int = 1  # optimizer steps in a turn
     warmup: int = 2  # steps that are not timed; the first compiles
     # auto: train.precision
     precisions: list[Literal["auto", "fp32", "bf16", "fp16"]] = field(default_factory=lambda: ["auto"])
     peer: str | None = None  # FILE.py:FUNCTION, see gpt2/benchmarks/peers.py
-    json: str | None = None  # a file for everything that was measured
+    json: str | None = None  # file for all results
 
 
 @dataclass
@@ -303,7 +310,7 @@ class DataBenchmark:
     train: TrainingConfig = field(default_factory=TrainingConfig)  # batch_size, num_workers, pin_memory
     repetitions: int = 5
     batches: int = 200  # of the training loader, a repetition; at most an epoch
-    json: str | None = None  # a file for everything that was measured
+    json: str | None = None  # file for all results
 
 
 @dataclass

@@ -102,7 +102,7 @@ BOUNDS: dict[type, Bounds] = {
 }
 
 
-def outside(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Problems:
+def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Problems:
     """Problems of the numbers that are not within their bounds, both ends included. None (null) is always legal."""
     return [
         f"{prefix}{key}: {values[key]} is not {wanted}"
@@ -113,7 +113,7 @@ def outside(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Problems:
 
 def validate_fields(config: Any, prefix: str) -> Problems:
     """Problems of single fields: numbers out of bounds, values that are not among the choices, names of no device."""
-    problems = outside(vars(config), BOUNDS.get(type(config), {}), prefix)
+    problems = out_of_bounds(vars(config), BOUNDS.get(type(config), {}), prefix)
     for key, hint in get_type_hints(type(config)).items():
         value, choices = getattr(config, key), _choices(hint)
         if choices and value not in choices:
@@ -203,7 +203,7 @@ def validate(config: Any, prefix: str = "") -> Problems:
 
 def _model(config: GPT2Config, prefix: str) -> Problems:
     width, heads = config.d_model, min(config.num_heads, config.d_model)
-    if outside(vars(config), BOUNDS[GPT2Config], prefix) or width % config.num_heads == 0:
+    if out_of_bounds(vars(config), BOUNDS[GPT2Config], prefix) or width % config.num_heads == 0:
         return []
     nearest = next(n for away in count() for n in (heads - away, heads + away) if n > 0 and width % n == 0)
     return [f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={width}, {nearest} would"]
@@ -311,7 +311,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
 def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     length = config.data.max_length
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
-    yield from outside(vars(config), bounds, prefix)
+    yield from out_of_bounds(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
 
 

@@ -14,14 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.cli.compose import CONF, WITHOUT_PART, compose_or_refuse, composition_error, keys_of, leaves, merged, parsed
+from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, composition_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
 from gpt2.config import WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
 from gpt2.validation import validate
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
-CHANGEABLE = WITHOUT_PART | {
+CHANGEABLE = WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
 }
@@ -207,7 +207,7 @@ def requested_changes(composed: DictConfig, overrides: list[str], known: set[str
     Arguments that the run was started with (`known`) are no requests. An exception are the keys that may change at any
     time, which may have changed since; but with auto_resume the command line is repeated, so they are none either.
     """
-    wanted, default = leaves(composed), leaves(compose_or_refuse("train"))
+    wanted, default = leaves(composed), leaves(compose_defaults("train"))
     requested: dict[str, Any] = {}
     for override in parsed(overrides):
         key = override.key_or_group

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
 # Keys, or groups, without effect on a run's result.
-WITHOUT_PART = {
+WITHOUT_EFFECT = {
     *("sample_prompt", "profile", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("distributed.strategy", "distributed.timeout"),
@@ -57,7 +57,7 @@ def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
         return hydra.compose(name, list(overrides), return_hydra_config=True)
 
 
-def compose_or_refuse(name: str) -> DictConfig:
+def compose_defaults(name: str) -> DictConfig:
     """The configuration without overrides, so that an error lies in a file of `conf/`."""
     try:
         return compose(name, [])
@@ -125,7 +125,7 @@ def title(overrides: list[str], longest: int = 100) -> str:
     words: dict[str, str] = {}  # if a key is repeated, the last one counts
     for override in parsed(overrides):
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
-        if key in WITHOUT_PART or key.startswith("hydra.") or key == "wandb":
+        if key in WITHOUT_EFFECT or key.startswith("hydra.") or key == "wandb":
             continue
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value

@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import compose, compose_or_refuse, composition_error, parsed
+from gpt2.cli.compose import compose, compose_defaults, composition_error, parsed
 from gpt2.cli.launchers import launcher_of, validate_launcher
 from gpt2.cli.sweeper import search_space, study_sweeper, swept_values, validate_study
 from gpt2.errors import UserError
 from gpt2.search.pairwise import combined
 
 
-def is_question(options: Namespace) -> bool:
+def asks_for_information(options: Namespace) -> bool:
     """Whether a command line asks Hydra for information, such as --cfg, instead of running something."""
     return any((options.hydra_help, options.cfg, options.info, options.shell_completion))
 
@@ -83,7 +83,7 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
 
 
 def problem_of(override: Override, multirun: bool) -> str | None:
-    """What no command line may ask for, in one line."""
+    """Why an argument is rejected, in one line; None if it may be used."""
     text, key, is_sweep = override.input_line, override.key_or_group, override.is_sweep_override()
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
@@ -91,8 +91,6 @@ def problem_of(override: Override, multirun: bool) -> str | None:
         return f"{text}: only a study sets that"
     if key == "resume" and multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
-    if key == "train.auto_resume" and is_sweep:
-        return f"{text}: one value for all runs of a sweep"
     if key == "hparams_search" and override.value() and not multirun:
         return f"{text}: a search is many runs, it needs -m"
     if is_sweep and key.startswith("hydra."):
@@ -153,7 +151,7 @@ def validate_command_line(name: str, overrides: list[str]) -> list[str]:
         composed = compose(name, overrides)
         accepted = overrides
     except (HydraException, OmegaConfBaseException):
-        composed = compose_or_refuse(name)
+        composed = compose_defaults(name)
         for override in overrides:
             try:
                 composed = compose(name, [*accepted, override])

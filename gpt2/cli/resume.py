@@ -53,7 +53,11 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
     if chosen and resume is not None:
         raise UserError("hydra.run.dir: a resumed run writes to its own folder; drop one of the two")
     if resume is None:
-        resume = plain_name("hydra.run.dir", chosen[-1]) if chosen else own_folder("runs", composed.name, overrides)
+        resume = (
+            plain_name("hydra.run.dir", chosen[-1])
+            if chosen
+            else folder_of_command_line("runs", composed.name, overrides)
+        )
     path = resumed_checkpoint(str(resume))
     return RunFolder(str(path.parent.parent if path else resume), str(resume), is_new=path is None)
 
@@ -79,7 +83,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
     if "hydra.sweep.dir" in given:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
     else:
-        folder = own_folder("sweeps", composed.name, overrides)
+        folder = folder_of_command_line("sweeps", composed.name, overrides)
     return ["train.auto_resume=true", f"hydra.sweep.dir={in_hydras_grammar(folder)}"]
 
 
@@ -90,7 +94,7 @@ def plain_name(key: str, folder: Any) -> str:
     return str(folder)
 
 
-def own_folder(kind: str, name: str, overrides: list[str]) -> str:
+def folder_of_command_line(kind: str, name: str, overrides: list[str]) -> str:
     """The folder of a command line: the same for any order of its arguments and any launcher."""
     last = {override.key_or_group: override.input_line for override in parsed(overrides)}
     lines = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]

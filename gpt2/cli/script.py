@@ -28,7 +28,7 @@ from gpt2.cli.compose import CONF, compose
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job, uses_submitit
-from gpt2.cli.preflight import check_run, check_sweep, is_question
+from gpt2.cli.preflight import asks_for_information, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, sweep_arguments
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
@@ -60,7 +60,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 silence_unless_main()
                 if options.help:
                     print(help_text(name))
-                elif is_question(options) or options.multirun:
+                elif asks_for_information(options) or options.multirun:
                     run_hydra(name, task, arguments, options)
                 else:
                     run_once(name, task, options, prompt)
@@ -72,7 +72,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
 
 def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
     """Let `hydra.main` answer --cfg and the like, or run a sweep that is checked here."""
-    if options.multirun and is_question(options):
+    if options.multirun and asks_for_information(options):
         raise UserError("-m: not together with --cfg and --info; show one run, without -m")
     if options.multirun:
         arguments += sweep_arguments_if_valid(name, options)

@@ -31,14 +31,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of
-from gpt2.cli.compose import CONF, WITHOUT_PART, as_argument, compose, composition_error, leaves, parsed, preset
+from gpt2.cli.compose import CONF, WITHOUT_EFFECT, as_argument, compose, composition_error, leaves, parsed, preset
 from gpt2.cli.launchers import log_submissions
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.signals import Interrupted
-from gpt2.validation import COUNT, Problems, outside, validate
+from gpt2.validation import COUNT, Problems, out_of_bounds, validate
 
 if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from optuna.distributions import BaseDistribution
@@ -52,7 +52,7 @@ log = logging.getLogger("study")
 
 KEY = "hydra.sweeper."
 ENVIRONMENT = "GPT2_STUDY"  # carries to the jobs what no file may contain: the storage, whose URL may have a password
-WITHOUT_PART_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
+WITHOUT_EFFECT_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
 
     settings = settings_of(sweeper)
     problems = validate(settings, KEY)
-    problems += outside(sweeper, {"n_jobs": COUNT}, KEY)
+    problems += out_of_bounds(sweeper, {"n_jobs": COUNT}, KEY)
     if sweeper.n_jobs > 1 and "BasicLauncher" in launcher:
         problems.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
     name = sweeper.study_name
@@ -191,7 +191,7 @@ def shared_settings(fixed: list[str], searched: set[str]) -> dict[str, Any]:
     return {
         key: value
         for key, value in composed.items()
-        if key not in WITHOUT_PART and {key, key.split(".")[0]}.isdisjoint({*searched, *WITHOUT_PART_IN_STUDY})
+        if key not in WITHOUT_EFFECT and {key, key.split(".")[0]}.isdisjoint({*searched, *WITHOUT_EFFECT_IN_STUDY})
     }
 
 

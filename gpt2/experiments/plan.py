@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult, flat
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import ROOT, WITHOUT_PART, compose, composition_error, in_hydras_grammar
+from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, in_hydras_grammar
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError, one_line
@@ -21,7 +21,7 @@ from gpt2.errors import UserError, one_line
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
 # Settings in which a run may differ from its plan. The tokenizer determines the size of the vocabulary.
-NOT_PLANNED = WITHOUT_PART | {"started_with", "study.name", "study.trial", "study.claim", "model.vocab_size"}
+NOT_PLANNED = WITHOUT_EFFECT | {"started_with", "study.name", "study.trial", "study.claim", "model.vocab_size"}
 
 
 @dataclass(frozen=True)
