@@ -260,12 +260,6 @@ def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problem
     return [f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"]
 
 
-def _optuna(config: OptunaConfig, prefix: str) -> Problems:
-    if config.direction in ("minimize", "maximize"):
-        return []
-    return [f"{prefix}direction: {config.direction!r} is neither minimize nor maximize"]
-
-
 def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, started: DistEnv) -> Problems:
     problems = validate_fields(distributed, "distributed.")
     fsdp = "distributed.strategy: fsdp"
@@ -324,16 +318,12 @@ def _export_run(config: ExportRun, prefix: str) -> Problems:
 
 
 def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:
-    if not config.batch_sizes or min(config.batch_sizes) < 1:
-        yield f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1"
     context, tokens = config.model.context_length, config.prompt_tokens + config.new_tokens
     if tokens > context:
         yield f"new_tokens: prompt_tokens + new_tokens = {tokens} do not fit into model.context_length={context}"
 
 
 def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
-    if not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
-        yield f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two"
     if config.context is not None and config.context > config.model.context_length:
         yield f"context: {config.context} is above model.context_length={config.model.context_length}"
 
@@ -343,7 +333,6 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     TrainingConfig: _training,
     DataConfig: _data,
     InferenceConfig: _inference,
-    OptunaConfig: _optuna,
     TrainRun: _train_run,
     EvaluateRun: _evaluate_run,
     ExportRun: _export_run,

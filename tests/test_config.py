@@ -175,7 +175,7 @@ def test_precision_contradicts_mixed_precision_false(precision):
 @pytest.mark.parametrize(
     ("field", "bad", "choices"),
     [
-        ("direction", "MINIMIZE", "minimize nor maximize"),
+        ("direction", "MINIMIZE", "none of minimize, maximize"),
         *((name, 0, "at least 1") for name in ("n_trials", "timeout")),
         *((name, -1, "at least 0") for name in ("n_startup_trials", "n_warmup_steps")),
     ],

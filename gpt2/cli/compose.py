@@ -138,9 +138,9 @@ def keys_of(overrides: list[str]) -> set[str]:
     return {override.key_or_group for override in parsed(overrides)}
 
 
-def leaves(config: DictConfig, resolved: bool = True) -> dict[str, Any]:
+def leaves(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """The values of a configuration by their full keys. A list is one value."""
-    plain = OmegaConf.to_container(config, resolve=resolved)
+    plain = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(plain, dict)
     result: dict[str, Any] = {}
     for key, value in plain.items():

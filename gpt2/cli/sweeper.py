@@ -187,7 +187,7 @@ def distributions(overrides: list[str]) -> "tuple[dict[str, BaseDistribution], d
 
 def shared_settings(fixed: list[str], searched: set[str]) -> dict[str, Any]:
     """The configuration that all trials have in common. Interpolations are not resolved: some depend on the space."""
-    composed = leaves(compose("train", fixed), resolved=False)
+    composed = leaves(compose("train", fixed), resolve=False)
     return {
         key: value
         for key, value in composed.items()

@@ -16,6 +16,8 @@ from gpt2.errors import is_full_disk
 
 log = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 10.0  # of the log about a long task
+
 
 class ConsoleHandler(logging.StreamHandler):
     """Prints log records on standard output, above the progress line.
@@ -66,30 +68,32 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def track(description: str, unit: str, seconds_between_lines: float = 10.0) -> Iterator[Callable[..., None]]:
-    """Show the progress of a long task. Yields a function of the amount done and, if known, the total."""
-    started = time.perf_counter()
-    last_line = started
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[amount]}"))
+def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Show the progress of a long task: on a terminal continuously, otherwise as a log line every ten seconds.
+
+    Yields:
+        A function of the amount done and, if known, the total.
+    """
+    started = last_line = time.perf_counter()
+    done = 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
     with Progress(*columns, transient=True, disable=not is_terminal()) as progress:
-        task = progress.add_task(description, total=None, amount="")
-        done = 0
+        task = progress.add_task(description, total=None)
 
         def advance(so_far: int, of: int | None = None) -> None:
             nonlocal done, last_line
-            done = so_far
-            now = time.perf_counter()
+            done, now = so_far, time.perf_counter()
             out_of = "" if of is None else f" of {of:,}"
             rate = so_far / max(now - started, 1e-9)
-            amount = f"{so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
-            progress.update(task, amount=amount)
-            if progress.disable and now - last_line > seconds_between_lines:
-                log.info("%s: %s", description, amount)
+            text = f"{description}: {so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
+            progress.update(task, description=text)
+            if progress.disable and now - last_line > SECONDS_BETWEEN_LINES:
+                log.info(text)
                 last_line = now
 
         yield advance
     if done:
-        log.info("%s: %s %s in %.1f s", description, f"{done:,}", unit, time.perf_counter() - started)
+        log.info(f"{description}: {done:,} {unit} in {time.perf_counter() - started:.1f} s")
 
 
 def time_left(seconds: float | None) -> str:
@@ -123,9 +127,6 @@ class ProgressLine:
 
     def step(self, step: int) -> None:
         self.progress.update(self.task, completed=step)
-
-    def figures(self, loss: float, tokens_per_second: float, seconds_left: float | None) -> None:
-        self.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {time_left(seconds_left)} left")
 
     def show(self, text: str) -> None:
         self.progress.update(self.task, figures=text)

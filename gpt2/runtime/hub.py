@@ -41,7 +41,7 @@ def caches() -> Path:
 def connect(seconds: float = 3.0) -> None:
     """Check once whether the Hub answers. If not, make its libraries use their caches only.
 
-    By themselves they would retry for half a minute.
+    Otherwise they would retry for half a minute.
     """
     if os.environ.get("HF_HUB_OFFLINE"):
         return
@@ -53,7 +53,7 @@ def connect(seconds: float = 3.0) -> None:
     except OSError as error:
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for name in ("huggingface_hub.constants", "datasets.config"):  # already imported, for example in a notebook
+        for name in ("huggingface_hub.constants", "datasets.config"):  # they may be imported already
             if name in sys.modules:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 

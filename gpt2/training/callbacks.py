@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gpt2.runtime.console import ProgressLine
+from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, time_left
 from gpt2.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,6 @@ class Callback:
 class ConsoleLog(Callback):
     """Log lines for each record, and a progress line where standard output is a terminal. Every Trainer has one."""
 
-    LINE_SECONDS = 10.0  # between two log lines of a validation
-
     def __init__(self, label: str = ""):
         """`label` stands in front of the progress line."""
         self.label = label
@@ -96,7 +94,8 @@ class ConsoleLog(Callback):
 
     def _log_training(self, trainer: Any, metrics: Metrics) -> None:
         loss, tokens_per_second = metrics["train/loss"], metrics["train/tokens_per_second"]
-        self.progress_line.figures(loss, tokens_per_second, seconds_left(trainer))
+        left = time_left(seconds_left(trainer))
+        self.progress_line.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left} left")
         log.info(
             f"step {metrics['step']:,}/{trainer.total_steps:,}  loss {loss:.4f}  "
             f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/grad_norm']:.2f}  "
@@ -120,7 +119,7 @@ class ConsoleLog(Callback):
         now = time.perf_counter()
         if batch == 0:
             self._last_line = now
-        elif now - self._last_line > self.LINE_SECONDS:
+        elif now - self._last_line > SECONDS_BETWEEN_LINES:
             log.info(f"validating: batch {batch:,} of {batches:,}", extra={"on_progress_line": True})
             self._last_line = now
 

@@ -153,7 +153,6 @@ def test_batches_match_those_of_peers_and_all_differ(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"precisions": ["bf16"], "train": {"mixed_precision": False}}, "contradict train.mixed_precision=false"),
         ({"context": 17}, "context: 17 is above model.context_length=16"),
         ({"steps": 0}, "steps: 0 is not"),
         ({"warmup": 0}, "warmup: 0 is not"),
