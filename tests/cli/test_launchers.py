@@ -117,7 +117,7 @@ def test_resumable_sweep_has_a_folder_named_after_its_command():
     assert sweep_arguments([*plain, "train.auto_resume=true", "hparams_search=optuna"]) == []
     resumes, folder = sweep_arguments([*plain, "train.auto_resume=true"])
     assert resumes == "train.auto_resume=true"
-    assert re.fullmatch(r"hydra.sweep.dir='outputs/sweeps/rates/auto-\w{8}'", folder)
+    assert re.fullmatch(r"hydra.sweep.dir=outputs/sweeps/rates/auto-\w{8}", folder)
     assert folder != sweep_arguments(["train.seed=1,3", "name=rates", "train.auto_resume=true"])[1]
     slow, fast = (
         sweep_arguments([*plain, "hydra/launcher=submitit_slurm_requeue", f"hydra.launcher.partition={name}"])
@@ -126,7 +126,7 @@ def test_resumable_sweep_has_a_folder_named_after_its_command():
     assert slow == fast
     assert slow[0] == "train.auto_resume=true"
     named = ["train.auto_resume=true", "hydra.sweep.dir=mine"]
-    assert sweep_arguments([*plain, *named]) == ["train.auto_resume=true", "hydra.sweep.dir='mine'"]
+    assert sweep_arguments([*plain, *named]) == ["train.auto_resume=true", "hydra.sweep.dir=mine"]
     with pytest.raises(UserError, match=r"train\.auto_resume: hydra\.launcher\.max_num_timeout=100 restarts jobs"):
         sweep_arguments([*plain, "hydra/launcher=submitit_slurm_requeue", "train.auto_resume=false"])
 
