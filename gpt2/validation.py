@@ -182,7 +182,7 @@ def _as_type(value: Any, hint: Any) -> Any:
         if option is float and type(value) in (int, str):
             with suppress(ValueError):
                 return float(value)
-    words = (_IN_WORDS.get(option) or ", ".join(map(str, _choices(option))) or "a list" for option in _options(hint))
+    words = (_IN_WORDS.get(option) or ", ".join(map(_shown, _choices(option))) or "a list" for option in _options(hint))
     raise ValueError(f"{value!r} is not {' or '.join(words)}")
 
 

@@ -431,11 +431,13 @@ def blocks(language: str) -> list[str]:
 
 def test_the_signatures_of_the_document_are_those_of_the_code():
     known = {function.__qualname__: function for function in (*dict(SIGNATURES), open_model, export, load_split)}
-    told = {line.split("(")[0]: line for block in blocks("text") for line in re.sub(r"\n +", " ", block).splitlines()}
-    for name, line in told.items():
+    documented = {
+        line.split("(")[0]: line for block in blocks("text") for line in re.sub(r"\n +", " ", block).splitlines()
+    }
+    for name, line in documented.items():
         assert line == f"{name}({', '.join(parameters(known[name]))})"
     methods = {re.sub(r"=.*?(?=[,)])", "", call) for call in re.findall(r"`(\w+\([\w, =]*\))", DOCUMENT)}
-    for name in known.keys() - told.keys():
+    for name in known.keys() - documented.keys():
         names_only = [parameter.split("=")[0] for parameter in parameters(known[name])]
         assert f"{name.split('.')[1]}({', '.join(names_only)})" in methods
 

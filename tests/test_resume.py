@@ -197,8 +197,8 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
         assert f"Changed: {message}" in done.stdout
     assert "Changed: data is" in done.stdout
     assert "Resuming after step 9" in done.stdout
-    kept = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
-    assert (kept["train"]["batch_size"], kept["model"]["dropout"], kept["resume_changes"]) == (2, 0.3, True)
+    saved = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
+    assert (saved["train"]["batch_size"], saved["model"]["dropout"], saved["resume_changes"]) == (2, 0.3, True)
     assert workspace.run("train.py", "resume=latest", "train.max_steps=14").stdout.count("Changed") == 1
     shape = workspace.run("train.py", "resume=latest", "model.d_model=64", "resume_changes=true", expect=2)
     assert "holds a model of another shape: d_model=32, not 64" in shape.stderr

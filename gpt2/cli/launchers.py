@@ -17,24 +17,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2.cli.compose import compose
 from gpt2.errors import ResourceError
 from gpt2.runtime.console import ConsoleHandler
 from gpt2.runtime.signals import Interrupted
 
 T = TypeVar("T")
 
-KEY = "hydra.launcher."
 REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
 
 
-def launcher_of(overrides: list[str]) -> DictConfig:
-    """The configuration of the launcher that a command line selects."""
-    return compose("train", overrides, with_hydra=True).hydra.launcher
-
-
 def uses_submitit(launcher: DictConfig) -> bool:
-    """Whether jobs run elsewhere. They are all submitted before the first one is waited for."""
+    """Whether submitit runs the jobs, outside this process. It submits all of them before it waits for one."""
     return "hydra_submitit_launcher" in launcher._target_
 
 

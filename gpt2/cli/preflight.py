@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose, compose_defaults, composition_error, parsed
-from gpt2.cli.launchers import launcher_of, validate_launcher
+from gpt2.cli.launchers import validate_launcher
 from gpt2.cli.sweeper import search_space, study_sweeper, swept_values, validate_study
 from gpt2.errors import UserError
 from gpt2.search.pairwise import combined
@@ -105,7 +105,7 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
         sweeper = study_sweeper(fixed)
     except UserError as error:
         return validate_command_line("train", fixed) or error.problems
-    launcher = launcher_of(fixed)
+    launcher = compose("train", fixed, with_hydra=True).hydra.launcher
     problems += validate_launcher(launcher)
     if sweeper:
         problems += validate_study(sweeper, launcher._target_)

@@ -71,32 +71,32 @@ def test_settings_reach_sbatch(submitted):
     where = ["partition=gpu", "account=me", "qos=low", "constraint='a100|h100'", "exclude='node7,node[12-14]'"]
     much = ["cpus_per_task=4", "mem_gb=32", "array_parallelism=1", "timeout_min=90", "setup=['module load cuda']"]
     words = ["hydra/launcher=submitit_slurm", *(f"hydra.launcher.{text}" for text in (*where, *much))]
-    told = submitted(*words, "+hydra.launcher.additional_parameters.mail-type=FAIL")
+    settings = submitted(*words, "+hydra.launcher.additional_parameters.mail-type=FAIL")
     wanted = {"partition": "gpu", "account": "me", "qos": "low", "constraint": "a100|h100", "time": "90"}
     wanted |= {"exclude": "node7,node[12-14]", "cpus-per-task": "4", "mem": "32GB", "gpus-per-node": "1"}
     wanted |= {"nodes": "1", "ntasks-per-node": "1", "array": "0-1%1", "signal": "USR2@120", "mail-type": "FAIL"}
-    assert wanted.items() <= told.items()
-    assert "requeue" not in told
-    assert "\nmodule load cuda\n" in told["script"]
-    assert "\nsrun --unbuffered " in told["script"]
+    assert wanted.items() <= settings.items()
+    assert "requeue" not in settings
+    assert "\nmodule load cuda\n" in settings["script"]
+    assert "\nsrun --unbuffered " in settings["script"]
 
 
 def test_requeueing_launcher_sets_requeue(submitted):
-    told = submitted("hydra/launcher=submitit_slurm_requeue", "hydra.launcher.signal_delay_s=300")
-    assert (told["requeue"], told["signal"], told["time"]) == (True, "USR2@300", "240")
+    settings = submitted("hydra/launcher=submitit_slurm_requeue", "hydra.launcher.signal_delay_s=300")
+    assert (settings["requeue"], settings["signal"], settings["time"]) == (True, "USR2@300", "240")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "fault"),
+    ("arguments", "problem"),
     [
         (["timeout_min=1h"], 'hydra.launcher: Parameter "timeout_min" expected type'),
         (["mem_gb=a lot"], 'hydra.launcher: Parameter "mem_gb" expected type'),
         (["partiton=gpu"], "Key 'partiton' is not in struct"),
     ],
 )
-def test_invalid_setting_is_rejected_before_submission(with_slurm, arguments, fault):
+def test_invalid_setting_is_rejected_before_submission(with_slurm, arguments, problem):
     given = [f"hydra.launcher.{text}" for text in arguments]
-    with pytest.raises(UserError, match=re.escape(fault)):
+    with pytest.raises(UserError, match=re.escape(problem)):
         check("-m", "hydra/launcher=submitit_slurm", *given, "data=stdlib", "train.seed=1,2")
 
 
@@ -190,8 +190,8 @@ def test_warned_jobs_are_requeued_and_resume(workspace: Workspace):
     warn_each(sweep, {"auto-*/0": signal.SIGUSR1, "auto-*/1": signal.SIGUSR2})
     assert process.wait(timeout=240) == 0
     (folder,) = sweep.iterdir()
-    told = "".join(path.read_text() for path in folder.glob(".submitit/*/*.out"))
-    assert told.count(" - Requeued job") == 2
+    output = "".join(path.read_text() for path in folder.glob(".submitit/*/*.out"))
+    assert output.count(" - Requeued job") == 2
     assert_both_resumed(workspace, folder)
 
 
@@ -238,9 +238,9 @@ def test_warned_and_preempted_slurm_jobs_resume(workspace: Workspace, with_slurm
     (folder,) = sweep.iterdir()
     assert process.wait(timeout=240) == 0
     wait_for(lambda: all((with_slurm / f"100_{n}.state").read_text() == "COMPLETED" for n in (0, 1)), seconds=120)
-    told = [next(folder.glob(f".submitit/100_{n}/*.out")).read_text() for n in (0, 1)]
-    assert "Requeued job 100_0 (100 remaining timeouts)" in told[0]
-    assert "Requeued" not in told[1]
+    output = [next(folder.glob(f".submitit/100_{n}/*.out")).read_text() for n in (0, 1)]
+    assert "Requeued job 100_0 (100 remaining timeouts)" in output[0]
+    assert "Requeued" not in output[1]
     assert_both_resumed(workspace, folder)
 
 
