@@ -1,7 +1,7 @@
 """Turns what Hydra composed into the dataclass that runs: typed, validated, and filled in from a checkpoint.
 
-A checkpoint brings its shape, tokenizer, sampling options, data, or the whole configuration of a run to resume. They
-replace defaults, never what the command line sets.
+From a checkpoint come the model's shape, its tokenizer, sampling options and data, or the whole configuration of a run
+to resume. They replace defaults, never what the command line sets.
 """
 
 from collections.abc import Callable
@@ -204,8 +204,9 @@ def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[
 def requested_changes(composed: DictConfig, overrides: list[str], known: set[str]) -> dict[str, Any]:
     """The values that a command line requests, key by key, including those of the groups and presets that it chooses.
 
-    Arguments that the run was started with (`known`) are no requests. An exception are the keys that may change at any
-    time, which may have changed since; but with auto_resume the command line is repeated, so they are none either.
+    An argument that the run was started with (`known`) requests nothing, unless its key is in CHANGEABLE: an earlier
+    resumption may have changed it, so repeating it changes it back. With auto_resume the whole command line is repeated
+    and requests nothing.
     """
     wanted, default = leaves(composed), leaves(compose_defaults("train"))
     requested: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 Slurm warns a job with a signal before it ends it, and submitit handles the signal by requeueing the job at once. During
 training our own handler comes first: the step is finished and saved, then the signal is raised again for submitit. The
-restarted job finds itself in the same folder and resumes from its newest checkpoint.
+restarted job has the same folder and resumes from its newest checkpoint.
 """
 
 import logging

@@ -65,7 +65,7 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
 def sweep_arguments(overrides: list[str]) -> list[str]:
     """Arguments that give a sweep one folder: with `train.auto_resume`, that of its command line.
 
-    A launcher that requeues jobs implies `train.auto_resume`. A study resumes by its own means.
+    A launcher that requeues jobs implies `train.auto_resume`. A study has its own way to resume.
     """
     fixed = [override for override in parsed(overrides) if not override.is_sweep_override()]
     composed = compose("train", [str(override.input_line) for override in fixed], with_hydra=True)

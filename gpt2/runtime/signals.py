@@ -59,8 +59,8 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     Only Ctrl-C acts twice, because schedulers routinely send two signals. A terminal may deliver one Ctrl-C twice,
     through the process group and through a parent process, so two within half a second count as one.
 
-    `on_signal` also receives a signal from before the block: its exception is lost where Python ignores exceptions, in
-    `__del__` for example. Off the main thread this does nothing.
+    `on_signal` also receives a signal from before the block, whose exception may have been lost: Python ignores those
+    raised in `__del__`, for example. Off the main thread this does nothing.
     """
     first: float | None = None
     before: dict[int, Any] = {}
