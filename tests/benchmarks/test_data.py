@@ -60,4 +60,4 @@ def test_errors_of_the_command_are_lines(workspace: Workspace):
 def test_help_lists_the_options(workspace: Workspace, what):
     done = workspace.module("gpt2.main", "benchmark", what, "--help")
     assert done.returncode == 0
-    assert "json=FILE" in done.stdout
+    assert "  json=null" in done.stdout
