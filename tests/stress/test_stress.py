@@ -1,4 +1,4 @@
-"""A little of every fault. `python -m tests.stress` does all of it, and prints the same table."""
+"""A few faults of every kind; `python -m tests.stress` injects all of them."""
 
 import subprocess
 import sys
