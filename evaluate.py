@@ -21,7 +21,8 @@ def main(config: EvaluateRun) -> None:
     import torch
     from torch.utils.data import DataLoader
 
-    from gpt2.checkpoint.pretrained import describe_data, open_model
+    from gpt2.checkpoint.pretrained import open_model
+    from gpt2.data.sources import describe_source
     from gpt2.data_loader import identity_collate, load_split
     from gpt2.distributed.process_group import init_distributed
     from gpt2.evaluate import Evaluator
@@ -59,7 +60,7 @@ def main(config: EvaluateRun) -> None:
         return
     quantization = f", {config.quantization}" if config.quantization else ""
     print(f"model  {trained.describe()}{quantization}")
-    print(f"data   {describe_data(asdict(config.data))}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
+    print(f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
     evaluator.print_metrics(metrics)
 
     about = {

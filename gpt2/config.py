@@ -109,11 +109,6 @@ class DataConfig:
     validation_fraction: float = 0.1  # share to hold out of the training split if there is no validation split
 
 
-# The fields of DataConfig that name a source of text (see `gpt2/data/sources.py`), each with those that describe it.
-# The first one that is set is used.
-DATA_SOURCES = {"files": ("files",), "dataset_name": ("dataset_name", "dataset_config")}
-
-
 @dataclass
 class InferenceConfig:
     """Text generation: sampling, when to stop, and how the model is loaded."""

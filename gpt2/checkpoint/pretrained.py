@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import hugging_face, run_folder
-from gpt2.config import DATA_SOURCES, GPT2Config
+from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_folder
 from gpt2.runtime.hub import OPENAI, hub_folder, is_on_hub
@@ -124,16 +124,11 @@ class CheckpointModel(TrainedModel):
     def __init__(self, path: Path):
         self.path = path
         record = checkpoint.read_record(path)
-        try:
-            config = replace_checked(GPT2Config(), record["model"])
-            record["run"], record["progress"]["step"], record["tokenizer"]  # used later without a check
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"checkpoint: {path} was not written by Trainer: {error}") from error
-        super().__init__(str(path), config, record)
-        self.saved_tokenizer: str | None = record["tokenizer"]
+        super().__init__(str(path), replace_checked(GPT2Config(), record["model"]), record)
 
     def read_tokenizer(self) -> GPT2Tokenizer | None:
-        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
+        text = self.record and self.record["tokenizer"]
+        return GPT2Tokenizer.from_json(text) if text else None
 
     def tensors(self) -> "dict[str, Tensor]":
         tensors = checkpoint.read_tensors(self.path, "model/")
@@ -158,7 +153,8 @@ class HuggingFaceModel(TrainedModel):
         return GPT2Tokenizer.from_folder(folder) if _holds_tokenizer(folder) else None
 
     def tensors(self) -> "dict[str, Tensor]":
-        return hugging_face.read_tensors(self.fetch(hugging_face.WEIGHT_FILES), self.config, self.source)
+        folder = self.fetch([hugging_face.WEIGHTS, hugging_face.SHARDS])
+        return hugging_face.read_tensors(folder, self.config, self.source)
 
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
@@ -179,8 +175,6 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         return HuggingFaceModel(name, lambda patterns: path)
     if not name or not path.exists():
         raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
-    if path.suffix in (".safetensors", ".bin"):
-        raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
     return CheckpointModel(run_folder.find_checkpoint(name, key))
 
 
@@ -260,60 +254,32 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
 
 def model_card(trained: TrainedModel) -> str:
     """The README of an exported folder: how to use the model, how it was trained, its loss and its shape."""
+    training = _training(trained.record) if trained.record else {"weights": f"those of {trained.source}, unchanged"}
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
-tags:
-- gpt2
 ---
 
 # {trained.run["name"] if trained.run else "GPT-2"}
 
-A GPT-2 for `transformers`:
+A GPT-2 for `pipeline("text-generation", FOLDER)` of `transformers`.
 
-```python
-from transformers import pipeline
-
-write = pipeline("text-generation", "PATH_OF_THIS_FOLDER")
-print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
-```
-
-## Training
-
-{_training(trained.record) if trained.record else f"The weights are those of {trained.source}, unchanged."}
-
-## Architecture
+{_table(training)}
 
 {_table(asdict(trained.config))}
 """
 
 
-def _training(record: dict[str, Any]) -> str:
-    progress, train, run = record["progress"], record["train"], record["run"]
-    loss = "not evaluated"
-    if progress["val_loss"] is not None:
-        loss = f"{progress['val_loss']:.4f} nats a token, at step {progress['evaluated_at']:,}"
-    settings = ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")
-    return _table(
-        {
-            "data": describe_data(run["data"]) if run else "not recorded",
-            "steps": f"{progress['step']:,}",
-            "tokens": f"{progress['tokens']:,}",
-            "hours": f"{progress['seconds'] / 3600:.2f}",
-            "validation loss": loss,
-            "started from": train.get("init_from") or "random weights",
-            **{name: train[name] for name in settings},
-            "PyTorch": record["versions"]["torch"],
-        }
-    )
+def _training(record: dict[str, Any]) -> dict[str, Any]:
+    progress, data = record["progress"], record["run"]["data"] if record["run"] else {}
+    return {
+        "steps": f"{progress['step']:,}",
+        "tokens": f"{progress['tokens']:,}",
+        "validation loss (nats per token)": progress["val_loss"],
+        **{f"data.{name}": value for name, value in data.items() if value is not None},
+        **{f"train.{name}": value for name, value in record["train"].items() if value is not None},
+        "PyTorch": record["versions"]["torch"],
+    }
 
 
 def _table(rows: dict[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
-
-
-def describe_data(data: dict[str, Any]) -> str:
-    """The name of a corpus, from the fields of a `DataConfig`."""
-    names = next(names for source, names in DATA_SOURCES.items() if data[source] is not None)
-    values = [data[name] for name in names if data[name] is not None]
-    return ", ".join(", ".join(value) if isinstance(value, list) else value for value in values)

@@ -10,12 +10,11 @@ import re
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
-from gpt2.runtime.files import TEMPORARY_PREFIX, atomic_write, fsync_folder
+from gpt2.runtime.files import TEMPORARY_PREFIX, fsync
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +42,15 @@ def add_name(path: Path, name: str) -> None:
 
     A link is safe because checkpoints are only ever replaced, never changed in place.
     """
-    target, temporary = path.with_name(name), path.with_name(TEMPORARY_PREFIX + name)
+    temporary = path.with_name(TEMPORARY_PREFIX + name)
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:  # a filesystem without hard links
-        with path.open("rb") as source, atomic_write(target) as copy:
-            shutil.copyfileobj(source, copy)
-        return
-    temporary.replace(target)
+        shutil.copyfile(path, temporary)
+    temporary.replace(path.with_name(name))
     temporary.unlink(missing_ok=True)  # it remains if both names were links to one file already, see rename(2)
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
@@ -68,10 +65,7 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
     retained = [path for number, path in numbered if number <= step][-keep:]
     for _, path in numbered:
         if path not in retained:
-            try:
-                path.unlink()
-            except OSError as error:
-                log.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
+            path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -81,7 +75,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
-    """The first of some checkpoints that exists and is not damaged; None if none exists.
+    """The first checkpoint that is not damaged; None if there are no candidates.
 
     Logs a warning for each damaged one before it.
 
@@ -92,18 +86,11 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         UserError: All of them are damaged.
     """
     problems: list[str] = []
-    damaged: list[Path] = []
     for path in candidates:
-        if any(path.exists() and path.samefile(other) for other in damaged if other.exists()):
-            continue
         try:
-            record = checkpoint.verify(path, prefix)
+            checkpoint.verify(path, prefix)
         except UserError as error:
-            damaged.append(path)
             problems += error.problems
-            continue
-        if problem := _wrong_name(path, record):
-            problems.append(problem)
             continue
         for problem in problems:
             log.warning("%s", problem)
@@ -112,18 +99,6 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         return path
     if problems:
         raise UserError(*problems)
-    return None
-
-
-def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
-    """Why an intact checkpoint does not belong under its name; None if it does."""
-    progress = record.get("progress") or {}
-    step, number = progress.get("step"), step_of(path)
-    if number is not None and number != step:
-        return f"checkpoint: {path} is not that of step {number}, but of step {step}"
-    is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
-    if path.name == BEST and progress.get("evaluated_at") and not is_best:
-        return f"checkpoint: {path} is not the best checkpoint of its run"
     return None
 
 

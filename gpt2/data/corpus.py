@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
-FORMAT = 1  # of the cached files; a new number invalidates every cached corpus
+FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
 
@@ -54,7 +53,7 @@ BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the t
 def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterator[Parts]:
     """The documents of a split; `all` is the three splits together.
 
-    If the source has no validation split, it is held out of the training split: a random sample of the documents, or,
+    If the source has no validation split, a part of the training split is used: a random sample of the documents, or,
     if there are few, the end of each document.
     """
     if split == "all":
@@ -73,13 +72,8 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
                 yield document.parts()
 
 
-def cuts_documents(source: Source, config: DataConfig) -> bool:
-    """Whether the end of each document is held out."""
-    return source.validation is None and validation_sample(len(source.train), config.validation_fraction) is None
-
-
 def validation_sample(count: int, fraction: float) -> set[int] | None:
-    """The numbers of the documents to hold out, drawn with a fixed seed; None if they would be too few."""
+    """The numbers of the documents used for validation, drawn with a fixed seed; None if they would be too few."""
     size = round(count * fraction)
     if size < MIN_VALIDATION_DOCUMENTS:
         return None
@@ -99,7 +93,7 @@ def write_tokens(
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
-    tokenizer.encode_batch([])  # build its encoder once, not in each thread
+    tokenizer.encode_batch([""])  # builds its encoder once, not in each thread
 
     def encode(batch: list[tuple[str, bool]]) -> np.ndarray:
         encoded = tokenizer.encode_batch([text for text, _ in batch])
@@ -193,15 +187,8 @@ class PreparedData:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its fingerprint and what went into it, `tokens` of each split, their `dtype`, and `bytes` of each file."""
+        """Its fingerprint and what determines it, the number of `tokens` of each split, and their `dtype`."""
         return json.loads((self.folder / "about.json").read_text())
-
-    def is_complete(self) -> bool:
-        """Whether every file has its original size, which a full disk, for example, may have prevented."""
-        try:
-            return all((self.folder / name).stat().st_size == size for name, size in self.about["bytes"].items())
-        except (OSError, ValueError, KeyError):
-            return False
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
@@ -214,7 +201,7 @@ class PreparedData:
 
 
 def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
-    """The tokenized corpus: from the cache, or made now. If several processes ask at once, one makes it.
+    """The tokenized corpus, from the cache if it is there. Of several concurrent processes one tokenizes it.
 
     Args:
         only: Prepare this split alone, or `all`, the three splits in one file. `test` becomes `validation` if the
@@ -223,7 +210,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     Raises:
         UserError: The source cannot be reached, read or tokenized, or a split has no text.
     """
-    # Read when the tokenizer's threads start. Without the second, forked data workers make it print a warning.
+    # Both are read by `tokenizers`. Without the second, forked data workers make it print a warning.
     os.environ.setdefault("RAYON_NUM_THREADS", str(config.preprocessing_num_workers))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -238,17 +225,14 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     }
     if only is not None:
         identity["splits"] = splits
-    if source.length_unit and cuts_documents(source, config):
-        identity["cut"] = source.length_unit
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     prepared = PreparedData(cache_folder(config) / "tokens" / fingerprint)
     prepared.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder.with_suffix(".lock")):
-        if prepared.is_complete():
+        if prepared.folder.exists():
             log.info("Data: %s, from the cache %s", prepared, prepared.folder)
             return prepared
-        shutil.rmtree(prepared.folder, ignore_errors=True)
         with atomic_folder(prepared.folder) as folder:
             write_corpus(folder, source, tokenizer, config, splits, {"fingerprint": fingerprint, **identity})
     log.info("Data: %s, cached in %s", prepared, prepared.folder)
@@ -269,7 +253,10 @@ def write_corpus(
         UserError: A split has no text.
     """
     if tokenizer is None:
-        tokenizer = _train_tokenizer(source, config)
+        log.info("Training a tokenizer of %s tokens", f"{config.vocab_size:,}")
+        documents = documents_of_split(source, "train", config)
+        texts = (text for document in documents for text, _ in split_into_pieces(document))
+        tokenizer = GPT2Tokenizer.train(texts, config.vocab_size)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     threads, tokens = config.preprocessing_num_workers, {}
     for split in splits:
@@ -282,20 +269,5 @@ def write_corpus(
         "tokens": tokens,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
-        "bytes": {file.name: file.stat().st_size for file in folder.iterdir()},
     }
     (folder / "about.json").write_text(json.dumps(about, indent=1))
-
-
-def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
-    with track("Training the tokenizer", unit="characters") as advance:
-
-        def texts() -> Iterator[str]:
-            total = 0
-            for document in documents_of_split(source, "train", config):
-                for text, _ in split_into_pieces(document):
-                    total += len(text)
-                    advance(total)
-                    yield text
-
-        return GPT2Tokenizer.train(texts(), config.vocab_size)

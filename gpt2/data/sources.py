@@ -1,7 +1,7 @@
 """Sources of documents: text files, and datasets of the Hugging Face Hub or folders laid out like one.
 
-To add a source, write a function that makes a `Source` of a `DataConfig` and enter it in `SOURCES` under the field of
-`DataConfig` that names it, which `config.DATA_SOURCES` lists as well.
+To add a source, write a function that makes a `Source` of a `DataConfig`, and enter it in `SOURCES` under the fields of
+`DataConfig` that name it.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from gpt2.config import DATA_SOURCES, DataConfig
+from gpt2.config import DataConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
@@ -36,7 +36,6 @@ class Document(Protocol):
 
         `parts(0, x)` and `parts(x, 1)` together are the whole text.
         """
-        ...
 
 
 class Documents(Protocol):
@@ -51,23 +50,32 @@ class Documents(Protocol):
 class Source:
     """The documents of each split.
 
-    Without `validation`, it is held out of `train`; without `test`, the validation split is used.
+    Without `validation`, a part of `train` is used for it; without `test`, the validation split is used.
     """
 
     fingerprint: str  # equal for equal documents
     train: Documents
     validation: Documents | None = None
     test: Documents | None = None
-    length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a configuration names: that of the first field of `DATA_SOURCES` that is set.
+    """The source that a configuration names.
 
     Raises:
         UserError: It cannot be reached or read.
     """
-    return SOURCES[next(name for name in DATA_SOURCES if getattr(config, name) is not None)](config)
+    return SOURCES[_names(config)](config)
+
+
+def describe_source(config: DataConfig) -> str:
+    """The name of the source, such as `wikitext, wikitext-2-raw-v1`."""
+    values = (getattr(config, name) for name in _names(config))
+    return ", ".join(", ".join(value) if isinstance(value, list) else value for value in values if value is not None)
+
+
+def _names(config: DataConfig) -> tuple[str, ...]:
+    return next(names for names in SOURCES if getattr(config, names[0]) is not None)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -92,39 +100,25 @@ class TextFile:
         """
         try:
             with self.path.open("rb") as file:
-                first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-                length = file.seek(0, os.SEEK_END) - first
-                begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
-                yield from self._decode(file, begin, end)
+                begin, end = (_next_character(file, share) for share in (start, stop))
+                file.seek(begin)
+                chunks = iter(lambda: file.read(min(CHUNK_BYTES, end - file.tell())), b"")
+                yield from codecs.iterdecode(chunks, "utf-8" if begin else "utf-8-sig")
         except OSError as error:
             raise UserError(f"data.files: cannot read {self.path}: {error.strerror}") from error
-
-    def _decode(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        file.seek(position)
-        while True:
-            data = file.read(min(CHUNK_BYTES, end - position))
-            pending = len(decoder.getstate()[0])  # bytes of a character that continues in this chunk
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                place = position - pending + error.start
-                raise UserError(
-                    f"data.files: {self.path} is not UTF-8 at byte {place}; convert it or leave it out (data.exclude)"
-                ) from error
-            position += len(data)
-            yield text
-            if not data:
-                return
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"data.files: {self.path} is not UTF-8 ({error.reason}); convert it or leave it out (data.exclude)"
+            ) from error
 
 
-def _next_character(file: BinaryIO, first: int, place: int) -> int:
-    """The first place from `place` on where a character begins. Places are counted from byte `first` of the file."""
-    if place == 0:
-        return 0  # if the text begins with an invalid byte, it must be read and reported
-    file.seek(first + place)
-    data = file.read(3)  # at most three bytes of a character follow its first one
-    return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+def _next_character(file: BinaryIO, share: float) -> int:
+    """The first position at or after a share of a file's length at which a character begins."""
+    position = file.seek(int(file.seek(0, os.SEEK_END) * share))
+    if position == 0:
+        return 0  # also if the file begins with an invalid byte, which decoding must see
+    following = file.read(3)  # at most three bytes of a character follow its first one
+    return position + next((n for n, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
 def open_files(config: DataConfig) -> Source:
@@ -135,17 +129,12 @@ def open_files(config: DataConfig) -> Source:
     """
     if isinstance(config.files, str):
         raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
-    paths = find_files(config.files or [], config.exclude)
+    matches = (path for pattern in config.files or [] for path in files_matching(pattern))
+    included = (Path(path) for path in matches if not any(fnmatch(path, pattern) for pattern in config.exclude))
+    paths = sorted({path.resolve() for path in included if path.is_file()})  # each once, under any of its names
     if not paths:
         raise UserError(f"data.files: no file matches {config.files} without those of data.exclude={config.exclude}")
-    return Source(_fingerprint(paths), [TextFile(path) for path in paths], length_unit="bytes")
-
-
-def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files that match any pattern and no exclusion, each once, sorted by path."""
-    matches = (path for pattern in patterns for path in files_matching(pattern))
-    included = (Path(path) for path in matches if not any(fnmatch(path, excluded) for excluded in exclude))
-    return sorted({path.resolve() for path in included if path.is_file()})
+    return Source(_fingerprint(paths), [TextFile(path) for path in paths])
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:
@@ -196,9 +185,9 @@ class TableDocuments:
                 if document:
                     yield "".join(document)
                 document = []
-            document.append(row if row.endswith("\n") else row + "\n")
-            if not any_start and len(document) > MAX_PREAMBLE_ROWS:
+            elif not any_start and len(document) == MAX_PREAMBLE_ROWS:
                 break
+            document.append(row if row.endswith("\n") else row + "\n")
         if not any_start:
             raise UserError(
                 f"data.document_start: no row matches {self.document_start!r}, so no document begins; "
@@ -246,11 +235,8 @@ def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datas
     except (ValueError, OSError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
-    if column not in table.column_names:
-        raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
-    kind = getattr(table.features[column], "dtype", "nested values")
-    if kind not in ("string", "large_string"):
-        raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
+    if getattr(table.features.get(column), "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"data.text_column: {column!r} is no column of text; columns: {', '.join(table.column_names)}")
     return table
 
 
@@ -262,7 +248,8 @@ def _folder_fingerprint(folder: Path) -> str:
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {  # by the field of DataConfig that names the source
-    "files": open_files,
-    "dataset_name": open_dataset,
+# The fields of DataConfig that name a source. The first source whose first field is set is used.
+SOURCES: dict[tuple[str, ...], Callable[[DataConfig], Source]] = {
+    ("files",): open_files,
+    ("dataset_name", "dataset_config"): open_dataset,
 }

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.checkpoint.hugging_face import WEIGHT_FILES
+from gpt2.checkpoint.hugging_face import SHARDS
 from gpt2.checkpoint.pretrained import export, open_model
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
@@ -128,18 +128,10 @@ def test_both_names_of_the_activation_are_accepted(folder):
     assert open_model(str(folder)).config.d_model == 16
 
 
-def test_single_file_takes_precedence_over_an_index(folder):
-    expected = open_model(str(folder)).tensors()
-    (folder / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"transformer.wte.weight": "gone.safetensors"}}'
-    )
-    assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
-
-
-def test_patterns_match_all_files_of_sharded_weights(folder):
+def test_pattern_matches_all_files_of_sharded_weights(folder):
     in_shards(folder)
-    files = {path.name for path in folder.glob("model*")}
-    assert {name for name in files if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)} == files
+    files = {path.name for path in folder.glob("model*.safetensors")}
+    assert {name for name in files if fnmatch(name, SHARDS)} == files
 
 
 def test_all_wrong_tensors_are_named_in_one_error(folder):
@@ -166,32 +158,13 @@ def a_head_of_its_own(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
 
 
-def whole_numbers(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()}))
-
-
 def a_shard_too_few(folder: Path) -> None:
     in_shards(folder)
     next(folder.glob("model-00002-*")).unlink()
 
 
-def an_index_that_leads_elsewhere(folder: Path) -> None:
-    in_shards(folder)
-    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder.parent / "model.safetensors").touch()
-
-
 def a_config_of_words(folder: Path) -> None:
     (folder / "config.json").write_text("{")
-
-
-def an_index(content):
-    def spoil(folder: Path) -> None:
-        in_shards(folder)
-        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-
-    return spoil
 
 
 def a_scalar_head(folder: Path) -> None:
@@ -203,13 +176,11 @@ def a_tensor_twice(folder: Path) -> None:
 
 
 REFUSED = [
-    (an_index({"weight_map": ["a"]}), "the weight_map of its model.safetensors.index.json names no files"),
-    (an_index({"weight_map": {"a": 1}}), "names no files"),
-    (an_index({}), "names no files"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
     (a_tensor_twice, "holds wte.weight a second time"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "cannot read its config.json"),
+    (lambda folder: (folder / "config.json").write_text("{}"), "model_type is None, not 'gpt2'"),
     (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
     (lambda folder: describe(folder, add_cross_attention=True), "add_cross_attention is True, not False"),
     (lambda folder: describe(folder, scale_attn_weights=False), "scale_attn_weights is False, not True"),
@@ -230,9 +201,7 @@ REFUSED = [
     (only_a_pickle, r"pytorch_model.bin, a pickle, which can run code"),
     (no_weights, "it holds no model.safetensors"),
     (a_head_of_its_own, "its lm_head differs from its token embedding"),
-    (whole_numbers, "stored as I8, not as plain floats"),
-    (a_shard_too_few, "missing: model-00002-of-"),
-    (an_index_that_leads_elsewhere, "missing: ../model.safetensors"),
+    (a_shard_too_few, r"missing: h\.0"),
     (a_config_of_words, "cannot read its config.json"),
     (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
@@ -343,7 +312,7 @@ def test_model_card_states_training_and_shape(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in (
         "| steps | 7 |",
-        "| validation loss | 2.5000 nats a token, at step 6 |",
+        "| validation loss (nats per token) | 2.5 |",
         "| d_model | 16 |",
         "| tokens | 99 |",
     ):
@@ -408,8 +377,7 @@ def record_of(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda record: {}, "was not written by Trainer: 'model'"),
-        (lambda record: {**record, "model": {"depth": 3}}, "was not written by Trainer: depth: there is no such key"),
+        (lambda record: {**record, "model": {"depth": 3}}, "depth: there is no such key"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
     ],
