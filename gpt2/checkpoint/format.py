@@ -25,6 +25,7 @@ FORMAT = 2
 
 # Keys of `__metadata__` in the header of the file; safetensors wants every value to be a string.
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
+MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SAFETENSORS_DTYPES |= {"int64": "I64", "uint8": "U8"}
@@ -189,18 +190,20 @@ def _compare_sums(path: Path, sums: dict[str, str], stored: dict[str, StoredTens
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The record and where each tensor lies, after checking the header's checksum and the size of the file."""
+    if path.exists() and not path.is_file():  # opening a pipe would block
+        raise UserError(f"checkpoint: cannot read {path}: it is not a file")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError("the header is longer than the file")
+            if length > min(MAX_HEADER_BYTES, size):
+                raise ValueError("the header is too long")
             record, tensors = _parse_header(file.read(length), path)
     except OSError as error:
         raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"checkpoint: {path} is not a checkpoint of this program, or its header is damaged") from error
-    expected = max((stored.end for stored in tensors.values()), default=8 + length)
+    expected = 8 + length + sum(stored.end - stored.begin for stored in tensors.values())
     if size != expected:
         raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {expected:,}")
     return record, tensors

@@ -239,8 +239,8 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-@pytest.mark.parametrize("make", [link_to_folder, link_to_itself])
-def test_links_to_no_file_are_refused(tmp_path, make):
+@pytest.mark.parametrize("make", [os.mkfifo, link_to_folder, link_to_itself])
+def test_pipes_and_folders_are_refused_without_blocking(tmp_path, make):
     make(tmp_path / "step.pth")
     for read in (checkpoint.verify, checkpoint.read_record, checkpoint.read_tensors):
         with pytest.raises(UserError, match=r"cannot read .*step.pth"):
