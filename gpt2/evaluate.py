@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gpt2.distributed.process_group import Batch, ProcessGroup
-from gpt2.model import IGNORE_INDEX, GPT2Model, shifted
+from gpt2.model import GPT2Model
+from gpt2.ops.cross_entropy import IGNORE_INDEX, shifted
 from gpt2.runtime.console import track
 from gpt2.runtime.device import cuda_or_fallback
 from gpt2.tokenizer import GPT2Tokenizer

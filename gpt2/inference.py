@@ -27,7 +27,6 @@ from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
 from gpt2.runtime.device import cuda_or_fallback
-from gpt2.runtime.hub import caches
 from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
@@ -167,4 +166,4 @@ class TextGenerator:
 
     def interactive_mode(self, config: InferenceConfig) -> None:
         """Continue each line that is typed until Ctrl-D, see `gpt2.generation.session`."""
-        Session(self.generate_text, config, history=caches() / "history").run()
+        Session(self.generate_text, config).run()

@@ -20,16 +20,11 @@ from gpt2.config import GPT2Config, InferenceConfig
 from gpt2.generation.decode import decode
 from gpt2.generation.sampling import Generators, SamplingParams, next_token
 from gpt2.ops.attention import PastKeyValues, attend, causal_mask
-from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies
+from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies, shifted
 from gpt2.ops.linear import LinearFunction
 from gpt2.validation import validate
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
-
-
-def shifted(labels: Tensor) -> Tensor:
-    """Targets (b, t) from labels (b, t): the token after each position, and IGNORE_INDEX after the last one."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 class Linear(nn.Linear):

@@ -6,7 +6,6 @@ Axes: b batch, t time, v vocabulary, T columns of the cache.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from math import ceil
 from typing import Any, Protocol
@@ -47,19 +46,18 @@ def window_start(length: int, context_length: int) -> int:
 
 
 def decode_step(
-    model: LanguageModel, cache: KVCache, tokens: Tensor, columns: Tensor, visible: int, is_masked: bool = True
+    model: LanguageModel, cache: KVCache, tokens: Tensor, columns: Tensor, visible: int, is_last: bool = False
 ) -> Tensor:
     """Logits (b, v) after one more token (b,) of each text, which is stored at its column (b,) of the cache.
 
     Args:
-        visible: Number of columns that attention reads.
-        is_masked: Whether each text attends only to the columns up to its own. If False, all texts are equally long.
+        visible: Number of columns that attention reads; each text sees those up to its own.
+        is_last: Whether all columns are the last visible one, so that attention needs no mask.
     """
     mask = None
-    if is_masked:
+    if not is_last:
         mask = torch.arange(visible, device=columns.device) <= rearrange(columns, "b -> b 1 1 1")
-    cache_columns = rearrange(columns, "b -> 1 b 1 1 1")
-    past = [partial(layer.append, columns=cache_columns, visible=visible) for layer in cache.layers]
+    past = [partial(layer.append, visible=visible, columns=None if is_last else columns) for layer in cache.layers]
     return model.last_logits(rearrange(tokens, "b -> b 1"), past, mask, positions=rearrange(columns, "b -> b 1"))
 
 
@@ -161,7 +159,7 @@ class Decoder:
         assert self.cache is not None
         if self.compiled:
             return self.compiled(self.model, self.tokens, self.columns)
-        return decode_step(self.model, self.cache, self.tokens, self.columns, max(sizes), min(sizes) < max(sizes))
+        return decode_step(self.model, self.cache, self.tokens, self.columns, max(sizes), min(sizes) == max(sizes))
 
     def _read_windows(self, rows: list[int], sizes: list[int]) -> Tensor:
         """Read the windows of some texts in one pass, padded on the right, where causal attention ignores padding."""
@@ -213,21 +211,14 @@ def decode(
     """
     decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, compiled)
     for _ in range(max_new_tokens):
-        with evaluation_mode(model):  # only during the step: between two tokens, the caller may train
+        was_training = model.training  # dropout is off only during the step: between two tokens, the caller may train
+        if was_training:
+            model.train(False)
+        try:
             logits = decoder.next_logits()
+        finally:
+            if was_training:
+                model.train()
         tokens = sampler(logits, decoder.text)
         decoder.append(tokens)
         yield tokens, logits
-
-
-@contextmanager
-def evaluation_mode(model: LanguageModel) -> Iterator[None]:
-    """Switch dropout off."""
-    was_training = model.training
-    if was_training:
-        model.train(False)
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

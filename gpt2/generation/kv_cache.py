@@ -8,6 +8,8 @@ Axes: b batch, t time, h head, d head dimension, T columns that are attended to.
 
 from collections.abc import Sequence
 
+import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -35,15 +37,23 @@ class LayerKVCache(nn.Module):
         self.memory[:, rows, :, : kv.size(3)] = kv
         return kv
 
-    def append(self, kv: Tensor, columns: Tensor, visible: int) -> Tensor:
-        """Store a token of each text, (kv, b, h, 1, d), at its column (1, b, 1, 1, 1).
+    def append(self, kv: Tensor, visible: int, columns: Tensor | None = None) -> Tensor:
+        """Store a token of each text, (kv, b, h, 1, d).
+
+        Args:
+            visible: Number of columns that are attended to.
+            columns: Where the tokens are stored, (b,); by default in the last visible column, which is much faster.
 
         Returns:
-            The first `visible` columns, (kv, b, h, T, d).
+            The visible columns, (kv, b, h, T, d).
         """
         memory = self.memory
         assert memory is not None, "prefill first"
-        memory.scatter_(3, columns.expand_as(kv), kv)
+        if columns is None:
+            memory[:, :, :, visible - 1 : visible] = kv
+        else:
+            rows = torch.arange(self.b, device=columns.device)
+            memory[:, rows, :, columns] = rearrange(kv, "kv b h 1 d -> b kv h d")
         return memory[:, :, :, :visible]
 
 

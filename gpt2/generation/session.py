@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -31,23 +30,14 @@ def parse_value(text: str) -> Any:
 
 
 class Session:
-    """Reads lines from the terminal until Ctrl-D."""
+    """Reads lines from the terminal until Ctrl-D. `generate` prints a prompt and its continuation."""
 
-    def __init__(self, generate: Callable[[str, InferenceConfig], None], config: InferenceConfig, history: Path | None):
-        """
-        Args:
-            generate: Prints a prompt and its continuation.
-            history: A file that stores the lines for the next session; None stores nothing.
-        """
-        self.generate, self.initial, self.config, self.history = generate, config, replace(config), history
+    def __init__(self, generate: Callable[[str, InferenceConfig], None], config: InferenceConfig):
+        self.generate, self.initial, self.config = generate, config, replace(config)
 
     def run(self) -> None:
         with suppress(ImportError):  # Windows has no readline: lines are read without editing
-            import readline  # importing it gives `input` line editing and history
-
-            if self.history and self.history.is_file():
-                with suppress(OSError):
-                    readline.read_history_file(self.history)
+            import readline  # noqa: F401 (importing it gives `input` line editing and history)
         print(WELCOME)
         while True:
             try:
@@ -57,7 +47,6 @@ class Session:
                 return
             except KeyboardInterrupt:
                 print()
-            self.save_history()
 
     def answer(self, line: str) -> None:
         """Continue a text, or run a command. An invalid command prints an error and changes nothing."""
@@ -90,11 +79,3 @@ class Session:
             self.config = replace_checked(self.config, {key: value})
         except UserError as error:
             print("\n".join(f"error: {problem}" for problem in error.problems))
-
-    def save_history(self) -> None:
-        with suppress(ImportError, OSError):  # a history that cannot be saved is no error
-            import readline
-
-            if self.history:
-                self.history.parent.mkdir(parents=True, exist_ok=True)
-                readline.write_history_file(self.history)

@@ -146,12 +146,17 @@ def quantize(model: LanguageModel) -> type[InferenceLinear]:
 
 
 def replace_linears(model: LanguageModel, kind: type[InferenceLinear]) -> None:
-    """Replace one layer after the other, so that only one of them and the head exist twice at a time."""
+    """Replace one layer after the other, so that only one of them and the head exist twice at a time.
+
+    Dropout does nothing in inference, but calling it 25 times a token takes 0.5 % of a token in int8.
+    """
     model.head = kind(model.token_embedding.weight)
     for module in list(model.modules()):
         for name, layer in module.named_children():
             if isinstance(layer, nn.Linear):
                 setattr(module, name, kind(layer.weight, layer.bias))
+            elif isinstance(layer, nn.Dropout):
+                setattr(module, name, nn.Identity())
 
 
 def available_kinds(dtype: torch.dtype) -> list[type[InferenceLinear]]:

@@ -22,6 +22,11 @@ CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist a
 VOCABULARY_MULTIPLE = 128  # on CUDA, the head is padded to it: aligned products are faster
 
 
+def shifted(labels: Tensor) -> Tensor:
+    """Targets (b, t) from labels (b, t): the token after each position, and IGNORE_INDEX after the last one."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
 def chunked_linear_cross_entropy(
     hidden_states: Tensor,
     weight: Tensor,

@@ -48,8 +48,9 @@ def test_cached_text_equals_uncached_text(options, length):
     assert torch.equal(cached, recomputed)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["columns", "last column"])
 @pytest.mark.parametrize("prompt", [16, 1, 5])
-def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt):
+def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt, given):
     model = noisy_model(tiny_config()).eval()
     input_ids = random_ids(model.config, 3, 16)
     cache = KVCache(model.config.num_layers, b=3, length=16)
@@ -57,7 +58,8 @@ def test_hidden_states_from_a_cache_equal_those_of_one_pass(prompt):
     parts = [model._hidden_states(input_ids[:, :prompt], past=prefill)]
     for t in range(prompt, 16):
         columns = torch.full((3,), t)
-        append = [partial(layer.append, columns=columns.view(1, 3, 1, 1, 1), visible=t + 1) for layer in cache.layers]
+        where = columns if given else None
+        append = [partial(layer.append, visible=t + 1, columns=where) for layer in cache.layers]
         parts.append(model._hidden_states(input_ids[:, t : t + 1], past=append, positions=columns[:, None]))
     assert_close(torch.cat(parts, dim=1), model._hidden_states(input_ids), **close)
 

@@ -18,7 +18,7 @@ from tests.conftest import Workspace
 def session() -> Session:
     """A session that only records what it should generate, in `session.generated`."""
     generated: list[tuple[str, InferenceConfig]] = []
-    session = Session(lambda text, config: generated.append((text, config)), InferenceConfig(seed=3), history=None)
+    session = Session(lambda text, config: generated.append((text, config)), InferenceConfig(seed=3))
     session.generated = generated
     return session
 
@@ -123,9 +123,6 @@ def test_a_session_on_a_terminal(trained: Workspace):
     terminal.wait_for("> ")
     terminal.type("\x04")  # Ctrl-D
     assert terminal.process.wait(timeout=120) == 0
-    history = trained.folder / "cache" / "gpt2" / "history"
-    assert history.read_text().splitlines()[-3:] == ["/set max_new_tokens 100000", "def g", "/config"]
-    history.unlink()
 
 
 def test_a_piped_prompt_gives_only_text_on_standard_output(trained: Workspace):
