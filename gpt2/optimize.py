@@ -119,7 +119,7 @@ class OptunaOptimizer:
                     finally:
                         study.settle(trials)
             best = study.best_or_failure()
-            report.write(study.optuna, study.folder)
+            report.write(study.optuna, Path(self.training_config.checkpoint_dir))
             return dict(best.params)
 
     def _open(self) -> Study:
@@ -131,7 +131,7 @@ class OptunaOptimizer:
             for key, value in asdict(values).items()
             if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
         }
-        study = Study(config, self.space, self.algorithms, folder, self._folder, fixed)
+        study = Study(config, self.space, self.algorithms, self._folder, fixed)
         if others and config.storage and not study.optuna.get_trials(deepcopy=False):
             raise UserError(f"train.checkpoint_dir: {folder} has {others[0]} of another study")
         return study

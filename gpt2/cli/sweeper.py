@@ -257,7 +257,6 @@ class StudySweeper(Sweeper):
             settings,
             space,
             algorithms_of(self.sweeper, self.sweeper.sampler.get("seed")),
-            self.folder,
             run_folder=lambda number: self.folder / str(number),
             fixed=shared_settings(self.fixed, set(space)),
         )

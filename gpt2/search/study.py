@@ -48,22 +48,19 @@ class Study:
         config: OptunaConfig,
         space: Space,
         algorithms: Algorithms,
-        folder: Path,
         run_folder: Callable[[int], Path],
         fixed: dict[str, Any],
     ):
         """
         Args:
             space: By key of the configuration.
-            folder: Of the study.
             run_folder: Of a trial, given its number.
             fixed: The configuration that all trials have in common. Resuming the study with another one is refused.
 
         Raises:
             UserError: The storage cannot be opened, or has a study of that name with another space or configuration.
         """
-        self.config, self.space, self.algorithms = config, space, algorithms
-        self.folder, self.run_folder = folder, run_folder
+        self.config, self.space, self.algorithms, self.run_folder = config, space, algorithms, run_folder
         self.deadline = time.time() + (config.timeout or inf)
         self.storage = open_storage(config.storage)
         with exclusive(config.storage):
@@ -217,10 +214,8 @@ class Study:
         reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
         examples = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
         problem = f"none of its {len(done)} trials gave a value ({examples})"
-        if elsewhere := self._trials(TrialState.RUNNING):
-            problem = f"no trial has given a value yet, {len(elsewhere)} are running in other processes"
-        elif not done:
-            problem = "no trial ended before the timeout; resume with the same command"
+        if not done:
+            problem = "no trial has ended yet; resume with the same command"
         raise StudyFailure(f"study {self.config.study_name}: {problem}")
 
     def line(self, trial: FrozenTrial) -> str:

@@ -34,7 +34,11 @@ from tests.wandb_file import read_wandb
 TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
 STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
 PRUNING = ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"]
-PRUNING += ["hydra.sweeper.pruner.n_warmup_steps=0", "hydra.sweeper.n_trials=6", "wandb=offline"]
+PRUNING += [
+    "hydra.sweeper.pruner.n_warmup_steps=0",
+    "hydra.sweeper.n_trials=4",
+    "hydra.sweeper.sampler.seed=23",
+]  # trial 2 is pruned
 STORAGE = "sqlite:///kept-elsewhere.db"
 
 
@@ -51,7 +55,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     folder = tmp_path_factory.mktemp("studied")
     (folder / "corpus.txt").write_text(TEXT)
     workspace = Workspace(folder)
-    workspace.command_line = [*STUDY, *PRUNING, f"hydra.sweeper.storage='{STORAGE}'"]
+    workspace.command_line = [*STUDY, *PRUNING, "wandb=offline", f"hydra.sweeper.storage='{STORAGE}'"]
     workspace.output = workspace.run("train.py", *workspace.command_line).stdout
     workspace.study = study_in(folder, storage=STORAGE.replace("///", f"///{folder}/"))
     workspace.sweep = folder / "outputs" / "sweeps" / "mine"
@@ -60,7 +64,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 def test_trials_are_complete_or_pruned_early(studied):
     trials = studied.study.trials
-    assert [trial.number for trial in trials] == list(range(6))
+    assert [trial.number for trial in trials] == list(range(4))
     pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
     assert pruned
     assert all(trial.state.name in ("COMPLETE", "PRUNED") for trial in trials)
@@ -90,10 +94,10 @@ def test_parameters_reach_the_runs(studied):
 def test_study_writes_a_report_and_keeps_the_best_checkpoints(studied):
     names = {path.name for path in studied.sweep.iterdir()}
     files = {"study.md", "study.log", "trials.csv", "best.yaml", "history.png", "evaluations.png", "slices.png"}
-    assert files | {str(number) for number in range(6)} == names - {"importances.png"}
+    assert files | {str(number) for number in range(4)} == names - {"importances.png"}
     best = studied.study.best_trial.number
     assert [path.parent.name for path in studied.sweep.glob("*/checkpoints")] == [str(best)]
-    assert all((studied.sweep / str(number) / "train.log").stat().st_size for number in range(6))
+    assert all((studied.sweep / str(number) / "train.log").stat().st_size for number in range(4))
     with (studied.sweep / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["value"]) for row in rows] == [trial.value for trial in studied.study.trials]
@@ -104,7 +108,7 @@ def test_study_writes_a_report_and_keeps_the_best_checkpoints(studied):
 
 def test_each_trial_prints_one_line(studied):
     lines = [line for line in studied.output.splitlines() if line.startswith("trial ")]
-    assert [int(line.split()[1]) for line in lines] == list(range(6))
+    assert [int(line.split()[1]) for line in lines] == list(range(4))
     for line, trial in zip(lines, studied.study.trials, strict=True):
         assert f"{trial.state.name.lower()} " in line
         assert f"{trial.value:.4f}" in line
@@ -118,7 +122,7 @@ def test_storage_url_is_in_no_file_and_no_output(studied):
     """The URL may contain a password."""
     files = [path for path in studied.folder.rglob("*") if path.is_file()]
     texts = [path for path in files if not path.name.startswith("kept-elsewhere")]
-    assert len(texts) > 30
+    assert len(texts) > 20
     assert [path for path in texts if b"kept-elsewhere" in path.read_bytes()] == []
     assert "kept-elsewhere" not in studied.output
 
@@ -147,7 +151,7 @@ def test_best_trial_runs_again_as_a_preset(studied, monkeypatch):
 def test_complete_study_does_nothing_and_other_settings_are_refused(studied):
     before = [trial.datetime_complete for trial in studied.study.trials]
     again = studied.run("train.py", *studied.command_line)
-    assert "6 trials, 6 of them done" in again.stdout
+    assert "4 trials, 4 of them done" in again.stdout
     assert [trial.datetime_complete for trial in studied.study.trials] == before
     refused = studied.run("train.py", *studied.command_line, "train.max_steps=9", "train.beta2=0.9", expect=2)
     assert refused.stderr.splitlines() == [

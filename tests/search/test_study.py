@@ -24,7 +24,7 @@ SPACE = {"train.beta2": FloatDistribution(0.9, 0.999)}
 def study_in(folder: Path, n_trials: int = 3, timeout: int | None = None, **fixed: int) -> Study:
     storage = f"sqlite:///{folder}/study.db"
     config = OptunaConfig(n_trials=n_trials, storage=storage, timeout=timeout, sampler="random", pruner="none")
-    return Study(config, SPACE, Algorithms(config, seed=1), folder, lambda number: folder / str(number), fixed)
+    return Study(config, SPACE, Algorithms(config, seed=1), lambda number: folder / str(number), fixed)
 
 
 def states(study: Study) -> list[str]:
