@@ -34,11 +34,8 @@ from tests.wandb_file import read_wandb
 TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
 STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
 PRUNING = ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"]
-PRUNING += [
-    "hydra.sweeper.pruner.n_warmup_steps=0",
-    "hydra.sweeper.n_trials=4",
-    "hydra.sweeper.sampler.seed=23",
-]  # trial 2 is pruned
+PRUNING += ["hydra.sweeper.pruner.n_warmup_steps=0", "hydra.sweeper.n_trials=4"]
+PRUNING += ["hydra.sweeper.sampler.seed=23"]  # by which trial 2 is pruned
 STORAGE = "sqlite:///kept-elsewhere.db"
 
 
