@@ -143,9 +143,9 @@ class Results:
         is_number = all(isinstance(name, int | float) for name in names)
         places = {name: name if is_number else place for place, name in enumerate(names)}
         for (line, cells), colour in zip(lines.items(), colours(list(lines)), strict=True):
-            drawn = sorted((places[cell.value_of(x)], n, cell) for n, cell in enumerate(cells) if cell.results)
+            drawn = [(places[cell.value_of(x)], cell) for cell in cells if cell.results]
             if drawn:
-                _plot_line(axes, [(place, cell) for place, _, cell in drawn], colour, as_label(shown_value(line)))
+                _plot_line(axes, sorted(drawn, key=lambda item: item[0]), colour, as_label(shown_value(line)))
         if is_number and min(names) > 0 and max(names) >= 8 * min(names):
             axes.set_xscale("log")
         if x not in COLUMNS:
