@@ -269,15 +269,11 @@ class GenerationBenchmark:
     """The configuration of `python -m gpt2.main benchmark generation`."""
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
-    checkpoint: str | None = None  # a trained model instead, see gpt2/checkpoint/pretrained.py
     device: str = "auto"
     prompt_tokens: int = 64
     new_tokens: int = 128
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
     repetitions: int = 5
-    # Of our weights; int8 on a CPU.
-    formats: list[Literal["fp32", "bf16", "int8"]] = field(default_factory=lambda: ["fp32", "bf16", "int8"])
-    compile: bool = False  # ours, on CUDA
     json: str | None = None  # file for all results
 
 
@@ -287,24 +283,12 @@ class TrainingBenchmark:
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
     train: TrainingConfig = field(default_factory=TrainingConfig)
-    context: int | None = None  # tokens a block; null: model.context_length
     repetitions: int = 5  # each contestant has one turn a repetition
     steps: int = 1  # optimizer steps in a turn
     warmup: int = 2  # steps that are not timed; the first compiles
     # auto: train.precision
     precisions: list[Literal["auto", "fp32", "bf16", "fp16"]] = field(default_factory=lambda: ["auto"])
     peer: str | None = None  # FILE.py:FUNCTION, see gpt2/benchmarks/peers.py
-    json: str | None = None  # file for all results
-
-
-@dataclass
-class DataBenchmark:
-    """The configuration of `python -m gpt2.main benchmark data`."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainingConfig = field(default_factory=TrainingConfig)  # batch_size, num_workers, pin_memory
-    repetitions: int = 5
-    batches: int = 200  # of the training loader, a repetition; at most an epoch
     json: str | None = None  # file for all results
 
 
@@ -323,5 +307,5 @@ class StudyPlan:
     lines: str = "variant"  # key whose values are the lines of the plot
 
 
-Benchmark = GenerationBenchmark | TrainingBenchmark | DataBenchmark
+Benchmark = GenerationBenchmark | TrainingBenchmark
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark

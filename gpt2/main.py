@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": "score a trained model on a corpus: evaluate.py",
     "generate": "generate text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
-    "benchmark": "measure speed: benchmark generation|training|data",
+    "benchmark": "measure speed: benchmark generation|training",
     "compare": "compare runs in a table and a plot: compare RUN ...",
     "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
@@ -60,8 +60,9 @@ def compare() -> None:
     kind = Path(picture_file).suffix.removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise UserError(f"picture: {picture_file} is none of .png, .svg and .pdf")
-    from gpt2.analysis.compare import Comparison, as_markdown, as_text
+    from gpt2.analysis.compare import Comparison
     from gpt2.analysis.runs import find_runs
+    from gpt2.analysis.tables import as_markdown, as_text
 
     comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", "loss"))
     files: dict[str, bytes] = {}

@@ -19,7 +19,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from gpt2.config import (
     OPTIMIZERS,
     WHEN_LOADED,
-    DataBenchmark,
     DataConfig,
     DistributedConfig,
     EvaluateRun,
@@ -97,8 +96,7 @@ BOUNDS: dict[type, Bounds] = {
         **dict.fromkeys(("prompt_tokens", "repetitions"), COUNT),
         "new_tokens": (2, inf, "at least 2"),
     },
-    TrainingBenchmark: dict.fromkeys(("context", "repetitions", "steps", "warmup"), COUNT),
-    DataBenchmark: dict.fromkeys(("repetitions", "batches"), COUNT),
+    TrainingBenchmark: dict.fromkeys(("repetitions", "steps", "warmup"), COUNT),
 }
 
 
@@ -323,11 +321,6 @@ def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[
         yield f"new_tokens: prompt_tokens + new_tokens = {tokens} do not fit into model.context_length={context}"
 
 
-def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
-    if config.context is not None and config.context > config.model.context_length:
-        yield f"context: {config.context} is above model.context_length={config.model.context_length}"
-
-
 RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     GPT2Config: _model,
     TrainingConfig: _training,
@@ -337,5 +330,4 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     EvaluateRun: _evaluate_run,
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
-    TrainingBenchmark: _training_benchmark,
 }

@@ -1,4 +1,4 @@
-"""The gain of each optimization of a training step on a CPU: all of them, against all but one, in turn.
+"""The gain of each optimization of a training step on a CPU: all of them compared with all but one, in turn.
 
 Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false] [json=levers.json]
 keep=false measures without `keep_freed_memory`, and only all optimizations together.
@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 import gpt2.ops.attention
 import gpt2.ops.cross_entropy
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, table, write_json
+from gpt2.analysis.tables import as_text
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, write_json
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
@@ -99,8 +100,8 @@ def main():
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         workload = Workload(config, Path(folder), config.warmup + config.repetitions)
-        found = circumstances(workload.device)
-        print(headline(found), flush=True)
+        about = circumstances(workload.device)
+        print(headline(about), flush=True)
         for precision in precisions(config, workload.device):
             train = in_precision(config.train, precision.name)
             levers = dict(LEVERS) if keep else {"all": LEVERS["all"]}
@@ -111,8 +112,8 @@ def main():
             }
             results[precision.name] = measure(workload, steps)
             print_table(precision.name, results[precision.name])
-    memory = "freed memory kept" if keep else "freed memory given back"
-    write_json(config.json, {"memory": memory, "overrides": overrides, **found, "step_seconds": results})
+    memory = "freed memory is reused" if keep else "freed memory returns to the kernel"
+    write_json(config.json, {"memory": memory, "overrides": overrides, **about, "step_seconds": results})
 
 
 def measure(workload, steps):
@@ -134,10 +135,10 @@ def measure(workload, steps):
 def print_table(precision, results):
     best = median(results["all"])
     rows = [
-        (name, f"{median(each) * 1e3:,.1f}", from_to([s * 1e3 for s in each], 1), f"{median(each) / best:.2f}")
+        [name, f"{median(each) * 1e3:,.1f}", from_to([s * 1e3 for s in each], 1), f"{median(each) / best:.2f}"]
         for name, each in results.items()
     ]
-    print(f"\n{table((precision, 'ms a step', 'from - to', 'of all'), rows)}", flush=True)
+    print(f"\n{as_text([[precision, 'ms a step', 'from - to', 'of all'], *rows])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from statistics import median
 import torch
 from omegaconf import OmegaConf
 
-from gpt2.benchmarks.common import circumstances, headline, table, write_json
+from gpt2.analysis.tables import as_text
+from gpt2.benchmarks.common import circumstances, headline, write_json
 from gpt2.benchmarks.contestants import Workload, contestants
 from gpt2.cli.compose import compose
 from gpt2.runtime.device import free_memory, keep_freed_memory
@@ -51,7 +52,7 @@ def measure(config, name):
         if contestant.is_ours:
             keep_freed_memory()  # as train.py does
         contestant.prepare()
-        workload.state = {}  # only what a training holds counts
+        workload.state = {}  # count only what training needs
         free_memory()
         reset_peak()
         seconds = [contestant.turn(workload, number, 1) for number in range(STEPS)]
@@ -65,8 +66,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         workload = Workload(config, Path(folder), 1)
         names = [contestant.name for contestant in contestants(workload)]
-        found = circumstances(workload.device)
-    print(headline(found), flush=True)
+        about = circumstances(workload.device)
+    print(headline(about), flush=True)
 
     rows = []
     for name in names:
@@ -75,9 +76,9 @@ def main():
                 rows.append(pool.submit(measure, config, name).result())
         except Exception as error:  # noqa: BLE001  # such as a process ended by the kernel, or a precision not supported
             print(f"{name} was not measured: {error}", file=sys.stderr)
-    cells = [(r["contestant"], f"{r['peak_memory_bytes'] / 1e6:,.0f}", f"{r['alone_step_seconds']:.2f}") for r in rows]
-    print(f"\n{table(('', 'peak MB', 's a step'), cells)}")
-    write_json(config.json, {"benchmark": "memory", "config": asdict(config), **found, "results": rows})
+    cells = [[r["contestant"], f"{r['peak_memory_bytes'] / 1e6:,.0f}", f"{r['alone_step_seconds']:.2f}"] for r in rows]
+    print(f"\n{as_text([['', 'peak MB', 's a step'], *cells])}")
+    write_json(config.json, {"benchmark": "memory", "config": asdict(config), **about, "results": rows})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""nanoGPT as a peer of `python -m gpt2.main benchmark training`, as it is: its model, its optimizer, its loop.
+"""nanoGPT, unmodified, as a peer of `python -m gpt2.main benchmark training`: its model, its optimizer, its loop.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     NANOGPT=../nanoGPT python -m gpt2.main benchmark training peer=experiments/performance/nanogpt.py:nanogpt
 
-What its `train.py` does is done here: on a CPU fp32 without autocast, on CUDA autocast and TF32; compiled as it is by
-default, but not on a CPU, as its README advises. `bias=True`, for these are GPT-2's weights.
+The step does what nanoGPT's `train.py` does: on a CPU fp32 without autocast, on CUDA autocast and TF32. It is compiled
+as by default, but not on a CPU, as its README advises. `bias=True`, because these are GPT-2's weights.
 """
 
 import importlib.util
@@ -24,15 +24,13 @@ def nanogpt(config, state, train):
     kind = torch.device(train.device).type
     if kind == "cpu" and train.precision != "fp32":
         raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")
-    torch.backends.cuda.matmul.allow_tf32 = True
 
     fields = {"block_size": config.context_length, "n_layer": config.num_layers, "n_head": config.num_heads}
     fields |= {"vocab_size": config.vocab_size, "n_embd": config.d_model, "dropout": config.dropout, "bias": True}
     model = theirs.GPT(theirs.GPTConfig(**fields))
-    named = {name: f"transformer.{hf_name(name)}" for name in state}
-    model.load_state_dict({named[name]: tensor for name, tensor in state.items()}, strict=False)  # lm_head is wte
+    weights = {f"transformer.{hf_name(name)}": tensor for name, tensor in state.items()}
+    model.load_state_dict(weights, strict=False)  # lm_head is wte
     model.to(train.device)
-    parameters = dict(model.named_parameters())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.precision]
     autocast = nullcontext() if kind == "cpu" else torch.amp.autocast(kind, dtype=dtype)
     scaler = torch.amp.GradScaler(kind, enabled=train.precision == "fp16")
@@ -40,6 +38,7 @@ def nanogpt(config, state, train):
     forward = torch.compile(model) if kind == "cuda" else model
 
     def step(micro_batches):
+        torch.backends.cuda.matmul.allow_tf32 = True
         total = 0.0
         for input_ids, targets in micro_batches:
             with autocast:
@@ -53,8 +52,7 @@ def nanogpt(config, state, train):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        torch.backends.cuda.matmul.allow_tf32 = False
         return total
 
-    # The token embedding is tied to the head, under whose name PyTorch may list it.
-    parameters.setdefault("transformer.wte.weight", model.transformer.wte.weight)
-    return step, {name: parameters[named[name]] for name in state}
+    return step

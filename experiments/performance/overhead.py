@@ -1,4 +1,4 @@
-"""What `Trainer.train` takes beside its steps: loading, logging, metrics and W&B, then evaluation and checkpoints.
+"""The overhead of `Trainer.train` over its bare steps: loading, logging, metrics, W&B, evaluation and checkpoints.
 
 Trains in turn by `Trainer.train` and by bare steps on batches in memory, and compares the time of a step.
 Run: python experiments/performance/overhead.py [--steps 30] [--wandb offline] [OVERRIDES of `benchmark training`]
@@ -28,7 +28,7 @@ INTERVALS = {"log_every": 10, "eval_every": NEVER, "save_every": NEVER, "keep_ch
 
 
 class TimedLoader:
-    """A DataLoader that adds up how long its user waits for batches."""
+    """A DataLoader that sums up the time spent waiting for its batches."""
 
     def __init__(self, loader):
         self.loader, self.seconds = loader, 0.0
@@ -53,7 +53,7 @@ class TimedLoader:
 
 
 class StepTimes(Callback):
-    """When each step ended, and how long its user had waited for batches by then."""
+    """Records when each step ended, and the total time spent waiting for batches until then."""
 
     def on_train_start(self, trainer):
         self.ends, self.waits = [], []
@@ -64,7 +64,7 @@ class StepTimes(Callback):
 
 
 def train(trainer, workload, steps):
-    """Train so many steps more. The first step, which starts the loader's workers, is not among the timed ones."""
+    """Train for `steps` more steps. The first one starts the loader's workers and is not timed."""
     times = next(callback for callback in trainer.callbacks if isinstance(callback, StepTimes))
     trainer.config.max_steps = trainer.progress.step + steps
     began = time.perf_counter()
@@ -90,11 +90,11 @@ def train_bare(trainer, workload, steps):
 
 
 def compare(config, arguments, folder):
-    """Train by both ways in turn, in `folder`. Returns the record that is written as JSON."""
+    """Train both ways in turn, in `folder`. Returns the record that is written as JSON."""
     steps = arguments.steps
     workload = Workload(config, folder, config.warmup + (config.repetitions + 1) * steps)
-    found = circumstances(workload.device)
-    print(headline(found), flush=True)
+    about = circumstances(workload.device)
+    print(headline(about), flush=True)
     precision = precisions(config, workload.device)[0].name
 
     wandb = start_wandb(WandbConfig(mode=arguments.wandb), name="overhead", group="benchmark", job_type="train")
@@ -122,12 +122,12 @@ def compare(config, arguments, folder):
             key: median(t[key] for t in whole) for key in ("first step", "evaluation and checkpoints")
         },
     }
-    return {"benchmark": "overhead", "config": asdict(config), **found, "overhead": result}
+    return {"benchmark": "overhead", "config": asdict(config), **about, "overhead": result}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30, help="of each way, a repetition")
+    parser.add_argument("--steps", type=int, default=30, help="steps of each way in a repetition")
     parser.add_argument("--wandb", default="offline", choices=["off", "offline"])
     parser.add_argument("overrides", nargs="*", help="such as model=gpt2_mini train.batch_size=4 json=overhead.json")
     arguments = parser.parse_intermixed_args()

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, table, write_json
+from gpt2.analysis.tables import as_text
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, write_json
 
 TRAIN = str(Path(__file__).resolve().parents[2] / "train.py")
 FIRST_STEP = re.compile(r"\s*step 1/")
@@ -55,8 +56,8 @@ def main():
     parser.add_argument("--json", help="a file for all measurements")
     arguments = parser.parse_args()
 
-    found = circumstances(torch.device("cpu"), ("torch",))
-    print(f"seconds, medians of {arguments.repetitions}\n{headline(found, ('torch',))}", flush=True)
+    about = circumstances(torch.device("cpu"))
+    print(f"seconds, medians of {arguments.repetitions}\n{headline(about)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
@@ -78,9 +79,9 @@ def main():
             rows.append({"what": f"{what}: to its line", **spread("seconds", to_line)})
             what = f"{what}: to the end"
         rows.append({"what": what, **spread("seconds", to_exit)})
-    cells = [(row["what"], f"{row['seconds']:.2f}", from_to(row["seconds_of_each"], 2)) for row in rows]
-    print(f"\n{table(('', 'seconds', 'from - to'), cells)}")
-    write_json(arguments.json, {"benchmark": "startup", "config": vars(arguments), **found, "results": rows})
+    cells = [[row["what"], f"{row['seconds']:.2f}", from_to(row["seconds_of_each"], 2)] for row in rows]
+    print(f"\n{as_text([['', 'seconds', 'from - to'], *cells])}")
+    write_json(arguments.json, {"benchmark": "startup", "config": vars(arguments), **about, "results": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A comparison of runs: the configuration keys in which they differ, and their results. Needs only their folders."""
 
 import os
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +18,6 @@ NOT_COMPARED = (
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
     *("inference.", "wandb.", "study.", "choices"),
 )
-# Such as 12,500 or 31.2% or **2.38 ± 0.01**.
-NUMBER = re.compile(r"\**-?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( ± [\d.]+)?\**")
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
@@ -90,26 +87,21 @@ class Comparison:
     def _distinguished(self, keys: list[str]) -> int:
         return len({repr([run.config.get(key) for key in keys]) for run in self.runs})
 
-    def label(self, run: RunResult) -> str:
-        """The values that distinguish a run; its folder if its configuration does not."""
-        if not run.config or (not self.distinguishing and len(self.runs) > 1):
-            return self.place(run)
-        return self._shown(run, self.distinguishing) or run.title
-
     def group(self, run: RunResult) -> str:
-        """`label` without the seed; the experiment's name if the runs differ in the seed alone."""
-        if not run.config:
-            return self.place(run)
-        keys = [key for key in self.distinguishing if key != SEED]
-        return self._shown(run, keys) or (shown_value(run.config["name"]) if self.distinguishing else self.label(run))
+        """The values that distinguish a run, without the seed, as its label in plots.
 
-    def _shown(self, run: RunResult, keys: list[str]) -> str:
+        The experiment's name if the runs differ in the seed alone; the folder if the configuration does not differ.
+        """
+        if not run.config or not self.distinguishing:
+            return self.place(run)
         parts = []
-        for key in keys:
+        for key in self.distinguishing:
             value = shown_value(run.config.get(key))
-            short = value if len(value) <= 30 else value[:29] + "…"
-            parts.append(value if key == "name" else f"{self.names[key]}={short}")
-        return " ".join(parts)
+            if key == "name":
+                parts.append(value)
+            elif key != SEED:
+                parts.append(f"{self.names[key]}={value if len(value) <= 30 else value[:29] + '…'}")
+        return " ".join(parts) or str(run.config["name"])
 
     @cached_property
     def parent(self) -> Path:
@@ -126,20 +118,10 @@ class Comparison:
     @cached_property
     def notes(self) -> list[str]:
         """Reasons why results are not comparable."""
-        notes = []
-        data = [key for key in self.keys if key.startswith("data.")]
+        data = [self.names[key] for key in self.keys if key.startswith("data.")]
         if self.tokenizers_differ:
-            notes.append("The tokenizers differ: compare bits/byte, not losses, which are per token.")
-        elif data:
-            notes.append(f"The data differ ({', '.join(self.names[key] for key in data)}), so losses do not compare.")
-        sizes = {
-            run.config["train.eval_batches"] and run.config["train.eval_batches"] * run.config["train.batch_size"]
-            for run in self.runs
-            if run.config
-        }
-        if len(sizes) > 1:
-            notes.append("The runs are validated on parts of different sizes (train.eval_batches).")
-        return notes
+            return ["The tokenizers differ: compare bits/byte, not losses, which are per token."]
+        return [f"The data differ ({', '.join(data)}), so losses do not compare."] if data else []
 
     def rows(self) -> list[list[str]]:
         """A table: the headers, then a row a run."""
@@ -173,29 +155,3 @@ class Comparison:
 def _figure(run: RunResult, name: str) -> str:
     value = COLUMNS[name].of(run)
     return "n/a" if value is None else COLUMNS[name].shown(value)
-
-
-def is_number(cell: str) -> bool:
-    """Whether a cell of a table is a number, or stands for a missing one."""
-    return cell in ("n/a", "null", "") or NUMBER.fullmatch(cell) is not None
-
-
-def numeric_columns(rows: list[list[str]]) -> list[bool]:
-    """Whether all cells of a column are numbers, for each column of a table with a head."""
-    return [all(map(is_number, column[1:])) for column in zip(*rows, strict=True)]
-
-
-def as_text(rows: list[list[str]]) -> str:
-    """A table as aligned text: numbers right, text left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = [">" if numeric else "<" for numeric in numeric_columns(rows)]
-    lines = (
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
-    )
-    return "\n".join(map(str.rstrip, lines))
-
-
-def as_markdown(rows: list[list[str]]) -> str:
-    rule = ["---:" if numeric else "---" for numeric in numeric_columns(rows)]
-    cells = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in (rows[0], rule, *rows[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

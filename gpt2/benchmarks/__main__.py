@@ -9,7 +9,6 @@ from gpt2.cli.script import script
 BENCHMARKS = {
     "generation": "speed of text generation, against transformers",
     "training": "speed of training, against transformers and others",
-    "data": "speed of tokenization and of the data loader",
 }
 
 

@@ -17,21 +17,21 @@ import transformers
 from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
-from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, table, write_json
+from gpt2.analysis.tables import as_text
+from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, write_json
 from gpt2.checkpoint.hugging_face import write_folder
-from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import GenerationBenchmark
+from gpt2.errors import UserError, one_line
 from gpt2.generation.decode import CompiledDecoding, decode
 from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.model import GPT2Model
-from gpt2.ops.cpu_inference import pack_linears, quantize
+from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
 from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
 
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 READ_BYTES = 256 << 20  # more than any cache holds
-HEAD = ("", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights")
+
 LEGEND = """\
 ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
 allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
@@ -116,32 +116,35 @@ class GenerationComparison:
         self.config = config
         self.device = choose_device(config.device)
         torch.manual_seed(0)
-        self.model = (open_model(config.checkpoint).build() if config.checkpoint else GPT2Model(config.model)).eval()
+        self.model = GPT2Model(config.model).eval()
         with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), self.model.config, self.model.state_dict(), None, card="")
+            write_folder(Path(folder), config.model, self.model.state_dict(), None, card="")
             twin: Any = GPT2LMHeadModel.from_pretrained(folder)
         self.twin = twin.to(self.device).eval()
         self.memory = torch.ones(READ_BYTES // 4, device=self.device)
         self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
 
     def contestants(self, batch_size: int) -> list[Contestant]:
-        """`transformers` with its defaults comes first."""
+        """`transformers` with its defaults comes first. On a GPU ours is measured compiled as well."""
         compile_config: Any = CompileConfig()
         compile_config._compile_all_devices = True  # on a CPU too
         static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
-        contestants = [
-            Contestant("transformers", theirs(self.twin)),
-            Contestant("transformers, static, compiled", static),
-        ]
-        for form in self.config.formats:
-            if form == "int8" and self.device.type != "cpu":
-                log.info("gpt2, int8 is left out: it needs a CPU.")
-                continue
-            model = copy.deepcopy(self.model).to(self.device, torch.bfloat16 if form == "bf16" else torch.float32)
-            kind = quantize(model) if form == "int8" else pack_linears(model, batch_size)
-            compiled = CompiledDecoding() if self.config.compile and self.device.type == "cuda" else None
-            contestants.append(Contestant(f"gpt2, {form}", ours(model, compiled), WEIGHT_BYTES[form], kind.__name__))
-        return contestants
+        result = [Contestant("transformers", theirs(self.twin)), Contestant("transformers, static, compiled", static)]
+
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            model = copy.deepcopy(self.model).to(self.device, dtype)
+            layout = pack_linears(model, batch_size).__name__
+            result.append(Contestant(f"gpt2, {name}", ours(model), dtype.itemsize, layout))
+            if self.device.type == "cuda":
+                compiled = ours(model, CompiledDecoding())
+                result.append(Contestant(f"gpt2, {name}, compiled", compiled, dtype.itemsize, layout))
+        try:
+            refuse_int8(self.device)
+        except UserError:
+            return result
+        model = copy.deepcopy(self.model)
+        layout = quantize(model).__name__
+        return [*result, Contestant("gpt2, int8", ours(model), 1, layout)]
 
     def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:
         """The contestants after a first run, which compiles. Those that fail are left out, except the reference."""
@@ -153,7 +156,7 @@ class GenerationComparison:
             except RuntimeError as error:
                 if not contestants:
                     raise
-                log.warning("%s is left out: %s", contestant.name, str(error).splitlines()[0])
+                log.warning("%s is left out: %s", contestant.name, one_line(error)[:300])
                 continue
             contestant.first_seconds = time.perf_counter() - began
             contestants.append(contestant)
@@ -164,7 +167,7 @@ class GenerationComparison:
         """Time all contestants in turn. Returns a row for each."""
         config, generator = self.config, torch.Generator().manual_seed(batch_size)
         shape = (batch_size, config.prompt_tokens)
-        input_ids = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+        input_ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(self.device)
         contestants = self.warmed_up(batch_size, input_ids)
         turns: list[Callable[[], Any]] = [partial(read_bandwidth, self.memory)]
         turns += [partial(contestant.generate, input_ids, config.new_tokens) for contestant in contestants]
@@ -191,9 +194,10 @@ class GenerationComparison:
         return [{**row, "ratio": row["tokens_per_second"] / best_of_theirs} for row in rows]
 
 
-def table_of(rows: list[Row]) -> str:
-    lines = [
-        (
+def table(rows: list[Row]) -> str:
+    head = ["", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights"]
+    cells = [
+        [
             row["contestant"],
             f"{row['tokens_per_second']:,.1f}",
             from_to(row["tokens_per_second_of_each"], 1),
@@ -203,28 +207,27 @@ def table_of(rows: list[Row]) -> str:
             f"{row['first_seconds']:.1f}",
             f"{row['same_tokens']:.0%}",
             row["layout"],
-        )
+        ]
         for row in rows
     ]
-    bandwidth = rows[0]["read_bytes_per_second"] / 1e9
-    return f"batch {rows[0]['batch_size']}, memory bandwidth {bandwidth:.1f} GB/s\n{table(HEAD, lines)}"
+    return as_text([head, *cells])
 
 
 def generation(config: GenerationBenchmark) -> None:
     """Print a table for each batch size, and write all measurements to `config.json`."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if config.compile and choose_device(config.device).type != "cuda":
-        log.warning("compile=true has no effect: it needs CUDA.")
     comparison = GenerationComparison(config)
-    machine = circumstances(comparison.device)
+    about = circumstances(comparison.device)
     print(
         f"{comparison.weights / 1e6:,.1f} million weights read per token, prompts of {config.prompt_tokens} tokens, "
-        f"{config.new_tokens} new tokens, greedy, medians of {config.repetitions}\n{headline(machine)}"
+        f"{config.new_tokens} new tokens, greedy, medians of {config.repetitions}\n{headline(about)}"
     )
-    rows = []
+    results = []
     for batch_size in config.batch_sizes:
-        rows += (batch_rows := comparison.compare(batch_size))
-        print(f"\n{table_of(batch_rows)}", flush=True)
+        rows = comparison.compare(batch_size)
+        bandwidth = rows[0]["read_bytes_per_second"] / 1e9
+        print(f"\nbatch {batch_size}, memory bandwidth {bandwidth:.1f} GB/s\n{table(rows)}", flush=True)
+        results += rows
     print(f"\n{LEGEND}")
-    write_json(config.json, {"benchmark": "generation", "config": asdict(config), **machine, "results": rows})
+    write_json(config.json, {"benchmark": "generation", "config": asdict(config), **about, "results": results})

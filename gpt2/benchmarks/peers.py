@@ -1,26 +1,24 @@
 """Training steps of other programs: that of `transformers`, and of any file that defines one.
 
-A peer is `FILE.py:FUNCTION`, a function of three arguments:
+A peer is `FILE.py:FUNCTION`, a function of three arguments that returns a step:
 
-    def function(config: GPT2Config, state: dict[str, Tensor], train: TrainingConfig) -> Step | tuple[Step, Parameters]
+    def function(config: GPT2Config, state: dict[str, Tensor], train: TrainingConfig) -> Step
 
 `config` and `train` are ours; `train.device` (`cpu`, `cuda:0`) and `train.precision` (`fp32`, `bf16`, `fp16`) are
 resolved. `state` holds the weights in fp32 on the CPU, named as in `GPT2Model.state_dict()`.
 
-It returns `step(micro_batches)`, which makes one whole update of the weights, with everything that this takes in that
-program, and returns the mean loss. `micro_batches` are `train.accumulation_steps` pairs (input_ids, targets),
-(b, t) each, on the device; target t is the token after input t, and none is ignored. If it also returns `parameters`,
-its parameters by our names and in our layout, the gradient of its first step is compared with ours.
+`step(micro_batches)` makes one whole update of the weights, with everything that this takes in that program, and
+returns the mean loss. `micro_batches` are `train.accumulation_steps` pairs (input_ids, targets), (b, t) each, on the
+device; target t is the token after input t, and none is ignored.
 
-Compilation, precision and clipping are the peer's own. If it does not support a precision, it raises
-NotImplementedError and is left out. For an example see `experiments/performance/nanogpt.py`.
+Compilation, precision and clipping are the peer's own. Settings of the whole process, such as TF32, must be restored
+at the end of a step. If a peer does not support a precision, it raises NotImplementedError and is left out. For an
+example see `experiments/performance/nanogpt.py`.
 """
 
-import importlib.util
-import sys
+import runpy
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt2.checkpoint.hugging_face import hf_name, write_folder
+from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.config import GPT2Config, TrainingConfig
-from gpt2.errors import UserError, one_line
+from gpt2.errors import UserError
 from gpt2.runtime.device import Precision
 
 State = dict[str, Tensor]
 Pairs = list[tuple[Tensor, Tensor]]  # (input_ids, targets) of each micro-batch
 Step = Callable[[Pairs], Tensor]
-Parameters = dict[str, nn.Parameter]  # by our names
-Peer = Callable[[GPT2Config, State, TrainingConfig], "Step | tuple[Step, Parameters]"]
+Peer = Callable[[GPT2Config, State, TrainingConfig], Step]
 
 
-def transformers_step(
-    config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False
-) -> tuple[Step, Parameters]:
+def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False) -> Step:
     """GPT2LMHeadModel in a plain loop as its documentation advises: autocast, fused AdamW, one clipped norm.
 
     The loss is computed from its logits over the targets that all contestants have: with `labels`, the last position
@@ -85,42 +80,15 @@ def transformers_step(
         optimizer.zero_grad(set_to_none=True)
         return total
 
-    theirs = dict(model.transformer.named_parameters())
-    return step, {name: theirs[hf_name(name)] for name in state}
+    return step
 
 
 def load_peer(peer: str) -> Peer:
-    """Import the function that `FILE.py:FUNCTION` names.
-
-    Raises:
-        UserError: The file raises, or has no such function.
-    """
+    """The function that `FILE.py:FUNCTION` names."""
     file, _, name = peer.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"peer: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    with peer_errors(peer):
-        spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
+    if not Path(file).is_file():
+        raise UserError(f"peer: {peer!r} must be FILE.py:FUNCTION with an existing file")
+    defined = runpy.run_path(file)
+    if name not in defined:
         raise UserError(f"peer: {file} has no function {name}")
-    return function
-
-
-@contextmanager
-def peer_errors(peer: str) -> Iterator[None]:
-    """Turn the exceptions of a peer into one-line errors, and redirect what it prints to standard error.
-
-    Raises:
-        NotImplementedError: The peer does not support the precision.
-        UserError: The peer raised anything else.
-    """
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    except (NotImplementedError, UserError):
-        raise
-    except Exception as error:
-        name, reason = type(error).__name__, one_line(error)
-        raise UserError(f"peer: {peer} raised {name}{f': {reason}' if reason != name else ''}") from error
+    return defined[name]

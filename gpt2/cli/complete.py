@@ -155,16 +155,6 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
     return []
 
 
-def fill_from_checkpoint_benchmark(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """The shape of the trained model, if one is named."""
-    if composed.checkpoint is not None:
-        if any(key.split(".")[0] == "model" for key in keys_of(overrides)):
-            raise UserError("model: checkpoint= brings its own model, drop one of the two")
-        trained = open_model(composed.checkpoint)
-        composed.checkpoint, composed.model = trained.source, trained.config
-    return composed
-
-
 def resumed_checkpoint(resume: str) -> Path | None:
     """The newest intact checkpoint of a run folder, or of the latest run; None if it has no checkpoint.
 
@@ -228,6 +218,5 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
     "train": fill_from_checkpoint_train,
     "evaluate": fill_from_checkpoint_evaluate,
     "generate": fill_from_checkpoint_generate,
-    "benchmark_generation": fill_from_checkpoint_benchmark,
-    **dict.fromkeys(("export", "benchmark_training", "benchmark_data"), lambda composed, _: composed),
+    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda composed, _: composed),
 }

@@ -10,7 +10,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.config import (
-    DataBenchmark,
     EvaluateRun,
     ExportRun,
     GenerateRun,
@@ -28,7 +27,6 @@ SCHEMAS: dict[str, type[Run]] = {
     "export": ExportRun,
     "benchmark_generation": GenerationBenchmark,
     "benchmark_training": TrainingBenchmark,
-    "benchmark_data": DataBenchmark,
 }
 
 

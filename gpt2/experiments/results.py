@@ -14,10 +14,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpt2.analysis.compare import Comparison, as_markdown, shown_value
+from gpt2.analysis.compare import Comparison, shown_value
 from gpt2.analysis.compare_plot import colours, curves
 from gpt2.analysis.plotting import as_label, new_figure, picture, plain
 from gpt2.analysis.runs import COLUMNS, UNITS, RunResult
+from gpt2.analysis.tables import as_markdown
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, column_key
@@ -27,7 +28,7 @@ from gpt2.tracking.tracker import DIVERGED
 RESULTS, README = "results.csv", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
 FIGURES = (
-    *("steps", "tokens", "text_bytes", "flops", "parameters"),
+    *("steps", "tokens", "flops", "parameters"),
     *("loss", "best", "bits_per_byte", "tokens_per_second"),
 )
 

@@ -11,7 +11,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from gpt2.analysis.compare import as_markdown
+from gpt2.analysis.tables import as_markdown
 from gpt2.runtime.files import atomic_write
 from gpt2.search.plots import draw
 from gpt2.search.study import shown_parameters, state_name

@@ -43,7 +43,7 @@ def start_wandb(
         group: The experiment or the study.
         job_type: train, trial, evaluate or generate.
         run_config: The resolved configuration, nested.
-        run_id: Of the run to resume or create; a new one if None.
+        run_id: Of the run to resume or create; None: a new id.
     """
     mode = resolve_mode(config.mode)
     if mode == "off":
@@ -118,7 +118,7 @@ def new_id() -> str:
 
 
 def comparable(config: Record) -> Record:
-    """A nested configuration without the keys by which runs are not compared."""
+    """A nested configuration without the keys that do not matter when runs are compared."""
     values = {key: value for key, value in config.items() if key not in NOT_COMPARED}
     if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}

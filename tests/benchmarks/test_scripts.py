@@ -1,4 +1,4 @@
-"""The scripts of experiments/performance that measure start-up, memory and overhead."""
+"""The scripts of experiments/performance. Speed is not tested."""
 
 import importlib.util
 import json
@@ -30,6 +30,21 @@ def test_startup(workspace: Workspace):
     assert list(seconds)[-2:] == ["train.py, one step: to its line", "train.py, one step: to the end"]
     assert seconds["train.py, one step: to its line"] < seconds["train.py, one step: to the end"]
     assert not (workspace.folder / "outputs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["bytes", "train"])
+def test_tokenization(workspace: Workspace, tokenizer):
+    text = (workspace.folder / "corpus.txt").read_text()
+    (workspace.folder / "corpus.txt").write_text(f"{text}<|endoftext|> é\n\n")
+    data = ["data=text", "data.files=[corpus.txt]", f"data.tokenizer={tokenizer}", "data.vocab_size=300"]
+    cached = sorted((workspace.folder / "cache").rglob("*"))
+    result = run_script(workspace, "tokenization.py", "--repetitions", "2", *data, "--json", "result.json")
+    assert result["same_tokens"] is True
+    theirs, ours = result["results"]
+    assert ours["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert ours["tokens_per_second"] == pytest.approx(result["tokens"] / ours["seconds"])
+    assert sorted((workspace.folder / "cache").rglob("*")) == cached  # nothing is prepared for training
 
 
 @pytest.mark.slow

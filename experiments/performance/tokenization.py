@@ -1,0 +1,114 @@
+"""Speed of tokenization, against the tokenizer of `transformers`.
+
+Run: python experiments/performance/tokenization.py [--repetitions 5] [--json data.json] [OVERRIDES of `data`]
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import transformers
+from omegaconf import OmegaConf
+
+from gpt2.analysis.tables import as_text
+from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, write_json
+from gpt2.checkpoint.pretrained import open_tokenizer
+from gpt2.cli.compose import compose
+from gpt2.data import corpus
+from gpt2.data.sources import open_source
+from gpt2.tokenizer import GPT2Tokenizer
+
+
+class Tokenization:
+    """The training split as tokens: by `gpt2.data.corpus`, from files to a file, and by a call of `transformers`."""
+
+    def __init__(self, config, folder):
+        self.config, self.folder = config, folder
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self.source = open_source(config)
+        self._write(None if config.tokenizer == "train" else open_tokenizer(config.tokenizer))
+        self.tokenizer = self._new_tokenizer()
+        documents = ("".join(parts) for parts in corpus.documents_of_split(self.source, "train", config))
+        self.documents = [document for document in documents if document.strip()]
+        (folder / "theirs").mkdir()
+        self.tokenizer.to_folder(str(folder / "theirs"), context_length=1024)
+        # `<|endoftext|>` in a text is plain text to it, as to ours.
+        self.theirs = transformers.GPT2TokenizerFast.from_pretrained(folder / "theirs", split_special_tokens=True)
+        self.their_ids = []
+        self.transformers()  # fills its cache; that of ours is empty at the start of each preparation
+
+    def _new_tokenizer(self):
+        return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def _write(self, tokenizer):
+        corpus.write_corpus(self.folder, self.source, tokenizer, self.config, ("train",), {})
+
+    def ours(self):
+        """Seconds from files to a file of tokens: reading, encoding and writing."""
+        began = time.perf_counter()
+        self._write(self._new_tokenizer())
+        return time.perf_counter() - began
+
+    def transformers(self):
+        """Seconds of the bare call: the documents are in memory, and nothing is written."""
+        began = time.perf_counter()
+        self.their_ids = self.theirs(self.documents, return_attention_mask=False, verbose=False)["input_ids"]
+        return time.perf_counter() - began
+
+    def tokens(self):
+        return np.fromfile(self.folder / "train.bin", dtype=corpus.token_dtype(self.tokenizer.vocab_size))
+
+    def tokens_agree(self):
+        """Whether both give the same tokens, apart from the `<|endoftext|>` that only ours adds to each document."""
+        end = self.tokenizer.eos_token_id
+        theirs = np.concatenate([np.array([*ids, end], dtype=np.int64) for ids in self.their_ids])
+        return bool(np.array_equal(theirs, self.tokens()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", help="a file for all measurements")
+    parser.add_argument(
+        "overrides", nargs="*", help="such as data=text data.files=['books/*.txt'] data.tokenizer=bytes"
+    )
+    arguments = parser.parse_intermixed_args()
+    config = OmegaConf.to_object(compose("train", ["data=stdlib", *arguments.overrides]).data)
+
+    transformers.logging.set_verbosity_error()
+    about = circumstances(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenization = Tokenization(config, Path(folder))
+        facts = {
+            "documents": len(tokenization.documents),
+            "characters": sum(map(len, tokenization.documents)),
+            "tokens": len(tokenization.tokens()),
+        }
+        print(
+            f"{', '.join(f'{count:,} {what}' for what, count in facts.items())}, vocabulary of "
+            f"{tokenization.tokenizer.vocab_size:,}, medians of {arguments.repetitions}\n{headline(about)}",
+            flush=True,
+        )
+        turns = [tokenization.transformers, tokenization.ours]
+        theirs, ours = interleaved(turns, arguments.repetitions, "Tokenizing")
+        agree = tokenization.tokens_agree()
+
+    rows, cells = [], []
+    for name, each in (("transformers, bare call", theirs), ("gpt2, files to file", ours)):
+        speed, ratio = facts["tokens"] / median(each), median(theirs) / median(each)
+        rows.append({"contestant": name, "tokens_per_second": speed, **spread("seconds", each), "ratio": ratio})
+        cells.append([name, f"{speed:,.0f}", f"{median(each):.3f}", from_to(each, 3), f"{ratio:.2f}"])
+    print(f"\n{as_text([['', 'tokens/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
+    print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
+    record = {"benchmark": "data", "config": asdict(config), **about, **facts, "same_tokens": agree, "results": rows}
+    write_json(arguments.json, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""What the benchmarks share: turns, medians and the JSON file."""
+
+import json
+
+from gpt2.benchmarks.common import from_to, interleaved, spread, write_json
+
+
+def test_interleaved_turns_rotate():
+    order: list[str] = []
+    turns = [lambda name=name: order.append(name) or name for name in "abc"]
+    assert interleaved(turns, 4, "") == [[name] * 4 for name in "abc"]
+    assert "".join(order) == "abcbcacababc"
+
+
+def test_spread_has_the_median_and_all_values():
+    assert spread("seconds", [3, 1, 2]) == {"seconds": 2, "seconds_of_each": [3, 1, 2]}
+    assert from_to([3000, 1]) == "1 - 3,000"
+
+
+def test_nan_in_a_record_becomes_null(tmp_path):
+    write_json(str(tmp_path / "new" / "result.json"), {"a": [float("nan"), 1.5], "b": float("inf")})
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"a": [None, 1.5], "b": None}
