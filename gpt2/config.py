@@ -92,7 +92,7 @@ class DataConfig:
     dataset_name: str = "wikitext"  # name on the Hugging Face Hub, or a local folder laid out like one
     dataset_config: str | None = "wikitext-2-raw-v1"  # name of the configuration, for datasets that have several
     train_split: str = "train"
-    validation_split: str | None = "validation"  # null: hold out validation_fraction of the training split
+    validation_split: str | None = "validation"  # null: validation_fraction of the training split
     test_split: str | None = "test"  # null: test on the validation split
     max_length: int = 1024  # tokens in a block; default in the scripts: model.context_length
     cache_dir: str | None = None  # null: the cache of the Hub for datasets, ~/.cache/gpt2 for tokens
@@ -106,7 +106,7 @@ class DataConfig:
     # gpt2, bytes (one token a byte), train (learn it from the text), a folder with a tokenizer, or a trained model.
     tokenizer: str = "gpt2"
     vocab_size: int = 4096  # tokens, if the tokenizer is learned (tokenizer: train)
-    validation_fraction: float = 0.1  # share to hold out of the training split if there is no validation split
+    validation_fraction: float = 0.1  # share of the training split used if there is no validation split
 
 
 @dataclass
