@@ -202,9 +202,9 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
     lost = workspace.run_anew("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
-    (line,) = lost.stderr.splitlines()
-    assert re.match(r"error: Job \d+ .*has not produced any output \(state: FINISHED\)", line)
-    assert str(folder / ".submitit") in line
+    (error,) = lost.stderr.splitlines()
+    assert re.match(r"error: Job \d+ .*has not produced any output \(state: FINISHED\)", error)
+    assert str(folder / ".submitit") in error
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
     failed = workspace.run_anew("train.py", *line, expect=1)
     assert failed.stderr.splitlines()[-1].startswith("error: out of memory: ")
