@@ -4,6 +4,7 @@ Each problem reads `key: what is wrong, what would be right`. All problems are r
 before they import torch; the constructors of the Python API validate what they are given.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -305,6 +306,18 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
     yield from out_of_bounds(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
+    yield from _output_file(config.output, "output")
+
+
+def _output_file(name: str | None, key: str) -> Problems:
+    """Problems of a file to write: the file, or the folder in which it is to be created, is not writable."""
+    if name is None:
+        return []
+    file = Path(name).absolute()
+    nearest = next(path for path in (file, *file.parents) if path.exists())
+    if (nearest.is_file() if nearest == file else nearest.is_dir()) and os.access(nearest, os.W_OK):
+        return []
+    return [f"{key}: {name!r} cannot be written; name a file in a folder with write permission"]
 
 
 def _export_run(config: ExportRun, prefix: str) -> Problems:
@@ -316,9 +329,23 @@ def _export_run(config: ExportRun, prefix: str) -> Problems:
 
 
 def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:
+    yield from _output_file(config.json, "json")
+    if not config.batch_sizes or min(config.batch_sizes) < 1:
+        yield f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1"
     context, tokens = config.model.context_length, config.prompt_tokens + config.new_tokens
     if tokens > context:
         yield f"new_tokens: prompt_tokens + new_tokens = {tokens} do not fit into model.context_length={context}"
+
+
+def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
+    yield from _output_file(config.json, "json")
+    if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
+        yield f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16"
+    elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
+        yield f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two"
+    file, _, function = (config.peer or "").rpartition(":")
+    if config.peer is not None and (not Path(file).is_file() or not function.isidentifier()):
+        yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
 
 
 RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
@@ -330,4 +357,5 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     EvaluateRun: _evaluate_run,
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
+    TrainingBenchmark: _training_benchmark,
 }

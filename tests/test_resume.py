@@ -110,6 +110,7 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
         ([*AUTO, "hydra.run.dir=runs/${name}"], "hydra.run.dir: train.auto_resume needs a plain name"),
         (["resume=nowhere"], "resume: nowhere is no run folder with a checkpoint in it"),
         (["resume=latest", "-m", "train.seed=1,2"], "resume=latest: one run at a time, without -m"),
+        (["train.auto_resume=true,false", "-m"], "train.auto_resume=true,false: one value for all runs"),
         ([*AUTO, "-m", "hydra.sweep.dir=a/${now:%H}"], "hydra.sweep.dir: train.auto_resume needs a plain name"),
     ],
 )
@@ -159,7 +160,8 @@ def test_damaged_checkpoint_is_replaced_by_previous(workspace: Workspace):
     assert f"{newest.relative_to(workspace.folder)} is damaged: wrong checksum of " in written.stderr
     assert f"Using instead: {before.relative_to(workspace.folder)}" in written.stderr
     resumed = workspace.run("train.py", "resume=latest")
-    assert f"{newest.name} is damaged" in resumed.stderr
+    assert f"{newest.name} is damaged" in resumed.stdout
+    assert f"{newest.name} is damaged" in (run / "train.log").read_text()
     assert "Resuming after step 4" in resumed.stdout
     assert steps(run, "val/loss") == [4, 6]
     for path in (run / "checkpoints").iterdir():

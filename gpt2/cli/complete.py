@@ -132,6 +132,8 @@ def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys
     Returns the problems: the command line sets another tokenizer, the model has none, or it has fewer tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
+    if "data.vocab_size" in keys:
+        return [f"data.vocab_size: only a newly trained tokenizer has it, and {model} has its own tokenizer"]
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()

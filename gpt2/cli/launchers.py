@@ -23,6 +23,7 @@ from gpt2.runtime.signals import Interrupted
 
 T = TypeVar("T")
 
+KEY = "hydra.launcher."
 REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
 
 
@@ -55,14 +56,30 @@ def validate_launcher(launcher: DictConfig) -> list[str]:
 
 
 def _validate_submitit(launcher: DictConfig) -> list[str]:
+    settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
+    minima = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
+    problems = [
+        f"{KEY}{key}: {settings[key]} is not a whole number of at least {minimum}"
+        for key, minimum in minima.items()
+        if key in settings and (type(settings[key]) is not int or settings[key] < minimum)
+    ]
+    if problems:
+        return problems
+    delay, minutes = settings.get("signal_delay_s", 30), settings["timeout_min"]
+    if type(delay) is not int or not 0 <= delay < minutes * 60:
+        return [
+            f"{KEY}signal_delay_s: {delay} is not a whole number of seconds below {KEY}timeout_min={minutes} minutes"
+        ]
+    return _try_submitit(settings, "slurm" if launcher._target_.endswith("SlurmLauncher") else "local")
+
+
+def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
     """Let submitit check the settings. The launcher itself would do so only after the sweep has begun."""
     import submitit
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
-    cluster = "slurm" if launcher._target_.endswith("SlurmLauncher") else "local"
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
     own = ("_target_", "submitit_folder", "max_num_timeout", "python")  # of the launcher, not of submitit's executor
-    settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
     parameters = {
         key if key in shared else f"{cluster}_{key}": value for key, value in settings.items() if key not in own
     }

@@ -63,6 +63,10 @@ def announce(trainer: Trainer) -> None:
         f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
         f"On      {ranks}{describe(trainer.device)}, {precision}{why}"
     )
+    if strategy == "fsdp" and group.size == 1:
+        log.info("Note    distributed.strategy=fsdp has no effect in a single process")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
+        log.info("Note    without train.auto_resume=true, a restart by torchrun starts this run from the beginning")
     if trainer.progress.step:
         log.info(f"Resuming after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:

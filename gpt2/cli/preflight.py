@@ -87,10 +87,14 @@ def problem_of(override: Override, multirun: bool) -> str | None:
     text, key, is_sweep = override.input_line, override.key_or_group, override.is_sweep_override()
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
+    if key in ("hydra", "hydra.sweeper") and isinstance(override.value(), dict):
+        return f"{key}: one key at a time, such as hydra.sweeper.n_trials=20"
     if key.split(".")[0] == "study":
         return f"{text}: only a study sets that"
     if key == "resume" and multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
+    if key == "train.auto_resume" and is_sweep:
+        return f"{text}: one value for all runs of a sweep"
     if key == "hparams_search" and override.value() and not multirun:
         return f"{text}: a search is many runs, it needs -m"
     if is_sweep and key.startswith("hydra."):

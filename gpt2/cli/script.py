@@ -114,6 +114,7 @@ def output_folder() -> Path:
 def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> None:
     """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
     env = dist_env()
+    early_log = EarlyLog()
     with ExitStack() as lock:
         if env.is_main:
             composed, folder, config = prepare_on_main(name, options, lock)
@@ -123,6 +124,7 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
             config.prompt = prompt
 
         def job(_composed: DictConfig) -> Any:
+            early_log.replay()
             with errors_as_lines(), clean_up_on_error():
                 if folder.is_new and name == "train" and env.is_main:
                     lock.enter_context(run_lock(output_folder()))
@@ -166,6 +168,27 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)
     return composed, folder, resolve(name, composed, list(composed.hydra.overrides.task))
+
+
+class EarlyLog(logging.Handler):
+    """Collects log records, such as that of a skipped checkpoint, until Hydra has configured logging for train.log.
+
+    Hydra's configuration replaces this handler.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        logger = logging.getLogger("gpt2")
+        logger.handlers = [self]
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def replay(self) -> None:
+        for record in self.records:
+            logging.getLogger(record.name).handle(record)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from gpt2.benchmarks.training import TrainingComparison, table
 from gpt2.config import TrainingBenchmark, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.validation import validate
-from tests.conftest import Workspace
+from tests.conftest import ROOT, Workspace
 from tests.helpers import tiny_config
 
 SHAPE = ["model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.vocab_size=300", "model.context_length=16"]
@@ -103,6 +103,12 @@ def test_batches_match_those_of_peers_and_all_differ(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
+        ({"peer": "nowhere.py:step"}, "peer: 'nowhere.py:step' must be FILE.py:FUNCTION with an existing file"),
+        ({"peer": str(ROOT / "train.py")}, "must be FILE.py:FUNCTION"),
+        ({"precisions": []}, "precisions: "),
+        ({"precisions": ["fp8"]}, "precisions: "),
+        ({"precisions": ["bf16"], "train": {"mixed_precision": False}}, "contradict train.mixed_precision=false"),
+        ({"json": str(ROOT)}, "cannot be written"),
         ({"steps": 0}, "steps: 0 is not"),
         ({"warmup": 0}, "warmup: 0 is not"),
         ({"train": {"batch_size": 0}}, "train.batch_size: 0 is not"),

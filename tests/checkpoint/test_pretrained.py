@@ -234,6 +234,8 @@ def test_other_tokenizer_than_that_of_the_weights_is_refused(folder, tmp_path):
             == f"data.tokenizer: {tmp_path}/other is not the tokenizer of {key}={folder}; leave it out to use that one"
         )
         assert not validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
+        (problem,) = validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.vocab_size=300"])
+        assert problem.startswith("data.vocab_size: only a newly trained tokenizer has it")
 
 
 def test_checkpoint_alone_suffices_for_generation(trained, tmp_path):

@@ -187,6 +187,8 @@ def test_sweep_is_validated_in_combinations():
         ("train", ["-m", "resume=latest"], "one run at a time"),
         ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search is many runs, it needs -m"),
         ("benchmark_generation", ["model=gpt2_nano"], "new_tokens: .* 192 do not fit into model.context_length=64"),
+        ("benchmark_generation", ["batch_sizes=[]"], "batch_sizes: "),
+        ("benchmark_training", ["precisions=[fp8]"], "expected one of"),
         ("train", ["inference.quantization=int8"], "inference.quantization: only for generate.py"),
         ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
         ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),

@@ -225,6 +225,7 @@ def test_every_sampler_and_pruner_can_be_chosen(sampler, pruner):
         (["hydra.sweeper.n_trails=5"], r"Key 'n_trails' not in 'StudyConfig'. Did you mean: 'n_trials'"),
         (["hydra.sweeper.n_jobs=0"], r"hydra.sweeper.n_jobs: 0 is not"),
         (["hydra.sweeper.n_jobs=2"], r"hydra.sweeper.n_jobs: 2 trials at a time need hydra/launcher=joblib"),
+        (["hydra.sweeper={n_trials:3}"], r"hydra.sweeper: one key at a time"),
         (
             ["hydra.sweeper.storage='${oc.env:NOBODY_HAS_SET_IT}'"],
             r"Environment variable 'NOBODY_HAS_SET_IT' not found",
