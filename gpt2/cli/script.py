@@ -173,7 +173,8 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
 class EarlyLog(logging.Handler):
     """Collects log records, such as that of a skipped checkpoint, until Hydra has configured logging for train.log.
 
-    Hydra's configuration replaces this handler.
+    Hydra's configuration replaces this handler. A repeated message counts once: checkpoints are searched for the run's
+    folder, and again when it is locked.
     """
 
     def __init__(self) -> None:
@@ -184,7 +185,8 @@ class EarlyLog(logging.Handler):
         logger.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
+        if record.getMessage() not in [earlier.getMessage() for earlier in self.records]:
+            self.records.append(record)
 
     def replay(self) -> None:
         for record in self.records:

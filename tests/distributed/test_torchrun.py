@@ -285,6 +285,17 @@ def test_run_resumes_with_another_number_of_ranks(place):
     assert numbers(broken) == numbers(whole)
 
 
+def test_skipped_checkpoint_is_reported_by_rank_0_only(place):
+    damaged = place.folder / "damaged"
+    shutil.copytree(trained(place, 1), damaged)
+    newest = next(iter(newest_first(damaged / "checkpoints")))
+    newest.write_bytes(newest.read_bytes()[:-100])
+    out, err = run_ranks(place, 2, "resume=damaged")
+    assert out.count(f"{newest.name} is damaged") == 1
+    assert f"{newest.name} is damaged" in (damaged / "train.log").read_text()
+    assert f"{newest.name} is damaged" not in err
+
+
 @pytest.mark.slow
 def test_ranks_of_two_machines_are_restarted_together(place):
     """Two torchruns, as on two machines. One of them sees its rank killed, the other its rank lose the connection."""
