@@ -65,7 +65,10 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
     retained = [path for number, path in numbered if number <= step][-keep:]
     for _, path in numbered:
         if path not in retained:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # no reason to end a run
+                log.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
 
 
 def remove_unfinished(folder: Path) -> None:

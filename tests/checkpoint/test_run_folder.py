@@ -1,6 +1,7 @@
 """The checkpoints of a run folder: which one is used and which ones are deleted."""
 
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -144,6 +145,16 @@ def test_prune_deletes_step_checkpoints_only(tmp_path):
     run_folder.prune(tmp_path, 1, 3)
     assert names(tmp_path) == sorted([BEST, LAST, step_name(3), *foreign])
     assert checkpoint.verify(tmp_path / BEST)["progress"]["step"] == 1
+
+
+def test_failed_prune_is_a_warning(tmp_path, caplog):
+    (tmp_path / step_name(2)).mkdir()  # a folder, which not even root can unlink
+    for step in (1, 3, 4):
+        save(tmp_path, step)
+    run_folder.prune(tmp_path, 1, 4)
+    assert names(tmp_path) == [step_name(2), step_name(4)]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert step_name(2) in caplog.text
 
 
 def test_remove_unfinished_deletes_temporary_files_only(tmp_path):
