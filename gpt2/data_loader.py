@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gpt2.config import DataConfig, TrainingConfig
 from gpt2.data.corpus import PreparedData, prepare
@@ -55,6 +55,8 @@ class TokenDataset(Dataset):
         self.path, self.dtype, self.length = path, dtype, length
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.stride = length if stride is None else stride
+        if not 1 <= self.stride <= length:
+            raise ValueError(f"a stride of {stride} would skip tokens, it must be between 1 and {length}")
         self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
 
     @cached_property
@@ -200,8 +202,10 @@ def batch_size_of(loader: DataLoader) -> int | None:
     return sampler.batch_size if isinstance(sampler, ShuffledBatches) else loader.batch_size
 
 
-def with_batch_size(loader: DataLoader, batch_size: int) -> DataLoader:
-    """A loader of the same data in the same order with another batch size."""
+def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
+    """A loader of the same data in the same order with another batch size; the given loader if that is None."""
+    if batch_size is None:
+        return loader
     names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
     common: dict[str, Any] = {name: getattr(loader, name) for name in names}
     common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
@@ -209,4 +213,6 @@ def with_batch_size(loader: DataLoader, batch_size: int) -> DataLoader:
     if isinstance(sampler, ShuffledBatches):
         batches = ShuffledBatches(sampler.number_of_blocks, batch_size, sampler.seed)
         return DataLoader(loader.dataset, batch_sampler=batches, **common)
-    return DataLoader(loader.dataset, batch_size, sampler=loader.sampler, drop_last=loader.drop_last, **common)
+    if not isinstance(loader.dataset, IterableDataset):
+        common["sampler"] = loader.sampler
+    return DataLoader(loader.dataset, batch_size=batch_size, drop_last=loader.drop_last, **common)

@@ -150,9 +150,7 @@ class OptunaOptimizer:
         folder = self._folder(trial.number)
         if not trial.was_interrupted():
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier study
-        train_loader = self.train_loader
-        if "train.batch_size" in parameters:
-            train_loader = with_batch_size(train_loader, parameters["train.batch_size"])
+        train_loader = with_batch_size(self.train_loader, parameters.get("train.batch_size"))
         torch.manual_seed(training_config.seed)
         model = GPT2Model(model_config)
         callbacks = [ConsoleLog(trial.label), trial]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.errors import UserError
-from gpt2.runtime.hub import WITHOUT_NETWORK, hub_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,16 +52,17 @@ def _make_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> 
 def _check_kind(description: dict[str, Any], folder: Path) -> None:
     """Refuse a `tokenizer.json` that describes anything but the BPE of `_make_backend`, which has other tokens."""
     model, words = description["model"], description.get("pre_tokenizer") or {}
-    differences = {
-        "model": model.get("type", "BPE") != "BPE",
-        **{option: model.get(option) for option in ("dropout", "ignore_merges")},
-        **{option: model.get(option) for option in ("continuing_subword_prefix", "end_of_word_suffix")},
-        "normalizer": description.get("normalizer") is not None,
-        "pre_tokenizer": words.get("type") != "ByteLevel" or not words.get("use_regex", True),
-        "add_prefix_space": words.get("add_prefix_space"),
+    other_options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    reasons = {
+        f"its model is {model.get('type')}, not BPE": model.get("type", "BPE") != "BPE",
+        "its BPE has options that GPT-2 does not use": any(map(model.get, other_options)),
+        "it normalizes the text": description.get("normalizer") is not None,
+        f"it splits the text by {words.get('type')}, not ByteLevel": words.get("type") != "ByteLevel",
+        "it adds a space before the text": words.get("add_prefix_space", False),
+        "it does not split the text into words": not words.get("use_regex", True),
     }
-    if names := [name for name, is_different in differences.items() if is_different]:
-        raise UserError(f"tokenizer: {folder / 'tokenizer.json'} is not like GPT-2's in {', '.join(names)}")
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        raise UserError(f"tokenizer: {folder / 'tokenizer.json'} is not a GPT-2 tokenizer: {reason}")
 
 
 class GPT2Tokenizer:
@@ -87,7 +87,9 @@ class GPT2Tokenizer:
         if missing:
             raise UserError(f"tokenizer: its vocabulary lacks {missing[0]!r}, so it is not GPT-2's byte-level BPE")
         if foreign := set("".join(vocabulary)) - set(byte_alphabet()):
-            raise UserError(f"tokenizer: {min(foreign)!r} in its vocabulary stands for no byte, as in GPT-2's")
+            raise UserError(
+                f"tokenizer: {min(foreign)!r} in its vocabulary stands for no byte, so it is not GPT-2's BPE"
+            )
         self.vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         self.merges = merges
         self.eos_token_id = vocabulary[END_OF_TEXT]
@@ -178,6 +180,8 @@ class GPT2Tokenizer:
         Raises:
             UserError: It is in neither.
         """
+        from gpt2.runtime.hub import WITHOUT_NETWORK, hub_folder
+
         return cls.from_folder(hub_folder(name, TOKENIZER_FILES, WITHOUT_NETWORK))
 
     @classmethod
@@ -214,7 +218,8 @@ class GPT2Tokenizer:
     @cached_property
     def ids_in_use(self) -> int:
         """The vocabulary that a model needs: one more than the largest id that occurs in a tokenized corpus."""
-        return 1 + max(self.eos_token_id, *self._text_tokens.values())
+        unused = set(self.added_tokens) - {END_OF_TEXT}
+        return 1 + max(i for token, i in self.vocabulary.items() if token not in unused)
 
     def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
         """The tokens of a text. A lone surrogate, which is not a character, is replaced by a question mark.
@@ -231,34 +236,46 @@ class GPT2Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> "list[np.ndarray]":
         """The tokens of each text, as from `encode` but several times faster. Thread-safe."""
-        return [self._encode_to_numpy(text) for text in texts]
+        return self._batch_encoder(texts)
 
     @cached_property
-    def _encode_to_numpy(self) -> "Callable[[str], np.ndarray]":
-        """The fastest exact encoder. Making it takes longer than encoding a prompt."""
+    def _batch_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
+        """The fastest exact encoder of many texts. Making it takes longer than encoding a prompt."""
+        if not self.merges:
+            return self._byte_encoder()
+        if reason := self._reason_against_tiktoken():
+            log.warning("Note: tokenizing with tokenizers, not several times faster with tiktoken: %s.", reason)
+            return self._encode_with_tokenizers
+        return self._tiktoken_encoder()
+
+    def _byte_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
+        """For a tokenizer without merges: a table of 256 ids."""
+        import numpy as np
+
+        ids = np.array([self.vocabulary[token] for token in byte_alphabet()], dtype=np.uint32)
+        return lambda texts: [ids[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)] for text in texts]
+
+    def _encode_with_tokenizers(self, texts: list[str]) -> "list[np.ndarray]":
+        import numpy as np
+
+        encodings = self.backend.encode_batch_fast([*map(_without_surrogates, texts)], add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def _tiktoken_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
         import numpy as np
         import tiktoken
 
-        def by_merges(text: str) -> np.ndarray:
-            return np.array(self.encode(text), dtype=np.uint32)
-
-        if not self.merges:
-            ids = np.array([self.vocabulary[token] for token in byte_alphabet()], dtype=np.uint32)
-            return lambda text: ids[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)]
-        if not self._suits_tiktoken():
-            log.warning("Note: tokenizing without tiktoken, several times slower: it would give other tokens.")
-            return by_merges
         ranks = {self.token_bytes[i]: i for i in self._text_tokens.values()}
         special = {END_OF_TEXT: self.eos_token_id}
         encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
-        def by_tiktoken(text: str) -> np.ndarray:
+        def encode(text: str) -> np.ndarray:
             try:
                 return encoding.encode_to_numpy(text, disallowed_special=())
             except ValueError:  # a lone surrogate, or a run of spaces that is too long for its regular expressions
-                return by_merges(text)
+                return np.array(self.encode(text), dtype=np.uint32)
 
-        return by_tiktoken
+        return lambda texts: [encode(text) for text in texts]
 
     @cached_property
     def _text_tokens(self) -> dict[str, int]:
@@ -266,8 +283,8 @@ class GPT2Tokenizer:
         added = set(self.added_tokens)
         return {token: i for token, i in self.vocabulary.items() if token not in added}
 
-    def _suits_tiktoken(self) -> bool:
-        """Whether tiktoken gives the same tokens as the merges.
+    def _reason_against_tiktoken(self) -> str | None:
+        """Why tiktoken would give other tokens than the merges do; None if it gives the same.
 
         tiktoken has no list of merges. Of all neighbors that form a token it merges those with the lowest id, and it
         never splits a word that is a token. It gives the same tokens if (1) ids rise in the order of the merges and
@@ -279,13 +296,15 @@ class GPT2Tokenizer:
 
         merged = [self.vocabulary["".join(pair)] for pair in self.merges]
         if not all(earlier < later for earlier, later in pairwise(merged)):
-            return False
+            return "its ids do not rise in the order of its merges"
         words = Tokenizer(self.backend.model)  # of tokens separated by a space, which stands for no byte
         words.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
         tokens = list(self._text_tokens)
         lines = [" ".join(tokens[start : start + 500]) for start in range(0, len(tokens), 500)]
         encodings = words.encode_batch_fast(lines, add_special_tokens=False)
-        return [i for encoding in encodings for i in encoding.ids] == list(self._text_tokens.values())
+        if [i for encoding in encodings for i in encoding.ids] != list(self._text_tokens.values()):
+            return "its merges do not reach every token of its vocabulary"
+        return None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Decoding

@@ -7,6 +7,7 @@ byte is covered by a checksum: each tensor has its own, and the header has one f
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, fsync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +26,12 @@ FORMAT = 2
 
 # Keys of `__metadata__` in the header of the file; safetensors wants every value to be a string.
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
-MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
+MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SAFETENSORS_DTYPES |= {"int64": "I64", "uint8": "U8"}
+# A string, or the part of one at the end of a text that was cut off.
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +51,9 @@ def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str,
     Raises:
         OSError: The disk is full, or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fsync_folder(path.parent.parent)
     text = json.dumps({"format": FORMAT, **record})
     with atomic_write(path) as file:
         file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
@@ -157,9 +162,18 @@ def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
         for name, stored in tensors.items():
             if name.startswith(prefix):
                 file.seek(stored.begin)
-                sums[name] = hashlib.sha256(file.read(stored.end - stored.begin)).hexdigest()
+                sums[name] = _sum_of(file, stored.end - stored.begin)
     _compare_sums(path, sums, tensors)
     return record
+
+
+def _sum_of(file: BinaryIO, length: int) -> str:
+    """The checksum of the next `length` bytes of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    while length and (block := file.read(min(length, 2**20))):
+        digest.update(block)
+        length -= len(block)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
@@ -198,32 +212,45 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(MAX_HEADER_BYTES, size):
                 raise ValueError("the header is too long")
-            record, tensors = _parse_header(file.read(length), path)
+            record, tensors = _parse_header(file.read(length), size, path)
+        ends = [8 + length, *sorted(stored.end for stored in tensors.values())]
+        if sorted(stored.begin for stored in tensors.values()) != ends[:-1]:
+            raise ValueError("tensors overlap")
     except OSError as error:
         raise UserError(f"checkpoint: cannot read {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise UserError(f"checkpoint: {path} is not a checkpoint of this program, or its header is damaged") from error
-    expected = 8 + length + sum(stored.end - stored.begin for stored in tensors.values())
-    if size != expected:
-        raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {expected:,}")
+    if size != ends[-1]:
+        raise UserError(f"checkpoint: {path} is damaged: it has {size:,} bytes instead of {ends[-1]:,}")
     return record, tensors
 
 
-def _parse_header(text: bytes, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    header = json.loads(text)
+def _parse_header(text: bytes, file_size: int, path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    header = _parse_json(text, file_size)
     metadata, data = header.pop("__metadata__"), 8 + len(text)
     header_sum = metadata[HEADER_SUM]
     if hashlib.sha256(text.replace(_sum_entry(header_sum), _sum_entry(NO_SUM))).hexdigest() != header_sum:
         raise UserError(f"checkpoint: {path} is damaged: wrong checksum of its header")
-    record = json.loads(metadata[RECORD])
+    record = _parse_json(metadata.pop(RECORD).encode(), file_size)
     if record["format"] != FORMAT:
         raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
-    sums = json.loads(metadata[TENSOR_SUMS])
+    sums = _parse_json(metadata[TENSOR_SUMS].encode(), file_size)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         tensors[name] = StoredTensor(data + begin, data + end, sums[name])
     return record, tensors
+
+
+def _parse_json(text: bytes, file_size: int) -> Any:
+    """Parse JSON, but refuse text that would take much more memory than the file has bytes.
+
+    Strings do not, but many small values do: `[[],[],...]` takes 20 times its size. A good header is mostly strings.
+    """
+    outside_strings = len(text) - sum(match.end() - match.start() for match in JSON_STRING.finditer(text))
+    if outside_strings > 2**18 + file_size // 64:
+        raise ValueError("too many values")
+    return json.loads(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

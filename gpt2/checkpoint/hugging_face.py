@@ -20,7 +20,8 @@ from gpt2.validation import replace_checked
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model-*-of-*.safetensors"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # patterns
 
 # Names of ours -> names of `transformers`.
 _MODULES = {
@@ -90,21 +91,24 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     Raises:
         UserError: It does not describe a GPT-2 as OpenAI built it; every difference is named.
     """
-    try:
-        stored = {"model_type": None, **json.loads((folder / CONFIG).read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{source}: cannot read its {CONFIG}: {error}") from error
-    different = [key for key, values in _REQUIRED.items() if stored.get(key, values[0]) not in values]
-    if wrong := [f"{key} is {stored[key]!r}, not {_REQUIRED[key][0]!r}" for key in different]:
+    stored = _read_json(folder / CONFIG, source)
+    checked = {key: stored.get(key) for key in _REQUIRED if key in stored or key == "model_type"}
+    if wrong := [
+        f"{key} is {value!r}, not {_REQUIRED[key][0]!r}"
+        for key, value in checked.items()
+        if value not in _REQUIRED[key]
+    ]:
         raise UserError(f"{source}: its {CONFIG} does not describe OpenAI's GPT-2: {'; '.join(wrong)}")
 
     values = {ours: stored[theirs] for ours, theirs in _FIELDS.items() if theirs in stored}
-    if values.get("d_ff") is None:
-        values["d_ff"] = 4 * (values.get("d_model") or GPT2Config().d_model)  # the default of transformers
+    has_d_ff = values.get("d_ff") is not None
+    if not has_d_ff:
+        values.pop("d_ff", None)
     try:
-        return replace_checked(GPT2Config(), values)
+        config = replace_checked(GPT2Config(), values)
     except UserError as error:
         raise UserError(f"{source}: its {CONFIG} describes no valid model: {'; '.join(error.problems)}") from error
+    return config if has_d_ff else replace(config, d_ff=4 * config.d_model)  # the default of transformers
 
 
 def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Tensor]":
@@ -122,6 +126,9 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
         if head:
             expected["lm_head.weight"] = expected["wte.weight"]
         check_tensor_shapes(source, {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}, expected)
+        if wrong := {tensor.get_dtype() for tensor in stored.values()} - {"F64", "F32", "F16", "BF16"}:
+            raise UserError(f"{source}: its weights are stored as {', '.join(sorted(wrong))}, not as plain floats")
+
         tensors = {name: hf_layout(name, stored[hf_name(name)][:].float()) for name in shapes}
         if head and not head[:].float().nan_to_num().equal(tensors["token_embedding.weight"].nan_to_num()):
             raise UserError(f"{source}: its lm_head differs from its token embedding; in GPT-2 they are one tensor")
@@ -158,17 +165,37 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
 
 
 def _weight_files(folder: Path, source: str) -> list[Path]:
-    """`model.safetensors`, or the shards of a large model."""
+    """`model.safetensors`, or the shards that its index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if shards := sorted(folder.glob(SHARDS)):
-        return shards
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX, source).get("weight_map")
+        if (
+            not weight_map
+            or not isinstance(weight_map, dict)
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise UserError(f"{source}: the weight_map of its {INDEX} names no files")
+        names = sorted(set(weight_map.values()))
+        if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+            raise UserError(f"{source}: files named in {INDEX} are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise UserError(
             f"{source}: its weights are in {', '.join(pickles)}, a pickle, which can run code when it is read; "
             f"provide {WEIGHTS}, as save_pretrained of transformers writes it"
         )
     raise UserError(f"{source}: it holds no {WEIGHTS}, and other formats are not supported")
+
+
+def _read_json(path: Path, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: cannot read its {path.name}: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: its {path.name} holds no object")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------------------------------

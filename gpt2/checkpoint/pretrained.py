@@ -124,11 +124,16 @@ class CheckpointModel(TrainedModel):
     def __init__(self, path: Path):
         self.path = path
         record = checkpoint.read_record(path)
-        super().__init__(str(path), replace_checked(GPT2Config(), record["model"]), record)
+        try:
+            config = replace_checked(GPT2Config(), record["model"])
+            record["run"], record["progress"]["step"], record["tokenizer"]  # used later without a check
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"checkpoint: {path} was not written by Trainer: {error}") from error
+        super().__init__(str(path), config, record)
+        self.saved_tokenizer: str | None = record["tokenizer"]
 
     def read_tokenizer(self) -> GPT2Tokenizer | None:
-        text = self.record and self.record["tokenizer"]
-        return GPT2Tokenizer.from_json(text) if text else None
+        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
 
     def tensors(self) -> "dict[str, Tensor]":
         tensors = checkpoint.read_tensors(self.path, "model/")
@@ -153,8 +158,7 @@ class HuggingFaceModel(TrainedModel):
         return GPT2Tokenizer.from_folder(folder) if _holds_tokenizer(folder) else None
 
     def tensors(self) -> "dict[str, Tensor]":
-        folder = self.fetch([hugging_face.WEIGHTS, hugging_face.SHARDS])
-        return hugging_face.read_tensors(folder, self.config, self.source)
+        return hugging_face.read_tensors(self.fetch(hugging_face.WEIGHT_FILES), self.config, self.source)
 
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
@@ -175,6 +179,8 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         return HuggingFaceModel(name, lambda patterns: path)
     if not name or not path.exists():
         raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
+    if path.suffix in (".safetensors", ".bin"):
+        raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
     return CheckpointModel(run_folder.find_checkpoint(name, key))
 
 
@@ -254,31 +260,57 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
 
 def model_card(trained: TrainedModel) -> str:
     """The README of an exported folder: how to use the model, how it was trained, its loss and its shape."""
-    training = _training(trained.record) if trained.record else {"weights": f"those of {trained.source}, unchanged"}
     return f"""---
 library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
 ---
 
 # {trained.run["name"] if trained.run else "GPT-2"}
 
-A GPT-2 for `pipeline("text-generation", FOLDER)` of `transformers`.
+A GPT-2 for `transformers`:
 
-{_table(training)}
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", "PATH_OF_THIS_FOLDER")
+print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
+```
+
+## Training
+
+{_training(trained.record) if trained.record else f"The weights are those of {trained.source}, unchanged."}
+
+## Architecture
 
 {_table(asdict(trained.config))}
 """
 
 
-def _training(record: dict[str, Any]) -> dict[str, Any]:
-    progress, data = record["progress"], record["run"]["data"] if record["run"] else {}
-    return {
-        "steps": f"{progress['step']:,}",
-        "tokens": f"{progress['tokens']:,}",
-        "validation loss (nats per token)": progress["val_loss"],
-        **{f"data.{name}": value for name, value in data.items() if value is not None},
-        **{f"train.{name}": value for name, value in record["train"].items() if value is not None},
-        "PyTorch": record["versions"]["torch"],
-    }
+def _training(record: dict[str, Any]) -> str:
+    progress, train, run = record["progress"], record["train"], record["run"]
+    loss = "not evaluated"
+    if progress["val_loss"] is not None:
+        loss = f"{progress['val_loss']:.4f} nats a token, at step {progress['evaluated_at']:,}"
+    settings = ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")
+    return _table(
+        {
+            "data": _text_of(run["data"]) if run else "not recorded",
+            "steps": f"{progress['step']:,}",
+            "tokens": f"{progress['tokens']:,}",
+            "hours": f"{progress['seconds'] / 3600:.2f}",
+            "validation loss": loss,
+            "started from": train.get("init_from") or "random weights",
+            **{name: train[name] for name in settings},
+            "PyTorch": record["versions"]["torch"],
+        }
+    )
+
+
+def _text_of(data: dict[str, Any]) -> str:
+    """The files or the dataset that a run was trained on, from the fields of its `DataConfig`."""
+    return ", ".join(data["files"] or filter(None, (data["dataset_name"], data["dataset_config"])))
 
 
 def _table(rows: dict[str, Any]) -> str:

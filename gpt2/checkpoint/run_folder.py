@@ -10,11 +10,12 @@ import re
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
-from gpt2.runtime.files import TEMPORARY_PREFIX, fsync
+from gpt2.runtime.files import TEMPORARY_PREFIX, atomic_write, fsync_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +43,17 @@ def add_name(path: Path, name: str) -> None:
 
     A link is safe because checkpoints are only ever replaced, never changed in place.
     """
-    temporary = path.with_name(TEMPORARY_PREFIX + name)
+    target, temporary = path.with_name(name), path.with_name(TEMPORARY_PREFIX + name)
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:  # a filesystem without hard links
-        shutil.copyfile(path, temporary)
-    temporary.replace(path.with_name(name))
+        with path.open("rb") as source, atomic_write(target) as copy:
+            shutil.copyfileobj(source, copy)
+        return
+    temporary.replace(target)
     temporary.unlink(missing_ok=True)  # it remains if both names were links to one file already, see rename(2)
-    fsync(path.parent)
+    fsync_folder(path.parent)
 
 
 def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
@@ -78,7 +81,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
-    """The first checkpoint that is not damaged; None if there are no candidates.
+    """The first of some checkpoints that exists and is not damaged; None if none exists.
 
     Logs a warning for each damaged one before it.
 
@@ -89,11 +92,18 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         UserError: All of them are damaged.
     """
     problems: list[str] = []
+    damaged: list[Path] = []
     for path in candidates:
+        if any(path.exists() and path.samefile(other) for other in damaged if other.exists()):
+            continue
         try:
-            checkpoint.verify(path, prefix)
+            record = checkpoint.verify(path, prefix)
         except UserError as error:
+            damaged.append(path)
             problems += error.problems
+            continue
+        if problem := _wrong_name(path, record):
+            problems.append(problem)
             continue
         for problem in problems:
             log.warning("%s", problem)
@@ -102,6 +112,18 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         return path
     if problems:
         raise UserError(*problems)
+    return None
+
+
+def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
+    """Why an intact checkpoint does not belong under its name; None if it does."""
+    progress = record.get("progress") or {}
+    step, number = progress.get("step"), step_of(path)
+    if number is not None and number != step:
+        return f"checkpoint: {path} is not that of step {number}, but of step {step}"
+    is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
+    if path.name == BEST and progress.get("evaluated_at") and not is_best:
+        return f"checkpoint: {path} is not the best checkpoint of its run"
     return None
 
 

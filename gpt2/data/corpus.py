@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +36,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
-FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
+FORMAT = 1  # of the cached files; a new number invalidates every cached corpus
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
 
@@ -72,6 +73,11 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
                 yield document.parts()
 
 
+def cuts_documents(source: Source, config: DataConfig) -> bool:
+    """Whether the end of each document is used for validation."""
+    return source.validation is None and validation_sample(len(source.train), config.validation_fraction) is None
+
+
 def validation_sample(count: int, fraction: float) -> set[int] | None:
     """The numbers of the documents used for validation, drawn with a fixed seed; None if they would be too few."""
     size = round(count * fraction)
@@ -93,7 +99,7 @@ def write_tokens(
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
-    tokenizer.encode_batch([""])  # builds its encoder once, not in each thread
+    tokenizer.encode_batch([])  # builds its encoder once, not in each thread
 
     def encode(batch: list[tuple[str, bool]]) -> np.ndarray:
         encoded = tokenizer.encode_batch([text for text, _ in batch])
@@ -187,8 +193,15 @@ class PreparedData:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Its fingerprint and what determines it, the number of `tokens` of each split, and their `dtype`."""
+        """Its fingerprint and what determines it, `tokens` of each split, their `dtype`, and `bytes` of each file."""
         return json.loads((self.folder / "about.json").read_text())
+
+    def is_complete(self) -> bool:
+        """Whether every file has its original size, which a full disk, for example, may have prevented."""
+        try:
+            return all((self.folder / name).stat().st_size == size for name, size in self.about["bytes"].items())
+        except (OSError, ValueError, KeyError):
+            return False
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
@@ -225,14 +238,17 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     }
     if only is not None:
         identity["splits"] = splits
+    if source.length_unit and cuts_documents(source, config):
+        identity["cut"] = source.length_unit
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
     prepared = PreparedData(cache_folder(config) / "tokens" / fingerprint)
     prepared.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder.with_suffix(".lock")):
-        if prepared.folder.exists():
+        if prepared.is_complete():
             log.info("Data: %s, from the cache %s", prepared, prepared.folder)
             return prepared
+        shutil.rmtree(prepared.folder, ignore_errors=True)
         with atomic_folder(prepared.folder) as folder:
             write_corpus(folder, source, tokenizer, config, splits, {"fingerprint": fingerprint, **identity})
     log.info("Data: %s, cached in %s", prepared, prepared.folder)
@@ -253,10 +269,7 @@ def write_corpus(
         UserError: A split has no text.
     """
     if tokenizer is None:
-        log.info("Training a tokenizer of %s tokens", f"{config.vocab_size:,}")
-        documents = documents_of_split(source, "train", config)
-        texts = (text for document in documents for text, _ in split_into_pieces(document))
-        tokenizer = GPT2Tokenizer.train(texts, config.vocab_size)
+        tokenizer = _train_tokenizer(source, config)
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     threads, tokens = config.preprocessing_num_workers, {}
     for split in splits:
@@ -269,5 +282,20 @@ def write_corpus(
         "tokens": tokens,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
+        "bytes": {file.name: file.stat().st_size for file in folder.iterdir()},
     }
     (folder / "about.json").write_text(json.dumps(about, indent=1))
+
+
+def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
+    with track("Training the tokenizer", unit="characters") as advance:
+
+        def texts() -> Iterator[str]:
+            total = 0
+            for document in documents_of_split(source, "train", config):
+                for text, _ in split_into_pieces(document):
+                    total += len(text)
+                    advance(total)
+                    yield text
+
+        return GPT2Tokenizer.train(texts(), config.vocab_size)

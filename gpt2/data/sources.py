@@ -36,6 +36,7 @@ class Document(Protocol):
 
         `parts(0, x)` and `parts(x, 1)` together are the whole text.
         """
+        ...
 
 
 class Documents(Protocol):
@@ -57,6 +58,7 @@ class Source:
     train: Documents
     validation: Documents | None = None
     test: Documents | None = None
+    length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
 
 
 def open_source(config: DataConfig) -> Source:
@@ -100,25 +102,39 @@ class TextFile:
         """
         try:
             with self.path.open("rb") as file:
-                begin, end = (_next_character(file, share) for share in (start, stop))
-                file.seek(begin)
-                chunks = iter(lambda: file.read(min(CHUNK_BYTES, end - file.tell())), b"")
-                yield from codecs.iterdecode(chunks, "utf-8" if begin else "utf-8-sig")
+                first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+                length = file.seek(0, os.SEEK_END) - first
+                begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
+                yield from self._decode(file, begin, end)
         except OSError as error:
             raise UserError(f"data.files: cannot read {self.path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"data.files: {self.path} is not UTF-8 ({error.reason}); convert it or leave it out (data.exclude)"
-            ) from error
+
+    def _decode(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        file.seek(position)
+        while True:
+            data = file.read(min(CHUNK_BYTES, end - position))
+            pending = len(decoder.getstate()[0])  # bytes of a character that continues in this chunk
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - pending + error.start
+                raise UserError(
+                    f"data.files: {self.path} is not UTF-8 at byte {place}; convert it or leave it out (data.exclude)"
+                ) from error
+            position += len(data)
+            yield text
+            if not data:
+                return
 
 
-def _next_character(file: BinaryIO, share: float) -> int:
-    """The first position at or after a share of a file's length at which a character begins."""
-    position = file.seek(int(file.seek(0, os.SEEK_END) * share))
-    if position == 0:
-        return 0  # also if the file begins with an invalid byte, which decoding must see
-    following = file.read(3)  # at most three bytes of a character follow its first one
-    return position + next((n for n, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
+def _next_character(file: BinaryIO, first: int, place: int) -> int:
+    """The first place from `place` on where a character begins. Places are counted from byte `first` of the file."""
+    if place == 0:
+        return 0  # if the text begins with an invalid byte, it must be read and reported
+    file.seek(first + place)
+    data = file.read(3)  # at most three bytes of a character follow its first one
+    return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
 
 
 def open_files(config: DataConfig) -> Source:
@@ -129,12 +145,17 @@ def open_files(config: DataConfig) -> Source:
     """
     if isinstance(config.files, str):
         raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
-    matches = (path for pattern in config.files or [] for path in files_matching(pattern))
-    included = (Path(path) for path in matches if not any(fnmatch(path, pattern) for pattern in config.exclude))
-    paths = sorted({path.resolve() for path in included if path.is_file()})  # each once, under any of its names
+    paths = find_files(config.files or [], config.exclude)
     if not paths:
         raise UserError(f"data.files: no file matches {config.files} without those of data.exclude={config.exclude}")
-    return Source(_fingerprint(paths), [TextFile(path) for path in paths])
+    return Source(_fingerprint(paths), [TextFile(path) for path in paths], length_unit="bytes")
+
+
+def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
+    """The files that match any pattern and no exclusion, each once, sorted by path."""
+    matches = (path for pattern in patterns for path in files_matching(pattern))
+    included = (Path(path) for path in matches if not any(fnmatch(path, excluded) for excluded in exclude))
+    return sorted({path.resolve() for path in included if path.is_file()})
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:
@@ -185,9 +206,9 @@ class TableDocuments:
                 if document:
                     yield "".join(document)
                 document = []
-            elif not any_start and len(document) == MAX_PREAMBLE_ROWS:
-                break
             document.append(row if row.endswith("\n") else row + "\n")
+            if not any_start and len(document) > MAX_PREAMBLE_ROWS:
+                break
         if not any_start:
             raise UserError(
                 f"data.document_start: no row matches {self.document_start!r}, so no document begins; "
@@ -235,8 +256,11 @@ def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datas
     except (ValueError, OSError, DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
-    if getattr(table.features.get(column), "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"data.text_column: {column!r} is no column of text; columns: {', '.join(table.column_names)}")
+    if column not in table.column_names:
+        raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
+    kind = getattr(table.features[column], "dtype", "nested values")
+    if kind not in ("string", "large_string"):
+        raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
     return table
 
 

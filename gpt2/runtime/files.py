@@ -34,7 +34,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        fsync(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         error.filename = error.filename or str(path)  # a failed write does not name its file
         raise
@@ -44,9 +44,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill with files, which gets the name `folder` at the end of the block.
+    """Yield an empty folder to fill, which gets the name `folder` at the end of the block.
 
-    If the block raises, the new folder is removed. The files are flushed to disk before the folder is renamed.
+    If the block raises, the new folder is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(TEMPORARY_PREFIX + folder.name)
@@ -54,16 +54,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fsync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk. Until then a crash can undo a rename in the folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's directory entries to disk: until then a crash can undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

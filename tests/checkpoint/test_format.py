@@ -1,11 +1,13 @@
 """The checkpoint format: atomic writes, no pickle, and every damage is detected."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -155,6 +157,14 @@ def is_refused(read, *arguments) -> bool:
     return False
 
 
+def forge(path: Path, record: str, sums: str = "{}", data: bytes = b"", **entries) -> None:
+    """Write a file whose header has a correct checksum but arbitrary contents."""
+    metadata = {"gpt2": record, "sha256_of_tensors": sums, "sha256_of_header": "0" * 64}
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    text = text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
 def test_flipped_bit_is_detected_exactly_where_it_is_read(tmp_path):
     path = tmp_path / "step.pth"
     checkpoint.write_checkpoint(path, TENSORS, RECORD)
@@ -230,6 +240,10 @@ def test_damage_after_a_verification_is_detected(tmp_path):
     assert is_refused(checkpoint.verify, path)
 
 
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
 def link_to_folder(path: Path) -> None:
     path.with_name("folder").mkdir()
     path.symlink_to("folder")
@@ -239,7 +253,7 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, link_to_folder, link_to_itself])
+@pytest.mark.parametrize("make", [fifo, link_to_folder, link_to_itself])
 def test_pipes_and_folders_are_refused_without_blocking(tmp_path, make):
     make(tmp_path / "step.pth")
     for read in (checkpoint.verify, checkpoint.read_record, checkpoint.read_tensors):
@@ -254,6 +268,21 @@ def peak_memory(read, path: Path) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "[]", "{}", '{"a":0}', '"ab"', '""'])
+def test_many_small_values_in_a_header_take_no_memory(tmp_path, value):
+    path = tmp_path / "step.pth"
+    text = f'{{"__metadata__":{{"gpt2":[{",".join([value] * (2_000_000 // (len(value) + 1)))}]}}}}'.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    assert peak_memory(checkpoint.read_record, path) < 4 * path.stat().st_size  # a valid header takes 3 times its size
+
+
+@pytest.mark.parametrize("place", ["record", "sums"])
+def test_many_small_values_in_a_valid_header_take_no_memory(tmp_path, place):
+    path, bomb = tmp_path / "step.pth", f"[{','.join(['[]'] * 1_300_000)}]"
+    forge(path, **{"record": f'{{"format":{checkpoint.FORMAT}}}', place: bomb}, x={"data_offsets": [0, 0]})
+    assert peak_memory(checkpoint.read_record, path) < 5 * path.stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -285,6 +314,24 @@ def test_claimed_huge_header_takes_no_memory(tmp_path):
     for claim in (2**60, 2**64 - 1, 2**31, 2**24, 9):
         (tmp_path / "step.pth").write_bytes(claim.to_bytes(8, "little") + b"{}")
         assert peak_memory(checkpoint.read_record, tmp_path / "step.pth") < 2**20
+
+
+def cpu_seconds(function) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
+
+
+def test_damaged_header_length_is_refused_in_linear_time(tmp_path):
+    path = tmp_path / "step.pth"
+    checkpoint.write_checkpoint(path, TENSORS, {"tokenizer": json.dumps({f"token {i}": i for i in range(20_000)})})
+    seconds_of_valid = cpu_seconds(lambda: checkpoint.read_record(path))
+    content = path.read_bytes()
+    length = header_length(content)
+    flip = next(2**bit for bit in reversed(range(25)) if length & 2**bit and length - 2**bit > length * 2 / 3)
+    path.write_bytes((length - flip).to_bytes(8, "little") + content[8:])  # the header now ends inside the record
+    seconds = cpu_seconds(lambda: is_refused(checkpoint.read_record, path))
+    assert seconds < 100 * seconds_of_valid  # in quadratic time it would be thousands of times as long
 
 
 # The format

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.checkpoint.hugging_face import SHARDS
-from gpt2.checkpoint.pretrained import export, open_model
-from gpt2.config import GPT2Config
+from gpt2.checkpoint.hugging_face import WEIGHT_FILES
+from gpt2.checkpoint.pretrained import export, model_card, open_model
+from gpt2.config import DataConfig, GPT2Config
 from gpt2.errors import UserError
 from gpt2.runtime.rng import versions
 from gpt2.tokenizer import GPT2Tokenizer
@@ -128,10 +128,18 @@ def test_both_names_of_the_activation_are_accepted(folder):
     assert open_model(str(folder)).config.d_model == 16
 
 
-def test_pattern_matches_all_files_of_sharded_weights(folder):
+def test_single_file_takes_precedence_over_an_index(folder):
+    expected = open_model(str(folder)).tensors()
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"transformer.wte.weight": "gone.safetensors"}}'
+    )
+    assert_close(open_model(str(folder)).tensors(), expected, atol=0, rtol=0)
+
+
+def test_patterns_match_all_files_of_sharded_weights(folder):
     in_shards(folder)
-    files = {path.name for path in folder.glob("model*.safetensors")}
-    assert {name for name in files if fnmatch(name, SHARDS)} == files
+    files = {path.name for path in folder.glob("model*")}
+    assert {name for name in files if any(fnmatch(name, pattern) for pattern in WEIGHT_FILES)} == files
 
 
 def test_all_wrong_tensors_are_named_in_one_error(folder):
@@ -158,13 +166,32 @@ def a_head_of_its_own(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}))
 
 
+def whole_numbers(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({name: t.to(torch.int8) for name, t in tensors.items()}))
+
+
 def a_shard_too_few(folder: Path) -> None:
     in_shards(folder)
     next(folder.glob("model-00002-*")).unlink()
 
 
+def an_index_that_leads_elsewhere(folder: Path) -> None:
+    in_shards(folder)
+    index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder.parent / "model.safetensors").touch()
+
+
 def a_config_of_words(folder: Path) -> None:
     (folder / "config.json").write_text("{")
+
+
+def an_index(content):
+    def spoil(folder: Path) -> None:
+        in_shards(folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return spoil
 
 
 def a_scalar_head(folder: Path) -> None:
@@ -176,11 +203,13 @@ def a_tensor_twice(folder: Path) -> None:
 
 
 REFUSED = [
+    (an_index({"weight_map": ["a"]}), "the weight_map of its model.safetensors.index.json names no files"),
+    (an_index({"weight_map": {"a": 1}}), "names no files"),
+    (an_index({}), "names no files"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
     (a_tensor_twice, "holds wte.weight a second time"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "cannot read its config.json"),
-    (lambda folder: (folder / "config.json").write_text("{}"), "model_type is None, not 'gpt2'"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
     (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
     (lambda folder: describe(folder, add_cross_attention=True), "add_cross_attention is True, not False"),
     (lambda folder: describe(folder, scale_attn_weights=False), "scale_attn_weights is False, not True"),
@@ -201,7 +230,9 @@ REFUSED = [
     (only_a_pickle, r"pytorch_model.bin, a pickle, which can run code"),
     (no_weights, "it holds no model.safetensors"),
     (a_head_of_its_own, "its lm_head differs from its token embedding"),
-    (a_shard_too_few, r"missing: h\.0"),
+    (whole_numbers, "stored as I8, not as plain floats"),
+    (a_shard_too_few, "missing: model-00002-of-"),
+    (an_index_that_leads_elsewhere, "missing: ../model.safetensors"),
     (a_config_of_words, "cannot read its config.json"),
     (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
@@ -312,11 +343,26 @@ def test_model_card_states_training_and_shape(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     for fact in (
         "| steps | 7 |",
-        "| validation loss (nats per token) | 2.5 |",
+        "| validation loss | 2.5000 nats a token, at step 6 |",
         "| d_model | 16 |",
         "| tokens | 99 |",
     ):
         assert fact in card
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
+        (DataConfig(dataset_config=None), "wikitext"),
+        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
+    ],
+)
+def test_model_card_names_the_data(tmp_path, data, name):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    trained = open_model(str(tmp_path / "a.pth"))
+    trained.record["run"] = {"name": "first", "data": vars(data)}
+    assert f"| data | {name} |" in model_card(trained)
 
 
 def test_export_states_special_tokens_and_length(tmp_path):
@@ -377,7 +423,8 @@ def record_of(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda record: {**record, "model": {"depth": 3}}, "depth: there is no such key"),
+        (lambda record: {}, "was not written by Trainer: 'model'"),
+        (lambda record: {**record, "model": {"depth": 3}}, "was not written by Trainer: depth: there is no such key"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
         (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
     ],

@@ -171,7 +171,7 @@ def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(w
     resolved = OmegaConf.load(run / ".hydra" / "config.yaml")
     assert (resolved.model.d_model, resolved.data.max_length, resolved.data.tokenizer) == (16, 16, str(folder))
     export(trained, workspace.folder / "out")
-    assert f"| train.init_from | {folder} |" in (workspace.folder / "out" / "README.md").read_text()
+    assert f"| started from | {folder} |" in (workspace.folder / "out" / "README.md").read_text()
 
     shutil.rmtree(folder)
     resumed = workspace.run("train.py", "resume=latest", "train.max_steps=10")
@@ -252,7 +252,7 @@ def test_export_command(trained, tmp_path):
     with safe_open(tmp_path / "a b" / "out" / "model.safetensors", framework="pt") as file:
         assert "transformer.wte.weight" in file.keys()  # noqa: SIM118
     card = (tmp_path / "a b" / "out" / "README.md").read_text()
-    assert "| data.files | ['corpus.txt'] |" in card
+    assert "| data | corpus.txt |" in card
     again = trained.module("gpt2.main", "export", f"to={tmp_path}")
     assert again.returncode == 2
     assert "exists already" in again.stderr

@@ -202,6 +202,16 @@ def test_all_damaged_is_a_user_error_that_names_each(tmp_path, caplog):
     assert "Using instead" not in caplog.text
 
 
+def test_damaged_file_with_several_names_is_reported_once(tmp_path):
+    path = save(tmp_path, 1, is_best=True)
+    run_folder.add_name(path, LAST)
+    run_folder.add_name(path, BEST)
+    damage(path)
+    with pytest.raises(UserError) as refusal:
+        run_folder.first_intact(run_folder.newest_first(tmp_path))
+    assert len(refusal.value.problems) == 1
+
+
 def test_damaged_optimizer_state_matters_for_resuming_only(tmp_path):
     save(tmp_path / "run", 1)
     newest = save(tmp_path / "run", 2)
@@ -210,6 +220,45 @@ def test_damaged_optimizer_state_matters_for_resuming_only(tmp_path):
     assert run_folder.first_intact(run_folder.newest_first(newest.parent)).name == step_name(1)  # for resuming
     damage(newest)
     assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(1)
+
+
+def test_checkpoint_under_the_name_of_another_step_is_skipped(tmp_path, caplog):
+    save(tmp_path, 2)
+    save(tmp_path, 3, name=step_name(9))
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
+    assert "step_00000009.pth is not that of step 9, but of step 3" in caplog.text
+
+
+@pytest.mark.parametrize("record", [{}, {"progress": None}, {"progress": {}}])
+def test_step_checkpoint_without_progress_is_skipped(tmp_path, record):
+    checkpoint.write_checkpoint(tmp_path / step_name(9), {}, record)
+    save(tmp_path, 2)
+    assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"is_best": False},  # evaluated, and worse
+        {"is_best": True, "evaluated_at": 2},  # saved after the best one, before the next evaluation
+    ],
+)
+def test_best_checkpoint_replaced_by_another_is_skipped(tmp_path, caplog, other):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1, is_best=True, name=BEST)
+    save(folder, 4)
+    assert run_folder.find_checkpoint(str(tmp_path)).name == BEST
+    save(folder, 3, name=BEST, **other)
+    assert run_folder.find_checkpoint(str(tmp_path)).name == step_name(4)
+    assert "is not the best checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [BEST, step_name(9)])
+def test_checkpoint_with_an_additional_wrong_name_is_used(tmp_path, wrong):
+    save(tmp_path / "checkpoints", 3)
+    path = save(tmp_path / "checkpoints", 4)
+    os.link(path, path.with_name(wrong))
+    assert run_folder.find_checkpoint(str(tmp_path)) == path
 
 
 def test_checkpoint_deleted_during_the_search_is_skipped(tmp_path):

@@ -214,8 +214,8 @@ def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):
 
 
 def test_byte_order_mark_is_skipped(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 97)
-    assert documents_of(prepare(config_of(tmp_path)), "train") == ["a" * 87]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 100)
+    assert documents_of(prepare(config_of(tmp_path)), "train") == ["a" * 90]
 
 
 def test_line_ends_are_unchanged(tmp_path):
@@ -246,12 +246,13 @@ def test_file_name_that_looks_like_a_pattern_is_found(tmp_path, name):
     assert documents_of(prepare(config_of(tmp_path, files=[str(tmp_path / name)])), "train") == ["a" * 90]
 
 
-def test_invalid_utf8_is_reported_with_the_file(tmp_path):
+def test_invalid_utf8_is_reported_with_file_and_place(tmp_path):
     (tmp_path / "good.txt").write_text("good" * 100)
     (tmp_path / "latin.txt").write_bytes(b"caf" + b"\xe9" + b" noir" * 100)
     with pytest.raises(UserError) as error:
         prepare(config_of(tmp_path))
     assert str(tmp_path / "latin.txt") in str(error.value)
+    assert "byte 3" in str(error.value)
     assert not list((tmp_path / "cache").rglob("*.bin")), "a corpus that failed halfway leaves nothing behind"
 
 
@@ -358,6 +359,22 @@ def test_changed_text_is_another_corpus(tmp_path):
     second = prepare(config_of(tmp_path))
     assert second.folder != first.folder
     assert "XYZ" in "".join(documents_of(second, "train"))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("damage", [cut_short, Path.unlink])
+@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
+def test_damaged_corpus_is_prepared_again(tmp_path, file, damage):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    whole = {name: content for name, (_, content) in state_of(first.folder).items()}
+    damage(first.folder / file)
+    again = prepare(config_of(tmp_path))
+    assert again.folder == first.folder
+    assert {name: content for name, (_, content) in state_of(again.folder).items()} == whole
 
 
 PREPARE = """

@@ -37,17 +37,20 @@ def test_parts_of_a_text_in_memory_are_its_text():
     ]
 
 
-NOT_UTF8 = [b"\x80abc", b"abc\xe9", b"abc\xe2\x82", b"\xc3\xa9\xff", b"a\xed\xa0\x80b", b"ab\xf0\x9f\x98z"]
+NOT_UTF8 = [b"\x80abc", b"abc\xe9", b"abc\xe2\x82", b"\xc3\xa9\xff", b"a\xed\xa0\x80b", b"ab\xf0\x9f\x98z", b"\xef\xbb"]
 NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82\x82\x82"]
 
 
 @pytest.mark.parametrize("part", [1, 3, 1 << 20])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
 @pytest.mark.parametrize("content", NOT_UTF8)
-def test_invalid_utf8_is_reported_for_every_cut(tmp_path, monkeypatch, content, mark, part):
+def test_first_byte_that_is_not_utf8_is_reported_for_every_cut(tmp_path, monkeypatch, content, mark, part):
     monkeypatch.setattr(sources, "CHUNK_BYTES", part)
     (tmp_path / "a.txt").write_bytes(mark + content)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        (mark + content).decode()
     for share in np.linspace(0, 1, 20):
         document = TextFile(tmp_path / "a.txt")
-        with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
+        with pytest.raises(UserError) as error:
             list(document.parts(0, share)), list(document.parts(share, 1))
+        assert f"at byte {expected.value.start};" in str(error.value)

@@ -27,7 +27,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
     "signals": (signals, 30, 3),
     "damages": (damages, 500, 70),
     "disks": (full_disks, 10, 2),
-    "hostile": (hostile_files, 10, 10),
+    "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 6),
     "studies": (sweeper_kills, 50, 2),
     "shared": (shared_studies, 50, 2),

@@ -42,7 +42,7 @@ class Forger:
         self.about = {"model": vars(model.config), "run": None, "tokenizer": None, "progress": {"step": 1}}
         self.kinds: list[Callable[[Path], None]] = [
             *(self.torch_pickle, self.plain_pickle, self.zip_bomb, self.endless_header, self.sparse_header),
-            *(self.deep, self.overlapping, self.pipe, self.elsewhere, self.instantiated),
+            *(self.many_values, self.deep, self.overlapping, self.pipe, self.elsewhere, self.instantiated),
         ]
 
     def torch_pickle(self, path: Path) -> None:
@@ -64,6 +64,9 @@ class Forger:
     def sparse_header(self, path: Path) -> None:
         path.write_bytes((2**29).to_bytes(8, "little"))
         os.truncate(path, 2**30)
+
+    def many_values(self, path: Path) -> None:
+        _write(path, b'{"__metadata__":[' + b"[]," * 3_000_000 + b"[]]}")
 
     def deep(self, path: Path) -> None:
         _write(path, b"[" * 1_000_000)
