@@ -147,8 +147,8 @@ class OptunaConfig:
     n_trials: int = 50  # in all: a study that the storage holds already is filled up to this number
     timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
     study_name: str = "gpt2_optimization"
-    storage: str | None = None  # sqlite:///FILE, postgresql://..., mysql://...; None: memory
-    direction: Literal["minimize", "maximize"] = "minimize"
+    storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
+    direction: str = "minimize"  # or maximize
     sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
     pruner: str = "MedianPruner"  # likewise, or Optuna's name: median, asha, hyperband, none
     n_startup_trials: int = 10  # drawn at random before TPE, CMA-ES or GP; completed before the median pruner starts

@@ -1,20 +1,28 @@
 """The storage of a study: shared by several processes, changed by one at a time, its password never logged."""
 
+import logging
+import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt2.errors import ResourceError, UserError, one_line, without_password
 
+log = logging.getLogger(__name__)
+
+SQLITE, JOURNAL = "sqlite:///", "journal:///"
 ADVISORY_LOCK = {  # locks of the server, released when the connection ends for any reason
     "postgresql": ("SELECT pg_advisory_lock(20240)", "SELECT pg_advisory_unlock(20240)"),
     "mysql": ("SELECT GET_LOCK('gpt2', -1)", "SELECT RELEASE_LOCK('gpt2')"),
@@ -28,20 +36,44 @@ def validate_storage(url: str | None) -> str | None:
     if url is None or file_of(url) is not None or _server_kind(url) is not None:
         return None
     return (
-        f"{without_password(url)!r} is none of sqlite:///FILE, postgresql://USER:PASSWORD@HOST/NAME and "
-        f"mysql://USER:PASSWORD@HOST/NAME"
+        f"{without_password(url)!r} is none of sqlite:///FILE, journal:///FILE, postgresql://USER:PASSWORD@HOST/NAME "
+        f"and mysql://USER:PASSWORD@HOST/NAME"
     )
 
 
 def file_of(url: str | None) -> Path | None:
-    """The file of a SQLite storage; None for a server and for memory."""
-    match = re.fullmatch(r"sqlite:///([^?]+)", url or "")
-    return Path(match[1]) if match else None
+    """The file of a storage on this machine; None for a server and for memory."""
+    for scheme in (SQLITE, JOURNAL):
+        if url is not None and url.startswith(scheme) and len(url) > len(scheme) and "?" not in url:
+            return Path(url.removeprefix(scheme))
+    return None
 
 
 def _server_kind(url: str) -> str | None:
     match = re.match(r"(postgresql|mysql)(\+\w+)?://", url)
     return match and match[1]
+
+
+class _JournalLock:
+    """A lock for Optuna's journal that the kernel releases when its process is killed.
+
+    It also removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
+    """
+
+    def __init__(self, file: Path):
+        self._file, self._lock = file, FileLock(f"{file}.append-lock")
+
+    def acquire(self) -> bool:
+        self._lock.acquire()
+        with self._file.open("r+b") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                log.warning("%s: the last line was incomplete and has been removed", self._file)
+        return True
+
+    def release(self) -> None:
+        self._lock.release()
 
 
 def open_storage(url: str | None) -> BaseStorage:
@@ -59,8 +91,11 @@ def _open(url: str) -> BaseStorage:
     try:
         if file is not None:
             file.absolute().parent.mkdir(parents=True, exist_ok=True)
-        options = {"connect_args": {"timeout": BUSY_SECONDS}} if file is not None else {"pool_pre_ping": True}
-        with exclusive(url):
+        with exclusive(url), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            if file is not None and url.startswith(JOURNAL):
+                return JournalStorage(JournalFileBackend(str(file), _JournalLock(file)))  # type: ignore[arg-type]
+            options = {"connect_args": {"timeout": BUSY_SECONDS}} if file is not None else {"pool_pre_ping": True}
             return RDBStorage(url, engine_kwargs=options)
     except Exception as error:  # noqa: BLE001  # of the database, its driver, SQLAlchemy or Optuna
         reason = without_password(one_line(error), url)

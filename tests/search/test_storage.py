@@ -20,7 +20,9 @@ from tests.test_scripts import wait_for
 SECRET = "s3/cr:et@x"  # a password that is not escaped
 
 
-@pytest.mark.parametrize("url", ["sqlite:///a/b.db", "postgresql://me@host/db", "mysql+pymysql://me:pw@host/db", None])
+@pytest.mark.parametrize(
+    "url", ["sqlite:///a/b.db", "journal:///a.log", "postgresql://me@host/db", "mysql+pymysql://me:pw@host/db", None]
+)
 def test_valid_urls(url):
     assert validate_storage(url) is None
 
@@ -32,7 +34,7 @@ def test_invalid_urls(url):
 
 def test_file_of_a_url():
     assert file_of("sqlite:///a/b.db") == Path("a/b.db")
-    assert file_of("sqlite:////abs/c.db") == Path("/abs/c.db")
+    assert file_of("journal:////abs/c.log") == Path("/abs/c.log")
     assert file_of("postgresql://host/db") is None
 
 
@@ -47,8 +49,9 @@ def test_password_is_removed_from_text(password):
     assert password not in without_password(f"begin {url} end")
 
 
-def test_storage_is_shared_between_processes(tmp_path):
-    url = f"sqlite:///{tmp_path}/deep/er/study"
+@pytest.mark.parametrize("scheme", ["sqlite", "journal"])
+def test_storage_is_shared_between_processes(tmp_path, scheme):
+    url = f"{scheme}:///{tmp_path}/deep/er/study"
     study = optuna.create_study(study_name="a", storage=open_storage(url))
     study.tell(study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), 1.0)
     child = multiprocessing.get_context("spawn").Process(target=_add_a_trial, args=(url,))
@@ -60,6 +63,19 @@ def test_storage_is_shared_between_processes(tmp_path):
 def _add_a_trial(url: str) -> None:
     study = optuna.load_study(study_name="a", storage=open_storage(url))
     study.tell(study.ask(), 2.0)
+
+
+def test_incomplete_last_line_of_a_journal_is_removed(tmp_path, caplog):
+    url, file = f"journal:///{tmp_path}/study", tmp_path / "study"
+    optuna.create_study(study_name="a", storage=open_storage(url)).enqueue_trial({"x": 1})
+    for n, is_another_process in ((2, False), (3, True)):
+        file.write_bytes(file.read_bytes() + b'{"op_code": 4, "worker_')
+        if is_another_process:
+            open_storage.__globals__["_open"].cache_clear()
+        study = optuna.load_study(study_name="a", storage=open_storage(url))
+        study.enqueue_trial({"x": n})
+        assert len(study.trials) == n
+    assert "incomplete" in caplog.text
 
 
 def test_lock_is_exclusive_and_released_by_a_killed_process(tmp_path):
@@ -86,8 +102,8 @@ def test_lock_is_exclusive_and_released_by_a_killed_process(tmp_path):
 
 def test_unwritable_folder_is_a_one_line_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"storage: sqlite:.* cannot be opened: ") as error:
-        open_storage(f"sqlite:///{tmp_path}/file/study")
+    with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as error:
+        open_storage(f"journal:///{tmp_path}/file/study")
     assert len(error.value.problems) == 1
 
 
@@ -150,9 +166,7 @@ def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[subproces
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             pid = trial.user_attrs.get("worker", {}).get("pid")
             if trial.intermediate_values and pid not in killed and len(killed) < most:
-                process = next(process for process in processes if process.pid == pid)
-                process.kill()
-                process.wait()
+                next(process for process in processes if process.pid == pid).kill()
                 killed[pid] = trial.number
         return len(killed) == most
 
