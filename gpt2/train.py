@@ -442,8 +442,9 @@ class Trainer:
         weights = self.model.state_dict()
         self.model.load_state_dict(self.parallel.local_parts(states.without_prefix("model/", state), weights))
         if with_optimizer:
-            tensors = self.parallel.local_parts(states.without_prefix("optimizer/", state), weights)
-            load_optimizer_tensors(self.optimizer, self.model, tensors)
+            tensors = states.without_prefix("optimizer/", state)
+            like = {name: weights[name.split("/", 1)[1]] for name in tensors}
+            load_optimizer_tensors(self.optimizer, self.model, self.parallel.local_parts(tensors, like))
         if self.scaler.is_enabled() and state["scaler"]:  # this device may need no loss scaling
             self.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["steps_left_out"])

@@ -44,7 +44,7 @@ class SingleDevice:
         return tensors
 
     def local_parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors. A tensor `x` or `prefix/x` is sharded like `of["x"]`."""
+        """This rank's parts of whole tensors, sharded like the tensors in `of` with the same names."""
         return tensors
 
 
@@ -143,7 +143,7 @@ class FullySharded(SingleDevice):
                 return tensor
             return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
-        return {name: part(tensor, of[name.rpartition("/")[2]]) for name, tensor in tensors.items()}
+        return {name: part(tensor, of[name]) for name, tensor in tensors.items()}
 
 
 STRATEGIES: dict[str, type[SingleDevice]] = {"ddp": DataParallel, "fsdp": FullySharded}

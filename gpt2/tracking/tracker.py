@@ -47,7 +47,7 @@ def read_about(folder: Path) -> Record:
 
 @dataclass
 class Ended:
-    """How a run ended. The exit code of a trial is the one that train.py would have for a single run."""
+    """How a run ended. For a trial of a study, the exit code is the one that the same run has outside of a study."""
 
     state: str
     exit_code: int = 0
@@ -96,11 +96,15 @@ class Tracker:
         Args:
             about: Facts that are known before the run starts, for `run.json`.
         """
-        self.folder, self.path = folder, folder and folder / METRICS
+        self.folder = folder
         self.external = external or ExternalLogger()
         self.about = about or {}
         self.samples: list[Sample] = []
         self.outcome: Ended | None = None  # None: determined by the exception that ends the context
+
+    @property
+    def path(self) -> Path | None:
+        return self.folder and self.folder / METRICS
 
     def rewind(self, step: int, evaluated_at: int) -> None:
         """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them."""
@@ -112,14 +116,13 @@ class Tracker:
         _replace(self.path, "".join(json.dumps(record) + "\n" for record in remaining))
         _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
 
-    def log(self, record: Record) -> None:
+    def log(self, record: Record, sample: str | None = None) -> None:
         """Add one record, which has `step`, `tokens` and `seconds`; NaN and infinity become null.
 
-        If it has a `sample` of text, that becomes a section of `samples.md`, and of the external logger's table.
+        A sample of text becomes a part of the record in `metrics.jsonl` and a section of `samples.md`.
         """
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-        self._append(METRICS, json.dumps(finite) + "\n")
-        sample = finite.pop("sample", None)
+        self._append(METRICS, json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
         self.external.log(finite)
         if sample is not None:
             self.samples.append((record["step"], sample))
@@ -143,14 +146,15 @@ class Tracker:
             raise
 
     def __enter__(self) -> "Tracker":
-        started = read_about(self.folder).get("started", _now()) if self.folder else None
-        self._write_about({**self.about, "started": started, **vars(Ended(RUNNING)), "ended": None})
+        earlier = read_about(self.folder) if self.folder else {}
+        started = {"started": earlier.get("started", _now())}
+        self._write_about({**earlier, **self.about, **started, **vars(Ended(RUNNING)), "ended": None})
         return self
 
     def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
         ended = self.outcome or (Ended.by(error) if error else Ended(FINISHED))
         try:
-            self._write_about({**vars(ended), "ended": _now()})
+            self._write_about({**read_about(self.folder), **vars(ended), "ended": _now()} if self.folder else {})
         except OSError as full:
             if not error:
                 ended = Ended.by(full)
@@ -160,10 +164,9 @@ class Tracker:
             if error and (where := self.external.where()):  # otherwise the script prints it
                 log.info("W&B: %s", where)
 
-    def _write_about(self, facts: Record) -> None:
-        """Add facts to `run.json`, or replace them there."""
+    def _write_about(self, about: Record) -> None:
         if self.folder:
-            _replace(self.folder / ABOUT, json.dumps({**read_about(self.folder), **facts}, indent=2) + "\n")
+            _replace(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
 def _now() -> str:

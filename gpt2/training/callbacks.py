@@ -1,4 +1,4 @@
-"""Callbacks extend a training without changing the Trainer: the base class, and those that the scripts use.
+"""Callbacks: how anything beside the algorithm follows a training, and the ones that the scripts use.
 
 `trainer` is always a `gpt2.train.Trainer`; it is not annotated because that module is in a layer above.
 """
@@ -37,10 +37,10 @@ class Callback:
         """Called before each batch of a validation, counted from 0."""
 
     def extend_evaluation(self, trainer: Any, metrics: Metrics) -> None:
-        """Called after validation, before its result is recorded; may add entries to `metrics`, such as a sample.
+        """Called after validation, before its result counts; may add entries to `metrics`, such as a sample.
 
-        The model's weights are complete here, under FSDP too. If a signal arrives during this hook, the evaluation is
-        discarded, and repeated when the run resumes.
+        The model's weights are whole here, under FSDP too. If a signal interrupts the training meanwhile, the
+        evaluation is discarded and repeated when the run resumes.
         """
 
     def on_evaluation_end(self, trainer: Any, metrics: Metrics) -> None:
@@ -133,7 +133,8 @@ class TrackerLog(Callback):
         self.tracker.rewind(trainer.progress.step, trainer.progress.evaluated_at)
 
     def on_log(self, trainer: Any, metrics: Metrics) -> None:
-        self.tracker.log(metrics)
+        record = {key: value for key, value in metrics.items() if key != "sample"}
+        self.tracker.log(record, metrics.get("sample"))
 
     def before_checkpoint(self, trainer: Any) -> None:
         self.tracker.flush()

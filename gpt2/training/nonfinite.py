@@ -71,7 +71,7 @@ class NonFiniteGuard:
         self._pending: tuple[str, Tensor, torch.cuda.Event | None] | None = None
 
     def check(self, step: str, loss: Tensor, norms: Tensor) -> bool:
-        """Whether to call the optimizer for this step. True on CUDA, where the kernel itself skips non-finite steps.
+        """Whether to call the optimizer for this step. On CUDA always: its kernel skips non-finite steps by itself.
 
         Args:
             step: Number and place in the data, for messages.

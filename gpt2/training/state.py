@@ -62,21 +62,25 @@ def without_prefix(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def random_state_dict(device: torch.device, group: ProcessGroup) -> dict[str, Any]:
-    """All ranks' random states, on rank 0: `random/rank0/cpu`, ..., and those of Python and NumPy in `random`."""
+    """All ranks' random states, on rank 0: `random/cpu`, `random/rank1/cpu`, ..., and in `random` those of Python."""
     own = RandomState.now(device)
     state: dict[str, Any] = {"random": own.elsewhere}
     for rank, tensors in enumerate(group.gather_object(own.tensors)):
-        state |= with_prefix(f"random/rank{rank}/", tensors)
+        state |= with_prefix(_random_prefix(rank), tensors)
     return state
 
 
 def load_random_state_dict(state: Mapping[str, Any], device: torch.device, group: ProcessGroup, seed: int) -> None:
     """Restore this rank's random state; `seed` is for a rank that the saved run did not have."""
-    tensors = without_prefix(f"random/rank{group.rank}/", state)
+    tensors = without_prefix(_random_prefix(group.rank), state)
     if tensors:
         RandomState(device, tensors, {} if group.rank else state["random"]).restore()
     else:
         torch.manual_seed(seed)
+
+
+def _random_prefix(rank: int) -> str:
+    return f"random/rank{rank}/" if rank else "random/"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

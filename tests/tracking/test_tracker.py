@@ -10,7 +10,7 @@ from gpt2.runtime.signals import Interrupted
 from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_about, read_metrics
 
 
-def record(step: int, **values: float | str) -> dict:
+def record(step: int, **values: float) -> dict:
     return {"step": step, "tokens": step * 100, "seconds": step / 10, **values}
 
 
@@ -37,7 +37,7 @@ def test_rewind_removes_later_evaluation_with_sample(tmp_path):
     tracker = Tracker(tmp_path)
     for step in (2, 4):
         tracker.log(record(step, **{"train/loss": 2.0}))
-        tracker.log(record(step, **{"val/loss": 2.0, "sample": f"text {step}"}))
+        tracker.log(record(step, **{"val/loss": 2.0}), sample=f"text {step}")
     before = (tmp_path / "samples.md").read_text()
     resumed = Tracker(tmp_path)
     resumed.rewind(4, evaluated_at=2)
@@ -47,14 +47,14 @@ def test_rewind_removes_later_evaluation_with_sample(tmp_path):
         (4, False),
     ]
     assert resumed.samples == [(2, "text 2")]
-    resumed.log(record(4, **{"val/loss": 2.0, "sample": "text 4"}))
+    resumed.log(record(4, **{"val/loss": 2.0}), sample="text 4")
     assert (tmp_path / "samples.md").read_text() == before
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Tracker() as tracker:
-        tracker.log(record(1, sample="text"))
+        tracker.log(record(1), sample="text")
         tracker.rewind(0, 0)
         tracker.flush()
     assert not list(tmp_path.iterdir())

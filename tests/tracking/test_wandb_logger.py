@@ -226,7 +226,7 @@ def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
     run.define_metric = lambda *_args, **_more: None
     with caplog.at_level("WARNING"), Tracker(tmp_path, WandbLogger(run, WandbConfig(), 1.0)) as tracker:
         for step in (1, 2, 3):
-            tracker.log({**record(step), "sample": "text"})
+            tracker.log(record(step), sample="text")
     assert run.calls.count("log") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     assert sum("gets nothing more" in r.getMessage() for r in caplog.records) == 1
