@@ -73,9 +73,7 @@ def main(config: EvaluateRun) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # no NaN or infinity in JSON
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output) as file:
-        file.write(json.dumps({**numbers, **about, "earlier": earlier}, indent=2).encode() + b"\n")
+    write_result(output, {**numbers, **about, "earlier": earlier})
     print(f"\nwritten to {output}")
     if where := external.where():
         print(f"W&B: {where}")
@@ -94,6 +92,16 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
         return [*newest.pop("earlier"), newest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file") from error
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file atomically."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"output: cannot write {path}: {error.strerror}") from error
 
 
 def default_output(source: str) -> Path:

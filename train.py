@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from gpt2.cli.resume import refuse_second_run, saved_settings
@@ -55,26 +55,18 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
             yield from stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=seed)
 
         settings, wandb_id = saved_settings(config)
-        tracker, callbacks = Tracker(folder if group.is_main else None), list[Callback]()
+        tracker, callbacks = Tracker(), list[Callback]()
         if group.is_main:
+            tracker = Tracker(folder, about=run_facts(config, model, {**settings, "model": asdict(model.config)}))
             callbacks = [ConsoleLog(trial.label), trial] if trial else [Samples(write_sample)]
             callbacks += [TrackerLog(tracker), *([StepProfiler(folder)] if config.profile else [])]
-        trainer = Trainer(
-            model,
-            train_loader,
-            val_loader,
-            config.train,
-            checkpoint_dir=str(folder / config.train.checkpoint_dir),
-            callbacks=callbacks,
-            run=settings,
-            group=group,
-            distributed=config.distributed,
-        )
-        if config.resume:
-            trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
-        tracker.about = run_facts(trainer, config, settings)
         if trial:
             trial.tracker = tracker
+        checkpoints = str(folder / config.train.checkpoint_dir)
+        options = {"run": settings, "group": group, "distributed": config.distributed}
+        trainer = Trainer(model, train_loader, val_loader, config.train, checkpoints, callbacks, **options)
+        if config.resume:
+            trainer.load_checkpoint(config.resume, accept_other_data=config.resume_changes)
 
         with tracker:
             if group.is_main:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gpt2.config import TrainingConfig
+from gpt2.data_loader import TokenDataset
 from gpt2.distributed.process_group import Batch, ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.ops.cross_entropy import IGNORE_INDEX, shifted
@@ -47,12 +49,25 @@ def count_targets(batch: Batch) -> int:
     return int((batch["targets"] != IGNORE_INDEX).sum())
 
 
+def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
+    """Whether any of the first batches has a token to predict; otherwise the loss would be NaN."""
+    return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
+
+
 def validate_data(
-    train_loader: DataLoader, val_loader: DataLoader, model: GPT2Model, tokenizer: GPT2Tokenizer | None
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    config: TrainingConfig,
+    model: GPT2Model,
+    tokenizer: GPT2Tokenizer | None,
 ) -> list[str]:
     """Problems that prevent training this model on these data."""
-    splits = {"training": train_loader, "validation": val_loader}
-    problems = [f"data: the {name} split is empty" for name, loader in splits.items() if not len(loader)]
+    problems = []
+    if not len(train_loader):
+        problems.append("data: the training split is empty")
+    is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of its blocks has targets
+    if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
+        problems.append("data: the validation split has no token to predict")
     if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
         known = model.config.vocab_size
         problems.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")

@@ -24,7 +24,7 @@ from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
 from gpt2.runtime.device import choose_device, peak_flops
 from gpt2.runtime.dist_env import division
-from gpt2.runtime.rng import make_deterministic, seed_of_rank, versions
+from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
 from gpt2.runtime.signals import defer_signals
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training import state as states
@@ -71,7 +71,7 @@ class Trainer:
         self.group = group = group or ProcessGroup()
         distributed = distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        problems = validate(config, "train.") + validate_data(train_loader, val_loader, model, tokenizer)
+        problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
         problems += validate_distributed(distributed, config, group.env)
         if problems:
             raise UserError(*problems)
@@ -89,7 +89,7 @@ class Trainer:
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        plan = self._choose_plan()
+        plan = self._choose_plan(compilable=distributed.strategy != "fsdp" or group.size == 1)
         self.parallel = build_strategy(distributed.strategy, self.model, plan.precision, group)
         self.optimizer = build_optimizer(self.model, config)
         self._use_plan(plan)
@@ -156,18 +156,22 @@ class Trainer:
         losses = MeanLoss(self.device)
         self.model.train()
         for micro_batches in self._steps_of_epoch():
-            step_loss, gradient_norm = self.train_step(micro_batches)
+            result = self.train_step(micro_batches)
+            if result is None:
+                break
+            step_loss, gradient_norm = result
             losses.add(step_loss)
             self._after_step(step_loss, gradient_norm)
             if self._should_stop():
                 break
         return losses.compute()
 
-    def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    def train_step(self, micro_batches: list[Batch]) -> tuple[Tensor, Tensor] | None:
         """Update the weights once. Returns loss and gradient norm as scalars on the device, without waiting for it.
 
         The loss is the mean over the predicted tokens of all micro-batches and ranks, so that it does not depend on how
-        the step is divided.
+        the step is divided. If a signal arrives between two micro-batches of a single process, the step is undone and
+        None returned; several ranks finish it, because they must decide together.
 
         Raises:
             DivergenceError: See `NonFiniteGuard.check`.
@@ -178,11 +182,13 @@ class Trainer:
             group["lr"] = rate
 
         loss = self._accumulate_gradients(micro_batches, targets)
+        if loss is None:
+            return None
+
         self.scaler.unscale_(self.optimizer)
         norms = self.parallel.full_norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
-        if self.config.gradient_clip:
-            clip_grads_with_norm_(self.model.parameters(), self.config.gradient_clip, gradient_norm)
+        self._clip_gradients(gradient_norm)
         if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -191,14 +197,20 @@ class Trainer:
         self.progress.advance(len(micro_batches), len(self.train_loader), targets)
         return loss, gradient_norm
 
-    def _accumulate_gradients(self, micro_batches: list[Batch], targets: int) -> Tensor:
-        """Forward and backward passes of this rank. Returns the loss of the whole step."""
+    def _accumulate_gradients(self, micro_batches: list[Batch], targets: int) -> Tensor | None:
+        """Forward and backward passes of this rank. Returns the loss of the whole step; None if it was interrupted."""
         batches = self.group.shard(micro_batches, self.config.accumulation_steps)
+        can_undo = len(batches) > 1 and self.group.size == 1
+        random_state = RandomState.of_torch(self.device) if can_undo else None
         loss = torch.zeros((), device=self.device)
         # Gradients are averaged over the ranks but must be summed: hence the division by their number.
         divisor = torch.full((), max(1, targets) / self.group.size, dtype=torch.float32, device=self.device)
 
         for number, batch in enumerate(batches):
+            if number and random_state and self.interrupted_by is not None:
+                random_state.restore()
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
             inputs = {key: tensor.to(self.device, non_blocking=True) for key, tensor in batch.items()}
             with self.parallel.pass_context(number == len(batches) - 1):
                 with self.plan.precision.autocast():
@@ -211,6 +223,12 @@ class Trainer:
             loss = self.group.all_reduce_(loss) / self.group.size
             self._data_checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
         return loss
+
+    def _clip_gradients(self, norm: Tensor) -> None:
+        limit = self.config.gradient_clip
+        # A CPU skips the multiplication by 1; on a GPU the comparison would be a synchronization.
+        if limit and (self.device.type != "cpu" or norm + 1e-6 > limit):
+            clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
     def validate(self) -> float:
         """Mean loss in nats a token over the validation set, or over its first `eval_batches` batches.
@@ -393,9 +411,10 @@ class Trainer:
         path = Path(filepath)
         saved = checkpoint.read_record(path)
         states.check_compatible(path, saved, self._description(), accept_other_data)
-        plan = self._choose_plan(saved["machine"])
-        # FSDP was set up with a precision, which cannot change any more.
-        self._use_plan(replace(plan, precision=self.plan.precision) if self.parallel.is_sharded else plan)
+        plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
+        if self.parallel.is_sharded:  # FSDP was set up with a precision
+            plan = replace(plan, precision=self.plan.precision)
+        self._use_plan(plan)
         states.log_changes(saved, self._description())
 
         is_same_optimizer = saved["train"]["optimizer"] == self.config.optimizer
@@ -426,10 +445,11 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts, complete on rank 0 only: tensors and plain values. Called by all ranks."""
-        full = self.parallel.full_tensors
         return {
-            **states.with_prefix("model/", full(self.model.state_dict())),
-            **states.with_prefix("optimizer/", full(optimizer_tensors(self.optimizer, self.model))),
+            **states.with_prefix("model/", self.parallel.full_tensors(self.model.state_dict())),
+            **states.with_prefix(
+                "optimizer/", self.parallel.full_tensors(optimizer_tensors(self.optimizer, self.model))
+            ),
             **states.random_state_dict(self.device, self.group),
             "losses_since_log": self.losses_since_log.totals,
             "progress": asdict(self.progress),
@@ -456,12 +476,11 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # How steps are computed
 
-    def _choose_plan(self, saved: dict[str, Any] | None = None) -> ComputePlan:
+    def _choose_plan(self, saved: dict[str, Any] | None = None, compilable: bool = True) -> ComputePlan:
         config, length = self.config, self._block_length()
         tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
         flops = tokens * self.model.flops_per_token(length)
-        is_compilable = self.distributed.strategy == "ddp" or self.group.size == 1
-        return choose_plan(config, self.device, flops, self.group, saved, is_compilable)
+        return choose_plan(config, self.device, flops, self.group, saved, compilable)
 
     def _use_plan(self, plan: ComputePlan) -> None:
         self.plan = plan

@@ -43,8 +43,8 @@ def evaluate(model: GPT2Model, blocks: TokenDataset, batch_size: int = 4) -> dic
 
 
 def loss_by_transformers(model: GPT2Model, path: Path, stride: int) -> float:
-    """The mean loss of each token but the first, by an independent loop: one window at a time,
-    each token scored by the first window that contains it."""
+    """The mean loss of each token but the first, by a loop that knows nothing of ours: a window at a time, each token
+    scored by the first window that holds it."""
     theirs = transformers_twin(model).eval()
     ids = torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int64))
     losses, scored = [], 1
@@ -110,7 +110,7 @@ def test_bits_per_byte_count_text_without_document_ends(model, tokens):
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
-    """A uniform distribution costs log2(v) bits per token, so the text alone determines the bits per byte."""
+    """A model that knows nothing pays log2(v) bits a token: bits per byte follow from the text alone."""
     (tmp_path / "text.txt").write_text(TEXT)
     tokenizers = {"bytes": GPT2Tokenizer.of_bytes(), "trained": GPT2Tokenizer.train([TEXT], 300)}
     for name, tokenizer in tokenizers.items():
@@ -123,11 +123,11 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
             max_length=LENGTH,
             cache_dir=str(tmp_path / "cache"),
         )
-        uniform = GPT2Model(tiny_config(vocab_size=tokenizer.vocab_size))
-        torch.nn.init.zeros_(uniform.token_embedding.weight)
-        metrics = evaluate(uniform, load_split(data, "train"))
+        knows_nothing = GPT2Model(tiny_config(vocab_size=tokenizer.vocab_size))
+        torch.nn.init.zeros_(knows_nothing.token_embedding.weight)
+        metrics = evaluate(knows_nothing, load_split(data, "train"))
         characters = int(len(TEXT) * 0.9)
-        first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # the first token is not predicted
+        first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # of this token nothing is predicted
         assert metrics["bytes"] == characters - first
         expected = metrics["tokens"] * math.log2(tokenizer.vocab_size) / (characters - first)
         assert metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
@@ -164,8 +164,8 @@ def test_padding_is_ignored(model):
     expected = sum(loss * (int(real.sum()) - 1) for loss, real in zip(alone, mask, strict=True)) / (11 + 8 + 3)
     assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
     left = {"input_ids": ids, "labels": ids, "attention_mask": mask.flip(1)}
-    unmasked = {key: left[key] for key in ("input_ids", "labels")}
-    scored = [Evaluator(model, DataLoader([b], batch_size=None), "cpu").evaluate()["loss"] for b in (left, unmasked)]
+    blind = {key: left[key] for key in ("input_ids", "labels")}
+    scored = [Evaluator(model, DataLoader([b], batch_size=None), "cpu").evaluate()["loss"] for b in (left, blind)]
     assert scored[0] != scored[1]  # the mask reaches the model
 
 
@@ -219,7 +219,7 @@ def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     done = trained.run_anew("evaluate.py", "batch_size=3")
     (run,) = trained.runs()
     result = json.loads((run / "evaluation.json").read_text())
-    assert result["split"] == "validation"  # a text has no test split, which a note says
+    assert result["split"] == "validation"  # a text brings no test split, and it is said
     assert "no test split" in done.stderr
     assert f"loss{result['loss']:>30.4f}  nats a token" in done.stdout
     assert f"bits per byte{result['bits_per_byte']:>21.4f}" in done.stdout

@@ -92,6 +92,7 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     (run / "backup").mkdir()
     shutil.copy(run / "checkpoints" / "step_00000004.pth", run / "backup")
     longer = workspace.run("train.py", f"resume={run}", "train.max_steps=12")
+    assert "metrics.jsonl: 4 damaged lines are removed" in longer.stdout
     assert "Resuming after step 8" in longer.stdout
     assert (
         "Resuming after step 12" in workspace.run("train.py", *AUTO).stdout
@@ -120,7 +121,7 @@ def test_impossible_resumption_is_refused(trained: Workspace, arguments, message
 
 def test_run_survives_closed_terminal(workspace: Workspace):
     ours, theirs = os.openpty()
-    command = workspace.command("train.py", *TINY, *LONG, "train.max_steps=400")
+    command = workspace.command("train.py", *TINY, *LONG, "train.max_steps=800")
     environment = {**workspace.environment, "TERM": "dumb"}
     running = subprocess.Popen(
         command, cwd=workspace.folder, env=environment, stdout=theirs, stderr=theirs, start_new_session=True
@@ -131,7 +132,7 @@ def test_run_survives_closed_terminal(workspace: Workspace):
     )
     os.close(ours)
     assert running.wait(timeout=60) == 0
-    assert steps(workspace.runs()[0], "val/loss")[-1] == 400
+    assert steps(workspace.runs()[0], "val/loss")[-1] == 800
 
 
 def test_second_process_is_refused(workspace: Workspace):

@@ -149,7 +149,9 @@ def build_ours(workload: Workload, train: TrainingConfig) -> NumberedStep:
     trainer = workload.trainer(train)
 
     def step(number: int) -> Tensor:
-        return trainer.train_step(workload.batches[number])[0]
+        result = trainer.train_step(workload.batches[number])
+        assert result is not None  # only an interruption returns None
+        return result[0]
 
     return step
 

@@ -5,17 +5,17 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpt2.checkpoint.run_folder import BEST, LAST, newest_first, step_of
+from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
 from gpt2.config import TrainRun
 from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError, is_out_of_memory, machine_error
 from gpt2.evaluate import perplexity
+from gpt2.model import GPT2Model
 from gpt2.runtime.console import time_left
-from gpt2.runtime.device import describe, hardware, requested_precision
+from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, requested_precision
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.rng import commit, versions
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
@@ -23,17 +23,15 @@ from gpt2.train import Trainer
 
 log = logging.getLogger("gpt2")
 
-ACCEPT = "resume_changes=true"
 
-
-def run_facts(trainer: Trainer, config: TrainRun, settings: dict[str, Any]) -> dict[str, Any]:
+def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> dict[str, Any]:
     """What identifies a run, its size and its machine, for `run.json` and W&B.
 
     Args:
         settings: The complete configuration as plain values; `.hydra` has only the one of the first start.
     """
-    train, model = config.train, trainer.model
-    precision, ranks = trainer.plan.precision.name, trainer.group.size
+    train, device = config.train, choose_device(config.train.device)
+    precision = choose_precision(requested_precision(train), device)
     return {
         "title": title(config.started_with) or config.name,
         "tags": list(dict.fromkeys(config.choices.values())),
@@ -41,9 +39,9 @@ def run_facts(trainer: Trainer, config: TrainRun, settings: dict[str, Any]) -> d
         "flops_per_token": model.flops_per_token(config.data.max_length),
         "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
         "repository": commit(),
-        "machine": {**hardware(trainer.device), "precision": precision, "ranks": ranks},
+        "machine": {**hardware(device), "precision": precision.name, "ranks": dist_env().world_size},
         "versions": versions(),
-        "config": {**settings, "model": asdict(model.config)},
+        "config": settings,
     }
 
 
@@ -88,21 +86,22 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
         log.info(
             f"  validation loss {losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}  ({course})"
         )
-    best = f"{BEST}, " if trainer.progress.evaluated_at else ""
-    checkpoints = f"{config.train.checkpoint_dir}/ ({best}{LAST}, step_*.pth)"
+    names = [path.name for path in best_first(folder / config.train.checkpoint_dir)]
+    checkpoints = ", ".join([*(name for name in (BEST, LAST) if name in names), "step_*.pth"])
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
-    log.info(f"    {checkpoints}, curves.png, samples.md, metrics.jsonl, train.log")
+    log.info(f"    {config.train.checkpoint_dir}/ ({checkpoints}), curves.png, samples.md, metrics.jsonl, train.log")
     if where := tracker.external.where():
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
         same = "the same command line, or  " if config.train.auto_resume else ""
         log.info(f"\nResume with:  {same}{resume_command(folder)}")
     else:
-        prompt = shlex.quote(config.sample_prompt or "The")
+        prompt = config.sample_prompt or "The"
+        quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)
         is_default_place = folder.parent.parent == Path("outputs/runs").resolve()  # where generate.py searches
         checkpoint = "" if is_default_place else " " + as_argument("checkpoint", place)
-        log.info(f"\nNow try:  python generate.py prompt={prompt}{checkpoint}")
+        log.info(f"\nNow try:  python generate.py prompt={quoted}{checkpoint}")
 
 
 def resume_command(folder: Path) -> str:
@@ -129,30 +128,34 @@ def explain_failure(error: Exception, config: TrainRun, folder: Path, command: s
         command: What resumes it.
     """
     train, problem = config.train, machine_error(error)
-
-    def how_to_resume(*changes: str) -> str:
-        step = next(map(step_of, newest_first(folder / train.checkpoint_dir)), None)
-        return "" if step is None else f". Step {step:,} is saved, resume with: {' '.join([command, *changes])}"
-
     if isinstance(error, DivergenceError):
-        slower = f"train.learning_rate={train.learning_rate / 2:g}"
-        return DivergenceError(f"{error}{how_to_resume(slower, ACCEPT)}")
+        slower = f"train.learning_rate={train.learning_rate / 2:g} resume_changes=true"
+        return DivergenceError(f"{error}{how_to_resume(folder, f'{command} {slower}')}")
     if isinstance(error, LostRankError):
-        return type(error)(f"{error}{how_to_resume()}")
+        return type(error)(f"{error}{how_to_resume(folder, command)}")
     if problem is None:
         return None
     if not is_out_of_memory(error):
-        return ResourceError(f"{problem}; free some space{how_to_resume()}")
+        return ResourceError(f"{problem}; free some space{how_to_resume(folder, command)}")
+    if train.batch_size == 1 and train.gradient_checkpointing:
+        return ResourceError(f"{problem} with the smallest passes; try a smaller model or data.max_length")
 
-    smaller = "train.gradient_checkpointing=true"
+    smaller, alternative = "train.gradient_checkpointing=true", ""
     if train.batch_size > 1:
         parts = next(n for n in range(2, train.batch_size + 1) if train.batch_size % n == 0)
-        passes = train.accumulation_steps * parts
-        smaller = f"train.batch_size={train.batch_size // parts} train.accumulation_steps={passes}"
-    elif train.gradient_checkpointing:
-        return ResourceError(f"{problem} with the smallest passes; try a smaller model or data.max_length")
+        alternative = "" if train.gradient_checkpointing else f", and so does {smaller}"
+        batch_size, passes = train.batch_size // parts, train.accumulation_steps * parts
+        smaller = f"train.batch_size={batch_size} train.accumulation_steps={passes}"
     return ResourceError(
         f"{problem}. A pass was train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
         f"tokens, a step train.accumulation_steps={train.accumulation_steps} of them; {smaller} makes the same steps "
-        f"in less memory{how_to_resume(smaller, ACCEPT)}"
+        f"in less memory{alternative}{how_to_resume(folder, f'{command} {smaller} resume_changes=true')}"
     )
+
+
+def how_to_resume(folder: Path, command: str) -> str:
+    """The newest saved step and the command that resumes from it, as the end of a sentence."""
+    checkpoints = checkpoint_folder_of(folder)
+    paths = newest_first(checkpoints) if checkpoints else []
+    steps = [step for path in paths if (step := step_of(path)) is not None]
+    return f". Step {steps[0]:,} is saved, resume with: {command}" if steps else ""

@@ -113,6 +113,9 @@ class Tracker:
         records = read_metrics(self.path)
         remaining = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
         self.samples = [(r["step"], r["sample"]) for r in remaining if "sample" in r]
+        lost = len(self.path.read_bytes().splitlines()) - len(records)
+        if lost > 1:  # a crash leaves one line unfinished
+            log.warning("%s: %s damaged lines are removed", self.path, lost)
         _replace(self.path, "".join(json.dumps(record) + "\n" for record in remaining))
         _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
 
@@ -179,5 +182,8 @@ def _section(step: int, sample: str) -> str:
 
 def _replace(path: Path, text: str) -> None:
     """Replace the content of a file atomically."""
+    content = text.encode()
+    if path.exists() and path.read_bytes() == content:
+        return
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(content)

@@ -4,12 +4,13 @@
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gpt2.runtime.console import ProgressLine, time_left
+from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, time_left
 from gpt2.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class ConsoleLog(Callback):
         """`label` stands in front of the progress line."""
         self.label = label
         self.progress_line = ProgressLine(0)
+        self._last_line = 0.0
 
     def on_train_start(self, trainer: Any) -> None:
         self.progress_line = ProgressLine(trainer.total_steps, trainer.progress.step, self.label)
@@ -114,6 +116,12 @@ class ConsoleLog(Callback):
 
     def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
+        now = time.perf_counter()
+        if batch == 0:
+            self._last_line = now
+        elif now - self._last_line > SECONDS_BETWEEN_LINES:
+            log.info(f"validating: batch {batch:,} of {batches:,}", extra={"on_progress_line": True})
+            self._last_line = now
 
 
 def seconds_left(trainer: Any) -> float:

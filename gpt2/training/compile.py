@@ -1,8 +1,10 @@
 """How training steps are computed: device, number format, matrix products, and whether `torch.compile` is used."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from subprocess import SubprocessError
 from typing import Any
 
@@ -14,14 +16,15 @@ from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, LinearFunction, faster_linear
-from gpt2.runtime.device import Precision, choose_precision, requested_precision
+from gpt2.runtime.device import Precision, choose_precision, known_peak, requested_precision
 from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
 
-# Compilation takes about a minute and saves about a quarter of a step: estimates, so shorter trainings would lose.
-MIN_FLOPS = 5e16  # at 30 % of the peak, three minutes on an H100 and nine on an A100
-MIN_SECONDS = 300.0
+# Estimates, not measurements: compilation takes about a minute and saves about a quarter of the time of a step.
+MIN_TRAINING_SECONDS = 300.0  # below this, compilation does not pay
+DEFAULT_PEAK_FLOPS = 100e12  # of a GPU that is not in the table of peaks
+TYPICAL_UTILIZATION = 0.3  # of the peak, without compilation
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def choose_plan(
     elif "compiled" in saved:
         compiled = saved["compiled"]
     else:
-        compiled = compile_is_worthwhile(device, flops, config.max_training_hours * 3600)
+        compiled = compile_is_worthwhile(precision, flops, config.max_training_hours * 3600)
     return ComputePlan(device, precision, *group.broadcast_object((linear, compiled)))
 
 
@@ -74,8 +77,8 @@ def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Pr
     return choose_precision(group.broadcast_object(choose_precision(name, device).name), device)
 
 
-def compile_is_worthwhile(device: torch.device, flops: float, seconds: float) -> bool:
-    """Whether compilation saves more time than it takes: on CUDA, if the training is long enough.
+def compile_is_worthwhile(precision: Precision, flops: float, seconds: float) -> bool:
+    """Whether compilation saves more time than it takes: on CUDA with Triton, if the training is long enough.
 
     On a CPU it saves at most 5 % of a step and takes half a minute or more, see experiments/performance.
 
@@ -83,7 +86,15 @@ def compile_is_worthwhile(device: torch.device, flops: float, seconds: float) ->
         flops: FLOPs of the whole training.
         seconds: Time limit of the training.
     """
-    return device.type == "cuda" and flops >= MIN_FLOPS and seconds >= MIN_SECONDS
+    if precision.device.type != "cuda":
+        return False
+    peak = known_peak(torch.cuda.get_device_name(precision.device)) or DEFAULT_PEAK_FLOPS
+    if min(seconds, flops / (TYPICAL_UTILIZATION * peak)) < MIN_TRAINING_SECONDS:
+        return False
+    if find_spec("triton") is None:
+        log.info("Not compiled: Triton is not installed (train.compile=false hides this message)")
+        return False
+    return True
 
 
 class Compiled:
@@ -109,22 +120,31 @@ class Compiled:
         if tuple(inputs["input_ids"].shape) != self.shape or inputs.get("attention_mask") is not None:
             return self.model(**inputs)
         if self.forward is None:
-            return self._first_call(inputs)
+            self.forward = self._compile(inputs)
         return self.forward(**inputs)
 
-    def _first_call(self, inputs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Compile, or fall back to the model."""
+    def _compile(self, inputs: dict[str, Any]) -> Forward:
+        """Compile forward and backward by running both once; gradients and random states are restored afterwards."""
         log.info("Compiling the model, which takes up to two minutes once")
-        random_state = RandomState.of_torch(self.device)
-        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False)
+        started, random_state = time.perf_counter(), RandomState.of_torch(self.device)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        forward: Forward = torch.compile(self.model, fullgraph=True, dynamic=False)
         try:
-            return self.forward(**inputs)
+            _, loss = forward(**inputs)
+            assert loss is not None
+            loss.backward()
         except (RuntimeError, ImportError, OSError, SubprocessError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
             log.warning("Not compiled, training continues more slowly: %s", reason)
-        random_state.restore()
-        self.model.use_linear(self.linear)
-        self.forward = self.model
-        return self.model(**inputs)
+            forward = self.model
+            self.model.use_linear(self.linear)
+        else:
+            log.info("Compiled in %.0f s", time.perf_counter() - started)
+        finally:
+            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            random_state.restore()
+        return forward

@@ -129,7 +129,8 @@ class NonFiniteGuard:
         wrong = [name for name, norm in zip(names, norms, strict=False) if not isfinite(norm)]
         in_loss = [] if isfinite(loss) else [f"the loss is {loss}"]
         in_gradient = [f"the gradient of {wrong[0]} is not finite"] if wrong else []
-        return " and ".join(in_loss + in_gradient)
+        more = f", nor that of {len(wrong) - 1} other parameters" if len(wrong) > 1 else ""
+        return " and ".join(in_loss + in_gradient) + more
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "in_a_row": self.in_a_row}

@@ -21,7 +21,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # `load_state_dict` calls it with new dictionaries
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # also called by `load_state_dict`, with new dictionaries
         super().__setstate__(state)
         self._share()
 
@@ -116,10 +119,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Restore what `optimizer_tensors` returned."""
-    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    order = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    parameter_of = dict(model.named_parameters())
+    state: dict[Any, dict[str, Tensor]] = {}
     for path, value in tensors.items():
         key, name = path.split("/", 1)
-        state.setdefault(order.index(name), {})[key] = value.clone()  # the optimizer updates its state in place
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        state.setdefault(name, {})[key] = value.clone()  # the optimizer updates its state in place
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    optimizer.load_state_dict(
+        {
+            "state": {numbers[id(parameter_of[name])]: entries for name, entries in state.items()},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import profile, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from gpt2.training.callbacks import Callback
 
@@ -20,23 +20,26 @@ class StepProfiler(Callback):
     """Records `STEPS` steps with torch.profiler and writes the trace into a folder."""
 
     def __init__(self, folder: Path):
-        self.trace = folder / TRACE
-        self.sort_by = "self_cpu_time_total"
-        steps = schedule(wait=SKIPPED, warmup=WARMUP, active=STEPS, repeat=1)
-        self.profiler = profile(schedule=steps, on_trace_ready=self._report, acc_events=True)
-        self.is_done = False
+        self.folder = folder
+        self.is_cuda = self.is_done = False
+        self.profiler: profile | None = None
 
     def on_train_start(self, trainer: Any) -> None:
-        if trainer.device.type == "cuda":
-            self.sort_by = "self_cuda_time_total"
+        self.is_cuda = trainer.device.type == "cuda"
+        self.profiler = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_cuda else [])],
+            schedule=schedule(wait=SKIPPED, warmup=WARMUP, active=STEPS, repeat=1),
+            on_trace_ready=self._report,
+            acc_events=True,
+        )
         self.profiler.start()
 
     def on_step_end(self, trainer: Any) -> None:
-        if not self.is_done:
+        if self.profiler and not self.is_done:
             self.profiler.step()
 
     def on_train_end(self, trainer: Any) -> None:
-        if not self.is_done:
+        if self.profiler and not self.is_done:
             self.profiler.on_trace_ready = None
             self.profiler.stop()
             log.warning(f"profile: nothing was recorded, that takes at least {SKIPPED + WARMUP + STEPS} steps")
@@ -47,7 +50,12 @@ class StepProfiler(Callback):
     def _report(self, recorded: profile) -> None:
         """Write the trace and log the most expensive operations."""
         self.is_done = True
-        recorded.export_chrome_trace(str(self.trace))
-        table = recorded.key_averages().table(sort_by=self.sort_by, row_limit=ROWS)
+        trace = self.folder / TRACE
+        try:
+            recorded.export_chrome_trace(str(trace))
+        except (OSError, RuntimeError) as error:  # such as a full disk, which must not end the training here
+            log.warning(f"profile: the trace cannot be written: {error}")
+        device = "cuda" if self.is_cuda else "cpu"
+        table = recorded.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
         log.info(f"Profile of {STEPS} steps:\n{table}")
-        log.info(f"    written to {os.path.relpath(self.trace)}, for https://ui.perfetto.dev or chrome://tracing")
+        log.info(f"    written to {os.path.relpath(trace)}, for https://ui.perfetto.dev or chrome://tracing")

@@ -1,6 +1,6 @@
-"""Inject many kinds of faults into runs: `python -m tests.stress`. Prints a table; exits with 1 if a fault did harm.
+"""Inject many kinds of faults into runs: `python -m tests.stress`. Prints a table; fails if a fault did harm.
 
-`--small` injects a few of each, as the tests do; arguments select experiments by name.
+`--small` does a little of each, as the tests do; names of experiments do only those.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tests.stress.studies import deaths, shared_studies, sweeper_kills
 from tests.stress.table import Row
 
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
-    # function, number of faults, number with --small
+    # how often in all, and in the tests of every change
     "kills": (kills, 200, 8),
     "calls": (kills_at_every_call, 1000, 2),
     "signals": (signals, 30, 3),
@@ -38,10 +38,10 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help=", ".join(EXPERIMENTS))
-    parser.add_argument("--small", action="store_true", help="a few faults of each kind")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="repeats an earlier run")
+    parser.add_argument("--small", action="store_true", help="a little of each")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="repeats what another run did")
     options = parser.parse_args()
-    logging.disable()  # hundreds of expected warnings
+    logging.disable()  # the warnings are what is tested
     print(f"{platform.machine()}, Python {platform.python_version()}, seed {options.seed}\n")
     print(f"{'fault':<58}{'injected':>8}  {'':<38}{'found':>5}  remark")
     wrong = 0

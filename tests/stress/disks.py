@@ -1,4 +1,4 @@
-"""Full disks, and damaged files."""
+"""Disks that are full, and disks that do not hold what was written to them."""
 
 import random
 import re
@@ -17,7 +17,7 @@ from tests.stress.warm import SMALL, Place, Result
 
 
 class Damage:
-    """The ways to damage a checkpoint; `mend` restores it."""
+    """The ways to damage a checkpoint, each time from its good content."""
 
     def __init__(self, path: Path, others: list[Path], random: random.Random):
         self.path, self.others, self.random = path, others, random
@@ -68,7 +68,7 @@ class Damage:
 
 
 def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Damage a checkpoint in many ways. Each time it must be rejected, and the checkpoint before it used."""
+    """Checkpoints with a flipped bit, cut, exchanged or gone, each to be seen and the one before it to be taken."""
     place = Place(folder / "damaged")
     options = ["train.keep_checkpoints=3", "train.max_steps=12", "train.eval_every=4"]
     accepted = list(complain(place, place.run("train.py", *SMALL, *options), {0}))
@@ -77,7 +77,7 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
         (checkpoints / name).unlink()
     newest, before, oldest = run_folder.newest_first(checkpoints)
     damage = Damage(newest, [before, oldest], random)
-    no_fallback: list[str] = []
+    not_back: list[str] = []
     for number in range(count):
         kind = damage.kinds[number % len(damage.kinds)]
         kind()
@@ -86,22 +86,22 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
             taken = run_folder.first_intact(run_folder.newest_first(checkpoints))
         except UserError as error:
             taken = None
-            no_fallback.append(str(error))
+            not_back.append(str(error))
         if taken == newest:
             accepted.append(message)
         elif taken != before:
-            no_fallback.append(f"{message}: {taken}")
+            not_back.append(f"{message}: {taken}")
         if newest.exists() and kind != damage.exchange_files and is_read(newest):
-            accepted.append(f"{message}, read by its name")
+            accepted.append(f"{message}, as it is named")
         damage.mend()
     newest.write_bytes(damage.good[:-1])
     resumed = place.run("train.py", *SMALL, *options)
-    no_fallback += complain(place, resumed, {0})
+    not_back += complain(place, resumed, {0})
     if f"{newest.name} is damaged" not in resumed.output or "Resuming after step 8" not in resumed.output:
-        no_fallback.append(f"train.py does not report it: {resumed.output}")
+        not_back.append(f"train.py does not report it: {resumed.output}")
     return [
         Row("checkpoint flipped, cut, exchanged, zeroed, longer, gone", count, "accepted", accepted),
-        Row("", count, "no fallback to an intact one", no_fallback),
+        Row("", count, "not fallen back from", not_back),
     ]
 
 
@@ -114,18 +114,18 @@ def is_read(path: Path) -> bool:
 
 
 def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Limit the size of files, so that writing fails during preparation, logging or saving."""
+    """No room for more than so many bytes a file: while preparing, logging, saving."""
     reference = Place(folder / "straight")
     lost = list(complain(reference, reference.run("train.py", *SMALL), {0}))
     expected, last = Result.of(reference), reference.checkpoints() / run_folder.LAST
     begun = Place(folder / "begun")
     lost += complain(begun, begun.run("train.py", *SMALL, "train.max_steps=9", "train.auto_resume=false"), {0})
-    size, reported, messages = last.stat().st_size, 0, set()
+    size, message, messages = last.stat().st_size, 0, set()
     for number in range(count):
         limit = int(100 * (0.95 * size / 100) ** (number / max(1, count - 1)))
         place = Place(folder / f"limit {limit}")
         has_begun = number % 2 == 1
-        if has_begun:  # the disk becomes full during a run, otherwise before it starts
+        if has_begun:  # the disk is full in the midst of a run, else from its beginning
             shutil.copytree(begun.folder, place.folder, dirs_exist_ok=True)
         command = ["resume=latest", "train.max_steps=40"] if has_begun else SMALL
         before = place.newest_step()
@@ -137,7 +137,7 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
         if ended.code == -signal.SIGXFSZ or ended.code == 0 or "Traceback" in ended.output:
             lost.append(f"limit {limit}: exit code {ended.code}, {ended.output[-500:]}")
         found = re.findall(r"error: (File too large.*)", ended.output) or [ended.output]
-        reported += "File too large" in ended.output or len(ended.output) >= limit
+        message += "File too large" in ended.output or len(ended.output) >= limit
         messages |= {found[0][:60]}
         if place.newest_step() < before:
             lost.append(f"limit {limit}: step {place.newest_step()} after {before}")
@@ -146,6 +146,6 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
             lost += [f"limit {limit}: {name} differs" for name in Result.of(place).differences(expected)]
         lost += [f"limit {limit}: {path} is left" for path in place.leftovers()]
         shutil.rmtree(place.folder)
-    if reported < count:
-        lost.append(f"only {reported} of {count} were reported: {messages}")
+    if message < count:
+        lost.append(f"only {message} of {count} were told: {messages}")
     return [Row("disk full (ulimit -f)", count, "runs lost", lost, "each resumes once there is space")]

@@ -1,4 +1,4 @@
-"""Files that are named as a checkpoint and would execute code, exhaust the memory or never end."""
+"""Files that would run code, or take all memory or for ever, given as a checkpoint."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from tests.stress.warm import Place
 
 
 class Hostile:
-    """Executes a command when it is unpickled."""
+    """What a pickle does when it is loaded."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -33,7 +33,7 @@ class Hostile:
 
 
 class Forger:
-    """Writes hostile files. If one of them executes code, a file `canary` appears."""
+    """Writes hostile files. Where one of them runs code, there is a file `canary`."""
 
     def __init__(self, folder: Path):
         self.canary = folder / "canary"
@@ -72,7 +72,7 @@ class Forger:
         _write(path, b"[" * 1_000_000)
 
     def overlapping(self, path: Path) -> None:
-        """A thousand tensors that share one megabyte, with a correct checksum of the header."""
+        """A thousand tensors in the same megabyte, under the right checksum of the header."""
         size = 2**20
         entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
         record = json.dumps({"format": checkpoint.FORMAT, **self.about})
@@ -99,7 +99,7 @@ def _write(path: Path, header: bytes, data: bytes = b"") -> None:
 
 
 def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Open each file with the library and with generate.py: both must reject it, quickly and with little memory."""
+    """Each is opened by the library and by generate.py: refused, soon, without much memory, and nothing is run."""
     folder.mkdir(parents=True)
     forger = Forger(folder)
     kinds = forger.kinds[:count]
@@ -114,34 +114,34 @@ def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
         began = time.monotonic()
         ended = place.run("generate.py", "prompt=x", f"checkpoint='{path}'", before=lambda path=path: load(path))
         slowest = max(slowest, time.monotonic() - began)
-        message, memory = json.loads(path.with_name("result").read_text())
+        message, memory = json.loads(path.with_name("told").read_text())
         if forger.canary.exists() or message == "accepted":
             executed.append(f"{kind.__name__}: {message}")
             forger.canary.unlink(missing_ok=True)
         executed += complain(place, ended, {2})
         if memory > 2 * size + 2**22:
             greedy.append(f"{kind.__name__}: {memory:,} bytes of memory for {size:,} on the disk")
-    seconds = f"at most {slowest:.1f} s each"
+    seconds = f"{slowest:.1f} s at most"
     return [
         Row("hostile file as a checkpoint", len(kinds), "executed or accepted", executed, seconds),
-        Row("", len(kinds), "memory above twice the file's size and 4 MiB", greedy),
+        Row("", len(kinds), "in more than twice its size of memory", greedy, "and 4 MiB"),
     ]
 
 
 def load(path: Path) -> None:
-    """Open a checkpoint in its own process, and write the outcome and the peak memory in bytes to a file `result`."""
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    """In a process of its own, which tells in a file what came of it and the memory that it took at most, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     before = _memory("VmRSS")
     try:
         open_model(path).build()
-        result = "accepted"
+        came = "accepted"
     except UserError as error:
-        result = str(error)
-    path.with_name("result").write_text(json.dumps([result, _memory("VmHWM") - before]))
+        came = str(error)
+    path.with_name("told").write_text(json.dumps([came, _memory("VmHWM") - before]))
 
 
 def _memory(key: str) -> int:
-    """An entry of this process's memory statistics in bytes."""
+    """Bytes of this process."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

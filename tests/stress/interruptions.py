@@ -1,4 +1,4 @@
-"""Kill or interrupt training at any moment and restart it."""
+"""Processes that are killed or interrupted at any moment, and restarted."""
 
 import os
 import random
@@ -22,7 +22,7 @@ CALLS = ("write", "fsync", "rename", "link", "unlink")
 
 
 def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Kill runs at random moments, `count` times in all. Each is restarted by the same command until it finishes."""
+    """SIGKILL at random moments, the same command again after each, until runs have finished and `count` is reached."""
     reference = Place(folder / "straight")
     ended = reference.run("train.py", *SMALL)
     lost, longest = list(complain(reference, ended, {0})), ended.seconds
@@ -40,7 +40,7 @@ def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
                 os.kill(process, signal.SIGKILL)
             ended = place.wait(process)
             if ended.code == 0 and not may_end:
-                longest *= 0.9  # the first run was slower: it prepared the data
+                longest *= 0.9  # it was faster than the first, which prepared the data, or the machine was busy
             try:
                 step = place.newest_step()
             except UserError as error:
@@ -61,15 +61,15 @@ def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
             kills_of_this += 1
     return [
         Row("SIGKILL at a random moment", killed, "runs lost or different", lost, f"{runs} runs"),
-        Row("", runs, "files left behind after a restart", leftovers),
+        Row("", runs, "files left behind", leftovers, "after the next start"),
     ]
 
 
 def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """With strace, kill a save at every system call that changes the disk, or at `count` of them."""
+    """SIGKILL at every system call of a save that changes the disk, or at `count` of them, by strace."""
     fault = "SIGKILL at each write, flush and rename of a save"
     if shutil.which("strace") is None:
-        return [Row(fault, 0, "runs lost", [], "skipped: strace is not installed")]
+        return [Row(fault, 0, "runs lost", [], "skipped: there is no strace here")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def save(run: Path, *prefix: str) -> int:
@@ -121,12 +121,12 @@ def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list
     message = f"{len(points)} such calls in a save"
     return [
         Row(fault, len(chosen), "runs lost", lost, message),
-        Row("", len(chosen), "files left behind after a restart", leftovers),
+        Row("", len(chosen), "files left behind", leftovers, "after the next start"),
     ]
 
 
 def signals(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Interrupt runs of six configurations one to five times by random signals."""
+    """Runs that are interrupted one to five times by a mix of signals, in six configurations."""
     kinds = [
         ["train.accumulation_steps=2"],
         ["train.accumulation_steps=1", "train.eval_every=5"],
@@ -150,7 +150,7 @@ def signals(count: int, folder: Path, random: random.Random) -> list[Row]:
         for _ in range(random.randint(1, 5)):
             process = place.start("train.py", *SMALL, *options)
             kind = random.choice((*SIGNALS, signal.SIGKILL))
-            place.wait_for_signal_handlers(process)
+            place.wait_until_it_hears(process)
             time.sleep(random.uniform(0, usual))
             os.kill(process, kind)
             ended = place.wait(process)

@@ -1,4 +1,4 @@
-"""NaN and infinity in loss, gradients and weights."""
+"""NaN and infinity where numbers should be."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from tests.stress.warm import SMALL, Place
 
 
 def not_finite(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Inject them into runs: they are never saved, and the run resumes from an intact checkpoint."""
+    """NaN and infinity in loss, gradient or weight: never saved, and the run resumes from an intact checkpoint."""
     skip, limit = "train.on_nonfinite=skip", "train.nonfinite_limit=3"
     cases: list[tuple[str, list[str], int]] = [
         ("nan_loss@9", [], 3),
@@ -36,7 +36,7 @@ def not_finite(count: int, folder: Path, random: random.Random) -> list[Row]:
         ended = place.run("train.py", *SMALL, *options)
         poisoned += complain(place, ended, {code})
         if re.search(r"step \d+ \(batch", ended.output) is None:
-            poisoned.append(f"{fault}: not reported: {ended.output[-300:]}")
+            poisoned.append(f"{fault}: no word of it: {ended.output[-300:]}")
         for run in place.runs():
             for path in run.glob("checkpoints/*.pth"):
                 poisoned += [f"{fault}: {path.name} {name}" for name in nonfinite_names(checkpoint.read_tensors(path))]

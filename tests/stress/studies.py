@@ -1,4 +1,4 @@
-"""Kill the processes of studies, start several processes of one study at once, and let trials fail in many ways."""
+"""Studies whose processes are killed, share a storage, or start at once, and trials that die in every way."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from gpt2.search.storage import open_storage
 from tests.stress.table import Row, complain
 from tests.stress.warm import Place
 
-# A trial has 8 steps and four evaluations; the first two trials of a study are random, the others from TPE.
+# A trial of 8 steps with four evaluations; a study draws two at random, then TPE.
 TRIAL = [
     *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
     *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
@@ -33,11 +33,11 @@ def trials_of(place: Place) -> list[FrozenTrial]:
 
 
 def complaints(trials: list[FrozenTrial], count: int) -> list[str]:
-    """What is wrong with a study that should have that many trials, all of them done."""
+    """What is wrong with a study that should have ended with so many trials."""
     found = [] if len(trials) == count else [f"{len(trials)} trials, not {count}"]
     found += [f"trial {t.number} is {t.state.name}" for t in trials if not t.state.is_finished()]
     draws = {tuple(trial.params.values()) for trial in trials}
-    return found if len(draws) == len(trials) else [*found, "two trials have the same parameters"]
+    return found if len(draws) == len(trials) else [*found, "a draw is repeated"]
 
 
 def results(trials: list[FrozenTrial]) -> list[tuple]:
@@ -45,7 +45,7 @@ def results(trials: list[FrozenTrial]) -> list[tuple]:
 
 
 def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Kill studies at random moments, `count` times in all. Each is restarted by the same command until it finishes."""
+    """SIGKILL at random moments, the same command again after each, until studies have ended and `count` is reached."""
     command = [*STUDY, "hydra.sweeper.n_trials=5", NO_PRUNER]
     straight = Place(folder / "straight")
     ended = straight.run("train.py", *command)
@@ -68,21 +68,15 @@ def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
         trials = trials_of(place)
         lost += [f"{place.folder}: {complaint}" for complaint in complaints(trials, 5)]
         if results(trials) != expected:
-            lost.append(f"{place.folder}: differs from the uninterrupted study: {results(trials)}, not {expected}")
+            lost.append(f"{place.folder}: not the study that was not killed: {results(trials)}, not {expected}")
         shutil.rmtree(place.folder)
     return [
-        Row(
-            "SIGKILL of a study at a random moment",
-            killed,
-            "lost, duplicate or different trials",
-            lost,
-            f"{studies} studies",
-        )
+        Row("SIGKILL of a study at a random moment", killed, "lost, double or other trials", lost, f"{studies} studies")
     ]
 
 
 def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Start one study by three processes at once."""
+    """Three processes that start one study on a fresh storage in the same moment."""
     lost: list[str] = []
     for number in range(count):
         file = folder / f"{number}" / "shared"
@@ -100,10 +94,10 @@ def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]
         if runs != [0, 1, 2, 3]:
             lost.append(f"{file}: runs {runs}")
         shutil.rmtree(folder / f"{number}")
-    return [Row("three processes start one study at once", count, "lost or duplicate trials, lost workers", lost)]
+    return [Row("three processes begin one study at once", count, "lost or double trials, lost workers", lost)]
 
 
-WAYS_TO_DIE = {  # fault: the state of the trial, and a part of its reason
+WAYS_TO_DIE = {  # the state of the trial, and what its reason says
     "exception@3": ("FAIL", "RuntimeError: on purpose"),
     "memory_error@3": ("PRUNED", "out of memory"),
     "out_of_memory@3": ("PRUNED", "out of memory"),
@@ -116,7 +110,7 @@ WAYS_TO_DIE = {  # fault: the state of the trial, and a part of its reason
 
 
 def deaths(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Let all trials of a study but the first and the last fail, each in its own way."""
+    """A study in which all trials but the first and the last die, each in its own way; the others must not notice."""
     ways = list(WAYS_TO_DIE.items())[:count]
     random.shuffle(ways)
     place = Place(folder, {"GPT2_FAULT": ",".join(f"{fault}#{number + 1}" for number, (fault, _) in enumerate(ways))})

@@ -1,4 +1,4 @@
-"""The table of results: one row for each kind of fault."""
+"""What experiments tell: rows of a table, of what was done, how often, and what of it went wrong."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from tests.stress.warm import Ended, Place
 
 @dataclass
 class Row:
-    """One line of the table. `found` must be empty."""
+    """One line of the table. What was counted must be zero."""
 
     fault: str
     injected: int
@@ -18,7 +18,7 @@ class Row:
 
 
 def complain(place: Place, ended: Ended, expected: set[int]) -> Iterator[str]:
-    """Yield a complaint if a process ended with an unexpected exit code or a traceback."""
+    """What is wrong with the way a process ended."""
     if ended.code not in expected or "Traceback" in ended.output:
         message = ended.output[ended.output.find("Traceback") :] if "Traceback" in ended.output else ended.output[-500:]
         yield f"{place.folder}: exit code {ended.code}, {message}"

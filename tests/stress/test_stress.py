@@ -1,4 +1,4 @@
-"""A few faults of every kind; `python -m tests.stress` injects all of them."""
+"""A little of every fault. `python -m tests.stress` does all of it, and prints the same table."""
 
 import subprocess
 import sys

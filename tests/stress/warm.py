@@ -1,4 +1,4 @@
-"""Run the scripts quickly: each run is a fork of one process that has imported everything."""
+"""Runs of the real scripts that start in a moment: each is a fork of one process that has imported everything."""
 
 import os
 import re
@@ -22,7 +22,7 @@ import gpt2.data.corpus
 import gpt2.inference
 import gpt2.optimize
 import gpt2.search.report
-import gpt2.train  # noqa: F401  # everything that the scripts import
+import gpt2.train  # noqa: F401  # what the scripts will ask for
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.tracking.tracker import read_metrics
@@ -53,7 +53,7 @@ class Ended:
 
 @dataclass
 class Place:
-    """A folder to run scripts in, with its own cache."""
+    """A folder to run scripts in, with a cache of its own."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Place:
         shutil.copytree(measured_once(), self.folder / "cache" / "gpt2", dirs_exist_ok=True)
 
     def start(self, script: str, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
-        """Start a script of the repository in this folder, after `before`. Returns its process id."""
+        """Start a script of the repository here, once `before` has been called there. Returns its process."""
         process = os.fork()
         if process:
             return process
@@ -93,8 +93,8 @@ class Place:
             os._exit(code)
 
     @staticmethod
-    def wait_for_signal_handlers(process: int) -> None:
-        """Wait until a process handles SIGTERM, as the scripts do soon after they start."""
+    def wait_until_it_hears(process: int) -> None:
+        """Until a process has said what it does at SIGTERM: before, it is no script of ours yet."""
         caught = 0
         while not caught & 1 << signal.SIGTERM - 1:
             caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16)
@@ -129,14 +129,14 @@ class Place:
         return checkpoint.read_record(path)["progress"]["step"] if path else 0
 
     def leftovers(self) -> list[Path]:
-        """Temporary files of a process that was killed while it was writing."""
+        """Files that a process leaves which is killed while it writes."""
         pattern = re.compile(r"\.(saving-.*|making-.*|metrics\.jsonl|samples\.md)")
         return [path for path in self.folder.rglob(".*") if pattern.fullmatch(path.name)]
 
 
 @dataclass
 class Result:
-    """What must be equal in an interrupted and an uninterrupted run."""
+    """What must not differ between an interrupted run and the uninterrupted one."""
 
     logged: list[dict]
     tensors: dict[str, torch.Tensor]

@@ -95,7 +95,7 @@ def test_nonfinite_step_is_reported_once(ahead, caplog):
     assert "step 1: the loss is nan: skipped, 1 so far" in caplog.text
 
 
-def test_message_names_first_parameter():
+def test_message_names_first_parameter_and_counts_others():
     guard = make_guard()
     for parameter in guard.model.parameters():
         parameter.requires_grad_(False)
@@ -104,7 +104,8 @@ def test_message_names_first_parameter():
     guard.optimizer = build_optimizer(guard.model, guard.config)
     for parameter in (guard.model.final_norm.weight, guard.model.final_norm.bias):
         parameter.grad = torch.full_like(parameter, inf)
-    with pytest.raises(DivergenceError, match=r"the gradient of final_norm.weight is not finite; the weights"):
+    message = r"the gradient of final_norm.weight is not finite, nor that of 1 other parameters"
+    with pytest.raises(DivergenceError, match=message):
         guard.check("step 1", torch.tensor(1.0), gradient_norms(guard.model))
 
 

@@ -93,6 +93,16 @@ def test_parts_update_as_separate_optimizers():
         assert torch.equal(parameter, dict(parts[is_matrix].named_parameters())[name]), name
 
 
+def test_copy_updates_identically():
+    model = tiny_model()
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2))
+    update(model, optimizer, 0)
+    other, copied = copy.deepcopy((model, optimizer))
+    update(model, optimizer, 1)
+    update(other, copied, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 def test_muon_without_matrices_is_adamw():
     model = tiny_model()
     model.blocks.requires_grad_(False)
