@@ -88,7 +88,7 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     (run,) = workspace.runs()
     (run / ".hydra" / "overrides.yaml").write_bytes(b"\0\0\0")  # as after a power failure
     with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'\xff\xfe\n\0\0\0\n{"step": 8, "tok')
+        file.write(b'\xff\xfe\n5\n{"tokens": 3}\n{"step": 8, "tok')
     (run / "backup").mkdir()
     shutil.copy(run / "checkpoints" / "step_00000004.pth", run / "backup")
     longer = workspace.run("train.py", f"resume={run}", "train.max_steps=12")

@@ -87,21 +87,26 @@ class Comparison:
     def _distinguished(self, keys: list[str]) -> int:
         return len({repr([run.config.get(key) for key in keys]) for run in self.runs})
 
-    def group(self, run: RunResult) -> str:
-        """The values that distinguish a run, without the seed, as its label in plots.
-
-        The experiment's name if the runs differ in the seed alone; the folder if the configuration does not differ.
-        """
-        if not run.config or not self.distinguishing:
+    def label(self, run: RunResult) -> str:
+        """The values that distinguish a run; its folder if its configuration does not."""
+        if not run.config or (not self.distinguishing and len(self.runs) > 1):
             return self.place(run)
+        return self._shown(run, self.distinguishing) or run.title
+
+    def group(self, run: RunResult) -> str:
+        """`label` without the seed; the experiment's name if the runs differ in the seed alone."""
+        if not run.config:
+            return self.place(run)
+        keys = [key for key in self.distinguishing if key != SEED]
+        return self._shown(run, keys) or (shown_value(run.config["name"]) if self.distinguishing else self.label(run))
+
+    def _shown(self, run: RunResult, keys: list[str]) -> str:
         parts = []
-        for key in self.distinguishing:
+        for key in keys:
             value = shown_value(run.config.get(key))
-            if key == "name":
-                parts.append(value)
-            elif key != SEED:
-                parts.append(f"{self.names[key]}={value if len(value) <= 30 else value[:29] + '…'}")
-        return " ".join(parts) or str(run.config["name"])
+            short = value if len(value) <= 30 else value[:29] + "…"
+            parts.append(value if key == "name" else f"{self.names[key]}={short}")
+        return " ".join(parts)
 
     @cached_property
     def parent(self) -> Path:
@@ -118,10 +123,20 @@ class Comparison:
     @cached_property
     def notes(self) -> list[str]:
         """Reasons why results are not comparable."""
-        data = [self.names[key] for key in self.keys if key.startswith("data.")]
+        notes = []
+        data = [key for key in self.keys if key.startswith("data.")]
         if self.tokenizers_differ:
-            return ["The tokenizers differ: compare bits/byte, not losses, which are per token."]
-        return [f"The data differ ({', '.join(data)}), so losses do not compare."] if data else []
+            notes.append("The tokenizers differ: compare bits/byte, not losses, which are per token.")
+        elif data:
+            notes.append(f"The data differ ({', '.join(self.names[key] for key in data)}), so losses do not compare.")
+        sizes = {
+            run.config["train.eval_batches"] and run.config["train.eval_batches"] * run.config["train.batch_size"]
+            for run in self.runs
+            if run.config
+        }
+        if len(sizes) > 1:
+            notes.append("The runs are validated on parts of different sizes (train.eval_batches).")
+        return notes
 
     def rows(self) -> list[list[str]]:
         """A table: the headers, then a row a run."""

@@ -1,6 +1,7 @@
 """A comparison as one self-contained HTML file: table, curves, and the details of each run."""
 
 import io
+import json
 import os
 from html import escape
 from pathlib import Path
@@ -33,16 +34,31 @@ def _table(comparison: Comparison) -> str:
     head, *rows = table
     heads = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, kinds, strict=True))
     lines = []
-    for number, row in enumerate(rows):
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
-        lines.append(f'<tr id="row-{number}">{cells}</tr>')
+    for place, row in enumerate(rows):
+        cells = "".join(
+            f"<td{kind} data-value='{escape(_sort_value(cell), quote=True)}'>{escape(cell)}</td>"
+            for cell, kind in zip(row, kinds, strict=True)
+        )
+        lines.append(f'<tr id="row-{place}">{cells}</tr>')
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _sort_value(cell: str) -> str:
+    """The value of a cell as JSON; empty if there is none."""
+    if cell in ("n/a", "null", ""):
+        return ""
+    try:
+        return json.dumps(float(cell.replace(",", "").removesuffix("%")))
+    except ValueError:
+        return json.dumps(cell)
 
 
 def _svg(comparison: Comparison) -> str:
     content = io.StringIO()
+    places = {run.folder: place for place, run in enumerate(comparison.runs)}
     with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "gpt2"}):
-        curves(comparison).savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure = curves(comparison, identify=lambda run: f"run-{places[run.folder]}")
+        figure.savefig(content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = content.getvalue()
     return text[text.index("<svg") :]
 
@@ -62,7 +78,7 @@ def _details(run: RunResult, comparison: Comparison) -> str:
     config = [f"{key} = {shown_value(value)}" for key, value in run.config.items() if not key.startswith("choices")]
     sample = next((record["sample"] for record in reversed(run.records) if "sample" in record), None)
     return (
-        f"<details><summary>{escape(comparison.place(run))}</summary>{_pre(lines)}{_pre([sample]) if sample else ''}"
+        f"<details><summary>{escape(comparison.label(run))}</summary>{_pre(lines)}{_pre([sample]) if sample else ''}"
         f"<details><summary>Configuration</summary>{_pre(config)}</details></details>"
     )
 

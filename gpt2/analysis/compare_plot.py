@@ -29,15 +29,15 @@ def colours(values: Sequence[Any]) -> list[str]:
 def curves(
     comparison: Comparison,
     cost: str = "seconds",
+    identify: Callable[[RunResult], str] | None = None,
     palette: dict[str, str] | None = None,
     group_of: Callable[[RunResult], str] | None = None,
 ) -> Figure:
     """Plot all runs. Runs that differ only in their seed share a colour and a line of the legend.
 
-    In SVG the lines of a run have ids that begin with run-N-, where N is its place in the comparison.
-
     Args:
         cost: The x axis of the right half: seconds or flops.
+        identify: The id of a run's lines in SVG.
         palette: A colour for each group.
         group_of: The group of a run, as the legend shows it; default: `Comparison.group`.
     """
@@ -58,8 +58,7 @@ def curves(
             style["label"] = as_label(label + _count(runs))
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_cost, cost, scale)):
-                gid = f"run-{comparison.runs.index(run)}-{x}"
-                _line(axes, [(place / factor, y) for place, y in run.curve(key, x)], gid=gid, **style)
+                _line(axes, [(place / factor, y) for place, y in run.curve(key, x)], style, identify and identify(run))
             style.pop("label", None)  # only the first run of a group is in the legend
 
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -73,10 +72,11 @@ def curves(
     return figure
 
 
-def _line(axes: Axes, points: list[tuple[float, float]], **style: Any) -> None:
+def _line(axes: Axes, points: list[tuple[float, float]], style: dict[str, Any], gid: str | None) -> None:
     if points:
-        marker = "o" if len(points) < 25 else ""
-        axes.plot(*zip(*points, strict=True), linewidth=1.4, marker=marker, markersize=3, **style)
+        x, y = zip(*points, strict=True)
+        mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 25 else {}
+        axes.plot(x, y, linewidth=1.4, gid=gid and f"{gid}-{id(axes)}", **mark, **style)
 
 
 def _count(runs: list[RunResult]) -> str:

@@ -4,6 +4,7 @@ import glob
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import isfinite, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,10 @@ def flat(nested: Record, prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
+
+
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
 
 
@@ -44,7 +49,7 @@ class RunResult:
     def config(self) -> dict[str, Any]:
         """The resolved configuration by dotted key; empty for a run that was started from Python."""
         nested = self.about.get("config")
-        return {**DEFAULTS, **flat(nested)} if nested else {}
+        return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
     @property
     def title(self) -> str:
@@ -53,14 +58,21 @@ class RunResult:
     @property
     def state(self) -> str | None:
         state = self.about.get("state")
-        return KILLED if state == RUNNING and is_locked(self.folder / LOCK) is False else state
+        if state == RUNNING and is_locked(self.folder / LOCK) is False:
+            return KILLED
+        return state if isinstance(state, str) else None
 
     def values(self, key: str) -> list[float]:
-        """All values that were logged under a key, in order."""
-        return [record[key] for record in self.records if record.get(key) is not None]
+        """All finite values that were logged under a key, in order."""
+        return [record[key] for record in self.records if is_finite(record.get(key))]
 
     def last(self, key: str) -> float | None:
-        return next(reversed(self.values(key)), None)
+        return next((r[key] for r in reversed(self.records) if is_finite(r.get(key))), None)
+
+    def fact(self, key: str) -> float | None:
+        """A number of `run.json`."""
+        value = self.about.get(key)
+        return value if is_finite(value) else None
 
     @property
     def best_loss(self) -> float | None:
@@ -80,13 +92,22 @@ class RunResult:
     @property
     def flops(self) -> float | None:
         """Floating point operations of training, without evaluation; see `GPT2Model.flops_per_token`."""
-        tokens, flops_per_token = self.last("tokens"), self.about.get("flops_per_token")
+        tokens, flops_per_token = self.last("tokens"), self.fact("flops_per_token")
         return None if tokens is None or flops_per_token is None else tokens * flops_per_token
 
+    @property
+    def text_bytes(self) -> float | None:
+        """Bytes of training text, estimated from the bytes per token of the validation set."""
+        loss, bits, tokens = self.last("val/loss"), self.last("val/bits_per_byte"), self.last("tokens")
+        return tokens * loss / log(2) / bits if loss and bits and tokens else None
+
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
-        """Points (x, y) of the records that have y; x is tokens, seconds or flops, which is computed from tokens."""
-        key, factor = ("tokens", self.about.get("flops_per_token")) if x == "flops" else (x, 1.0)
-        return [(r[key] * factor, r[y]) for r in self.records if factor and r.get(y) is not None]
+        """Points (x, y) of the records that have both keys; `flops` is computed from `tokens`."""
+        factor = self.fact("flops_per_token") if x == "flops" else 1.0
+        key = "tokens" if x == "flops" else x
+        if factor is None:
+            return []
+        return [(r[key] * factor, r[y]) for r in self.records if is_finite(r.get(y)) and is_finite(r.get(key))]
 
 
 @dataclass
@@ -105,11 +126,12 @@ COLUMNS = {
     "bits_per_byte": Column("bits/byte", lambda run: run.last("val/bits_per_byte"), "{:.4f}".format),
     "steps": Column("steps", lambda run: run.last("step"), "{:,}".format, is_less_better=False),
     "tokens": Column("tokens", lambda run: run.last("tokens"), "{:,}".format, is_less_better=False),
+    "text_bytes": Column("bytes of text", lambda run: run.text_bytes, "{:.3g}".format, is_less_better=False),
     "tokens_per_second": Column("tokens/s", lambda run: run.tokens_per_second, "{:,.0f}".format, is_less_better=False),
     "hours": Column("hours", lambda run: run.hours, "{:.3g}".format),
     "mfu": Column("MFU", lambda run: run.last("train/mfu"), "{:.1%}".format, is_less_better=False),
     "flops": Column("FLOPs", lambda run: run.flops, "{:.3g}".format),
-    "parameters": Column("parameters", lambda run: run.about.get("parameters"), "{:,}".format),
+    "parameters": Column("parameters", lambda run: run.fact("parameters"), "{:,}".format),
 }
 
 UNITS = {  # axis labels
@@ -117,6 +139,7 @@ UNITS = {  # axis labels
     "best": "lowest validation loss (nats per token)",
     "bits_per_byte": "bits per byte of text",
     "flops": "floating point operations of training",
+    "text_bytes": "bytes of text read",
 }
 
 
@@ -137,7 +160,13 @@ def find_runs(places: Iterable[str]) -> list[RunResult]:
         folders |= {run.resolve(): run for run in runs}
     if problems:
         raise UserError(*problems)
-    return [RunResult(folder) for folder in folders.values()]
+    try:
+        results = [RunResult(folder) for folder in folders.values()]
+        for result in results:
+            result.records  # noqa: B018  # reads the file, so that an unreadable one is an error here
+        return results
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,22 +31,27 @@ def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`, without damaged lines, such as a last one that a crash cut short."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with suppress(ValueError):  # invalid JSON or UTF-8
-            records.append(json.loads(line))
+        try:
+            record = json.loads(line)
+        except ValueError:  # invalid JSON or UTF-8
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
 def read_about(folder: Path) -> Record:
     """The `run.json` of a run folder; empty if it is missing or cannot be read."""
     try:
-        return json.loads((folder / ABOUT).read_bytes())
+        about = json.loads((folder / ABOUT).read_bytes())
     except (OSError, ValueError):
         return {}
+    return about if isinstance(about, dict) else {}
 
 
 @dataclass
 class Ended:
-    """How a run ended. For a trial of a study, the exit code is the one that the same run has outside of a study."""
+    """How a run ended. For a trial of a study, the exit code is that of the same run by itself."""
 
     state: str
     exit_code: int = 0
@@ -86,7 +90,7 @@ class ExternalLogger:
 
 
 class Tracker:
-    """Writes a run's records to the files of its folder and to an external logger; both are optional.
+    """Writes a run's records to its files and to an external logger; without both, nowhere.
 
     As a context manager it writes to `run.json` that the run is running, and at the end how it ended.
     """

@@ -126,7 +126,7 @@ def test_full_disk_at_end_is_reported_to_external_logger(tmp_path, monkeypatch):
     assert outcomes == [("failed", 1)]
 
 
-@pytest.mark.parametrize("content", [None, "", '{"state":'])
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"state":'])
 def test_damaged_run_json_is_empty(tmp_path, content):
     if content is not None:
         (tmp_path / "run.json").write_text(content)
