@@ -1,6 +1,6 @@
 """Speed of tokenization, against the tokenizer of `transformers`.
 
-Run: python experiments/performance/tokenization.py [--repetitions 5] [--json data.json] [OVERRIDES of `data`]
+Run: python -m gpt2.main benchmark data [repetitions=5] [json=data.json] [OVERRIDES of `data`]
 """
 
 import argparse
@@ -14,12 +14,13 @@ from statistics import median
 import numpy as np
 import torch
 import transformers
-from omegaconf import OmegaConf
 
 from gpt2.analysis.tables import as_text
 from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, write_json
 from gpt2.checkpoint.pretrained import open_tokenizer
+from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
+from gpt2.cli.script import errors_as_lines
 from gpt2.data import corpus
 from gpt2.data.sources import open_source
 from gpt2.tokenizer import GPT2Tokenizer
@@ -73,13 +74,18 @@ class Tokenization:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--json", help="a file for all measurements")
     parser.add_argument(
         "overrides", nargs="*", help="such as data=text data.files=['books/*.txt'] data.tokenizer=bytes"
     )
-    arguments = parser.parse_intermixed_args()
-    config = OmegaConf.to_object(compose("train", ["data=stdlib", *arguments.overrides]).data)
+    words = [word.partition("=") for word in parser.parse_args().overrides]
+    options = {"repetitions": "5", "json": ""}
+    options |= {key: value for key, _, value in words if key in options}
+    if not options["repetitions"].isdecimal() or int(options["repetitions"]) < 1:
+        parser.error(f"repetitions: {options['repetitions']} is not a whole number of at least 1")
+    repetitions = int(options["repetitions"])
+    overrides = ["".join(word) for word in words if word[0] not in options]
+    with errors_as_lines():
+        config = resolve("train", compose("train", ["data=stdlib", *overrides]), overrides).data
 
     transformers.logging.set_verbosity_error()
     about = circumstances(torch.device("cpu"))
@@ -92,11 +98,11 @@ def main():
         }
         print(
             f"{', '.join(f'{count:,} {what}' for what, count in facts.items())}, vocabulary of "
-            f"{tokenization.tokenizer.vocab_size:,}, medians of {arguments.repetitions}\n{headline(about)}",
+            f"{tokenization.tokenizer.vocab_size:,}, medians of {repetitions}\n{headline(about)}",
             flush=True,
         )
         turns = [tokenization.transformers, tokenization.ours]
-        theirs, ours = interleaved(turns, arguments.repetitions, "Tokenizing")
+        theirs, ours = interleaved(turns, repetitions, "Tokenizing")
         agree = tokenization.tokens_agree()
 
     rows, cells = [], []
@@ -107,7 +113,7 @@ def main():
     print(f"\n{as_text([['', 'tokens/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
     print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
     record = {"benchmark": "data", "config": asdict(config), **about, **facts, "same_tokens": agree, "results": rows}
-    write_json(arguments.json, record)
+    write_json(options["json"] or None, record)
 
 
 if __name__ == "__main__":

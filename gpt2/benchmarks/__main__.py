@@ -1,19 +1,25 @@
 """`python -m gpt2.main benchmark WHAT [OVERRIDES]`."""
 
+import runpy
 from importlib import import_module
 from typing import Any
 
 from gpt2.cli.arguments import take_subcommand
+from gpt2.cli.compose import ROOT
 from gpt2.cli.script import script
 
 BENCHMARKS = {
     "generation": "speed of text generation, against transformers",
     "training": "speed of training, against transformers and others",
+    "data": "speed of tokenization, against transformers",
 }
 
 
 def main() -> None:
     name = take_subcommand("benchmark", "python -m gpt2.main benchmark WHAT [OVERRIDES]", BENCHMARKS)
+    if name == "data":
+        runpy.run_path(str(ROOT / "experiments/performance/tokenization.py"), run_name="__main__")
+        return
 
     @script(f"benchmark_{name}")
     def run(config: Any) -> None:

@@ -39,7 +39,9 @@ def test_tokenization(workspace: Workspace, tokenizer):
     (workspace.folder / "corpus.txt").write_text(f"{text}<|endoftext|> é\n\n")
     data = ["data=text", "data.files=[corpus.txt]", f"data.tokenizer={tokenizer}", "data.vocab_size=300"]
     cached = sorted((workspace.folder / "cache").rglob("*"))
-    result = run_script(workspace, "tokenization.py", "--repetitions", "2", *data, "--json", "result.json")
+    done = workspace.module("gpt2.main", "benchmark", "data", "repetitions=2", *data, "json=result.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workspace.folder / "result.json").read_text())
     assert result["same_tokens"] is True
     theirs, ours = result["results"]
     assert ours["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
