@@ -93,4 +93,5 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:  # of another user
         return True
-    return True
+    status = Path(f"/proc/{pid}/stat")  # Linux only; shows a killed process that its parent has not collected
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
