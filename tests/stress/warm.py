@@ -1,5 +1,6 @@
 """Runs of the real scripts that start in a moment: each is a fork of one process that has imported everything."""
 
+import logging
 import os
 import re
 import runpy
@@ -77,6 +78,7 @@ class Place:
                 os.dup2(output, stream)
             cache = str(self.folder / "cache")
             os.environ.update(self.environment, XDG_CACHE_HOME=cache, PYTHONPATH=fault_injection.SITE)
+            logging.disable(logging.NOTSET)  # only this process is silent
             before()
             sys.argv = [script, *arguments]
             runpy.run_path(str(ROOT / script), run_name="__main__")
