@@ -1,4 +1,4 @@
-"""A process that has imported what the scripts will ask for, and forks one of them whenever it is told to.
+"""A process that has imported what the scripts will ask for, and forks one of them for each request.
 
 A script of ours takes a second, but starting Python and importing torch takes three. `tests/conftest.py` starts this
 file once, and gets from it processes that are as they would be had they been started by themselves, but for the
@@ -69,7 +69,7 @@ def attend(connection: socket.socket) -> Asked:
         return asked
     for stream in streams:
         os.close(stream)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and that is told
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and its exit code is sent
     connection.sendall(f"{process}\n".encode())
     _, status = os.waitpid(process, 0)
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())

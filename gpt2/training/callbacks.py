@@ -40,7 +40,7 @@ class Callback:
     def extend_evaluation(self, trainer: Any, metrics: Metrics) -> None:
         """Called after validation, before its result counts; may add entries to `metrics`, such as a sample.
 
-        The model's weights are whole here, under FSDP too. If a signal interrupts the training meanwhile, the
+        The model's weights are whole here, under FSDP too. If a signal interrupts the training here, the
         evaluation is discarded and repeated when the run resumes.
         """
 

@@ -147,5 +147,5 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
         lost += [f"limit {limit}: {path} is left" for path in place.leftovers()]
         shutil.rmtree(place.folder)
     if message < count:
-        lost.append(f"only {message} of {count} were told: {messages}")
+        lost.append(f"only {message} of {count} were reported: {messages}")
     return [Row("disk full (ulimit -f)", count, "runs lost", lost, "each resumes once there is space")]

@@ -114,7 +114,7 @@ def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
         began = time.monotonic()
         ended = place.run("generate.py", "prompt=x", f"checkpoint='{path}'", before=lambda path=path: load(path))
         slowest = max(slowest, time.monotonic() - began)
-        message, memory = json.loads(path.with_name("told").read_text())
+        message, memory = json.loads(path.with_name("result").read_text())
         if forger.canary.exists() or message == "accepted":
             executed.append(f"{kind.__name__}: {message}")
             forger.canary.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ def load(path: Path) -> None:
         came = "accepted"
     except UserError as error:
         came = str(error)
-    path.with_name("told").write_text(json.dumps([came, _memory("VmHWM") - before]))
+    path.with_name("result").write_text(json.dumps([came, _memory("VmHWM") - before]))
 
 
 def _memory(key: str) -> int:

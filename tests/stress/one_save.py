@@ -1,4 +1,4 @@
-"""Resume a run for one step and save it: `python -m tests.stress.one_save RUN_FOLDER`, to be killed meanwhile."""
+"""Resume a run for one step and save it: `python -m tests.stress.one_save RUN_FOLDER`, which the caller kills."""
 
 import sys
 from pathlib import Path
