@@ -93,5 +93,7 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:  # of another user
         return True
-    status = Path(f"/proc/{pid}/stat")  # Linux only; shows a killed process that its parent has not collected
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    try:  # Linux shows a killed process whose parent has not collected it
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # another system, or the process has just ended: found at the next check
+        return True

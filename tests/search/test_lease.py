@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
 
+from gpt2.search import lease
 from gpt2.search.lease import DEAD_AFTER_SECONDS, HEARTBEAT, WORKER, Status, Worker, status
 from tests.conftest import ROOT
 
@@ -59,3 +61,14 @@ def test_job_that_outlives_its_sweeper_is_orphaned_and_then_dead(tmp_path, attri
     orphan.kill()
     orphan.wait()
     assert status(attributes, tmp_path / "0") == Status.DEAD
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux shows uncollected processes")
+def test_killed_process_that_is_not_collected_is_not_running():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert lease._is_running(process.pid)
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays uncollected
+    assert not lease._is_running(process.pid)
+    process.wait()
+    assert not lease._is_running(process.pid)
