@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gpt2.cli.resume import refuse_second_run, saved_settings
@@ -28,7 +29,6 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
-    from gpt2.generation.text import stream_text
     from gpt2.runtime.device import keep_freed_memory
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.tracking.wandb_logger import start_wandb_for_training
@@ -49,16 +49,12 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
         model = model or new_model(config, tokenizer)
 
-        def write_sample(step: int) -> Iterator[str]:
-            seed = config.train.seed + step
-            yield config.sample_prompt
-            yield from stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=seed)
-
         settings, wandb_id = saved_settings(config)
         tracker, callbacks = Tracker(), list[Callback]()
         if group.is_main:
             tracker = Tracker(folder, about=run_facts(config, model, {**settings, "model": asdict(model.config)}))
-            callbacks = [ConsoleLog(trial.label), trial] if trial else [Samples(write_sample)]
+            samples = Samples(partial(sample, config, model, tokenizer))
+            callbacks = [ConsoleLog(trial.label), trial] if trial else [samples]
             callbacks += [TrackerLog(tracker), *([StepProfiler(folder)] if config.profile else [])]
         if trial:
             trial.tracker = tracker
@@ -84,6 +80,14 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         if trainer.interrupted_by:
             raise Interrupted.by(trainer.interrupted_by)
     return trainer.progress.best_val_loss
+
+
+def sample(config: TrainRun, model: "GPT2Model", tokenizer: "GPT2Tokenizer", step: int) -> Iterator[str]:
+    """The sample prompt and its continuation, piece by piece, with another seed at each step."""
+    from gpt2.generation.text import stream_text
+
+    yield config.sample_prompt
+    yield from stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
 
 
 def initial_model(config: TrainRun) -> "GPT2Model | None":

@@ -33,6 +33,11 @@ TINY = [
 ]
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """More workers than cores: half of the time of the tests is spent waiting for processes that wait themselves."""
+    return (os.cpu_count() or 1) + 2
+
+
 LONGEST = (
     "test_no_fault_loses",
     "test_commands_run_in_order",

@@ -292,21 +292,13 @@ def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number)
 def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
     """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps.
 
-    Muon is there in 300. Of AdamW and nanoGPT's own schedule an eighth is run, which ended at 2.42 and 2.44;
-    experiments/shakespeare_char has the whole run, which ended at 1.873.
+    Muon is there in 300. experiments/shakespeare_char has the whole run with AdamW and nanoGPT's own schedule, 1.873.
     """
     corpus = SHARED / "datasets/tinyshakespeare/input.txt"
     here = [f"data.files=[{corpus}]", "wandb=off", "inference.max_new_tokens=20"]
-    eighth = ["train.max_steps=250", "train.eval_every=125"]
-    workspace.run("train.py", "experiment=shakespeare_fast", *here, "name=fast")
-    workspace.run("train.py", "experiment=shakespeare_char", *here, *eighth, "name=char")
-    fast, char = (
-        [r["val/loss"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r]
-        for run in (next(workspace.folder.glob(f"outputs/runs/{name}/*")) for name in ("fast", "char"))
-    )
-    assert fast[-1] <= 1.90
-    assert char[0] > char[1]
-    assert char[1] <= 2.48
+    workspace.run("train.py", "experiment=shakespeare_fast", *here)
+    losses = [r["val/loss"] for r in read_metrics(workspace.runs()[0] / "metrics.jsonl") if "val/loss" in r]
+    assert losses[-1] <= 1.90
 
 
 @pytest.mark.slow
@@ -315,7 +307,7 @@ def test_gpt2_124m_trains_on_a_cpu(workspace: Workspace):
     done = workspace.run(
         *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
         *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),
-        *("train.max_steps=2", "train.batch_size=1", "data.max_length=128", "train.eval_batches=20", "wandb=off"),
+        *("train.max_steps=2", "train.batch_size=1", "data.max_length=128", "train.eval_batches=2", "wandb=off"),
     )
     assert "Model   124,439,808 parameters" in done.stdout
     assert "train.max_steps=2 reached" in done.stdout
