@@ -194,6 +194,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
+        self.progress.learning_rate = rate
         self.progress.advance(len(micro_batches), len(self.train_loader), targets)
         return loss, gradient_norm
 
@@ -347,7 +348,7 @@ class Trainer:
         self.progress.evaluated_at, self.progress.val_loss = self.progress.step, loss
         is_best = self.progress.best_val_loss is None or loss < self.progress.best_val_loss
         if is_best:
-            self.progress.best_val_loss = loss
+            self.progress.best_val_loss, self.progress.best_at = loss, self.progress.step
         metrics = {**self._counters(), "val/loss": loss, "val/perplexity": perplexity(loss)}
         if self.tokenizer:
             metrics["val/bits_per_byte"] = result.bits_per_byte
@@ -422,6 +423,9 @@ class Trainer:
             log.warning("train.optimizer differs from the checkpoint's: the optimizer starts without its state")
         self.load_state_dict({**saved, **checkpoint.read_tensors(path)}, with_optimizer=is_same_optimizer)
         self.progress = states.restored_progress(saved, self._description())
+        if self.progress.step >= self.config.warmup_steps:  # before, it rises anyway
+            rate = learning_rate(self.progress.step, self.total_steps, self.config)
+            states.log_raised_rate(self.progress.learning_rate, rate)
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)
 

@@ -27,6 +27,7 @@ from gpt2.train import Trainer
 from gpt2.training import compile as compilation
 from gpt2.training.callbacks import Callback, Samples, TrackerLog
 from gpt2.training.compile import Compiled
+from gpt2.training.optimizer import learning_rate
 from gpt2.training.profiler import StepProfiler
 
 VOCABULARY, LENGTH = 31, 16
@@ -63,8 +64,11 @@ def assert_same_state(left: Path, right: Path) -> None:
     one, other = checkpoint.read_tensors(left), checkpoint.read_tensors(right)
     assert one.keys() == other.keys()
     assert not [name for name in one if not torch.equal(one[name], other[name])]
-    progress = [{**checkpoint.read_record(path)["progress"], "seconds": 0} for path in (left, right)]
+    records = [checkpoint.read_record(path) for path in (left, right)]
+    progress = [{**record["progress"], "seconds": 0} for record in records]
     assert progress[0] == progress[1]
+    for key in ("steps_left_out", "scaler", "random"):
+        assert records[0][key] == records[1][key], key
 
 
 def logged(folder: Path) -> list[dict]:
@@ -164,6 +168,17 @@ def test_validation_loss_does_not_depend_on_the_batch_size(blocks, tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_mfu_is_the_share_of_the_peak_of_all_chips(blocks, tmp_path, monkeypatch, ranks):
+    trainer = make_trainer(blocks, tmp_path, tracker=Tracker(tmp_path), max_steps=3, log_every=1)
+    trainer.train()
+    assert {record.get("train/mfu") for record in read_metrics(tmp_path / "metrics.jsonl")} == {None}  # on a CPU
+    monkeypatch.setattr(train, "peak_flops", lambda precision: 5e9)
+    trainer.group.size = ranks
+    flops = trainer.model.flops_per_token(LENGTH)
+    assert trainer._model_flops_utilization(700.0) == pytest.approx(700 * flops / 5e9 / ranks)
+
+
 # Stops
 
 
@@ -172,6 +187,7 @@ def test_validation_loss_does_not_depend_on_the_batch_size(blocks, tmp_path):
     [
         ({"max_steps": 3}, 3, "train.max_steps=3"),
         ({"max_epochs": 2, "max_steps": 99}, 10, "train.max_epochs=2"),
+        ({"max_epochs": 2, "max_steps": 10}, 10, "train.max_steps=10"),
         ({"max_epochs": 2, "accumulation_steps": 3}, 4, "train.max_epochs=2"),
         ({"max_training_hours": 1e-9}, 0, "train.max_training_hours=1e-09"),
     ],
@@ -180,6 +196,8 @@ def test_training_stops_at_first_limit(blocks, tmp_path, options, steps, reason)
     trainer = make_trainer(blocks, tmp_path, **options)
     trainer.train()
     assert trainer.progress.step == steps
+    if steps:  # the schedule ends with the run
+        assert trainer.progress.learning_rate == learning_rate(steps - 1, steps, trainer.config)
     assert trainer.stop_reason == f"{reason} reached"
     assert (tmp_path / run_folder.LAST).is_file()
 

@@ -31,6 +31,8 @@ class Progress:
     evaluated_at: int = 0  # step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
+    best_at: int = 0  # step of that evaluation; of equal ones the first
+    learning_rate: float = 0.0  # of the newest step
 
     def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
         """Count a step. The end of an epoch is stored as position 0 of the next one."""
@@ -42,7 +44,7 @@ class Progress:
 
     def is_best(self) -> bool:
         """Whether this step was evaluated and is the best so far."""
-        return self.step == self.evaluated_at > 0 and self.val_loss == self.best_val_loss
+        return self.step == self.best_at > 0
 
     def same_but_time(self, other: "Progress | None") -> bool:
         return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
@@ -109,6 +111,16 @@ def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     for key, value in _flat(current).items():
         if before.get(key) != value:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
+
+
+def log_raised_rate(before: float, now: float) -> None:
+    """Log that training continues at a higher learning rate: another number of steps is another schedule."""
+    if before and now > 1.01 * before:
+        log.info(
+            f"Changed: the learning rate of the next step is {now:.2e}, it was {before:.2e}. To keep it: "
+            f"train.learning_rate={before:.2e} train.min_learning_rate={before:.2e} resume_changes=true. "
+            f"With train.lr_schedule=wsd a run can be made longer at the same rate until its decay begins."
+        )
 
 
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -310,6 +310,40 @@ def test_invalid_header_is_refused(tmp_path, content):
         checkpoint.read_record(path)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([0, 16], [8, 24]),
+        ([0, 24], [0, 24]),
+        ([0, 24], [8, 16]),
+        ([0, 8], [16, 24]),  # a gap, which no checksum covers
+        ([8, 16], [16, 24]),
+        ([0, 16], [24, 16]),
+        ([-8, 16], [16, 24]),
+    ],
+)
+def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path, first, second):
+    path, data, places = tmp_path / "step.pth", bytes(24), {"a": first, "b": second}
+    entries = {name: {"dtype": "U8", "shape": [1], "data_offsets": place} for name, place in places.items()}
+    parts = {name: data[max(0, begin) : end] for name, (begin, end) in places.items()}
+    sums = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+    forge(path, json.dumps({"format": checkpoint.FORMAT}), json.dumps(sums), data, **entries)
+    for read in (checkpoint.verify, checkpoint.read_record, checkpoint.read_tensors):
+        with pytest.raises(UserError, match="its header is damaged"):
+            read(path)
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_header_has_at_most_32_mb(tmp_path, more):
+    """Its checksum is right and the file has the bytes: only the limit keeps it out of memory."""
+    path = tmp_path / "step.pth"
+    forge(path, json.dumps({"format": checkpoint.FORMAT, "tokenizer": ""}))
+    missing = 32 * 2**20 - header_length(path.read_bytes())
+    forge(path, json.dumps({"format": checkpoint.FORMAT, "tokenizer": "x" * (missing + more)}))
+    assert header_length(path.read_bytes()) == 32 * 2**20 + more
+    assert is_refused(checkpoint.read_record, path) == bool(more)
+
+
 def test_claimed_huge_header_takes_no_memory(tmp_path):
     for claim in (2**60, 2**64 - 1, 2**31, 2**24, 9):
         (tmp_path / "step.pth").write_bytes(claim.to_bytes(8, "little") + b"{}")

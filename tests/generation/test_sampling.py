@@ -88,29 +88,53 @@ def test_a_filter_that_is_off_changes_nothing(keep, off):
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "penalty"), [(None, None, 1.0), (10, 0.8, 1.3), (3, None, 2.0), (None, 0.5, 1.1)]
+    ("top_k", "top_p", "min_p", "penalty"),
+    [(None, None, None, 1.0), (10, 0.8, None, 1.3), (3, None, None, 2.0), (None, 0.5, None, 1.1), (20, 0.8, 0.1, 1.0)],
 )
-def test_next_token_is_sampled_from_the_distribution_of_transformers(temperature, top_k, top_p, penalty):
-    """In the order of transformers' generate(): penalty, temperature, top-k, top-p."""
+def test_next_token_is_sampled_from_the_distribution_of_transformers(temperature, top_k, top_p, min_p, penalty):
+    """In the order of transformers' generate(): penalty, temperature, top-k, top-p, min-p."""
     logits, input_ids = random_logits(b=512), random_ids(b=512)
     chain = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
     chain += [TopKLogitsWarper(top_k)] if top_k else []
     chain += [TopPLogitsWarper(top_p)] if top_p else []
+    chain += [MinPLogitsWarper(min_p)] if min_p else []
     probabilities = chain(input_ids, logits.clone()).softmax(-1)
     expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))[:, 0]
 
     generator = torch.Generator().manual_seed(7)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    params = SamplingParams(True, temperature, penalty, top_k, top_p, min_p)
     drawn = next_token(logits, input_ids, params, generator)
     assert torch.equal(drawn, expected)
 
 
-@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"do_sample": False}], ids=str)
+@pytest.mark.parametrize("greedy", [{"temperature": 0.0}, {"temperature": 1e-8}, {"do_sample": False}], ids=str)
 def test_greedy_is_the_argmax_after_the_penalty(greedy):
     logits, input_ids = random_logits(), random_ids()
     expected = RepetitionPenaltyLogitsProcessor(3.0)(input_ids, logits.clone()).argmax(-1)
     assert torch.equal(next_token(logits, input_ids, SamplingParams(repetition_penalty=3.0, **greedy)), expected)
     assert not torch.equal(expected, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-8, 9e-6])
+def test_greedy_needs_neither_luck_nor_small_logits(temperature):
+    """Of equal tokens the first is taken, and logits that a division by the temperature would make infinite count."""
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 1e35, 2e35, 1e34]]).repeat(50, 1)
+    tokens = next_token(logits, torch.zeros(100, 0, dtype=torch.long), SamplingParams(temperature=temperature))
+    assert tokens.tolist() == [1, 2] * 50
+
+
+def test_a_low_temperature_samples():
+    logits = torch.tensor([[0.0, 1.0, 1.0, 1.0]]).expand(100, -1)
+    params, random = SamplingParams(temperature=1e-5), torch.Generator().manual_seed(0)
+    assert set(next_token(logits, torch.zeros(100, 0, dtype=torch.long), params, random).tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("p", [0.125, 0.25, 0.5, 0.75])
+def test_top_p_keeps_no_more_tokens_than_it_needs(p):
+    """Of eight equal tokens, whose probabilities and sums are exact."""
+    kept = keep_top_p(torch.zeros(3, 8), p).isfinite().sum(-1)
+    assert kept.tolist() == [8 * p] * 3
+    assert TopPLogitsWarper(p)(None, torch.zeros(3, 8)).isfinite().sum(-1).tolist() == kept.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
