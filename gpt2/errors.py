@@ -43,7 +43,7 @@ def machine_error(error: BaseException) -> str | None:
     """A full disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
     if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
         message = " ".join(str(error).splitlines()[:2])  # which job, the file of its result, and its state
-        return f"{message}; what the job printed is in that folder; other jobs continue"
+        return f"{message}; what it printed is in that folder"
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch's, about shared memory

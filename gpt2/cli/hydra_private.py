@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as BasicSweeper  # for -m without a study
 from hydra._internal.utils import get_args_parser
 from hydra.core.utils import run_job  # what Hydra's launchers call
 from hydra.types import HydraContext

@@ -7,13 +7,15 @@ restarted job has the same folder and resumes from its newest checkpoint.
 
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -43,6 +45,29 @@ def log_submissions(enabled: bool = True) -> None:
     log = logging.getLogger("hydra_plugins.hydra_submitit_launcher.submitit_launcher")
     log.handlers, log.propagate = [ConsoleHandler()], False
     log.setLevel(logging.INFO if enabled else logging.WARNING)
+
+
+@contextmanager
+def wait_for_all_jobs() -> Iterator[None]:
+    """Let submitit's launcher wait for all its jobs, where it would give up at the first that was lost."""
+    if find_spec("submitit") is None:
+        yield
+        return
+    from submitit import Job
+
+    results = Job.results
+
+    def results_or_error(job: Any) -> list[Any]:
+        try:
+            return results(job)
+        except Exception as error:  # noqa: BLE001  # the job was killed, or its result cannot be read
+            return [JobReturn(status=JobStatus.FAILED, _return_value=error)]
+
+    Job.results = results_or_error  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Job.results = results  # type: ignore[method-assign]
 
 
 def validate_launcher(launcher: DictConfig) -> list[str]:

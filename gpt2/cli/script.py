@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose
+from gpt2.cli.compose import CONF, compose, parsed
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments, run_composed
-from gpt2.cli.launchers import log_submissions, resumable_job, uses_submitit
+from gpt2.cli.launchers import log_submissions, resumable_job
 from gpt2.cli.preflight import asks_for_information, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, sweep_arguments
+from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
-from gpt2.errors import LostRankError, UserError, machine_error, without_password
+from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line, without_password
 from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, run_lock
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
+from gpt2.tracking.tracker import record_failure
 
 TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
 OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
@@ -74,12 +75,14 @@ def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -
     """Let `hydra.main` answer --cfg and the like, or run a sweep that is checked here."""
     if options.multirun and asks_for_information(options):
         raise UserError("-m: not together with --cfg and --info; show one run, without -m")
+    swept: set[str] = set()
     if options.multirun:
         arguments += sweep_arguments_if_valid(name, options)
+        swept = {override.key_or_group for override in parsed(options.overrides) if override.is_sweep_override()}
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
 
     def job(composed: DictConfig) -> Any:  # launchers pickle it
-        return run_sweep_job(task, composed)
+        return run_sweep_job(task, swept, composed)
 
     sys.argv[1:] = arguments
     hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
@@ -235,21 +238,41 @@ def sweep_arguments_if_valid(name: str, options: Namespace) -> list[str]:
     return arguments
 
 
-def run_sweep_job(task: Task, composed: DictConfig) -> Any:
-    """One job of a sweep, in this process or in one of the launcher's. Returns its loss; infinity if it failed."""
+def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
+    """One job of a sweep, in this process or in one of the launcher's.
+
+    Args:
+        swept: The keys that the sweep is over.
+
+    Returns:
+        Its loss, or the UserError that ended it: the other runs continue.
+    """
     run = resumable_job(composed, partial(run_locked, task, composed))
     if composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(partial(task, trial=trial), composed))
-    problem: UserError | None = None
     with errors_as_lines(), clean_up_on_error():
         try:
-            return run()
-        except UserError as error:  # the other runs continue
-            log.error("error: %s", error)
-            problem = error
-    if problem and uses_submitit(HydraConfig.get().launcher):  # whose jobs have no terminal: the launcher prints it
-        raise problem
-    return inf
+            with reraise_interruption():
+                return run()
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # noqa: BLE001  # the other runs continue
+            return report_failure(error, swept)
+
+
+def report_failure(error: Exception, swept: set[str]) -> UserError:
+    """Print and record the error that ended a run of a sweep; returns it as one that is told in lines."""
+    job, problem = HydraConfig.get(), error
+    if not isinstance(problem, UserError):
+        file = os.path.relpath(output_folder() / f"{job.job.name}.log")
+        bug = f"{type(error).__name__}: {one_line(error)}; the traceback is in {file}"
+        problem = ResourceError(machine_error(error) or bug)
+    log.error("error: %s", problem, extra={"in_file_only": True}, exc_info=None if problem is error else error)
+    print_problems(named(problem, job.job.num, job.overrides.task, swept))
+    if not isinstance(error, RunLockedError):  # the folder is another process's
+        with suppress(OSError):
+            record_failure(output_folder(), problem)
+    return problem
 
 
 def run_locked(task: Task, composed: DictConfig) -> Any:

@@ -49,6 +49,14 @@ def read_about(folder: Path) -> Record:
     return about if isinstance(about, dict) else {}
 
 
+def record_failure(folder: Path, error: Exception) -> None:
+    """Write to `run.json` that a run failed before it began; one that began has its own record."""
+    about = read_about(folder)
+    if about.get("state", FAILED) == FAILED and not (folder / METRICS).exists():
+        ended = {"started": _now(), **about, **vars(Ended.by(error)), "ended": _now()}
+        _replace(folder / ABOUT, json.dumps(ended, indent=2) + "\n")
+
+
 @dataclass
 class Ended:
     """How a run ended. For a trial of a study, the exit code is that of the same run by itself."""

@@ -204,12 +204,16 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
     lost = workspace.run_anew("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
-    (error,) = lost.stderr.splitlines()
-    assert re.match(r"error: Job \d+ .*has not produced any output \(state: FINISHED\)", error)
-    assert str(folder / ".submitit") in error
+    *errors, summary = lost.stderr.splitlines()
+    for number, error in enumerate(errors):
+        start = rf"error: run {number} \(train.seed={number + 1}\): its process ended; Job \d+ "
+        assert re.match(rf"{start}.*has not produced any output \(state: FINISHED\)", error)
+        assert str(folder / ".submitit") in error
+    assert summary == "error: 2 of 2 runs failed: 0, 1 (its process ended)"
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
     failed = workspace.run_anew("train.py", *line, expect=1)
-    assert failed.stderr.splitlines()[-1].startswith("error: out of memory: ")
+    assert failed.stderr.startswith("error: run 0 (train.seed=1): out of memory: ")
+    assert failed.stderr.splitlines()[-1].startswith("error: 2 of 2 runs failed: 0, 1 (out of memory: ")
 
 
 @pytest.mark.slow

@@ -1,0 +1,155 @@
+"""Sweeps: the runs of `-m` without a study. A run that fails does not end the others.
+
+A job returns the error that ended its run instead of raising it: every launcher continues then, and hands it to the
+sweeper, which names the failed runs at the end.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from gpt2.cli.compose import leaves
+from gpt2.cli.hydra_private import BasicSweeper
+from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
+from gpt2.errors import ResourceError, UserError, machine_error, one_line, without_secrets
+from gpt2.runtime.files import LOCK, is_locked
+from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure
+
+Overrides = Sequence[str]
+
+
+class LostRun(ResourceError):
+    """The process of a run ended without a word."""
+
+    @classmethod
+    def by(cls, error: Exception) -> "LostRun":
+        return cls(f"its process ended; {machine_error(error) or one_line(error).partition('. ')[0][:300]}")
+
+
+class RunSweeper(BasicSweeper):
+    """Hydra's sweeper for `-m` without a study; at its end it names the runs that failed."""
+
+    config: DictConfig  # what `setup` sets
+    hydra_context: HydraContext
+    launcher: Launcher
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Run every combination.
+
+        Raises:
+            UserError: Two runs would write to the same folder, or some failed.
+        """
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        batches = self.split_arguments(overrides, self.max_batch_size)
+        jobs = [job for batch in batches for job in batch]
+        folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
+        self._refuse_shared_folders(jobs)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        ends: list[Any] = []
+        for batch in batches:
+            ends += self._launch(batch, len(ends))
+        failed = {number: end for number, end in enumerate(ends) if isinstance(end, UserError)}
+        if not failed:
+            return
+        lines, has_no_terminal = list[str](), uses_submitit(self.config.hydra.launcher)
+        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+        for n, error in failed.items():
+            if has_no_terminal or isinstance(error, LostRun):  # the others have printed it
+                lines += named(error, n, jobs[n], swept).problems
+            if isinstance(error, LostRun):
+                with suppress(OSError):
+                    record_failure(self._folder_of(jobs[n], n), error)
+        codes = {error.exit_code for error in failed.values()}
+        code = codes.pop() if len(codes) == 1 else 1
+        raise _with_code(UserError(*lines, f"{len(failed)} of {len(jobs)} runs failed: {_reasons(failed)}"), code)
+
+    def _refuse_shared_folders(self, jobs: Sequence[Overrides]) -> None:
+        if leaves(self.config.hydra.sweep, resolve=False)["subdir"] == "${hydra.job.num}":
+            return
+        numbers: dict[Path, int] = {}
+        for number, overrides in enumerate(jobs):
+            folder = self._folder_of(overrides, number)
+            if (first := numbers.setdefault(folder.resolve(), number)) != number:
+                raise UserError(
+                    f"hydra.sweep.subdir: runs {first} and {number} would both write to {folder}, "
+                    "each needs its own folder, such as '${hydra.job.num}'"
+                )
+
+    def _folder_of(self, overrides: Overrides, number: int) -> Path:
+        """The run folder of a job."""
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(composed):
+            composed.hydra.job.num, composed.hydra.job.id = number, str(number)
+        return Path(composed.hydra.sweep.dir, str(composed.hydra.sweep.subdir))
+
+    def _launch(self, jobs: Sequence[Overrides], first: int) -> list[Any]:
+        """Run jobs. Returns how each ended: the UserError that ended it, or else its loss.
+
+        If the process of a job is killed, joblib gives up all jobs. Those that had not started are launched again.
+        """
+        try:
+            with wait_for_all_jobs():
+                return [_end_of(job) for job in self.launcher.launch(jobs, initial_job_idx=first)]
+        except Exception as error:
+            folders = [self._folder_of(overrides, first + n) for n, overrides in enumerate(jobs)]
+            started = next((n for n, folder in enumerate(folders) if not folder.exists()), len(jobs))
+            if not started:
+                raise
+            lost = LostRun.by(error)
+        ends = [_end_in(folder, lost) for folder in folders[:started]]
+        return ends + (self._launch(jobs[started:], first + started) if jobs[started:] else [])
+
+
+def _end_of(job: JobReturn) -> Any:
+    if job.status == JobStatus.COMPLETED:
+        return job.return_value
+    return LostRun.by(job._return_value)
+
+
+def _end_in(folder: Path, lost: UserError) -> UserError | None:
+    """How the run in a folder ended; `lost` if it was killed, None if it is finished."""
+    while is_locked(folder / LOCK):
+        time.sleep(0.2)
+    about = read_about(folder)
+    state = about.get("state", RUNNING)
+    if state == FINISHED:
+        return None
+    return lost if state == RUNNING else _with_code(UserError(about["reason"] or state), about["exit_code"])
+
+
+def named(error: UserError, number: int, overrides: Overrides, swept: set[str]) -> UserError:
+    """The error of a run, with the number of the run and its values of the keys that are swept."""
+    values = " ".join(text for text in overrides if text.lstrip("+").partition("=")[0] in swept)
+    name = f"run {number}" + (f" ({shortened(without_secrets(values), 200)})" if values else "")
+    return _with_code(UserError(*(f"{name}: {problem}" for problem in error.problems)), error.exit_code)
+
+
+def _reasons(failed: dict[int, UserError]) -> str:
+    """The numbers of the failed runs by reason: `0, 2 (why); 1 (why)`."""
+    numbers: dict[str, list[str]] = {}
+    for number, error in failed.items():
+        numbers.setdefault(shortened(error.problems[0].partition(";")[0], 120), []).append(str(number))
+    return "; ".join(f"{', '.join(runs)} ({reason})" for reason, runs in numbers.items())
+
+
+def shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _with_code(error: UserError, code: int) -> UserError:
+    error.exit_code = code
+    return error
+
+
+Plugins.instance().register(RunSweeper)

@@ -1,0 +1,129 @@
+"""Sweeps whose runs fail: the others go on, each error names its run, and the exit code is that of the failures."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from gpt2.cli.sweep import _reasons, named
+from gpt2.errors import DivergenceError, UserError
+from tests.conftest import TINY, Workspace
+from tests.test_scripts import wait_for
+
+TWO_STEPS = [*TINY, "train.max_steps=2", "train.warmup_steps=1", "train.log_every=1", "name=sweep"]
+NO_TEXT = "data: there is no text in the train split"
+
+
+def about(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())
+
+
+def sweep_of(workspace: Workspace) -> Path:
+    (folder,) = workspace.folder.glob("outputs/sweeps/sweep/*")
+    return folder
+
+
+def test_runs_that_fail_are_named_and_the_others_go_on(workspace: Workspace):
+    (workspace.folder / "short.txt").write_text("a")
+    over = ["data.files=[short.txt],[corpus.txt]", "train.learning_rate=1e30,1e-3"]
+    done = workspace.run("train.py", "-m", *TWO_STEPS, *over, expect=1)  # one code is 2, another 3
+    *errors, summary = done.stderr.splitlines()
+    assert errors[0] == f"error: run 0 (data.files=[short.txt] train.learning_rate=1e+30): {NO_TEXT}"
+    assert errors[1] == f"error: run 1 (data.files=[short.txt] train.learning_rate=0.001): {NO_TEXT}"
+    assert errors[2].startswith("error: run 2 (data.files=[corpus.txt] train.learning_rate=1e+30): step 2 (batch 2 of")
+    assert summary.startswith(f"error: 3 of 4 runs failed: 0, 1 ({NO_TEXT}); 2 (step 2 (batch 2 of epoch 1): the loss")
+    sweep = sweep_of(workspace)
+    ends = [(end["state"], end["exit_code"]) for end in (about(sweep / str(number)) for number in range(4))]
+    assert ends == [("failed", 2), ("failed", 2), ("diverged", 3), ("finished", 0)]
+    assert about(sweep / "0")["reason"] == f"UserError: {NO_TEXT}"
+    assert about(sweep / "0")["ended"]
+    assert f"error: {NO_TEXT}" in (sweep / "0" / "train.log").read_text()
+    assert (sweep / "3" / "curves.png").is_file()
+
+
+def test_bug_of_a_run_is_a_line_and_a_traceback_in_its_log(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "exception@1"
+    done = workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", "train.auto_resume=true", expect=1)
+    sweep = sweep_of(workspace)
+    log = sweep.relative_to(workspace.folder) / "0" / "train.log"
+    assert done.stderr.splitlines()[0] == (
+        f"error: run 0 (train.seed=1): RuntimeError: on purpose; the traceback is in {log}"
+    )
+    assert done.stderr.splitlines()[2] == "error: 2 of 2 runs failed: 0, 1 (RuntimeError: on purpose)"
+    assert "Traceback (most recent call last)" in (workspace.folder / log).read_text()
+    del workspace.environment["GPT2_FAULT"]
+    workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", "train.auto_resume=true")
+    assert [about(sweep / number)["state"] for number in "01"] == ["finished", "finished"]
+    again = workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", f"hydra.sweep.dir={sweep}", expect=2)
+    assert "error: 2 of 2 runs failed: 0 (" in again.stderr
+    assert [about(sweep / number)["state"] for number in "01"] == ["finished", "finished"]
+
+
+@pytest.mark.parametrize("folder", ["same", "'seed_${train.seed}'", "''"])
+def test_runs_that_would_share_a_folder_are_refused(workspace: Workspace, folder):
+    over = ["train.seed=1,2", "train.beta2=0.9,0.99", f"hydra.sweep.subdir={folder}"]
+    refused = workspace.run("train.py", "-m", *TWO_STEPS, *over, expect=2)
+    (line,) = refused.stderr.splitlines()
+    assert re.match(r"error: hydra\.sweep\.subdir: runs 0 and 1 would both write to outputs/sweeps/sweep/", line)
+    assert not (workspace.folder / "outputs").exists()
+
+
+def test_folders_may_be_named_by_what_is_swept(workspace: Workspace):
+    workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", "hydra.sweep.subdir='seed_${train.seed}'")
+    assert {path.name for path in sweep_of(workspace).iterdir()} == {"multirun.yaml", "seed_1", "seed_2"}
+
+
+def test_name_of_a_run_is_short_and_has_no_secrets():
+    overrides = ["data.files=[a]", "+train.seed=1", "wandb.entity=https://me:secret@host"]
+    error = named(DivergenceError("one", "two"), 3, overrides, {"train.seed", "wandb.entity"})
+    assert error.problems[0] == "run 3 (+train.seed=1 wandb.entity=https://***@host): one"
+    assert error.problems[1].endswith("): two")
+    assert error.exit_code == 3
+    assert named(error, 0, overrides, set()).problems[0].startswith("run 0: run 3 (")
+    assert len(named(UserError("x"), 0, [f"data.files=[{'a' * 999}]"], {"data.files"}).problems[0]) < 220
+
+
+def test_reasons_are_grouped_and_without_advice():
+    failed = {0: UserError("this; do that"), 4: UserError("that"), 7: UserError("this; do something else", "more")}
+    assert _reasons(failed) == "0, 7 (this); 4 (that)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In other processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_runs_of_other_processes_are_named_too(workspace: Workspace, launcher):
+    (workspace.folder / "short.txt").write_text("a")
+    line = ["data.files=[short.txt],[corpus.txt]", f"hydra/launcher={launcher}"]
+    done = workspace.run("train.py", "-m", *TWO_STEPS, *line, expect=2)
+    assert done.stderr.splitlines() == [
+        f"error: run 0 (data.files=[short.txt]): {NO_TEXT}",
+        f"error: 1 of 2 runs failed: 0 ({NO_TEXT})",
+    ]
+    assert [about(sweep_of(workspace) / number)["state"] for number in "01"] == ["failed", "finished"]
+
+
+@pytest.mark.slow
+def test_killed_worker_does_not_end_the_runs_that_wait(workspace: Workspace):
+    line = ["train.seed=1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    workspace.environment["GPT2_FAULT"] = "kill@2"
+    done = workspace.run("train.py", "-m", *TWO_STEPS, *line, expect=1)
+    assert done.stderr.splitlines()[-1] == "error: 3 of 3 runs failed: 0, 1, 2 (its process ended)"
+    assert "error: run 2 (train.seed=3): its process ended; A worker process" in done.stderr
+    assert (sweep_of(workspace) / "2" / "train.log").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_sweep_keeps_its_exit_code(workspace: Workspace, number):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    process = workspace.start("train.py", "-m", *TWO_STEPS, "train.max_steps=90", "train.seed=1,2")
+    wait_for(lambda: any(workspace.folder.glob("outputs/sweeps/sweep/*/0/metrics.jsonl")))
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 128 + number
+    assert not (sweep_of(workspace) / "1").exists()
+    assert "runs failed" not in process.printed(2)
