@@ -102,14 +102,11 @@ def test_benchmarks_are_listed_and_invalid_options_reported(workspace: Workspace
 @pytest.mark.slow
 def test_the_command_prints_tables_and_writes_json(workspace: Workspace):
     shape = ["model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.vocab_size=300"]
-    work = ["new_tokens=3", "prompt_tokens=4", "repetitions=2", "batch_sizes=[1,3]", "json=speed/result.json"]
+    work = ["new_tokens=3", "prompt_tokens=4", "repetitions=2", "batch_sizes=[3]", "json=speed/result.json"]
     done = workspace.module("gpt2.main", "benchmark", "generation", *shape, *work)
     assert done.returncode == 0, done.stderr
     result = json.loads((workspace.folder / "speed" / "result.json").read_text())
-    assert [(row["batch_size"], row["contestant"]) for row in result["results"]] == [
-        (batch_size, name)
-        for batch_size in (1, 3)
-        for name in ("transformers", "transformers, static, compiled", "gpt2, fp32", "gpt2, bf16", "gpt2, int8")
-    ]
+    contestants = ("transformers", "transformers, static, compiled", "gpt2, fp32", "gpt2, bf16", "gpt2, int8")
+    assert [(row["batch_size"], row["contestant"]) for row in result["results"]] == [(3, name) for name in contestants]
     for row in result["results"]:
         assert f"{row['tokens_per_second']:,.1f}" in done.stdout

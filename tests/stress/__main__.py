@@ -22,13 +22,13 @@ from tests.stress.table import Row
 
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
     # how often in all, and in the tests of every change
-    "kills": (kills, 200, 8),
-    "calls": (kills_at_every_call, 1000, 2),
-    "signals": (signals, 30, 3),
+    "kills": (kills, 200, 4),
+    "calls": (kills_at_every_call, 1000, 1),
+    "signals": (signals, 30, 2),
     "damages": (damages, 500, 70),
     "disks": (full_disks, 10, 2),
     "hostile": (hostile_files, 11, 11),
-    "numbers": (not_finite, 12, 6),
+    "numbers": (not_finite, 12, 3),
     "studies": (sweeper_kills, 50, 2),
     "shared": (shared_studies, 50, 2),
     "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the worst of them
