@@ -12,7 +12,7 @@ from typing import Any
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, exclusive_change
 
 
 @script("evaluate")
@@ -37,7 +37,7 @@ def main(config: EvaluateRun) -> None:
             refuse_int8(choose_device(config.device), "quantization")
         trained = open_model(config.checkpoint)
         output = Path(config.output) if config.output else default_output(trained.source)
-        earlier = earlier_results(output)
+        earlier_results(output)  # whatever is no result file is refused before anything is computed
         model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
         if config.quantization:
             quantize(model)
@@ -73,7 +73,7 @@ def main(config: EvaluateRun) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # no NaN or infinity in JSON
-    write_result(output, {**numbers, **about, "earlier": earlier})
+    add_result(output, {**numbers, **about})
     print(f"\nwritten to {output}")
     if where := external.where():
         print(f"W&B: {where}")
@@ -85,21 +85,26 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: It is another kind of file.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
     try:
         newest = json.loads(path.read_text(encoding="utf-8"))
-        return [*newest.pop("earlier"), newest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file") from error
+        results = [*newest.pop("earlier"), newest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        results = [None]
+    if not all(isinstance(result, dict) for result in results):
+        raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file")
+    return results
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result file atomically."""
+def add_result(path: Path, result: dict[str, Any]) -> None:
+    """Add a result to a result file, in front of those that are in it by then; other processes may add theirs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(json.dumps(result, indent=2).encode() + b"\n")
+        with exclusive_change(path):
+            content = {**result, "earlier": earlier_results(path)}
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"output: cannot write {path}: {error.strerror}") from error
 

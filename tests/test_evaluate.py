@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from gpt2.config import DataConfig
 from gpt2.data_loader import TokenDataset, identity_collate, load_split, load_text_data
+from gpt2.errors import UserError
 from gpt2.evaluate import Evaluator, as_inputs, score
 from gpt2.model import IGNORE_INDEX, GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.conftest import TEXT, TINY, Workspace
+from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
 LENGTH = 16  # of a window: the context of `tiny_config`
@@ -239,6 +241,31 @@ def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     assert [earlier["split"] for earlier in again["earlier"]] == ["validation"]  # nothing is lost
     (run / "evaluation.json").unlink()
     (trained.folder / "strided.json").unlink()
+
+
+def test_results_of_concurrent_evaluations_are_all_stored(trained: Workspace):
+    sizes = [1, 2, 3, 5]
+    options = {"errors_in_output": True}
+    running = [trained.start("evaluate.py", f"batch_size={size}", "output=many.json", **options) for size in sizes]
+    for process in running:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert "written to many.json" in output
+    newest = json.loads((trained.folder / "many.json").read_text())
+    results = [*newest.pop("earlier"), newest]
+    assert sorted(result["batch_size"] for result in results) == sizes
+    assert not any("earlier" in result for result in results)
+    (trained.folder / "many.json").unlink()
+
+
+def test_file_that_is_no_result_is_not_replaced(tmp_path):
+    evaluate = runpy.run_path(str(ROOT / "evaluate.py"))
+    path = tmp_path / "mine.json"
+    for content in (b"", b"[]", b"{}", b'{"earlier": "ab"}', b'{"earlier": {"a": 1}}', b"[" * 9999, b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is not a result of evaluate"):
+            evaluate["add_result"](path, {"loss": 1.0})
+        assert path.read_bytes() == content
 
 
 def test_evaluation_of_foreign_model_is_stored_by_name(workspace: Workspace):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
-from gpt2.runtime.files import atomic_write, fsync_folder
+from gpt2.runtime.files import atomic_write, fsync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str,
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        fsync_folder(path.parent.parent)
+        fsync(path.parent.parent)
     text = json.dumps({"format": FORMAT, **record})
     with atomic_write(path) as file:
         file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))

@@ -246,8 +246,9 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
         UserError: The model cannot be read, or the folder exists or cannot be written.
     """
     folder = Path(folder)
+    exists_already = UserError(f"to: {folder} exists already; name a folder that does not")
     if folder.exists():
-        raise UserError(f"to: {folder} exists already; name a folder that does not")
+        raise exists_already
     if trained.tokenizer is None:
         log.warning("%s holds no tokenizer, so the exported folder has none either.", trained.source)
     tensors = trained.tensors()
@@ -255,6 +256,8 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
         with atomic_folder(folder) as target:
             hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, model_card(trained))
     except OSError as error:
+        if folder.exists():  # another process has made it meanwhile
+            raise exists_already from error
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 
 

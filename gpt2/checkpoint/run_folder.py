@@ -9,13 +9,14 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
-from gpt2.runtime.files import TEMPORARY_PREFIX, atomic_write, fsync_folder
+from gpt2.runtime.files import atomic_write, fsync, temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +44,14 @@ def add_name(path: Path, name: str) -> None:
 
     A link is safe because checkpoints are only ever replaced, never changed in place.
     """
-    target, temporary = path.with_name(name), path.with_name(TEMPORARY_PREFIX + name)
-    temporary.unlink(missing_ok=True)
+    target = path.with_name(name)
     try:
-        os.link(path, temporary)
+        with temporary_name(path.parent, partial(os.link, path)) as temporary:
+            temporary.replace(target)
+        fsync(path.parent)
     except OSError:  # a filesystem without hard links
         with path.open("rb") as source, atomic_write(target) as copy:
             shutil.copyfileobj(source, copy)
-        return
-    temporary.replace(target)
-    temporary.unlink(missing_ok=True)  # it remains if both names were links to one file already, see rename(2)
-    fsync_folder(path.parent)
 
 
 def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
@@ -72,12 +70,6 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
                 path.unlink(missing_ok=True)
             except OSError as error:  # no reason to end a run
                 log.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left of an unfinished write. The caller must hold the run's lock."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink()
 
 
 def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:

@@ -36,7 +36,7 @@ from gpt2.cli.launchers import log_submissions
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.runtime.signals import Interrupted
 from gpt2.validation import COUNT, Problems, out_of_bounds, validate
 
@@ -320,8 +320,9 @@ class StudySweeper(Sweeper):
         from gpt2.tracking.wandb_logger import offline_runs
 
         report.write(study.optuna, self.folder)
-        best = study.best_or_failure()
-        again = self._write_best(best)
+        with exclusive_change(self.folder / "best.yaml"):
+            best = study.best_or_failure()
+            again = self._write_best(best)
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))
         run = self.folder / str(best.number)
         is_here = checkpoint_folder_of(run) is not None  # or in the sweep folder of another process

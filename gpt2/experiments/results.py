@@ -22,7 +22,7 @@ from gpt2.analysis.tables import as_markdown
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, column_key
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.tracking.tracker import DIVERGED
 
 RESULTS, README = "results.csv", "README.md"
@@ -170,16 +170,17 @@ class Results:
     def write(self, folder: Path) -> list[str]:
         """Write all files. Returns their names."""
         readme = folder / README
-        text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
-        contents = {
-            RESULTS: self.csv().encode(),
-            "results.png": picture(self.over_x()),
-            "curves.png": picture(self.curves()),
-            README: with_section(text, self.section()).encode(),
-        }
-        for name, content in contents.items():
-            with atomic_write(folder / name) as file:
-                file.write(content)
+        with exclusive_change(readme):
+            text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
+            contents = {
+                RESULTS: self.csv().encode(),
+                "results.png": picture(self.over_x()),
+                "curves.png": picture(self.curves()),
+                README: with_section(text, self.section()).encode(),
+            }
+            for name, content in contents.items():
+                with atomic_write(folder / name) as file:
+                    file.write(content)
         return list(contents)
 
     def compare_with_recorded(self, folder: Path) -> list[str]:

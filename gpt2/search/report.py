@@ -12,7 +12,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.analysis.tables import as_markdown
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.search.plots import draw
 from gpt2.search.study import shown_parameters, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
@@ -21,14 +21,18 @@ FIGURES = ("steps", "tokens", "seconds")  # of SPENT
 
 
 def write(study: optuna.Study, folder: Path) -> None:
-    """Write `study.md`, `trials.csv` and the pictures for which there is data."""
-    pictures = draw(study)
-    images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
-    parts = [f"# Study {study.study_name}", summary(study), images, table(study)]
-    text = "\n\n".join(filter(None, parts)) + "\n"
-    for name, content in {**pictures, "trials.csv": csv_of(study).encode(), "study.md": text.encode()}.items():
-        with atomic_write(folder / name) as file:
-            file.write(content)
+    """Write `study.md`, `trials.csv` and the pictures for which there is data.
+
+    Of several processes that end at once, the last one to read the trials is the last one to write.
+    """
+    with exclusive_change(folder / "study.md"):
+        pictures = draw(study)
+        images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
+        parts = [f"# Study {study.study_name}", summary(study), images, table(study)]
+        text = "\n\n".join(filter(None, parts)) + "\n"
+        for name, content in {**pictures, "trials.csv": csv_of(study).encode(), "study.md": text.encode()}.items():
+            with atomic_write(folder / name) as file:
+                file.write(content)
 
 
 def summary(study: optuna.Study) -> str:

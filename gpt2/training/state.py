@@ -11,6 +11,7 @@ import torch
 from gpt2.checkpoint import run_folder
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
+from gpt2.runtime.files import remove_unfinished
 from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class RunCheckpoints:
         self._foreign = set() if self._is_ours else set(run_folder.newest_first(self.folder))
         if self._foreign:
             log.warning("%s holds another run: its best_model.pth and last.pth are replaced", self.folder)
-        run_folder.remove_unfinished(self.folder)
+        remove_unfinished(self.folder)
 
     def path_of(self, progress: Progress) -> Path:
         return self.folder / run_folder.step_name(progress.step)

@@ -17,6 +17,7 @@ import torch
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.errors import UserError
+from gpt2.runtime.files import TEMPORARY_PREFIX
 
 TENSORS = {"model/a": torch.arange(6.0).reshape(2, 3), "rng/cpu": torch.arange(5, dtype=torch.uint8)}
 RECORD = {"model": {"d_model": 3}, "tokenizer": "ünï ☃", "progress": {"best": None, "seconds": 0.1 + 0.2}}
@@ -452,5 +453,5 @@ def test_file_is_flushed_before_the_rename_and_folder_after_it(tmp_path):
     assert order[0] == "write"
     assert [name for name in order if name != "write"] == ["fsync", "rename", "fsync"]
     assert order[-3:] == ["fsync", "rename", "fsync"]  # nothing is written after the first fsync
-    assert ".saving-step.pth>" in lines[-3]
+    assert f"<{tmp_path}/{TEMPORARY_PREFIX}" in lines[-3]
     assert f"<{tmp_path}>" in lines[-1]

@@ -12,6 +12,7 @@ from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.run_folder import BEST, LAST, step_name
 from gpt2.errors import UserError
+from gpt2.runtime.files import TEMPORARY_PREFIX, remove_unfinished
 
 
 def save(folder: Path, step: int, is_best: bool = False, name: str | None = None, **progress) -> Path:
@@ -97,7 +98,7 @@ def test_add_name_copies_without_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     save(tmp_path, 1, name=LAST)
     path = save(tmp_path, 2)
-    (tmp_path / f"{run_folder.TEMPORARY_PREFIX}{LAST}").write_text("of a process that was killed")
+    (tmp_path / f"{TEMPORARY_PREFIX}{LAST}").write_text("of a process that was killed")
     run_folder.add_name(path, LAST)
     assert (tmp_path / LAST).read_bytes() == path.read_bytes()
     assert not (tmp_path / LAST).samefile(path)
@@ -106,7 +107,7 @@ def test_add_name_copies_without_hard_links(tmp_path, monkeypatch):
 
 def test_add_name_preserves_a_file_linked_by_a_killed_process(tmp_path):
     old, new = save(tmp_path, 1), save(tmp_path, 2)
-    os.link(old, tmp_path / f"{run_folder.TEMPORARY_PREFIX}{LAST}")
+    os.link(old, tmp_path / f"{TEMPORARY_PREFIX}{LAST}")
     run_folder.add_name(new, LAST)
     assert checkpoint.verify(old)["progress"]["step"] == 1
     assert (tmp_path / LAST).samefile(new)
@@ -159,11 +160,11 @@ def test_failed_prune_is_a_warning(tmp_path, caplog):
 
 def test_remove_unfinished_deletes_temporary_files_only(tmp_path):
     other = [LAST, step_name(1), "saving-mine.pth", ".lock", "x.saving-y"]
-    for name in (*other, f"{run_folder.TEMPORARY_PREFIX}{LAST}", f"{run_folder.TEMPORARY_PREFIX}{step_name(2)}"):
+    for name in (*other, f"{TEMPORARY_PREFIX}{LAST}", f"{TEMPORARY_PREFIX}{step_name(2)}"):
         (tmp_path / name).touch()
-    run_folder.remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path)
     assert names(tmp_path) == sorted(other)
-    run_folder.remove_unfinished(tmp_path / "not there yet")
+    remove_unfinished(tmp_path / "not there yet")
 
 
 # Choosing
@@ -303,7 +304,7 @@ def test_unfinished_first_checkpoint_does_not_count(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = save(Path("outputs/runs/a/1/checkpoints"), 1)
     os.utime(good, (1e9, 1e9))
-    unfinished = Path("outputs/runs/a/2/checkpoints") / f"{run_folder.TEMPORARY_PREFIX}{step_name(1)}"
+    unfinished = Path("outputs/runs/a/2/checkpoints") / f"{TEMPORARY_PREFIX}{step_name(1)}"
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(b"half of it")
     assert run_folder.find_checkpoint(None) == good

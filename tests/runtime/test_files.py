@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.runtime.files import LOCK, TEMPORARY_PREFIX, atomic_folder, atomic_write, run_lock
+from gpt2.runtime.files import LOCK, TEMPORARY_PREFIX, atomic_folder, atomic_write, remove_unfinished, run_lock
 
 
 def test_atomic_write_replaces_the_file_or_leaves_it(tmp_path):
@@ -48,14 +48,84 @@ def test_atomic_folder_appears_complete_or_not_at_all(tmp_path):
     assert [path.name for path in target.iterdir()] == ["file"]
 
 
+def run_code(code: str) -> subprocess.Popen:
+    imports = "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", imports + code], **streams)
+
+
+WRITERS = {
+    "a file": "files.atomic_write(Path({target!r}))",
+    "a folder": "files.atomic_folder(Path({target!r}))",
+    "a link": "files.temporary_name(Path({target!r}).parent, lambda new: os.link({other!r}, new))",
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_unfinished_writes_are_removed_once_their_process_is_dead(tmp_path, what):
+    target, other = tmp_path / "target", tmp_path / "other"
+    other.write_bytes(b"other")
+    writer = WRITERS[what].format(target=str(target), other=str(other))
+    process = run_code(f"with {writer} as new:\n    print('began', flush=True)\n    time.sleep(99)")
+    try:
+        assert process.stdout.readline() == "began\n"
+        (unfinished,) = tmp_path.glob(f"{TEMPORARY_PREFIX}*")
+        remove_unfinished(tmp_path)
+        with atomic_write(target) as file:
+            file.write(b"ours")
+        assert unfinished.exists()
+    finally:
+        process.kill()
+        process.communicate()
+    with atomic_write(target) as file:
+        file.write(b"again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
+    assert (target.read_bytes(), other.read_bytes()) == (b"again", b"other")
+
+
+CONCURRENT = """
+print("ready", flush=True)
+input()
+folder = Path({folder!r})
+for number in range(20):
+    with files.exclusive_change(folder / "count"):
+        count = int((folder / "count").read_bytes())
+        with files.atomic_write(folder / "count") as file:
+            file.write(str(count + 1).encode())
+    with files.atomic_write(folder / "same") as file:
+        for part in range(100):
+            file.write(b"%05d" % os.getpid())
+    try:
+        with files.atomic_folder(folder / f"folder {{number}}") as new:
+            (new / "owner").write_text(str(os.getpid()))
+        print(number)
+    except OSError:
+        pass
+    files.remove_unfinished(folder)
+"""
+
+
+def test_concurrent_processes_lose_nothing(tmp_path):
+    (tmp_path / "count").write_bytes(b"0")
+    processes = [run_code(CONCURRENT.format(folder=str(tmp_path))) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    made = [process.communicate()[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert (tmp_path / "count").read_bytes() == b"80"
+    content = (tmp_path / "same").read_bytes()
+    assert content == content[:5] * 100
+    assert sorted(int(number) for numbers in made for number in numbers) == list(range(20))
+    names = {"count", ".count.lock", "same", *(f"folder {number}" for number in range(20))}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 @contextmanager
 def holder(folder: Path, then: str = "time.sleep(99)") -> Iterator[subprocess.Popen]:
     """Another process that holds the lock of a folder, and then runs the statement `then`."""
-    code = (
-        "import os, time\nfrom pathlib import Path\nfrom gpt2.runtime import files\n"
-        f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = run_code(f"with files.run_lock(Path({str(folder)!r})):\n    print('held', flush=True)\n    {then}")
     try:
         assert process.stdout.readline() == "held\n"
         yield process
