@@ -9,10 +9,11 @@ import json
 import logging
 import os
 import re
-import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -27,7 +28,7 @@ from gpt2.config import DataConfig
 from gpt2.data.sources import Documents, Source, cache_folder, open_source
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
-from gpt2.runtime.files import atomic_folder
+from gpt2.runtime.files import atomic_folder, atomic_write, remove
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
-FORMAT = 1  # of the cached files; a new number invalidates every cached corpus
+FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
+ABOUT, TOKENIZER = "about.json", "tokenizer.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
+TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 
 # Lengths in characters.
 PIECE_LENGTH = 1 << 16  # of the strings that are encoded: the tokenizer slows down on longer ones
@@ -91,11 +94,16 @@ def validation_sample(count: int, fraction: float) -> set[int] | None:
 
 
 def write_tokens(
-    documents: Iterable[Parts], tokenizer: GPT2Tokenizer, path: Path, description: str, threads: int = 1
+    documents: Iterable[Parts],
+    tokenizer: GPT2Tokenizer,
+    path: Path,
+    description: str,
+    threads: int = 1,
+    digest: "hashlib._Hash | None" = None,
 ) -> int:
     """Write the tokens of documents to a file, `<|endoftext|>` after each, and return their number.
 
-    Blank documents are left out.
+    Blank documents are left out. `digest` is updated with the content of the file.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
@@ -110,6 +118,8 @@ def write_tokens(
     with path.open("wb") as file, track(description, unit="tokens") as advance:
         for tokens in map_in_threads(encode, batched(documents), threads):
             file.write(tokens.data)
+            if digest is not None:
+                digest.update(tokens.data)
             total += len(tokens)
             advance(total)
     return total
@@ -191,26 +201,77 @@ class PreparedData:
 
     folder: Path
 
-    @property
+    @cached_property
     def about(self) -> dict[str, Any]:
-        """Its fingerprint and what determines it, `tokens` of each split, their `dtype`, and `bytes` of each file."""
-        return json.loads((self.folder / "about.json").read_text())
+        """What determines it, `tokens` of each split, their `dtype`, `sha256` of each file, and its fingerprint.
 
-    def is_complete(self) -> bool:
-        """Whether every file has its original size, which a full disk, for example, may have prevented."""
+        The fingerprint is that of the files: other tokens, or another tokenizer, have another one.
+
+        Raises:
+            OSError, ValueError: It cannot be read, or is damaged.
+        """
         try:
-            return all((self.folder / name).stat().st_size == size for name, size in self.about["bytes"].items())
-        except (OSError, ValueError, KeyError):
-            return False
+            about = json.loads((self.folder / ABOUT).read_bytes())
+            is_intact = about.pop("checksum") == _sum_of(about)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_intact = False
+        if not is_intact:
+            raise ValueError(f"wrong checksum of {ABOUT}")
+        if about["key"] != self.folder.name:
+            raise ValueError("it is another corpus")
+        return about
+
+    def damage(self) -> str | None:
+        """What is wrong with the files; None if they have their checksums.
+
+        Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. So that large corpora are not
+        read at each start, a file that was intact counts as intact while its inode, size and times are the same; they
+        are remembered in a file beside the folder. A file that was just written is not remembered yet: within the
+        resolution of its times it could change once more.
+        """
+        memory = self.folder.with_suffix(".verified")
+        known, verified = _read_dict(memory), {}
+        try:
+            for name, sha256 in self.about["sha256"].items():
+                path = self.folder / name
+                status = path.stat()
+                version = [sha256, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+                if known.get(name) != version:
+                    with path.open("rb") as file:
+                        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                            return f"wrong checksum of {name}"
+                if time.time_ns() - max(version[-2:]) > TIME_RESOLUTION:
+                    verified[name] = version
+        except OSError as error:
+            return f"{Path(error.filename).name}: {error.strerror}"
+        except ValueError as error:
+            return str(error)
+        if verified != known:
+            with suppress(OSError), atomic_write(memory) as file:  # it is no loss where the cache is read-only
+                file.write(json.dumps(verified).encode())
+        return None
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
-        return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return GPT2Tokenizer.from_json((self.folder / TOKENIZER).read_text(encoding="utf-8"))
 
     def __str__(self) -> str:
         about = self.about
         sizes = [f"{split} {tokens:,} tokens" for split, tokens in about["tokens"].items() if tokens]
         return f"{', '.join(sizes)}, vocabulary of {about['vocab_size']:,}"
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if it is missing, damaged or something else."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _sum_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
@@ -230,7 +291,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     source = open_source(config)
     tokenizer = None if config.tokenizer == "train" else open_tokenizer(config.tokenizer)
     splits = SPLITS if only is None else ("validation" if only == "test" and source.test is None else only,)
-    identity = {
+    identity: dict[str, Any] = {
         "format": FORMAT,
         "source": source.fingerprint,
         "tokenizer": tokenizer.fingerprint if tokenizer else {"train": config.vocab_size},
@@ -240,17 +301,21 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
         identity["splits"] = splits
     if source.length_unit and cuts_documents(source, config):
         identity["cut"] = source.length_unit
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    prepared = PreparedData(cache_folder(config) / "tokens" / fingerprint)
+    identity["key"] = _sum_of(identity)[:16]
+    prepared = PreparedData(cache_folder(config) / "tokens" / identity["key"])
     prepared.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder.with_suffix(".lock")):
-        if prepared.is_complete():
-            log.info("Data: %s, from the cache %s", prepared, prepared.folder)
-            return prepared
-        shutil.rmtree(prepared.folder, ignore_errors=True)
+        if os.path.lexists(prepared.folder):
+            problem = prepared.damage()
+            if problem is None:
+                log.info("Data: %s, from the cache %s", prepared, prepared.folder)
+                return prepared
+            log.warning("data: the cache %s is damaged (%s), the corpus is tokenized again", prepared.folder, problem)
+            remove(prepared.folder)
         with atomic_folder(prepared.folder) as folder:
-            write_corpus(folder, source, tokenizer, config, splits, {"fingerprint": fingerprint, **identity})
+            write_corpus(folder, source, tokenizer, config, splits, identity)
+        prepared = PreparedData(prepared.folder)
     log.info("Data: %s, cached in %s", prepared, prepared.folder)
     return prepared
 
@@ -270,21 +335,26 @@ def write_corpus(
     """
     if tokenizer is None:
         tokenizer = _train_tokenizer(source, config)
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    threads, tokens = config.preprocessing_num_workers, {}
+    description = tokenizer.to_json().encode()
+    (folder / TOKENIZER).write_bytes(description)
+    digests, tokens = {TOKENIZER: hashlib.sha256(description)}, {}
     for split in splits:
-        documents = documents_of_split(source, split, config)
-        tokens[split] = write_tokens(documents, tokenizer, folder / f"{split}.bin", f"Tokenizing {split}", threads)
+        documents, path = documents_of_split(source, split, config), folder / f"{split}.bin"
+        digest = digests[path.name] = hashlib.sha256()
+        threads = config.preprocessing_num_workers
+        tokens[split] = write_tokens(documents, tokenizer, path, f"Tokenizing {split}", threads, digest)
         if not tokens[split] and (split != "test" or len(splits) == 1):  # otherwise validation replaces an empty test
             raise UserError(f"data: there is no text in the {split} split")
+    sums = {name: digest.hexdigest() for name, digest in digests.items()}
     about = {
         **identity,
+        "fingerprint": _sum_of(sums)[:16],
         "tokens": tokens,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "vocab_size": tokenizer.vocab_size,
-        "bytes": {file.name: file.stat().st_size for file in folder.iterdir()},
+        "sha256": sums,
     }
-    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    (folder / ABOUT).write_text(json.dumps({**about, "checksum": _sum_of(about)}, indent=1))
 
 
 def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gpt2.runtime.device import fastest_seconds, hardware
+from gpt2.runtime.files import atomic_write
 from gpt2.runtime.hub import caches
 
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> y, as F.linear
@@ -113,9 +114,13 @@ def faster_linear() -> str:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            if not file.exists() or file.read_text() not in LINEARS:
-                file.write_text(_measure())
-            return file.read_text()
+            names = {f"{name}\n".encode(): name for name in LINEARS}
+            content = file.read_bytes() if file.exists() else b""
+            if content not in names:  # missing or damaged
+                content = f"{_measure()}\n".encode()
+                with atomic_write(file) as new:
+                    new.write(content)
+            return names[content]
     except OSError:  # the cache folder is not writable
         return _measure()
 

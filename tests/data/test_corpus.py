@@ -309,74 +309,6 @@ def test_excluding_all_files_is_a_user_error(tmp_path):
         prepare(config_of(tmp_path, exclude=["*.txt"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-
-
-def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """The modification time and content of every file."""
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-
-
-def test_prepared_corpus_is_read_from_the_cache(tmp_path):
-    write_files(tmp_path, 3)
-    first = prepare(config_of(tmp_path))
-    before = state_of(first.folder)
-    os.utime(tmp_path / "000.txt")  # touched, not changed
-    again = prepare(config_of(tmp_path, max_length=7, preprocessing_num_workers=1, exclude=["nothing"]))
-    assert again.folder == first.folder
-    assert state_of(again.folder) == before
-
-
-def test_changed_configuration_is_another_corpus(tmp_path):
-    write_files(tmp_path, 3)
-    changes = [{}, {"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
-    folders = [prepare(config_of(tmp_path, **change)).folder for change in changes]
-    assert len(set(folders)) == len(changes)
-    assert [prepare(config_of(tmp_path, **change)).folder for change in changes] == folders
-
-
-def test_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path, trained):
-    write_files(tmp_path, 3)
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    prepared = []
-    for tokenizer in (trained, GPT2Tokenizer.of_bytes()):
-        (folder / "vocab.json").write_text(json.dumps(tokenizer.vocabulary))
-        (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
-        prepared.append(prepare(config_of(tmp_path, tokenizer=str(folder))))
-    assert prepared[0].folder != prepared[1].folder
-    assert prepared[1].tokenizer.fingerprint == GPT2Tokenizer.of_bytes().fingerprint
-
-
-def test_changed_text_is_another_corpus(tmp_path):
-    write_files(tmp_path, 3)
-    first = prepare(config_of(tmp_path))
-    path = tmp_path / "001.txt"
-    before = path.stat()
-    path.write_text(path.read_text().replace("001", "XYZ"))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # with the same size and modification time
-    second = prepare(config_of(tmp_path))
-    assert second.folder != first.folder
-    assert "XYZ" in "".join(documents_of(second, "train"))
-
-
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
-
-
-@pytest.mark.parametrize("damage", [cut_short, Path.unlink])
-@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
-def test_damaged_corpus_is_prepared_again(tmp_path, file, damage):
-    write_files(tmp_path, 3)
-    first = prepare(config_of(tmp_path))
-    whole = {name: content for name, (_, content) in state_of(first.folder).items()}
-    damage(first.folder / file)
-    again = prepare(config_of(tmp_path))
-    assert again.folder == first.folder
-    assert {name: content for name, (_, content) in state_of(again.folder).items()} == whole
-
-
 PREPARE = """
 import json, logging, os, sys
 from gpt2.config import DataConfig
@@ -403,22 +335,6 @@ def start_preparing(folder: Path, **fields) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-
-
-def test_one_of_four_concurrent_processes_prepares(tmp_path):
-    (tmp_path / "a.txt").write_text(python_source())
-    fields = {"files": ["a.txt"], "tokenizer": "train", "vocab_size": 400}
-    processes = [start_preparing(tmp_path, **fields) for _ in range(4)]
-    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
-    for process in processes:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    assert len({output.splitlines()[-1] for output in outputs}) == 1
-    assert sum("cached in" in output for output in outputs) == 1
-    assert sum("from the cache" in output for output in outputs) == 3
-    folder = Path(outputs[0].splitlines()[-1])
-    assert {path.name for path in folder.parent.iterdir()} == {folder.name, folder.name + ".lock"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,203 @@
+"""The cache of tokenized corpora: what makes a corpus another one, damage, concurrent processes."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpt2.data import corpus
+from gpt2.data.corpus import PreparedData, prepare
+from gpt2.runtime.files import remove
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.data.test_corpus import config_of, documents_of, start_preparing, write_files
+from tests.helpers import python_source
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """The modification time and content of every file."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_prepared_corpus_is_read_from_the_cache(tmp_path):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    before = state_of(first.folder)
+    os.utime(tmp_path / "000.txt")  # touched, not changed
+    again = prepare(config_of(tmp_path, max_length=7, preprocessing_num_workers=1, exclude=["nothing"]))
+    assert again.folder == first.folder
+    assert state_of(again.folder) == before
+
+
+def test_changed_configuration_is_another_corpus(tmp_path):
+    write_files(tmp_path, 3)
+    changes = [{}, {"tokenizer": "train"}, {"tokenizer": "train", "vocab_size": 300}, {"validation_fraction": 0.2}]
+    folders = [prepare(config_of(tmp_path, **change)).folder for change in changes]
+    assert len(set(folders)) == len(changes)
+    assert [prepare(config_of(tmp_path, **change)).folder for change in changes] == folders
+
+
+def test_changed_tokenizer_of_the_same_name_is_another_corpus(tmp_path):
+    write_files(tmp_path, 3)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    prepared = []
+    for tokenizer in (GPT2Tokenizer.train([python_source()[:5000]], 280), GPT2Tokenizer.of_bytes()):
+        (folder / "vocab.json").write_text(json.dumps(tokenizer.vocabulary))
+        (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in tokenizer.merges))
+        prepared.append(prepare(config_of(tmp_path, tokenizer=str(folder))))
+    assert prepared[0].folder != prepared[1].folder
+    assert prepared[1].tokenizer.fingerprint == GPT2Tokenizer.of_bytes().fingerprint
+
+
+def test_changed_text_is_another_corpus(tmp_path):
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    path = tmp_path / "001.txt"
+    before = path.stat()
+    path.write_text(path.read_text().replace("001", "XYZ"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # with the same size and modification time
+    second = prepare(config_of(tmp_path))
+    assert second.folder != first.folder
+    assert "XYZ" in "".join(documents_of(second, "train"))
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle, and the modification time as before."""
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def become_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def write(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+DAMAGES: list[Callable[[Path], object]] = [
+    *(flip, become_folder, link_to_itself, Path.unlink),
+    lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    *map(write, (b"", b"[]", b"{}", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"checksum": 5, "sha256": [1]}')),
+]
+
+
+@pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
+def test_damaged_corpus_is_prepared_again(tmp_path, monkeypatch, caplog, file):
+    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)  # what was verified is remembered at once
+    write_files(tmp_path, 3)
+    first = prepare(config_of(tmp_path))
+    whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    for damage in DAMAGES:
+        damage(first.folder / file)
+        caplog.clear()
+        again = prepare(config_of(tmp_path))
+        assert again.folder == first.folder
+        assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == whole
+        (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert f"the cache {first.folder} is damaged (" in message
+        assert file in message
+        assert prepare(config_of(tmp_path)).damage() is None
+
+
+def test_about_with_other_values_is_damaged(tmp_path):
+    write_files(tmp_path, 3)
+    prepared = prepare(config_of(tmp_path))
+    path = prepared.folder / "about.json"
+    about = json.loads(path.read_text())
+    for name, value in {"tokens": {"train": 5}, "dtype": "uint8", "vocab_size": "x", "sha256": {}, "other": 1}.items():
+        path.write_text(json.dumps({**about, name: value}))
+        assert "about.json" in (PreparedData(prepared.folder).damage() or "")
+
+
+def test_corpus_under_the_name_of_another_is_damaged(tmp_path, caplog):
+    write_files(tmp_path, 3)
+    one, two = (prepare(config_of(tmp_path, validation_fraction=fraction)) for fraction in (0.1, 0.2))
+    before = documents_of(one, "train")
+    shutil.rmtree(one.folder)
+    two.folder.rename(one.folder)
+    assert documents_of(prepare(config_of(tmp_path, validation_fraction=0.1)), "train") == before
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["tokens/*/", "tokens/*.verified"])
+def test_cache_is_replaced_whatever_is_in_its_place(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)
+    write_files(tmp_path, 3)
+    prepare(config_of(tmp_path))
+    whole = documents_of(prepare(config_of(tmp_path)), "train")
+    (place,) = (tmp_path / "cache").glob(what)
+    for content in (b"", b"[1]", b'{"train.bin": 5}', b"\xff"):
+        remove(place)
+        place.write_bytes(content)
+        assert documents_of(prepare(config_of(tmp_path)), "train") == whole
+        assert prepare(config_of(tmp_path)).damage() is None
+
+
+def test_verified_files_are_not_read_again(tmp_path, monkeypatch):
+    read = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: read.append(Path(file.name).name) or digest(file, name)
+    )
+    write_files(tmp_path, 3)
+    config = config_of(tmp_path)
+
+    def files_read() -> list[str]:
+        read.clear()
+        prepare(config)
+        return sorted(name for name in read if not name.endswith(".txt"))
+
+    files = ["test.bin", "tokenizer.json", "train.bin", "validation.bin"]
+    assert files_read() == []  # the checksums are computed while the corpus is written
+    assert files_read() == files
+    assert files_read() == files  # written a moment ago: they could change without another time
+    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)
+    assert files_read() == files
+    assert files_read() == []
+    train = next((tmp_path / "cache").rglob("train.bin"))
+    os.utime(train)
+    assert files_read() == ["train.bin"]
+    assert files_read() == []
+
+
+def test_fingerprint_is_that_of_the_contents(tmp_path):
+    """Other inputs that give the same tokens, as of a file of another name, are the same corpus to a resumed run."""
+    write_files(tmp_path, 3)
+    one = prepare(config_of(tmp_path))
+    same = prepare(config_of(tmp_path, cache_dir=str(tmp_path / "elsewhere")))
+    other = prepare(config_of(tmp_path, validation_fraction=0.2))
+    assert one.about["fingerprint"] == same.about["fingerprint"] != other.about["fingerprint"]
+    assert one.about["key"] == same.about["key"]
+
+
+def test_one_of_four_concurrent_processes_prepares(tmp_path):
+    (tmp_path / "a.txt").write_text(python_source())
+    fields = {"files": ["a.txt"], "tokenizer": "train", "vocab_size": 400}
+    processes = [start_preparing(tmp_path, **fields) for _ in range(4)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert sum("cached in" in output for output in outputs) == 1
+    assert sum("from the cache" in output for output in outputs) == 3
+    folder = Path(outputs[0].splitlines()[-1])
+    leftovers = {path.name for path in folder.parent.iterdir()} - {folder.name, f"{folder.name}.verified"}
+    assert leftovers == {f"{folder.name}.lock"}
