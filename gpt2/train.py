@@ -428,6 +428,8 @@ class Trainer:
             states.log_raised_rate(self.progress.learning_rate, rate)
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)
+        for callback in self.callbacks:
+            callback.load_state_dict(saved)
 
     def _description(self) -> dict[str, Any]:
         """What besides its state determines how a training continues."""

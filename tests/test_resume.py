@@ -1,5 +1,7 @@
 """Resuming a run from the command line: changed settings, concurrent writers, damaged files."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +12,7 @@ import pytest
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
+from gpt2.data import corpus
 from gpt2.tracking.tracker import read_metrics
 from tests import warm
 from tests.conftest import TINY, Workspace
@@ -99,6 +102,57 @@ def test_damaged_files_do_not_prevent_resuming(workspace: Workspace):
     )  # the longer limit is part of the run now
     assert steps(run, "val/loss") == [4, 8, 12]
     assert (run / "backup").is_dir()
+
+
+def test_lost_records_are_named_and_the_run_continues(workspace: Workspace):
+    workspace.run("train.py", *TINY)
+    (run,) = workspace.runs()
+    samples = (run / "samples.md").read_text()
+    copies = [Path(shutil.copytree(run, run.with_name(name))) for name in ("deleted", "a line", "both")]
+
+    def resumed(copy: Path, steps: int = 10) -> str:
+        return workspace.run("train.py", f"resume='{copy}'", f"train.max_steps={steps}").stdout
+
+    for path in (copies[0] / "metrics.jsonl", copies[2] / "metrics.jsonl", copies[2] / "samples.md"):
+        path.unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copies[1] / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] != 4))
+    all_lost = "lost: training records of steps 1, 2, 4, ... 8; evaluations of steps 4, 8"
+    assert f"metrics.jsonl or samples.md was changed; {all_lost}. The run continues" in resumed(copies[0])
+    assert "lost: training records of steps 4; evaluations of steps 4. The run" in resumed(copies[1])
+    assert f"{all_lost}; samples of steps 4, 8." in resumed(copies[2])
+    assert all((copy / "samples.md").read_text().startswith(samples) for copy in copies[:2])
+    assert "lost: " not in resumed(copies[2], 12)  # it is said once
+    assert [steps(copy)[-1] for copy in copies] == [10, 10, 12]
+    assert steps(copies[1]) == [1, 2, 6, 8, 10]
+
+    compared = workspace.module("gpt2.main", "compare", "outputs/runs").stdout
+    assert compared.startswith("4 runs in outputs/runs")
+    for name in ("metrics.jsonl", "samples.md"):
+        (run / name).unlink()
+        (run / name).mkdir()
+        assert f"{name}: Is a directory" in workspace.run("train.py", f"resume={run}", expect=2).stderr
+        (run / name).rmdir()
+
+
+def test_other_tokens_are_refused_though_the_settings_are_the_same(workspace: Workspace):
+    workspace.run("train.py", *TINY)
+    (cached,) = workspace.folder.glob("cache/gpt2/tokens/*/train.bin")
+    content = bytearray(cached.read_bytes())
+    cached.write_bytes(bytes(len(content)))
+    mended = workspace.run("train.py", "resume=latest", "train.max_steps=9")
+    assert "is damaged (wrong checksum of train.bin), the corpus is tokenized again" in mended.stdout
+    assert cached.read_bytes() == content
+
+    about = json.loads((cached.parent / "about.json").read_text())  # as by another version of the tokenizer
+    content[10] ^= 1
+    cached.write_bytes(content)
+    sums = {**about["sha256"], "train.bin": hashlib.sha256(content).hexdigest()}
+    del about["checksum"]
+    about |= {"sha256": sums, "fingerprint": corpus._sum_of(sums)[:16]}
+    (cached.parent / "about.json").write_text(json.dumps({**about, "checksum": corpus._sum_of(about)}))
+    refused = workspace.run("train.py", "resume=latest", "train.max_steps=10", expect=2)
+    assert "was trained on other data (fingerprint " in refused.stderr
 
 
 @pytest.mark.parametrize(

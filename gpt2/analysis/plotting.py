@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from gpt2.tracking.tracker import read_metrics
+from gpt2.analysis.runs import RunResult
 
 BEST, FAINT = "#c8502d", "#9db4d0"
 
@@ -39,12 +39,9 @@ def picture(figure: Figure, kind: str = "png") -> bytes:
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Plot the training and validation loss of a run over tokens."""
-    records = read_metrics(metrics)
-    figure = new_figure()
+    run, figure = RunResult(metrics.parent), new_figure()
     axes = figure.subplots()
-    training, validation = (
-        [(r["tokens"], r[key]) for r in records if r.get(key) is not None] for key in ("train/loss", "val/loss")
-    )
+    training, validation = (run.curve(key, "tokens") for key in ("train/loss", "val/loss"))
     if training:
         axes.plot(*zip(*training, strict=True), color=FAINT, linewidth=1.2, label="training")
     if validation:

@@ -7,12 +7,15 @@ import json
 import logging
 import math
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gpt2.errors import DivergenceError
+from gpt2.errors import DivergenceError, UserError
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.signals import Interrupted
 
@@ -21,7 +24,8 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 Sample = tuple[int, str]  # step and text
 
-METRICS, ABOUT = "metrics.jsonl", "run.json"
+METRICS, SAMPLES, ABOUT = "metrics.jsonl", "samples.md", "run.json"
+KINDS = ("training records", "evaluations", "samples")  # of what is logged
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
 PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # of trials
 ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME))
@@ -97,6 +101,45 @@ class ExternalLogger:
         return None
 
 
+class LoggedSteps:
+    """The steps at which training records, evaluations and samples were logged, as ranges [first, last, interval].
+
+    A checkpoint stores them, so that a resumed run notices what its files have lost.
+    """
+
+    def __init__(self, saved: Any = None):
+        """`saved`: the `ranges` of an earlier one. Of anything else, which a file may hold, nothing is taken."""
+        self.ranges: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
+        with suppress(TypeError, ValueError, KeyError, OverflowError):
+            self.ranges = {kind: [[int(n) for n in (a, b, c)] for a, b, c in saved[kind]] for kind in KINDS}
+
+    def add(self, kind: str, step: int) -> None:
+        ranges = self.ranges[kind]
+        if ranges and ranges[-1][2] in (0, step - ranges[-1][1]):  # 0: a single step so far
+            ranges[-1][1:] = step, step - ranges[-1][1]
+        else:
+            ranges.append([step, step, 0])
+
+    def includes(self, kind: str, step: int) -> bool:
+        return any(step in steps for steps in self._steps(kind))
+
+    def missing_from(self, present: dict[str, set[int]]) -> str:
+        """The steps that are not present, in words; empty if there are none. Does not enumerate the ranges."""
+        parts = []
+        for kind in KINDS:
+            steps = self._steps(kind)
+            some = [str(n) for n in islice((n for part in steps for n in part if n not in present[kind]), 4)]
+            if len(some) == 4:
+                last = next(n for part in reversed(steps) for n in reversed(part) if n not in present[kind])
+                some[3] = f"... {last}"
+            if some:
+                parts.append(f"{kind} of steps {', '.join(some)}")
+        return "; ".join(parts)
+
+    def _steps(self, kind: str) -> list[range]:
+        return [range(first, last + 1, interval or 1) for first, last, interval in self.ranges[kind]]
+
+
 class Tracker:
     """Writes a run's records to its files and to an external logger; without both, nowhere.
 
@@ -112,24 +155,55 @@ class Tracker:
         self.external = external or ExternalLogger()
         self.about = about or {}
         self.samples: list[Sample] = []
+        self.logged = LoggedSteps()
         self.outcome: Ended | None = None  # None: determined by the exception that ends the context
 
     @property
     def path(self) -> Path | None:
         return self.folder and self.folder / METRICS
 
-    def rewind(self, step: int, evaluated_at: int) -> None:
-        """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them."""
-        if self.folder is None or self.path is None or not self.path.exists():
+    def rewind(self, step: int, evaluated_at: int, logged: LoggedSteps | None = None) -> None:
+        """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them.
+
+        Samples that only one of the two files has are kept. What else is missing of `logged`, which is what the
+        checkpoint knows, is reported.
+
+        Raises:
+            UserError: A file cannot be read or replaced.
+        """
+        if self.folder is None or self.path is None or not (self.path.exists() or logged):
             return
-        records = read_metrics(self.path)
+        try:
+            self._rewind(self.path, self.folder / SAMPLES, step, evaluated_at, logged or LoggedSteps())
+        except (IsADirectoryError, PermissionError) as error:
+            raise UserError(f"{error.filename}: {error.strerror}; a run writes this file") from error
+
+    def _rewind(self, path: Path, samples_file: Path, step: int, evaluated_at: int, logged: LoggedSteps) -> None:
+        records = read_metrics(path)
+        damaged = len(path.read_bytes().splitlines()) - len(records) if path.exists() else 0
+        if damaged > 1:  # a crash leaves one line unfinished
+            log.warning("%s: %s damaged lines are removed", path, damaged)
         remaining = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
-        self.samples = [(r["step"], r["sample"]) for r in remaining if "sample" in r]
-        lost = len(self.path.read_bytes().splitlines()) - len(records)
-        if lost > 1:  # a crash leaves one line unfinished
-            log.warning("%s: %s damaged lines are removed", self.path, lost)
-        _replace(self.path, "".join(json.dumps(record) + "\n" for record in remaining))
-        _replace(self.folder / "samples.md", "".join(_section(*sample) for sample in self.samples))
+        samples = {r["step"]: r["sample"] for r in remaining if isinstance(r.get("sample"), str)}
+
+        text = samples_file.read_bytes().decode(errors="replace") if samples_file.exists() else ""
+        known = {n: sample for n, sample in _samples_in(text).items() if logged.includes("samples", n)}
+        if not text.startswith("".join(_section(*sample) for sample in samples.items())):
+            restored = ", ".join(str(n) for n, sample in samples.items() if known.get(n) != sample)
+            log.warning("%s: restored from %s: samples of steps %s", samples_file, METRICS, restored)
+        samples = dict(sorted((known | samples).items()))
+        self.samples = list(samples.items())
+
+        self.logged = LoggedSteps()
+        for record in remaining:
+            self.logged.add(_kind(record), record["step"])
+        for n in samples:
+            self.logged.add("samples", n)
+        present = {kind: {r["step"] for r in remaining if _kind(r) == kind} for kind in KINDS} | {"samples": {*samples}}
+        if lost := logged.missing_from(present):
+            log.warning("%s or %s was changed; lost: %s. The run continues without them.", path, SAMPLES, lost)
+        _replace(path, "".join(json.dumps(record) + "\n" for record in remaining))
+        _replace(samples_file, "".join(_section(*sample) for sample in self.samples))
 
     def log(self, record: Record, sample: str | None = None) -> None:
         """Add one record, which has `step`, `tokens` and `seconds`; NaN and infinity become null.
@@ -138,10 +212,12 @@ class Tracker:
         """
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._append(METRICS, json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
+        self.logged.add(_kind(record), record["step"])
         self.external.log(finite)
         if sample is not None:
             self.samples.append((record["step"], sample))
-            self._append("samples.md", _section(*self.samples[-1]))
+            self.logged.add("samples", record["step"])
+            self._append(SAMPLES, _section(*self.samples[-1]))
             self.external.show_table("samples", ["step", "text"], [list(sample) for sample in self.samples])
 
     def flush(self) -> None:
@@ -188,8 +264,18 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _kind(record: Record) -> str:
+    return "evaluations" if "val/loss" in record else "training records"
+
+
 def _section(step: int, sample: str) -> str:
     return f"## Step {step:,}\n\n```\n{sample}\n```\n\n"
+
+
+def _samples_in(text: str) -> dict[int, str]:
+    """The samples by step of a text that consists of sections."""
+    sections = re.findall(r"^## Step ([\d,]+)\n\n```\n(.*?)\n```\n\n(?=## Step |\Z)", text, re.DOTALL | re.MULTILINE)
+    return {int(step.replace(",", "")): sample for step, sample in sections}
 
 
 def _replace(path: Path, text: str) -> None:

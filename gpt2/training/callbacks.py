@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, time_left
-from gpt2.tracking.tracker import Tracker
+from gpt2.tracking.tracker import LoggedSteps, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,9 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Plain entries that are added to the record of each checkpoint."""
         return {}
+
+    def load_state_dict(self, record: dict[str, Any]) -> None:
+        """Called with the record of the checkpoint that a run resumes from."""
 
 
 class ConsoleLog(Callback):
@@ -136,9 +139,11 @@ class TrackerLog(Callback):
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
+        self._logged: LoggedSteps | None = None  # by the checkpoint
 
     def on_train_start(self, trainer: Any) -> None:
-        self.tracker.rewind(trainer.progress.step, trainer.progress.evaluated_at)
+        self.tracker.rewind(trainer.progress.step, trainer.progress.evaluated_at, self._logged)
+        self._logged = None
 
     def on_log(self, trainer: Any, metrics: Metrics) -> None:
         record = {key: value for key, value in metrics.items() if key != "sample"}
@@ -148,7 +153,10 @@ class TrackerLog(Callback):
         self.tracker.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"wandb_id": self.tracker.external.id}
+        return {"wandb_id": self.tracker.external.id, "logged": self.tracker.logged.ranges}
+
+    def load_state_dict(self, record: dict[str, Any]) -> None:
+        self._logged = LoggedSteps(record.get("logged"))
 
 
 class Samples(Callback):

@@ -7,7 +7,7 @@ import pytest
 
 from gpt2.errors import DivergenceError, UserError
 from gpt2.runtime.signals import Interrupted
-from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_about, read_metrics
+from gpt2.tracking.tracker import KINDS, Ended, ExternalLogger, LoggedSteps, Tracker, read_about, read_metrics
 
 
 def record(step: int, **values: float) -> dict:
@@ -49,6 +49,55 @@ def test_rewind_removes_later_evaluation_with_sample(tmp_path):
     assert resumed.samples == [(2, "text 2")]
     resumed.log(record(4, **{"val/loss": 2.0}), sample="text 4")
     assert (tmp_path / "samples.md").read_text() == before
+
+
+def test_logged_steps_take_little_space_and_name_what_is_missing():
+    logged = LoggedSteps()
+    for step in (1, *range(10, 10_001, 10), *range(10_007, 20_000, 7)):
+        logged.add("training records", step)
+    assert logged.ranges["training records"] == [[1, 10, 9], [20, 10_000, 10], [10_007, 19_996, 7]]
+    assert LoggedSteps(json.loads(json.dumps(logged.ranges))).ranges == logged.ranges
+    here = {kind: set() for kind in KINDS}
+    assert logged.missing_from(here) == "training records of steps 1, 10, 20, ... 19996"
+    here["training records"] = {*range(20_000)} - {30, 19_989}
+    assert logged.missing_from(here) == "training records of steps 30, 19989"
+    here["training records"] -= {40, 50, 60}
+    assert logged.missing_from(here) == "training records of steps 30, 40, 50, ... 19989"
+    here["training records"] = {*range(20_000)}
+    assert logged.missing_from(here) == ""
+
+
+@pytest.mark.parametrize("value", [None, 5, "abc", [[1, 2]], [[1, 2, "x"]], [[1, 2, None]], [[1, float("inf"), 1]]])
+def test_nothing_is_taken_from_a_wrong_value(value):
+    for saved in (value, dict.fromkeys(KINDS, value), {"samples": []}):
+        assert LoggedSteps(saved).missing_from({kind: set() for kind in KINDS}) == ""
+
+
+def test_huge_ranges_are_not_enumerated():
+    saved = {"training records": [], "evaluations": [], "samples": [[1, 10**30, 1], [5, 1, 1], [1, 9, -1]]}
+    missing = LoggedSteps(saved).missing_from({kind: set() for kind in KINDS})
+    assert missing == f"samples of steps 1, 2, 3, ... {10**30}"
+
+
+def test_samples_of_either_file_are_kept(tmp_path):
+    tracker = Tracker(tmp_path)
+    for step in (1000, 2000, 3000):
+        tracker.log(record(step, **{"val/loss": 2.0}), sample=f"text {step}\r\n## Step 7\n\n```\n")
+    whole, path = (tmp_path / "samples.md").read_bytes(), tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[2])
+    parts = whole.split(b"## Step 2,000")
+    (tmp_path / "samples.md").write_bytes(b"## Step 2,000" + parts[1])
+    resumed = Tracker(tmp_path)
+    resumed.rewind(3000, 3000, tracker.logged)
+    assert [step for step, _ in resumed.samples] == [2000, 3000]
+    assert (tmp_path / "samples.md").read_bytes() == b"## Step 2,000" + parts[1]
+    later = Tracker(tmp_path)
+    logged = LoggedSteps(
+        {**resumed.logged.ranges, "samples": [[2000, 2000, 0]]}
+    )  # as a checkpoint of step 2,500 has it
+    later.rewind(2500, 2500, logged)
+    assert (tmp_path / "samples.md").read_bytes() == b"## Step 2,000" + parts[1].split(b"## Step 3,000")[0]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
