@@ -26,6 +26,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     """Train, and return the best validation loss, which a study minimises; `trial` if this is a trial of one."""
     # Imported here, so that --help and configuration errors do not wait for torch.
     from gpt2.analysis.plotting import draw_curves
+    from gpt2.checkpoint.format import check_memory
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
@@ -43,6 +44,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         init_distributed(config.distributed.timeout, config.train.device) as group,
     ):
         refuse_second_run(config, folder)
+        check_memory(config.model, "model")
         model = initial_model(config)  # before the data, whose preparation may take hours: the file may be damaged
         with group.local_main_first("data"):
             train_set, val_set, test_set, tokenizer = load_text_data(config.data)

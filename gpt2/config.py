@@ -307,5 +307,11 @@ class StudyPlan:
     lines: str = "variant"  # key whose values are the lines of the plot
 
 
+# Keys of a TrainRun that a file never decides: accounts, places, devices and workers of whoever runs it.
+OF_THE_USER = (
+    *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints"),
+    *("data.cache_dir", "data.preprocessing_num_workers", "train.device", "train.num_workers"),
+)
+
 Benchmark = GenerationBenchmark | TrainingBenchmark
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark

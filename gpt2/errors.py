@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Collection
 from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def machine_error(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
     return None
+
+
+def few(names: Collection[str], separator: str = ", ") -> str:
+    """The first three of some names, and how many more there are: a damaged file may have thousands."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return separator.join(list(names)[:3]) + more
 
 
 def one_line(error: BaseException) -> str:

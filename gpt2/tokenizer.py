@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,9 +186,16 @@ class GPT2Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> "GPT2Tokenizer":
-        """The tokenizer that `to_json` wrote."""
-        saved = json.loads(text)
-        return cls(saved["vocabulary"], [(left, right) for left, right in saved["merges"]])
+        """The tokenizer that `to_json` wrote.
+
+        Raises:
+            UserError: The text is another one.
+        """
+        try:
+            saved = json.loads(text)
+            return cls(saved["vocabulary"], [(left, right) for left, right in saved["merges"]])
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise UserError(f"tokenizer: not one that was saved by this program: {one_line(error)}") from error
 
     def to_json(self) -> str:
         """The tokenizer as a string, for checkpoints and caches."""

@@ -14,11 +14,12 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 
 from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.record import Progress, read_record
 from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
 from gpt2.distributed.parallel import build_strategy
 from gpt2.distributed.process_group import ProcessGroup
-from gpt2.errors import DivergenceError, UserError
+from gpt2.errors import DivergenceError, UserError, is_out_of_memory, one_line
 from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
@@ -30,9 +31,9 @@ from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training import state as states
 from gpt2.training.callbacks import Callback, ConsoleLog
 from gpt2.training.compile import Compiled, ComputePlan, choose_plan
-from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, gradient_norms, nonfinite_names
+from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, gradient_norms
 from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
-from gpt2.training.state import Progress, RunCheckpoints
+from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
 from gpt2.validation import validate, validate_distributed
 
@@ -94,7 +95,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self._use_plan(plan)
 
-        self.progress = Progress()
+        self.progress = Progress(step=0)
         self.throughput = Throughput()
         self.losses_since_log = MeanLoss(self.device)
         self.stop_reason: str | None = None
@@ -391,7 +392,7 @@ class Trainer:
         self.progress.seconds = self.throughput.seconds
         state = self.state_dict()
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        if names := nonfinite_names(tensors):
+        if names := checkpoint.nonfinite_names(tensors):
             raise DivergenceError(f"step {self.progress.step}: {names[0]} is not finite, not saved; {ADVICE}")
         record = {name: value for name, value in state.items() if name not in tensors} | self._description()
         record |= {"run": self.run, "tokenizer": self.tokenizer and self.tokenizer.to_json()}
@@ -410,7 +411,7 @@ class Trainer:
             UserError: The file is missing or damaged, or of a model of another shape or of other data.
         """
         path = Path(filepath)
-        saved = checkpoint.read_record(path)
+        saved = read_record(path)
         states.check_compatible(path, saved, self._description(), accept_other_data)
         plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
         if self.parallel.is_sharded:  # FSDP was set up with a precision
@@ -421,8 +422,17 @@ class Trainer:
         is_same_optimizer = saved["train"]["optimizer"] == self.config.optimizer
         if not is_same_optimizer:
             log.warning("train.optimizer differs from the checkpoint's: the optimizer starts without its state")
-        self.load_state_dict({**saved, **checkpoint.read_tensors(path)}, with_optimizer=is_same_optimizer)
+        tensors = checkpoint.read_tensors(path)
+        states.check_tensors(path, tensors, self.model)
+        try:
+            self.load_state_dict({**saved, **tensors}, with_optimizer=is_same_optimizer)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"checkpoint: {path} was not written by Trainer: {one_line(error)}") from error
         self.progress = states.restored_progress(saved, self._description())
+        if self.progress.position >= len(self.train_loader):
+            raise UserError(f"checkpoint: {path}: progress.position: an epoch has {len(self.train_loader)} batches")
         if self.progress.step >= self.config.warmup_steps:  # before, it rises anyway
             rate = learning_rate(self.progress.step, self.total_steps, self.config)
             states.log_raised_rate(self.progress.learning_rate, rate)

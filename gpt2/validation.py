@@ -6,9 +6,10 @@ before they import torch; the constructors of the Python API validate what they 
 
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from glob import glob
 from itertools import count
@@ -54,13 +55,14 @@ NOT_NEGATIVE = (0, inf, "a finite number of at least 0")
 PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
 FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
+MOST_WEIGHTS = 10**12  # of a model: 4 terabytes
 
 BOUNDS: dict[type, Bounds] = {
     GPT2Config: {
         **dict.fromkeys(
             ("vocab_size", "context_length", "d_model", "num_heads", "d_ff"), (1, 10**7, "between 1 and 10^7")
         ),
-        "num_layers": (1, 10**4, "between 1 and 10^4"),
+        "num_layers": (1, 1000, "between 1 and 1000"),
         **dict.fromkeys(("dropout", "attention_dropout", "residual_dropout"), PROBABILITY),
         **dict.fromkeys(("layer_norm_epsilon", "initializer_range"), POSITIVE),
     },
@@ -105,7 +107,7 @@ BOUNDS: dict[type, Bounds] = {
 def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Problems:
     """Problems of the numbers that are not within their bounds, both ends included. None (null) is always legal."""
     return [
-        f"{prefix}{key}: {values[key]} is not {wanted}"
+        f"{prefix}{key}: {reprlib.repr(values[key])} is not {wanted}"
         for key, (low, high, wanted) in bounds.items()
         if values[key] is not None and not (low <= values[key] <= high and values[key] < inf)
     ]
@@ -150,22 +152,58 @@ def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
     Raises:
         UserError: With all problems.
     """
-    hints, problems, converted = get_type_hints(type(config)), [], {}
-    for key, value in values.items():
-        if key not in hints:
-            problems.append(f"{key}: there is no such key; there are {', '.join(hints)}")
-            continue
-        try:
-            converted[key] = _as_type(value, hints[key])
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-    result = replace(config, **converted)
-    if problems := problems or validate(result):
+    result = from_plain(type(config), {**vars(config), **values})
+    if problems := validate(result):
         raise UserError(*problems)
     return result
 
 
+def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
+    """An instance of a dataclass from the plain values of a file, whose keys and types may be wrong. Ranges may be too.
+
+    A value that is missing is the default of its field; a dataclass inside must not be missing.
+
+    Raises:
+        UserError: With all problems.
+    """
+    problems: Problems = []
+    result = _instance(kind, values, prefix, problems)
+    if problems:
+        raise UserError(*problems)
+    return result
+
+
+def _instance(kind: type, values: Any, prefix: str, problems: Problems) -> Any:
+    """See `from_plain`; None if anything was added to `problems`."""
+    if not isinstance(values, dict):
+        problems.append(f"{prefix.rstrip('.')}: {brief(values)} is not a group of keys and values")
+        return None
+    hints, arguments = get_type_hints(kind), {}
+    unknown = [key for key in values if key not in hints]
+    problems += [f"{prefix}{key}: there is no such key; there are {', '.join(hints)}" for key in map(brief, unknown)]
+    for field in fields(kind):
+        key, options = field.name, _options(hints[field.name])
+        nested = next(filter(is_dataclass, options), None)
+        if key not in values:
+            if nested or field.default is field.default_factory is MISSING:
+                problems.append(f"{prefix}{key}: missing")
+        elif nested and not (values[key] is None and NoneType in options):
+            arguments[key] = _instance(nested, values[key], f"{prefix}{key}.", problems)  # type: ignore[arg-type]
+        else:
+            try:
+                arguments[key] = _as_type(values[key], hints[key])
+            except ValueError as error:
+                problems.append(f"{prefix}{key}: {error}")
+    return None if problems else kind(**arguments)
+
+
+def brief(value: Any) -> str:
+    """A value of a file in a message: short, in one line, and a name without quotes."""
+    return value if isinstance(value, str) and value.isidentifier() and len(value) < 30 else reprlib.repr(value)
+
+
 _IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+_IN_WORDS |= {list: "a list", dict: "a group of keys and values"}
 
 
 def _as_type(value: Any, hint: Any) -> Any:
@@ -175,15 +213,21 @@ def _as_type(value: Any, hint: Any) -> Any:
         ValueError: It has another type; the message says in words which one is expected.
     """
     for option in _options(hint):
-        if get_origin(option) is list and isinstance(value, list) and {*map(type, value)} <= {*get_args(option)}:
+        kind, inner = get_origin(option), get_args(option)
+        if option is Any or type(value) is option or value in _choices(option):
             return value
-        if type(value) is option or value in _choices(option):
-            return value
+        if kind is list and isinstance(value, list):
+            return [_as_type(item, inner[0]) for item in value]
+        if kind is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return {key: _as_type(item, inner[1]) for key, item in value.items()}
         if option is float and type(value) in (int, str):
-            with suppress(ValueError):
+            with suppress(ValueError, OverflowError):
                 return float(value)
-    words = (_IN_WORDS.get(option) or ", ".join(map(_shown, _choices(option))) or "a list" for option in _options(hint))
-    raise ValueError(f"{value!r} is not {' or '.join(words)}")
+    words = (
+        _IN_WORDS.get(option) or ", ".join(map(_shown, _choices(option))) or _IN_WORDS[get_origin(option)]
+        for option in _options(hint)
+    )
+    raise ValueError(f"{reprlib.repr(value)} is not {' or '.join(words)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +247,14 @@ def validate(config: Any, prefix: str = "") -> Problems:
 
 def _model(config: GPT2Config, prefix: str) -> Problems:
     width, heads = config.d_model, min(config.num_heads, config.d_model)
-    if out_of_bounds(vars(config), BOUNDS[GPT2Config], prefix) or width % config.num_heads == 0:
+    if out_of_bounds(vars(config), BOUNDS[GPT2Config], prefix):
+        return []
+    tables, block = (config.vocab_size + config.context_length) * width, width * (4 * width + 2 * config.d_ff)
+    if (weights := tables + config.num_layers * block) > MOST_WEIGHTS:
+        return [
+            f"{prefix}d_model: {width} makes a model of {weights:.0e} weights, at most {MOST_WEIGHTS:.0e} are allowed"
+        ]
+    if width % config.num_heads == 0:
         return []
     nearest = next(n for away in count() for n in (heads - away, heads + away) if n > 0 and width % n == 0)
     return [f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={width}, {nearest} would"]

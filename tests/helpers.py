@@ -1,7 +1,7 @@
 """Shared by tests: data beside the checkout, small models, their twins in `transformers`, and difficult texts."""
 
 import string
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.hugging_face import hf_layout, hf_name
 from gpt2.config import GPT2Config
 from gpt2.model import GPT2Model
@@ -112,6 +113,24 @@ def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer | None = None) -> Non
 def only_a_pickle(folder: Path) -> None:
     """Rename the weights of a folder to the name of a pickle."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def rewrite_record(path: Path, change: Callable[[dict], dict], tensors: dict[str, Tensor] | None = None) -> None:
+    """Change the record of a checkpoint, or some of its tensors, with valid checksums. Its other names keep the old."""
+    record, stored = checkpoint.read_record(path), checkpoint.read_tensors(path)
+    path.unlink()
+    checkpoint.write_checkpoint(path, {**stored, **(tensors or {})}, change(record))
+
+
+def with_value(record: dict, key: str, value: object) -> dict:
+    """A copy of a record with one value changed, by its dotted key; `...` removes it."""
+    first, _, rest = key.partition(".")
+    copy = {**record, first: with_value(record[first], rest, value) if rest else value}
+    return {name: value for name, value in copy.items() if value is not ...}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

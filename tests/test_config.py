@@ -65,6 +65,8 @@ BAD = [
     *(("model", name, 0) for name in ("vocab_size", "d_model", "num_heads", "num_layers", "d_ff")),
     *(("model", name, bad) for name in ("dropout", "attention_dropout", "residual_dropout") for bad in (-0.1, 1.0)),
     ("model", "layer_norm_epsilon", 0.0),
+    ("model", "num_layers", 1001),
+    ("model", "d_model", 1_200_000),  # a model of 7e13 weights
     ("model", "initializer_range", 0.0),
     ("model", "initializer_range", -0.02),
     ("model", "num_heads", 7),

@@ -220,7 +220,7 @@ def test_interrupted_run_matches_uninterrupted(workspace: Workspace):
 
 
 def test_resumed_run_may_be_longer_but_not_different(workspace: Workspace):
-    workspace.run("train.py", *TINY)
+    workspace.run("train.py", *TINY, r"sample_prompt='\${HOME}'")  # the text ${HOME}
     (run,) = workspace.runs()
     before = (run / ".hydra" / "overrides.yaml").read_text()
     refused = workspace.run("train.py", "resume=latest", "train.learning_rate=1", "model=gpt2", expect=2)
@@ -233,6 +233,7 @@ def test_resumed_run_may_be_longer_but_not_different(workspace: Workspace):
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl") if "val/loss" in r] == [4, 8, 12]
     assert (run / ".hydra" / "overrides.yaml").read_text() == before
     assert "Stopped after step 12" in workspace.run("train.py", "resume=latest").stdout  # longer stays longer
+    assert (run / "samples.md").read_text().count("${HOME}") == 3
 
 
 def test_existing_run_is_not_overwritten(workspace: Workspace):
@@ -254,9 +255,13 @@ def test_resume_rejects_other_data_and_fewer_steps(workspace: Workspace):
 
 @pytest.mark.parametrize(
     ("override", "complaint"),
-    [("train.device=cuda:9", "there is no cuda:9 here"), ("model.vocab_size=4096", "is not the tokenizer's 257")],
+    [
+        ("train.device=cuda:9", "there is no cuda:9 here"),
+        ("model.vocab_size=4096", "is not the tokenizer's 257"),
+        ("model.d_model=400000", "tokens takes 2,641 GB, this machine has"),
+    ],
 )
-def test_missing_device_and_wrong_vocabulary_are_rejected(workspace: Workspace, override, complaint):
+def test_missing_device_memory_and_wrong_vocabulary_are_rejected(workspace: Workspace, override, complaint):
     assert complaint in workspace.run("train.py", *TINY, override, expect=2).stderr
     assert workspace.runs() == []
 

@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from gpt2.config import GPT2Config
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.runtime.files import atomic_write, fsync
 
 if TYPE_CHECKING:
@@ -198,8 +199,7 @@ def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
 def _compare_sums(path: Path, sums: dict[str, str], stored: dict[str, StoredTensor]) -> None:
     damaged = [name for name, sha256 in sums.items() if sha256 != stored[name].sha256]
     if damaged:
-        names = ", ".join(damaged[:3]) + (f" and {len(damaged) - 3} more" if len(damaged) > 3 else "")
-        raise UserError(f"checkpoint: {path} is damaged: wrong checksum of {names}")
+        raise UserError(f"checkpoint: {path} is damaged: wrong checksum of {few(damaged)}")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -258,17 +258,48 @@ def _parse_json(text: bytes, file_size: int) -> Any:
 
 
 def shapes_of(config: GPT2Config) -> Shapes:
-    """The tensors of a model, without building one."""
+    """The tensors of a model, without building one: a model of one block is, because all blocks are alike."""
     import torch
 
     from gpt2.model import GPT2Model
 
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in GPT2Model(config).state_dict().items()}
+        weights = GPT2Model(replace(config, num_layers=1)).state_dict()
+    return {
+        name.replace("blocks.0.", f"blocks.{layer}."): tuple(tensor.shape)
+        for name, tensor in weights.items()
+        for layer in range(config.num_layers if name.startswith("blocks.") else 1)
+    }
+
+
+def check_memory(config: GPT2Config, key: str) -> None:
+    """Raise a UserError if the weights of a model, in fp32, are more than this machine has memory."""
+    needed = 4 * sum(prod(shape) for shape in shapes_of(config).values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"{key}: a model of {config.num_layers} layers, width {config.d_model} and {config.vocab_size:,} tokens "
+            f"takes {needed / 1e9:,.0f} GB, this machine has {memory / 1e9:,.0f} GB"
+        )
+
+
+def check_weights(source: str, tensors: "dict[str, Tensor]") -> None:
+    """Raise a UserError that names the tensors with NaN or infinity."""
+    if wrong := nonfinite_names(tensors):
+        raise UserError(f"{source}: NaN or infinity among the weights, in {few(wrong)}")
+
+
+def nonfinite_names(tensors: "dict[str, Tensor]") -> list[str]:
+    """The names of the tensors that contain NaN or infinity."""
+    from torch import inf
+    from torch.linalg import vector_norm
+
+    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    return [name for name, tensor in floats.items() if not vector_norm(tensor, inf).isfinite()]
 
 
 def check_tensor_shapes(source: str, actual: Shapes, expected: Shapes) -> None:
-    """Raise a UserError that names every tensor that is missing, unexpected or has the wrong shape."""
+    """Raise a UserError that counts the tensors that are missing, unexpected or misshapen, and names three of each."""
     common = sorted(actual.keys() & expected.keys())
     kinds = {
         "missing": sorted(expected.keys() - actual.keys()),
@@ -276,5 +307,5 @@ def check_tensor_shapes(source: str, actual: Shapes, expected: Shapes) -> None:
         "misshapen": [f"{n} {actual[n]} instead of {expected[n]}" for n in common if actual[n] != expected[n]],
     }
     if any(kinds.values()):
-        problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        problems = "; ".join(f"{len(names):,} {kind}: {few(names)}" for kind, names in kinds.items() if names)
         raise UserError(f"{source}: the tensors do not fit the GPT-2 that it describes: {problems}")

@@ -6,14 +6,15 @@ It holds the numbers of `GPT2Model` under other names, and the weights of linear
 
 import json
 import re
+import reprlib
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.checkpoint.format import check_tensor_shapes, save_tensors, shapes_of
+from gpt2.checkpoint.format import check_memory, check_tensor_shapes, check_weights, save_tensors, shapes_of
 from gpt2.config import GPT2Config
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.validation import replace_checked
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_JSON_BYTES = 4 * 2**20
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # patterns
 
 # Names of ours -> names of `transformers`.
@@ -94,30 +96,30 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     stored = _read_json(folder / CONFIG, source)
     checked = {key: stored.get(key) for key in _REQUIRED if key in stored or key == "model_type"}
     if wrong := [
-        f"{key} is {value!r}, not {_REQUIRED[key][0]!r}"
+        f"{key} is {reprlib.repr(value)}, not {_REQUIRED[key][0]!r}"
         for key, value in checked.items()
         if value not in _REQUIRED[key]
     ]:
         raise UserError(f"{source}: its {CONFIG} does not describe OpenAI's GPT-2: {'; '.join(wrong)}")
 
     values = {ours: stored[theirs] for ours, theirs in _FIELDS.items() if theirs in stored}
-    has_d_ff = values.get("d_ff") is not None
-    if not has_d_ff:
-        values.pop("d_ff", None)
+    width = values.get("d_model", GPT2Config.d_model)
+    if values.get("d_ff") is None:
+        values["d_ff"] = 4 * width if isinstance(width, int) else GPT2Config.d_ff  # the default of transformers
     try:
-        config = replace_checked(GPT2Config(), values)
+        return replace_checked(GPT2Config(), values)
     except UserError as error:
-        raise UserError(f"{source}: its {CONFIG} describes no valid model: {'; '.join(error.problems)}") from error
-    return config if has_d_ff else replace(config, d_ff=4 * config.d_model)  # the default of transformers
+        raise UserError(f"{source}: its {CONFIG} describes no valid model: {few(error.problems, '; ')}") from error
 
 
 def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Tensor]":
     """The weights in fp32, by the names of `GPT2Model`.
 
     Raises:
-        UserError: A file is damaged; tensors are missing, unexpected or misshapen (all are named); or the output
-            layer is not tied to the token embedding.
+        UserError: The model does not fit into memory; a file is damaged; tensors are missing, unexpected or misshapen,
+            or not finite; or the output layer is not tied to the token embedding.
     """
+    check_memory(config, source)
     shapes = shapes_of(replace(config, use_bias=True))
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
@@ -130,7 +132,8 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
             raise UserError(f"{source}: its weights are stored as {', '.join(sorted(wrong))}, not as plain floats")
 
         tensors = {name: hf_layout(name, stored[hf_name(name)][:].float()) for name in shapes}
-        if head and not head[:].float().nan_to_num().equal(tensors["token_embedding.weight"].nan_to_num()):
+        check_weights(source, {hf_name(name): tensor for name, tensor in tensors.items()})
+        if head and not head[:].float().equal(tensors["token_embedding.weight"]):
             raise UserError(f"{source}: its lm_head differs from its token embedding; in GPT-2 they are one tensor")
     return tensors if config.use_bias else _without_biases(tensors, config, source)
 
@@ -139,7 +142,7 @@ def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: st
     """Drop the zero biases with which `write_folder` exports a model that has none."""
     biases = tensors.keys() - shapes_of(config).keys()
     if nonzero := sorted(name for name in biases if tensors[name].any()):
-        raise UserError(f"{source}: its {CONFIG} says use_bias=false, but these are not zero: {', '.join(nonzero)}")
+        raise UserError(f"{source}: its {CONFIG} says use_bias=false, but these are not zero: {few(nonzero)}")
     return {name: tensor for name, tensor in tensors.items() if name not in biases}
 
 
@@ -178,7 +181,7 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
             raise UserError(f"{source}: the weight_map of its {INDEX} names no files")
         names = sorted(set(weight_map.values()))
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
-            raise UserError(f"{source}: files named in {INDEX} are missing: {', '.join(missing)}")
+            raise UserError(f"{source}: files named in {INDEX} are missing: {few(missing)}")
         return [folder / name for name in names]
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise UserError(
@@ -190,6 +193,8 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
 
 def _read_json(path: Path, source: str) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:  # parsed, it may take 20 times its size in memory
+            raise ValueError(f"more than {MAX_JSON_BYTES / 2**20:.0f} MiB")
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot read its {path.name}: {error}") from error

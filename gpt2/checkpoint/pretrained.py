@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import hugging_face, run_folder
+from gpt2.checkpoint.record import read_record
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_folder
 from gpt2.runtime.hub import OPENAI, hub_folder, is_on_hub
 from gpt2.tokenizer import TOKENIZER_FILES, GPT2Tokenizer
-from gpt2.validation import replace_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,23 +123,26 @@ class CheckpointModel(TrainedModel):
 
     def __init__(self, path: Path):
         self.path = path
-        record = checkpoint.read_record(path)
-        try:
-            config = replace_checked(GPT2Config(), record["model"])
-            record["run"], record["progress"]["step"], record["tokenizer"]  # used later without a check
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"checkpoint: {path} was not written by Trainer: {error}") from error
-        super().__init__(str(path), config, record)
+        record = read_record(path)
+        super().__init__(str(path), GPT2Config(**record["model"]), record)
         self.saved_tokenizer: str | None = record["tokenizer"]
 
     def read_tokenizer(self) -> GPT2Tokenizer | None:
-        return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
+        if self.saved_tokenizer is None:
+            return None
+        try:
+            return GPT2Tokenizer.from_json(self.saved_tokenizer)
+        except UserError as error:
+            raise UserError(f"checkpoint: {self.path}: {error}") from error
 
     def tensors(self) -> "dict[str, Tensor]":
+        checkpoint.check_memory(self.config, self.source)
         tensors = checkpoint.read_tensors(self.path, "model/")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         checkpoint.check_tensor_shapes(self.source, shapes, checkpoint.shapes_of(self.config))
-        return {name: tensor.float() for name, tensor in tensors.items()}
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        checkpoint.check_weights(self.source, tensors)
+        return tensors
 
 
 class HuggingFaceModel(TrainedModel):
@@ -306,7 +309,7 @@ def _training(record: dict[str, Any]) -> str:
             "validation loss": loss,
             "started from": train.get("init_from") or "random weights",
             **{name: train[name] for name in settings},
-            "PyTorch": record["versions"]["torch"],
+            "PyTorch": record["versions"].get("torch"),
         }
     )
 

@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.record import Progress, check_progress
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_write, fsync, temporary_name
@@ -89,12 +89,12 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         if any(path.exists() and path.samefile(other) for other in damaged if other.exists()):
             continue
         try:
-            record = checkpoint.verify(path, prefix)
+            progress = check_progress(path, checkpoint.verify(path, prefix))
         except UserError as error:
             damaged.append(path)
             problems += error.problems
             continue
-        if problem := _wrong_name(path, record):
+        if problem := _wrong_name(path, progress):
             problems.append(problem)
             continue
         for problem in problems:
@@ -107,14 +107,13 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
     return None
 
 
-def _wrong_name(path: Path, record: dict[str, Any]) -> str | None:
+def _wrong_name(path: Path, progress: Progress) -> str | None:
     """Why an intact checkpoint does not belong under its name; None if it does."""
-    progress = record.get("progress") or {}
-    step, number = progress.get("step"), step_of(path)
-    if number is not None and number != step:
-        return f"checkpoint: {path} is not that of step {number}, but of step {step}"
-    is_best = progress.get("evaluated_at") == step and progress.get("val_loss") == progress.get("best_val_loss")
-    if path.name == BEST and progress.get("evaluated_at") and not is_best:
+    number = step_of(path)
+    if number is not None and number != progress.step:
+        return f"checkpoint: {path} is not that of step {number}, but of step {progress.step}"
+    is_best = progress.evaluated_at == progress.step and progress.val_loss == progress.best_val_loss
+    if path.name == BEST and progress.evaluated_at and not is_best:
         return f"checkpoint: {path} is not the best checkpoint of its run"
     return None
 

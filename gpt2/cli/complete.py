@@ -2,23 +2,36 @@
 
 From a checkpoint come the model's shape, its tokenizer, sampling options and data, or the whole configuration of a run
 to resume. They replace defaults, never what the command line sets.
+
+Whoever wrote a checkpoint may be a stranger. Its values are plain data: no text of a file becomes part of a
+configuration that OmegaConf resolves, where `${oc.env:NAME}` would read the environment. And it decides only what
+`SAVED` lists: accounts, places, devices and workers are those of the person at the keyboard.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import TrainedModel, finetuning_config, open_model, open_tokenizer
+from gpt2.checkpoint.record import read_record
 from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, composition_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
-from gpt2.config import WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
+from gpt2.config import OF_THE_USER, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
 from gpt2.validation import validate
+
+log = logging.getLogger("gpt2")
+
+Values = dict[str, Any]  # plain values of a file by key
+
+# What the configuration in a checkpoint may decide, except for the keys OF_THE_USER.
+SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
+SAVED_KEYS = ("name", "profile", "sample_prompt", "started_with", "choices")
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
 CHANGEABLE = WITHOUT_EFFECT | {
@@ -36,11 +49,17 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     try:
         plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
         composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
-        composed = COMPLETIONS[name](composed, overrides)
+        values = COMPLETIONS[name](composed, overrides)
+        for key, value in values.items():
+            if isinstance(value, int | float):  # interpolations of the command line may refer to it
+                OmegaConf.update(composed, key, value)
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise UserError(composition_error(error)) from error
     assert isinstance(config, Run)
+    for key, value in values.items():
+        group, _, field = key.rpartition(".")
+        setattr(getattr(config, group) if group else config, field, value)
     if isinstance(config, TrainRun) and config.resume is None:
         config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
     if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
@@ -50,64 +69,64 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     return config
 
 
-def with_group_of(saved: dict[str, Any], group: str, composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """Take a group from a saved configuration, except for keys that the command line sets.
-
-    If the command line chooses a file of the group, the saved one is ignored.
-    """
-    if group in keys_of(overrides):
-        return composed
-    result = merged(OmegaConf.get_type(composed), composed, {group: saved[group]})  # type: ignore[arg-type]
-    for override in parsed(overrides):
-        if override.key_or_group.startswith(f"{group}."):
-            OmegaConf.update(result, override.key_or_group, override.value())
-    return result
+def saved_values(run: Mapping[str, Any]) -> Values:
+    """What the configuration of a run, read from a file, may decide."""
+    values = {f"{group}.{key}": value for group in SAVED_GROUPS for key, value in run[group].items()}
+    values |= {key: run[key] for key in SAVED_KEYS}
+    return {key: value for key, value in values.items() if key not in OF_THE_USER}
 
 
-def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) -> DictConfig:
+def saved_group(trained: TrainedModel, group: str, keys: set[str]) -> Values:
+    """The same of one group, if the command line chooses no file of that group, without the keys that it sets."""
+    if not trained.run or group in keys:
+        return {}
+    values = saved_values(trained.run)
+    return {key: value for key, value in values.items() if key.startswith(f"{group}.") and key not in keys}
+
+
+def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) -> Values:
     """Sampling options of the run that trained the model."""
     trained = open_model(composed.checkpoint)
-    composed.checkpoint = trained.source
-    if not trained.run:
-        return composed
-    sampling = {key: value for key, value in trained.run["inference"].items() if key not in WHEN_LOADED}
-    return with_group_of({"inference": sampling}, "inference", composed, overrides)
+    values = saved_group(trained, "inference", {*keys_of(overrides), *(f"inference.{key}" for key in WHEN_LOADED)})
+    return {**values, "checkpoint": trained.source}
 
 
-def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> DictConfig:
+def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> Values:
     """Data and tokenizer of the run that trained the model, and windows as long as its blocks."""
-    trained = open_model(composed.checkpoint)
-    composed.checkpoint = trained.source
-    run = trained.run
-    if run:
-        composed = with_group_of(run, "data", composed, overrides)
-    keys, context = keys_of(overrides), trained.config.context_length
-    problems = use_tokenizer_of(trained, "checkpoint", composed, keys)
-    if "data.max_length" not in keys:
-        composed.data.max_length = run["data"]["max_length"] if run else context
-    elif composed.data.max_length > context:
+    trained, keys = open_model(composed.checkpoint), keys_of(overrides)
+    values = {**saved_group(trained, "data", keys), "checkpoint": trained.source}
+    context, problems = trained.config.context_length, []
+    try:
+        values["data.tokenizer"] = tokenizer_name(trained, "checkpoint", composed, keys)
+    except UserError as error:
+        problems += error.problems
+    if "data.max_length" in keys:
+        length = composed.data.max_length
+    else:
+        length = values["data.max_length"] = trained.run["data"]["max_length"] if trained.run else context
+    if length > context:
         problems.append(
-            f"data.max_length: windows of {composed.data.max_length} tokens do not fit into the context of "
+            f"data.max_length: windows of {length} tokens do not fit into the context of "
             f"checkpoint={trained.source}, {context}"
         )
     if problems:
         raise UserError(*problems)
-    return composed
+    return values
 
 
-def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> DictConfig:
+def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Values:
     """The configuration of the run to resume, or the shape and tokenizer of the model in `train.init_from`."""
     if composed.resume is not None:
         path = resumed_checkpoint(composed.resume)
         if path is not None:
-            return with_configuration_of_run(path, composed, overrides)
+            return configuration_of_run(path, composed, overrides)
         if not composed.train.auto_resume:
             raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it")
-        composed.resume = None  # it ended before its first checkpoint: start from the beginning
+    values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
-        return composed
+        return values
     trained = open_model(composed.train.init_from, "train.init_from")
-    keys = keys_of(overrides)
+    keys, problems = keys_of(overrides), []
     chosen = {key.removeprefix("model.") for key in keys}
     chosen |= {key for key in vars(GPT2Config()) if OmegaConf.is_interpolation(composed.model, key)}
     for override in parsed(overrides):
@@ -115,46 +134,49 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Di
             chosen |= set(map(str, OmegaConf.load(CONF / "model" / f"{override.value()}.yaml")))
     requested = OmegaConf.to_object(composed.model)
     assert isinstance(requested, GPT2Config)
-    problems = use_tokenizer_of(trained, "train.init_from", composed, keys)
     try:
-        composed.model = finetuning_config(trained, requested, chosen)
+        values["data.tokenizer"] = tokenizer_name(trained, "train.init_from", composed, keys)
+    except UserError as error:
+        problems += error.problems
+    try:
+        shape = finetuning_config(trained, requested, chosen)
+        values |= {f"model.{key}": value for key, value in vars(shape).items()}
     except UserError as error:
         problems += error.problems
     if problems:
         raise UserError(*problems)
-    composed.train.init_from = trained.source
-    return composed
+    return {**values, "train.init_from": trained.source}
 
 
-def use_tokenizer_of(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> list[str]:
-    """Set `data.tokenizer` to that of a trained model, whose token ids mean nothing under another tokenizer.
+def tokenizer_name(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> str:
+    """The `data.tokenizer` of a trained model, whose token ids mean nothing under another tokenizer.
 
-    Returns the problems: the command line sets another tokenizer, the model has none, or it has fewer tokens.
+    Raises:
+        UserError: The command line sets another tokenizer, the model has none, or it has fewer tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
     if "data.vocab_size" in keys:
-        return [f"data.vocab_size: only a newly trained tokenizer has it, and {model} has its own tokenizer"]
+        raise UserError(f"data.vocab_size: only a newly trained tokenizer has it, and {model} has its own tokenizer")
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()
         except UserError as error:
-            return [f"data.tokenizer: {error}; name the tokenizer that it was trained with"]
-        composed.data.tokenizer = trained.source if trained.tokenizer else "gpt2"  # the result of `tokenizer_for_text`
+            raise UserError(f"data.tokenizer: {error}; name the tokenizer that it was trained with") from error
+        wanted = trained.source if trained.tokenizer else "gpt2"  # the result of `tokenizer_for_text`
     elif wanted == "train":
-        return [
+        raise UserError(
             f"data.tokenizer: {model} does not know the tokens of a new tokenizer; leave it out to use the model's own"
-        ]
+        )
     else:
-        try:
-            tokenizer = open_tokenizer(wanted)
-        except UserError as error:
-            return error.problems
+        tokenizer = open_tokenizer(wanted)
         if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
-            return [f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use that one"]
+            raise UserError(f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use that one")
     if tokenizer.ids_in_use > trained.config.vocab_size:
         known = trained.config.vocab_size
-        return [f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"]
-    return []
+        raise UserError(
+            f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"
+        )
+    return str(wanted)
 
 
 def resumed_checkpoint(resume: str) -> Path | None:
@@ -167,33 +189,57 @@ def resumed_checkpoint(resume: str) -> Path | None:
     return folder and run_folder.first_intact(run_folder.newest_first(folder))
 
 
-def with_configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> DictConfig:
+def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> Values:
     """The configuration that a run was started with, and the changes to it that the command line may make."""
-    record = checkpoint.read_record(path)
-    saved, done = record["run"], record["progress"]["step"]
-    if saved is None:
+    record = read_record(path)
+    if record["run"] is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to resume with")
-    result = merged(TrainRun, saved)
-    result.resume_changes = False
+    values, done = saved_values(record["run"]), record["progress"]["step"]
+    requested = requested_changes(composed, overrides, set(values["started_with"]))
     problems: list[str] = []
-    requested = requested_changes(composed, overrides, set(saved["started_with"]))
     for key, new in requested.items():
-        old = OmegaConf.select(result, key)
-        if key in CHANGEABLE or (new != old and composed.resume_changes):
-            OmegaConf.update(result, key, new)
+        old = values.get(key, new)  # it has none that are OF_THE_USER
+        if new != old and (key in CHANGEABLE or composed.resume_changes):
+            values[key] = new
         elif new != old:
             problems.append(f"{key}: {new} was requested, but the run has {old}; resume_changes=true allows the change")
-    if result.train.max_steps is not None and result.train.max_steps < done:
-        problems.append(f"train.max_steps: the run has made {done} steps already, more than {result.train.max_steps}")
+    limit = values["train.max_steps"]
+    if limit is not None and limit < done:
+        problems.append(f"train.max_steps: the run has made {done} steps already, more than {limit}")
     if problems:
         raise UserError(*problems)
-    result.resume, result.study = str(path), composed.study
-    if result.data.tokenizer not in ("train", "bytes") and "data.tokenizer" not in requested:
-        result.data.tokenizer = str(path)  # its folder may be gone, the checkpoint holds a copy
-    return result
+    if values["data.tokenizer"] not in ("train", "bytes") and "data.tokenizer" not in requested:
+        values["data.tokenizer"] = str(path)  # its folder may be gone, the checkpoint holds a copy
+    return {**values, **settings_of_user(record["run"], composed, requested), "resume": str(path)}
 
 
-def requested_changes(composed: DictConfig, overrides: list[str], known: set[str]) -> dict[str, Any]:
+def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Values) -> Values:
+    """The settings OF_THE_USER with which a run is resumed, where they are not the command line's; notes the others.
+
+    A checkpoint may keep W&B from being contacted, but not have it contacted.
+    """
+    values: Values = {"resume_changes": requested.get("resume_changes", False)}
+    if composed.train.auto_resume:  # which repeats the whole command line
+        return values
+    if run["wandb"]["mode"] in ("off", "offline") and "wandb.mode" not in requested:
+        values["wandb.mode"] = run["wandb"]["mode"]
+    saved = {f"{group}.{key}": value for group in ("wandb", "data", "train") for key, value in run[group].items()}
+    unused = [
+        key
+        for key in OF_THE_USER
+        if not key.endswith("workers")  # which change nothing but the speed
+        and key not in requested
+        and saved[key] != values.get(key, OmegaConf.select(composed, key))
+    ]
+    if unused:
+        log.info(
+            f"Note    not taken from the checkpoint: {', '.join(unused)}. A file decides no account, place or device; "
+            f"repeat them on the command line"
+        )
+    return values
+
+
+def requested_changes(composed: DictConfig, overrides: list[str], known: set[str]) -> Values:
     """The values that a command line requests, key by key, including those of the groups and presets that it chooses.
 
     An argument that the run was started with (`known`) requests nothing, unless its key is in CHANGEABLE: an earlier
@@ -201,7 +247,7 @@ def requested_changes(composed: DictConfig, overrides: list[str], known: set[str
     and requests nothing.
     """
     wanted, default = leaves(composed), leaves(compose_defaults("train"))
-    requested: dict[str, Any] = {}
+    requested: Values = {}
     for override in parsed(overrides):
         key = override.key_or_group
         may_differ = key in CHANGEABLE and not composed.train.auto_resume
@@ -216,9 +262,9 @@ def requested_changes(composed: DictConfig, overrides: list[str], known: set[str
     return requested
 
 
-COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], DictConfig]] = {
+COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], Values]] = {
     "train": fill_from_checkpoint_train,
     "evaluate": fill_from_checkpoint_evaluate,
     "generate": fill_from_checkpoint_generate,
-    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda composed, _: composed),
+    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda *_: {}),
 }

@@ -82,6 +82,13 @@ def parsed(overrides: list[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(overrides)
 
 
+def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
+    """The overrides in Hydra's node, as they were given: reading them from the node would resolve interpolations."""
+    plain = OmegaConf.to_container(hydra_node.overrides)
+    assert isinstance(plain, dict)
+    return plain[kind]
+
+
 def merged(schema: type, *layers: Any) -> DictConfig:
     """Merge layers into a schema's defaults. OmegaConf checks each key and type."""
     return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
@@ -92,13 +99,27 @@ def as_argument(key: str, value: Any) -> str:
     return shlex.quote(f"{key}={in_hydras_grammar(value)}")
 
 
+def escaped(value: Any) -> Any:
+    """A plain value whose texts OmegaConf and Hydra read as they are: `${` begins no interpolation in them."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Plain values as a file that OmegaConf and Hydra read back unchanged."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(values)))
+
+
 def in_hydras_grammar(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(in_hydras_grammar, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
     is_plain = re.fullmatch(r"[\w./:-]+", value)
-    return value if is_plain else QuotedString(value, Quote.double).with_quotes()
+    return value if is_plain else QuotedString(escaped(value), Quote.double).with_quotes()
 
 
 def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -123,7 +144,11 @@ def title(overrides: list[str], longest: int = 100) -> str:
     Keys without effect on the result and long values are left out.
     """
     words: dict[str, str] = {}  # if a key is repeated, the last one counts
-    for override in parsed(overrides):
+    try:
+        arguments = parsed(overrides)
+    except HydraException:  # they are those of a checkpoint, in which may be anything
+        return ""
+    for override in arguments:
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
         if key in WITHOUT_EFFECT or key.startswith("hydra.") or key == "wandb":
             continue

@@ -19,6 +19,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from gpt2.cli.compose import escaped
 from gpt2.errors import ResourceError
 from gpt2.runtime.console import ConsoleHandler
 from gpt2.runtime.signals import Interrupted
@@ -132,7 +133,7 @@ def resumable_job(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]
         requeue_on_both_signals()
     if composed.study.trial is not None or not composed.train.auto_resume:
         return run
-    composed.resume = job.runtime.output_dir
+    composed.resume = escaped(job.runtime.output_dir)
     return partial(_run_until_requeued, run) if uses_submitit(job.launcher) else run
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
-from gpt2.config import TrainRun
+from gpt2.config import OF_THE_USER, TrainRun
 from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError, is_out_of_memory, machine_error
 from gpt2.evaluate import perplexity
 from gpt2.model import GPT2Model
@@ -95,7 +95,7 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
         log.info(f"  W&B: {where}")
     if trainer.interrupted_by:
         same = "the same command line, or  " if config.train.auto_resume else ""
-        log.info(f"\nResume with:  {same}{resume_command(folder)}")
+        log.info(f"\nResume with:  {same}{resume_command(folder, config)}")
     else:
         prompt = config.sample_prompt or "The"
         quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)
@@ -104,8 +104,15 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
         log.info(f"\nNow try:  python generate.py prompt={quoted}{checkpoint}")
 
 
-def resume_command(folder: Path) -> str:
-    return f"{dist_env().command()} train.py {as_argument('resume', os.path.relpath(folder))}"
+def resume_command(folder: Path, config: TrainRun) -> str:
+    """What resumes a run, with the settings that no checkpoint decides."""
+    words, usual = [as_argument("resume", os.path.relpath(folder))], TrainRun()
+    for key in OF_THE_USER:
+        group, _, name = key.partition(".")
+        value = getattr(getattr(config, group), name)
+        if value != getattr(getattr(usual, group), name):
+            words.append(as_argument(key, value))
+    return f"{dist_env().command()} train.py {' '.join(words)}"
 
 
 @contextmanager
@@ -114,7 +121,7 @@ def failures_with_advice(config: TrainRun, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explained = explain_failure(error, config, folder, resume_command(folder))
+        explained = explain_failure(error, config, folder, resume_command(folder, config))
         if explained is None:
             raise
         raise explained from error

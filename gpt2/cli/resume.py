@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gpt2.checkpoint.format import read_record
+from gpt2.checkpoint.record import read_record
 from gpt2.cli.complete import resumed_checkpoint
-from gpt2.cli.compose import compose, in_hydras_grammar, parsed
+from gpt2.cli.compose import compose, escaped, in_hydras_grammar, parsed
 from gpt2.cli.launchers import requeues, uses_submitit
 from gpt2.config import StudyConfig, TrainRun
 from gpt2.errors import UserError
@@ -33,9 +33,9 @@ class RunFolder:
 
     def apply(self, composed: DictConfig) -> None:
         """Put the folder into a configuration that is composed with its `hydra` node."""
-        composed.hydra.run.dir = self.path
+        composed.hydra.run.dir = escaped(self.path)
         if "resume" in composed:
-            composed.resume = self.resume
+            composed.resume = escaped(self.resume)
         if not self.is_new:
             composed.hydra.output_subdir = None
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose, parsed
+from gpt2.cli.compose import CONF, compose, overrides_of, parsed, to_yaml
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job
@@ -96,7 +96,7 @@ def run_task(task: Task, config: Run) -> Any:
         if config.train.init_from is not None:  # whose shape replaces that of the group `model`
             config.choices["model"] = Path(config.train.init_from).name
     if job.output_subdir is not None:
-        OmegaConf.save(OmegaConf.structured(config), output_folder() / job.output_subdir / "config.yaml")
+        (output_folder() / job.output_subdir / "config.yaml").write_text(to_yaml(asdict(config)), encoding="utf-8")
     return task(config)
 
 
@@ -146,7 +146,7 @@ def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[Dic
         folder.apply(composed)
         if not folder.is_new:  # locked before the checkpoint to resume from is chosen
             lock.enter_context(run_lock(Path(folder.path)))
-        config = resolve(name, composed, list(composed.hydra.overrides.task))
+        config = resolve(name, composed, overrides_of(composed.hydra))
     except UserError as error:
         share(error.exit_code)
         raise
@@ -170,7 +170,7 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
         sys.exit(shared)
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)
-    return composed, folder, resolve(name, composed, list(composed.hydra.overrides.task))
+    return composed, folder, resolve(name, composed, overrides_of(composed.hydra))
 
 
 class EarlyLog(logging.Handler):
@@ -268,7 +268,7 @@ def report_failure(error: Exception, swept: set[str]) -> UserError:
         bug = f"{type(error).__name__}: {one_line(error)}; the traceback is in {file}"
         problem = ResourceError(machine_error(error) or bug)
     log.error("error: %s", problem, extra={"in_file_only": True}, exc_info=None if problem is error else error)
-    print_problems(named(problem, job.job.num, job.overrides.task, swept))
+    print_problems(named(problem, job.job.num, overrides_of(job), swept))
     if not isinstance(error, RunLockedError):  # the folder is another process's
         with suppress(OSError):
             record_failure(output_folder(), problem)
@@ -278,7 +278,7 @@ def report_failure(error: Exception, swept: set[str]) -> UserError:
 def run_locked(task: Task, composed: DictConfig) -> Any:
     """Complete, validate and run a job, as the only process that writes to its folder."""
     with run_lock(output_folder()):
-        return run_task(task, resolve("train", composed, list(HydraConfig.get().overrides.task)))
+        return run_task(task, resolve("train", composed, overrides_of(HydraConfig.get())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,19 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of
-from gpt2.cli.compose import CONF, WITHOUT_EFFECT, as_argument, compose, composition_error, leaves, parsed, preset
+from gpt2.cli.compose import (
+    CONF,
+    WITHOUT_EFFECT,
+    as_argument,
+    compose,
+    composition_error,
+    escaped,
+    leaves,
+    overrides_of,
+    parsed,
+    preset,
+    to_yaml,
+)
 from gpt2.cli.launchers import log_submissions
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
@@ -206,7 +218,7 @@ class StudySweeper(Sweeper):
         """`setup` reads the settings from the whole configuration."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        overrides = parsed([*config.hydra.overrides.hydra, *config.hydra.overrides.task])
+        overrides = parsed([*overrides_of(config.hydra, "hydra"), *overrides_of(config.hydra)])
         sweeper = study_sweeper([str(o.input_line) for o in overrides if not o.is_sweep_override()])
         assert sweeper is not None
         self.sweeper, self.folder = sweeper, Path(config.hydra.sweep.dir)
@@ -343,22 +355,25 @@ class StudySweeper(Sweeper):
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
         choices, values = preset(overrides, without={"hparams_search", "wandb"})
-        searched = {key: value for key, value in best.params.items() if "." in key}
-        file = OmegaConf.create({"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]})
+        searched = {key: value for key, value in leaves(compose("train", overrides)).items() if key in best.params}
+        file: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]}
         for key, value in {**searched, **values, "name": name}.items():
-            if not key.startswith("wandb."):
-                OmegaConf.update(file, key, value)
+            group, _, field = key.rpartition(".")
+            if group != "wandb":
+                (file.setdefault(group, {}) if group else file)[field] = value
         command = f"python train.py +{name}=best"
         comment = f"# Trial {best.number} of the study {name}: validation loss {best.value:.4f}\n# {command}\n"
         with atomic_write(self.folder / "best.yaml") as output:
-            output.write(f"# @package _global_\n\n{comment}{OmegaConf.to_yaml(file)}".encode())
+            output.write(f"# @package _global_\n\n{comment}{to_yaml(file)}".encode())
         is_found = self.folder.absolute() == Path("outputs/sweeps", name).absolute()  # on Hydra's search path
         return command if is_found else f"{command}, with best.yaml in outputs/sweeps/{name}/"
 
 
 def hide_storage(config: DictConfig) -> None:
     """Remove the storage from what Hydra gives to jobs and writes to their folders: its URL may contain a password."""
-    overrides = [text for text in config.hydra.overrides.hydra if not text.lstrip("+").startswith(f"{KEY}storage")]
+    overrides = [
+        text for text in overrides_of(config.hydra, "hydra") if not text.lstrip("+").startswith(f"{KEY}storage")
+    ]
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweeper.storage = None
         config.hydra.overrides.hydra = [*overrides, f"{KEY}storage=null"]
@@ -407,7 +422,7 @@ def run_trial(composed: DictConfig, run: "Callable[[RunningTrial], float | None]
             deadline=context["deadline"],
             ends_with_parent=not is_sweeper,
         )
-        composed.resume, composed.train.auto_resume = job.runtime.output_dir, True
+        composed.resume, composed.train.auto_resume = escaped(job.runtime.output_dir), True
         outcome = trial.run(lambda: run(trial))
     if outcome.reason:
         text = f"{outcome.ending.run_state}: {outcome.reason}\n{outcome.traceback or ''}"

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult, flat
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, in_hydras_grammar
+from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, escaped, in_hydras_grammar
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError, one_line
@@ -79,7 +79,8 @@ def read_plan(folder: Path) -> StudyPlan:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig) or not loaded:
             raise UserError(f"{path}: expected `key: value` lines, such as variants: [a, b]")
-        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyPlan), loaded))
+        plain = escaped(OmegaConf.to_container(loaded))  # a plan is data: it refers to nothing
+        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyPlan), plain))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {composition_error(error)}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:

@@ -31,12 +31,6 @@ def gradient_norms(model: nn.Module) -> Tensor:
     return torch.stack(torch._foreach_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None]))
 
 
-def nonfinite_names(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of the tensors that contain NaN or infinity."""
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
-    return [name for name, tensor in floats.items() if not torch.linalg.vector_norm(tensor, float("inf")).isfinite()]
-
-
 class MeanLoss:
     """The mean of losses that stay on the device; a loss that is not finite does not count, its step was skipped."""
 

@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
+from gpt2.checkpoint.record import Progress
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError
 from gpt2.runtime.files import remove_unfinished
@@ -17,38 +19,8 @@ from gpt2.runtime.rng import RandomState
 log = logging.getLogger(__name__)
 
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
+LIKE_WEIGHTS = ("exp_avg/", "exp_avg_sq/", "momentum_buffer/")  # state of AdamW and Muon with the shape of the weight
 SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # fixed by weights
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0  # optimizer updates
-    epoch: int = 0
-    position: int = 0  # batches of this epoch that were trained on
-    tokens: int = 0  # predicted
-    seconds: float = 0.0  # in `train`, over all resumptions
-    evaluated_at: int = 0  # step of the newest evaluation
-    val_loss: float | None = None
-    best_val_loss: float | None = None
-    best_at: int = 0  # step of that evaluation; of equal ones the first
-    learning_rate: float = 0.0  # of the newest step
-
-    def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
-        """Count a step. The end of an epoch is stored as position 0 of the next one."""
-        self.step += 1
-        self.tokens += tokens
-        self.position += batches
-        if self.position >= batches_per_epoch:
-            self.epoch, self.position = self.epoch + 1, 0
-
-    def is_best(self) -> bool:
-        """Whether this step was evaluated and is the best so far."""
-        return self.step == self.best_at > 0
-
-    def same_but_time(self, other: "Progress | None") -> bool:
-        return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,6 +76,21 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
             f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
             f"resume_changes=true continues with the new data"
         )
+
+
+def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Check the tensors of a checkpoint, by the names of `Trainer.state_dict`, before they are loaded.
+
+    Raises:
+        UserError: Weights or optimizer state have other shapes than the model, or a number is not finite.
+    """
+    source = f"checkpoint: {path}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    checkpoint.check_tensor_shapes(source, without_prefix("model/", stored), shapes)
+    moments = {name: s for name, s in without_prefix("optimizer/", stored).items() if name.startswith(LIKE_WEIGHTS)}
+    checkpoint.check_tensor_shapes(source, moments, {name: shapes.get(name.partition("/")[2], ()) for name in moments})
+    checkpoint.check_weights(source, dict(tensors))
 
 
 def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The format of `transformers`: reading what it writes, and writing what it reads."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from torch.testing import assert_close
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.hugging_face import WEIGHT_FILES
 from gpt2.checkpoint.pretrained import export, model_card, open_model
-from gpt2.config import DataConfig, GPT2Config
+from gpt2.config import DataConfig, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
+from gpt2.model import GPT2Model
 from gpt2.runtime.rng import versions
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, SHARED
-from tests.helpers import CORPUS, noisy_model, only_a_pickle, tiny_config, transformers_twin
+from tests.helpers import CORPUS, noisy_model, only_a_pickle, rewrite_record, tiny_config, transformers_twin, with_value
 
 
 def rewrite(folder: Path, change) -> None:
@@ -198,6 +200,14 @@ def a_scalar_head(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": torch.tensor(1.0)}))
 
 
+def a_nan(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["transformer.h.1.mlp.c_fc.weight"][0].fill_(torch.nan))
+
+
+def an_infinity(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors["transformer.wte.weight"].neg_().div_(0))
+
+
 def a_tensor_twice(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"] + 1}))
 
@@ -206,6 +216,10 @@ REFUSED = [
     (an_index({"weight_map": ["a"]}), "the weight_map of its model.safetensors.index.json names no files"),
     (an_index({"weight_map": {"a": 1}}), "names no files"),
     (an_index({}), "names no files"),
+    (a_nan, "NaN or infinity among the weights, in h.1.mlp.c_fc.weight$"),
+    (an_infinity, "NaN or infinity among the weights, in wte.weight$"),
+    (lambda folder: describe(folder, n_layer=900), r"10,776 missing: h.10.attn.c_attn.bias, \S+, \S+ and 10,773 more$"),
+    (lambda folder: (folder / "config.json").write_text(f"[{'[],' * 2**21}0]"), "config.json: more than 4 MiB"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
     (a_tensor_twice, "holds wte.weight a second time"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
@@ -219,6 +233,11 @@ REFUSED = [
             ({"n_layer": 2.5}, "num_layers: "),
             ({"n_layer": None}, "num_layers: "),
             ({"n_layer": 10**9}, "num_layers: "),
+            ({"n_layer": 3000}, "num_layers: 3000 is not between 1 and 1000$"),
+            ({"n_embd": 10**7, "n_inner": None}, "d_ff: 40000000 is not between 1 and 10"),
+            ({"n_embd": 10**6, "n_head": 1, "n_inner": None}, "d_model: 1000000 makes a model of 2e[+]13 weights"),
+            ({"n_embd": 10**400}, "d_model: .{,60} is not between 1 and .{,60}$"),
+            ({"vocab_size": [[]] * 10**5}, "vocab_size: .{,60} is not a whole number$"),
             ({"n_head": 4.0}, "num_heads: "),
             ({"n_positions": None}, "context_length: "),
             ({"vocab_size": 10**30}, "vocab_size: "),
@@ -240,6 +259,21 @@ REFUSED = [
     (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
     (lambda folder: describe(folder, use_bias=False), "says use_bias=false, but"),
 ]
+
+
+def test_large_model_is_refused_before_it_is_built_or_read(folder, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda _: 100)  # 10 kB of memory
+    with pytest.raises(UserError, match=r"a model of 2 layers, width 16 and 257 tokens takes 0 GB, this machine has"):
+        open_model(str(folder)).build()
+
+
+def test_no_model_is_built_to_compare_shapes(folder, monkeypatch):
+    describe(folder, n_layer=900)
+    built: list[int] = []
+    monkeypatch.setattr(GPT2Model, "_initialize", lambda model: built.append(len(model.blocks)))
+    with pytest.raises(UserError, match="10,776 missing"):
+        open_model(str(folder)).build()
+    assert set(built) == {1}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +303,7 @@ def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) ->
     """A checkpoint as `Trainer` writes it, of an untrained model. Returns its weights."""
     tensors = noisy_model(config, std=0.05).state_dict()
     progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5, "evaluated_at": 6}
-    train = {"batch_size": 4, "accumulation_steps": 1, "learning_rate": 1e-3, "weight_decay": 0.1, "seed": 1}
+    train = vars(TrainingConfig(batch_size=4))
     record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
     about = {**record, "data": None, "progress": progress, "scaler": {}, "versions": versions()}
     checkpoint.write_checkpoint(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
@@ -415,22 +449,17 @@ def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
     assert open_model(str(folder.parent / "out")).tokenizer is None
 
 
-def record_of(path: Path, change) -> None:
-    """Change the record of a checkpoint."""
-    checkpoint.write_checkpoint(path, checkpoint.read_tensors(path), change(checkpoint.read_record(path)))
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda record: {}, "was not written by Trainer: 'model'"),
-        (lambda record: {**record, "model": {"depth": 3}}, "was not written by Trainer: depth: there is no such key"),
-        (lambda record: {**record, "model": {**record["model"], "num_layers": 3}}, "missing: blocks.2.attention.out"),
-        (lambda record: {**record, "model": {**record["model"], "num_layers": 1}}, "unexpected: blocks.1.attention"),
+        (lambda record: {}, "was not written by Trainer: model: missing; train: missing; progress: missing and 3 more"),
+        (lambda record: with_value(record, "model.depth", 3), "not written by Trainer: model.depth: there is no such"),
+        (lambda record: with_value(record, "model.num_layers", 3), r"12 missing: blocks.2.(\S+ ){3}and 9 more$"),
+        (lambda record: with_value(record, "model.num_layers", 1), r"12 unexpected: blocks.1.(\S+ ){3}and 9 more$"),
     ],
 )
 def test_checkpoint_with_another_record_is_refused(tmp_path, change, complaint):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    record_of(tmp_path / "a.pth", change)
+    rewrite_record(tmp_path / "a.pth", change)
     with pytest.raises(UserError, match=complaint):
         open_model(str(tmp_path / "a.pth")).build()

@@ -4,12 +4,13 @@ import re
 import shlex
 import subprocess
 import sys
+from random import Random
 
 import pytest
 from omegaconf import OmegaConf
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, as_argument, compose, leaves, parsed, title
+from gpt2.cli.compose import CONF, as_argument, compose, escaped, leaves, title, to_yaml
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, validate_command_line
@@ -207,11 +208,20 @@ def in_trained(trained: Workspace, monkeypatch) -> None:
     monkeypatch.chdir(trained.folder)
 
 
-@pytest.mark.parametrize("value", ["outputs/runs/a/1", "it's (2), x=y", 'C:\\odd "name"'])
+@pytest.mark.parametrize(
+    "value", ["outputs/runs/a/1", "it's (2), x=y", 'C:\\odd "name"', "${HOME}", "\\${a} \\\\${", "${oc.env:HOME}\\"]
+)
 def test_printed_arguments_are_quoted_for_shell_and_hydra(value):
     (argument,) = shlex.split(as_argument("resume", value))
-    (override,) = parsed([argument])
-    assert override.value() == value
+    assert compose("train", [argument]).resume == value
+
+
+def test_texts_of_files_are_read_back_as_they_are():
+    random = Random(1)
+    texts = ["".join(random.choices("$$${{{}\\\\\\a:.'\" \n", k=random.randint(1, 12))) for _ in range(500)]
+    nested = {"texts": [*texts, "${oc.env:HOME}", "1e-3", "null", "2 # x"], "inner": {"text": "${x}"}, "number": 1.5}
+    assert OmegaConf.to_container(OmegaConf.create(escaped(nested)), resolve=True) == nested
+    assert OmegaConf.to_container(OmegaConf.create(to_yaml(nested)), resolve=True) == nested
 
 
 def test_generate_without_a_checkpoint_names_the_quickstart(workspace):

@@ -53,6 +53,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     (folder / "corpus.txt").write_text(TEXT)
     workspace = Workspace(folder)
     workspace.command_line = [*STUDY, *PRUNING, "wandb=offline", f"hydra.sweeper.storage='{STORAGE}'"]
+    workspace.command_line.append(r"sample_prompt='\${HOME} x'")  # the text ${HOME} x
     workspace.output = workspace.run("train.py", *workspace.command_line).stdout
     workspace.study = study_in(folder, storage=STORAGE.replace("///", f"///{folder}/"))
     workspace.sweep = folder / "outputs" / "sweeps" / "mine"
@@ -138,6 +139,7 @@ def test_best_trial_runs_again_as_a_preset(studied, monkeypatch):
     assert "# python train.py +mine=best\n" in (studied.sweep / "best.yaml").read_text()
     saved = OmegaConf.load(studied.sweep / str(best.number) / ".hydra" / "config.yaml")
     config = resolve("train", compose("train", ["+mine=best"]), ["+mine=best"])
+    assert config.sample_prompt == saved.sample_prompt == "${HOME} x"
     for group in ("model", "train", "data"):
         expected = {key: value for key, value in saved[group].items() if key != "auto_resume"}
         assert {key: getattr(getattr(config, group), key) for key in expected} == expected

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2.cli.compose import ROOT
+from gpt2.cli.compose import ROOT, compose
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, read_plan
@@ -146,6 +146,13 @@ def test_runs_of_an_earlier_plan_are_refused(tmp_path, monkeypatch):
     make_run(run.folder, **{"train.max_steps": 9})
     with pytest.raises(UserError, match=r"was started with train.max_steps=9, the study now has 8"):
         RecordedStudy(folder)
+
+
+def test_plan_is_data(tmp_path):
+    plan = read_plan(write_study(tmp_path, PLAN.replace("[1e-3, 3e-3]", "['${oc.env:HOME}', '${x}']")))
+    assert plan.sweep == {"train.learning_rate": ["${oc.env:HOME}", "${x}"]}
+    arguments = PlannedRun("tiny", "narrow", {"sample_prompt": "${oc.env:HOME}"}).overrides[1:]
+    assert compose("train", arguments).sample_prompt == "${oc.env:HOME}"
 
 
 def test_numbers_in_scientific_notation(tmp_path):

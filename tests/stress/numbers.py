@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.format import nonfinite_names
 from gpt2.tracking.tracker import read_metrics
-from gpt2.training.nonfinite import nonfinite_names
 from tests.stress.table import Row, complain
 from tests.stress.warm import SMALL, Place
 

@@ -11,10 +11,11 @@ import torch
 import tests.test_train as training
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
+from gpt2.checkpoint.format import nonfinite_names
 from gpt2.config import TrainingConfig
 from gpt2.errors import DivergenceError
 from gpt2.tracking.tracker import Tracker, read_metrics
-from gpt2.training.nonfinite import NonFiniteGuard, gradient_norms, nonfinite_names
+from gpt2.training.nonfinite import NonFiniteGuard, gradient_norms
 from gpt2.training.optimizer import build_optimizer, optimizer_tensors
 from tests import fault_injection
 from tests.helpers import noisy_model, tiny_config

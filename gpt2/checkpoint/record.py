@@ -1,0 +1,110 @@
+"""The record of a checkpoint that `Trainer` wrote: what it must hold, and of which types.
+
+The checksums of a checkpoint say that it is whole, not that it is honest: whoever wrote it may have written anything.
+Its values are checked here once, for everybody who reads them, and they stay plain data.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gpt2.checkpoint import format as checkpoint
+from gpt2.config import GPT2Config, TrainingConfig, TrainRun
+from gpt2.errors import UserError, few
+from gpt2.validation import NOT_NEGATIVE, SEED, from_plain, out_of_bounds, validate
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int  # optimizer updates
+    epoch: int = 0
+    position: int = 0  # batches of this epoch that were trained on
+    tokens: int = 0  # predicted
+    seconds: float = 0.0  # in `train`, over all resumptions
+    evaluated_at: int = 0  # step of the newest evaluation
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    best_at: int = 0  # step of that evaluation; of equal ones the first
+    learning_rate: float = 0.0  # of the newest step
+
+    def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
+        """Count a step. The end of an epoch is stored as position 0 of the next one."""
+        self.step += 1
+        self.tokens += tokens
+        self.position += batches
+        if self.position >= batches_per_epoch:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def is_best(self) -> bool:
+        """Whether this step was evaluated and is the best so far."""
+        return self.step == self.best_at > 0
+
+    def same_but_time(self, other: "Progress | None") -> bool:
+        return other is not None and replace(self, seconds=0.0) == replace(other, seconds=0.0)
+
+
+BOUNDS = {
+    **dict.fromkeys(("step", "epoch", "position", "tokens", "evaluated_at", "best_at"), SEED),
+    **dict.fromkeys(("seconds", "val_loss", "best_val_loss", "learning_rate"), NOT_NEGATIVE),
+}
+
+
+@dataclass
+class Record:
+    """The entries that are read, with their types. Callbacks may add others."""
+
+    model: GPT2Config
+    train: TrainingConfig
+    progress: Progress
+    run: TrainRun | None  # null: not trained by train.py
+    tokenizer: str | None  # as `GPT2Tokenizer.to_json` writes it
+    versions: dict[str, str | None]
+    data: Any = None  # fingerprint
+    machine: dict[str, str | int | bool | None] = field(default_factory=dict)
+    scaler: dict[str, int | float] = field(default_factory=dict)
+    steps_left_out: dict[str, int] = field(default_factory=dict)
+    wandb_id: str | None = None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a checkpoint, with values of the types that `Record` says.
+
+    Raises:
+        UserError: The file cannot be read or is damaged, or a value has another type; all such values are named.
+    """
+    return check_record(path, checkpoint.read_record(path))
+
+
+def check_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """See `read_record`."""
+    with wrong_values(path):
+        known = {key: value for key, value in record.items() if key in Record.__dataclass_fields__}
+        checked: Record = from_plain(Record, known)
+        if problems := validate(checked.model, "model."):
+            raise UserError(*problems)
+    return {**record, **asdict(checked), "progress": asdict(check_progress(path, record))}
+
+
+def check_progress(path: Path, record: dict[str, Any]) -> Progress:
+    """The progress in a record, which alone decides whether a checkpoint belongs under its name."""
+    with wrong_values(path):
+        values = record.get("progress")
+        if isinstance(values, dict):
+            values = {"step": 0} | {key: value for key, value in values.items() if key in BOUNDS}
+        progress: Progress = from_plain(Progress, values, "progress.")
+        if problems := out_of_bounds(vars(progress), BOUNDS, "progress."):
+            raise UserError(*problems)
+    return progress
+
+
+@contextmanager
+def wrong_values(path: Path) -> Iterator[None]:
+    """Name the file of a record with wrong values, in one line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"checkpoint: {path} was not written by Trainer: {few(error.problems, '; ')}") from error
