@@ -1,11 +1,12 @@
-"""Exceptions that a user may see as one line, and what recognizes a full disk or memory among other exceptions."""
+"""Exceptions that a user may see as one line, what recognizes a full disk or memory, and stars for credentials."""
 
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 
 class UserError(Exception):
@@ -14,8 +15,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+        self.problems = list(map(without_password, problems))
+        super().__init__("\n".join(self.problems))
 
 
 class ResourceError(UserError):
@@ -61,26 +62,76 @@ def few(names: Collection[str], separator: str = ", ") -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one line, or the name of its type if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's message in one line and without passwords, or the name of its type if it has none."""
+    return without_password(" ".join(str(error).split())) or type(error).__name__
 
 
 def is_full_disk(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT, EFBIG)
 
 
+def _as_written(character: str) -> str:
+    """A pattern for a character of a URL, which may be escaped as in JSON or in the query of another URL."""
+    return rf"(?:\\?{character}|%(?:25)*{ord(character):02X})"
+
+
+_COLON, _SLASH, _AT = map(_as_written, ":/@")
+# Up to the last @ before a space, since a password may contain @, / and :. One slash, since pathlib drops the second.
+_IN_URL = re.compile(
+    rf"(?<!\S)(?>(\S*?(?:(?<!sqlite)(?<!journal)(?<!file){_COLON}{_SLASH}|(?<![:/]){_SLASH}{_SLASH}){_SLASH}*))(\S+){_AT}",
+    re.IGNORECASE,
+)
+_WITHOUT_SCHEME = re.compile(
+    rf"(?<!\S)(?>(\S*?)(?<![\w:/@.+-])[\w.+-]++{_COLON}(?=[^\s/:@'\"]))\S+{_AT}(?=[\w\[])", re.IGNORECASE
+)
+_OF_DATABASE = re.compile(r"(postgres|mysql|mariadb|redis)[\w+]*:/+$", re.IGNORECASE)
+_NAMED = re.compile(
+    r"""((?:passw(?:or)?d|\bpwd|\bpass|passphrase|secret|token|api[_-]?key|access[_-]?key|signature|\bsig|\bauth)"""
+    r"""(?:\s*=\s*|%(?:25)*3D|['"]\s*:\s*)|(?:\bauthorization['"]?\s*:\s*['"]?(?:basic|bearer)?|\bbearer)\s+)"""
+    r"""('[^']*'|"[^"]*"|[^&\s'"]+)""",
+    re.IGNORECASE,
+)
+
+
 def without_password(text: str, url: str | None = None) -> str:
-    """A text with the passwords of URLs replaced by stars, and every occurrence of the password of `url`."""
-    password = re.search(r"://[^/@:]*:(.+)@", url or "")
-    if password and password[1]:
-        text = text.replace(password[1], "***")
-    text = re.sub(r"(://[^/@:\s]*:)[^\s]*@", r"\1***@", text)
-    return re.sub(r"([?&]password=)[^&\s'\"]+", r"\1***", text)
+    """A text with stars for the credentials in it, in any form into which libraries rewrite them.
+
+    These are users and passwords in URLs (the user of a database remains), values of keys such as `token`, and what is
+    known to be secret, wherever it occurs: tokens and passwords in environment variables, and the password of `url`.
+    """
+    for secret in {*_secrets_of_environment(), *_passwords_of(url or "")}:
+        text = text.replace(secret, "***")
+    text = _IN_URL.sub(_starred, text)
+    return _NAMED.sub(r"\1***", _WITHOUT_SCHEME.sub(r"\1***@", text))
+
+
+def _starred(match: re.Match[str]) -> str:
+    start, credentials = match.groups()
+    user, colon, _ = credentials.partition(":")
+    if credentials == "USER:PASSWORD":  # of a message that says how a URL is written
+        return match[0]
+    if not _OF_DATABASE.search(start):
+        return f"{start}***@"
+    return f"{start}{user}:***@" if colon else match[0]
+
+
+def _secrets_of_environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if name.upper().endswith(("TOKEN", "KEY", "PASSWORD", "SECRET")) and len(value) >= 8:
+            yield value
+        if "://" in value or name.upper().endswith("_PROXY"):  # which may lack the scheme
+            yield from (password for password in _passwords_of(value) if len(password) >= 4)
+
+
+def _passwords_of(url: str) -> set[str]:
+    """The password of a URL as it is written there, and with and without percent-encoding."""
+    match = re.search(r"(?:://|^(?![\w+.-]+://))[^/@:\s]*:(.+)@", url)
+    return {match[1], unquote(match[1]), quote(match[1], safe="")} if match else set()
 
 
 def without_secrets(text: str) -> str:
-    """A text with the parts of URLs that may be secret replaced by stars: user, password, values of the query."""
-    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
+    """The same also without users of databases and values in queries of URLs, for what is uploaded."""
+    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", without_password(text))
     return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
 
 

@@ -11,6 +11,7 @@ from gpt2.cli.compose import ROOT
 from gpt2.cli.script import errors_as_lines, script
 from gpt2.config import ExportRun
 from gpt2.errors import UserError
+from gpt2.runtime.console import protect_output
 from gpt2.runtime.signals import exit_on_signals
 
 COMMANDS = {
@@ -118,6 +119,7 @@ def study() -> None:
 
 
 def main() -> None:
+    protect_output()
     name = take_subcommand("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
         export()

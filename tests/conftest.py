@@ -2,11 +2,14 @@
 
 import atexit
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import tty
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -105,6 +108,22 @@ class Workspace:
         """Start a script, or `-m` and a module, and do not wait for it."""
         place = script if script == "-m" else str(ROOT / script)
         return warm.Process([place, *arguments], self.folder, self.environment, **options)
+
+    def on_terminal(self, *command: str, expect: int = 0) -> str:
+        """Run a script, or `-m` and a module, on a terminal. Returns all that it sent there, to the byte."""
+        master, slave = pty.openpty()
+        tty.setraw(slave)
+        place, *arguments = command if command[0] == "-m" else (str(ROOT / command[0]), *command[1:])
+        environment = {**self.environment, "TERM": "xterm", "COLUMNS": "200"}
+        process = warm.Process([place, *arguments], self.folder, environment, terminal=slave)
+        os.close(slave)
+        sent = b""
+        with suppress(OSError):  # that is how Linux says that no process has the terminal any more
+            while data := os.read(master, 2**16):
+                sent += data
+        os.close(master)
+        assert process.wait(600) == expect, sent
+        return sent.decode()
 
     def module(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run `python -m` here, to any end."""

@@ -16,7 +16,7 @@ from pathlib import Path
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
 # With any other difference a process is started by itself.
 READ_LATER = {
-    *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT"),
+    *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
 OF_LIBRARIES_NOT_IMPORTED = ("HF_", "WANDB_", "HUGGING", "PYTEST_")
@@ -54,7 +54,9 @@ class Process:
         environment: dict[str, str],
         start_new_session: bool = False,
         errors_in_output: bool = False,
+        terminal: int | None = None,
     ):
+        """`terminal` is the file descriptor of a terminal that the script is to have as all its streams."""
         at_start = tuple(
             (name, value)
             for name, value in sorted(environment.items())
@@ -63,11 +65,12 @@ class Process:
         self.args, self.returncode = arguments, None
         self._files = [Path(os.devnull).open(), tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
         streams = [*self._files[:2], self._files[1]] if errors_in_output else self._files
+        numbers = [file.fileno() for file in streams] if terminal is None else [terminal] * 3
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(server((*at_start, ("HOME", os.environ.get("HOME", "/")))))
         message = json.dumps([arguments, str(folder), environment, start_new_session]).encode()
         assert len(message) < 2**16  # it is read in one go
-        socket.send_fds(self._connection, [message], [file.fileno() for file in streams])
+        socket.send_fds(self._connection, [message], numbers)
         self._told = self._connection.makefile()
         self.pid = int(self._told.readline())
 

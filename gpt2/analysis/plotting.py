@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from gpt2.analysis.runs import RunResult
+from gpt2.runtime.console import printable
 
 BEST, FAINT = "#c8502d", "#9db4d0"
 
@@ -26,8 +27,11 @@ def plain(axes: Axes, **labels: Any) -> None:
 
 
 def as_label(text: str) -> str:
-    """Escape a text for matplotlib, which sets text between dollars as formulas and hides labels that begin with _."""
-    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+    """Escape a text for matplotlib, which sets text between dollars as formulas and hides labels that begin with _.
+
+    Without control characters, which no font has, and which make an SVG file invalid.
+    """
+    return ("\u200b" if text.startswith("_") else "") + printable(text).replace("$", r"\$")
 
 
 def picture(figure: Figure, kind: str = "png") -> bytes:

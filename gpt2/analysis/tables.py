@@ -18,6 +18,7 @@ def numeric_columns(rows: list[list[str]]) -> list[bool]:
 
 def as_text(rows: list[list[str]]) -> str:
     """Aligned text: numbers right, text left."""
+    rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = [">" if numeric else "<" for numeric in numeric_columns(rows)]
     lines = (

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,8 @@ from gpt2.cli.resume import RunFolder, folder_of_run, sweep_arguments
 from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
-from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line, without_password
+from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line
+from gpt2.runtime.console import printable, protect_output
 from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, run_lock
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
@@ -53,9 +53,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
         def main() -> None:
             exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
-            for stream in (sys.stdout, sys.stderr):  # print a question mark where the terminal lacks a character
-                if isinstance(stream, TextIOWrapper):
-                    stream.reconfigure(errors="replace")
+            protect_output()
             options = parse_arguments(arguments)
             with errors_as_lines():
                 silence_unless_main()
@@ -247,6 +245,7 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
     Returns:
         Its loss, or the UserError that ended it: the other runs continue.
     """
+    protect_output()  # the launcher may have started this process
     run = resumable_job(composed, partial(run_locked, task, composed))
     if composed.study.trial is not None:
         return run_trial(composed, lambda trial: run_locked(partial(task, trial=trial), composed))
@@ -311,15 +310,15 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def print_problems(error: UserError) -> None:
-    """Print one line for each problem, without passwords; under torchrun with the rank, and into torchrun's report."""
+    """Print one line for each problem; under torchrun with the rank, and into torchrun's report."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    lines = [f"{rank}{without_password(problem)}" for problem in error.problems]
+    lines = [f"{rank}{problem}" for problem in error.problems]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
     if type(error) is LostRankError:  # a consequence; torchrun's report shall show the cause
         return
     try:  # torchrun's report shows the traceback, and this one is short
-        raise UserError(*lines) from None
+        raise UserError(*map(printable, lines)) from None
     except UserError as short:
         report_to_torchrun(short)
 

@@ -1,22 +1,87 @@
-"""Terminal output: log lines, and a progress line if standard output is a terminal."""
+"""Terminal output: text without control characters, log lines, and a progress line where output is a terminal."""
 
 import logging
 import math
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 
-from gpt2.errors import is_full_disk
+from gpt2.errors import is_full_disk, without_password
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of the log about a long task
+
+# What a terminal may obey instead of showing it: control characters except tab and newline, marks that change the
+# direction of text or end a line, and halves of characters, which stand for bytes that are not UTF-8.
+UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+MOVES_OF_TQDM = re.compile(r"\r|(\n|\x1b\[A)*")
+
+
+def printable(text: str) -> str:
+    """A text with U+FFFD in place of each character that a terminal may obey."""
+    return UNSAFE.sub("\ufffd", text)
+
+
+class TerminalText:
+    """A text stream that writes only what is `printable`.
+
+    Texts of models, names and files come from anyone. Progress bars are the only output with escape sequences: rich
+    writes to `unfiltered`, and those of tqdm, which libraries use, are recognized by their module.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.unfiltered = stream
+
+    def write(self, text: str) -> int:
+        is_bar = sys._getframe(1).f_globals.get("__name__") == "tqdm.utils"
+        start = match.end() if is_bar and (match := MOVES_OF_TQDM.match(text)) else 0
+        self.unfiltered.write(text[:start] + printable(text[start:]))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unfiltered, name)
+
+
+class LogRecord(logging.LogRecord):
+    """A log record, of any library, without passwords."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = without_password(logging.Formatter().formatException(self.exc_info))
+
+    def getMessage(self) -> str:
+        return without_password(super().getMessage())
+
+
+def print_exception(*error: Any) -> None:
+    """Print a traceback without passwords."""
+    sys.stderr.write(without_password("".join(traceback.format_exception(*error))))
+
+
+def protect_output() -> None:
+    """For scripts: no passwords in log lines and tracebacks, and no control characters on a terminal.
+
+    Where a stream lacks a character, it prints a question mark.
+    """
+    logging.setLogRecordFactory(LogRecord)
+    sys.excepthook = print_exception
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+            if stream.isatty():
+                setattr(sys, name, TerminalText(stream))
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -67,6 +132,22 @@ def is_terminal() -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
+class LiveProgress(Progress):
+    """A display of rich on standard output, if that is a terminal.
+
+    Meanwhile rich prints what others print, above the display. It would obey colours in it.
+    """
+
+    def __init__(self, *columns: ProgressColumn):
+        console = Console(file=getattr(sys.stdout, "unfiltered", sys.stdout))
+        super().__init__(*columns, console=console, transient=True, disable=not is_terminal())
+
+    def start(self) -> None:
+        super().start()
+        if not self.disable:
+            sys.stdout, sys.stderr = TerminalText(sys.stdout), TerminalText(sys.stderr)
+
+
 @contextmanager
 def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
     """Show the progress of a long task: on a terminal continuously, otherwise as a log line every ten seconds.
@@ -76,8 +157,7 @@ def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
     """
     started = last_line = time.perf_counter()
     done = 0
-    columns = (SpinnerColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, transient=True, disable=not is_terminal()) as progress:
+    with LiveProgress(SpinnerColumn(), TextColumn("{task.description}", markup=False)) as progress:
         task = progress.add_task(description, total=None)
 
         def advance(so_far: int, of: int | None = None) -> None:
@@ -110,12 +190,12 @@ class ProgressLine:
 
     def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         columns = (
-            TextColumn(f"{label}  step" if label else "step", markup=False),
+            TextColumn(f"{printable(label)}  step" if label else "step", markup=False),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
         )
-        self.progress = Progress(*columns, disable=not is_terminal(), transient=True)
+        self.progress = LiveProgress(*columns)
         self.task = self.progress.add_task("", total=total_steps, completed=step, figures="")
 
     def __enter__(self) -> "ProgressLine":

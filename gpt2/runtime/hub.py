@@ -46,11 +46,11 @@ def connect(seconds: float = 3.0) -> None:
     if os.environ.get("HF_HUB_OFFLINE"):
         return
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    endpoint = urlsplit(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
+        endpoint = urlsplit(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
         socket.create_connection((endpoint.hostname or "", port), timeout=seconds).close()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a URL that is none
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
         for name in ("huggingface_hub.constants", "datasets.config"):  # they may be imported already

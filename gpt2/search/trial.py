@@ -27,6 +27,7 @@ from gpt2.errors import (
     is_out_of_memory,
     machine_error,
     one_line,
+    without_password,
 )
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.runtime.signals import Interrupted
@@ -213,7 +214,7 @@ class RunningTrial(Callback):
         except BaseException as error:  # noqa: BLE001  # one trial does not end the study
             outcome = self._outcome_of_error(error)
             if outcome.ending == Ending.FAILED:
-                outcome.traceback = traceback.format_exc()
+                outcome.traceback = without_password(traceback.format_exc())
         if self._interrupted_by not in (None, SIGALRM):  # also if the trial was complete at that moment
             outcome.stops_study = Interrupted.by(self._interrupted_by)
         from gpt2.runtime.device import free_memory  # here, because it imports torch

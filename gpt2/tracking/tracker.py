@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gpt2.errors import DivergenceError, UserError
+from gpt2.errors import DivergenceError, UserError, without_password
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.signals import Interrupted
 
@@ -76,7 +76,7 @@ class Ended:
         if isinstance(error, KeyboardInterrupt | Interrupted):
             return cls(INTERRUPTED, getattr(error, "code", 130))
         code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
-        return cls(FAILED, code if isinstance(code, int) else 1, f"{type(error).__name__}: {error}")
+        return cls(FAILED, code if isinstance(code, int) else 1, without_password(f"{type(error).__name__}: {error}"))
 
 
 class ExternalLogger:

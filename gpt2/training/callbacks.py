@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, time_left
+from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, printable, time_left
 from gpt2.tracking.tracker import LoggedSteps, Tracker
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,8 @@ class ConsoleLog(Callback):
             f"perplexity {metrics['val/perplexity']:.2f}{best}"
         )
         if "sample" in metrics:
-            # Without control characters: they could be escape sequences for the terminal.
-            text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in metrics["sample"])
-            log.info("\n".join(f"    | {line}" for line in text.split("\n")))
+            lines = printable(metrics["sample"]).split("\n")  # train.log too is read on a terminal
+            log.info("\n".join(f"    | {line}" for line in lines))
 
     def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:
         self.progress_line.show(f"validating {batch:,}/{batches:,}")

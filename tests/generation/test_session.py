@@ -1,5 +1,6 @@
 """The interactive session: its commands, and the real thing on a terminal."""
 
+import codecs
 import os
 import pty
 import select
@@ -87,7 +88,7 @@ class Terminal:
             start_new_session=True,
         )
         os.close(slave)
-        self.seen = ""
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
@@ -98,7 +99,7 @@ class Terminal:
         while text not in self.seen:
             assert time.monotonic() < deadline, f"{text!r} did not appear in {self.seen!r}"
             if select.select([self.master], [], [], 0.2)[0]:
-                self.seen += os.read(self.master, 4096).decode()
+                self.seen += self.decoder.decode(os.read(self.master, 4096))
         before, self.seen = self.seen.split(text, 1)
         return before
 
@@ -110,6 +111,9 @@ def test_a_session_on_a_terminal(trained: Workspace):
     terminal.type("def f\n")
     terminal.wait_for("def f")  # the echo of what was typed
     terminal.wait_for("def f")  # the prompt with its continuation
+    terminal.wait_for("> ")
+    terminal.type("def \x9bh\u202e\n")
+    terminal.wait_for("def \ufffdh\ufffd")  # after the echo of exactly what was typed
     terminal.wait_for("> ")
     terminal.type("/set max_new_tokens 100000\n")
     terminal.wait_for("> ")

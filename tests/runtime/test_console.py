@@ -1,8 +1,19 @@
 """Terminal output."""
 
-import pytest
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
 
-from gpt2.runtime.console import time_left
+import pytest
+from tqdm import tqdm
+
+from gpt2.runtime.console import ProgressLine, TerminalText, printable, protect_output, time_left
+from tests.conftest import TINY, Workspace
+
+ORDERS = "\x1b]0;title\x07\x1b[31;41m\x9b2J\x90q\x9c\x08\x7f\r\u202ea\u2066b\u200e\u200f\u061c\u2028"
+SHOWN = "\ufffd]0;title\ufffd\ufffd[31;41m\ufffd2J\ufffdq" + "\ufffd" * 5 + "a\ufffdb" + "\ufffd" * 4
 
 
 @pytest.mark.parametrize(
@@ -10,3 +21,117 @@ from gpt2.runtime.console import time_left
 )
 def test_time_left_format(seconds, text):
     assert time_left(seconds) == text
+
+
+def test_printable_replaces_what_a_terminal_obeys_and_nothing_else():
+    assert printable(ORDERS) == SHOWN
+    directions = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C]
+    unsafe = {*map(chr, [*range(0x20), *range(0x7F, 0xA0), *directions, 0x2028, 0x2029, 0xD800, 0xDFFF])} - {"\n", "\t"}
+    assert {printable(character) for character in unsafe} == {"\ufffd"}
+    harmless = "tab\t line\n é \u00a0\u00ad\u200b\u200c\u200d 👩\u200d👧 日本 עברית \ufeff\ue000"
+    assert printable(harmless) == harmless
+
+
+def test_bars_of_tqdm_move_the_cursor_and_others_do_not():
+    sent = io.StringIO()
+    stream = TerminalText(sent)
+    with tqdm(desc=ORDERS, total=2, file=stream, mininterval=0, ascii=True) as bar:
+        bar.update()
+    moves = sent.getvalue()
+    assert moves.count("\r") > 1
+    assert set(moves.replace(SHOWN, "")) & set(ORDERS) <= set("\r]0;titleqab[31;41m2J")
+    print("\rover", file=stream)
+    assert sent.getvalue() == f"{moves}\ufffdover\n"
+
+
+def test_label_of_the_progress_line_and_text_above_it_are_printable(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", TerminalText(terminal))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ProgressLine(10, label=ORDERS):
+        print(ORDERS)
+        print(ORDERS, file=sys.stderr)
+    sent = terminal.getvalue()
+    assert sent.count(SHOWN) > 2
+    assert "\x1b[2K" in sent  # rich itself clears its line
+    assert not any(order in sent for order in ("\x1b]", "\x07", "\x1b[31;41m", "\x9b", "\u202e"))
+
+
+def test_only_a_terminal_is_protected(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "stderr", None)  # closed
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    protect_output()
+    print("\x1b[1mä", flush=True)
+    assert sys.stdout is file
+    assert file.buffer.getvalue() == b"\x1b[1m?\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def only_text(sent: str) -> str:
+    """What a terminal received, which must not contain anything that it obeys."""
+    assert printable(sent) == sent
+    return sent
+
+
+def test_generated_text_on_a_terminal_and_in_a_pipe(trained: Workspace):
+    free = ["inference.temperature=3", "inference.top_p=null", "inference.top_k=null", "inference.max_new_tokens=200"]
+    command = ["generate.py", f"prompt={ORDERS}", *free, "inference.seed=1"]
+    prompt = ORDERS.replace("\r", "\n")  # `run` takes it for the end of a line
+    piped = trained.run(*command).stdout
+    assert piped.startswith(prompt)
+    assert set(piped.removeprefix(prompt)) & set("\x00\x01\x02\x03\x1b\x7f")  # the model is tiny: any byte may come
+    assert SHOWN in only_text(trained.on_terminal(*command))
+    assert only_text(trained.on_terminal(*command, "inference.stream=false", "quiet=true")).startswith(SHOWN)
+
+
+def test_training_on_a_terminal(workspace: Workspace):
+    sent = workspace.on_terminal("train.py", *TINY, f"sample_prompt='{ORDERS}'")
+    assert sent.count(f"    | {SHOWN}") == 2
+    assert "\x1b[2K" in sent
+    assert not any(order in sent for order in ("\x1b]", "\x07", "\x1b[31;41m", "\x9b", "\u202e"))
+
+
+def test_names_on_a_terminal_and_in_a_pipe(trained: Workspace, tmp_path: Path):
+    (run,) = trained.runs()
+    for name in ("a", f"b{ORDERS}"):
+        shutil.copytree(run, tmp_path / name)
+    file = tmp_path / f"b{ORDERS}" / "run.json"
+    about = json.loads(file.read_text())
+    about["state"] = ORDERS
+    about["config"]["name"] = ORDERS
+    about["config"]["data"][ORDERS] = ORDERS
+    file.write_text(json.dumps(about))
+    command = ["-m", "gpt2.main", "compare", str(tmp_path), f"picture={tmp_path}/{ORDERS}.svg"]
+    sent = only_text(trained.on_terminal(*command))
+    assert f"b{SHOWN}" in sent
+    assert sent.count(SHOWN) == 3
+    assert "Glyph" not in sent
+    assert trained.module(*command[1:]).stdout.count(ORDERS.replace("\r", "\n")) == 3
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate.py", f"checkpoint='{ORDERS}'"],
+        ["generate.py", "prompt=a", f"checkpoint='{ORDERS}'"],
+        ["train.py", f"data.files=['{ORDERS}']", "data=text"],
+        ["train.py", f"{ORDERS}=1"],
+        ["-m", "gpt2.main", "study", ORDERS],
+        ["-m", "gpt2.main", "compare", ORDERS],
+        ["-m", "gpt2.main", "compare", f"sort={ORDERS}"],
+        ["-m", "gpt2.main", ORDERS],
+    ],
+    ids=lambda command: " ".join(command).replace(ORDERS, "ORDERS"),
+)
+def test_errors_on_a_terminal(trained: Workspace, command):
+    assert "[31;41m" in only_text(trained.on_terminal(*command, expect=2))

@@ -1,0 +1,146 @@
+"""Stars for credentials, whatever form a library gives them."""
+
+import logging
+from urllib.parse import quote
+
+import pytest
+
+from gpt2.errors import UserError, one_line, without_password, without_secrets
+from gpt2.tracking.tracker import Ended
+from tests.conftest import TINY, Workspace
+
+SECRET = "t0k/3n:@x"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:SECRET@host/path", "https://***@host/path"),
+        ("https:/user:SECRET@host", "https:/***@host"),  # pathlib
+        ("/home/me/https:/user:SECRET@host/x", "/home/me/https:/***@host/x"),
+        ("https:user:SECRET@host", "***@host"),
+        ("user:SECRET@host:3128", "***@host:3128"),
+        ("'user:SECRET@[::1]'", "'***@[::1]'"),
+        ("//user:SECRET@host", "//***@host"),
+        ("https://SECRET@host", "https://***@host"),  # a token alone
+        ("https://SECRET:x-oauth-basic@host", "https://***@host"),
+        ("amqp://:SECRET@host", "amqp://***@host"),
+        ("GIT+SSH://user:SECRET@host", "GIT+SSH://***@host"),
+        ("models--https:----user:SECRET@host", "***@host"),
+        (r"https:\/\/user:SECRET@host", "***@host"),  # JSON
+        ("PosixPath('https:/user:SECRET@host')", "PosixPath('https:/***@host')"),
+        ("a=[https://host/x,https://user:SECRET@host]", "a=[https://***@host]"),
+        ("postgresql+psycopg://me:SECRET@host/db", "postgresql+psycopg://me:***@host/db"),
+        ("postgresql:/me:SECRET@host/db", "postgresql:/me:***@host/db"),
+        ("[sqlite:///a.db,mysql://me:SECRET@host/db]", "[sqlite:///a.db,mysql://me:***@host/db]"),
+        ("https://host/x?Token=SECRET&n=1", "https://host/x?Token=***&n=1"),
+        ("?API_KEY=SECRET", "?API_KEY=***"),
+        ("&X-Amz-Signature=SECRET", "&X-Amz-Signature=***"),
+        ("host=h password = 'SECRET y' user=me", "host=h password = *** user=me"),
+        ("""{'password': 'SECRET y', "hf_token": "SECRET"}""", """{'password': ***, "hf_token": ***}"""),
+        ("Proxy-Authorization: Basic SECRET", "Proxy-Authorization: Basic ***"),
+        ("{'authorization': 'Bearer SECRET'}", "{'authorization': 'Bearer ***'}"),
+        ("wandb.api_key=SECRET", "wandb.api_key=***"),
+    ],
+)
+@pytest.mark.parametrize("secret", ["t0k3n", SECRET])
+def test_credentials_are_starred(text, shown, secret):
+    if "SECRET@" not in text or text.startswith("https:user"):  # only the password of a URL holds all of its signs
+        secret = "t0k3n"
+    for begin, end in (("", ""), ("failed: ", " (again)"), ("first line\n", "\nthird line")):
+        assert without_password(f"{begin}{text.replace('SECRET', secret)}{end}") == f"{begin}{shown}{end}"
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_encoded_urls_are_starred(times):
+    text = "https://user:t0k3n@host?token=t0k3n"
+    for _ in range(times):
+        text = quote(text, safe="")
+    assert "t0k3n" not in without_password(text)
+    assert "t0k3n" not in without_password(text.lower())
+    assert "t0k3n" not in without_password(quote("https://user:t0k3n@host", safe=":/"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:///home/me@work/x.db and journal:///a@b",
+        "postgresql://me@host/db, postgresql://USER:PASSWORD@HOST/NAME",
+        "data.tokenizer=train inference.max_new_tokens=5 tokens=7",
+        "prompt: token 5 is outside the vocabulary of a.pth (4 tokens)",
+        "/home/me@work/x.txt: no such file; write to me@host.org, see https://host/x",
+        "data.files: no file matches ['a:b/*.txt'] at 12:30",
+        "hydra/launcher@x=basic: a value with special characters needs quotes: key='a,b'",
+        "resume with: python train.py resume=outputs/runs/gpt2/2026-11-29_23-53-24-986e train.learning_rate=1e-4",
+    ],
+)
+def test_other_text_is_unchanged(text):
+    assert without_password(text) == text
+
+
+def test_known_secrets_are_starred_wherever_they_occur(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "0123456789")
+    monkeypatch.setenv("HTTPS_PROXY", "user:pr/xy@host:3128")
+    monkeypatch.setenv("MIRROR", "--index-url https://user:p%40ss@host")
+    text = "a0123456789b, user pr/xy or pr%2Fxy, p@ss or p%40ss, my word"
+    assert without_password(text, "postgresql://me:my word@host/db") == "a***b, user *** or ***, *** or ***, ***"
+
+
+def test_long_text_is_searched_in_linear_time():
+    """Each of these took minutes with an expression that backtracks."""
+    for part in ("a", "http://", "a:", "x://y", "/", "user:", ":/@", "password=", "bearer ", "%25", "@", "a:b@"):
+        without_password(part * (200_000 // len(part)))
+
+
+def test_errors_reasons_and_log_lines_are_without_credentials(caplog, monkeypatch):
+    from gpt2.runtime.console import LogRecord
+
+    url = f"https:/user:{SECRET}@host"
+    error = UserError(f"a: {url}", "b")
+    assert (str(error), error.problems) == ("a: https:/***@host\nb", ["a: https:/***@host", "b"])
+    assert one_line(OSError(f"a\n{url}")) == "a https:/***@host"
+    assert Ended.by(OSError(url)).reason == "OSError: https:/***@host"
+    assert without_secrets("mysql://me:word@host/x?a=b") == "mysql://***@host/x?a=***"
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(LogRecord)
+    logging.getLogger("urllib3").warning("retrying %s", url, exc_info=OSError(url))
+    logging.setLogRecordFactory(factory)
+    assert caplog.messages == ["retrying https:/***@host"]
+    assert caplog.text.endswith("OSError: https:/***@host\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+URL = f"https://user:{SECRET}@127.0.0.1:9/x"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("train.py", [*TINY, f"data.dataset_name='{URL}'"]),
+        ("train.py", [*TINY, f"data.files=['{URL}']"]),
+        ("train.py", [*TINY, f"data.tokenizer='{URL}'"]),
+        ("train.py", [*TINY, f"train.init_from='{URL}'"]),
+        ("train.py", [*TINY, f"resume='{URL}'"]),
+        ("train.py", ["-m", *TINY, f"data.dataset_name='{URL}','{URL}/y'"]),
+        ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='{URL}'"]),
+        ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='postgresql+psycopg2:{URL[6:]}'"]),
+        ("evaluate.py", [f"checkpoint='{URL}'"]),
+        ("generate.py", [f"checkpoint='{URL}'", "prompt=a"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[-1:]).partition("=")[0],
+)
+def test_credentials_in_an_argument_are_in_no_output(workspace: Workspace, script, arguments):
+    done = workspace.start(script, *arguments)
+    output = "".join(done.communicate(120))
+    assert "Traceback" not in output
+    assert not found_in(workspace, output), output
+
+
+def found_in(workspace: Workspace, output: str) -> list[str]:
+    """The files of a workspace, and its output, that contain a part of the secret."""
+    files = {str(path): path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file()}
+    names = {str(path): str(path).encode() for path in workspace.folder.rglob("*")}
+    everything = [*files.items(), *names.items(), ("output", output.encode())]
+    return [name for name, content in everything if b"t0k" in content]
