@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import tty
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests import fault_injection, warm
 
@@ -22,6 +23,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 fault_injection.enable()  # in this process; `Workspace` enables it in the scripts
+
+if "GPT2_TESTS" not in os.environ:  # the workers of pytest-xdist inherit it
+    os.environ["GPT2_TESTS"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["GPT2_TESTS"], ignore_errors=True)
+FOR_ALL_WORKERS = Path(os.environ["GPT2_TESTS"])
 
 ENVIRONMENT = dict(os.environ)  # before tests change it: scripts are forked from one server only if theirs is the same
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,16 +66,23 @@ def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.Comp
     return done
 
 
-@cache
-def measured_once() -> Path:
+def made_once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of the processes of these tests makes, for all of them."""
+    folder, is_made = FOR_ALL_WORKERS / name, FOR_ALL_WORKERS / f"{name} is made"
+    with FileLock(f"{folder}.lock"):
+        if not is_made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            is_made.touch()
+    return folder
+
+
+def measure_products(folder: Path) -> None:
     """A cache that knows how this machine multiplies fastest: measured in each workspace, runs in two might differ."""
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    (folder / "gpt2").mkdir()
     measure = "from gpt2.ops.linear import faster_linear; faster_linear()"
     subprocess.run([sys.executable, "-c", measure], cwd=ROOT, env=environment, check=True)
-    return folder / "gpt2"
 
 
 class Workspace:
@@ -90,8 +103,8 @@ class Workspace:
             "WANDB_MODE": "disabled",  # where a test does not say otherwise
             "GPT2_WANDB_PATIENCE": "10",  # a busy machine must not take wandb offline
         }
-        (folder / "home").mkdir()
-        shutil.copytree(measured_once(), folder / "cache" / "gpt2", dirs_exist_ok=True)
+        (folder / "home").mkdir(exist_ok=True)
+        shutil.copytree(made_once("measured", measure_products), folder / "cache", dirs_exist_ok=True)
 
     def command(self, script: str, *arguments: str) -> list[str]:
         return [sys.executable, str(ROOT / script), *arguments]
@@ -158,10 +171,16 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with one finished run, for tests that only look at it. Its standard output is `trained.output`."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "corpus.txt").write_text(TEXT)
-    workspace = Workspace(folder)
-    workspace.output = workspace.run_anew("train.py", *TINY, "wandb=offline", "sample_prompt=def f").stdout
+
+    def train(folder: Path) -> None:
+        (folder / "run").mkdir()
+        (folder / "run" / "corpus.txt").write_text(TEXT)
+        done = Workspace(folder / "run").run_anew("train.py", *TINY, "wandb=offline", "sample_prompt=def f")
+        (folder / "output").write_text(done.stdout)
+
+    made = made_once("trained", train)
+    workspace = Workspace(shutil.copytree(made / "run", tmp_path_factory.mktemp("trained") / "run", symlinks=True))
+    workspace.output = (made / "output").read_text()
     return workspace
 
 

@@ -118,12 +118,17 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
         except UserError as error:
             return problems + error.problems
     composed = compose("train", fixed)
+    refused: set[str] = set()  # values that do not compose: one combination with each is enough
     for combination in combined(list(map(swept_values, swept))):
+        if refused.intersection(combination):
+            continue
         overrides = [*fixed, *combination]
         changed = with_values(composed, list(combination))
         try:
             if changed is None:
-                problems += validate_command_line("train", overrides)
+                found = validate_command_line("train", overrides)
+                refused |= {text for text in combination if any(line.startswith(f"{text}: ") for line in found)}
+                problems += found
             else:
                 resolve("train", changed, overrides)
         except UserError as error:

@@ -28,7 +28,7 @@ from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.tracking.tracker import read_metrics
 from tests import fault_injection
-from tests.conftest import ROOT, measured_once
+from tests.conftest import ROOT, made_once, measure_products
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(75))
 
@@ -62,7 +62,7 @@ class Place:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "corpus.txt").write_text(TEXT)
-        shutil.copytree(measured_once(), self.folder / "cache" / "gpt2", dirs_exist_ok=True)
+        shutil.copytree(made_once("measured", measure_products), self.folder / "cache", dirs_exist_ok=True)
 
     def start(self, script: str, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
         """Start a script of the repository here, once `before` has been called there. Returns its process."""
