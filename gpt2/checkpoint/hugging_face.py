@@ -58,7 +58,8 @@ _FIELDS = {
 # The values in `config.json` that make a model of `transformers` the GPT-2 of OpenAI; any other value is refused.
 _REQUIRED = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+    # five names of one function
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -94,6 +95,13 @@ def read_config(folder: Path, source: str) -> GPT2Config:
         UserError: It does not describe a GPT-2 as OpenAI built it; every difference is named.
     """
     stored = _read_json(folder / CONFIG, source)
+    if {"n_embd", "n_head", "n_layer"} <= stored.keys():  # as in OpenAI's first files, which have no model_type
+        stored.setdefault("model_type", "gpt2")
+    if heads := [name for name in stored.get("architectures") or [] if str(name).startswith("GPT2For")]:
+        raise UserError(
+            f"{source}: it is a {heads[0]}, whose head does not predict tokens; save what is below the head: "
+            f"model.transformer.save_pretrained(FOLDER)"
+        )
     checked = {key: stored.get(key) for key in _REQUIRED if key in stored or key == "model_type"}
     if wrong := [
         f"{key} is {reprlib.repr(value)}, not {_REQUIRED[key][0]!r}"
@@ -123,6 +131,8 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
     shapes = shapes_of(replace(config, use_bias=True))
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
+        if "wte.weight" not in stored and "lm_head.weight" in stored:  # one tensor, which some tools store by this name
+            stored["wte.weight"] = stored.pop("lm_head.weight")
         expected = {hf_name(name): shape[::-1] if _is_linear(name) else shape for name, shape in shapes.items()}
         head = stored.get("lm_head.weight")
         if head:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.checkpoint.hugging_face import WEIGHT_FILES
+from gpt2.checkpoint.hugging_face import _REQUIRED, WEIGHT_FILES
 from gpt2.checkpoint.pretrained import export, model_card, open_model
 from gpt2.config import DataConfig, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
@@ -98,7 +98,12 @@ def in_shards(folder: Path) -> None:
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
 
 
-LAYOUTS = [without_prefix, as_openai_stored_it, with_the_head_stored_too, in_shards]
+def with_the_head_only(folder: Path) -> None:
+    """One tensor has two names, and a tool chose the other one."""
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
+
+
+LAYOUTS = [without_prefix, as_openai_stored_it, with_the_head_stored_too, with_the_head_only, in_shards]
 
 
 @pytest.mark.parametrize("store", LAYOUTS, ids=lambda store: store.__name__)
@@ -125,9 +130,37 @@ def test_configuration_in_the_original_openai_format(folder):
     assert open_model(str(folder)).config == expected
 
 
-def test_both_names_of_the_activation_are_accepted(folder):
-    describe(folder, activation_function="gelu_pytorch_tanh")
+def test_all_names_of_the_activation_are_accepted(folder):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-9, 9, 999)
+    for name in _REQUIRED["activation_function"]:
+        describe(folder, activation_function=name)
+        assert open_model(str(folder)).config.d_model == 16
+        assert_close(ACT2FN[name](x), torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6, rtol=0)
+
+
+def test_configuration_without_a_model_type_is_accepted_if_it_names_the_fields_of_gpt2(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "model_type"}))
     assert open_model(str(folder)).config.d_model == 16
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model_type is None, not 'gpt2'"):
+        open_model(str(folder))
+
+
+def test_classification_head_is_refused_and_its_base_is_accepted(folder):
+    from transformers import GPT2ForSequenceClassification
+
+    model = GPT2ForSequenceClassification.from_pretrained(folder)
+    model.save_pretrained(folder.parent / "classifier")
+    with pytest.raises(
+        UserError, match=r"it is a GPT2ForSequenceClassification.*transformer\.save_pretrained"
+    ) as refused:
+        open_model(str(folder.parent / "classifier"))
+    assert len(refused.value.problems) == 1
+    model.transformer.save_pretrained(folder.parent / "base")
+    assert_close(open_model(str(folder.parent / "base")).tensors(), open_model(str(folder)).tensors(), atol=0, rtol=0)
 
 
 def test_single_file_takes_precedence_over_an_index(folder):
