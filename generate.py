@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2.cli.script import script
 from gpt2.config import WHEN_LOADED, GenerateRun
 from gpt2.errors import UserError
-from gpt2.generation.prompts import read_prompts
+from gpt2.generation.prompts import decode_prompt, read_prompts
 
 if TYPE_CHECKING:
     from gpt2.inference import TextGenerator
@@ -23,6 +23,8 @@ def main(config: GenerateRun) -> None:
     if config.prompt is None and config.prompts_file is None and sys.stdin is None:
         raise UserError("prompt: missing, and standard input is closed")
     records = read_prompts(config.prompts_file) if config.prompts_file is not None else []
+    if config.prompt is None and not records and not sys.stdin.isatty():
+        config.prompt = decode_prompt(sys.stdin.buffer.read(), "prompt: standard input").removesuffix("\n")
 
     # torch is imported from here on, after all errors of the command line
     from gpt2.inference import TextGenerator
@@ -42,7 +44,7 @@ def main(config: GenerateRun) -> None:
     )
     report(config, generator.describe())
 
-    if config.prompt is None and not records and sys.stdin.isatty():
+    if config.prompt is None and not records:
         if config.wandb.mode != "off":
             report(config, "Interactive sessions are not logged to W&B.")
         generator.interactive_mode(config.inference)
@@ -84,10 +86,9 @@ def generate(
             record = records[number // config.inference.num_return_sequences]
             print(json.dumps({**record, **vars(continuation)}, ensure_ascii=False), flush=True)
             yield continuation.prompt, continuation.text
-    else:
-        prompt = sys.stdin.read().removesuffix("\n") if config.prompt is None else config.prompt
-        generator.generate_text(prompt, config.inference)
-        yield from ((prompt, text) for text in generator.printed)
+    elif config.prompt is not None:
+        generator.generate_text(config.prompt, config.inference)
+        yield from ((config.prompt, text) for text in generator.printed)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,23 @@
-"""Prompts from a file: one text a line, or one JSON object a line."""
+"""Prompts from standard input, which is one, or from a file: one text a line, or one JSON object a line."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from gpt2.errors import UserError
+
+
+def decode_prompt(data: bytes, place: str) -> str:
+    """The text of UTF-8 bytes, without a byte order mark, and with the line ends of Unix.
+
+    Raises:
+        UserError: The bytes are not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place} is not UTF-8 text at byte {error.start}") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
@@ -18,13 +31,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = file.read().split("\n")
+        text = decode_prompt(path.read_bytes(), f"prompts_file: {path}")
     except OSError as error:
         raise UserError(f"prompts_file: {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts_file: {path} is not UTF-8 text: {error}") from error
-    numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not numbered:
         raise UserError(f"prompts_file: {path} has no prompt")
     if path.suffix != ".jsonl":

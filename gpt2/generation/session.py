@@ -47,6 +47,8 @@ class Session:
                 return
             except KeyboardInterrupt:
                 print()
+            except UnicodeDecodeError:  # where Python is told to be strict
+                print("error: this line is not UTF-8")
 
     def answer(self, line: str) -> None:
         """Continue a text, or run a command. An invalid command prints an error and changes nothing."""

@@ -29,7 +29,8 @@ def test_json_lines_preserve_other_keys(tmp_path):
     [
         ("p.txt", b"", r"p.txt has no prompt"),
         ("p.txt", b"\n \n", r"p.txt has no prompt"),
-        ("p.txt", b"\xff\xfe", r"p.txt is not UTF-8 text: 'utf-8' codec"),
+        ("p.txt", b"\xef\xbb\xbfab\xe9", r"p.txt is not UTF-8 text at byte 5"),
+        ("p.txt", b"\xff\xfe", r"p.txt is not UTF-8 text at byte 0"),
         ("p.jsonl", b'{"prompt": "a"}\nb\n', r"p.jsonl, line 2: not JSON"),
         ("p.jsonl", b'\n{"text": "a"}\n', r'line 2: expected an object with a string "prompt"'),
         ("p.jsonl", b'{"prompt": 3}\n', r"line 1: expected an object"),
