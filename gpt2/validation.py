@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from glob import glob
+from glob import escape, glob
 from itertools import count
 from math import inf
 from pathlib import Path
+from stat import S_ISDIR
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -281,10 +282,35 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
         yield f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
 
 
+def as_pattern(name: str) -> str:
+    """A pattern in which the folders and files that are there by such a name, as in `draft[1]/*.txt`, are meant."""
+    path, parts = Path(), []
+    for part in Path(name).parts:
+        path /= part
+        parts.append(escape(part) if part.strip("*") and os.path.lexists(path) else part)
+    return str(Path(*parts))
+
+
 @cache
 def files_matching(pattern: str) -> list[str]:
-    """The file with this name, or else the files that match it as a pattern, in which `**` is any number of folders."""
-    return [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
+    """The files and folders that match a pattern, in which `**` is any number of folders; see also `as_pattern`."""
+    return glob(as_pattern(pattern), recursive=True) if pattern else []
+
+
+def _no_file(pattern: str) -> str | None:
+    """Why a pattern stands for no file; None if it stands for some."""
+    paths = [Path(name) for name in files_matching(pattern)]
+    if any(path.is_file() for path in paths):
+        return None
+    if not paths:
+        return f"no file matches {pattern!r} (looked from {Path.cwd()})"
+    try:
+        is_folder = S_ISDIR(paths[0].stat().st_mode)
+    except OSError as error:
+        return f"{str(paths[0])!r} is a link that leads to no file ({error.strerror})"
+    if is_folder:
+        return f"{str(paths[0])!r} is a folder; name its files, such as {str(paths[0] / '**/*.txt')!r}"
+    return f"{str(paths[0])!r} is a pipe, a socket or a device; write its text to a file"
 
 
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:
@@ -293,8 +319,8 @@ def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
     for pattern in config.files or []:
-        if not files_matching(pattern):
-            yield f"{prefix}files: no file matches {pattern!r} (looked from {Path.cwd()})"
+        if reason := _no_file(pattern):
+            yield f"{prefix}files: {reason}"
     try:
         re.compile(config.document_start or "")
     except re.error as error:

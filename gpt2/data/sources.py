@@ -5,26 +5,41 @@ To add a source, write a function that makes a `Source` of a `DataConfig`, and e
 """
 
 import codecs
+import csv
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
+from os.path import realpath
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from gpt2.config import DataConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
-from gpt2.validation import files_matching
+from gpt2.validation import as_pattern, files_matching
 
 if TYPE_CHECKING:
     import datasets
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20  # of a file, read at a time
+INSTEAD = "convert it or leave it out (data.exclude)"
+# Files that are recognized by their first bytes.
+OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "compressed",
+    b"PK\3\4": "a zip",
+}
 MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
 
 
@@ -98,11 +113,14 @@ class TextFile:
         """See `Document`. Fractions are of the length in bytes, moved forward to the next beginning of a character.
 
         Raises:
-            UserError: The file cannot be read, or this part of it is not UTF-8.
+            UserError: The file cannot be read, or this part of it is not UTF-8 or holds a NUL, as UTF-16 does.
         """
         try:
             with self.path.open("rb") as file:
-                first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+                head = file.read(4)
+                if kind := next((kind for sign, kind in OTHER_KINDS.items() if head.startswith(sign)), None):
+                    raise UserError(f"data.files: {self.path} is {kind}, not UTF-8 text; {INSTEAD}")
+                first = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
                 length = file.seek(0, os.SEEK_END) - first
                 begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
                 yield from self._decode(file, begin, end)
@@ -115,13 +133,16 @@ class TextFile:
         while True:
             data = file.read(min(CHUNK_BYTES, end - position))
             pending = len(decoder.getstate()[0])  # bytes of a character that continues in this chunk
+            if 0 in data:
+                place = position + data.index(0)
+                raise UserError(
+                    f"data.files: {self.path} has a NUL at byte {place}, so it is UTF-16 or no text at all; {INSTEAD}"
+                )
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 place = position - pending + error.start
-                raise UserError(
-                    f"data.files: {self.path} is not UTF-8 at byte {place}; convert it or leave it out (data.exclude)"
-                ) from error
+                raise UserError(f"data.files: {self.path} is not UTF-8 at byte {place}; {INSTEAD}") from error
             position += len(data)
             yield text
             if not data:
@@ -137,25 +158,99 @@ def _next_character(file: BinaryIO, first: int, place: int) -> int:
     return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
 
 
+@dataclass
+class FileDocuments:
+    """Each text file is a document, and each record of a file of JSON lines or CSV, which has it in one column."""
+
+    paths: list[Path]
+    column: str
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self) if self.hold_records() else len(self.paths)
+
+    def __iter__(self) -> Iterator[Document]:
+        for path in self.paths:
+            yield from self._records(path) if path.suffix.lower() in RECORDS else [TextFile(path)]
+
+    def hold_records(self) -> bool:
+        return any(path.suffix.lower() in RECORDS for path in self.paths)
+
+    def _records(self, path: Path) -> Iterator[Document]:
+        rows, number = RECORDS[path.suffix.lower()](_lines(TextFile(path).parts())), 0
+        try:
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, dict) or self.column not in row:
+                    known = ", ".join(map(str, row)) if isinstance(row, dict) else "no names"
+                    raise UserError(f"data.text_column: record {number} of {path} has {known}, not {self.column!r}")
+                if not isinstance(text := row[self.column], str | None):
+                    kind = type(text).__name__
+                    raise UserError(
+                        f"data.text_column: {self.column!r} in record {number} of {path} is {kind}, not text"
+                    )
+                yield TextDocument(text or "")
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise UserError(f"data.files: record {number + 1} of {path} cannot be read: {error}") from error
+
+
+def _lines(parts: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for part in parts:
+        *lines, rest = (rest + part).split("\n")
+        yield from (f"{line}\n" for line in lines)
+    yield rest
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
+    return (json.loads(line) for line in lines if line.strip())
+
+
+# How records are read from the lines of a file, by the end of its name.
+RECORDS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": csv.DictReader,
+    ".tsv": partial(csv.DictReader, delimiter="\t"),
+}
+csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
+
+
 def open_files(config: DataConfig) -> Source:
-    """The files that match `data.files`, one document each, identified by their contents.
+    """The documents of the files that match `data.files`, identified by their contents.
 
     Raises:
         UserError: No file matches.
     """
     if isinstance(config.files, str):
         raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
-    paths = find_files(config.files or [], config.exclude)
-    if not paths:
-        raise UserError(f"data.files: no file matches {config.files} without those of data.exclude={config.exclude}")
-    return Source(_fingerprint(paths), [TextFile(path) for path in paths], length_unit="bytes")
+    documents = FileDocuments(find_files(config.files or [], config.exclude), config.text_column)
+    if not documents.paths:
+        left = f"without those of data.exclude={config.exclude}" if config.exclude else ""
+        raise UserError(f"data.files: no file matches {config.files} {left}".rstrip())
+    fingerprint = _fingerprint(documents.paths)
+    if documents.hold_records():
+        fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
+    return Source(fingerprint, documents, length_unit="bytes")
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """The files that match any pattern and no exclusion, each once, sorted by path."""
-    matches = (path for pattern in patterns for path in files_matching(pattern))
-    included = (Path(path) for path in matches if not any(fnmatch(path, excluded) for excluded in exclude))
-    return sorted({path.resolve() for path in included if path.is_file()})
+    names = [name for pattern in patterns for name in files_matching(pattern) if Path(name).is_file()]
+    files = {Path(name).resolve(): {name, str(Path(name).absolute()), realpath(name)} for name in names}
+    excluded = {pattern: _matches(pattern, files) for pattern in exclude}
+    if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
+        log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
+    return sorted(files.keys() - set().union(*excluded.values()))
+
+
+def _matches(pattern: str, files: dict[Path, set[str]]) -> set[Path]:
+    """Those of some files, given with their names, that match a pattern, whose `*` also is any number of folders."""
+    named = {Path(realpath(name)) for name in files_matching(pattern)}
+    patterns = [as_pattern(pattern), as_pattern(realpath(pattern))]
+    return {
+        path
+        for path, names in files.items()
+        if path in named or any(fnmatch(name, like) for name in names for like in patterns)
+    }
 
 
 def _fingerprint(paths: Iterable[Path]) -> str:

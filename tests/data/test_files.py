@@ -1,0 +1,161 @@
+"""Which files `data.files` and `data.exclude` name, and what is read from them."""
+
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from gpt2.config import DataConfig
+from gpt2.data.corpus import prepare
+from gpt2.data.sources import find_files
+from gpt2.errors import UserError
+from gpt2.validation import validate
+from tests.data.test_corpus import config_of, documents_of
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch) -> Path:
+    """A folder with files, some of whose names look like patterns, in which the test runs."""
+    for name in (
+        "f1.txt",
+        "f2.txt",
+        "g1.txt",
+        "g[1].txt",
+        "dir[1]/a.txt",
+        "dir[1]/b.txt",
+        "dir1/c.txt",
+        "deep/er/d.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "link.txt").symlink_to("f2.txt")
+    (tmp_path / "other").symlink_to("deep")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# What is named, what is left out (HERE is the absolute path of the folder), and what remains.
+EXCLUDED = [
+    (["g*.txt"], ["g[1].txt"], ["g1.txt"]),
+    (["HERE/f*.txt"], ["f1.txt"], ["f2.txt"]),
+    (["./f*.txt"], ["f1.txt"], ["f2.txt"]),
+    (["f*.txt"], ["./f1.txt"], ["f2.txt"]),
+    (["f*.txt"], ["HERE/f1.txt"], ["f2.txt"]),
+    (["HERE/f*.txt"], ["f?.txt", "f1.txt"], []),
+    (["dir1/../f*.txt"], ["f1.txt"], ["f2.txt"]),
+    (["f*.txt"], ["deep/../f1.txt"], ["f2.txt"]),
+    (["f*.txt"], ["link.txt"], ["f1.txt"]),
+    (["link.txt", "f1.txt"], ["f2.txt"], ["f1.txt"]),
+    (["other/**/*.txt", "f1.txt"], ["deep/er/*"], ["f1.txt"]),
+    (["HERE/dir*/*.txt"], ["dir[1]/*.txt"], ["dir1/c.txt"]),
+    (["dir[1]/*.txt"], ["dir[1]/a.txt"], ["dir[1]/b.txt"]),
+    (["**/*.txt"], ["deep/**/d.txt", "dir*", "g*", "link.txt"], ["f1.txt"]),
+    (["HERE/**/d.txt", "f1.txt"], ["deep/*"], ["f1.txt"]),
+    (["dir[1]"], [], []),
+]
+
+
+@pytest.mark.parametrize(("files", "exclude", "remaining"), EXCLUDED, ids=str)
+def test_files_are_left_out_whatever_they_are_called(texts, caplog, files, exclude, remaining):
+    files, exclude = ([name.replace("HERE", str(texts)) for name in names] for names in (files, exclude))
+    assert find_files(files, exclude) == sorted(texts / name for name in remaining)
+    assert not caplog.text
+
+
+def test_an_exclusion_that_matches_nothing_is_said(texts, caplog):
+    assert find_files(["f*.txt"], ["f3.txt", "f1.txt", "g1.txt"]) == [texts / "f2.txt"]
+    assert caplog.messages == ["Note: data.exclude: no file of data.files matches 'f3.txt', 'g1.txt'."]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("deep", "'deep' is a folder; name its files, such as 'deep/**/*.txt'"),
+        ("de*", "'deep' is a folder"),
+        ("gone.txt", "'gone.txt' is a link that leads to no file (No such file or directory)"),
+        ("loop.txt", "'loop.txt' is a link that leads to no file (Too many levels of symbolic links)"),
+        ("pipe", "'pipe' is a pipe, a socket or a device"),
+        ("/dev/null", "'/dev/null' is a pipe, a socket or a device"),
+        ("nothing.txt", "no file matches 'nothing.txt' (looked from "),
+        ("dir[2]/*.txt", "no file matches 'dir[2]/*.txt'"),
+        ("", "no file matches ''"),
+    ],
+)
+def test_what_is_no_file_is_named(texts, name, complaint):
+    (texts / "gone.txt").symlink_to("missing.txt")
+    (texts / "loop.txt").symlink_to("loop.txt")
+    os.mkfifo(texts / "pipe")
+    (problem,) = validate(DataConfig(files=[name, "f1.txt"], tokenizer="bytes"), "data.")
+    assert problem.startswith(f"data.files: {complaint}")
+    assert find_files([name, "f1.txt"], []) == [texts / "f1.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+RECORDS = {
+    "a.jsonl": '{"text": "one\\ntwo", "id": 1}\n\n{"text": "drei, ä"}\n{"text": null}',
+    "a.ndjson": '{"text": "one\\ntwo"}\r\n{"text": "drei, ä"}\r\n',
+    "a.CSV": '\ufeffid,text\r\n1,"one\ntwo"\r\n2,"drei, ä"\r\n3,\r\n',
+    "a.tsv": 'id\ttext\n1\t"one\ntwo"\n2\tdrei, ä\n',
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_each_record_is_a_document(tmp_path, name):
+    (tmp_path / name).write_bytes(RECORDS[name].encode())
+    (tmp_path / "b.txt").write_text('{"text": "plain"}')
+    config = config_of(tmp_path, files=[str(tmp_path / "*.*")], validation_fraction=0.0001, document_start=None)
+    prepared = prepare(config, only="all")
+    assert documents_of(prepared, "all") == ["one\ntwo", "drei, ä", '{"text": "plain"}']
+
+
+def test_records_are_sampled_and_identified_by_their_column(tmp_path):
+    lines = [f'{{"a": "left {number}", "b": "right {number}"}}\n' for number in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    prepared = [prepare(config_of(tmp_path, files=[str(tmp_path / "*.jsonl")], text_column=column)) for column in "ab"]
+    assert prepared[0].folder != prepared[1].folder
+    assert len(documents_of(prepared[0], "validation")) == 10
+    everything = documents_of(prepared[1], "train") + documents_of(prepared[1], "validation")
+    assert sorted(everything) == sorted(f"right {number}" for number in range(100))
+
+
+def utf16(mark: bytes, kind: str) -> bytes:
+    return mark + ("plain text\n" * 9).encode(kind)
+
+
+UNREADABLE = {
+    "a.jsonl": [
+        (b'{"text": "a"}\n{"body": "b", "id": 3}', r"data.text_column: record 2 of .*a.jsonl has body, id, not 'text'"),
+        (b'{"text": "a"}\n{"text": 3}', r"data.text_column: 'text' in record 2 of .*a.jsonl is int, not text"),
+        (b'{"text": "a"}\n\n{"text": \n', r"data.files: record 2 of .*a.jsonl cannot be read: Expecting value"),
+        (b"[1]\n", r"data.text_column: record 1 of .*a.jsonl has no names, not 'text'"),
+        (b'{"text": "\xe9"}', r"data.files: .*a.jsonl is not UTF-8 at byte 10; convert it or leave it out"),
+        (b'{"a":' * 100_000, r"data.files: record 1 of .*a.jsonl cannot be read: "),
+    ],
+    "a.csv": [
+        (b"body,id\nb,3\n", r"data.text_column: record 1 of .*a.csv has body, id, not 'text'"),
+        (b'id,text\n1,"a\n', r"data: there is no text in the validation split"),
+    ],
+    "a.txt": [
+        (utf16(b"\xff\xfe", "utf-16-le"), r"data.files: .*a.txt is UTF-16, not UTF-8 text; convert it or leave it out"),
+        (utf16(b"\xfe\xff", "utf-16-be"), r"a.txt is UTF-16, not UTF-8 text"),
+        (utf16(b"", "utf-16-le"), r"a.txt has a NUL at byte 1, so it is UTF-16 or no text at all; convert it"),
+        (utf16(b"", "utf-16-be"), r"a.txt has a NUL at byte 0, so it is UTF-16 or no text"),
+        (b"plain text " * 9 + b"\0" + b"text " * 9, r"a.txt has a NUL at byte 99"),
+        (gzip.compress(b"plain text"), r"a.txt is compressed, not UTF-8 text"),
+        (b"PK\3\4 and so on", r"a.txt is a zip, not UTF-8 text"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [(name, content, complaint) for name, cases in UNREADABLE.items() for content, complaint in cases],
+)
+def test_files_without_text_are_refused_in_a_line(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as refused:
+        prepare(config_of(tmp_path, files=[str(tmp_path / name)]))
+    assert "\n" not in str(refused.value)
