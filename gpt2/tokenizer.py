@@ -9,7 +9,6 @@ import codecs
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +25,9 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
+ADDED_FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]  # of transformers, beside them
+ADDED_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
+MAX_LEARNED_WORD = 1000
 # OpenAI's, for tiktoken; the `tokenizers` library has it built into ByteLevel.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -40,12 +42,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(substitute)) for byte in range(256)]
 
 
-def _make_backend(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _make_backend(model: "tokenizers.models.Model", added: Iterable[dict[str, Any]] = ()) -> "tokenizers.Tokenizer":
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(**token) for token in added])
     return backend
 
 
@@ -65,38 +68,80 @@ def _check_kind(description: dict[str, Any], folder: Path) -> None:
         raise UserError(f"tokenizer: {folder / 'tokenizer.json'} is not a GPT-2 tokenizer: {reason}")
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_added(folder: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens of a folder, from the files in which the versions of `transformers` keep them.
+
+    Those that have a name, such as `pad_token`, are special, and `<|endoftext|>` always is.
+
+    Args:
+        description: `tokenizer.json`, if there is one.
+    """
+    config, names, ids = (_read_json(folder / name) if (folder / name).is_file() else {} for name in ADDED_FILES)
+    if config.get("add_prefix_space"):
+        raise UserError(f"tokenizer: {folder / ADDED_FILES[0]} adds a space before the text, which GPT-2 does not")
+    named = [value for key, value in (config | names).items() if key.endswith("_token")]
+    special = {END_OF_TEXT, *(token["content"] if isinstance(token, dict) else token for token in named if token)}
+    if "added_tokens_decoder" in config:
+        added = [{**token, "id": int(i)} for i, token in config["added_tokens_decoder"].items()]
+    else:
+        extra = config.get("additional_special_tokens") or []
+        added = [{"content": token, "id": i, "normalized": True, "special": token in extra} for token, i in ids.items()]
+        added += description.get("added_tokens") or []
+    tokens = {content: {"content": content} for content in special} | {token["content"]: token for token in added}
+    return [
+        {**token, "special": content in special or token.get("special", False)} for content, token in tokens.items()
+    ]
+
+
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE. It encodes every text, and decoding returns the text.
 
     `<|endoftext|>` in a text is encoded as thirteen ordinary characters. The special token exists only as the number
-    `eos_token_id`, so no corpus or prompt can contain it, unless `encode` is called with `allow_special_tokens`.
+    `eos_token_id`, so no corpus or prompt can contain it, unless `encode` is called with `allow_special_tokens`. Other
+    special tokens are treated alike. Words that were added to a tokenizer as ordinary tokens are found in every text.
     """
 
-    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]):
+    def __init__(
+        self, vocabulary: dict[str, int], merges: list[tuple[str, str]], added: list[dict[str, Any]] | None = None
+    ):
         """
         Args:
             vocabulary: The id of each token, in characters of `byte_alphabet`. Ids are 0..n-1.
             merges: Pairs of tokens to merge, by falling priority.
+            added: Tokens that are looked for in the text itself, before it is divided into words: their `content` and
+                the flags of `tokenizers.AddedToken`. None: those that no merge makes, as special tokens.
 
         Raises:
             UserError: The vocabulary lacks a byte or `<|endoftext|>`, has other ids, or does not fit the merges.
         """
+        from tokenizers import models
+
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise UserError(f"tokenizer: the ids of its {len(vocabulary)} tokens are not 0..{len(vocabulary) - 1}")
         missing = [token for token in (*byte_alphabet(), END_OF_TEXT) if token not in vocabulary]
         if missing:
             raise UserError(f"tokenizer: its vocabulary lacks {missing[0]!r}, so it is not GPT-2's byte-level BPE")
-        if foreign := set("".join(vocabulary)) - set(byte_alphabet()):
+        declared = {token["content"] for token in added or []}
+        if foreign := set("".join(vocabulary.keys() - declared)) - set(byte_alphabet()):
             raise UserError(
                 f"tokenizer: {min(foreign)!r} in its vocabulary stands for no byte, so it is not GPT-2's BPE"
             )
         self.vocabulary = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
         self.merges = merges
         self.eos_token_id = vocabulary[END_OF_TEXT]
+        if added is None:
+            added = self._special_by_default
+        known = (token for token in added if token["content"] in vocabulary)
+        self.added = _with_all_flags(sorted(known, key=lambda token: vocabulary[token["content"]]))
         try:
-            self.backend = _make_backend(vocabulary, merges)
+            self.backend = _make_backend(models.BPE(vocab=vocabulary, merges=merges), self.added)
+            self.backend.encode_special_tokens = True  # as text
         except Exception as error:  # the tokenizers library raises nothing more specific
-            raise UserError(f"tokenizer: its merges do not fit its vocabulary: {error}") from error
+            raise UserError(f"tokenizer: its merges or added tokens do not fit its vocabulary: {error}") from error
 
     # -----------------------------------------------------------------------------------------------------------------
     # Making, loading and saving
@@ -110,14 +155,18 @@ class GPT2Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "GPT2Tokenizer":
         """Learn merges from texts until there are `vocab_size` tokens, or no pair of tokens occurs twice.
 
+        Words of more than `MAX_LEARNED_WORD` bytes are cut: the time to learn a word is quadratic in its length.
+
         Raises:
             UserError: `vocab_size` is below 257.
         """
-        from tokenizers import pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
         if vocab_size < 257:
             raise UserError(f"tokenizer: {vocab_size} tokens are too few for the 256 bytes and {END_OF_TEXT}")
-        backend = _make_backend({}, [])
+        backend = _make_backend(models.BPE())
+        cut = pre_tokenizers.FixedLength(length=MAX_LEARNED_WORD)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, cut])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,  # <|endoftext|> is added last, as in OpenAI's vocabulary
             min_frequency=2,
@@ -138,29 +187,28 @@ class GPT2Tokenizer:
         """
         folder = Path(folder)
         try:
+            description: dict[str, Any] = {}
             if (folder / "tokenizer.json").is_file():
-                description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+                description = _read_json(folder / "tokenizer.json")
                 _check_kind(description, folder)
-                model, added = description["model"], description.get("added_tokens") or []
-                vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in added}}
-                pairs = model["merges"]
+                vocabulary, pairs = description["model"]["vocab"], description["model"]["merges"]
             elif all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-                vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+                vocabulary = _read_json(folder / "vocab.json")
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
                 pairs = [line for line in lines if line and not line.startswith("#version")]
             else:
                 raise UserError(f"tokenizer: {folder} holds neither tokenizer.json nor vocab.json with merges.txt")
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
-            return cls(vocabulary, merges)  # fails if an entry of `merges` is not a pair
+            added = _read_added(folder, description)
+            vocabulary = {**vocabulary, **{token["content"]: token["id"] for token in added if "id" in token}}
+            return cls(vocabulary, merges, added)  # fails if an entry of `merges` is not a pair
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"tokenizer: {folder} holds no GPT-2 tokenizer: {error}") from error
 
     def to_folder(self, folder: str | Path, context_length: int) -> None:
         """Write the files that `from_folder`, and `AutoTokenizer.from_pretrained` of `transformers`, read."""
         folder = Path(folder)
-        backend = _make_backend(self.vocabulary, self.merges)  # not `self.backend`, which has no special tokens
-        backend.add_special_tokens(self.added_tokens)
-        backend.save(str(folder / "tokenizer.json"))
+        self.backend.save(str(folder / "tokenizer.json"))
         merges = "".join(f"{left} {right}\n" for left, right in self.merges)
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
         (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -182,7 +230,7 @@ class GPT2Tokenizer:
         """
         from gpt2.runtime.hub import WITHOUT_NETWORK, hub_folder
 
-        return cls.from_folder(hub_folder(name, TOKENIZER_FILES, WITHOUT_NETWORK))
+        return cls.from_folder(hub_folder(name, [*TOKENIZER_FILES, *ADDED_FILES], WITHOUT_NETWORK))
 
     @classmethod
     def from_json(cls, text: str) -> "GPT2Tokenizer":
@@ -193,17 +241,19 @@ class GPT2Tokenizer:
         """
         try:
             saved = json.loads(text)
-            return cls(saved["vocabulary"], [(left, right) for left, right in saved["merges"]])
+            merges = [(left, right) for left, right in saved["merges"]]
+            return cls(saved["vocabulary"], merges, saved.get("added"))
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"tokenizer: not one that was saved by this program: {one_line(error)}") from error
 
     def to_json(self) -> str:
         """The tokenizer as a string, for checkpoints and caches."""
-        return json.dumps({"vocabulary": self.vocabulary, "merges": self.merges}, ensure_ascii=False)
+        added = {} if self.added == self._special_by_default else {"added": self.added}
+        return json.dumps({"vocabulary": self.vocabulary, "merges": self.merges, **added}, ensure_ascii=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal for tokenizers with equal vocabularies and merges."""
+        """Equal for tokenizers with equal vocabularies, merges and added tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -217,29 +267,38 @@ class GPT2Tokenizer:
         return self.vocab_size
 
     @cached_property
-    def added_tokens(self) -> list[str]:
-        """The tokens that text is never encoded to: `<|endoftext|>`, and any that were added later, such as [PAD]."""
+    def _text_tokens(self) -> dict[str, int]:
+        """The vocabulary without the tokens that no merge makes: `<|endoftext|>`, and any that were added later."""
         from_text = {*byte_alphabet(), *("".join(pair) for pair in self.merges)} - {END_OF_TEXT}
-        return [token for token in self.vocabulary if token not in from_text]
+        return {token: i for token, i in self.vocabulary.items() if token in from_text}
+
+    @property
+    def _special_by_default(self) -> list[dict[str, Any]]:
+        unmade = [token for token in self.vocabulary if token not in self._text_tokens]
+        return _with_all_flags([{"content": token, "special": True} for token in unmade])
+
+    @cached_property
+    def added_words(self) -> list[str]:
+        """The added tokens that are found in every text."""
+        return [token["content"] for token in self.added if not token["special"]]
 
     @cached_property
     def ids_in_use(self) -> int:
         """The vocabulary that a model needs: one more than the largest id that occurs in a tokenized corpus."""
-        unused = set(self.added_tokens) - {END_OF_TEXT}
-        return 1 + max(i for token, i in self.vocabulary.items() if token not in unused)
+        return 1 + max(self.vocabulary[token] for token in (END_OF_TEXT, *self._text_tokens, *self.added_words))
 
     def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
         """The tokens of a text. A lone surrogate, which is not a character, is replaced by a question mark.
 
         Args:
-            allow_special_tokens: Encode the names of added tokens, such as `<|endoftext|>`, as these tokens.
+            allow_special_tokens: Encode the names of special tokens, such as `<|endoftext|>`, as these tokens.
         """
-        if allow_special_tokens:
-            longest_first = sorted(self.added_tokens, key=len, reverse=True)
-            parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)  # every second part is a name
-            encoded = ([self.vocabulary[part]] if n % 2 else self.encode(part) for n, part in enumerate(parts))
-            return [i for ids in encoded for i in ids]
-        return self.backend.encode(_without_surrogates(text), add_special_tokens=False).ids
+        backend = self._backend_with_special_tokens if allow_special_tokens else self.backend
+        return backend.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+    @cached_property
+    def _backend_with_special_tokens(self) -> "tokenizers.Tokenizer":
+        return _make_backend(self.backend.model, self.added)
 
     def encode_batch(self, texts: list[str]) -> "list[np.ndarray]":
         """The tokens of each text, as from `encode` but several times faster. Thread-safe."""
@@ -248,7 +307,7 @@ class GPT2Tokenizer:
     @cached_property
     def _batch_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
         """The fastest exact encoder of many texts. Making it takes longer than encoding a prompt."""
-        if not self.merges:
+        if not self.merges and not self.added_words:
             return self._byte_encoder()
         if reason := self._reason_against_tiktoken():
             log.warning("Note: tokenizing with tokenizers, not several times faster with tiktoken: %s.", reason)
@@ -284,12 +343,6 @@ class GPT2Tokenizer:
 
         return lambda texts: [encode(text) for text in texts]
 
-    @cached_property
-    def _text_tokens(self) -> dict[str, int]:
-        """The vocabulary without the added tokens."""
-        added = set(self.added_tokens)
-        return {token: i for token, i in self.vocabulary.items() if token not in added}
-
     def _reason_against_tiktoken(self) -> str | None:
         """Why tiktoken would give other tokens than the merges do; None if it gives the same.
 
@@ -301,6 +354,8 @@ class GPT2Tokenizer:
         """
         from tokenizers import Tokenizer, pre_tokenizers
 
+        if self.added_words:
+            return "words were added to it"
         merged = [self.vocabulary["".join(pair)] for pair in self.merges]
         if not all(earlier < later for earlier, later in pairwise(merged)):
             return "its ids do not rise in the order of its merges"
@@ -320,7 +375,11 @@ class GPT2Tokenizer:
     def token_bytes(self) -> list[bytes]:
         """The bytes of each token, by its id."""
         byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-        return [bytes(byte_of[character] for character in token) for token in self.vocabulary]
+        literal = {token["content"] for token in self.added} - self._text_tokens.keys()
+        return [
+            token.encode() if token in literal else bytes(byte_of[character] for character in token)
+            for token in self.vocabulary
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens. Bytes that are not UTF-8, such as a part of a character, become U+FFFD."""
@@ -335,6 +394,18 @@ class GPT2Tokenizer:
         for i in ids:
             yield decoder.decode(self.token_bytes[i] if i < self.vocab_size else b"")
         yield decoder.decode(b"", final=True)
+
+
+def _with_all_flags(added: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Added tokens with each of their flags, equal for lists that mean the same.
+
+    GPT-2 normalizes no text: `normalized` says only which tokens are looked for after the others.
+    """
+    differ = len({token.get("normalized", False) for token in added}) > 1
+    tokens = [
+        {"content": token["content"], **{flag: token.get(flag, False) for flag in ADDED_FLAGS}} for token in added
+    ]
+    return [{**token, "normalized": differ and token["normalized"]} for token in tokens]
 
 
 def _without_surrogates(text: str) -> str:

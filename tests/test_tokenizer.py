@@ -314,6 +314,17 @@ def test_training_is_repeatable(trained):
     assert GPT2Tokenizer.train(iter([python_source()]), vocab_size=600).fingerprint == trained.fingerprint
 
 
+def test_only_long_words_are_cut_for_training(monkeypatch):
+    """The time to learn a word is quadratic in its length: a million letters took minutes."""
+    texts = [python_source(), *nasty_texts(500)]
+    before = GPT2Tokenizer.train(texts, 1000)
+    monkeypatch.setattr("gpt2.tokenizer.MAX_LEARNED_WORD", 10**9)
+    assert GPT2Tokenizer.train(texts, 1000).fingerprint == before.fingerprint
+    monkeypatch.setattr("gpt2.tokenizer.MAX_LEARNED_WORD", 3)
+    cut = GPT2Tokenizer.train(["abcdefg" * 9], 1000)
+    assert max(map(len, cut.token_bytes[:-1])) == 3
+
+
 def test_special_token_is_not_learned_from_text():
     tokenizer = GPT2Tokenizer.train([f"{END_OF_TEXT}a{END_OF_TEXT} "] * 100, 400)
     assert tokenizer.eos_token_id not in tokenizer.encode(END_OF_TEXT)
@@ -478,7 +489,7 @@ def test_added_tokens_outside_the_vocabulary_are_read(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = GPT2Tokenizer.from_folder(folder)
     assert (tokenizer.eos_token_id, tokenizer.vocab_size, tokenizer.ids_in_use) == (299, 301, 300)
-    assert tokenizer.added_tokens == ["<|endoftext|>", "[PAD]"]
+    assert [token["content"] for token in tokenizer.added] == ["<|endoftext|>", "[PAD]"]
 
 
 OTHER_KINDS = [

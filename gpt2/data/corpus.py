@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from gpt2.data.sources import Documents, Source, cache_folder, open_source
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
 from gpt2.runtime.files import atomic_folder, atomic_write, remove
+from gpt2.runtime.signals import interruptibly
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def write_tokens(
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
     tokenizer.encode_batch([])  # builds its encoder once, not in each thread
+    words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
 
     def encode(batch: list[tuple[str, bool]]) -> np.ndarray:
         encoded = tokenizer.encode_batch([text for text, _ in batch])
@@ -116,7 +118,7 @@ def write_tokens(
 
     total = 0
     with path.open("wb") as file, track(description, unit="tokens") as advance:
-        for tokens in map_in_threads(encode, batched(documents), threads):
+        for tokens in map_in_threads(encode, batched(documents, words), threads):
             file.write(tokens.data)
             if digest is not None:
                 digest.update(tokens.data)
@@ -130,11 +132,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def batched(documents: Iterable[Parts]) -> Iterator[list[tuple[str, bool]]]:
+def batched(documents: Iterable[Parts], words: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
     """Batches of about BATCH_LENGTH characters of the pieces of all documents that are not blank."""
     batch: list[tuple[str, bool]] = []
     size = 0
-    for piece in chain.from_iterable(map(split_into_pieces, without_blanks(documents))):
+    for piece in chain.from_iterable(split_into_pieces(document, words) for document in without_blanks(documents)):
         batch.append(piece)
         size += len(piece[0])
         if size >= BATCH_LENGTH:
@@ -155,40 +157,56 @@ def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
                 break
 
 
-def split_into_pieces(document: Parts) -> Iterator[tuple[str, bool]]:
+def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:
     """Pieces of about PIECE_LENGTH characters that together are the document, each with whether it is the last.
 
     Pieces begin at white space after another character. GPT-2's pattern always separates tokens there, so the pieces
     have the tokens of the whole. Only where MAX_PIECE_LENGTH characters contain no such place is the text cut anywhere.
+
+    Args:
+        words: Those that were added to the tokenizer: no piece begins within one or, at white space, next to one.
     """
     rest = ""
     for part in document:
         rest += part
         start = 0
-        while end := _end_of_piece(rest, start):
+        while end := _end_of_piece(rest, start, words):
             yield rest[start:end], False
             start = end
         rest = rest[start:]
     yield rest, True
 
 
-def _end_of_piece(text: str, start: int) -> int | None:
+def _end_of_piece(text: str, start: int, words: Sequence[str]) -> int | None:
     """The end of the piece that begins at `start`; None if that depends on what follows the text."""
-    if boundary := BOUNDARY.search(text, start + PIECE_LENGTH, start + MAX_PIECE_LENGTH):
-        return boundary.start()
-    return start + MAX_PIECE_LENGTH if len(text) >= start + MAX_PIECE_LENGTH else None
+    longest, last = max(map(len, words), default=0), start + MAX_PIECE_LENGTH
+    for boundary in BOUNDARY.finditer(text, start + PIECE_LENGTH, min(last, len(text) - longest)):
+        if not _meets(text, boundary.start(), words, margin=1):
+            return boundary.start()
+    if len(text) < last + longest:
+        return None
+    return next((place for place in range(last, last - longest, -1) if not _meets(text, place, words)), last)
+
+
+def _meets(text: str, place: int, words: Sequence[str], margin: int = 0) -> bool:
+    """Whether a place in a text is within one of the words, or, with a margin, at its beginning or end."""
+    reaches = ((word, len(word) - 1 + margin) for word in words)
+    return any(text.find(word, max(0, place - reach), place + reach) >= 0 for word, reach in reaches)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """Like `ThreadPoolExecutor.map`, but takes only a few items before their results are consumed."""
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for item in items:
             pending.append(pool.submit(function, item))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interruption waits for what is running only
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,14 +376,16 @@ def write_corpus(
 
 
 def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
+    total = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal total
+        for document in documents_of_split(source, "train", config):
+            for text, _ in split_into_pieces(document):
+                total += len(text)
+                yield text
+
     with track("Training the tokenizer", unit="characters") as advance:
-
-        def texts() -> Iterator[str]:
-            total = 0
-            for document in documents_of_split(source, "train", config):
-                for text, _ in split_into_pieces(document):
-                    total += len(text)
-                    advance(total)
-                    yield text
-
-        return GPT2Tokenizer.train(texts(), config.vocab_size)
+        tokenizer = interruptibly(lambda: GPT2Tokenizer.train(texts(), config.vocab_size), lambda: advance(total))
+        advance(total)
+    return tokenizer

@@ -6,12 +6,16 @@ after SIGTERM, 138 after SIGUSR1, 140 after SIGUSR2.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from gpt2.runtime.dist_env import dist_env
+
+Result = TypeVar("Result")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SECONDS_OF_ONE_CTRL_C = 0.5
@@ -96,6 +100,26 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
         raise
     finally:
         restore()
+
+
+def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
+    """The result of a function that may compute for minutes in C or Rust, where no signal reaches Python's handlers.
+
+    It runs in a thread, which ends with the process. Signals interrupt the caller, who also calls `meanwhile` now and
+    then.
+    """
+    result: Future[Result] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # noqa: BLE001  # a panic of Rust is no Exception
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while not wait([result], timeout=0.5).done:
+        meanwhile()
+    return result.result()
 
 
 def _print(text: str) -> None:

@@ -138,6 +138,17 @@ def test_map_in_threads_raises_errors_of_the_function():
         list(map_in_threads(lambda number: 1 // number, [2, 1, 0, 1], 2))
 
 
+def test_map_in_threads_starts_nothing_after_an_interruption():
+    begun = []
+    results = map_in_threads(begun.append, range(100), 1)
+    next(results)
+    with pytest.raises(KeyboardInterrupt):
+        results.throw(KeyboardInterrupt)
+    before = len(begun)
+    time.sleep(0.05)
+    assert len(begun) == before < 10
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
 def test_documents_are_written_in_order_with_end_of_text(tmp_path, monkeypatch, batch, threads):

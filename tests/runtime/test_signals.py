@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from gpt2.runtime.signals import SIGNALS, defer_signals
+from gpt2.runtime.signals import SIGNALS, defer_signals, interruptibly
 
 
 @pytest.fixture
@@ -191,3 +191,23 @@ def test_signal_is_deferred_without_standard_error(capfd):
         os.dup2(copy, 2)
         os.close(copy)
     assert received == [signal.SIGTERM]
+
+
+def test_what_computes_without_looking_for_signals_is_left():
+    """Its thread ends with the process."""
+    calls, never = [], threading.Event()
+
+    def meanwhile() -> None:
+        calls.append(None)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        interruptibly(never.wait, meanwhile)
+    assert len(calls) == 1
+    never.set()
+
+
+def test_result_or_error_of_what_computes_in_a_thread():
+    assert interruptibly(lambda: 7, pytest.fail) == 7
+    with pytest.raises(ZeroDivisionError):
+        interruptibly(lambda: 1 // 0, pytest.fail)
