@@ -101,7 +101,7 @@ class DataConfig:
     text_column: str = "text"  # column of the dataset, or of files that hold records (.jsonl, .csv)
     # Regular expression: a matching row begins a document (here the titles of WikiText); null: each row is a document.
     document_start: str | None = r"^ = [^=]"
-    files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'; a file or record is a document
+    files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'; each file is a document
     exclude: list[str] = field(default_factory=list)  # patterns of files to leave out
     # gpt2, bytes (one token a byte), train (learn it from the text), a folder with a tokenizer, or a trained model.
     tokenizer: str = "gpt2"

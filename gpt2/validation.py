@@ -14,6 +14,7 @@ from functools import cache
 from glob import escape, glob
 from itertools import count
 from math import inf
+from os.path import isfile
 from pathlib import Path
 from stat import S_ISDIR
 from types import NoneType, UnionType
@@ -297,20 +298,20 @@ def files_matching(pattern: str) -> list[str]:
     return glob(as_pattern(pattern), recursive=True) if pattern else []
 
 
-def _no_file(pattern: str) -> str | None:
+def no_file(pattern: str) -> str | None:
     """Why a pattern stands for no file; None if it stands for some."""
-    paths = [Path(name) for name in files_matching(pattern)]
-    if any(path.is_file() for path in paths):
+    paths = files_matching(pattern)
+    if any(map(isfile, paths)):
         return None
     if not paths:
         return f"no file matches {pattern!r} (looked from {Path.cwd()})"
     try:
-        is_folder = S_ISDIR(paths[0].stat().st_mode)
-    except OSError as error:
-        return f"{str(paths[0])!r} is a link that leads to no file ({error.strerror})"
+        is_folder = S_ISDIR(Path(paths[0]).stat().st_mode)
+    except OSError as error:  # of a link to nothing or to itself
+        return f"{paths[0]!r} leads to no file ({error.strerror})"
     if is_folder:
-        return f"{str(paths[0])!r} is a folder; name its files, such as {str(paths[0] / '**/*.txt')!r}"
-    return f"{str(paths[0])!r} is a pipe, a socket or a device; write its text to a file"
+        return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], '**/*.txt'))!r}"
+    return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
 
 
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:
@@ -319,7 +320,7 @@ def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
     for pattern in config.files or []:
-        if reason := _no_file(pattern):
+        if reason := no_file(pattern):
             yield f"{prefix}files: {reason}"
     try:
         re.compile(config.document_start or "")

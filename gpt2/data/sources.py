@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from os.path import realpath
+from itertools import chain
+from os.path import isfile, realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -24,7 +25,7 @@ from gpt2.config import DataConfig
 from gpt2.errors import UserError
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
-from gpt2.validation import as_pattern, files_matching
+from gpt2.validation import as_pattern, files_matching, no_file
 
 if TYPE_CHECKING:
     import datasets
@@ -224,8 +225,9 @@ def open_files(config: DataConfig) -> Source:
         raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
     documents = FileDocuments(find_files(config.files or [], config.exclude), config.text_column)
     if not documents.paths:
-        left = f"without those of data.exclude={config.exclude}" if config.exclude else ""
-        raise UserError(f"data.files: no file matches {config.files} {left}".rstrip())
+        reasons = filter(None, map(no_file, config.files or []))
+        left = f"data.files: nothing of {config.files} is left without data.exclude={config.exclude}"
+        raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
     fingerprint = _fingerprint(documents.paths)
     if documents.hold_records():
         fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
@@ -234,7 +236,7 @@ def open_files(config: DataConfig) -> Source:
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """The files that match any pattern and no exclusion, each once, sorted by path."""
-    names = [name for pattern in patterns for name in files_matching(pattern) if Path(name).is_file()]
+    names = filter(isfile, chain.from_iterable(map(files_matching, patterns)))
     files = {Path(name).resolve(): {name, str(Path(name).absolute()), realpath(name)} for name in names}
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
     if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:

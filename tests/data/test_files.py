@@ -73,8 +73,8 @@ def test_an_exclusion_that_matches_nothing_is_said(texts, caplog):
     [
         ("deep", "'deep' is a folder; name its files, such as 'deep/**/*.txt'"),
         ("de*", "'deep' is a folder"),
-        ("gone.txt", "'gone.txt' is a link that leads to no file (No such file or directory)"),
-        ("loop.txt", "'loop.txt' is a link that leads to no file (Too many levels of symbolic links)"),
+        ("gone.txt", "'gone.txt' leads to no file (No such file or directory)"),
+        ("loop.txt", "'loop.txt' leads to no file (Too many levels of symbolic links)"),
         ("pipe", "'pipe' is a pipe, a socket or a device"),
         ("/dev/null", "'/dev/null' is a pipe, a socket or a device"),
         ("nothing.txt", "no file matches 'nothing.txt' (looked from "),
@@ -89,6 +89,9 @@ def test_what_is_no_file_is_named(texts, name, complaint):
     (problem,) = validate(DataConfig(files=[name, "f1.txt"], tokenizer="bytes"), "data.")
     assert problem.startswith(f"data.files: {complaint}")
     assert find_files([name, "f1.txt"], []) == [texts / "f1.txt"]
+    with pytest.raises(UserError) as refused:
+        prepare(DataConfig(files=[name], tokenizer="bytes"))
+    assert refused.value.problems == [problem]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
