@@ -111,8 +111,11 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
 def default_output(source: str) -> Path:
     """evaluation.json in the run folder of a trained model, or in outputs/evaluations if it is in none."""
+    from gpt2.checkpoint.run_folder import refuse_links
+
     run = Path(source).absolute().parent.parent
     if (run / "metrics.jsonl").is_file():
+        refuse_links(run, "output")
         return Path(os.path.relpath(run)) / "evaluation.json"
     return Path("outputs/evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("./")) / "evaluation.json"
 

@@ -56,9 +56,13 @@ def machine_error(error: BaseException) -> str | None:
 
 
 def few(names: Collection[str], separator: str = ", ") -> str:
-    """The first three of some names, and how many more there are: a damaged file may have thousands."""
+    """The first three of some names, and how many more there are: a damaged file may have thousands, or long ones."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return separator.join(list(names)[:3]) + more
+    return separator.join(shortened(name, 700) for name in list(names)[:3]) + more
+
+
+def shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def one_line(error: BaseException) -> str:

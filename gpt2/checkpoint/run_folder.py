@@ -15,7 +15,7 @@ from pathlib import Path
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.record import Progress, check_progress
 from gpt2.config import TrainingConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.runtime.files import atomic_write, fsync, temporary_name
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,12 @@ def newest_first(folder: Path) -> list[Path]:
 def best_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, in the order in which generation and evaluation try them."""
     return sorted(newest_first(folder), key=lambda path: path.name != BEST)
+
+
+def refuse_links(folder: Path, key: str) -> None:
+    """Raise a UserError if files of a run folder are links: what is written to them would go where its maker chose."""
+    if linked := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()):
+        raise UserError(f"{key}: files in {folder} are links to other places, {few(linked)}; replace them by files")
 
 
 def checkpoint_folder_of(run: Path) -> Path | None:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt2.checkpoint.record import read_record
+from gpt2.checkpoint.run_folder import refuse_links
 from gpt2.cli.complete import resumed_checkpoint
 from gpt2.cli.compose import compose, escaped, in_hydras_grammar, parsed
 from gpt2.cli.launchers import requeues, uses_submitit
@@ -59,6 +60,8 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
             else folder_of_command_line("runs", composed.name, overrides)
         )
     path = resumed_checkpoint(str(resume))
+    if path:
+        refuse_links(path.parent.parent, "resume")
     return RunFolder(str(path.parent.parent if path else resume), str(resume), is_new=path is None)
 
 

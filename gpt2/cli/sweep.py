@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2.cli.compose import leaves
 from gpt2.cli.hydra_private import BasicSweeper
 from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
-from gpt2.errors import ResourceError, UserError, machine_error, one_line, without_secrets
+from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure
 
@@ -141,10 +141,6 @@ def _reasons(failed: dict[int, UserError]) -> str:
     for number, error in failed.items():
         numbers.setdefault(shortened(error.problems[0].partition(";")[0], 120), []).append(str(number))
     return "; ".join(f"{', '.join(runs)} ({reason})" for reason, runs in numbers.items())
-
-
-def shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _with_code(error: UserError, code: int) -> UserError:

@@ -239,6 +239,21 @@ def test_checkpoint_may_keep_wandb_from_being_contacted(run, mode):
     assert resolve("train", compose("train", line), line).wandb.mode == "online"
 
 
+def test_run_folder_with_links_to_other_files_is_not_written_to(run, workspace):
+    """Opening the lock, for one, would empty the file to which it leads."""
+    kept, links = workspace.folder / "kept", [".evaluation.json.lock", ".lock", "metrics.jsonl", "wandb_id"]
+    kept.write_text((run / "metrics.jsonl").read_text())
+    before = kept.read_bytes()
+    for name in links:
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to("../kept")
+    for script, argument, key in (("train.py", "resume", "resume"), ("evaluate.py", "checkpoint", "output")):
+        (line,) = workspace.run(script, f"{argument}={run}", "wandb=off", expect=2).stderr.splitlines()
+        assert line.startswith(f"error: {key}: files in ")
+        assert line.endswith(f"are links to other places, {', '.join(links[:3])} and 1 more; replace them by files")
+    assert kept.read_bytes() == before
+
+
 SECRET = "canary-5d1f"
 LURE = "${oc.env:MY_SECRET} ${HOME} ${train.seed} \\${x} ${"
 
