@@ -164,7 +164,7 @@ def get_dataloaders(
     """
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
-    # On a CPU, workers take cores from training: two of them beside two training threads made a step 13 % slower.
+    # On a CPU, workers take cores from training.
     cores = (os.cpu_count() or 1) // dist_env().local_world_size
     workers = max(0, min(config.num_workers, cores - (0 if on_cuda else torch.get_num_threads())))
     is_joblib = multiprocessing.get_start_method() == "loky"  # a start method that PyTorch does not support

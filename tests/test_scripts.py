@@ -300,7 +300,8 @@ def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number)
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not at hand")
 def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
-    """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps.
+    """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps
+    (experiments/shakespeare_char/nanogpt.json).
 
     Muon is there in 300. experiments/shakespeare_char has the whole run with AdamW and nanoGPT's own schedule, 1.873.
     """

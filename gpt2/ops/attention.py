@@ -1,7 +1,7 @@
 """Causal self-attention: PyTorch's fused kernel, or explicit matrices where those train faster on a CPU.
 
-Gain of the explicit matrices, forward and backward in bf16 (experiments/performance): 3.8 -> 1.1 ms for 12 x 4 heads of
-64 tokens, 11.9 -> 5.6 ms for 2 x 12 heads of 256 tokens; a training step of a 16-million-weight model gets 4 % faster.
+Gain of the explicit matrices (experiments/performance, levers_small.json): with the fused kernel, a training step of a
+16-million-weight model takes 4 % longer in bf16.
 
 Axes: b batch, t time, h head, d head dimension, T all tokens that are attended to.
 """
@@ -58,8 +58,7 @@ def attend(
 def _explicit_is_faster(q: Tensor) -> bool:
     """Whether to train with all attention weights (b, h, t, t) in memory: on a CPU, in 16 bits or on short texts.
 
-    The fused kernel recomputes the weights in the backward pass. On a CPU that takes two to four times as long in
-    16 bits (experiments/performance).
+    The fused kernel recomputes the weights in the backward pass.
     """
     b, h, t, _ = q.shape
     fits = b * h * t * t * q.element_size() <= MAX_WEIGHT_BYTES

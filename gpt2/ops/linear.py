@@ -1,8 +1,8 @@
 """Products of fp32 matrices by oneDNN on a CPU, with gradients.
 
-PyTorch multiplies fp32 matrices by MKL, which on processors of other makers may reach half the speed of oneDNN: on two
-Zen 5 cores 197 against 456 GFLOP/s, where a training step of a 16-million-weight model took 1.25 times as long by MKL;
-on Zen 4 1.20 times (experiments/performance).
+PyTorch multiplies fp32 matrices by MKL, which on processors of other makers may be slower than oneDNN: on two Zen 4
+cores a training step of a 16-million-weight model takes 1.20 times as long by MKL (levers_small.json in
+experiments/performance).
 
 This is the only module that uses PyTorch's private oneDNN operations (`torch.ops.mkldnn`), which its compiler emits.
 Checked with PyTorch 2.13. Where they are missing, `F.linear` is used; tests/ops/test_linear.py fails.

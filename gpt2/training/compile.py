@@ -42,8 +42,8 @@ def choose_plan(
     device: torch.device,
     flops: float,
     group: ProcessGroup,
-    saved: Mapping[str, Any] | None = None,
-    compilable: bool = True,
+    saved: Mapping[str, Any] | None,
+    compilable: bool,
 ) -> ComputePlan:
     """Settle what `config` leaves to `auto`. All ranks use the choice of rank 0.
 
@@ -80,7 +80,7 @@ def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Pr
 def compile_is_worthwhile(precision: Precision, flops: float, seconds: float) -> bool:
     """Whether compilation saves more time than it takes: on CUDA with Triton, if the training is long enough.
 
-    On a CPU it saves at most 5 % of a step and takes half a minute or more, see experiments/performance.
+    On a CPU it saves 6 % of a step in bf16 and makes one in fp32 slower, see experiments/performance.
 
     Args:
         flops: FLOPs of the whole training.

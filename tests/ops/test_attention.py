@@ -43,6 +43,15 @@ def test_long_texts_and_inference_use_the_fused_kernel(monkeypatch):
     attend(torch.randn(2, 8, 3 * 4, requires_grad=True), 1, attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("dtype", "t"), [(torch.float32, 128), (torch.bfloat16, 130)])
+def test_explicit_attention_is_for_weights_that_fit(dtype, t, monkeypatch):
+    q = torch.zeros(3, 5, t, 2, dtype=dtype, requires_grad=True)
+    size = 3 * 5 * t * t * q.element_size()
+    for limit, expected in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(attention, "MAX_WEIGHT_BYTES", limit)
+        assert attention._explicit_is_faster(q) == expected
+
+
 def test_dropout_acts_on_the_attention_weights():
     torch.manual_seed(0)
     value = torch.ones(1, 64, 4)

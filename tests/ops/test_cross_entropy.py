@@ -17,7 +17,7 @@ def problem(n: int = 50, ignored: int = 7, size: float = 1.0):
     hidden_states = (size * torch.randn(n, C, generator=generator)).requires_grad_()
     weight = torch.randn(V, C, generator=generator).requires_grad_()
     targets = torch.randint(V, (n,), generator=generator)
-    targets[torch.randperm(n, generator=generator)[:ignored]] = IGNORE_INDEX
+    targets[torch.randperm(n, generator=generator)[:ignored]] = -100  # as in transformers
     return hidden_states, weight, targets
 
 

@@ -2,13 +2,17 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 import tests.test_train as training
 from gpt2.checkpoint import format as checkpoint
+from gpt2.config import TrainingConfig
 from gpt2.tracking.tracker import Tracker, read_metrics
-from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog
+from gpt2.training import callbacks as module
+from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog, seconds_left
+from gpt2.training.state import Progress
 from tests.test_train import make_trainer
 
 blocks = training.blocks  # the fixture
@@ -87,3 +91,47 @@ def test_samples_are_logged_without_escape_sequences(blocks, tmp_path, caplog):
     caplog.set_level("INFO")
     make_trainer(blocks, tmp_path, callbacks=[Samples(lambda step: "a\x1b[2Jb\nc")], max_steps=1).train()
     assert "    | a\ufffd[2Jb\n    | c" in caplog.text
+
+
+def test_progress_line_shows_the_step_and_what_happens(blocks, tmp_path):
+    console, shown = ConsoleLog(), []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer):
+            (task,) = console.progress_line.progress.tasks
+            shown.append((task.completed, task.total))
+
+    trainer = make_trainer(blocks, tmp_path, callbacks=[console, Watch()], max_steps=3, log_every=1, eval_batches=2)
+    trainer.train()
+    assert shown == [(1, 3), (2, 3), (3, 3)]
+    (task,) = console.progress_line.progress.tasks
+    assert task.fields["figures"] == "validating 1/2"
+    console.on_log(trainer, {"step": 2, "train/loss": 1.25, "train/tokens_per_second": 9e3, **ZEROS})
+    assert task.fields["figures"].startswith("loss 1.250  9,000 tokens/s  ")
+
+
+ZEROS = {"train/learning_rate": 0.0, "train/grad_norm": 0.0}
+
+
+def test_a_long_validation_logs_a_line_now_and_then(monkeypatch, caplog):
+    clock = iter([100.0, 109.9, 110.1, 120.0, 121.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    console = ConsoleLog()
+    with caplog.at_level("INFO"):
+        for batch in range(5):
+            console.on_validation_batch(None, batch, 2000)
+    assert caplog.messages == ["validating: batch 2 of 2,000", "validating: batch 4 of 2,000"]
+
+
+@pytest.mark.parametrize(
+    ("hours", "progress", "left"),
+    [
+        (1.0, Progress(step=10, seconds=20.0), 60.0),
+        (0.02, Progress(step=10, seconds=20.0), 52.0),  # the time limit comes first
+        (1.0, Progress(step=1, seconds=2.0), 78.0),
+        (1.0, Progress(step=0, seconds=2.0), 80.0),
+    ],
+)
+def test_time_left(hours, progress, left):
+    trainer = SimpleNamespace(progress=progress, total_steps=40, config=TrainingConfig(max_training_hours=hours))
+    assert seconds_left(trainer) == pytest.approx(left)

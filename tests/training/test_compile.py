@@ -5,10 +5,13 @@ import logging
 import pytest
 import torch
 
+from gpt2.config import TrainingConfig
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.ops import linear as onednn
+from gpt2.runtime import device
 from gpt2.runtime.device import Precision
 from gpt2.training import compile as compilation
-from gpt2.training.compile import Compiled, compile_is_worthwhile
+from gpt2.training.compile import Compiled, choose_plan, compile_is_worthwhile
 from tests.helpers import noisy_model, random_ids, tiny_config
 
 HOUR = 3600.0
@@ -40,7 +43,37 @@ def test_compilation_is_worthwhile_in_long_cuda_runs(monkeypatch, caplog):
     assert "Triton is not installed" in caplog.text
 
 
-def test_compilation_restores_gradients_and_random_state(problem, monkeypatch):
+SAVED = {"device": "cpu", "precision": "fp32", "linear": "PyTorch", "compiled": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "saved", "compilable", "expected"),
+    [
+        ({}, None, True, ("fp32", "oneDNN", False)),
+        ({"compile": True}, None, True, ("fp32", "oneDNN", True)),
+        ({"compile": True}, None, False, ("fp32", "oneDNN", False)),  # FSDP
+        ({}, SAVED, True, ("fp32", "PyTorch", True)),
+        ({}, SAVED, False, ("fp32", "PyTorch", False)),
+        ({"compile": False}, SAVED, True, ("fp32", "PyTorch", False)),
+        ({}, {**SAVED, "device": "cuda"}, True, ("fp32", "oneDNN", False)),
+        ({}, {**SAVED, "precision": "bf16"}, True, ("bf16", "PyTorch", True)),
+        ({"precision": "fp32"}, {**SAVED, "precision": "bf16"}, True, ("fp32", "oneDNN", True)),
+        ({}, {**SAVED, "linear": "of another version"}, True, ("fp32", "oneDNN", True)),
+        ({"deterministic": True}, None, True, ("fp32", "PyTorch", False)),
+        ({"mixed_precision": False}, {**SAVED, "precision": "bf16"}, True, ("fp32", "oneDNN", True)),
+    ],
+)
+def test_plan_follows_the_configuration_then_the_checkpoint_then_the_machine(
+    options, saved, compilable, expected, monkeypatch
+):
+    monkeypatch.setattr(compilation, "faster_linear", lambda: "oneDNN")
+    monkeypatch.setattr(device, "computes_in_bf16", lambda: False)
+    plan = choose_plan(TrainingConfig(**options), CPU, 1e18, ProcessGroup(), saved, compilable)
+    assert (plan.device, plan.precision.name, plan.linear, plan.compiled) == (CPU, *expected)
+
+
+def test_compilation_restores_gradients_and_random_state(problem, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     model, inputs = problem
     monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
     compiled = Compiled(model, CPU, (2, 8))
@@ -49,6 +82,7 @@ def test_compilation_restores_gradients_and_random_state(problem, monkeypatch):
     torch.manual_seed(5)
     _, loss = compiled(**inputs, return_logits=False)
     torch.testing.assert_close(loss, expected)  # dropout draws the same numbers
+    assert "Compiled in" in caplog.text
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.compiler.reset()
 

@@ -159,6 +159,11 @@ def test_linear_and_wsd_schedules():
     assert [learning_rate(step, 120, wsd) for step in (20, 60, 90, 105, 120)] == pytest.approx([1, 1, 1, 0.5, 0])
 
 
+def test_wsd_decays_over_one_step_at_least():
+    wsd = TrainingConfig(learning_rate=1.0, warmup_steps=2, lr_schedule="wsd", decay_fraction=0.01)
+    assert [learning_rate(step, 10, wsd) for step in (2, 8, 9, 10)] == pytest.approx([1, 1, 1, 0.1])
+
+
 def test_warmup_longer_than_run_never_peaks():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=2000)
     rates = [learning_rate(step, 100, config) for step in range(100)]
