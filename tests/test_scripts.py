@@ -94,13 +94,12 @@ def test_generate_handles_closed_pipe_and_writes_no_files(trained, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:surrogateescape"])
-def test_standard_input_is_read_like_a_file_of_prompts(trained, encoding):
+def test_standard_input_is_read_like_a_file_of_prompts(trained):
     command = trained.command("generate.py", "inference.max_new_tokens=1", "inference.seed=1", "quiet=true")
-    environment = {**trained.environment, "PYTHONIOENCODING": encoding}
+    environment = {**trained.environment, "PYTHONIOENCODING": "utf-8:strict"}
     streams = {"cwd": trained.folder, "env": environment, "capture_output": True}
     done = subprocess.run(command, input="\ufeffdéf\r\n  f\r\n".encode(), **streams)
-    assert done.stdout.startswith("déf\n  f".encode() if encoding.startswith("utf") else b"d"), done.stderr
+    assert done.stdout.startswith("déf\n  f".encode()), done.stderr
     assert b"\r" not in done.stdout
     done = subprocess.run(command, input=b"def\xe9 f", **streams)
     assert (done.returncode, done.stdout) == (2, b"")
