@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.checkpoint.record import read_record
+from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
 from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, composition_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
 from gpt2.config import OF_THE_USER, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
@@ -191,10 +190,14 @@ def resumed_checkpoint(resume: str) -> Path | None:
 
 def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str]) -> Values:
     """The configuration that a run was started with, and the changes to it that the command line may make."""
-    record = read_record(path)
+    trained = CheckpointModel(path)
+    record = trained.record
+    assert record is not None
+    trained.tokenizer  # noqa: B018  # read now, so that a damaged one is refused whether it is used or not
     if record["run"] is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to resume with")
     values, done = saved_values(record["run"]), record["progress"]["step"]
+    values["train.checkpoint_dir"] = path.absolute().parent.name  # new ones are written beside it
     requested = requested_changes(composed, overrides, set(values["started_with"]))
     problems: list[str] = []
     for key, new in requested.items():

@@ -34,8 +34,12 @@ class RunFolder:
 
     def apply(self, composed: DictConfig) -> None:
         """Put the folder into a configuration that is composed with its `hydra` node."""
-        composed.hydra.run.dir = escaped(self.path)
+        composed.hydra.run.dir = self.path
         if "resume" in composed:
+            if "${" in str(Path(self.path).absolute()):
+                raise UserError(
+                    f"hydra.run.dir: {self.path}: Hydra would interpolate ${{ in its name; rename the folder"
+                )
             composed.resume = escaped(self.resume)
         if not self.is_new:
             composed.hydra.output_subdir = None
