@@ -70,7 +70,7 @@ def compare() -> None:
     if "html" in options:
         from gpt2.analysis.compare_html import page
 
-        files[options["html"] or "outputs/comparison.html"] = page(comparison).encode()
+        files[options["html"] or "outputs/comparison.html"] = page(comparison).encode(errors="replace")
     if "picture" in options or not {"json", "markdown", "html"} & options.keys():
         from gpt2.analysis.compare_plot import curves
         from gpt2.analysis.plotting import picture

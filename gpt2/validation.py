@@ -120,7 +120,7 @@ def validate_fields(config: Any, prefix: str) -> Problems:
     """Problems of single fields: numbers out of bounds, values that are not among the choices, names of no device."""
     problems = out_of_bounds(vars(config), BOUNDS.get(type(config), {}), prefix)
     for key, hint in get_type_hints(type(config)).items():
-        value, choices = getattr(config, key), _choices(hint)
+        value, choices = getattr(config, key), choices_of(hint)
         if choices and value not in choices:
             problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(map(_shown, choices))}")
         elif key == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
@@ -135,11 +135,11 @@ def _has_password(value: Any) -> bool:
     return any(":/" in text and without_password(text) != text for text in texts)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices_of(hint: Any) -> tuple[Any, ...]:
     """The values of `Literal[...]`, and None where it is optional; empty for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    inner = [choice for option in _options(hint) if option is not hint for choice in _choices(option)]
+    inner = [choice for option in _options(hint) if option is not hint for choice in choices_of(option)]
     return (*inner, None) if inner else ()
 
 
@@ -224,7 +224,7 @@ def _as_type(value: Any, hint: Any) -> Any:
     """
     for option in _options(hint):
         kind, inner = get_origin(option), get_args(option)
-        if option is Any or type(value) is option or value in _choices(option):
+        if option is Any or type(value) is option or value in choices_of(option):
             return value
         if kind is list and isinstance(value, list):
             return [_as_type(item, inner[0]) for item in value]
@@ -234,7 +234,7 @@ def _as_type(value: Any, hint: Any) -> Any:
             with suppress(ValueError, OverflowError):
                 return float(value)
     words = (
-        _IN_WORDS.get(option) or ", ".join(map(_shown, _choices(option))) or _IN_WORDS[get_origin(option)]
+        _IN_WORDS.get(option) or ", ".join(map(_shown, choices_of(option))) or _IN_WORDS[get_origin(option)]
         for option in _options(hint)
     )
     raise ValueError(f"{reprlib.repr(value)} is not {' or '.join(words)}")

@@ -104,8 +104,8 @@ class Comparison:
         parts = []
         for key in keys:
             value = shown_value(run.config.get(key))
-            short = value if len(value) <= 30 else value[:29] + "…"
-            parts.append(value if key == "name" else f"{self.names[key]}={short}")
+            short = value if len(value) <= (60 if key == "name" else 30) else value[:29] + "…"
+            parts.append(short if key == "name" else f"{self.names[key]}={short}")
         return " ".join(parts)
 
     @cached_property

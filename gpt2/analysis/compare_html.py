@@ -3,7 +3,9 @@
 import io
 import json
 import os
+from contextlib import suppress
 from html import escape
+from math import isfinite
 from pathlib import Path
 from string import Template
 
@@ -47,10 +49,11 @@ def _sort_value(cell: str) -> str:
     """The value of a cell as JSON; empty if there is none."""
     if cell in ("n/a", "null", ""):
         return ""
-    try:
-        return json.dumps(float(cell.replace(",", "").removesuffix("%")))
-    except ValueError:
-        return json.dumps(cell)
+    with suppress(ValueError):
+        number = float(cell.replace(",", "").removesuffix("%"))
+        if isfinite(number):  # nan and inf are no JSON
+            return json.dumps(number)
+    return json.dumps(cell)
 
 
 def _svg(comparison: Comparison) -> str:

@@ -1,18 +1,27 @@
-"""Run folders read back: configuration, progress and results, also of runs that are still training."""
+"""Run folders read back: configuration, progress and results, also of runs that are still training.
+
+A file of a run folder may hold anything: it is checked when it is read.
+"""
 
 import glob
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
-from math import isfinite, log
+from math import isfinite
+from math import log as logarithm
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_type_hints
 
 from gpt2.config import TrainRun
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.runtime.files import LOCK, is_locked
-from gpt2.tracking.tracker import METRICS, RUNNING, Record, read_about, read_metrics
+from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, read_metrics
+from gpt2.validation import brief, choices_of, from_plain
+
+log = logging.getLogger(__name__)
 
 SEED = "train.seed"
 KILLED = "killed"  # the state of a run whose process ended without recording how
@@ -33,17 +42,137 @@ def is_finite(value: Any) -> bool:
 
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
 
+# What is read of run.json and of a line of metrics.jsonl. null is as good as no value.
+WORDS = {str: "a text", float: "a number", bool: "true or false", list: "a list", dict: "a group of keys and values"}
+OF_ABOUT = {
+    **dict.fromkeys(("title", "state", "reason", "started", "ended"), str),
+    **dict.fromkeys(("repository", "machine", "versions", "config"), dict),
+    **dict.fromkeys(("parameters", "flops_per_token"), float),
+    "tags": list,
+}
+OF_REPOSITORY = {"commit": str, "dirty": bool}
+OF_RECORD = {
+    **dict.fromkeys(("step", "tokens", "seconds", "val/loss", "val/bits_per_byte"), float),
+    **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
+    "sample": str,
+}
+MOST_LEVELS = 20  # of values within values
+LARGEST = 10**300  # of whole numbers: beyond 10^308 they are no floats
+
+
+def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> Iterator[str]:
+    """Values that are not of their kinds, or that no run writes: nested too deeply, or too large."""
+    for key, value in values.items():
+        kind = kinds.get(key)
+        is_kind = kind is None or value is None or isinstance(value, kind) or (kind is float and type(value) is int)
+        if not is_kind:
+            yield f"{prefix}{key}: {brief(value)} is not {WORDS[kind]}"  # type: ignore[index]
+        elif problem := _excess(value):
+            yield f"{prefix}{brief(key)}: {problem}"
+
+
+def _excess(value: Any, levels: int = MOST_LEVELS) -> str | None:
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number of hundreds of digits"
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if inner and levels == 0:
+        return f"more than {MOST_LEVELS} levels of values within values"
+    return next(filter(None, (_excess(item, levels - 1) for item in inner)), None)
+
+
+def _known(kind: type, values: Any) -> Any:
+    """The values of a configuration for keys and choices of this version; the run may be of another one."""
+    if not isinstance(values, dict):
+        return values
+    known = {}
+    for key, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            known[key] = _known(hint, values.get(key, {}))  # type: ignore[arg-type]
+        elif key in values and not (choices_of(hint) and isinstance(values[key], str)):
+            known[key] = values[key]
+    return known
+
+
+def read_checked_about(path: Path) -> Record:
+    """A `run.json`; empty if there is none.
+
+    Raises:
+        UserError: It cannot be read, or holds what no run writes.
+    """
+    if not _is_file(path):
+        return {}
+    try:
+        about = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise UserError(f"{path}: {reason}") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: {brief(about)} is not {WORDS[dict]}")
+    problems = [*_problems_of(about, OF_ABOUT)]
+    if not problems:
+        problems += _problems_of(about.get("repository") or {}, OF_REPOSITORY, "repository.")
+        try:
+            from_plain(TrainRun, _known(TrainRun, about.get("config") or {}), "config.")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(f"{path}: {few(problems, '; ')}")
+    return about
+
+
+def read_checked_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, without damaged lines.
+
+    Raises:
+        UserError: It cannot be read, no line is a record, or one holds what no run writes.
+    """
+    try:
+        records = read_metrics(path) if _is_file(path) else []
+        if not records and path.exists() and path.read_bytes().strip():
+            raise UserError(f"{path}: no line is a record of a run")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    for record in records:
+        if problems := [*_problems_of(record, OF_RECORD)]:
+            raise UserError(f"{path}: step {brief(record['step'])}: {few(problems, '; ')}")
+    return records
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a path exists.
+
+    Raises:
+        UserError: It is no file, such as a folder, or a pipe that nobody writes to.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file")
+    return path.exists()
+
 
 class RunResult:
-    """One run, read from its folder. Missing values are None."""
+    """One run, read from its folder when it is asked for. Missing values are None.
+
+    All properties raise a UserError if the file that they need is damaged; `problem` says so beforehand.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.about = read_about(folder)
+
+    @cached_property
+    def about(self) -> Record:
+        return read_checked_about(self.folder / ABOUT)
 
     @cached_property
     def records(self) -> list[Record]:
-        return read_metrics(self.folder / METRICS)
+        return read_checked_metrics(self.folder / METRICS)
+
+    @property
+    def problem(self) -> str | None:
+        try:
+            _ = self.about, self.records
+        except UserError as error:
+            return str(error)
+        return None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -99,7 +228,7 @@ class RunResult:
     def text_bytes(self) -> float | None:
         """Bytes of training text, estimated from the bytes per token of the validation set."""
         loss, bits, tokens = self.last("val/loss"), self.last("val/bits_per_byte"), self.last("tokens")
-        return tokens * loss / log(2) / bits if loss and bits and tokens else None
+        return tokens * loss / logarithm(2) / bits if loss and bits and tokens else None
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
         """Points (x, y) of the records that have both keys; `flops` is computed from `tokens`."""
@@ -146,27 +275,33 @@ UNITS = {  # axis labels
 def find_runs(places: Iterable[str]) -> list[RunResult]:
     """The runs in run folders, in folders that contain runs, such as a sweep's, and in patterns of such.
 
+    A run with a damaged file is left out, with a warning.
+
     Raises:
-        UserError: Some places contain no run.
+        UserError: Some places contain no run, or no run can be read.
     """
     folders: dict[Path, Path] = {}
     problems: list[str] = []
     for place in places:
-        matches = [place] if Path(place).exists() or not glob.has_magic(place) else sorted(glob.glob(place))
-        runs = [run for match in matches for run in _runs_in(Path(match))]
+        try:
+            matches = [place] if Path(place).exists() or not glob.has_magic(place) else sorted(glob.glob(place))
+            runs = [run for match in matches for run in _runs_in(Path(match))]
+        except OSError as error:  # such as a name that is too long
+            problems.append(f"{place}: {error.strerror}")
+            continue
         if not runs:
             problem = "contains no run" if matches and Path(matches[0]).exists() else "does not exist"
             problems.append(f"{place} {problem}; a run is a folder with a {METRICS}, such as outputs/runs/NAME/TIME")
         folders |= {run.resolve(): run for run in runs}
     if problems:
         raise UserError(*problems)
-    try:
-        results = [RunResult(folder) for folder in folders.values()]
-        for result in results:
-            result.records  # noqa: B018  # reads the file, so that an unreadable one is an error here
-        return results
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+    results = [RunResult(folder) for folder in folders.values()]
+    damaged = list(filter(None, (result.problem for result in results)))
+    if len(damaged) == len(results):
+        raise UserError(f"no run can be read: {few(damaged, '; ')}")
+    for line in damaged:
+        log.warning("%s; this run is left out", line)
+    return [result for result in results if not result.problem]
 
 
 def _runs_in(folder: Path) -> list[Path]:

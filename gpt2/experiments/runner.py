@@ -36,6 +36,9 @@ def run_study(folder: Path, jobs: int | None) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
     study = RecordedStudy(folder)
+    for run in study.runs:
+        if problem := RunResult(run.folder).problem:
+            print(f"{problem}; this run counts as missing", file=sys.stderr)
     problems = study.run(default_jobs() if jobs is None else jobs) if jobs != 0 else []
     missing = sum(not is_done(run) for run in study.runs)
     if missing:
@@ -150,9 +153,10 @@ class RunProcess:
         if is_done(self.run):
             return None
         self.errors.seek(0)
-        lines = self.errors.read().strip().splitlines() or ["no error message"]
+        lines = self.errors.read().strip().splitlines() or [RunResult(self.run.folder).problem or "no error message"]
         return f"{self.run.name}: exit code {self.process.returncode}, {lines[-1].removeprefix('error: ')}"
 
 
 def is_done(run: PlannedRun) -> bool:
-    return RunResult(run.folder).state in (FINISHED, DIVERGED)
+    result = RunResult(run.folder)
+    return result.problem is None and result.state in (FINISHED, DIVERGED)

@@ -37,7 +37,7 @@ def read_metrics(path: Path) -> list[Record]:
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:  # invalid JSON or UTF-8
+        except (ValueError, RecursionError):  # invalid JSON or UTF-8, or a million brackets
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -48,7 +48,7 @@ def read_about(folder: Path) -> Record:
     """The `run.json` of a run folder; empty if it is missing or cannot be read."""
     try:
         about = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 

@@ -125,17 +125,6 @@ def test_nan_is_ignored_and_short_keys_sort(tmp_path):
     assert [run.folder.name for run in found.runs] == ["a", "b"]
 
 
-@pytest.mark.parametrize("about", ['{"state": 5, "parameters": "many", "title": 3, "config": [1]}', '{"state": ', "[]"])
-def test_invalid_run_json_is_tolerated(tmp_path, about):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b")
-    (tmp_path / "a" / "run.json").write_text(about)
-    found = Comparison(find_runs([str(tmp_path)]))
-    assert {row[-1] for row in found.rows()[1:]} == {"?", "finished"}
-    assert found.notes == []
-    assert page(found)
-
-
 def test_label_has_only_distinguishing_keys(tmp_path):
     for width, seed in ((32, 1), (32, 2), (64, 1)):
         config = {"model.d_model": width, "model.d_ff": 4 * width, "train.seed": seed, "train.log_every": seed}

@@ -14,7 +14,7 @@ from gpt2.config import StudyPlan
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
-from gpt2.experiments.runner import RecordedStudy
+from gpt2.experiments.runner import RecordedStudy, run_study
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
 
@@ -309,3 +309,17 @@ def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ['{"config": {"train": 5}}', '{"state": 7}', '{"versions": []}', "[[", ""])
+def test_damaged_run_is_named_and_counts_as_missing(tmp_path, monkeypatch, capsys, damage):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run = RecordedStudy(folder).runs[0].folder
+    make_run(run)
+    (run / "run.json").write_text(damage)
+    run_study(folder, jobs=0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{run}/run.json: ")
+    assert line.endswith("; this run counts as missing")
+    assert "results.csv" not in {path.name for path in folder.iterdir()}
