@@ -444,10 +444,21 @@ def test_profile_lists_operations(blocks, tmp_path, caplog):
         trainer.train()
     assert "Profile of 3 steps" in caplog.text
     assert "aten::addmm" in caplog.text or "mkldnn::" in caplog.text
+    assert "nothing was recorded" not in caplog.text
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
 
 
-def test_run_too_short_for_profile_warns(blocks, tmp_path, caplog):
-    make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=2).train()
+@pytest.mark.parametrize("steps", [2, 6])  # before the profiler has started, and while it records
+def test_run_too_short_for_profile_warns(blocks, tmp_path, caplog, steps):
+    make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path)], max_steps=steps).train()
     assert "at least 8 steps" in caplog.text
     assert not (tmp_path / "trace.json").exists()
+
+
+def test_profile_that_cannot_be_written_is_a_warning(blocks, tmp_path, caplog):
+    trainer = make_trainer(blocks, tmp_path, callbacks=[StepProfiler(tmp_path / "nowhere")], max_steps=9)
+    with caplog.at_level("INFO"):
+        trainer.train()
+    assert trainer.progress.step == 9
+    assert "nowhere/trace.json cannot be written" in caplog.text
+    assert "written to" not in caplog.text

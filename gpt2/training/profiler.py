@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,12 @@ class StepProfiler(Callback):
         """Write the trace and log the most expensive operations."""
         self.is_done = True
         trace = self.folder / TRACE
-        try:
+        with suppress(OSError, RuntimeError):  # it must not end the training; in most cases nothing is raised
             recorded.export_chrome_trace(str(trace))
-        except (OSError, RuntimeError) as error:  # such as a full disk, which must not end the training here
-            log.warning(f"profile: the trace cannot be written: {error}")
         device = "cuda" if self.is_cuda else "cpu"
         table = recorded.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
         log.info(f"Profile of {STEPS} steps:\n{table}")
-        log.info(f"    written to {os.path.relpath(trace)}, for https://ui.perfetto.dev or chrome://tracing")
+        if trace.is_file():
+            log.info(f"    written to {os.path.relpath(trace)}, for https://ui.perfetto.dev or chrome://tracing")
+        else:
+            log.warning(f"profile: {os.path.relpath(trace)} cannot be written")

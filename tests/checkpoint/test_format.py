@@ -395,6 +395,23 @@ def test_all_types_and_shapes_survive_and_safetensors_reads_them(tmp_path, dtype
     checkpoint.verify(tmp_path / "step.pth")
 
 
+def test_plain_file_holds_tensors_and_metadata(tmp_path):
+    from safetensors import safe_open
+
+    checkpoint.save_tensors(tmp_path / "model.safetensors", TENSORS, {"format": "pt"})
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert {name: file.get_tensor(name).tolist() for name in TENSORS} == {n: t.tolist() for n, t in TENSORS.items()}
+
+
+def test_tensors_that_do_not_fit_are_all_named():
+    expected = {"a": (2, 3), "b": (4,), "c": (5,)}
+    checkpoint.check_tensor_shapes("x", expected, dict(expected))
+    with pytest.raises(UserError) as refusal:
+        checkpoint.check_tensor_shapes("x", {"a": (3, 2), "c": (5,), "d": (1,)}, expected)
+    assert "1 missing: b; 1 unexpected: d; 1 misshapen: a (3, 2) instead of (2, 3)" in str(refusal.value)
+
+
 def test_tensors_are_aligned(tmp_path):
     tensors = {
         f"{i}/{dtype}": torch.zeros(3, dtype=getattr(torch, dtype)) for i in "ab" for dtype in ("uint8", "int64")

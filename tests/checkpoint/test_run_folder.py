@@ -82,6 +82,7 @@ def test_add_name_links_the_same_file(tmp_path):
     run_folder.add_name(first, LAST)
     run_folder.add_name(first, LAST)  # when both names are one file already
     assert (tmp_path / LAST).samefile(first)
+    assert names(tmp_path) == [LAST, step_name(1)]
     second = save(tmp_path, 2)
     content = first.read_bytes()
     run_folder.add_name(second, LAST)

@@ -1,6 +1,7 @@
 """How a run is resumed: what is said about its learning rate, and which evaluation is the best."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +9,11 @@ import tests.test_train as training
 from gpt2 import train
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
+from gpt2.errors import UserError
 from gpt2.evaluate import Score
 from gpt2.training.optimizer import learning_rate
-from gpt2.training.state import Progress
+from gpt2.training.state import SHAPE, Progress, check_compatible, restored_progress
+from tests.helpers import tiny_config
 from tests.test_train import make_trainer
 
 blocks = training.blocks  # the fixture
@@ -75,8 +78,32 @@ def test_of_equal_evaluations_the_first_is_the_best(blocks, tmp_path, monkeypatc
     assert saved == [1, 3]  # the best and the last
 
 
+SAVED = {"data": "a", "model": asdict(tiny_config()), "train": {"batch_size": 4}}
+SAVED["progress"] = asdict(Progress(step=7, epoch=1, position=3))
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size", "position"),
+    [("a", 4, 3), ("a", 6, 2), ("a", 5, 2), ("a", 1, 12), ("a", 13, 0), ("b", 4, 0)],
+)
+def test_the_position_is_the_same_block_in_other_batches_and_the_start_in_other_data(data, batch_size, position):
+    progress = restored_progress(SAVED, {"data": data, "train": {"batch_size": batch_size}})
+    assert progress == Progress(step=7, epoch=1, position=position)
+
+
+def test_other_data_must_be_accepted_and_another_shape_never_is():
+    check_compatible(Path("x"), SAVED, SAVED, accept_other_data=False)
+    check_compatible(Path("x"), SAVED, {**SAVED, "data": "b"}, accept_other_data=True)
+    with pytest.raises(UserError, match=r"x was trained on other data \(fingerprint a, not b\)"):
+        check_compatible(Path("x"), SAVED, {**SAVED, "data": "b"}, accept_other_data=False)
+    for key in SHAPE:
+        other = {**SAVED, "model": {**SAVED["model"], key: 7}}
+        with pytest.raises(UserError, match=f"another shape: {key}={SAVED['model'][key]}, not 7"):
+            check_compatible(Path("x"), SAVED, other, accept_other_data=True)
+
+
 def test_the_end_of_an_epoch_is_position_0_of_the_next():
-    progress = Progress(position=2)
+    progress = Progress(step=0, position=2)
     progress.advance(2, batches_per_epoch=5, tokens=7)
     assert progress == Progress(step=1, epoch=0, position=4, tokens=7)
     progress.advance(1, batches_per_epoch=5, tokens=3)
