@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gpt2.cli.resume import refuse_second_run, saved_settings
+from gpt2.cli.resume import saved_settings
 from gpt2.cli.script import output_folder, script
 from gpt2.config import GPT2Config, TrainRun
 from gpt2.errors import UserError
@@ -43,7 +43,6 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         nullcontext() if trial else failures_with_advice(config, folder),
         init_distributed(config.distributed.timeout, config.train.device) as group,
     ):
-        refuse_second_run(config, folder)
         check_memory(config.model, "model")
         model = initial_model(config)  # before the data, whose preparation may take hours: the file may be damaged
         with group.local_main_first("data"):

@@ -193,14 +193,16 @@ def test_second_process_is_refused(workspace: Workspace):
     running = start(workspace, *AUTO, *LONG, "train.save_every=5")
     wait_for(lambda: list(workspace.folder.glob("outputs/runs/*/*/checkpoints/last.pth")))
     (run,) = workspace.runs()
-    before = (run / ".hydra" / "config.yaml").read_text()
-    for arguments in (["resume=latest"], [*AUTO, *LONG, "train.save_every=5"]):
+    before = {path.name: path.read_bytes() for path in (run / ".hydra").iterdir()}
+    into_it = [*TINY, "train.seed=9", f"hydra.run.dir='{run}'"]
+    for arguments in (["resume=latest"], [*AUTO, *LONG, "train.save_every=5"], into_it):
         refused = workspace.run("train.py", *arguments, expect=2)
         assert f"is being written by process {running.pid} on " in refused.stderr
         assert "Resuming" not in refused.stdout
     running.kill()
     running.communicate()
-    assert (run / ".hydra" / "config.yaml").read_text() == before
+    assert "already holds a run; resume it" in workspace.run("train.py", *into_it, expect=2).stderr
+    assert {path.name: path.read_bytes() for path in (run / ".hydra").iterdir()} == before
     workspace.run("train.py", "resume=latest", f"train.max_steps={steps(run)[-1] + 5}")
 
 

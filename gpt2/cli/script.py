@@ -27,7 +27,7 @@ from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job
 from gpt2.cli.preflight import asks_for_information, check_run, check_sweep
-from gpt2.cli.resume import RunFolder, folder_of_run, sweep_arguments
+from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
 from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
@@ -118,23 +118,21 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
     early_log = EarlyLog()
     with ExitStack() as lock:
         if env.is_main:
-            composed, folder, config = prepare_on_main(name, options, lock)
+            composed, config = prepare_on_main(name, options, lock)
         else:
-            composed, folder, config = prepare_on_rank(name, options)
+            composed, config = prepare_on_rank(name, options)
         if isinstance(config, GenerateRun):
             config.prompt = prompt
 
         def job(_composed: DictConfig) -> Any:
             early_log.replay()
             with errors_as_lines(), clean_up_on_error():
-                if folder.is_new and name == "train" and env.is_main:
-                    lock.enter_context(run_lock(output_folder()))
                 return run_task(task, config)
 
         run_composed(composed, job, TRUSTED)
 
 
-def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
+def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, Run]:
     """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
     try:
         if dist_env().by_torchrun and name not in ("train", "evaluate"):
@@ -145,11 +143,15 @@ def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[Dic
         if not folder.is_new:  # locked before the checkpoint to resume from is chosen
             lock.enter_context(run_lock(Path(folder.path)))
         config = resolve(name, composed, overrides_of(composed.hydra))
+        if isinstance(config, TrainRun) and folder.is_new:  # before Hydra writes to what may be another run's folder
+            Path(folder.path).mkdir(parents=True, exist_ok=True)
+            lock.enter_context(run_lock(Path(folder.path)))
+            refuse_second_run(config, Path(folder.path))
     except UserError as error:
         share(error.exit_code)
         raise
     share(asdict(folder))
-    return composed, folder, config
+    return composed, config
 
 
 def share(value: Any) -> Any:
@@ -161,14 +163,14 @@ def share(value: Any) -> Any:
     return broadcast_from_main(value)
 
 
-def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
+def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, Run]:
     """The same on another rank, in the folder that rank 0 chose."""
     shared = share(None)
     if isinstance(shared, int):
         sys.exit(shared)
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)
-    return composed, folder, resolve(name, composed, overrides_of(composed.hydra))
+    return composed, resolve(name, composed, overrides_of(composed.hydra))
 
 
 class EarlyLog(logging.Handler):
@@ -277,7 +279,10 @@ def report_failure(error: Exception, swept: set[str]) -> UserError:
 def run_locked(task: Task, composed: DictConfig) -> Any:
     """Complete, validate and run a job, as the only process that writes to its folder."""
     with run_lock(output_folder()):
-        return run_task(task, resolve("train", composed, overrides_of(HydraConfig.get())))
+        config = resolve("train", composed, overrides_of(HydraConfig.get()))
+        assert isinstance(config, TrainRun)
+        refuse_second_run(config, output_folder())
+        return run_task(task, config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

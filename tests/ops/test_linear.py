@@ -84,6 +84,23 @@ def test_the_fastest_product_is_used_and_stored(seconds, chosen, monkeypatch, tm
     onednn.faster_linear.cache_clear()
 
 
+@needs_onednn
+@pytest.mark.parametrize("content", [b"", b"oneDNN", b"oneDNN without\n", b"\xff\xfe", b"PyTorch\nPyTorch\n", None])
+def test_damaged_measurement_is_repeated(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(onednn, "fastest_seconds", lambda functions: [1.0, 0.5])
+    onednn.faster_linear.cache_clear()
+    assert onednn.faster_linear() == "oneDNN"
+    (file,) = (path for path in tmp_path.glob("gpt2/linear-*") if not path.suffix)
+    stored = file.read_bytes()
+    file.unlink()
+    file.mkdir() if content is None else file.write_bytes(content)
+    onednn.faster_linear.cache_clear()
+    assert onednn.faster_linear() == "oneDNN"
+    assert content is None or file.read_bytes() == stored
+    onednn.faster_linear.cache_clear()
+
+
 def test_names_survive_pickling():
     for name, linear in onednn.LINEARS.items():
         assert onednn.name_of(pickle.loads(pickle.dumps(linear))) == name

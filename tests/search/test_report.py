@@ -2,6 +2,7 @@
 
 import csv
 import math
+import threading
 
 import matplotlib.pyplot as plt
 import optuna
@@ -108,3 +109,23 @@ def test_evaluations_show_every_trial_and_the_best(direction):
     assert sorted(labels) == ["complete", "pruned", f"trial {study.best_trial.number}, the best"]
     low, high = axes.get_ylim()
     assert low < study.best_value < high
+
+
+def test_report_of_the_process_that_ends_last_has_all_trials(tmp_path, monkeypatch):
+    study, csv_of, others = study_of(3), report.csv_of, []
+
+    def csv_while_another_process_ends(read: optuna.Study) -> str:
+        content = csv_of(read)
+        if not others:
+            study.add_trial(study.trials[0])
+            others.append(threading.Thread(target=report.write, args=(study, tmp_path)))
+            others[0].start()
+            others[0].join(0.5)  # it would end within this time if it did not have to wait
+        return content
+
+    monkeypatch.setattr(report, "csv_of", csv_while_another_process_ends)
+    monkeypatch.setattr(report, "draw", lambda _: {})
+    report.write(study, tmp_path)
+    others[0].join()
+    assert len((tmp_path / "trials.csv").read_text().splitlines()) == 1 + 4
+    assert "4 trials: " in (tmp_path / "study.md").read_text()
