@@ -101,7 +101,7 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
     """Add a result to a result file, in front of those that are in it by then; other processes may add theirs."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_change(path):
+        with exclusive_change(path.parent):
             content = {**result, "earlier": earlier_results(path)}
             with atomic_write(path) as file:
                 file.write(json.dumps(content, indent=2).encode() + b"\n")

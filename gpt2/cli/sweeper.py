@@ -332,7 +332,7 @@ class StudySweeper(Sweeper):
         from gpt2.tracking.wandb_logger import offline_runs
 
         report.write(study.optuna, self.folder)
-        with exclusive_change(self.folder / "best.yaml"):
+        with exclusive_change(self.folder):
             best = study.best_or_failure()
             again = self._write_best(best)
         files = ", ".join(sorted(path.name for path in self.folder.glob("*.png")))

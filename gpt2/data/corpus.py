@@ -9,11 +9,9 @@ import json
 import logging
 import os
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -28,7 +26,7 @@ from gpt2.config import DataConfig
 from gpt2.data.sources import Documents, Source, cache_folder, open_source
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
-from gpt2.runtime.files import atomic_folder, atomic_write, remove
+from gpt2.runtime.files import atomic_folder, damaged_file, remove
 from gpt2.runtime.signals import interruptibly
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -42,7 +40,6 @@ FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER = "about.json", "tokenizer.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
-TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 
 # Lengths in characters.
 PIECE_LENGTH = 1 << 16  # of the strings that are encoded: the tokenizer slows down on longer ones
@@ -240,34 +237,13 @@ class PreparedData:
         return about
 
     def damage(self) -> str | None:
-        """What is wrong with the files; None if they have their checksums.
-
-        Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. So that large corpora are not
-        read at each start, a file that was intact counts as intact while its inode, size and times are the same; they
-        are remembered in a file beside the folder. A file that was just written is not remembered yet: within the
-        resolution of its times it could change once more.
-        """
-        memory = self.folder.with_suffix(".verified")
-        known, verified = _read_dict(memory), {}
+        """What is wrong with the files; None if they have their checksums."""
         try:
-            for name, sha256 in self.about["sha256"].items():
-                path = self.folder / name
-                status = path.stat()
-                version = [sha256, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-                if known.get(name) != version:
-                    with path.open("rb") as file:
-                        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                            return f"wrong checksum of {name}"
-                if time.time_ns() - max(version[-2:]) > TIME_RESOLUTION:
-                    verified[name] = version
+            return damaged_file(self.folder, self.about["sha256"])
         except OSError as error:
-            return f"{Path(error.filename).name}: {error.strerror}"
+            return f"{ABOUT}: {error.strerror}"
         except ValueError as error:
             return str(error)
-        if verified != known:
-            with suppress(OSError), atomic_write(memory) as file:  # it is no loss where the cache is read-only
-                file.write(json.dumps(verified).encode())
-        return None
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer:
@@ -277,15 +253,6 @@ class PreparedData:
         about = self.about
         sizes = [f"{split} {tokens:,} tokens" for split, tokens in about["tokens"].items() if tokens]
         return f"{', '.join(sizes)}, vocabulary of {about['vocab_size']:,}"
-
-
-def _read_dict(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if it is missing, damaged or something else."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _sum_of(value: Any) -> str:

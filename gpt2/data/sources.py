@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -21,9 +22,12 @@ from os.path import isfile, realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+from filelock import FileLock
+
 from gpt2.config import DataConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import is_terminal
+from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
 from gpt2.validation import as_pattern, files_matching, no_file
 
@@ -290,8 +294,14 @@ class TableDocuments:
         return len(self.table) if self.starts_document is None else sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[TextDocument]:
-        rows = (text or "" for batch in self.table.iter(1000) for text in batch[self.column])
-        return map(TextDocument, rows if self.starts_document is None else self._join(rows))
+        return map(TextDocument, self._rows() if self.starts_document is None else self._join(self._rows()))
+
+    def _rows(self) -> Iterator[str]:
+        try:
+            for batch in self.table.iter(1000):
+                yield from (text or "" for text in batch[self.column])
+        except (ValueError, OSError, SystemError) as error:  # of pyarrow
+            raise UserError(f"data.dataset_name: its cached table is damaged: {one_line(error)}") from error
 
     def _join(self, rows: Iterable[str]) -> Iterator[str]:
         assert self.starts_document is not None
@@ -321,20 +331,47 @@ def open_dataset(config: DataConfig) -> Source:
         UserError: It cannot be reached or read, or has no such configuration, split or text column.
     """
     cache_dir, identity = config.cache_dir, None
-    if Path(config.dataset_name).is_dir():
-        # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
-        identity = _folder_fingerprint(Path(config.dataset_name))
-        cache_dir = str(cache_folder(config) / "datasets" / identity[:16])
-    else:
-        connect()
     splits = [config.train_split, config.validation_split, config.test_split]
-    tables = [table and _load_table(config, table, cache_dir) for table in splits]
+    with ExitStack() as verified:
+        if Path(config.dataset_name).is_dir():
+            # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
+            identity = _folder_fingerprint(Path(config.dataset_name))
+            cache = cache_folder(config) / "datasets" / identity[:16]
+            verified.enter_context(verified_cache(cache))
+            cache_dir = str(cache)
+        else:
+            connect()
+        tables = [table and _load_table(config, table, cache_dir) for table in splits]
     documents = [table and TableDocuments(table, config.text_column, config.document_start) for table in tables]
     about = [
         identity or [table and table._fingerprint for table in tables],
         *(config.dataset_config, splits, config.text_column, config.document_start),
     ]
     return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the training split is never None
+
+
+@contextmanager
+def verified_cache(folder: Path) -> Iterator[None]:
+    """Let `datasets`, which notices no changed byte, make or read its files in `folder` inside the block.
+
+    Their checksums are stored beside the folder. A damaged folder is removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    file = folder.with_suffix(".json")
+    with FileLock(folder.with_suffix(".lock")):
+        sums = read_dict(file)
+        problem = (damaged_file(folder, sums) if sums else "its checksums are missing") if folder.exists() else None
+        if problem:
+            log.warning("data: the cache %s is damaged (%s), it is made again", folder, problem)
+            remove(folder)
+        try:
+            yield
+        finally:
+            made = (path for pattern in ("*.arrow", "*.json") for path in folder.glob(f"**/{pattern}"))
+            names = [str(path.relative_to(folder)) for path in made if ".incomplete" not in str(path)]
+            known = {} if problem else sums
+            with atomic_write(file) as stored:
+                stored.write(json.dumps({name: known.get(name) or sha256_of(folder / name) for name in names}).encode())
 
 
 def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datasets.Dataset":
@@ -350,7 +387,7 @@ def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datas
         raise UserError(
             f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {WITHOUT_NETWORK}"
         ) from error
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
         reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
     if column not in table.column_names:

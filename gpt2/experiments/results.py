@@ -170,7 +170,7 @@ class Results:
     def write(self, folder: Path) -> list[str]:
         """Write all files. Returns their names."""
         readme = folder / README
-        with exclusive_change(readme):
+        with exclusive_change(folder):
             text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
             contents = {
                 RESULTS: self.csv().encode(),

@@ -25,7 +25,7 @@ def write(study: optuna.Study, folder: Path) -> None:
 
     Of several processes that end at once, the last one to read the trials is the last one to write.
     """
-    with exclusive_change(folder / "study.md"):
+    with exclusive_change(folder):
         pictures = draw(study)
         images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
         parts = [f"# Study {study.study_name}", summary(study), images, table(study)]

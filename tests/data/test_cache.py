@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.data import corpus
 from gpt2.data.corpus import PreparedData, prepare
-from gpt2.runtime.files import remove
+from gpt2.data.sources import TableDocuments
+from gpt2.errors import UserError
+from gpt2.runtime import files
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.data.test_corpus import config_of, documents_of, start_preparing, write_files
+from tests.data.test_corpus import (
+    config_of,
+    dataset_config,
+    documents_of,
+    start_preparing,
+    write_dataset,
+    write_files,
+)
 from tests.helpers import python_source
 
 
@@ -99,7 +107,7 @@ DAMAGES: list[Callable[[Path], object]] = [
 
 @pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
 def test_damaged_corpus_is_prepared_again(tmp_path, monkeypatch, caplog, file):
-    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)  # what was verified is remembered at once
+    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)  # what was verified is remembered at once
     write_files(tmp_path, 3)
     first = prepare(config_of(tmp_path))
     whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
@@ -137,13 +145,13 @@ def test_corpus_under_the_name_of_another_is_damaged(tmp_path, caplog):
 
 @pytest.mark.parametrize("what", ["tokens/*/", "tokens/*.verified"])
 def test_cache_is_replaced_whatever_is_in_its_place(tmp_path, monkeypatch, what):
-    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)
+    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
     write_files(tmp_path, 3)
     prepare(config_of(tmp_path))
     whole = documents_of(prepare(config_of(tmp_path)), "train")
     (place,) = (tmp_path / "cache").glob(what)
     for content in (b"", b"[1]", b'{"train.bin": 5}', b"\xff"):
-        remove(place)
+        files.remove(place)
         place.write_bytes(content)
         assert documents_of(prepare(config_of(tmp_path)), "train") == whole
         assert prepare(config_of(tmp_path)).damage() is None
@@ -163,12 +171,12 @@ def test_verified_files_are_not_read_again(tmp_path, monkeypatch):
         prepare(config)
         return sorted(name for name in read if not name.endswith(".txt"))
 
-    files = ["test.bin", "tokenizer.json", "train.bin", "validation.bin"]
+    names = ["test.bin", "tokenizer.json", "train.bin", "validation.bin"]
     assert files_read() == []  # the checksums are computed while the corpus is written
-    assert files_read() == files
-    assert files_read() == files  # written a moment ago: they could change without another time
-    monkeypatch.setattr(corpus, "TIME_RESOLUTION", 0)
-    assert files_read() == files
+    assert files_read() == names
+    assert files_read() == names  # written a moment ago: they could change without another time
+    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
+    assert files_read() == names
     assert files_read() == []
     train = next((tmp_path / "cache").rglob("train.bin"))
     os.utime(train)
@@ -184,6 +192,44 @@ def test_fingerprint_is_that_of_the_contents(tmp_path):
     other = prepare(config_of(tmp_path, validation_fraction=0.2))
     assert one.about["fingerprint"] == same.about["fingerprint"] != other.about["fingerprint"]
     assert one.about["key"] == same.about["key"]
+
+
+def test_damaged_tables_of_a_folder_are_made_again(tmp_path, caplog):
+    rows = [f"row {number}" for number in range(50)]
+    folder = write_dataset(tmp_path / "tiny", train=rows, validation=rows[:9], test=rows[:9])
+    config = dataset_config(folder, tmp_path, document_start=None)
+
+    def warnings_and_train() -> tuple[list[str], list[str]]:
+        caplog.clear()
+        shutil.rmtree(tmp_path / "cache" / "tokens", ignore_errors=True)
+        train = documents_of(prepare(config), "train")
+        return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING], train
+
+    assert warnings_and_train() == ([], rows)
+    assert warnings_and_train() == ([], rows)
+    (table,) = tmp_path.glob("cache/datasets/**/tiny-train.arrow")
+    (info,) = tmp_path.glob("cache/datasets/**/dataset_info.json")
+    (sums,) = tmp_path.glob("cache/datasets/*.json")
+    damages = [(table, flip), (table, Path.unlink), (info, flip), (info, write(b"[]")), (sums, write(b"[]"))]
+    for file, damage in damages:
+        damage(file)
+        (message,), train = warnings_and_train()
+        assert "cache/datasets/" in message
+        assert "is damaged (" in message
+        assert train == rows
+
+
+@pytest.mark.parametrize("error", [ValueError("Invalid flatbuffers"), SystemError("Negative size"), OSError("Input")])
+def test_damaged_table_is_a_user_error(error):
+    class Table:
+        def iter(self, _size: int):
+            yield {"text": ["a row", None]}
+            raise error
+
+    documents = iter(TableDocuments(Table(), "text", None))
+    assert [next(documents).text, next(documents).text] == ["a row", ""]
+    with pytest.raises(UserError, match=f"data.dataset_name: its cached table is damaged: {error}"):
+        next(documents)
 
 
 def test_one_of_four_concurrent_processes_prepares(tmp_path):

@@ -88,7 +88,7 @@ print("ready", flush=True)
 input()
 folder = Path({folder!r})
 for number in range(20):
-    with files.exclusive_change(folder / "count"):
+    with files.exclusive_change(folder):
         count = int((folder / "count").read_bytes())
         with files.atomic_write(folder / "count") as file:
             file.write(str(count + 1).encode())
@@ -118,7 +118,7 @@ def test_concurrent_processes_lose_nothing(tmp_path):
     content = (tmp_path / "same").read_bytes()
     assert content == content[:5] * 100
     assert sorted(int(number) for numbers in made for number in numbers) == list(range(20))
-    names = {"count", ".count.lock", "same", *(f"folder {number}" for number in range(20))}
+    names = {"count", "same", *(f"folder {number}" for number in range(20))}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
