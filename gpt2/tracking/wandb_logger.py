@@ -6,6 +6,7 @@ Nothing secret is uploaded: no environment variables, command line, storage URL 
 
 import logging
 import os
+import re
 import threading
 import uuid
 from collections.abc import Callable, Collection, Iterable
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.config import TrainRun, WandbConfig
 from gpt2.errors import UserError, one_line, without_secrets
+from gpt2.runtime.files import remove
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Table = tuple[str, list[str | int], list[list[Any]]]  # name, columns, rows
 
+ID = "wandb_id"  # file in a run folder
 ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
 NOT_COMPARED = ("wandb", "started_with", "resume", "resume_changes")  # keys of a configuration
 
@@ -89,9 +92,11 @@ def start_wandb_for_training(
     """
     if resolve_mode(config.wandb.mode) == "off":
         return ExternalLogger()
-    id_file, study = run_folder / "wandb_id", config.study
-    if not id_file.exists() or not id_file.read_text():
-        id_file.write_text(known_id or new_id())
+    run_id, study = read_id(run_folder), config.study
+    if run_id is None:
+        run_id = known_id or new_id()
+        remove(run_folder / ID)
+        (run_folder / ID).write_text(run_id)
     facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
     return start_wandb(
         config.wandb,
@@ -100,7 +105,7 @@ def start_wandb_for_training(
         job_type="train" if study.trial is None else "trial",
         tags=about["tags"],
         run_config={**comparable(about["config"]), **facts, "folder": os.path.relpath(run_folder)},
-        run_id=id_file.read_text(),
+        run_id=run_id,
     )
 
 
@@ -111,6 +116,15 @@ def resolve_mode(mode: str) -> str:
         return mode
     variable = os.environ.get("WANDB_MODE", "online")
     return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(variable, "online")
+
+
+def read_id(run_folder: Path) -> str | None:
+    """The W&B id in a run folder; None if it is missing or damaged."""
+    try:
+        text = (run_folder / ID).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
 
 
 def new_id() -> str:
@@ -127,7 +141,7 @@ def comparable(config: Record) -> Record:
 
 def offline_runs(run_folders: Iterable[Path]) -> str | None:
     """How to upload the offline W&B runs of some run folders, in a line; None if there are none."""
-    ids = [path.read_text() for folder in run_folders if (path := folder / "wandb_id").exists()]
+    ids = filter(None, map(read_id, run_folders))
     count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{run_id}")) for run_id in ids)
     runs = "1 run is" if count == 1 else f"{count} runs are"
     return f"{runs} offline; upload with `wandb sync {ROOT}/wandb/offline-run-*`" if count else None

@@ -15,7 +15,15 @@ from gpt2.config import TrainRun, WandbConfig
 from gpt2.runtime.rng import commit
 from gpt2.tracking import wandb_service
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_metrics
-from gpt2.tracking.wandb_logger import WandbLogger, comparable, offline_runs, redact, resolve_mode, start_wandb
+from gpt2.tracking.wandb_logger import (
+    WandbLogger,
+    comparable,
+    offline_runs,
+    read_id,
+    redact,
+    resolve_mode,
+    start_wandb,
+)
 from tests.conftest import TEXT, TINY, Workspace
 from tests.wandb_file import read_wandb
 from tests.wandb_server import KEY, WandbServer, black_hole
@@ -401,6 +409,10 @@ def test_offline_runs_are_counted(tmp_path, monkeypatch):
     for number in range(3):
         (tmp_path / f"run{number}").mkdir()
         (tmp_path / f"run{number}" / "wandb_id").write_text(f"id{number}")
+    for number, content in enumerate((b"", b"\xff", b"id1\n", b"*", b"../id1")):
+        (tmp_path / f"run damaged {number}").mkdir()
+        (tmp_path / f"run damaged {number}" / "wandb_id").write_bytes(content)
+        assert read_id(tmp_path / f"run damaged {number}") is None
     (tmp_path / "outputs" / "wandb" / "offline-run-1-id1").mkdir(parents=True)
     assert (
         offline_runs(tmp_path.glob("run*")) == "1 run is offline; upload with `wandb sync outputs/wandb/offline-run-*`"
