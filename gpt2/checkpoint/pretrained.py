@@ -273,7 +273,7 @@ tags:
 - gpt2
 ---
 
-# {trained.run["name"] if trained.run else "GPT-2"}
+# {" ".join(trained.run["name"].split()) if trained.run else "GPT-2"}
 
 A GPT-2 for `transformers`:
 
@@ -320,4 +320,5 @@ def _text_of(data: dict[str, Any]) -> str:
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    cells = {name: " ".join(str(value).split()).replace("|", "\\|") for name, value in rows.items()}
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in cells.items())])

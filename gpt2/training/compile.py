@@ -52,9 +52,11 @@ def choose_plan(
         saved: The `machine` entry of a checkpoint: a run resumed on the same kind of device repeats its choices.
         compilable: False under FSDP, whose wrapped model is not compiled.
     """
-    saved = saved if saved and saved["device"] == device.type else {}
+    saved = saved if saved and saved.get("device") == device.type else {}
     requested = requested_precision(config)
-    precision = agreed_precision(saved.get("precision", "auto") if requested == "auto" else requested, device, group)
+    if requested == "auto" and saved.get("precision") in ("fp32", "bf16", "fp16"):
+        requested = saved["precision"]
+    precision = agreed_precision(requested, device, group)
 
     linear = saved.get("linear") if saved.get("precision") == precision.name else None
     has_choice = device.type == "cpu" and precision.name == "fp32"

@@ -14,9 +14,12 @@ from gpt2.checkpoint.pretrained import export, open_model
 from gpt2.cli.complete import resolve, saved_values
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
-from gpt2.config import OF_THE_USER, TrainRun
+from gpt2.config import OF_THE_USER, DataConfig, GPT2Config, TrainingConfig, TrainRun
+from gpt2.data_loader import get_dataloaders, load_text_data
 from gpt2.errors import UserError
+from gpt2.model import GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.train import Trainer
 from tests.conftest import Workspace
 from tests.helpers import rewrite_record, with_value
 
@@ -161,23 +164,29 @@ NAN = torch.full((32,), torch.nan)
         (lambda record: record, {"optimizer/new/nothing": torch.zeros(3)}, "'nothing'"),
     ],
 )
-def test_state_that_does_not_fit_is_refused(run, trained, change, tensors, complaint):
-    from gpt2.config import DataConfig, GPT2Config, TrainingConfig
-    from gpt2.data_loader import get_dataloaders, load_text_data
-    from gpt2.model import GPT2Model
-    from gpt2.train import Trainer
-
+def test_state_that_does_not_fit_is_refused(run, change, tensors, complaint):
     best = run / "checkpoints" / "best_model.pth"
     rewrite_record(best, change, tensors)
-    record = checkpoint.read_record(best)
-    data = DataConfig(**{**record["run"]["data"], "cache_dir": str(run / "cache")})
-    *sets, _ = load_text_data(data)
-    train_loader, val_loader, _ = get_dataloaders(*sets, TrainingConfig(**record["train"]))
-    model = GPT2Model(GPT2Config(**record["model"]))
-    trainer = Trainer(model, train_loader, val_loader, TrainingConfig(**record["train"]), str(run / "new"))
     with pytest.raises(UserError, match=complaint) as refused:
-        trainer.load_checkpoint(str(best), accept_other_data="position" not in complaint)
+        trainer_of(best).load_checkpoint(str(best))
     assert str(best) in str(refused.value)
+
+
+def test_unknown_ways_to_compute_are_chosen_anew(run):
+    best, machine = run / "checkpoints" / "best_model.pth", {"device": "cpu", "precision": "x", "linear": "y"}
+    rewrite_record(best, lambda record: {**record, "machine": machine})
+    trainer = trainer_of(best, precision="auto")
+    trainer.load_checkpoint(str(best))
+    assert trainer.plan.precision.name in ("fp32", "bf16")
+
+
+def trainer_of(path: Path, **settings: str) -> Trainer:
+    """A Trainer with the model, the data and, but for some, the settings of a checkpoint."""
+    record = checkpoint.read_record(path)
+    train = TrainingConfig(**{**record["train"], **settings})
+    *sets, _ = load_text_data(DataConfig(**{**record["run"]["data"], "cache_dir": "cache"}))
+    train_loader, val_loader, _ = get_dataloaders(*sets, train)
+    return Trainer(GPT2Model(GPT2Config(**record["model"])), train_loader, val_loader, train, "new")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
