@@ -45,6 +45,8 @@ OTHER_KINDS = {
     b"\x1f\x8b": "compressed",
     b"PK\3\4": "a zip",
 }
+# In pyarrow's errors about files that do not form one table.
+WORDS_OF_ARROW = ("Couldn't cast", "Schema at index", "Failed to parse string", "changed from")
 MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
 
 
@@ -389,10 +391,12 @@ def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datas
         ) from error
     except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
         reason = " ".join(str(error.__cause__ or error).split())
+        if any(words in reason for words in WORDS_OF_ARROW):
+            reason = f"its files do not have the same columns with values of the same types, such as text as {column!r}"
         raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
     if column not in table.column_names:
         raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
-    kind = getattr(table.features[column], "dtype", "nested values")
+    kind = getattr(table.features[column], "dtype", "nested or mixed values")
     if kind not in ("string", "large_string"):
         raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
     return table

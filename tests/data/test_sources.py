@@ -5,7 +5,7 @@ import pytest
 
 from gpt2.config import DataConfig
 from gpt2.data import sources
-from gpt2.data.sources import SOURCES, TextDocument, TextFile, describe_source
+from gpt2.data.sources import SOURCES, TextDocument, TextFile, describe_source, open_source
 from gpt2.errors import UserError
 
 
@@ -54,3 +54,30 @@ def test_first_byte_that_is_not_utf8_is_reported_for_every_cut(tmp_path, monkeyp
         with pytest.raises(UserError) as error:
             list(document.parts(0, share)), list(document.parts(share, 1))
         assert f"at byte {expected.value.start};" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"a.jsonl": '{"text": 3}\n', "b.jsonl": '{"text": "x"}\n'}, "data.dataset_name: cannot load"),
+        ({"a.jsonl": '{"text": "a"}\n', "b.jsonl": '{"text": ["x"]}\n'}, "data.dataset_name: cannot load"),
+        ({"a.csv": "text\n3\n", "b.csv": "text\na\n"}, "data.dataset_name: cannot load"),
+        ({"a.csv": "text\na\n", "b.csv": "body\na\n"}, "data.dataset_name: cannot load"),
+        (
+            {"a.jsonl": '{"text": "a"}\n{"text": 3}\n'},
+            "data.text_column: 'text' holds nested or mixed values, not text",
+        ),
+    ],
+)
+def test_values_of_several_types_are_told_in_our_words(tmp_path, files, complaint):
+    (tmp_path / "corpus").mkdir()
+    for name, content in files.items():
+        (tmp_path / "corpus" / name).write_text(content)
+    splits = {"dataset_config": None, "validation_split": None, "test_split": None}
+    with pytest.raises(UserError) as refused:
+        open_source(DataConfig(str(tmp_path / "corpus"), **splits, cache_dir=str(tmp_path / "cache")))
+    (line,) = refused.value.problems
+    assert line.startswith(complaint)
+    assert "load" not in complaint or line.endswith(
+        "its files do not have the same columns with values of the same types, such as text as 'text'"
+    )
