@@ -1,18 +1,13 @@
 """Evaluate a trained model on a corpus: `python evaluate.py checkpoint=... data=...`."""
 
-import json
-import os
-import re
 from dataclasses import asdict
 from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
-from gpt2.runtime.files import atomic_write, exclusive_change
+from gpt2.tracking.evaluations import add_result, default_output, earlier_results
 
 
 @script("evaluate")
@@ -72,52 +67,10 @@ def main(config: EvaluateRun) -> None:
         "torch": torch.__version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    numbers = {key: value if isfinite(value) else None for key, value in metrics.items()}  # no NaN or infinity in JSON
-    add_result(output, {**numbers, **about})
+    add_result(output, {**metrics, **about})
     print(f"\nwritten to {output}")
     if where := external.where():
         print(f"W&B: {where}")
-
-
-def earlier_results(path: Path) -> list[dict[str, Any]]:
-    """The results that a result file contains, oldest first.
-
-    Raises:
-        UserError: It is another kind of file.
-    """
-    if not path.exists():
-        return []
-    try:
-        newest = json.loads(path.read_text(encoding="utf-8"))
-        results = [*newest.pop("earlier"), newest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        results = [None]
-    if not all(isinstance(result, dict) for result in results):
-        raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file")
-    return results
-
-
-def add_result(path: Path, result: dict[str, Any]) -> None:
-    """Add a result to a result file, in front of those that are in it by then; other processes may add theirs."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive_change(path.parent):
-            content = {**result, "earlier": earlier_results(path)}
-            with atomic_write(path) as file:
-                file.write(json.dumps(content, indent=2).encode() + b"\n")
-    except OSError as error:
-        raise UserError(f"output: cannot write {path}: {error.strerror}") from error
-
-
-def default_output(source: str) -> Path:
-    """evaluation.json in the run folder of a trained model, or in outputs/evaluations if it is in none."""
-    from gpt2.checkpoint.run_folder import refuse_links
-
-    run = Path(source).absolute().parent.parent
-    if (run / "metrics.jsonl").is_file():
-        refuse_links(run, "output")
-        return Path(os.path.relpath(run)) / "evaluation.json"
-    return Path("outputs/evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("./")) / "evaluation.json"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Train GPT-2 on text: `python train.py --help`."""
 
 import logging
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +29,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
+    from gpt2.generation.text import stream_sample
     from gpt2.runtime.device import keep_freed_memory
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.tracking.wandb_logger import start_wandb_for_training
@@ -54,7 +54,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         tracker, callbacks = Tracker(), list[Callback]()
         if group.is_main:
             tracker = Tracker(folder, about=run_facts(config, model, {**settings, "model": asdict(model.config)}))
-            samples = Samples(partial(sample, config, model, tokenizer))
+            samples = Samples(partial(stream_sample, model, tokenizer, config))
             callbacks = [ConsoleLog(trial.label), trial] if trial else [samples]
             callbacks += [TrackerLog(tracker), *([StepProfiler(folder)] if config.profile else [])]
         if trial:
@@ -81,14 +81,6 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         if trainer.interrupted_by:
             raise Interrupted.by(trainer.interrupted_by)
     return trainer.progress.best_val_loss
-
-
-def sample(config: TrainRun, model: "GPT2Model", tokenizer: "GPT2Tokenizer", step: int) -> Iterator[str]:
-    """The sample prompt and its continuation, piece by piece, with another seed at each step."""
-    from gpt2.generation.text import stream_text
-
-    yield config.sample_prompt
-    yield from stream_text(model, tokenizer, config.sample_prompt, config.inference, seed=config.train.seed + step)
 
 
 def initial_model(config: TrainRun) -> "GPT2Model | None":

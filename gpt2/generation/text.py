@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt2.config import InferenceConfig
+from gpt2.config import InferenceConfig, TrainRun
 from gpt2.errors import UserError
 from gpt2.generation.decode import CompiledDecoding, LanguageModel, decode, window_start
 from gpt2.generation.sampling import SamplingParams, next_token
@@ -169,3 +169,9 @@ def stream_text(
     """
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
     return iter(TextBatch(model, tokenizer, [prompt_ids], config, [seed]).texts()[0])
+
+
+def stream_sample(model: LanguageModel, tokenizer: GPT2Tokenizer, config: TrainRun, step: int) -> Iterator[str]:
+    """The sample of a training at a step: its prompt and the continuation, with another seed at each step."""
+    yield config.sample_prompt
+    yield from stream_text(model, tokenizer, config.sample_prompt, config.inference, config.train.seed + step)

@@ -1,0 +1,55 @@
+"""The file with the results of `evaluate.py`: `evaluation.json` of a run folder, or one in `outputs/evaluations`."""
+
+import json
+import os
+import re
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from gpt2.checkpoint.run_folder import refuse_links
+from gpt2.errors import UserError
+from gpt2.runtime.files import atomic_write, exclusive_change
+
+
+def earlier_results(path: Path) -> list[dict[str, Any]]:
+    """The results that a result file contains, oldest first.
+
+    Raises:
+        UserError: It is another kind of file.
+    """
+    if not path.exists():
+        return []
+    try:
+        newest = json.loads(path.read_text(encoding="utf-8"))
+        results = [*newest.pop("earlier"), newest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        results = [None]
+    if not all(isinstance(result, dict) for result in results):
+        raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file")
+    return results
+
+
+def add_result(path: Path, result: dict[str, Any]) -> None:
+    """Add a result to a result file, in front of those that are in it by then; other processes may add theirs.
+
+    NaN and infinity, which JSON does not have, become null.
+    """
+    finite = {key: None if isinstance(v, float) and not isfinite(v) else v for key, v in result.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive_change(path.parent):
+            content = {**finite, "earlier": earlier_results(path)}
+            with atomic_write(path) as file:
+                file.write(json.dumps(content, indent=2).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"output: cannot write {path}: {error.strerror}") from error
+
+
+def default_output(source: str) -> Path:
+    """evaluation.json in the run folder of a trained model, or in outputs/evaluations if it is in none."""
+    run = Path(source).absolute().parent.parent
+    if (run / "metrics.jsonl").is_file():
+        refuse_links(run, "output")
+        return Path(os.path.relpath(run)) / "evaluation.json"
+    return Path("outputs/evaluations") / re.sub(r"[^\w.-]+", "_", source.strip("./")) / "evaluation.json"
