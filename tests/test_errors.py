@@ -141,6 +141,17 @@ def test_credentials_in_an_argument_are_in_no_output(workspace: Workspace, scrip
     assert not found_in(workspace, output), output
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY", "http_proxy", "HF_ENDPOINT"])
+@pytest.mark.parametrize(
+    "arguments", [["evaluate.py", "checkpoint=foo/bar"], ["train.py", "wandb=off"]], ids=lambda a: a[0]
+)
+def test_credentials_in_an_address_that_is_none_are_in_no_output(workspace: Workspace, name, arguments):
+    workspace.environment[name] = f"http://user:{SECRET}@127.0.0.1:9"
+    done = workspace.run(*arguments, expect=2)
+    assert done.stderr.startswith(f"error: {name}: not the URL of a server, such as http://USER:PASSWORD@HOST:3128; ")
+    assert not found_in(workspace, done.stdout + done.stderr)
+
+
 def found_in(workspace: Workspace, output: str) -> list[str]:
     """The files of a workspace, and its output, that contain a part of the secret."""
     files = {str(path): path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file()}

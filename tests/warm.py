@@ -16,6 +16,7 @@ from pathlib import Path
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
 # With any other difference a process is started by itself.
 READ_LATER = {
+    *("HTTPS_PROXY", "ALL_PROXY", "http_proxy"),
     *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }

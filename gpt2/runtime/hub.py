@@ -19,6 +19,8 @@ WITHOUT_NETWORK = (
 )
 
 
+ADDRESSES = ("HF_ENDPOINT", *(f"{kind}_PROXY" for kind in ("HTTPS", "HTTP", "ALL")), "https_proxy", "http_proxy")
+
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the names of OpenAI's models
 
 
@@ -42,20 +44,34 @@ def connect(seconds: float = 3.0) -> None:
     """Check once whether the Hub answers. If not, make its libraries use their caches only.
 
     Otherwise they would retry for half a minute.
+
+    Raises:
+        UserError: A variable of the environment that holds an address is invalid, which its libraries fail on.
     """
+    addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
     if os.environ.get("HF_HUB_OFFLINE"):
         return
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    names = ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT")
+    address = next((addresses[name] for name in names if name in addresses), ("huggingface.co", 443))
     try:
-        endpoint = urlsplit(proxy or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        socket.create_connection((endpoint.hostname or "", port), timeout=seconds).close()
-    except (OSError, ValueError) as error:  # the latter of a URL that is none
+        socket.create_connection(address, timeout=seconds).close()
+    except OSError as error:
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
         for name in ("huggingface_hub.constants", "datasets.config"):  # they may be imported already
             if name in sys.modules:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def _address(name: str) -> tuple[str, int]:
+    """Host and port in a variable of the environment."""
+    value = os.environ[name]
+    try:
+        url = urlsplit(value if "://" in value else f"http://{value}")
+        return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:  # whose message may have a part of the password
+        hint = "in a password, /, @ and : are written %2F, %40 and %3A"
+        raise UserError(f"{name}: not the URL of a server, such as http://USER:PASSWORD@HOST:3128; {hint}") from None
 
 
 def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
