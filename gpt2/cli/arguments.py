@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_password
 
 
 def take_subcommand(kind: str, usage: str, choices: dict[str, str]) -> str:
@@ -15,7 +15,7 @@ def take_subcommand(kind: str, usage: str, choices: dict[str, str]) -> str:
         return word
     wants_help = word in ("-h", "--help")
     if word and not wants_help:
-        print(f"error: there is no {kind} {word}", file=sys.stderr)
+        print(f"error: there is no {kind} {without_password(word)}", file=sys.stderr)
     lines = (f"  {choice:<10} {purpose}" for choice, purpose in choices.items())
     print("\n".join([f"usage: {usage}", "", *lines]), file=sys.stdout if wants_help else sys.stderr)
     sys.exit(0 if wants_help else 2)
