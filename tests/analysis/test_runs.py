@@ -133,7 +133,7 @@ def test_values_of_another_run_are_escaped_in_the_page(tmp_path):
     """No text of a run folder becomes markup, whatever place it has in the page."""
     mark = "<i>&\"'$title"
     for name in ("a", f"b{mark}".replace("/", "")):
-        folder = tmp_path / name
+        folder = tmp_path / mark / name
         make_run(folder, name=name + mark, state=mark, **{f"train.{mark}": name + mark, f"data.{mark}": name})
         facts = {"title": mark, "reason": mark, "started": mark, "repository": {"commit": mark}}
         groups = {"machine": {mark: mark}, "versions": {mark: mark}, "tags": [mark]}
