@@ -58,6 +58,7 @@ PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
 FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 MOST_WEIGHTS = 10**12  # of a model: 4 terabytes
+NO_PASSWORD = "a URL with a user or a password; it would be in all files of the run"
 HOLDS_ANY_TEXT = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
 BOUNDS: dict[type, Bounds] = {
@@ -125,12 +126,13 @@ def validate_fields(config: Any, prefix: str) -> Problems:
             problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(map(_shown, choices))}")
         elif key == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             problems.append(f"{prefix}{key}: {value!r} is none of auto, cuda, cuda:N, mps, cpu")
-        elif key not in HOLDS_ANY_TEXT and _has_password(value):
-            problems.append(f"{prefix}{key}: a URL with a user or a password; it would be in all files of the run")
+        elif key not in HOLDS_ANY_TEXT and has_password(value):
+            problems.append(f"{prefix}{key}: {NO_PASSWORD}")
     return problems
 
 
-def _has_password(value: Any) -> bool:
+def has_password(value: Any) -> bool:
+    """Whether there is a URL with a user or a password in a text or a list of texts."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     return any(":/" in text and without_password(text) != text for text in texts)
 

@@ -126,6 +126,8 @@ URL = f"https://user:{SECRET}@127.0.0.1:9/x"
         ("train.py", [*TINY, f"data.tokenizer='{URL}'"]),
         ("train.py", [*TINY, f"train.init_from='{URL}'"]),
         ("train.py", [*TINY, f"resume='{URL}'"]),
+        ("train.py", [*TINY, f"hydra.run.dir='{URL}'"]),
+        ("train.py", [*TINY, f"+new='{URL}'"]),
         ("train.py", ["-m", *TINY, f"data.dataset_name='{URL}','{URL}/y'"]),
         ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='{URL}'"]),
         ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='postgresql+psycopg2:{URL[6:]}'"]),

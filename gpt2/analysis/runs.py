@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
-from math import isfinite
+from math import inf, isfinite
 from math import log as logarithm
 from pathlib import Path
 from statistics import median
@@ -57,7 +57,7 @@ OF_RECORD = {
     "sample": str,
 }
 MOST_LEVELS = 20  # of values within values
-LARGEST = 10**300  # of whole numbers: beyond 10^308 they are no floats
+LARGEST = 10**100  # products of such numbers are still floats
 
 
 def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> Iterator[str]:
@@ -72,8 +72,8 @@ def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") ->
 
 
 def _excess(value: Any, levels: int = MOST_LEVELS) -> str | None:
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return "a number of hundreds of digits"
+    if isinstance(value, int | float) and LARGEST < abs(value) < inf:
+        return "a number beyond 10^100"
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if inner and levels == 0:
         return f"more than {MOST_LEVELS} levels of values within values"
@@ -99,10 +99,8 @@ def read_checked_about(path: Path) -> Record:
     Raises:
         UserError: It cannot be read, or holds what no run writes.
     """
-    if not _is_file(path):
-        return {}
     try:
-        about = json.loads(path.read_bytes())
+        about = json.loads(path.read_bytes()) if _is_file(path) else {}
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise UserError(f"{path}: {reason}") from error

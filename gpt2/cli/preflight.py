@@ -20,6 +20,7 @@ from gpt2.cli.launchers import validate_launcher
 from gpt2.cli.sweeper import search_space, study_sweeper, swept_values, validate_study
 from gpt2.errors import UserError
 from gpt2.search.pairwise import combined
+from gpt2.validation import HOLDS_ANY_TEXT, NO_PASSWORD, has_password
 
 
 def asks_for_information(options: Namespace) -> bool:
@@ -87,6 +88,8 @@ def problem_of(override: Override, multirun: bool) -> str | None:
     text, key, is_sweep = override.input_line, override.key_or_group, override.is_sweep_override()
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
+    if key.rpartition(".")[2] not in HOLDS_ANY_TEXT and has_password(text):
+        return f"{key}: {NO_PASSWORD}"
     if key in ("hydra", "hydra.sweeper") and isinstance(override.value(), dict):
         return f"{key}: one key at a time, such as hydra.sweeper.n_trials=20"
     if key.split(".")[0] == "study":

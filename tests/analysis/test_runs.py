@@ -59,7 +59,7 @@ CONFIG = [
 RECORDS = [
     *('{"step": 50, "sample": 5}', '{"step": 50, "val/loss": "low"}', '{"step": 50, "tokens": [1]}'),
     *(f'{{"step": 50, "val/loss": {LARGE}}}', f'{{"step": {LARGE}}}', '{"step": 50, "seconds": true}'),
-    *('{"step": 50, "train/mfu": {}}', f'{{"step": 50, "other": {LEVELS}}}', '{"step": true}'),
+    *('{"step": 50, "train/mfu": {}}', f'{{"step": 50, "other": {LEVELS}}}', '{"step": 50, "val/loss": 1e200}'),
 ]
 DAMAGE = {
     **{f"{key}={v[:9]}": lambda f, k=key, v=v: with_about(f, **{k: v}) for key, vs in ABOUT.items() for v in vs},
@@ -102,7 +102,10 @@ HARMLESS = {
     "no records": lambda folder: (folder / "metrics.jsonl").write_text(""),
     "NaN": lambda folder: with_record(folder, '{"step": 9, "val/loss": NaN, "tokens": -Infinity, "seconds": 1e999}'),
     "damaged line": lambda folder: with_record(folder, DEEP),
-    "large": lambda folder: with_record(folder, '{"step": 9, "val/loss": 1e300, "tokens": 1e299, "seconds": -1e300}'),
+    "large": lambda folder: (
+        with_about(folder, flops_per_token=LARGE[:99], parameters=LARGE[:99]),
+        with_record(folder, f'{{"step": {LARGE[:99]}, "val/loss": 1e99, "tokens": {LARGE[:99]}, "seconds": -1e99}}'),
+    ),
     "halves": lambda folder: with_about(folder, title='"\\ud800"', state='"\\udc9b"', config='{"name": "\\ud800\\n|"}'),
     "lock": lambda folder: (folder / ".lock").mkdir(),
     "long": lambda folder: with_about(folder, config=json.dumps({"name": "x" * 10_000})),
