@@ -46,7 +46,7 @@ def add_name(path: Path, name: str) -> None:
     """
     target = path.with_name(name)
     try:
-        with temporary_name(path.parent, partial(os.link, path)) as temporary:
+        with temporary_name(target, partial(os.link, path)) as temporary:
             temporary.replace(target)
         fsync(path.parent)
     except OSError:  # a filesystem without hard links

@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, checksums, and locks: who changes a file, who uses a run folder."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -24,18 +25,19 @@ TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 
 
 @contextmanager
-def temporary_name(folder: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Create something under a name in `folder` that no other process uses, and remove what still has that name.
+def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """Create what is to replace `target`, under a name that no other process uses; remove what still has that name.
 
-    It is locked (`flock`) until the block ends: `remove_unfinished`, which is called first, recognizes by the lock
-    what belongs to a living process.
+    It is locked (`flock`) until the block ends: `remove_unfinished` recognizes by the lock what belongs to a living
+    process. What dead ones left of the same target is removed first.
 
     Args:
         create: Makes a file, a folder or a link of a path.
     """
-    remove_unfinished(folder)
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # the whole may have 255 bytes
+    remove_unfinished(target.parent, name)
     while True:
-        path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path = target.with_name(f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(8)}")
         create(path)
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -52,9 +54,9 @@ def temporary_name(folder: Path, create: Callable[[Path], object]) -> Iterator[P
             os.close(descriptor)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left of unfinished writes in a folder."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Delete what killed processes left of unfinished writes in a folder; `name`: only of what begins with it."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}{glob.escape(name)}*"):
         with suppress(OSError):  # it is locked by the process that writes it, gone, or of another user
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
@@ -81,7 +83,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     write the same file at once: the last one to end wins.
     """
     try:
-        with temporary_name(path.parent, lambda new: new.touch(exist_ok=False)) as temporary:
+        with temporary_name(path, lambda new: new.touch(exist_ok=False)) as temporary:
             with temporary.open("wb") as file:
                 yield file
                 file.flush()
@@ -101,7 +103,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     If the block raises, the new folder is removed. Of several processes that make the same folder, one succeeds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_name(folder.parent, Path.mkdir) as temporary:
+    with temporary_name(folder, Path.mkdir) as temporary:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             fsync(path)

@@ -35,6 +35,18 @@ def test_atomic_write_preserves_a_file_linked_by_a_killed_process(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\N{GRINNING FACE}" * 63, "[a]*?", "-rf", ".hidden", "a\nb"])
+def test_any_file_name_can_be_written(tmp_path, name):
+    (tmp_path / f"{TEMPORARY_PREFIX}{name[:40]}").touch()
+    for content in (b"old", b"new"):
+        with atomic_write(tmp_path / name) as file:
+            file.write(content)
+    with atomic_folder(tmp_path / "folders" / name):
+        pass
+    assert (tmp_path / name).read_bytes() == b"new"
+    assert [path.name for path in (tmp_path / "folders").iterdir()] == [name]
+
+
 def test_atomic_folder_appears_complete_or_not_at_all(tmp_path):
     target = tmp_path / "parent" / "folder"
     with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
@@ -57,7 +69,7 @@ def run_code(code: str) -> subprocess.Popen:
 WRITERS = {
     "a file": "files.atomic_write(Path({target!r}))",
     "a folder": "files.atomic_folder(Path({target!r}))",
-    "a link": "files.temporary_name(Path({target!r}).parent, lambda new: os.link({other!r}, new))",
+    "a link": "files.temporary_name(Path({target!r}), lambda new: os.link({other!r}, new))",
 }
 
 
@@ -77,6 +89,9 @@ def test_unfinished_writes_are_removed_once_their_process_is_dead(tmp_path, what
     finally:
         process.kill()
         process.communicate()
+    with atomic_write(tmp_path / "other") as file:
+        file.write(b"other")
+    assert unfinished.exists()  # other processes may use another kind of lock, so each target has its own names
     with atomic_write(target) as file:
         file.write(b"again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
