@@ -17,7 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose, compose_defaults, composition_error, parsed
 from gpt2.cli.launchers import validate_launcher
-from gpt2.cli.sweeper import search_space, study_sweeper, swept_values, validate_study
+from gpt2.cli.sweeper import (
+    grammar_error,
+    search_space,
+    study_sweeper,
+    swept_values,
+    validate_study,
+    validate_sweeper,
+)
 from gpt2.errors import UserError
 from gpt2.search.pairwise import combined
 from gpt2.validation import HOLDS_ANY_TEXT, NO_PASSWORD, has_password
@@ -69,10 +76,8 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
     for text in options.overrides:
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            problems.append(
-                f"{text}: not of the form key=value (a value with special characters needs quotes: key='a,b')"
-            )
+        except HydraException as error:
+            problems.append(f"{text}: {grammar_error(error)}")
             continue
         if problem := problem_of(override, options.multirun):
             problems.append(problem)
@@ -107,7 +112,8 @@ def problem_of(override: Override, multirun: bool) -> str | None:
 
 def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     """Problems of a sweep in all its combinations, or of a study at both ends of each range that it searches."""
-    problems: list[str] = []
+    if problems := validate_sweeper(fixed):
+        return problems
     try:
         sweeper = study_sweeper(fixed)
     except UserError as error:
@@ -116,27 +122,38 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     problems += validate_launcher(launcher)
     if sweeper:
         problems += validate_study(sweeper, launcher._target_)
-        try:
-            swept = search_space(sweeper, swept, fixed)
-        except UserError as error:
-            return problems + error.problems
+    try:
+        choices = search_space(sweeper, swept, fixed) if sweeper else swept_values(swept)
+    except UserError as error:
+        return problems + error.problems
     composed = compose("train", fixed)
-    refused: set[str] = set()  # values that do not compose: one combination with each is enough
-    for combination in combined(list(map(swept_values, swept))):
-        if refused.intersection(combination):
-            continue
+    misfits = [problem for values in choices for value in values if (problem := misfit(composed, fixed, value))]
+    if misfits:  # each would be found in many combinations
+        return problems + misfits
+    for combination in combined(choices):
         overrides = [*fixed, *combination]
         changed = with_values(composed, list(combination))
         try:
             if changed is None:
-                found = validate_command_line("train", overrides)
-                refused |= {text for text in combination if any(line.startswith(f"{text}: ") for line in found)}
-                problems += found
+                problems += validate_command_line("train", overrides)
             else:
                 resolve("train", changed, overrides)
         except UserError as error:
             problems += error.problems
     return problems
+
+
+def misfit(composed: DictConfig, fixed: list[str], override: str) -> str | None:
+    """Why a value of a sweep does not compose; None if it does."""
+    if with_values(composed, [override]) is not None:
+        return None
+    try:
+        compose("train", [*fixed, override])
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = composition_error(error)
+        hint = "; int(...) around an interval draws whole numbers" if "'float' could not be conv" in problem else ""
+        return f"{override}: {problem}{hint}"
+    return None
 
 
 def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None:
