@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2.cli.compose import leaves
 from gpt2.cli.hydra_private import BasicSweeper
 from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
+from gpt2.cli.sweeper import with_choices_listed
 from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure
@@ -48,9 +49,12 @@ class RunSweeper(BasicSweeper):
         Raises:
             UserError: Two runs would write to the same folder, or some failed.
         """
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        batches = self.split_arguments(overrides, self.max_batch_size)
+        size = self.max_batch_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise UserError(f"hydra.sweeper.max_batch_size: {size} is not a whole number of at least 1")
+        parse = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides
+        overrides = parse([with_choices_listed(override) for override in parse([*self._parse_config(), *arguments])])
+        batches = self.split_arguments(overrides, size)
         jobs = [job for batch in batches for job in batch]
         folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
         self._refuse_shared_folders(jobs)
@@ -104,8 +108,10 @@ class RunSweeper(BasicSweeper):
         except Exception as error:
             folders = [self._folder_of(overrides, first + n) for n, overrides in enumerate(jobs)]
             started = next((n for n, folder in enumerate(folders) if not folder.exists()), len(jobs))
-            if not started:
+            if not started and isinstance(error, OSError):
                 raise
+            if not started:  # such as joblib, of its own settings
+                raise UserError(f"hydra.launcher: no run can start: {shortened(one_line(error), 300)}") from error
             lost = LostRun.by(error)
         ends = [_end_in(folder, lost) for folder in folders[:started]]
         return ends + (self._launch(jobs[started:], first + started) if jobs[started:] else [])

@@ -352,6 +352,7 @@ class StudySweeper(Sweeper):
 
     def _open(self, arguments: list[str]) -> "Study":
         from gpt2.search.algorithms import grid
+        from gpt2.search.storage import file_of
         from gpt2.search.study import Study
 
         params = [f"{key}={value}" for key, value in self.sweeper.params.items() if value is not None]
@@ -361,7 +362,10 @@ class StudySweeper(Sweeper):
         if settings.sampler == "grid":
             settings.n_trials = min(settings.n_trials, prod(map(len, grid(space).values())))
 
+        lost = f"{self.folder} has runs of a study that is not in the storage; move the folder away"
         folders = [path for path in self.folder.glob("*") if path.name.isdigit()]
+        if folders and (file := file_of(settings.storage)) and not file.exists():  # nor shall it be made
+            raise UserError(lost)
         study = Study(
             settings,
             space,
@@ -370,7 +374,7 @@ class StudySweeper(Sweeper):
             fixed=shared_settings(self.fixed, set(space)),
         )
         if folders and not study.optuna.get_trials(deepcopy=False):
-            raise UserError(f"{self.folder} has runs of a study that is not in the storage; move the folder away")
+            raise UserError(lost)
         return study
 
     def _run(self, study: "Study") -> None:

@@ -1,14 +1,18 @@
 """The storage of a study: shared by several processes, changed by one at a time, its password never logged."""
 
+import json
 import logging
 import os
 import re
+import sqlite3
+import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -23,6 +27,8 @@ from gpt2.errors import ResourceError, UserError, one_line, without_password
 log = logging.getLogger(__name__)
 
 SQLITE, JOURNAL = "sqlite:///", "journal:///"
+APPEND_LOCK = ".append-lock"  # beside a journal
+ENTRY = b'{"op_code":'  # how an entry of a journal begins
 ADVISORY_LOCK = {  # locks of the server, released when the connection ends for any reason
     "postgresql": ("SELECT pg_advisory_lock(20240)", "SELECT pg_advisory_unlock(20240)"),
     "mysql": ("SELECT GET_LOCK('gpt2', -1)", "SELECT RELEASE_LOCK('gpt2')"),
@@ -32,20 +38,77 @@ BUSY_SECONDS = 60  # how long a process waits for another one to write to a SQLi
 
 
 def validate_storage(url: str | None) -> str | None:
-    """The problem of a storage URL that is visible without opening it, without its password; None if there is none."""
-    if url is None or file_of(url) is not None or _server_kind(url) is not None:
+    """Why a storage cannot be opened, as far as it shows without writing anything; None if it can.
+
+    Without its password. Whether a server answers is not tried.
+    """
+    if url is None or _server_kind(url) is not None:
         return None
-    return (
-        f"{without_password(url)!r} is none of sqlite:///FILE, journal:///FILE, postgresql://USER:PASSWORD@HOST/NAME "
-        f"and mysql://USER:PASSWORD@HOST/NAME"
-    )
+    if (file := file_of(url)) is None:
+        return (
+            f"{without_password(url)!r} is none of sqlite:///FILE, journal:///FILE, "
+            "postgresql://USER:PASSWORD@HOST/NAME and mysql://USER:PASSWORD@HOST/NAME"
+        )
+    try:
+        problem = _problem_of_place(file) or (file.exists() and _problem_of_content(file, url.startswith(JOURNAL)))
+    except OSError as error:
+        problem = error.strerror
+    return f"{url} cannot be opened: {problem}" if problem else None
+
+
+def _problem_of_place(file: Path) -> str | None:
+    """Why a file cannot be there.
+
+    Raises:
+        OSError: It cannot be written, or its locks cannot be made beside it.
+    """
+    if file.exists() and not file.is_file():
+        return f"it is {'a folder' if file.is_dir() else 'no file'}"
+    Path(f"{file}{APPEND_LOCK}").exists()  # raises if the name is too long
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    with tempfile.TemporaryFile(dir=parent):
+        return None
+
+
+def _problem_of_content(file: Path, is_journal: bool) -> str | None:
+    """Why an existing file is no storage: it is damaged, or the file of another program.
+
+    Raises:
+        OSError: It cannot be read and written.
+    """
+    with file.open("r+b") as opened:
+        if is_journal:
+            *lines, last = opened.read().split(b"\n")
+            wrong = next((n for n, line in enumerate(lines, 1) if not _is_entry(line)), None)
+            if not (last.startswith(ENTRY) or ENTRY.startswith(last)):  # a killed process leaves half an entry
+                wrong = wrong or len(lines) + 1
+            return f"line {wrong} is no entry of Optuna's journal" if wrong else None
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
+            ((state,),) = database.execute("PRAGMA quick_check(1)")
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.OperationalError:  # another process writes, or was killed while it did
+        return None
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    if state != "ok":
+        return str(state)
+    return "it is the database of another program" if tables and "studies" not in tables else None
+
+
+def _is_entry(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line)["op_code"], int)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def file_of(url: str | None) -> Path | None:
     """The file of a storage on this machine; None for a server and for memory."""
     for scheme in (SQLITE, JOURNAL):
-        if url is not None and url.startswith(scheme) and len(url) > len(scheme) and "?" not in url:
-            return Path(url.removeprefix(scheme))
+        if url is not None and url.startswith(scheme) and "?" not in url:
+            name = url.removeprefix(scheme)
+            return Path(name) if name.strip() and name != ":memory:" else None
     return None
 
 
@@ -61,7 +124,7 @@ class _JournalLock:
     """
 
     def __init__(self, file: Path):
-        self._file, self._lock = file, FileLock(f"{file}.append-lock")
+        self._file, self._lock = file, FileLock(f"{file}{APPEND_LOCK}")
 
     def acquire(self) -> bool:
         self._lock.acquire()
@@ -87,6 +150,8 @@ def open_storage(url: str | None) -> BaseStorage:
 
 @cache
 def _open(url: str) -> BaseStorage:
+    if problem := validate_storage(url):  # before a lock or a folder is made
+        raise UserError(f"storage: {problem}")
     file = file_of(url)
     try:
         if file is not None:

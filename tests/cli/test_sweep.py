@@ -70,9 +70,26 @@ def test_runs_that_would_share_a_folder_are_refused(workspace: Workspace, folder
     assert not (workspace.folder / "outputs").exists()
 
 
-def test_folders_may_be_named_by_what_is_swept(workspace: Workspace):
-    workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", "hydra.sweep.subdir='seed_${train.seed}'")
-    assert {path.name for path in sweep_of(workspace).iterdir()} == {"multirun.yaml", "seed_1", "seed_2"}
+def test_folders_may_be_named_by_what_is_swept_and_choices_keep_their_quotes(workspace: Workspace):
+    over = ["train.seed=choice(1,2)", "sample_prompt=choice(\"it's, 'x'\",b)", "train.eval_every=9"]
+    folder = ["hydra.sweep.subdir='seed_${train.seed}_${hydra.job.num}'", "hydra.sweeper.max_batch_size=3"]
+    workspace.run("train.py", "-m", *TWO_STEPS, *over, *folder)
+    runs = ["seed_1_0", "seed_1_1", "seed_2_2", "seed_2_3"]
+    assert {path.name for path in sweep_of(workspace).iterdir()} == {"multirun.yaml", *runs}
+    prompts = [about(sweep_of(workspace) / run)["config"]["sample_prompt"] for run in runs]
+    assert prompts == ["it's, 'x'", "b"] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size: 0 is not a whole number of at least 1"),
+        (["hydra/launcher=joblib", "hydra.launcher.backend=foo"], "hydra.launcher: no run can start: Unsupported Jobl"),
+    ],
+)
+def test_settings_with_which_no_run_can_start_are_named(workspace: Workspace, settings, problem):
+    refused = workspace.run("train.py", "-m", *TWO_STEPS, "train.seed=1,2", *settings, expect=2)
+    assert refused.stderr.startswith(f"error: {problem}")
 
 
 def test_name_of_a_run_is_short_and_has_no_secrets():

@@ -195,6 +195,14 @@ def test_unreachable_storage_is_reported_without_password(workspace: Workspace):
     (line,) = refused.stderr.splitlines()
     assert line.startswith("error: storage: postgresql://me:***@127.0.0.1:9/db cannot be opened: ")
     assert "secret" not in refused.stderr + refused.stdout
+    assert not (workspace.folder / "outputs").exists()
+
+
+def test_runs_without_their_storage_are_refused_and_no_storage_is_made(workspace: Workspace):
+    (workspace.folder / "outputs/sweeps/mine/0").mkdir(parents=True)
+    refused = workspace.run("train.py", *STUDY, expect=2)
+    assert "outputs/sweeps/mine has runs of a study that is not in the storage; move the folder away" in refused.stderr
+    assert [path.name for path in (workspace.folder / "outputs/sweeps/mine").iterdir()] == ["0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import tempfile
 import time
+from contextlib import closing
 from math import isfinite
 from pathlib import Path
 
@@ -27,7 +29,13 @@ def test_valid_urls(url):
     assert validate_storage(url) is None
 
 
-@pytest.mark.parametrize("url", ["study.db", "sqlite://", "sqlite:///", "redis://me:pw@host", "postgresql:/x", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("study.db", "sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:/// ", "sqlite:///a.db?mode=ro"),
+        *("journal:///:memory:", "redis://me:pw@host", "postgresql:/x", ""),
+    ],
+)
 def test_invalid_urls(url):
     assert "is none of sqlite:///FILE" in validate_storage(url)
 
@@ -105,6 +113,82 @@ def test_unwritable_folder_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match=r"storage: journal:.* cannot be opened: ") as error:
         open_storage(f"journal:///{tmp_path}/file/study")
     assert len(error.value.problems) == 1
+
+
+def make_storage(folder: Path, scheme: str) -> Path:
+    file = folder / f"study.{scheme}"
+    optuna.create_study(study_name="a", storage=open_storage(f"{scheme}:///{file}")).enqueue_trial({"x": 1})
+    open_storage.__globals__["_open"].cache_clear()
+    return file
+
+
+@pytest.mark.parametrize(
+    ("scheme", "damage", "reason"),
+    [
+        ("sqlite", lambda content: b"import os\n" * 200, "file is not a database"),
+        ("sqlite", lambda content: content[: len(content) // 2], "database disk image is malformed"),
+        ("sqlite", lambda content: content[:100], "database disk image is malformed"),
+        ("journal", lambda content: b"import os\nimport re", "line 1 is no entry of Optuna's journal"),
+        ("journal", lambda content: b"import os", "line 1 is no entry of Optuna's journal"),
+        ("journal", lambda content: content[40:], "line 1 is no entry of Optuna's journal"),
+        ("journal", lambda content: content.replace(b"\n", b"", 1), "line 1 is no entry of Optuna's journal"),
+        ("journal", lambda content: content + b"7\n[1]\n", " is no entry of Optuna's journal"),
+        ("journal", lambda content: content + b"\xff\x00", " is no entry of Optuna's journal"),
+    ],
+)
+def test_file_that_is_no_storage_is_refused_and_unchanged(tmp_path, scheme, damage, reason):
+    file = make_storage(tmp_path, scheme)
+    for lock in tmp_path.glob("*lock"):
+        lock.unlink()
+    file.write_bytes(damage(file.read_bytes()))
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"storage: .* cannot be opened: ") as error:
+        open_storage(f"{scheme}:///{file}")
+    assert reason in str(error.value)
+    assert len(error.value.problems) == 1
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before
+
+
+def test_database_of_another_program_is_refused(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "mail.db")) as database:
+        database.execute("CREATE TABLE mails (text)")
+    problem = validate_storage(f"sqlite:///{tmp_path}/mail.db")
+    assert problem == f"sqlite:///{tmp_path}/mail.db cannot be opened: it is the database of another program"
+
+
+@pytest.mark.parametrize("scheme", ["sqlite", "journal"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("{folder}", "it is a folder"),
+        ("/dev/null", "it is no file"),
+        ("/proc/here/study", "No such file or directory"),
+        ("{folder}/file/study", "Not a directory"),
+        ("{folder}/" + "n" * 300, "File name too long"),
+        ("{folder}/" + "n" * 250, "File name too long"),
+    ],
+)
+def test_place_that_cannot_hold_a_storage_is_refused_at_once(tmp_path, scheme, name, reason):
+    (tmp_path / "file").touch()
+    url = f"{scheme}:///{name.format(folder=tmp_path)}"
+    assert validate_storage(url) == f"{url} cannot be opened: {reason}"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_unreadable_file_is_refused(tmp_path):
+    file = make_storage(tmp_path, "sqlite")
+    file.chmod(0)
+    assert str(validate_storage(f"sqlite:///{file}")).endswith("cannot be opened: Permission denied")
+
+
+def test_intact_and_empty_files_are_storages(tmp_path):
+    for scheme in ("sqlite", "journal"):
+        file = make_storage(tmp_path, scheme)
+        assert validate_storage(f"{scheme}:///{file}") is None
+        file.write_bytes(b"")
+        assert validate_storage(f"{scheme}:///{file}") is None
 
 
 @pytest.fixture(scope="module")
