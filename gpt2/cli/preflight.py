@@ -7,6 +7,7 @@ a study both ends of each range.
 from argparse import Namespace
 from contextlib import suppress
 from copy import deepcopy
+from itertools import chain
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -127,10 +128,10 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     except UserError as error:
         return problems + error.problems
     composed = compose("train", fixed)
-    misfits = [problem for values in choices for value in values if (problem := misfit(composed, fixed, value))]
-    if misfits:  # each would be found in many combinations
-        return problems + misfits
-    for combination in combined(choices):
+    misfits = {value: problem for value in chain(*choices) if (problem := misfit(composed, fixed, value))}
+    problems += misfits.values()
+    choices = [[value for value in values if value not in misfits] for values in choices]
+    for combination in combined(list(filter(None, choices))):  # a misfit would be found again in each
         overrides = [*fixed, *combination]
         changed = with_values(composed, list(combination))
         try:

@@ -200,7 +200,7 @@ def with_choices_listed(override: Override) -> str:
     """A sweep whose choices are a list, `key='a b',c`: where `choice('a b',c)` is parsed, the quotes are lost."""
     if not isinstance(override.value(), ChoiceSweep):
         return str(override.input_line)
-    return f"{override.get_key_element()}={','.join(override.sweep_iterator(transformer=_as_text))}"
+    return f"{override.get_key_element()}={','.join(map(str, override.sweep_iterator(transformer=_as_text)))}"
 
 
 def _as_text(value: Any) -> str:
