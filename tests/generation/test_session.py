@@ -30,6 +30,22 @@ def test_a_line_is_continued_and_an_empty_one_is_not(session):
     assert [text for text, _ in session.generated] == ["Once upon", "  indented "]
 
 
+def test_a_line_that_is_not_utf8_is_said(session, monkeypatch, capsys):
+    """Where Python's standard input is strict."""
+    lines = iter([b"caf\xe9", b"text"])
+
+    def typed(_prompt: str) -> str:
+        try:
+            return next(lines).decode()
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    session.run()
+    assert "error: this line is not UTF-8\n" in capsys.readouterr().out
+    assert [text for text, _ in session.generated] == ["text"]
+
+
 def test_a_text_may_begin_with_a_slash(session):
     session.answer(" /set the table")
     assert session.generated[0][0] == "/set the table"
