@@ -143,9 +143,14 @@ def test_credentials_in_an_argument_are_in_no_output(workspace: Workspace, scrip
     assert not found_in(workspace, output), output
 
 
-@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY", "http_proxy", "HF_ENDPOINT"])
 @pytest.mark.parametrize(
-    "arguments", [["evaluate.py", "checkpoint=foo/bar"], ["train.py", "wandb=off"]], ids=lambda a: a[0]
+    ("name", "arguments"),
+    [
+        ("HTTPS_PROXY", ["evaluate.py", "checkpoint=foo/bar"]),
+        ("ALL_PROXY", ["generate.py", "checkpoint=gpt2", "prompt=a"]),
+        ("HF_ENDPOINT", ["train.py", "wandb=off"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_credentials_in_an_address_that_is_none_are_in_no_output(workspace: Workspace, name, arguments):
     workspace.environment[name] = f"http://user:{SECRET}@127.0.0.1:9"
