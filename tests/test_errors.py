@@ -128,6 +128,8 @@ URL = f"https://user:{SECRET}@127.0.0.1:9/x"
         ("train.py", [*TINY, f"resume='{URL}'"]),
         ("train.py", [*TINY, f"hydra.run.dir='{URL}'"]),
         ("train.py", [*TINY, f"+new='{URL}'"]),
+        ("train.py", [f"--url={URL}"]),
+        ("train.py", [f"--cfg={URL}"]),
         ("train.py", ["-m", *TINY, f"data.dataset_name='{URL}','{URL}/y'"]),
         ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='{URL}'"]),
         ("train.py", ["-m", *TINY, "hparams_search=optuna", f"hydra.sweeper.storage='postgresql+psycopg2:{URL[6:]}'"]),
@@ -140,6 +142,8 @@ def test_credentials_in_an_argument_are_in_no_output(workspace: Workspace, scrip
     done = workspace.start(script, *arguments)
     output = "".join(done.communicate(120))
     assert "Traceback" not in output
+    assert done.wait() == 2
+    assert len(output.splitlines()) == 1
     assert not found_in(workspace, output), output
 
 

@@ -5,7 +5,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as BasicSweeper  # for -m without a study
@@ -14,10 +14,22 @@ from hydra.core.utils import run_job  # what Hydra's launchers call
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from gpt2.errors import UserError
+
 
 def parse_arguments(arguments: list[str]) -> Namespace:
-    """Split a command line into overrides and Hydra's own flags, without composing anything."""
-    return get_args_parser().parse_intermixed_args(arguments)
+    """Split a command line into overrides and Hydra's own flags, without composing anything.
+
+    Raises:
+        UserError: There is no such flag, or it has no such value.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]  # it would print its usage in several lines
+    return parser.parse_intermixed_args(arguments)
 
 
 def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any], trusted: list[str]) -> Any:

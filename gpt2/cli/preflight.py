@@ -46,7 +46,7 @@ def check_run(name: str, options: Namespace) -> DictConfig:
     if not problems:
         with suppress(HydraException, OmegaConfBaseException):  # whose causes are found argument by argument
             return compose(name, fixed, with_hydra=True)
-    raise UserError(*dict.fromkeys(problems + validate_command_line(name, fixed)))
+    raise UserError(*dict.fromkeys(problems + validate_rest(name, fixed, problems)))
 
 
 def check_sweep(name: str, options: Namespace) -> None:
@@ -56,7 +56,7 @@ def check_sweep(name: str, options: Namespace) -> None:
         UserError: With all problems.
     """
     fixed, swept, problems = check_overrides(name, options)
-    problems += validate_command_line(name, fixed) if problems else validate_sweep(fixed, swept)
+    problems += validate_rest(name, fixed, problems) if problems else validate_sweep(fixed, swept)
     if problems:
         raise UserError(*dict.fromkeys(problems))
 
@@ -171,6 +171,13 @@ def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None
         except OmegaConfBaseException:
             return None
     return result
+
+
+def validate_rest(name: str, overrides: list[str], problems: list[str]) -> list[str]:
+    """Problems of a single run without the arguments that have problems already, whose keys are missing there."""
+    refused = {problem.partition(":")[0].partition("=")[0].lstrip("+") for problem in problems}
+    others = validate_command_line(name, overrides)
+    return [problem for problem in others if problem.partition(":")[0] not in refused]
 
 
 def validate_command_line(name: str, overrides: list[str]) -> list[str]:

@@ -54,9 +54,9 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
             exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
             protect_output()
-            options = parse_arguments(arguments)
             with errors_as_lines():
                 silence_unless_main()
+                options = parse_arguments(arguments)
                 if options.help:
                     print(help_text(name))
                 elif asks_for_information(options) or options.multirun:
