@@ -15,14 +15,8 @@ from gpt2.data.sources import TableDocuments
 from gpt2.errors import UserError
 from gpt2.runtime import files
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.data.test_corpus import (
-    config_of,
-    dataset_config,
-    documents_of,
-    start_preparing,
-    write_dataset,
-    write_files,
-)
+from tests.data.test_corpus import config_of, documents_of, start_preparing, write_files
+from tests.data.test_datasets import dataset_config, write_dataset
 from tests.helpers import python_source
 
 
