@@ -117,6 +117,18 @@ def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Pro
     ]
 
 
+def validate_lists(config: Any, prefix: str) -> Problems:
+    """Problems of lists: OmegaConf lets a list or a mapping in a list pass, and Python everything."""
+    problems, words = [], {str: "texts", int: "whole numbers"}
+    for key, hint in get_type_hints(type(config)).items():
+        items = [get_args(option)[0] for option in _options(hint) if get_origin(option) is list]
+        kind = next((words_of for words_of in (str, int) if words_of in items), None)
+        value = getattr(config, key)
+        if kind and value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
+            problems.append(f"{prefix}{key}: {value!r} is not a list of {words[kind]}")
+    return problems
+
+
 def validate_fields(config: Any, prefix: str) -> Problems:
     """Problems of single fields: numbers out of bounds, values that are not among the choices, names of no device."""
     problems = out_of_bounds(vars(config), BOUNDS.get(type(config), {}), prefix)
@@ -248,9 +260,10 @@ def _as_type(value: Any, hint: Any) -> Any:
 
 def validate(config: Any, prefix: str = "") -> Problems:
     """All problems of a configuration dataclass and of those in it, one line each; empty if it can run."""
-    problems = validate_fields(config, prefix)
-    if type(config) in RELATIONS:
-        problems += RELATIONS[type(config)](config, prefix)
+    problems = validate_lists(config, prefix)
+    if not problems:
+        problems += validate_fields(config, prefix)
+        problems += RELATIONS.get(type(config), lambda *_: [])(config, prefix)
     for field in fields(config):
         if is_dataclass(value := getattr(config, field.name)):
             problems += validate(value, f"{prefix}{field.name}.")
@@ -386,8 +399,8 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     folder = config.train.checkpoint_dir
     if Path(folder).name != folder or folder in ("", ".."):
         yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder"
-    if not re.fullmatch(r"(?!\.)(?=.*[^\W_])[\w.-]{1,100}", config.name):
-        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100"
+    if not re.fullmatch(r"(?![.-])(?=.*[^\W_])[\w.-]{1,100}", config.name):
+        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, the first no '.' or '-'"
 
 
 def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:

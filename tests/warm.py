@@ -16,7 +16,7 @@ from pathlib import Path
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
 # With any other difference a process is started by itself.
 READ_LATER = {
-    *("HTTPS_PROXY", "ALL_PROXY", "http_proxy"),
+    *("HTTPS_PROXY", "ALL_PROXY", "http_proxy", "MY_SECRET"),
     *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
@@ -56,15 +56,21 @@ class Process:
         start_new_session: bool = False,
         errors_in_output: bool = False,
         terminal: int | None = None,
+        given: bytes = b"",
     ):
-        """`terminal` is the file descriptor of a terminal that the script is to have as all its streams."""
+        """
+        Args:
+            terminal: The file descriptor of a terminal that the script is to have as all its streams.
+            given: Its standard input.
+        """
         at_start = tuple(
             (name, value)
             for name, value in sorted(environment.items())
             if name not in READ_LATER and not name.startswith(OF_LIBRARIES_NOT_IMPORTED)
         )
-        self.args, self.returncode = arguments, None
-        self._files = [Path(os.devnull).open(), tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
+        self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
+        self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
+        os.pwrite(self._files[0].fileno(), given, 0)
         streams = [*self._files[:2], self._files[1]] if errors_in_output else self._files
         numbers = [file.fileno() for file in streams] if terminal is None else [terminal] * 3
         self._connection = socket.socket(socket.AF_UNIX)
@@ -84,7 +90,8 @@ class Process:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = int(self._told.readline())
+            code, seconds = self._told.readline().split()
+            self.returncode, self.cpu_seconds = int(code), float(seconds)
             self._connection.close()
         return self.returncode
 

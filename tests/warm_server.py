@@ -71,8 +71,9 @@ def attend(connection: socket.socket) -> Asked:
         os.close(stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and its exit code is sent
     connection.sendall(f"{process}\n".encode())
-    _, status = os.waitpid(process, 0)
-    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    _, status, usage = os.wait4(process, 0)
+    seconds = usage.ru_utime + usage.ru_stime
+    connection.sendall(f"{os.waitstatus_to_exitcode(status)} {seconds}\n".encode())
     os._exit(0)
 
 

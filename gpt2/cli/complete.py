@@ -45,6 +45,9 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     Raises:
         UserError: With all problems.
     """
+    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
+    if missing:
+        raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
     try:
         plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
         composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
@@ -61,10 +64,10 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
         setattr(getattr(config, group) if group else config, field, value)
     if isinstance(config, TrainRun) and config.resume is None:
         config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
-    if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
-        config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     if problems := validate(config):
         raise UserError(*problems)
+    if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
+        config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     return config
 
 

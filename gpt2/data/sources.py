@@ -234,7 +234,10 @@ def open_files(config: DataConfig) -> Source:
         reasons = filter(None, map(no_file, config.files or []))
         left = f"data.files: nothing of {config.files} is left without data.exclude={config.exclude}"
         raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
-    fingerprint = _fingerprint(documents.paths)
+    try:
+        fingerprint = _fingerprint(documents.paths)
+    except OSError as error:
+        raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
     if documents.hold_records():
         fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
     return Source(fingerprint, documents, length_unit="bytes")

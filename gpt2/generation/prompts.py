@@ -42,9 +42,13 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return [_parse_record(line, f"prompts_file: {path}, line {number}") for number, line in numbered]
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value of JSON")
+
+
 def _parse_record(line: str, place: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):

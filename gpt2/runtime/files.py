@@ -104,11 +104,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_name(folder, Path.mkdir) as temporary:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync(path)
-        temporary.rename(folder)
-        fsync(folder.parent)
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                fsync(path)
+            temporary.rename(folder)
+            fsync(folder.parent)
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a failed write does not name its file
+            raise
 
 
 def fsync(path: Path) -> None:

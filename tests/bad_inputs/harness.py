@@ -1,0 +1,114 @@
+"""Bad inputs as tables, and what holds for each of them.
+
+A row is `("what", command, expected)`. The command is typed as in a shell, the command of `gpt2.main` first. `expected`
+are the words of the one line on standard error, in this order; `...` stands for anything between them. A fourth value
+is the exit code, if it is not 2.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests import warm
+from tests.conftest import ROOT, Workspace
+
+SCRIPTS = ("train", "evaluate", "generate")
+MOST_CPU_SECONDS = 20  # of a refusal: they take one or two on a machine with nothing else to do
+LONGEST_LINE = 1500
+LIMITED = str(Path(__file__).with_name("limited.py"))
+# A run of one step, should it begin.
+TRAIN = (
+    "train wandb=off data=text data.files=[corpus.txt] data.tokenizer=bytes model=gpt2_nano model.num_layers=1 "
+    "train.num_workers=0 train.max_steps=1 train.warmup_steps=0 train.eval_batches=1 train.precision=fp32"
+)
+
+
+class Row(NamedTuple):
+    what: str
+    command: str
+    expected: str
+    code: int = 2
+    given: bytes = b""  # standard input
+
+
+PENDING = {  # rows whose fault is not mended yet
+    *("a number for a group", "another sweeper's target", "a value alone", "an interpolation of nothing"),
+    *("an interpolation of itself", "a resolver that is not there", "an unset variable", "wandb=false", "data=null"),
+    *("model=null", "model=true", "experiment=1", "experiment=1.5 in a sweep", "data=null in evaluate.py"),
+    *("hydra/launcher=null", "hydra/sweeper/sampler=1", "open_bracket", "tab", "twice", "latin1", "nul", "circle"),
+    *("interpolation_of_nothing", "a run in no filesystem", "a run in a file", "a run without a place"),
+    *("a sweep in no filesystem", "a result in no filesystem", "a name of 300 characters"),
+    *("a cache that may not be written", "a cache that is a file", "a cache in no filesystem"),
+}
+
+
+def rows(table: Sequence) -> pytest.MarkDecorator:
+    """Parametrize a test with the rows of a table."""
+    parameters = []
+    for row in table:
+        marks = [pytest.mark.xfail(reason="not mended yet")] if row[0] in PENDING else []
+        parameters.append(pytest.param(Row(*row), marks=marks, id=row[0]))
+    return pytest.mark.parametrize("row", parameters)
+
+
+def arguments_of(command: str) -> list[str]:
+    """What the warm server runs. `user:` and `full:` before it take rights away, see `limited.py`."""
+    name, *words = shlex.split(command)
+    limit, _, name = name.rpartition(":")
+    script = [str(ROOT / f"{name}.py")] if name in SCRIPTS else ["gpt2.main", name]
+    return [*([LIMITED, limit] if limit else []), *([] if limit or name in SCRIPTS else ["-m"]), *script, *words]
+
+
+def run(place: Workspace, row: Row) -> tuple[warm.Process, str, str]:
+    """Run the command of a row to its end. Returns the process, its standard output and standard error."""
+    process = warm.Process(arguments_of(row.command), place.folder, place.environment, given=row.given)
+    try:
+        output, errors = process.communicate(timeout=120)
+    except BaseException:
+        process.kill()
+        raise
+    return process, output, errors
+
+
+def check(place: Workspace, row: Row) -> None:
+    """Run a row and check what holds for every bad input."""
+    before = tree(place.folder.parent)
+    process, output, errors = run(place, row)
+    assert process.returncode == row.code, output[-2000:] + errors[-2000:]
+    assert "Traceback" not in output + errors, errors[-2000:]
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
+    check_line(lines[0], row.expected)
+    assert changes(before, tree(place.folder.parent)) == []
+    assert process.cpu_seconds < MOST_CPU_SECONDS
+
+
+def check_line(line: str, expected: str) -> None:
+    assert line.startswith("error: "), line
+    assert re.search(".*".join(map(re.escape, expected.split(" ... "))), line), line
+    assert len(line) < LONGEST_LINE
+
+
+Tree = dict[str, tuple[int, int] | None]
+
+
+def tree(folder: Path) -> Tree:
+    """Every path in a folder but those of caches, the home and locks; of files also size and time of change."""
+    found: Tree = {}
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in ("cache", "home")]
+        found |= dict.fromkeys((f"{root}/{name}" for name in folders), None)
+        for path in (f"{root}/{name}" for name in files if name != ".lock"):
+            status = os.lstat(path)
+            found[path] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def changes(before: Tree, after: Tree) -> list[str]:
+    """The paths that are new, gone or different."""
+    return sorted(path for path in before.keys() | after.keys() if before.get(path, 0) != after.get(path, 0))

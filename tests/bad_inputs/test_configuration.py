@@ -1,0 +1,214 @@
+"""Configurations that cannot run: types, ranges, contradictions, names that do not exist, presets of users."""
+
+from tests.bad_inputs.files import PRESETS
+from tests.bad_inputs.harness import check, rows
+
+TYPES = [
+    ("a word for a count", "train train.batch_size=abc", "train.batch_size=abc: ... Integer"),
+    ("a fraction for a count", "train train.max_steps=1.5", "train.max_steps=1.5: ... Integer"),
+    ("true for a count", "train train.batch_size=true", "train.batch_size=true: ... Integer"),
+    ("a list for a count", "train train.batch_size=[1]", "train.batch_size=[1]: ... Integer"),
+    ("a mapping for a count", "train train.batch_size={a:1}", "train.batch_size={a:1}: ... Integer"),
+    ("a date for a count", "train train.seed=2026-11-29", "train.seed=2026-11-29: ... Integer"),
+    ("a word for a rate", "train train.learning_rate=fast", "train.learning_rate=fast: ... Float"),
+    ("null for a rate", "train train.learning_rate=null", "train.learning_rate=null: ... not Optional"),
+    ("nothing for a rate", "train train.learning_rate=", "train.learning_rate=: ... Float"),
+    ("a number for a list", "train data.files=5", "data.files=5: a list is wanted"),
+    ("a text for a list", "train data.files=corpus.txt", "data.files=corpus.txt: a list is wanted"),
+    ("a list in a list", "train data.files=[[corpus.txt]]", "data.files: [['corpus.txt']] is not a list of texts"),
+    (
+        "a mapping in a list",
+        "generate prompt=x inference.stop=[{a:1}]",
+        "inference.stop: [{'a': 1}] is not a list of texts",
+    ),
+    ("a text for the stop texts", "generate prompt=x inference.stop=end", "inference.stop=end: a list is wanted"),
+    ("a word for true or false", "train train.deterministic=maybe", "train.deterministic=maybe: ... not a valid bool"),
+    ("a number for a group", "train train=5", "train=5: ... 'train/5'"),
+    ("none of the precisions", "train train.precision=fp8", "train.precision=fp8: ... one of ['auto'"),
+    ("none of the optimizers", "train train.optimizer=sgd", "train.optimizer=sgd: ... 'adamw'"),
+    ("a choice in capitals", "train wandb.mode=OFFLINE", "wandb.mode=OFFLINE: ... 'offline'"),
+    ("none of the splits", "evaluate split=dev", "split=dev: ... 'validation'"),
+    ("none of the formats", "benchmark training precisions=[fp8]", "precisions=[fp8]: ... fp32"),
+]
+
+RANGES = [
+    ("no rate", "train train.learning_rate=0", "train.learning_rate: 0.0 is not a finite number above 0"),
+    ("a negative rate", "train train.learning_rate=-1e-3", "train.learning_rate: -0.001 is not"),
+    ("a rate that is not a number", "train train.learning_rate=nan", "train.learning_rate: nan is not"),
+    ("an infinite rate", "train train.learning_rate=inf", "train.learning_rate: inf is not"),
+    ("a negative warm-up", "train train.warmup_steps=-1", "train.warmup_steps: -1 is not ... at least 0"),
+    ("a negative seed", "train train.seed=-1", "train.seed: -1 is not between 0 and 2^63 - 1"),
+    ("a seed of 20 digits", "train train.seed=99999999999999999999", "train.seed: ... is not between 0 and 2^63 - 1"),
+    ("dropout of all", "train model.dropout=1", "model.dropout: 1.0 is not at least 0 and below 1"),
+    ("no layers", "train model.num_layers=0", "model.num_layers: 0 is not between 1 and"),
+    ("too many layers", "train model.num_layers=100000", "model.num_layers: 100000 is not between 1 and"),
+    ("too wide", "train model.d_model=1000000000", "model.d_model: 1000000000 is not between 1 and"),
+    ("too few tokens", "train data.vocab_size=256", "data.vocab_size: 256 is not at least 257"),
+    (
+        "all for validation",
+        "train data.validation_fraction=1",
+        "data.validation_fraction: 1.0 is not above 0 and below",
+    ),
+    ("beta of 1", "train train.beta2=1", "train.beta2: 1.0 is not at least 0 and below 1"),
+    ("no time", "train train.max_training_hours=0", "train.max_training_hours: 0.0 is not"),
+    ("no time for others", "train distributed.timeout=1", "distributed.timeout: 1.0 is not between 5 and"),
+    ("no such device", "train train.device=gpu", "train.device: 'gpu' is none of auto, cuda"),
+    ("a folder of checkpoints elsewhere", "train train.checkpoint_dir=../x", "train.checkpoint_dir: '../x' must be"),
+    ("compiled a bit", "train train.compile=a_bit", "train.compile: 'a_bit' is none of auto, true, false"),
+    ("no texts at a time", "generate prompt=x batch_size=0", "batch_size: 0 is not a whole number of at least 1"),
+    ("a stride of 0", "evaluate stride=0", "stride: 0 is not between 1 and data.max_length=32"),
+    ("a stride beyond the window", "evaluate stride=33", "stride: 33 is not between 1 and data.max_length=32"),
+    ("no batch sizes", "benchmark generation batch_sizes=[]", "batch_sizes: [] are not"),
+    ("no precisions", "benchmark training precisions=[]", "precisions: [] are not"),
+    ("a negative number of jobs", "study experiments/x jobs=-1", "study: ... jobs=N, a whole number"),
+]
+
+CONTRADICTIONS = [
+    ("heads that do not divide", "train model.num_heads=7", "model.num_heads: 7 heads ... d_model=768, 6 would"),
+    ("blocks beyond the context", "train data.max_length=2048", "data.max_length: ... model.context_length=1024"),
+    ("a schedule that rises", "train train.min_learning_rate=1", "train.min_learning_rate: 1.0 is above"),
+    ("two precisions", "train train.mixed_precision=false train.precision=bf16", "train.precision: bf16 contradicts"),
+    ("a format of generate.py", "train inference.quantization=int8", "inference.quantization: only for generate.py"),
+    ("two formats", "evaluate quantization=int8 precision=bf16", "precision: bf16 contradicts quantization=int8"),
+    ("longer than the context", "evaluate data.max_length=64", "data.max_length: windows of 64 ... checkpoint="),
+    ("resuming into another folder", "train resume=latest hydra.run.dir=x", "hydra.run.dir: ... drop one of the two"),
+    ("a study without -m", "train hparams_search=optuna", "hparams_search=optuna: ... needs -m"),
+    ("a sweep that resumes one run", "train -m resume=latest", "resume=latest: one run at a time"),
+    ("a sweep that is shown", "train -m train.seed=1,2 --cfg job", "-m: not together with --cfg"),
+    ("a sweep of generate.py", "generate -m inference.seed=1,2", "-m: only train.py makes several runs"),
+    ("a folder that changes", "train train.auto_resume=true hydra.run.dir=${now:%S}", "hydra.run.dir: ... plain name"),
+    (
+        "parallel trials in one process",
+        "train -m hparams_search=optuna hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.n_jobs: ... hydra/launcher=joblib",
+    ),
+    ("a run of a finished length", "train resume=latest train.max_steps=4", "train.max_steps: ... 8 steps already"),
+    (
+        "another model on resuming",
+        "train resume=latest model.num_layers=2",
+        "model.num_layers: ... resume_changes=true",
+    ),
+    (
+        "text beyond the context",
+        "benchmark generation model=gpt2_nano",
+        "new_tokens: ... do not fit into model.context_length=64",
+    ),
+]
+
+UNKNOWN = [
+    ("a key with a slip", "train train.lrr=1", "train.lrr=1: Key 'lrr'"),
+    ("a group with a slip", "train tarin.seed=1", "tarin.seed=1: Key 'tarin' ... 'train'"),
+    ("a new key", "train +train.new=1", "Key 'new' not in 'TrainingConfig'"),
+    ("a forced key", "train ++train.new=1", "Key 'new' not in 'TrainingConfig'"),
+    ("a new key at the top", "train +new.key=1", "Key 'new' not in 'TrainRun'"),
+    ("a choice with a slip", "train model=gtp2", "model=gtp2: ... Available options in 'model': gpt2, "),
+    ("a preset that is not there", "train experiment=nope", "experiment=nope: ... quickstart"),
+    ("a group that is not there", "train +nogroup=x", "nogroup"),
+    ("a launcher that is not there", "train -m hydra/launcher=pbs train.seed=1,2", "hydra/launcher=pbs: ... joblib"),
+    ("a key of Hydra that is not there", "train hydra.rnu.dir=x", "hydra.rnu.dir=x: ... 'rnu'"),
+    ("a key of another script", "generate train.seed=1", "train.seed=1: Key 'train'"),
+    ("a group of another script", "evaluate model=gpt2", "model=gpt2: "),
+    ("deleting a key", "train ~train.seed", "~train.seed: keys cannot be deleted"),
+    ("setting what a study sets", "train study.trial=1", "study.trial=1: only a study sets that"),
+    ("a column that is not there", "compare sort=beauty", "sort: there is no beauty; there are loss"),
+    ("a kind of picture that is not there", "compare picture=a.gif", "picture: a.gif is none of .png"),
+    ("an option that is not there", "compare --fast", "--fast: there is no such option; there are sort="),
+    ("a run that is not there", "compare nowhere", "nowhere does not exist; a run is a folder with"),
+    ("a folder without a run", "compare folder", "folder contains no run"),
+    ("a study that is not there", "study nowhere", "study: nowhere has no study.yaml"),
+    ("a study without a name", "study", "study: one folder, such as"),
+    ("a target for an export that is there", "export to=folder", "to: folder exists already"),
+    ("an export to nowhere", "export", "to: the folder to write is missing"),
+    ("a target on the command line", "train +train._target_=os.system", "_target_"),
+    ("another sweeper's target", "train -m hydra.sweeper._target_=os.system train.seed=1,2", "os.system"),
+    ("another configuration", "train --config-dir folder", "--config-dir ... conf/experiment"),
+]
+
+GRAMMAR = [
+    ("a word alone", "train word", "word: not of the form key=value"),
+    ("a value alone", "train =5", "=5: not of the form key=value"),
+    ("an open list", "train data.files=[a", "data.files=[a: not of the form key=value"),
+    ("an open mapping", "train train={", "train={: not of the form key=value"),
+    ("an open quote", 'train "name=\'a"', "name='a: not of the form key=value"),
+    ("a sweep without -m", "train train.seed=1,2", "train.seed=1,2 ... -m"),
+    ("an interpolation of nothing", "train name=${nowhere}", "name ... 'nowhere'"),
+    ("an interpolation of itself", "train name=${name}", "name"),
+    ("a resolver that is not there", "train name=${random:}", "name ... random"),
+    ("an unset variable", "train name=${oc.env:NOT_SET_HERE}", "name ... NOT_SET_HERE"),
+    ("a value that is missing", "train train.max_steps=???", "train.max_steps"),
+]
+
+YAML_WORDS = [
+    ("wandb=false", "train wandb=false", "wandb=false: ... off"),
+    ("wandb=no", "train wandb=no", "wandb=no: ... off"),
+    ("data=null", "train data=null", "data=null: ... wikitext2"),
+    ("model=null", "train model=null", "model=null: ... gpt2_nano"),
+    ("model=true", "train model=true", "model=true: ... gpt2_nano"),
+    ("experiment=1", "train experiment=1", "experiment=1: ... quickstart"),
+    ("experiment=1.5 in a sweep", "train -m experiment=1.5 train.seed=1,2", "experiment=1.5: ... quickstart"),
+    ("data=null in evaluate.py", "evaluate data=null", "data=null: ... text"),
+    ("hydra/launcher=null", "train -m hydra/launcher=null train.seed=1,2", "hydra/launcher=null: ... joblib"),
+    (
+        "hydra/sweeper/sampler=1",
+        "train -m hparams_search=optuna hydra/sweeper/sampler=1",
+        "hydra/sweeper/sampler=1: ... tpe",
+    ),
+]
+
+SWEEPS = [
+    ("a value of a sweep", "train -m train.batch_size=4,0", "train.batch_size: 0 is not a whole number"),
+    (
+        "a file of a sweep",
+        "train -m data=text data.files=[corpus.txt],[no.txt]",
+        "data.files: no file matches 'no.txt'",
+    ),
+    ("a key of a sweep", "train -m train.sede=1 train.seed=1,2", "train.sede=1: Key 'sede'"),
+    ("a group of a sweep", "train -m model=gpt2,gtp2", "model=gtp2: ... gpt2_nano"),
+    ("a sweep of Hydra's keys", "train -m hydra.run.dir=a,b", "hydra.run.dir=a,b: Hydra's own keys have one value"),
+    ("a study of none", "train -m hparams_search=optuna hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials: 0 is not"),
+    (
+        "a study in a picture",
+        "train -m hparams_search=optuna hydra.sweeper.storage=a.png",
+        "hydra.sweeper.storage: 'a.png' is none of sqlite:///FILE",
+    ),
+    (
+        "a study that minimizes a bit",
+        "train -m hparams_search=optuna hydra.sweeper.direction=down",
+        "hydra.sweeper.direction: 'down' is none of minimize, maximize",
+    ),
+    ("an interval upside down", "train -m hparams_search=optuna train.beta2=interval(1,0)", "train.beta2"),
+    ("a tag that is not there", "train -m hparams_search=optuna train.beta2=tag(ln,interval(0,1))", "no tag ln, only"),
+    ("a glob in a study", "train -m hparams_search=optuna model=glob(gpt2*)", "model=glob(gpt2*) ... names"),
+    ("a range of nothing", "train -m hparams_search=optuna train.seed=range(10,1)", "train.seed=range(10,1)"),
+    ("another sweeper in a study", "train -m hparams_search=optuna hydra/sweeper=basic", "hydra/sweeper"),
+    ("no jobs in a list", "train -m hparams_search=optuna hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs: 0 is not"),
+    ("a sweep of exports", "export -m to=a", "-m: only train.py makes several runs"),
+]
+
+PRESET_WORDS = {
+    "missing_file": "data.files: no file matches 'nowhere.txt'",
+    "missing_group_file": "model/gtp2",
+    "missing_group": "modle",
+    "unknown_key": "sede",
+    "wrong_type": "seed",
+    "wrong_range": "train.batch_size: 0 is not",
+    "interpolation_of_nothing": "nowhere",
+    "no_resolver": "random",
+    "circle": "name",
+    "division_by_zero": "division by zero",
+}
+
+
+@rows([*TYPES, *RANGES, *CONTRADICTIONS])
+def test_values_that_cannot_be(place, row):
+    check(place, row)
+
+
+@rows([*UNKNOWN, *GRAMMAR, *YAML_WORDS, *SWEEPS])
+def test_words_that_mean_nothing(place, row):
+    check(place, row)
+
+
+@rows([(name, f"train +mine={name}", PRESET_WORDS.get(name, f"mine={name}")) for name in PRESETS])
+def test_presets_of_users(place, row):
+    check(place, row)

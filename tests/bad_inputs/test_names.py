@@ -1,0 +1,65 @@
+"""Names of runs, studies and outputs that are paths, commands or no names: nothing is written elsewhere."""
+
+from tests.bad_inputs.harness import TRAIN, check, rows
+
+NAMES = [
+    ("the folder above", "../x"),
+    ("an absolute path", "/tmp/x"),
+    ("a folder in a folder", "a/b"),
+    ("a command", r"\$(touch p)"),
+    ("a command in backticks", r"\`touch p\`"),
+    ("a line break", "a\nb"),
+    ("an option", "-rf"),
+    ("300 characters", "a" * 300),
+    ("an emoji", "🦜"),
+    ("a leading dot", ".hidden"),
+    ("a dot", "."),
+    ("two dots", ".."),
+    ("nothing", ""),
+    ("a space", "a b"),
+    ("a control character", "a\x1b[31m"),
+    ("a change of direction", "a\u202eb"),
+    ("a pattern", "a*"),
+    ("a separator of commands", "a;b"),
+]
+
+PLACES = [
+    (
+        "a study above",
+        "train -m hparams_search=optuna hydra.sweeper.study_name=../x",
+        "hydra.sweeper.study_name: '../x'",
+    ),
+    ("a study of a group", "train -m hparams_search=optuna hydra.sweeper.study_name=model", "hydra.sweeper.study_name"),
+    ("checkpoints above", "train train.checkpoint_dir=..", "train.checkpoint_dir: '..' must be the plain name"),
+    ("checkpoints anywhere", "train train.checkpoint_dir=/tmp/x", "train.checkpoint_dir: '/tmp/x' must be"),
+    ("a run in no filesystem", f"{TRAIN} hydra.run.dir=/proc/x", "hydra.run.dir: ... /proc/x"),
+    ("a run in a file", f"{TRAIN} hydra.run.dir=corpus.txt", "hydra.run.dir: ... corpus.txt"),
+    ("a run without a place", f"{TRAIN} hydra.run.dir=''", "hydra.run.dir"),
+    ("a sweep in no filesystem", f"{TRAIN} -m train.seed=1,2 hydra.sweep.dir=/proc/x", "hydra.sweep.dir: ... /proc/x"),
+    ("a result in no filesystem", "evaluate wandb=off output=/proc/x.json", "output: '/proc/x.json' cannot be written"),
+    (
+        "a result in a file",
+        "evaluate wandb=off output=corpus.txt/x.json",
+        "output: 'corpus.txt/x.json' cannot be written",
+    ),
+    ("a result over a text", "evaluate wandb=off output=corpus.txt", "output: corpus.txt exists and is not a result"),
+    ("an export in a file", "export to=corpus.txt/x", "to: ... corpus.txt/x"),
+    ("an export in no filesystem", "export to=/proc/x", "to: ... /proc/x"),
+    ("a page in no filesystem", "compare html=/proc/x.html", "/proc/x.html"),
+    ("a picture in a file", "compare picture=corpus.txt/x.png", "corpus.txt/x.png"),
+    ("a name of 300 characters", f"evaluate wandb=off output={'a' * 300}", "output: ... cannot be written"),
+]
+
+
+def quoted(name: str) -> str:
+    return "'name=\"" + name + "\"'"
+
+
+@rows([(what, f"{TRAIN} {quoted(name)}", "name: ... must be letters") for what, name in NAMES])
+def test_names_of_runs(place, row):
+    check(place, row)
+
+
+@rows(PLACES)
+def test_places(place, row):
+    check(place, row)

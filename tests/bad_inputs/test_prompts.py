@@ -1,0 +1,76 @@
+"""Prompts that are no text, files of prompts, and sampling options."""
+
+from tests.bad_inputs.files import PROMPTS
+from tests.bad_inputs.harness import check, rows
+
+OPTIONS = [
+    ("max_new_tokens=0", "0 is not a whole number of at least 1"),
+    ("max_new_tokens=-5", "-5 is not a whole number"),
+    ("max_new_tokens=many", "Integer"),
+    ("max_new_tokens=1e3", "Integer"),
+    ("max_new_tokens=null", "not Optional"),
+    ("temperature=-1", "-1.0 is not a finite number of at least 0"),
+    ("temperature=nan", "nan is not"),
+    ("temperature=inf", "inf is not"),
+    ("temperature=warm", "Float"),
+    ("temperature=null", "not Optional"),
+    ("top_k=0", "0 is not a whole number of at least 1"),
+    ("top_k=-1", "-1 is not"),
+    ("top_k=1.5", "Integer"),
+    ("top_k=all", "Integer"),
+    ("top_p=0", "0.0 is not above 0 and at most 1"),
+    ("top_p=1.1", "1.1 is not above 0 and at most 1"),
+    ("top_p=nan", "nan is not"),
+    ("min_p=-0.1", "-0.1 is not between 0 and 1"),
+    ("min_p=2", "2.0 is not between 0 and 1"),
+    ("repetition_penalty=0", "0.0 is not between 0.001 and 1000"),
+    ("repetition_penalty=-1", "-1.0 is not between"),
+    ("repetition_penalty=inf", "inf is not between"),
+    ("num_return_sequences=0", "0 is not a whole number of at least 1"),
+    ("seed=-1", "-1 is not between 0 and 2^63 - 1"),
+    ("seed=9223372036854775808", "9223372036854775808 is not between 0 and 2^63 - 1"),
+    ("seed=random", "Integer"),
+    ("do_sample=perhaps", "not a valid bool"),
+    ("stream=maybe", "not a valid bool"),
+    ("stop=['']", "an empty text matches everywhere"),
+    ("stop=null", "inference.stop"),
+    ("precision=int8", "['fp32', 'bf16']"),
+    ("quantization=int4", "['int8']"),
+    ("heat=1", "Key 'heat'"),
+]
+
+LINES = [
+    ("two sources", "generate prompt=x prompts_file=prompts/nothing.txt", "prompts_file: contradicts prompt"),
+    ("a file that is not there", "generate prompts_file=nowhere.txt", "prompts_file: nowhere.txt cannot be read"),
+    ("a folder", "generate prompts_file=folder", "prompts_file: folder"),
+    ("a loop of links", "generate prompts_file=loop.txt", "prompts_file: loop.txt"),
+    ("a name of nothing", "generate prompts_file=", "prompts_file: "),
+    ("a list of files", "generate prompts_file=[a,b]", "prompts_file=[a,b]: "),
+    ("a prompt of a sweep", "generate -m prompt=a,b", "-m: only train.py makes several runs"),
+    ("a device that is not there", "generate prompt=x device=cuda:99", "device: there is no cuda"),
+    ("a device of no kind", "generate prompt=x device=tpu", "device: 'tpu' is none of auto"),
+    ("a sample of no length", "train inference.max_new_tokens=0", "inference.max_new_tokens: 0 is not"),
+]
+FILE_WORDS = {
+    "nothing.txt": "has no prompt",
+    "blank_lines.txt": "has no prompt",
+    "empty.jsonl": "has no prompt",
+    "latin1.txt": "is not UTF-8",
+    "utf16_prompts.txt": "is not UTF-8",
+    "not_json.jsonl": "line 2: not JSON",
+}
+
+
+@rows([(option, f'generate prompt=x "inference.{option}"', said) for option, said in OPTIONS])
+def test_sampling_options(place, row):
+    check(place, row._replace(expected=f"inference.{row.what.split('=')[0]} ... {row.expected}"))
+
+
+@rows(LINES)
+def test_prompts(place, row):
+    check(place, row)
+
+
+@rows([(name, f"generate prompts_file=prompts/{name}", FILE_WORDS.get(name, "")) for name in PROMPTS])
+def test_files_of_prompts(place, row):
+    check(place, row._replace(expected=f"prompts_file: prompts/{row.what} ... {row.expected}"))
