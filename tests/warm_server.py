@@ -32,6 +32,7 @@ class Asked(NamedTuple):
 
 
 def imports() -> None:
+    import torch._dynamo  # noqa: F401  # which PyTorch imports when the first model is built, a second's work
 
     import gpt2.analysis.plotting
     import gpt2.cli.script
