@@ -5,7 +5,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import pytest
@@ -31,17 +30,21 @@ SHELL = [  # what, line of a shell, exit code, words of standard error
     ("another working folder", "cd folder && {generate} prompt=x", 2, "checkpoint: no run with a checkpoint in"),
     ("a working folder that is gone", "mkdir gone; cd gone; rmdir ../gone; {train} train.lrr=1", 2, ""),
     ("a linked script", "ln -s {root}/train.py x.py; {python} x.py train.lrr=1; code=$?; rm x.py; exit $code", 2, LINE),
-    ("a proxy without a port", "HTTPS_PROXY=http://a:b:c {train} wandb=off", 2, "'wikitext' ... without a network"),
+    ("a proxy without a port", "HTTPS_PROXY=http://a:b:c {train} wandb=off", 2, "HTTPS_PROXY"),
     ("a rank that is a word", "RANK=first WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1 {train}", 2, "RANK"),
     ("a terminal of no width", f"COLUMNS=0 TERM=dumb {WRONG}", 2, LINE),
     ("columns in words", f"COLUMNS=many {WRONG}", 2, LINE),
 ]
 
 
-@pytest.mark.parametrize(("what", "line", "code", "expected"), SHELL, ids=[row[0] for row in SHELL])
-def test_streams_and_environments(place: Workspace, request, what, line, code, expected):
-    if what in PENDING:
-        request.applymarker(pytest.mark.xfail(reason="not mended yet"))
+NOT_MENDED = pytest.mark.xfail(reason="not mended yet")
+
+
+@pytest.mark.parametrize(
+    ("what", "line", "code", "expected"),
+    [pytest.param(*row, id=row[0], marks=[NOT_MENDED] if row[0] in PENDING else []) for row in SHELL],
+)
+def test_streams_and_environments(place: Workspace, what, line, code, expected):
     scripts = {name: f"{sys.executable} {ROOT / name}.py" for name in ("train", "generate")}
     before = tree(place.folder.parent)
     done = subprocess.run(
@@ -93,18 +96,7 @@ def test_narrow_terminal_without_colours(place):
     assert "\x1b" not in shown
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.4])  # while Hydra is imported
-def test_ctrl_c_before_the_command_line_is_read(place, seconds):
-    process = subprocess.Popen(
-        place.command("generate.py", "prompt=x"),
-        cwd=place.folder,
-        env=place.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert "Traceback" not in errors
-    assert process.returncode in (-signal.SIGINT, 130)  # a shell shows 130 for both
+def test_ctrl_c_during_the_imports_of_the_command_line():
+    code = "import gpt2.cli; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "\nInterrupted.\n")  # which a shell shows as 130
