@@ -43,7 +43,7 @@ PENDING = {  # rows whose fault is not mended yet
     *("hydra/launcher=null", "hydra/sweeper/sampler=1", "open_bracket", "tab", "twice", "latin1", "nul", "circle"),
     *("interpolation_of_nothing", "a run in no filesystem", "a run in a file", "a run without a place"),
     *("a sweep in no filesystem", "a result in no filesystem", "a name of 300 characters"),
-    *("a working folder that is gone"),
+    "a working folder that is gone",
     *("a cache that may not be written", "a cache that is a file", "a cache in no filesystem"),
 }
 
