@@ -93,7 +93,8 @@ def _problem_of_content(file: Path, is_journal: bool) -> str | None:
         return str(error)
     if state != "ok":
         return str(state)
-    return "it is the database of another program" if tables and "studies" not in tables else None
+    is_ours = not tables or tables & {"studies", "version_info"}  # another process may be making the others
+    return None if is_ours else "it is the database of another program"
 
 
 def _is_entry(line: bytes) -> bool:
