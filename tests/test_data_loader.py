@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2 import data_loader
 from gpt2.config import TrainingConfig
-from gpt2.data_loader import ShuffledBatches, TokenDataset, get_dataloaders
+from gpt2.data_loader import ShuffledBatches, TokenDataset, batch_size_of, get_dataloaders, with_batch_size
 from gpt2.tokenizer import GPT2Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,6 +39,24 @@ def test_every_token_but_the_first_is_a_target_once(tmp_path, length):
         assert inputs.min() >= 0
         seen += targets[is_target].tolist()
     assert seen == list(range(1, 13))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+@pytest.mark.parametrize("number_of_tokens", [2, 4, 5, 6, 13])
+def test_overlapping_blocks_predict_each_token_once_with_the_text_before(tmp_path, number_of_tokens, stride):
+    blocks_of(tmp_path, number_of_tokens, 4)
+    blocks = TokenDataset(tmp_path / "tokens.bin", "uint16", 4, stride=stride)
+    batch = blocks.__getitems__(list(range(len(blocks))))
+    is_target = batch["targets"] != -100
+    assert batch["targets"][is_target].tolist() == list(range(1, number_of_tokens))
+    assert batch["input_ids"][:, 0].tolist() == [stride * i for i in range(len(blocks))]
+
+
+def test_a_stride_that_skips_tokens_is_refused(tmp_path):
+    blocks_of(tmp_path, 13, 4)
+    for stride in (0, 5, -1):
+        with pytest.raises(ValueError, match=f"a stride of {stride} would skip tokens, it must be between 1 and 4"):
+            TokenDataset(tmp_path / "tokens.bin", "uint16", 4, stride=stride)
 
 
 @pytest.mark.parametrize(("number_of_tokens", "expected"), [(0, 0), (1, 0), (2, 1), (5, 1), (6, 2)])
@@ -144,3 +163,30 @@ def test_loaders_accept_any_dataset(tmp_path):
     train, validation, _ = loaders_of(dataset, num_workers=0)
     assert sorted(i.item() for (batch,) in train for i in batch) == list(range(10))
     assert [len(batch) for (batch,) in validation] == [3, 3, 3, 1]
+
+
+def test_other_batch_size_keeps_the_order(tmp_path):
+    for loader in loaders_of(blocks_of(tmp_path, 90, 8), num_workers=0, seed=5):
+        assert batch_size_of(loader) == 3
+        assert with_batch_size(loader, None) is loader
+        other = with_batch_size(loader, 5)
+        assert batch_size_of(other) == 5
+        assert [len(batch["targets"]) for batch in other] == [5, 5, 2]
+        rows = [torch.cat([batch["targets"] for batch in batches]) for batches in (loader, other)]
+        assert torch.equal(*rows)
+
+
+def test_other_batch_size_of_a_loader_that_is_not_ours():
+    numbers = torch.utils.data.DataLoader(torch.arange(7), batch_size=3, drop_last=True)
+    assert [batch.tolist() for batch in with_batch_size(numbers, 2)] == [[0, 1], [2, 3], [4, 5]]
+    one_by_one = torch.utils.data.DataLoader(torch.arange(2), batch_size=None)
+    assert batch_size_of(one_by_one) is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "wanted", "workers"), [(8, 2, 4, 4), (8, 6, 4, 2), (2, 2, 4, 0), (1, 2, 4, 0), (None, 1, 4, 0)]
+)
+def test_workers_get_the_cores_that_do_not_train(tmp_path, monkeypatch, cores, threads, wanted, workers):
+    monkeypatch.setattr(data_loader.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert {loader.num_workers for loader in loaders_of(blocks_of(tmp_path, 90, 8), num_workers=wanted)} == {workers}
