@@ -2,14 +2,24 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from gpt2 import data_loader
-from gpt2.config import TrainingConfig
-from gpt2.data_loader import ShuffledBatches, TokenDataset, batch_size_of, get_dataloaders, with_batch_size
+from gpt2.config import DataConfig, TrainingConfig
+from gpt2.data_loader import (
+    ShuffledBatches,
+    TokenDataset,
+    batch_size_of,
+    get_dataloaders,
+    load_split,
+    load_text_data,
+    with_batch_size,
+)
+from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,7 +182,9 @@ def test_other_batch_size_keeps_the_order(tmp_path):
         other = with_batch_size(loader, 5)
         assert batch_size_of(other) == 5
         assert [len(batch["targets"]) for batch in other] == [5, 5, 2]
+        before = torch.get_rng_state()
         rows = [torch.cat([batch["targets"] for batch in batches]) for batches in (loader, other)]
+        assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(*rows)
 
 
@@ -190,3 +202,37 @@ def test_workers_get_the_cores_that_do_not_train(tmp_path, monkeypatch, cores, t
     monkeypatch.setattr(data_loader.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert {loader.num_workers for loader in loaders_of(blocks_of(tmp_path, 90, 8), num_workers=wanted)} == {workers}
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "device", "wanted", "pinned"),
+    [
+        (False, "auto", True, False),
+        (True, "auto", True, True),
+        (True, "cpu", True, False),
+        (True, "auto", False, False),
+    ],
+)
+def test_memory_is_pinned_for_cuda_only(tmp_path, monkeypatch, has_cuda, device, wanted, pinned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    blocks, config = blocks_of(tmp_path, 90, 8), TrainingConfig(device=device, pin_memory=wanted, num_workers=0)
+    assert {loader.pin_memory for loader in get_dataloaders(blocks, blocks, blocks, config)} == {pinned}
+
+
+def test_a_split_that_is_missing_is_replaced_with_a_warning(tmp_path, caplog):
+    (tmp_path / "text.txt").write_text("some words " * 100)
+    text, cache = str(tmp_path / "text.txt"), str(tmp_path / "cache")
+    data = DataConfig(files=[text], tokenizer="bytes", max_length=8, cache_dir=cache)
+    validation = load_split(data, "validation", stride=3)
+    assert validation.stride == 3
+    assert not caplog.records
+    assert len(load_split(data, "test", stride=3)) == len(validation)
+    assert "the data have no test split, the validation split is used" in caplog.text
+
+
+@pytest.mark.parametrize(("split", "remedy"), [("train", "use a longer text"), ("validation", "increase data.valid")])
+def test_a_split_of_one_token_is_refused(monkeypatch, split, remedy):
+    tokens = {"train": 9, "validation": 9, "test": 0, split: 1}
+    monkeypatch.setattr(data_loader, "prepare", lambda config: SimpleNamespace(about={"tokens": tokens}))
+    with pytest.raises(UserError, match=f"data: the {split} split has no token to predict; {remedy}"):
+        load_text_data(DataConfig())
