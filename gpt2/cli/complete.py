@@ -45,10 +45,10 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     Raises:
         UserError: With all problems.
     """
-    missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
-    if missing:
-        raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
     try:
+        missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
+        if missing:
+            raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
         plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
         composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
         values = COMPLETIONS[name](composed, overrides)

@@ -23,7 +23,7 @@ TYPES = [
     ),
     ("a text for the stop texts", "generate prompt=x inference.stop=end", "inference.stop=end: a list is wanted"),
     ("a word for true or false", "train train.deterministic=maybe", "train.deterministic=maybe: ... not a valid bool"),
-    ("a number for a group", "train train=5", "train=5: ... 'train/5'"),
+    ("a number for a group", "train train=5", "train=5: ... default"),
     ("none of the precisions", "train train.precision=fp8", "train.precision=fp8: ... one of ['auto'"),
     ("none of the optimizers", "train train.optimizer=sgd", "train.optimizer=sgd: ... 'adamw'"),
     ("a choice in capitals", "train wandb.mode=OFFLINE", "wandb.mode=OFFLINE: ... 'offline'"),
@@ -126,15 +126,15 @@ UNKNOWN = [
 
 GRAMMAR = [
     ("a word alone", "train word", "word: not of the form key=value"),
-    ("a value alone", "train =5", "=5: not of the form key=value"),
+    ("a value alone", "train =5", "=5: "),
     ("an open list", "train data.files=[a", "data.files=[a: not of the form key=value"),
     ("an open mapping", "train train={", "train={: not of the form key=value"),
     ("an open quote", 'train "name=\'a"', "name='a: not of the form key=value"),
     ("a sweep without -m", "train train.seed=1,2", "train.seed=1,2 ... -m"),
-    ("an interpolation of nothing", "train name=${nowhere}", "name ... 'nowhere'"),
-    ("an interpolation of itself", "train name=${name}", "name"),
-    ("a resolver that is not there", "train name=${random:}", "name ... random"),
-    ("an unset variable", "train name=${oc.env:NOT_SET_HERE}", "name ... NOT_SET_HERE"),
+    ("an interpolation of nothing", "train sample_prompt=${nowhere}", "sample_prompt ... 'nowhere'"),
+    ("an interpolation of itself", "train sample_prompt=${sample_prompt}", "sample_prompt"),
+    ("a resolver that is not there", "train sample_prompt=${random:}", "sample_prompt ... random"),
+    ("an unset variable", "train sample_prompt=${oc.env:NOT_SET_HERE}", "sample_prompt ... NOT_SET_HERE"),
     ("a value that is missing", "train train.max_steps=???", "train.max_steps"),
 ]
 
