@@ -52,7 +52,7 @@ def rows(table: Sequence) -> pytest.MarkDecorator:
     """Parametrize a test with the rows of a table."""
     parameters = []
     for row in table:
-        marks = [pytest.mark.xfail(reason="not mended yet")] if row[0] in PENDING else []
+        marks = [pytest.mark.xfail(reason="not mended yet", run=False)] if row[0] in PENDING else []
         parameters.append(pytest.param(Row(*row), marks=marks, id=row[0]))
     return pytest.mark.parametrize("row", parameters)
 
