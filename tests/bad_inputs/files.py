@@ -67,8 +67,8 @@ PRESETS: dict[str, str | bytes] = {
     "wrong_type": "train:\n  seed: one\n",
     "wrong_range": "train:\n  batch_size: 0\n",
     "a_word_for_a_group": "train: fast\n",
-    "interpolation_of_nothing": "name: ${nowhere}\n",
-    "circle": "name: ${sample_prompt}\nsample_prompt: ${name}\n",
+    "interpolation_of_nothing": "sample_prompt: ${nowhere}\n",
+    "circle": "sample_prompt: ${sample_prompt}\n",
     "no_resolver": "train:\n  seed: ${random:}\n",
     "division_by_zero": "train:\n  max_steps: ${divide:1,0}\n",
 }

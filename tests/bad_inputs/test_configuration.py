@@ -194,7 +194,7 @@ PRESET_WORDS = {
     "wrong_range": "train.batch_size: 0 is not",
     "interpolation_of_nothing": "nowhere",
     "no_resolver": "random",
-    "circle": "name",
+    "circle": "sample_prompt",
     "division_by_zero": "division by zero",
 }
 
