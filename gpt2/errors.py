@@ -90,7 +90,8 @@ _WITHOUT_SCHEME = re.compile(
 )
 _OF_DATABASE = re.compile(r"(postgres|mysql|mariadb|redis)[\w+]*:/+$", re.IGNORECASE)
 _NAMED = re.compile(
-    r"""((?:passw(?:or)?d|\bpwd|\bpass|passphrase|secret|token|api[_-]?key|access[_-]?key|signature|\bsig|\bauth)"""
+    r"""((?:passw(?:or)?d|\bpwd|\bpass|passphrase|secret|(?<!eos_|bos_|pad_|unk_)token|api[_-]?key"""
+    r"""|access[_-]?key|signature|\bsig|\bauth)"""
     r"""(?:\s*=\s*|%(?:25)*3D|['"]\s*:\s*)|(?:\bauthorization['"]?\s*:\s*['"]?(?:basic|bearer)?|\bbearer)\s+)"""
     r"""('[^']*'|"[^"]*"|[^&\s'"]+)""",
     re.IGNORECASE,

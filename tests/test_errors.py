@@ -72,10 +72,11 @@ def test_encoded_urls_are_starred(times):
         "prompt: token 5 is outside the vocabulary of a.pth (4 tokens)",
         "/home/me@work/x.txt: no such file; write to me@host.org, see https://host/x",
         "data.files: no file matches ['a:b/*.txt'] at 12:30",
+        "{'eos_token': 50256, 'pad_token': '<pad>'}",
         "hydra/launcher@x=basic: a value with special characters needs quotes: key='a,b'",
         "resume with: python train.py resume=outputs/runs/gpt2/2026-11-29_23-53-24-986e train.learning_rate=1e-4",
     ],
-    ids=range(8),  # pytest puts the name of a test into the environment, where passwords are known from
+    ids=range(9),  # pytest puts the name of a test into the environment, where passwords are known from
 )
 def test_other_text_is_unchanged(text):
     assert without_password(text) == text

@@ -97,9 +97,9 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     stored = _read_json(folder / CONFIG, source)
     if {"n_embd", "n_head", "n_layer"} <= stored.keys():  # as in OpenAI's first files, which have no model_type
         stored.setdefault("model_type", "gpt2")
-    if heads := [name for name in stored.get("architectures") or [] if str(name).startswith("GPT2For")]:
+    if head := re.search(r"\bGPT2For\w{1,60}", str(stored.get("architectures"))):
         raise UserError(
-            f"{source}: it is a {heads[0]}, whose head does not predict tokens; save what is below the head: "
+            f"{source}: it is a {head[0]}, whose head does not predict tokens; save what is below the head: "
             f"model.transformer.save_pretrained(FOLDER)"
         )
     checked = {key: stored.get(key) for key in _REQUIRED if key in stored or key == "model_type"}

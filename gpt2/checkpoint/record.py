@@ -76,11 +76,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read or is damaged, or a value has another type; all such values are named.
     """
-    return check_record(path, checkpoint.read_record(path))
-
-
-def check_record(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """See `read_record`."""
+    record = checkpoint.read_record(path)
     with wrong_values(path):
         known = {key: value for key, value in record.items() if key in Record.__dataclass_fields__}
         checked: Record = from_plain(Record, known)

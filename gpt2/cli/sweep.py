@@ -29,7 +29,7 @@ Overrides = Sequence[str]
 
 
 class LostRun(ResourceError):
-    """The process of a run ended without a word."""
+    """The process of a run ended without recording why."""
 
     @classmethod
     def by(cls, error: Exception) -> "LostRun":
@@ -131,7 +131,7 @@ def _end_in(folder: Path, lost: UserError) -> UserError | None:
     state = about.get("state", RUNNING)
     if state == FINISHED:
         return None
-    return lost if state == RUNNING else _with_code(UserError(about["reason"] or state), about["exit_code"])
+    return lost if state == RUNNING else _with_code(UserError(about.get("reason") or state), about.get("exit_code", 1))
 
 
 def named(error: UserError, number: int, overrides: Overrides, swept: set[str]) -> UserError:

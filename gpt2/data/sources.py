@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 from filelock import FileLock
 
 from gpt2.config import DataConfig
-from gpt2.errors import UserError, one_line
+from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
@@ -187,8 +187,11 @@ class FileDocuments:
         try:
             for number, row in enumerate(rows, start=1):
                 if not isinstance(row, dict) or self.column not in row:
-                    known = ", ".join(map(str, row)) if isinstance(row, dict) else "no names"
-                    raise UserError(f"data.text_column: record {number} of {path} has {known}, not {self.column!r}")
+                    known = few(list(map(str, row))) if isinstance(row, dict) else "no names"
+                    raise UserError(
+                        f"data.text_column: record {number} of {path} has {known}, not {self.column!r}; "
+                        f"name its column or leave the file out (data.exclude)"
+                    )
                 if not isinstance(text := row[self.column], str | None):
                     kind = type(text).__name__
                     raise UserError(

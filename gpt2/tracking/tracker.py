@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.errors import DivergenceError, UserError, without_password
-from gpt2.runtime.files import atomic_write
+from gpt2.runtime.files import atomic_write, read_dict
 from gpt2.runtime.signals import Interrupted
 
 log = logging.getLogger(__name__)
@@ -46,11 +46,7 @@ def read_metrics(path: Path) -> list[Record]:
 
 def read_about(folder: Path) -> Record:
     """The `run.json` of a run folder; empty if it is missing or cannot be read."""
-    try:
-        about = json.loads((folder / ABOUT).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
+    return read_dict(folder / ABOUT)
 
 
 def record_failure(folder: Path, error: Exception) -> None:
