@@ -203,11 +203,14 @@ class FileDocuments:
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    begun: list[str] = []  # joined at its end only: a line may have many parts
     for part in parts:
-        *lines, rest = (rest + part).split("\n")
-        yield from (f"{line}\n" for line in lines)
-    yield rest
+        *ends, rest = part.split("\n")
+        for end in ends:
+            yield "".join([*begun, end, "\n"])
+            begun = []
+        begun.append(rest)
+    yield "".join(begun)
 
 
 def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
