@@ -7,10 +7,10 @@ from pathlib import Path
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
-from gpt2.tracking.evaluations import add_result, default_output, earlier_results
+from gpt2.tracking.evaluations import add_result, earlier_results
 
 
-@script("evaluate")
+@script("evaluate")  # for shell completion, Hydra looks here for the text @hydra.main
 def main(config: EvaluateRun) -> None:
     """Compute loss and perplexity of a trained model on one split; print and store them."""
     import torch
@@ -31,7 +31,7 @@ def main(config: EvaluateRun) -> None:
         if config.quantization:
             refuse_int8(choose_device(config.device), "quantization")
         trained = open_model(config.checkpoint)
-        output = Path(config.output) if config.output else default_output(trained.source)
+        output = Path(str(config.output))
         earlier_results(output)  # whatever is no result file is refused before anything is computed
         model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
         if config.quantization:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gpt2.inference import TextGenerator
 
 
-@script("generate")
+@script("generate")  # for shell completion, Hydra looks here for the text @hydra.main
 def main(config: GenerateRun) -> None:
     if config.prompt is not None and config.prompts_file is not None:
         raise UserError("prompts_file: contradicts prompt, drop one of the two")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpt2")
 
 
-@script("train")
+@script("train")  # for shell completion, Hydra looks here for the text @hydra.main
 def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     """Train, and return the best validation loss, which a study minimises; `trial` if this is a trial of one."""
     # Imported here, so that --help and configuration errors do not wait for torch.

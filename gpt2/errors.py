@@ -4,9 +4,11 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from errno import EDQUOT, EFBIG, ENOMEM, ENOSPC
+from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, ELOOP, ENAMETOOLONG, ENOMEM, ENOSPC, ENOTDIR, EPERM, EROFS, ESTALE
 from pathlib import Path
 from urllib.parse import quote, unquote
+
+NOT_ACCESSIBLE = (EACCES, EPERM, EROFS, EIO, ESTALE, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG)
 
 
 class UserError(Exception):
@@ -42,12 +44,14 @@ class RankTimeoutError(LostRankError):
 
 
 def machine_error(error: BaseException) -> str | None:
-    """A full disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
+    """A full or inaccessible disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
     if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
         message = " ".join(str(error).splitlines()[:2])  # which job, the file of its result, and its state
         return f"{message}; what it printed is in that folder"
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
+    if isinstance(error, OSError) and error.errno in NOT_ACCESSIBLE and isinstance(error.filename, str | os.PathLike):
+        return f"{error.strerror}: {error.filename}"
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch's, about shared memory
         return _first_sentences(error)
     if is_out_of_memory(error):

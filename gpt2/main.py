@@ -12,6 +12,7 @@ from gpt2.cli.script import errors_as_lines, script
 from gpt2.config import ExportRun
 from gpt2.errors import UserError
 from gpt2.runtime.console import protect_output
+from gpt2.runtime.files import writable_file
 from gpt2.runtime.signals import exit_on_signals
 
 COMMANDS = {
@@ -61,17 +62,23 @@ def compare() -> None:
     kind = Path(picture_file).suffix.removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
         raise UserError(f"picture: {picture_file} is none of .png, .svg and .pdf")
+    places = {"html": options["html"] or "outputs/comparison.html"} if "html" in options else {}
+    if "picture" in options or not {"json", "markdown", "html"} & options.keys():
+        places["picture"] = picture_file
+    for key, name in places.items():
+        with writable_file(Path(name), key):
+            pass  # checked before the runs are read
     from gpt2.analysis.compare import Comparison
     from gpt2.analysis.runs import find_runs
     from gpt2.analysis.tables import as_markdown, as_text
 
     comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", "loss"))
     files: dict[str, bytes] = {}
-    if "html" in options:
+    if "html" in places:
         from gpt2.analysis.compare_html import page
 
-        files[options["html"] or "outputs/comparison.html"] = page(comparison).encode(errors="replace")
-    if "picture" in options or not {"json", "markdown", "html"} & options.keys():
+        files[places["html"]] = page(comparison).encode(errors="replace")
+    if "picture" in places:
         from gpt2.analysis.compare_plot import curves
         from gpt2.analysis.plotting import picture
 
@@ -85,21 +92,9 @@ def compare() -> None:
         print(f"{len(comparison.runs)} runs in {os.path.relpath(comparison.parent)}\n\n{as_text(comparison.rows())}\n")
         print("".join(f"{note}\n" for note in comparison.notes), end="")
     for name, content in files.items():
-        write(Path(name), content)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file and the folders it lies in.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 STUDY = """usage: python -m gpt2.main study experiments/STUDY [jobs=N]

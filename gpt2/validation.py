@@ -397,8 +397,8 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
             f"model.context_length={config.model.context_length}"
         )
     folder = config.train.checkpoint_dir
-    if Path(folder).name != folder or folder in ("", ".."):
-        yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder"
+    if Path(folder).name != folder or folder in ("", "..") or len(folder) > 100:
+        yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder, at most 100 characters"
     if not re.fullmatch(r"(?![.-])(?=.*[^\W_])[\w.-]{1,100}", config.name):
         yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, the first no '.' or '-'"
 
@@ -408,30 +408,17 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
     yield from out_of_bounds(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
-    yield from _output_file(config.output, "output")
-
-
-def _output_file(name: str | None, key: str) -> Problems:
-    """Problems of a file to write: the file, or the folder in which it is to be created, is not writable."""
-    if name is None:
-        return []
-    file = Path(name).absolute()
-    nearest = next(path for path in (file, *file.parents) if path.exists())
-    if (nearest.is_file() if nearest == file else nearest.is_dir()) and os.access(nearest, os.W_OK):
-        return []
-    return [f"{key}: {name!r} cannot be written; name a file in a folder with write permission"]
 
 
 def _export_run(config: ExportRun, prefix: str) -> Problems:
     if config.to is None:
         return ["to: the folder to write is missing, to=FOLDER"]
-    if Path(config.to).exists():
+    if os.path.lexists(config.to):
         return [f"to: {config.to} exists already; name a folder that does not"]
     return []
 
 
 def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:
-    yield from _output_file(config.json, "json")
     if not config.batch_sizes or min(config.batch_sizes) < 1:
         yield f"batch_sizes: {config.batch_sizes} are not one or more whole numbers of at least 1"
     context, tokens = config.model.context_length, config.prompt_tokens + config.new_tokens
@@ -440,7 +427,6 @@ def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[
 
 
 def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
-    yield from _output_file(config.json, "json")
     if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
         yield f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16"
     elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):

@@ -23,6 +23,7 @@ from gpt2.cli.compose import compose
 from gpt2.cli.script import errors_as_lines
 from gpt2.data import corpus
 from gpt2.data.sources import open_source
+from gpt2.runtime.files import writable_file
 from gpt2.tokenizer import GPT2Tokenizer
 
 
@@ -86,6 +87,9 @@ def main():
     overrides = ["".join(word) for word in words if word[0] not in options]
     with errors_as_lines():
         config = resolve("train", compose("train", ["data=stdlib", *overrides]), overrides).data
+        if options["json"]:
+            with writable_file(Path(options["json"]), "json"):
+                pass  # checked before the measurements
 
     transformers.logging.set_verbosity_error()
     about = circumstances(torch.device("cpu"))

@@ -18,10 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, composition_error, keys_of, leaves, merged, parsed
+from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
 from gpt2.config import OF_THE_USER, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
+from gpt2.tracking.evaluations import default_output
 from gpt2.validation import validate
 
 log = logging.getLogger("gpt2")
@@ -46,10 +47,9 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
         UserError: With all problems.
     """
     try:
-        missing = sorted(key for key in OmegaConf.missing_keys(composed) if not key.startswith("hydra."))
-        if missing:
-            raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
         plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
+        if missing := sorted(OmegaConf.missing_keys(OmegaConf.create(plain))):
+            raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
         composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
         values = COMPLETIONS[name](composed, overrides)
         for key, value in values.items():
@@ -57,7 +57,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
                 OmegaConf.update(composed, key, value)
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise UserError(composition_error(error)) from error
+        raise UserError(keyed_error(error)) from error
     assert isinstance(config, Run)
     for key, value in values.items():
         group, _, field = key.rpartition(".")
@@ -94,9 +94,10 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
 
 
 def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> Values:
-    """Data and tokenizer of the run that trained the model, and windows as long as its blocks."""
+    """Data and tokenizer of the run that trained the model, windows as long as its blocks, the place of the result."""
     trained, keys = open_model(composed.checkpoint), keys_of(overrides)
     values = {**saved_group(trained, "data", keys), "checkpoint": trained.source}
+    values["output"] = composed.output or str(default_output(trained.source))
     context, problems = trained.config.context_length, []
     try:
         values["data.tokenizer"] = tokenizer_name(trained, "checkpoint", composed, keys)

@@ -3,7 +3,8 @@
 import re
 import shlex
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +14,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import gpt2.cli.schema  # noqa: F401  # registers the schemas and resolvers
-from gpt2.errors import UserError, without_secrets
+from gpt2.errors import UserError, one_line, without_secrets
 
 # outputs/sweeps, where presets of studies lie, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
@@ -49,18 +50,38 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
     return composed
 
 
+@contextmanager
+def hydra_of(name: str) -> Iterator[None]:
+    """Hydra with `conf/` as its configuration."""
+    if GlobalHydra.instance().is_initialized():  # in a job of a sweep, with the same `conf/`
+        yield
+    else:
+        with hydra.initialize_config_dir(str(CONF), job_name=name):
+            yield
+
+
 @lru_cache(maxsize=8)
 def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
     """Composing takes Hydra 0.2 s, and checking a sweep composes the same several times."""
-    is_initialized = GlobalHydra.instance().is_initialized()  # in a job of a sweep, with the same `conf/`
-    with nullcontext() if is_initialized else hydra.initialize_config_dir(str(CONF), job_name=name):
-        return hydra.compose(name, list(overrides), return_hydra_config=True)
+    with hydra_of(name):
+        try:
+            return hydra.compose(name, list(overrides), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except Exception as error:  # a file that is no YAML, for example: what Hydra raises has no common class
+            raise ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}") from error
 
 
-def compose_defaults(name: str) -> DictConfig:
+def group_options(name: str, group: str) -> list[str]:
+    """The files that a command line may choose from a group; empty if there is no such group."""
+    with hydra_of(name):
+        return GlobalHydra.instance().config_loader().get_group_options(group, config_name=name, overrides=[])
+
+
+def compose_defaults(name: str, with_hydra: bool = False) -> DictConfig:
     """The configuration without overrides, so that an error lies in a file of `conf/`."""
     try:
-        return compose(name, [])
+        return compose(name, [], with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{CONF}: {composition_error(error)}") from error
 
@@ -71,11 +92,22 @@ def composition_error(error: Exception) -> str:
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
         return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
-    if "No match in the defaults list" in str(error):
+    text = str(error).split("Config search path")[0]
+    if "No match in the defaults list" in text:
         return "there is no such group here"
-    text = str(error).split("Config search path")[0].split(": ", 1)[-1]
+    if "Unsupported item value in defaults" in text:
+        return "its defaults list chooses by what YAML reads as true, false or a number; quotes make the word a name"
+    if "An item is already at" in text:
+        return "the key exists already, leave out the +"
+    text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{problem}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
+    return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
+
+
+def keyed_error(error: Exception, key: str | None = None) -> str:
+    """`composition_error` behind the key of the value, which OmegaConf knows for most errors."""
+    key = key or getattr(error, "full_key", None)
+    return f"{key}: {composition_error(error)}" if key else composition_error(error)
 
 
 def parsed(overrides: list[str]) -> list[Override]:
@@ -118,7 +150,7 @@ def in_hydras_grammar(value: Any) -> str:
         return f"[{','.join(map(in_hydras_grammar, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
-    is_plain = re.fullmatch(r"[\w./:-]+", value)
+    is_plain = re.fullmatch(r"[\w./:-]+", value) and parsed([f"key={value}"])[0].value() == value  # not `null` or `1e3`
     return value if is_plain else QuotedString(escaped(value), Quote.double).with_quotes()
 
 

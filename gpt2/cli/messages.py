@@ -11,7 +11,15 @@ from typing import Any
 from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
 from gpt2.config import OF_THE_USER, TrainRun
-from gpt2.errors import DivergenceError, LostRankError, ResourceError, UserError, is_out_of_memory, machine_error
+from gpt2.errors import (
+    DivergenceError,
+    LostRankError,
+    ResourceError,
+    UserError,
+    is_full_disk,
+    is_out_of_memory,
+    machine_error,
+)
 from gpt2.evaluate import perplexity
 from gpt2.model import GPT2Model
 from gpt2.runtime.console import time_left
@@ -143,7 +151,8 @@ def explain_failure(error: Exception, config: TrainRun, folder: Path, command: s
     if problem is None:
         return None
     if not is_out_of_memory(error):
-        return ResourceError(f"{problem}; free some space{how_to_resume(folder, command)}")
+        advice = "; free some space" if is_full_disk(error) else ""
+        return ResourceError(f"{problem}{advice}{how_to_resume(folder, command)}")
     if train.batch_size == 1 and train.gradient_checkpointing:
         return ResourceError(f"{problem} with the smallest passes; try a smaller model or data.max_length")
 

@@ -4,19 +4,28 @@ A single run is composed here, once, and runs without being composed again. Of a
 a study both ends of each range.
 """
 
+import os
 from argparse import Namespace
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import compose, compose_defaults, composition_error, parsed
+from gpt2.cli.compose import (
+    compose,
+    compose_defaults,
+    composition_error,
+    group_options,
+    in_hydras_grammar,
+    keyed_error,
+    parsed,
+)
 from gpt2.cli.launchers import validate_launcher
 from gpt2.cli.sweeper import (
     grammar_error,
@@ -36,6 +45,20 @@ def asks_for_information(options: Namespace) -> bool:
     return any((options.hydra_help, options.cfg, options.info, options.shell_completion))
 
 
+def check_flags(options: Namespace) -> None:
+    """Refuse flags that contradict each other.
+
+    Raises:
+        UserError: With the first two.
+    """
+    flags = {"-m": options.multirun, "-r": options.run, "--cfg": options.cfg, "--info": options.info}
+    given = [flag for flag, value in {**flags, "-sc": options.shell_completion}.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{given[0]}: not together with {given[1]}")
+    if options.resolve and not options.cfg:
+        raise UserError("--resolve: only with --cfg")
+
+
 def check_run(name: str, options: Namespace) -> DictConfig:
     """Compose a single run, with its `hydra` node. `gpt2.cli.complete.resolve` completes and validates it.
 
@@ -43,9 +66,11 @@ def check_run(name: str, options: Namespace) -> DictConfig:
         UserError: With all problems.
     """
     fixed, _, problems = check_overrides(name, options)
-    if not problems:
-        with suppress(HydraException, OmegaConfBaseException):  # whose causes are found argument by argument
-            return compose(name, fixed, with_hydra=True)
+    with suppress(HydraException, OmegaConfBaseException):  # whose causes are found argument by argument
+        composed = compose(name, fixed, with_hydra=True)
+        problems += validate_hydra(composed, "run")
+        if not problems:
+            return composed
     raise UserError(*dict.fromkeys(problems + validate_rest(name, fixed, problems)))
 
 
@@ -75,12 +100,15 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
     if options.multirun and name != "train":
         problems.append("-m: only train.py makes several runs")
     for text in options.overrides:
+        if shown(text) != text:
+            problems.append(f"{shown(text)}: is not UTF-8; rename the file, or match it by a pattern, such as *.txt")
+            continue
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             problems.append(f"{text}: {grammar_error(error)}")
             continue
-        if problem := problem_of(override, options.multirun):
+        if problem := problem_of(name, override, options):
             problems.append(problem)
         elif override.is_sweep_override() and options.multirun:
             swept.append(override)
@@ -89,26 +117,91 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
     return fixed, swept, problems
 
 
-def problem_of(override: Override, multirun: bool) -> str | None:
+def shown(text: str) -> str:
+    """A text of the operating system as UTF-8; bytes that are not become escapes."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     """Why an argument is rejected, in one line; None if it may be used."""
-    text, key, is_sweep = override.input_line, override.key_or_group, override.is_sweep_override()
+    value, is_sweep = override.value(), override.is_sweep_override()
+    text, key = override.input_line, override.key_or_group
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
     if key.rpartition(".")[2] not in HOLDS_ANY_TEXT and has_password(text):
         return f"{key}: {NO_PASSWORD}"
-    if key in ("hydra", "hydra.sweeper") and isinstance(override.value(), dict):
-        return f"{key}: one key at a time, such as hydra.sweeper.n_trials=20"
     if key.split(".")[0] == "study":
         return f"{text}: only a study sets that"
-    if key == "resume" and multirun:
+    if key.startswith(("hydra.runtime", "hydra.overrides")):
+        return f"{text}: Hydra sets that"
+    if key == "resume" and options.multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
     if key == "train.auto_resume" and is_sweep:
         return f"{text}: one value for all runs of a sweep"
-    if key == "hparams_search" and override.value() and not multirun:
+    if key == "hparams_search" and value and not (options.multirun or asks_for_information(options)):
         return f"{text}: a search is many runs, it needs -m"
-    if is_sweep and key.startswith("hydra."):
+    if is_sweep and override.is_hydra_override():
         return f"{text}: Hydra's own keys have one value; a sweep is over other keys, such as train.beta2=0.9,0.99"
+    if is_sweep and not options.multirun:
+        remedy = "add -m" if name == "train" and not asks_for_information(options) else "give one value"
+        return f"{text} is a sweep: {remedy}; as one value, a list needs brackets and a text with a comma quotes"
+    if isinstance(value, dict) and "." not in key.removeprefix("hydra."):
+        single = [f"{key}.{inner}={in_hydras_grammar(inner_value)}" for inner, inner_value in value.items()]
+        return f"{key}: one key at a time, such as {single[0]}" if single else f"{text}: no value"
+    return problem_of_choice(name, override)
+
+
+def problem_of_choice(name: str, override: Override) -> str | None:
+    """Why a group cannot be chosen so; None if the value is a word, or the key is no group.
+
+    Hydra takes only strings as names: a word that its grammar reads as a bool, null or a number ends in a ValueError.
+    """
+    group, value = override.key_or_group, override.value()
+    options = group_options(name, group)
+    if not options or isinstance(value, Glob):
+        return None
+    if override.type != OverrideType.CHANGE and group in compose_defaults(name, with_hydra=True).hydra.runtime.choices:
+        return f"{override.input_line}: the group is chosen already, leave out the +"
+    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
+        if isinstance(choice, str | QuotedString):
+            continue
+        word = in_hydras_grammar(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
+        off = [option for option in options if choice in (None, False) and option in ("off", "none")]
+        if off:
+            hint = f"; {group}={off[0]} switches it off"
+        else:
+            hint = f"; quotes make it a name: {group}=\"'{word}'\"" if word in options else ""
+        return f"{group}={word}: not one of {', '.join(options)}{hint}"
     return None
+
+
+def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
+    """Problems of Hydra's own node, with which it runs but our scripts do not.
+
+    Args:
+        kind: `run` or `sweep`, whose folder is used.
+    """
+    problems = []
+    if composed.hydra.job.chdir:
+        problems.append("hydra.job.chdir: relative paths are those of the folder the command starts in; leave it out")
+    if composed.hydra.mode is not None:
+        problems.append("hydra.mode: -m makes several runs; leave it out")
+    folder = composed.hydra.runtime.cwd
+    if composed.hydra.output_subdir is not None and shown(folder) != folder:  # Hydra writes it there
+        problems.append(f"{shown(folder)}: the name of this folder is not UTF-8; start in another one")
+    if not isinstance(composed.hydra.verbose, bool | str | ListConfig):
+        problems.append("hydra.verbose: neither true nor names of loggers, [A,B]")
+    for key in (f"hydra.{kind}.dir", "hydra.job.name", "hydra.output_subdir"):
+        try:
+            value = OmegaConf.select(composed, key, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            problems.append(keyed_error(error, key))
+            continue
+        if value is not None and not value.strip():
+            problems.append(f"{key}: is empty, a name is wanted")
+        elif value is not None and "/" in value and not key.endswith(".dir"):
+            problems.append(f"{key}: {value!r} is a path, a name is wanted")
+    return problems
 
 
 def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
@@ -119,10 +212,14 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
         sweeper = study_sweeper(fixed)
     except UserError as error:
         return validate_command_line("train", fixed) or error.problems
-    launcher = compose("train", fixed, with_hydra=True).hydra.launcher
-    problems += validate_launcher(launcher)
+    whole = compose("train", fixed, with_hydra=True)
+    launcher = whole.hydra.launcher
+    problems += validate_hydra(whole, "sweep") + validate_launcher(launcher)
     if sweeper:
-        problems += validate_study(sweeper, launcher._target_)
+        found = validate_study(sweeper, launcher._target_)
+        if whole.hydra.sweeper.storage is None:  # it is a file in the folder of the sweep
+            found = [problem.replace("hydra.sweeper.storage:", "hydra.sweep.dir:") for problem in found]
+        problems += found
     try:
         choices = search_space(sweeper, swept, fixed) if sweeper else swept_values(swept)
     except UserError as error:

@@ -19,14 +19,16 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose, overrides_of, parsed, to_yaml
+from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, to_yaml
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job
-from gpt2.cli.preflight import asks_for_information, check_run, check_sweep
+from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
 from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
@@ -34,7 +36,7 @@ from gpt2.config import GenerateRun, Run, TrainRun
 from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line
 from gpt2.runtime.console import printable, protect_output
 from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
-from gpt2.runtime.files import LOCK, RunLockedError, run_lock
+from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
 from gpt2.tracking.tracker import record_failure
 
@@ -57,6 +59,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
             with errors_as_lines():
                 silence_unless_main()
                 options = parse_arguments(arguments)
+                refuse_deleted_folder()
+                check_flags(options)
                 if options.help:
                     print(help_text(name))
                 elif asks_for_information(options) or options.multirun:
@@ -69,21 +73,36 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
     return decorate
 
 
+def refuse_deleted_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the folder that this was started in does not exist any more") from error
+
+
 def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
     """Let `hydra.main` answer --cfg and the like, or run a sweep that is checked here."""
-    if options.multirun and asks_for_information(options):
-        raise UserError("-m: not together with --cfg and --info; show one run, without -m")
     swept: set[str] = set()
-    if options.multirun:
-        arguments += sweep_arguments_if_valid(name, options)
-        swept = {override.key_or_group for override in parsed(options.overrides) if override.is_sweep_override()}
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
+    if not options.multirun and not options.shell_completion:
+        check_run(name, options)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
 
     def job(composed: DictConfig) -> Any:  # launchers pickle it
         return run_sweep_job(task, swept, composed)
 
-    sys.argv[1:] = arguments
-    hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
+    with ExitStack() as place:
+        if options.multirun:
+            arguments += sweep_arguments_if_valid(name, options, place)
+            swept |= {override.key_or_group for override in parsed(options.overrides) if override.is_sweep_override()}
+        sys.argv[1:] = arguments
+        try:
+            hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
+        except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
+            if "COMP_LINE" in os.environ:  # a shell asks how a line goes on
+                return
+            if options.multirun and isinstance(error, ValueError | KeyError) and not isinstance(error, HydraException):
+                raise
+            raise UserError(keyed_error(error)) from error
 
 
 def run_task(task: Task, config: Run) -> Any:
@@ -116,23 +135,46 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
     """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
     env = dist_env()
     early_log = EarlyLog()
-    with ExitStack() as lock:
+    with ExitStack() as place:
         if env.is_main:
-            composed, config = prepare_on_main(name, options, lock)
+            composed, folder, config = prepare_on_main(name, options, place)
         else:
-            composed, config = prepare_on_rank(name, options)
+            composed, folder, config = prepare_on_rank(name, options)
         if isinstance(config, GenerateRun):
             config.prompt = prompt
+        began, is_writer = False, name == "train" and env.is_main
 
         def job(_composed: DictConfig) -> Any:
+            nonlocal began
+            began = True
             early_log.replay()
-            with errors_as_lines(), clean_up_on_error():
+            with errors_as_lines(), clean_up_on_error(is_writer, folder.is_new):
                 return run_task(task, config)
 
-        run_composed(composed, job, TRUSTED)
+        try:
+            run_composed(composed, job, TRUSTED)
+        except Exception as error:
+            if began:
+                raise
+            if is_writer and folder.is_new:
+                remove_if_nothing_happened(Path(folder.path), composed.hydra)
+            raise UserError(setup_problem(error)) from error
 
 
-def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[DictConfig, Run]:
+def setup_problem(error: BaseException) -> str:
+    """Why Hydra did not begin a run: it could not make its folder or its log, or not as its own keys want it."""
+    if isinstance(error, OmegaConfBaseException):
+        return keyed_error(error)
+    texts = [one_line(error)]
+    while error.__cause__:
+        error = error.__cause__
+        texts.append(one_line(error))
+    if isinstance(error, OSError):
+        return f"hydra.run.dir: cannot write {error.filename}: {reason(error)}"
+    return f"hydra: {': '.join(texts)}"
+
+
+def prepare_on_main(name: str, options: Namespace, place: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
     """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
     try:
         if dist_env().by_torchrun and name not in ("train", "evaluate"):
@@ -141,17 +183,27 @@ def prepare_on_main(name: str, options: Namespace, lock: ExitStack) -> tuple[Dic
         folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
         folder.apply(composed)
         if not folder.is_new:  # locked before the checkpoint to resume from is chosen
-            lock.enter_context(run_lock(Path(folder.path)))
+            place.enter_context(run_lock(Path(folder.path)))
         config = resolve(name, composed, overrides_of(composed.hydra))
+        enter_places(config, place)
         if isinstance(config, TrainRun) and folder.is_new:  # before Hydra writes to what may be another run's folder
-            Path(folder.path).mkdir(parents=True, exist_ok=True)
-            lock.enter_context(run_lock(Path(folder.path)))
+            place.enter_context(writable_folder(Path(folder.path), "hydra.run.dir"))
+            place.enter_context(run_lock(Path(folder.path)))
             refuse_second_run(config, Path(folder.path))
     except UserError as error:
         share(error.exit_code)
         raise
     share(asdict(folder))
-    return composed, config
+    return composed, folder, config
+
+
+def enter_places(config: Any, place: ExitStack) -> None:
+    """Refuse the places of a configuration that cannot be written to."""
+    if (data := getattr(config, "data", None)) and data.cache_dir:
+        place.enter_context(writable_folder(Path(data.cache_dir), "data.cache_dir"))
+    for key in ("output", "to", "json"):  # the result of evaluate, of export, of a benchmark
+        if file := getattr(config, key, None):
+            place.enter_context(writable_file(Path(file), key))
 
 
 def share(value: Any) -> Any:
@@ -163,14 +215,14 @@ def share(value: Any) -> Any:
     return broadcast_from_main(value)
 
 
-def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, Run]:
+def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
     """The same on another rank, in the folder that rank 0 chose."""
     shared = share(None)
     if isinstance(shared, int):
         sys.exit(shared)
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)
-    return composed, resolve(name, composed, overrides_of(composed.hydra))
+    return composed, folder, resolve(name, composed, overrides_of(composed.hydra))
 
 
 class EarlyLog(logging.Handler):
@@ -192,38 +244,37 @@ class EarlyLog(logging.Handler):
             self.records.append(record)
 
     def replay(self) -> None:
+        logging.getLogger("gpt2").removeHandler(self)  # where Hydra configures no logging
         for record in self.records:
             logging.getLogger(record.name).handle(record)
 
 
 @contextmanager
-def clean_up_on_error() -> Iterator[None]:
-    """Write a user's mistake to train.log as well, and remove the folder of a run that did not begin."""
-    job = HydraConfig.get()
+def clean_up_on_error(is_writer: bool = True, is_new: bool = True) -> Iterator[None]:
+    """Write a user's mistake to train.log as well, and remove the folder of a new run that did not begin."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, UserError) and dist_env().is_main and job.job.name == "train":
+        if is_writer and isinstance(error, UserError):
             log.error("error: %s", error, extra={"in_file_only": True})  # `errors_as_lines` prints it
-        if job.output_subdir is not None and not isinstance(error, RunLockedError):
-            remove_if_nothing_happened(output_folder())
+        if is_writer and is_new and not isinstance(error, RunLockedError):
+            remove_if_nothing_happened(output_folder(), HydraConfig.get())
         raise
 
 
-def remove_if_nothing_happened(folder: Path) -> None:
+def remove_if_nothing_happened(folder: Path, hydra_node: Any) -> None:
     """Remove the folder of a run that ended before it began: only Hydra has written to it."""
-    hydras = {folder / LOCK, folder / f"{HydraConfig.get().job.name}.log", *(folder / ".hydra").glob("*")}
+    subdir = hydra_node.output_subdir
+    hydras = {folder / LOCK, folder / f"{hydra_node.job.name}.log", *((folder / subdir).glob("*") if subdir else ())}
     if all(path in hydras for path in folder.rglob("*") if not path.is_dir()):
         shutil.rmtree(folder)
-        with suppress(OSError):  # it holds other runs of that name
-            folder.parent.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A sweep
 
 
-def sweep_arguments_if_valid(name: str, options: Namespace) -> list[str]:
+def sweep_arguments_if_valid(name: str, options: Namespace, place: ExitStack) -> list[str]:
     """Check a sweep; returns what `sweep_arguments` adds to its command line."""
     if dist_env().by_torchrun:
         if not dist_env().is_main:
@@ -234,6 +285,12 @@ def sweep_arguments_if_valid(name: str, options: Namespace) -> list[str]:
     check_sweep(name, options)
     log_submissions()
     arguments = sweep_arguments(options.overrides)
+    fixed = [str(override.input_line) for override in parsed(options.overrides) if not override.is_sweep_override()]
+    composed = compose(name, [*fixed, *arguments], with_hydra=True)
+    place.enter_context(writable_folder(Path(composed.hydra.sweep.dir), "hydra.sweep.dir"))
+    if logs := composed.hydra.launcher.get("submitit_folder"):
+        place.enter_context(writable_folder(Path(str(logs).partition("%")[0]), "hydra.launcher.submitit_folder"))
+    enter_places(composed, place)
     logging.disable(logging.NOTSET)
     return arguments
 
@@ -278,10 +335,11 @@ def report_failure(error: Exception, swept: set[str]) -> UserError:
 
 def run_locked(task: Task, composed: DictConfig) -> Any:
     """Complete, validate and run a job, as the only process that writes to its folder."""
-    with run_lock(output_folder()):
+    with run_lock(output_folder()), ExitStack() as place:
         config = resolve("train", composed, overrides_of(HydraConfig.get()))
         assert isinstance(config, TrainRun)
         refuse_second_run(config, output_folder())
+        enter_places(config, place)
         return run_task(task, config)
 
 

@@ -22,7 +22,7 @@ from gpt2.cli.hydra_private import BasicSweeper
 from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
 from gpt2.cli.sweeper import with_choices_listed
 from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
-from gpt2.runtime.files import LOCK, is_locked
+from gpt2.runtime.files import LOCK, is_locked, writable_folder
 from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure
 
 Overrides = Sequence[str]
@@ -57,7 +57,7 @@ class RunSweeper(BasicSweeper):
         batches = self.split_arguments(overrides, size)
         jobs = [job for batch in batches for job in batch]
         folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
-        self._refuse_shared_folders(jobs)
+        self._refuse_folders(jobs)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         ends: list[Any] = []
@@ -78,7 +78,7 @@ class RunSweeper(BasicSweeper):
         code = codes.pop() if len(codes) == 1 else 1
         raise _with_code(UserError(*lines, f"{len(failed)} of {len(jobs)} runs failed: {_reasons(failed)}"), code)
 
-    def _refuse_shared_folders(self, jobs: Sequence[Overrides]) -> None:
+    def _refuse_folders(self, jobs: Sequence[Overrides]) -> None:
         if leaves(self.config.hydra.sweep, resolve=False)["subdir"] == "${hydra.job.num}":
             return
         numbers: dict[Path, int] = {}
@@ -89,6 +89,8 @@ class RunSweeper(BasicSweeper):
                     f"hydra.sweep.subdir: runs {first} and {number} would both write to {folder}, "
                     "each needs its own folder, such as '${hydra.job.num}'"
                 )
+            with writable_folder(folder, "hydra.sweep.subdir"):
+                pass
 
     def _folder_of(self, overrides: Overrides, number: int) -> Path:
         """The run folder of a job."""

@@ -47,9 +47,9 @@ from gpt2.cli.compose import (
     WITHOUT_EFFECT,
     as_argument,
     compose,
-    composition_error,
     escaped,
     in_hydras_grammar,
+    keyed_error,
     leaves,
     overrides_of,
     parsed,
@@ -99,7 +99,7 @@ def study_sweeper(overrides: list[str]) -> DictConfig | None:
             sweeper.storage = f"sqlite:///{Path(composed.hydra.sweep.dir).absolute()}/study.db"
         OmegaConf.resolve(sweeper)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(composition_error(error)) from error
+        raise UserError(keyed_error(error)) from error
     return sweeper
 
 

@@ -28,7 +28,7 @@ from gpt2.config import DataConfig
 from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of
-from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect
+from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
 from gpt2.validation import as_pattern, files_matching, no_file
 
 if TYPE_CHECKING:
@@ -386,6 +386,7 @@ def verified_cache(folder: Path) -> Iterator[None]:
 
 
 def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datasets.Dataset":
+    move_hub_cache()
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 

@@ -18,6 +18,7 @@ from gpt2.cli.compose import ROOT
 from gpt2.errors import ResourceError, UserError
 from gpt2.experiments.plan import RUNS, PlannedRun, planned_runs, read_plan, validate_plan
 from gpt2.runtime.console import ConsoleHandler, time_left
+from gpt2.runtime.files import writable_folder
 from gpt2.tracking.tracker import DIVERGED, FINISHED
 from gpt2.tracking.wandb_logger import offline_runs
 
@@ -39,6 +40,8 @@ def run_study(folder: Path, jobs: int | None) -> None:
     for run in study.runs:
         if problem := RunResult(run.folder).problem:
             print(f"{problem}; this run counts as missing", file=sys.stderr)
+    with writable_folder(folder, "study"):
+        pass  # checked before the runs
     problems = study.run(default_jobs() if jobs is None else jobs) if jobs != 0 else []
     missing = sum(not is_done(run) for run in study.runs)
     if missing:

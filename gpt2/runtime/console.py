@@ -115,6 +115,9 @@ class ConsoleHandler(logging.StreamHandler):
 class LogFile(logging.FileHandler):
     """Writes log records to a file; a full disk ends the run."""
 
+    def __init__(self, filename: str):
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
+
     def handleError(self, record: logging.LogRecord) -> None:
         _raise_full_disk()
         super().handleError(record)

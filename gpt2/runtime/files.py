@@ -9,13 +9,14 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,52 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterator[None]:
+    """Make sure, before the work whose results it is to hold, that a folder can be written to.
+
+    The folder and its parents are created. Those that are still empty at the end of the block are removed.
+
+    Raises:
+        UserError: It cannot be written to. `key` is the setting that names it.
+    """
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{key}: cannot write to {file or folder}: {reason(error)}; choose another place"
+            ) from error
+        yield
+    finally:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def writable_file(path: Path, key: str) -> Iterator[None]:
+    """The same for a file that the block will write, or a folder that it will make."""
+    with writable_folder(path.parent, key, path):
+        if not path.name or os.path.isdir(path):  # noqa: PTH112  # `Path.is_dir` raises for a name that is too long
+            raise UserError(f"{key}: {path} is a folder; name a file")
+        try:
+            with suppress(FileNotFoundError):
+                path.lstat()
+        except OSError as error:  # the name is too long
+            raise UserError(f"{key}: cannot write {path}: {reason(error)}; choose another name") from error
+        yield
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be written, without the path."""
+    if isinstance(error, FileExistsError):  # where a folder is to be
+        return "not a folder"
+    return getattr(error, "strerror", None) or one_line(error)
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk: until then a crash can undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -196,8 +243,13 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises:
         RunLockedError: Another process holds the lock; the message names it.
+        UserError: The folder cannot be written to.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder / LOCK}: cannot be written: {reason(error)}") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:

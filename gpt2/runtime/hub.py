@@ -5,6 +5,8 @@ import os
 import re
 import socket
 import sys
+import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,8 +37,44 @@ def is_on_hub(name: str) -> bool:
 
 
 def caches() -> Path:
-    """The folder for files that can be computed again, unless `data.cache_dir` names another."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2"
+    """The folder for files that can be computed again, unless `data.cache_dir` names another.
+
+    A temporary one if the home directory cannot be written to.
+    """
+    return _writable_cache(_home() / "gpt2")
+
+
+def _home() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home directory
+        return Path("/nonexistent")
+
+
+def move_hub_cache() -> None:
+    """Before the libraries of Hugging Face are imported: give them a temporary cache if theirs cannot be made."""
+    folder = Path(os.environ.get("HF_HOME") or _home() / "huggingface")
+    if not os.path.lexists(folder) and (instead := _writable_cache(folder)) != folder:
+        os.environ["HF_HOME"] = str(instead)
+
+
+@cache
+def _writable_cache(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    except OSError as error:
+        instead = Path(tempfile.gettempdir(), f"gpt2-cache-{os.getuid()}")
+        with suppress(FileExistsError):
+            instead.mkdir(mode=0o700)
+        if instead.lstat().st_uid != os.getuid() or not instead.is_dir():  # another user could change what is in it
+            instead = Path(tempfile.mkdtemp(prefix="gpt2-cache-"))
+        log.warning(
+            "The cache %s cannot be written to (%s): %s is used instead.",
+            *(folder, error.strerror, instead),
+        )
+        return instead
 
 
 @cache
@@ -49,6 +87,7 @@ def connect(seconds: float = 3.0) -> None:
         UserError: A variable of the environment that holds an address is invalid, which its libraries fail on.
     """
     addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
+    move_hub_cache()
     if os.environ.get("HF_HUB_OFFLINE"):
         return
     names = ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT")

@@ -296,7 +296,7 @@ def test_output_files_and_unwritable_paths(two, tmp_path, capsys, monkeypatch):
     assert "<svg" in (tmp_path / "c.svg").read_text()
     assert f"written to {tmp_path}/c.svg" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=r"picture: cannot write to .*/file/c.png: not a folder"):
         run_compare(monkeypatch, str(two.parent), f"picture={tmp_path}/file/c.png")
     with pytest.raises(UserError, match=r"none of \.png, \.svg"):
         run_compare(monkeypatch, str(two.parent), "picture=c.jpg")

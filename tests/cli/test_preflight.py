@@ -1,0 +1,134 @@
+"""Command lines that Hydra itself does not answer with a line: each has one here, and nothing is left behind."""
+
+import re
+
+import pytest
+
+from gpt2.cli.compose import as_argument, compose, overrides_of, parsed
+from gpt2.cli.hydra_private import parse_arguments
+from gpt2.cli.preflight import check_flags, check_run, check_sweep
+from gpt2.errors import UserError
+from tests.conftest import TINY, Workspace
+
+
+def problems(script: str, *arguments: str) -> list[str]:
+    """What is printed about a command line, whose form alone is checked."""
+    options = parse_arguments(list(arguments))
+    with pytest.raises(UserError) as caught:
+        check_flags(options)
+        (check_sweep if options.multirun else check_run)(script, options)
+    assert caught.value.exit_code == 2
+    assert all("\n" not in line for line in caught.value.problems)
+    return caught.value.problems
+
+
+MODELS = "not one of gpt2, gpt2_large, gpt2_medium, gpt2_mini, gpt2_nano, gpt2_xl"
+
+
+@pytest.mark.parametrize(
+    ("script", "argument", "line"),
+    [
+        ("train", "wandb=false", "wandb=false: not one of auto, off, offline, online; wandb=off switches it off"),
+        ("evaluate", "wandb=FALSE", "wandb=FALSE: not one of auto, off, offline, online; wandb=off switches it off"),
+        ("generate", "wandb=null", "wandb=null: not one of auto, off, offline, online; wandb=off switches it off"),
+        ("train", "wandb=true", "wandb=true: not one of auto, off, offline, online"),
+        ("train", "wandb=[off]", "wandb=[off]: not one of auto, off, offline, online"),
+        ("train", "model=null", f"model=null: {MODELS}"),
+        ("benchmark_training", "model=1.5", f"model=1.5: {MODELS}"),
+        ("benchmark_generation", "model=1e3", f"model=1e3: {MODELS}"),
+        ("train", "model={a: 1}", "model: one key at a time, such as model.a=1"),
+        ("train", "distributed={strategy: fsdp}", "distributed: one key at a time, such as distributed.strategy=fsdp"),
+        ("train", "experiment=1", "experiment=1: not one of quickstart, shakespeare_char, shakespeare_fast"),
+        ("export", "hydra/output=null", "hydra/output=null: not one of default, none, train"),
+        ("train", "hydra/launcher=null", "hydra/launcher=null: not one of basic, joblib, submitit_local, "),
+        ("train", "hydra/sweeper/sampler=1", "hydra/sweeper/sampler=1: not one of "),
+        ("train", "hydra/sweeper/pruner=false", "none; hydra/sweeper/pruner=none switches it off"),
+        ("train", "+learning_rate=64", "learning_rate=64: not one of "),
+        ("train", "+model=gpt2_mini", "+model=gpt2_mini: the group is chosen already, leave out the +"),
+    ],
+)
+def test_group_chosen_by_what_is_no_word(script, argument, line):
+    found, *_ = problems(script, argument)  # without a checkpoint, some scripts have another problem
+    assert line in found
+
+
+@pytest.mark.parametrize("flag", ["-m", "--cfg=job", "--info", "--hydra-help"])
+def test_group_chosen_by_what_is_no_word_with_a_flag(flag):
+    assert problems("train", "model=null", flag) == [f"model=null: {MODELS}"]
+
+
+def test_group_swept_over_what_is_no_word():
+    assert problems("train", "-m", "wandb=offline,false", "experiment=quickstart,2", "model=range(1,3)") == [
+        "wandb=false: not one of auto, off, offline, online; wandb=off switches it off",
+        "experiment=2: not one of quickstart, shakespeare_char, shakespeare_fast",
+        f"model=range(1,3): {MODELS}",
+    ]
+
+
+SWEEP = "is a sweep: add -m; as one value, a list needs brackets and a text with a comma quotes"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["train.seed=1,2"], [f"train.seed=1,2 {SWEEP}"]),
+        (["data=text", "data.files=a,b"], [f"data.files=a,b {SWEEP}"]),
+        (["train.seed=range(1,3)"], [f"train.seed=range(1,3) {SWEEP}"]),
+        (["train.seed=1,2", "--cfg", "job"], [f"train.seed=1,2 {SWEEP.replace('add -m', 'give one value')}"]),
+        (["+train.learning_rate=1e-3"], ["+train.learning_rate=1e-3: the key exists already, leave out the +"]),
+        (["data=text", "data.files=[a,"], ["data.files=[a,: not of the form key=value"]),
+        (["train.lrr=1", "--info"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
+        (["train.lrr=1", "--hydra-help"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
+        (["--cfg", "job", "--info"], ["--cfg: not together with --info"]),
+        (["-m", "-r"], ["-m: not together with -r"]),
+        (["--resolve"], ["--resolve: only with --cfg"]),
+        (["hydra.run.dir="], ["hydra.run.dir: is empty, a name is wanted"]),
+        (["hydra.run.dir=${x}"], ["hydra.run.dir: Interpolation key 'x' not found"]),
+        (["-m", "hydra.sweep.dir="], ["hydra.sweep.dir: is empty, a name is wanted"]),
+        (["-m", "hydra.sweep.dir=${x}"], ["hydra.sweep.dir: Interpolation key 'x' not found"]),
+        (["hydra.job.chdir=true"], ["hydra.job.chdir: relative paths are those of the folder the command starts in"]),
+        (["-m", "hydra.job.chdir=true"], ["hydra.job.chdir: relative paths"]),
+        (["hydra.mode=MULTIRUN"], ["hydra.mode: -m makes several runs; leave it out"]),
+        (["hydra.job.name=a/b"], ["hydra.job.name: 'a/b' is a path, a name is wanted"]),
+        (["hydra.output_subdir=/proc/x"], ["hydra.output_subdir: '/proc/x' is a path, a name is wanted"]),
+        (["hydra.verbose=1"], ["hydra.verbose: neither true nor names of loggers, [A,B]"]),
+        (["hydra.runtime.choices.model=x"], ["hydra.runtime.choices.model=x: Hydra sets that"]),
+        (["hydra.job.env_copy=[NOBODY_SET_IT]"], ["hydra.job.env_copy=[NOBODY_SET_IT]: KeyError: 'NOBODY_SET_IT'"]),
+        (["data.files=[caf\udce9.txt]"], [r"data.files=[caf\xe9.txt]: is not UTF-8; rename the file, or match it"]),
+        (["-m", "train.seed=1,\udcff"], [r"train.seed=1,\xff: is not UTF-8"]),
+    ],
+    ids=lambda value: " ".join(value).encode("utf-8", "backslashreplace").decode()[:40],
+)
+def test_line_about_a_mistake(arguments, lines):
+    found = problems("train", "data=stdlib", *arguments)
+    assert len(found) == len(lines), found
+    for line, expected in zip(found, lines, strict=True):
+        assert line.startswith(expected)
+
+
+@pytest.mark.parametrize("value", ["${x}", "${oc.env:NOBODY_SET_IT}", "${train.seed}", "${divide:1,0}", "${nope:1}"])
+def test_interpolation_that_fails_is_named_by_its_key(workspace: Workspace, value):
+    (line,) = workspace.run("train.py", *TINY, f"train.seed={value}", expect=2).stderr.splitlines()
+    assert line.startswith("error: train.seed: ")
+
+
+def test_overrides_are_recorded_as_typed():
+    composed = compose("train", ["sample_prompt=${oc.env:HOME}"], with_hydra=True)
+    assert overrides_of(composed.hydra) == ["sample_prompt=${oc.env:HOME}"]
+
+
+def test_preset_that_is_no_yaml_or_chooses_by_what_is_no_word(tmp_path):
+    for content, expected in [
+        ("a: [", "ParserError"),
+        ("defaults:\n- override /wandb: off", "quotes make the word"),
+        ("- 1", ""),
+    ]:
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "preset.yaml").write_text(content)
+        found = problems("train", f"hydra.searchpath=[file://{tmp_path}]", "+mine=preset")
+        assert re.search(expected, found[0]), found
+
+
+@pytest.mark.parametrize("value", ["1", "1e3", "null", "true", "0x1f", "inf", "a b"])
+def test_printed_text_is_read_as_text(value):
+    assert parsed([as_argument("name", value).strip("'")])[0].value() == value
