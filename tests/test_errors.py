@@ -108,9 +108,10 @@ def test_errors_reasons_and_log_lines_are_without_credentials(caplog, monkeypatc
     factory = logging.getLogRecordFactory()
     logging.setLogRecordFactory(LogRecord)
     logging.getLogger("urllib3").warning("retrying %s", url, exc_info=OSError(url))
+    logging.getLogger("gpt2").warning("token = self.next()", extra={"is_sample": True})
     logging.setLogRecordFactory(factory)
-    assert caplog.messages == ["retrying https:/***@host"]
-    assert caplog.text.endswith("OSError: https:/***@host\n")
+    assert caplog.messages == ["retrying https:/***@host", "token = self.next()"]
+    assert "OSError: https:/***@host\n" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class TerminalText:
 
 
 class LogRecord(logging.LogRecord):
-    """A log record, of any library, without passwords."""
+    """A log record, of any library, without passwords, unless its attribute `is_sample` says that a model wrote it."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -61,7 +61,8 @@ class LogRecord(logging.LogRecord):
             self.exc_text = without_password(logging.Formatter().formatException(self.exc_info))
 
     def getMessage(self) -> str:
-        return without_password(super().getMessage())
+        text = super().getMessage()
+        return text if getattr(self, "is_sample", False) else without_password(text)
 
 
 def print_exception(*error: Any) -> None:

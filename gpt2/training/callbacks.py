@@ -114,7 +114,7 @@ class ConsoleLog(Callback):
         )
         if "sample" in metrics:
             lines = printable(metrics["sample"]).split("\n")  # train.log too is read on a terminal
-            log.info("\n".join(f"    | {line}" for line in lines))
+            log.info("\n".join(f"    | {line}" for line in lines), extra={"is_sample": True})
 
     def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:
         self.progress_line.show(f"validating {batch:,}/{batches:,}")
