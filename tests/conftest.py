@@ -43,8 +43,8 @@ TINY = [
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """More workers than cores: half of the time of the tests is spent waiting for processes that wait themselves."""
-    return (os.cpu_count() or 1) + 2
+    """One worker more than cores: some tests wait for processes that wait themselves."""
+    return (os.cpu_count() or 1) + 1
 
 
 LONGEST = (

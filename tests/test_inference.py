@@ -74,7 +74,10 @@ def test_precision_quantization_and_special_tokens(trained):
         (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
         (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),
         (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(num_return_sequences=0)), "sequences: 0"),
-        (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")), "stop: a list of texts"),
+        (
+            lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")),
+            "stop: 'ab' is not a list of texts",
+        ),
     ],
 )
 def test_invalid_options_are_refused(trained, act, complaint):

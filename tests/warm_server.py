@@ -32,7 +32,8 @@ class Asked(NamedTuple):
 
 
 def imports() -> None:
-    import torch._dynamo  # noqa: F401  # which PyTorch imports when the first model is built, a second's work
+    # Most of `torch._dynamo`, which the first model imports. That itself would let forked ranks hang at their end.
+    import sympy  # noqa: F401
 
     import gpt2.analysis.plotting
     import gpt2.cli.script

@@ -103,8 +103,8 @@ DATASET = "data=wikitext2 data.files=null data.dataset_name=./dataset data.datas
         [
             (
                 "no such split",
-                f"{DATASET} data.validation_split=null data.test_split=null data.train_split=all",
-                "data.dataset_name: ... all",
+                f"{DATASET} data.validation_split=null data.test_split=null data.train_split=nowhere",
+                "data.dataset_name: ... nowhere",
             ),
             (
                 "no such column",

@@ -137,7 +137,7 @@ def test_a_session_on_a_terminal(trained: Workspace):
     terminal.wait_for("def g")
     terminal.wait_for("def g")
     os.killpg(terminal.process.pid, signal.SIGINT)  # Ctrl-C ends the text, not the session
-    terminal.wait_for("> ")
+    terminal.wait_for("\n> ")  # the text may contain "> "
     terminal.type("/config\n")
     terminal.wait_for("max_new_tokens 100000")
     terminal.wait_for("> ")

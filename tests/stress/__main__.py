@@ -30,7 +30,7 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
     "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 3),
     "studies": (sweeper_kills, 50, 2),
-    "shared": (shared_studies, 50, 2),
+    "shared": (shared_studies, 50, 0),  # tests/search/test_storage.py has four workers of one study
     "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the worst of them
 }
 
