@@ -18,7 +18,7 @@ from gpt2 import optimize
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.cli.compose import CONF
-from gpt2.cli.sweeper import distributions
+from gpt2.cli.search_space import distributions
 from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig
 from gpt2.data_loader import with_batch_size
 from gpt2.errors import UserError

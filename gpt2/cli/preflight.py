@@ -27,7 +27,7 @@ from gpt2.cli.compose import (
     parsed,
 )
 from gpt2.cli.launchers import validate_launcher
-from gpt2.cli.sweeper import (
+from gpt2.cli.search_space import (
     grammar_error,
     search_space,
     study_sweeper,

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt2.cli.compose import leaves
 from gpt2.cli.hydra_private import BasicSweeper
 from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
-from gpt2.cli.sweeper import with_choices_listed
+from gpt2.cli.search_space import with_choices_listed
 from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
 from gpt2.runtime.files import LOCK, is_locked, writable_folder
 from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure

@@ -22,7 +22,7 @@ from gpt2.cli.compose import CONF, compose
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, with_values
 from gpt2.cli.schema import steps_of_compute
-from gpt2.cli.sweeper import distributions, settings_of, study_sweeper
+from gpt2.cli.search_space import distributions, settings_of, study_sweeper
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
@@ -312,7 +312,7 @@ def test_private_api_of_the_optuna_plugin():
     try:
         space, fixed = distributions(["train.beta2=interval(0.9, 0.99)", "train.seed=1,2", "train.max_steps=8"])
     except ImportError as error:
-        pytest.fail(f"the Optuna plugin moved create_params_from_overrides, see gpt2/cli/sweeper.py: {error}")
+        pytest.fail(f"the Optuna plugin moved create_params_from_overrides, see gpt2/cli/search_space.py: {error}")
     assert space == {"train.beta2": FloatDistribution(0.9, 0.99), "train.seed": CategoricalDistribution([1, 2])}
     assert fixed == {"train.max_steps": "8"}
 

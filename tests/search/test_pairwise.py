@@ -5,7 +5,7 @@ from itertools import combinations, product
 import pytest
 
 from gpt2.cli.compose import parsed
-from gpt2.cli.sweeper import swept_values
+from gpt2.cli.search_space import swept_values
 from gpt2.search.pairwise import MAX_COMBINATIONS, combined
 
 

@@ -7,7 +7,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose, parsed
-from gpt2.cli.sweeper import distributions, swept_values
+from gpt2.cli.search_space import distributions, swept_values
 from gpt2.errors import UserError
 from tests.cli.test_sweeper import STUDY, check, study_in
 from tests.conftest import Workspace
