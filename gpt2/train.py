@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 from torch.utils.data import DataLoader
 
 from gpt2.checkpoint import format as checkpoint
@@ -19,7 +18,7 @@ from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
 from gpt2.distributed.parallel import build_strategy
 from gpt2.distributed.process_group import ProcessGroup
-from gpt2.errors import DivergenceError, UserError, is_out_of_memory, one_line
+from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
@@ -31,7 +30,7 @@ from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training import state as states
 from gpt2.training.callbacks import Callback, ConsoleLog
 from gpt2.training.compile import Compiled, ComputePlan, choose_plan
-from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, gradient_norms
+from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, clip_gradients, gradient_norms
 from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
@@ -189,7 +188,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norms = self.parallel.full_norms(gradient_norms(self.model))
         gradient_norm = torch.linalg.vector_norm(norms)
-        self._clip_gradients(gradient_norm)
+        clip_gradients(self.model, gradient_norm, self.config.gradient_clip)
         if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -225,12 +224,6 @@ class Trainer:
             loss = self.group.all_reduce_(loss) / self.group.size
             self._data_checksum = sum(int(batch["input_ids"].sum()) for batch in micro_batches)
         return loss
-
-    def _clip_gradients(self, norm: Tensor) -> None:
-        limit = self.config.gradient_clip
-        # A CPU skips the multiplication by 1; on a GPU the comparison would be a synchronization.
-        if limit and (self.device.type != "cpu" or norm + 1e-6 > limit):
-            clip_grads_with_norm_(self.model.parameters(), limit, norm)
 
     def validate(self) -> float:
         """Mean loss in nats a token over the validation set, or over its first `eval_batches` batches.
@@ -424,18 +417,12 @@ class Trainer:
             log.warning("train.optimizer differs from the checkpoint's: the optimizer starts without its state")
         tensors = checkpoint.read_tensors(path)
         states.check_tensors(path, tensors, self.model)
-        try:
+        with states.misfits_refused(path):
             self.load_state_dict({**saved, **tensors}, with_optimizer=is_same_optimizer)
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"checkpoint: {path} was not written by Trainer: {one_line(error)}") from error
         self.progress = states.restored_progress(saved, self._description())
         if self.progress.position >= len(self.train_loader):
             raise UserError(f"checkpoint: {path}: progress.position: an epoch has {len(self.train_loader)} batches")
-        if self.progress.step >= self.config.warmup_steps:  # before, it rises anyway
-            rate = learning_rate(self.progress.step, self.total_steps, self.config)
-            states.log_raised_rate(self.progress.learning_rate, rate)
+        states.log_raised_rate(self.progress, self.total_steps, self.config)
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)
         for callback in self.callbacks:

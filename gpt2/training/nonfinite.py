@@ -13,6 +13,7 @@ from math import isfinite, nan
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.distributed.parallel import local_part
@@ -29,6 +30,13 @@ def gradient_norms(model: nn.Module) -> Tensor:
     Under FSDP these are the norms of this rank's shards.
     """
     return torch.stack(torch._foreach_norm([local_part(p.grad) for p in model.parameters() if p.grad is not None]))
+
+
+def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale the gradients, whose norm is given, to a norm of at most `limit`; 0 is no limit."""
+    # A CPU skips the multiplication by 1; on a GPU the comparison would be a synchronization.
+    if limit and (norm.device.type != "cpu" or norm + 1e-6 > limit):
+        clip_grads_with_norm_(model.parameters(), limit, norm)
 
 
 class MeanLoss:

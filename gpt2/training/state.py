@@ -1,7 +1,8 @@
 """The state of a training besides model and optimizer, how it is resumed, and the checkpoints of a run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.record import Progress
+from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
-from gpt2.errors import UserError
+from gpt2.errors import UserError, is_out_of_memory, one_line
 from gpt2.runtime.files import remove_unfinished
 from gpt2.runtime.rng import RandomState
+from gpt2.training.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +104,10 @@ def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
 
 
-def log_raised_rate(before: float, now: float) -> None:
+def log_raised_rate(progress: Progress, total_steps: int, config: TrainingConfig) -> None:
     """Log that training continues at a higher learning rate: another number of steps is another schedule."""
-    if before and now > 1.01 * before:
+    before, now = progress.learning_rate, learning_rate(progress.step, total_steps, config)
+    if progress.step >= config.warmup_steps and before and now > 1.01 * before:  # in the warm-up it rises anyway
         log.info(
             f"Changed: the learning rate of the next step is {now:.2e}, it was {before:.2e}. To keep it: "
             f"train.learning_rate={before:.2e} train.min_learning_rate={before:.2e} resume_changes=true. "
@@ -114,6 +118,17 @@ def log_raised_rate(before: float, now: float) -> None:
 def _flat(description: Mapping[str, Any]) -> dict[str, Any]:
     values = {f"{part}.{key}": value for part in DESCRIPTION for key, value in description[part].items()}
     return {**values, "data": description["data"]}
+
+
+@contextmanager
+def misfits_refused(path: Path) -> Iterator[None]:
+    """Turn the error of a state that does not fit this training into a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"checkpoint: {path} was not written by Trainer: {one_line(error)}") from error
 
 
 def restored_progress(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Progress:
