@@ -307,7 +307,7 @@ class StudyPlan:
     lines: str = "variant"  # key whose values are the lines of the plot
 
 
-# Keys of a TrainRun that a file never decides: accounts, places, devices and workers of whoever runs it.
+# Keys of a TrainRun that a file never decides: accounts, places, devices and workers of the user who runs it.
 OF_THE_USER = (
     *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints"),
     *("data.cache_dir", "data.preprocessing_num_workers", "train.device", "train.num_workers"),

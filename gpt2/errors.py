@@ -133,7 +133,7 @@ def _secrets_of_environment() -> Iterator[str]:
 
 
 def _passwords_of(url: str) -> set[str]:
-    """The password of a URL as it is written there, and with and without percent-encoding."""
+    """The password of a URL as written, with percent-encoding and without."""
     match = re.search(r"(?:://|^(?![\w+.-]+://))[^/@:\s]*:(.+)@", url)
     return {match[1], unquote(match[1]), quote(match[1], safe="")} if match else set()
 

@@ -89,7 +89,7 @@ def compare() -> None:
     elif "markdown" in options:
         print("\n\n".join([as_markdown(comparison.rows()), *comparison.notes]))
     else:
-        print(f"{len(comparison.runs)} runs in {os.path.relpath(comparison.parent)}\n\n{as_text(comparison.rows())}\n")
+        print(f"{comparison.headline}\n\n{as_text(comparison.rows())}\n")
         print("".join(f"{note}\n" for note in comparison.notes), end="")
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tests import fault_injection, warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what is to go on in the background
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 fault_injection.enable()  # in this process; `Workspace` enables it in the scripts

@@ -221,7 +221,7 @@ def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     done = trained.run_anew("evaluate.py", "batch_size=3")
     (run,) = trained.runs()
     result = json.loads((run / "evaluation.json").read_text())
-    assert result["split"] == "validation"  # a text brings no test split, and it is said
+    assert result["split"] == "validation"  # text files have no test split, and a note says so
     assert "no test split" in done.stderr
     assert f"loss{result['loss']:>30.4f}  nats a token" in done.stdout
     assert f"bits per byte{result['bits_per_byte']:>21.4f}" in done.stdout

@@ -122,7 +122,7 @@ def test_lost_records_are_named_and_the_run_continues(workspace: Workspace):
     assert "lost: training records of steps 4; evaluations of steps 4. The run" in resumed(copies[1])
     assert f"{all_lost}; samples of steps 4, 8." in resumed(copies[2])
     assert all((copy / "samples.md").read_text().startswith(samples) for copy in copies[:2])
-    assert "lost: " not in resumed(copies[2], 12)  # it is said once
+    assert "lost: " not in resumed(copies[2], 12)  # it is reported once
     assert [steps(copy)[-1] for copy in copies] == [10, 10, 12]
     assert steps(copies[1]) == [1, 2, 6, 8, 10]
 

@@ -112,7 +112,7 @@ def main() -> None:
     atexit.register(leave, codes)  # the first that is registered is called last
     sys.path[0] = str(ROOT)
     imports()
-    gc.freeze()  # what is here stays: nobody need look for garbage in pages that all share
+    gc.freeze()  # garbage collection would touch, and so copy, the pages that all children share
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(sys.argv[1])
         listening.listen()

@@ -113,6 +113,10 @@ class Comparison:
         """The folder that contains all runs."""
         return Path(os.path.commonpath([run.folder.absolute().parent for run in self.runs]))
 
+    @property
+    def headline(self) -> str:
+        return f"{len(self.runs)} run{'s' * (len(self.runs) != 1)} in {os.path.relpath(self.parent)}"
+
     def place(self, run: RunResult) -> str:
         return str(run.folder.absolute().relative_to(self.parent))
 

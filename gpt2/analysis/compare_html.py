@@ -21,7 +21,7 @@ TEMPLATE = Path(__file__).with_name("compare.html")
 
 def page(comparison: Comparison) -> str:
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"{len(comparison.runs)} runs in {os.path.relpath(comparison.parent)}"),
+        title=escape(comparison.headline),
         sort=escape(comparison.sort),
         notes="".join(f'<p class="note">{escape(note)}</p>' for note in comparison.notes),
         table=_table(comparison),

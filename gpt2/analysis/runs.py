@@ -140,7 +140,7 @@ def _is_file(path: Path) -> bool:
     """Whether a path exists.
 
     Raises:
-        UserError: It is no file, such as a folder, or a pipe that nobody writes to.
+        UserError: It is not a regular file but, for example, a folder or a pipe.
     """
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a file")

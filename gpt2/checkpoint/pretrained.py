@@ -259,7 +259,7 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
         with atomic_folder(folder) as target:
             hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, model_card(trained))
     except OSError as error:
-        if folder.exists():  # another process has made it meanwhile
+        if folder.exists():  # another process has created it in the meantime
             raise exists_already from error
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 

@@ -1,7 +1,7 @@
 """The record of a checkpoint that `Trainer` wrote: what it must hold, and of which types.
 
-The checksums of a checkpoint say that it is whole, not that it is honest: whoever wrote it may have written anything.
-Its values are checked here once, for everybody who reads them, and they stay plain data.
+Checksums prove that a checkpoint is complete, not that it can be trusted: its author may have written any value.
+All readers get its values from here, with types that are checked once; they stay plain data.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Record:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint, with values of the types that `Record` says.
+    """The record of a checkpoint, with values of the types of `Record`.
 
     Raises:
         UserError: The file cannot be read or is damaged, or a value has another type; all such values are named.

@@ -3,7 +3,7 @@
 From a checkpoint come the model's shape, its tokenizer, sampling options and data, or the whole configuration of a run
 to resume. They replace defaults, never what the command line sets.
 
-Whoever wrote a checkpoint may be a stranger. Its values are plain data: no text of a file becomes part of a
+A checkpoint may come from a stranger. Its values are plain data: no text of a file becomes part of a
 configuration that OmegaConf resolves, where `${oc.env:NAME}` would read the environment. And it decides only what
 `SAVED` lists: accounts, places, devices and workers are those of the person at the keyboard.
 """

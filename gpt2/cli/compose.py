@@ -132,7 +132,7 @@ def as_argument(key: str, value: Any) -> str:
 
 
 def escaped(value: Any) -> Any:
-    """A plain value whose texts OmegaConf and Hydra read as they are: `${` begins no interpolation in them."""
+    """Escape `${` in the texts of a plain value, so that OmegaConf and Hydra read no interpolation."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):

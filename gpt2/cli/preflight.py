@@ -134,6 +134,8 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
         return f"{text}: only a study sets that"
     if key.startswith(("hydra.runtime", "hydra.overrides")):
         return f"{text}: Hydra sets that"
+    if key.startswith("hydra.") and key.endswith("._target_"):
+        return f"{text}: a group chooses the class, such as hydra/launcher=joblib"
     if key == "resume" and options.multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
     if key == "train.auto_resume" and is_sweep:

@@ -98,7 +98,7 @@ def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -
         try:
             hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()
         except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
-            if "COMP_LINE" in os.environ:  # a shell asks how a line goes on
+            if "COMP_LINE" in os.environ:  # a shell asks for completions
                 return
             if options.multirun and isinstance(error, ValueError | KeyError) and not isinstance(error, HydraException):
                 raise
@@ -162,7 +162,7 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
 
 
 def setup_problem(error: BaseException) -> str:
-    """Why Hydra did not begin a run: it could not make its folder or its log, or not as its own keys want it."""
+    """Why Hydra could not start a run: its folder or log cannot be created, or one of its own keys is invalid."""
     if isinstance(error, OmegaConfBaseException):
         return keyed_error(error)
     texts = [one_line(error)]
@@ -319,7 +319,7 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
 
 
 def report_failure(error: Exception, swept: set[str]) -> UserError:
-    """Print and record the error that ended a run of a sweep; returns it as one that is told in lines."""
+    """Print and record the error that ended a run of a sweep. Returns it as a UserError."""
     job, problem = HydraConfig.get(), error
     if not isinstance(problem, UserError):
         file = os.path.relpath(output_folder() / f"{job.job.name}.log")

@@ -164,7 +164,7 @@ def with_choices_listed(override: Override) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """A value as it may stand in an argument; `${` in it begins an interpolation."""
+    """A value in the notation of an argument; `${` in it is an interpolation."""
     if not isinstance(value, str) or re.fullmatch(r"[\w./:-]+", value):
         return Transformer.str(value)
     return QuotedString(value, Quote.single).with_quotes()

@@ -36,7 +36,7 @@ class ProcessGroup:
     def local_main_first(self, what: str) -> Iterator[None]:
         """Run a block on the first rank of each machine, then on the others of it; all leave it together.
 
-        Preparing data may take hours, so nobody waits in a collective, which `distributed.timeout` would end. The
+        Preparing data may take hours, so no rank waits in a collective, which `distributed.timeout` would end. The
         ranks poll the store instead: unlike a blocking wait, that also lets a signal end them.
         """
         is_local_main = self.env.local_rank == 0

@@ -47,7 +47,7 @@ class Session:
                 return
             except KeyboardInterrupt:
                 print()
-            except UnicodeDecodeError:  # where Python is told to be strict
+            except UnicodeDecodeError:  # where Python's standard input is strict
                 print("error: this line is not UTF-8")
 
     def answer(self, line: str) -> None:

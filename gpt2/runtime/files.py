@@ -27,10 +27,10 @@ TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 
 @contextmanager
 def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Create what is to replace `target`, under a name that no other process uses; remove what still has that name.
+    """Create the replacement of `target` under a name that no other process uses, and at the end remove that name.
 
-    It is locked (`flock`) until the block ends: `remove_unfinished` recognizes by the lock what belongs to a living
-    process. What dead ones left of the same target is removed first.
+    It is locked (`flock`) until the block ends: the lock tells `remove_unfinished` that its process is alive. Leftovers
+    of dead processes, for the same target, are removed first.
 
     Args:
         create: Makes a file, a folder or a link of a path.
@@ -118,7 +118,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterator[None]:
-    """Make sure, before the work whose results it is to hold, that a folder can be written to.
+    """Check that a folder can be written to, before the work whose results it will hold.
 
     The folder and its parents are created. Those that are still empty at the end of the block are removed.
 

@@ -127,7 +127,7 @@ class RunningTrial(Callback):
     def is_ours(self) -> bool:
         """Whether the trial is running and no other process has claimed it since."""
         trial = self.storage.get_trial(self.trial_id)
-        worker = trial.user_attrs.get(WORKER)  # None: released to whoever trains it
+        worker = trial.user_attrs.get(WORKER)  # None: released to the process that trains it
         return trial.state == TrialState.RUNNING and (worker is None or worker["claim"] == self.claim)
 
     def was_interrupted(self) -> bool:

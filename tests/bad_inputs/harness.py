@@ -36,16 +36,9 @@ class Row(NamedTuple):
     given: bytes = b""  # standard input
 
 
-PENDING = {"another sweeper's target"}  # rows whose fault is not mended yet
-
-
 def rows(table: Sequence) -> pytest.MarkDecorator:
     """Parametrize a test with the rows of a table."""
-    parameters = []
-    for row in table:
-        marks = [pytest.mark.xfail(reason="not mended yet", run=False)] if row[0] in PENDING else []
-        parameters.append(pytest.param(Row(*row), marks=marks, id=row[0]))
-    return pytest.mark.parametrize("row", parameters)
+    return pytest.mark.parametrize("row", [pytest.param(Row(*row), id=row[0]) for row in table])
 
 
 def arguments_of(command: str) -> list[str]:

@@ -25,23 +25,23 @@ def printed(workspace: Workspace, *command: str, code: int) -> str:
 def test_no_secret_is_written_or_printed(workspace: Workspace):
     workspace.environment |= {**SECRETS, "WANDB_MODE": "offline"}
     tiny = [*TINY[:-4], "train.max_steps=4", "train.eval_every=2", "wandb=auto"]
-    told = printed(workspace, "train.py", *tiny, "name=good", code=0)
-    told += printed(workspace, "evaluate.py", "quantization=int8", code=0)
-    told += printed(workspace, "generate.py", "prompt=x", "wandb=auto", code=0)
-    told += printed(workspace, "-m", "gpt2.main", "export", "to=exported", code=0)
-    told += printed(workspace, "train.py", "train.init_from=a/b", code=2)  # asks for it through the proxy
+    output = printed(workspace, "train.py", *tiny, "name=good", code=0)
+    output += printed(workspace, "evaluate.py", "quantization=int8", code=0)
+    output += printed(workspace, "generate.py", "prompt=x", "wandb=auto", code=0)
+    output += printed(workspace, "-m", "gpt2.main", "export", "to=exported", code=0)
+    output += printed(workspace, "train.py", "train.init_from=a/b", code=2)  # asks for it through the proxy
     workspace.environment["GPT2_FAULT"] = "exception@3"
-    told += printed(workspace, "train.py", *tiny, "name=crashed", code=1)
-    told += printed(workspace, "train.py", "-m", *tiny, "train.seed=1,2", "name=swept", code=1)
-    told += printed(
+    output += printed(workspace, "train.py", *tiny, "name=crashed", code=1)
+    output += printed(workspace, "train.py", "-m", *tiny, "train.seed=1,2", "name=swept", code=1)
+    output += printed(
         workspace, "train.py", "-m", *tiny, "hparams_search=optuna", f"hydra.sweeper.storage='{STORAGE}'", code=2
     )
-    told += printed(workspace, "-m", "gpt2.main", "compare", "outputs", "html=all.html", code=0)
-    assert "Traceback" in told  # of the crash
+    output += printed(workspace, "-m", "gpt2.main", "compare", "outputs", "html=all.html", code=0)
+    assert "Traceback" in output  # of the crash
     files = {path: path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file()}
     assert any(b"name=good" in content for content in files.values())  # the search finds what is there
     assert any("offline-run" in str(path) for path in files)
     for canary in CANARIES:
         forms = [canary.encode(), base64.b64encode(canary.encode()).rstrip(b"="), canary.encode("utf-16-le")]
-        assert not any(form in told.encode() for form in forms), canary
+        assert not any(form in output.encode() for form in forms), canary
         assert [path for path, content in files.items() if any(form in content for form in forms)] == []

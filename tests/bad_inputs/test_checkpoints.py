@@ -82,8 +82,8 @@ def test_forged_records(place, bad_checkpoints, row):
 
 @rows(
     [
-        (name, f"generate prompt=x checkpoint=theirs/{name}", f"theirs/{name} ... {said}")
-        for name, said in FOLDERS.items()
+        (name, f"generate prompt=x checkpoint=theirs/{name}", f"theirs/{name} ... {expected}")
+        for name, expected in FOLDERS.items()
     ]
 )
 def test_folders_of_transformers(place, bad_checkpoints, row):

@@ -120,7 +120,13 @@ UNKNOWN = [
     ("a target for an export that is there", "export to=folder", "to: folder exists already"),
     ("an export to nowhere", "export", "to: the folder to write is missing"),
     ("a target on the command line", "train +train._target_=os.system", "_target_"),
-    ("another sweeper's target", "train -m hydra.sweeper._target_=os.system train.seed=1,2", "os.system"),
+    (
+        "another sweeper's target",
+        "train -m hydra.sweeper._target_=os.system train.seed=1,2",
+        "os.system: a group chooses",
+    ),
+    ("another launcher's target", "train -m hydra.launcher._target_=os.system train.seed=1,2", "os.system: a group"),
+    ("a target of a single run", "train ++hydra.sweeper._target_=os.system", "os.system: a group chooses"),
     ("another configuration", "train --config-dir folder", "--config-dir ... conf/experiment"),
 ]
 

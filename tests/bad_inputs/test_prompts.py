@@ -61,7 +61,7 @@ FILE_WORDS = {
 }
 
 
-@rows([(option, f'generate prompt=x "inference.{option}"', said) for option, said in OPTIONS])
+@rows([(option, f'generate prompt=x "inference.{option}"', expected) for option, expected in OPTIONS])
 def test_sampling_options(place, row):
     check(place, row._replace(expected=f"inference.{row.what.split('=')[0]} ... {row.expected}"))
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.bad_inputs.harness import PENDING, changes, check_line, tree
+from tests.bad_inputs.harness import changes, check_line, tree
 from tests.conftest import ROOT, Workspace
 
 WRONG = "{train} train.lrr=1"
@@ -37,12 +37,9 @@ SHELL = [  # what, line of a shell, exit code, words of standard error
 ]
 
 
-NOT_MENDED = pytest.mark.xfail(reason="not mended yet")
-
-
 @pytest.mark.parametrize(
     ("what", "line", "code", "expected"),
-    [pytest.param(*row, id=row[0], marks=[NOT_MENDED] if row[0] in PENDING else []) for row in SHELL],
+    [pytest.param(*row, id=row[0]) for row in SHELL],
 )
 def test_streams_and_environments(place: Workspace, what, line, code, expected):
     scripts = {name: f"{sys.executable} {ROOT / name}.py" for name in ("train", "generate")}

@@ -200,7 +200,7 @@ ACCOUNTS_AND_PLACES = {
 
 
 def test_list_of_what_a_checkpoint_decides():
-    """Whoever adds a key decides here whether a stranger's file may set it."""
+    """A new key must be listed here: may a stranger's file set it?"""
     everything = {
         f"{group}.{key}" if isinstance(inner, dict) and group != "choices" else group
         for group, inner in asdict(TrainRun()).items()

@@ -1,4 +1,4 @@
-"""Sweeps whose runs fail: the others go on, each error names its run, and the exit code is that of the failures."""
+"""Sweeps whose runs fail: the others continue, each error names its run, and the exit code is that of the failures."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What experiments tell: rows of a table, of what was done, how often, and what of it went wrong."""
+"""The rows of the table of results: the fault, how often it was injected, and what went wrong."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

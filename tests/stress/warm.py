@@ -96,7 +96,7 @@ class Place:
 
     @staticmethod
     def wait_until_it_hears(process: int) -> None:
-        """Until a process has said what it does at SIGTERM: before, it is no script of ours yet."""
+        """Wait until a process has installed its handler of SIGTERM: only then is it one of our scripts."""
         caught = 0
         while not caught & 1 << signal.SIGTERM - 1:
             caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16)

@@ -1,4 +1,4 @@
-"""How a run is resumed: what is said about its learning rate, and which evaluation is the best."""
+"""Resuming a run: the note about a higher learning rate, and which evaluation is the best."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
