@@ -118,7 +118,7 @@ def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Pro
 
 
 def validate_lists(config: Any, prefix: str) -> Problems:
-    """Problems of lists: OmegaConf lets a list or a mapping in a list pass, and Python everything."""
+    """Problems of lists: OmegaConf accepts a list or a mapping inside a list, and Python accepts everything."""
     problems, words = [], {str: "texts", int: "whole numbers"}
     for key, hint in get_type_hints(type(config)).items():
         items = [get_args(option)[0] for option in _options(hint) if get_origin(option) is list]
@@ -299,7 +299,7 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
 
 
 def as_pattern(name: str) -> str:
-    """A pattern in which the folders and files that are there by such a name, as in `draft[1]/*.txt`, are meant."""
+    """A pattern in which names of existing folders and files, as in `draft[1]/*.txt`, stand for themselves."""
     path, parts = Path(), []
     for part in Path(name).parts:
         path /= part

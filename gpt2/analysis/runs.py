@@ -61,7 +61,7 @@ LARGEST = 10**100  # products of such numbers are still floats
 
 
 def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> Iterator[str]:
-    """Values that are not of their kinds, or that no run writes: nested too deeply, or too large."""
+    """Problems of values: those of a wrong type, and those nested too deeply or too large for any run."""
     for key, value in values.items():
         kind = kinds.get(key)
         is_kind = kind is None or value is None or isinstance(value, kind) or (kind is float and type(value) is int)
@@ -148,7 +148,7 @@ def _is_file(path: Path) -> bool:
 
 
 class RunResult:
-    """One run, read from its folder when it is asked for. Missing values are None.
+    """One run. Its folder is read on first use. Missing values are None.
 
     All properties raise a UserError if the file that they need is damaged; `problem` says so beforehand.
     """

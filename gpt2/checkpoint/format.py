@@ -258,7 +258,7 @@ def _parse_json(text: bytes, file_size: int) -> Any:
 
 
 def shapes_of(config: GPT2Config) -> Shapes:
-    """The tensors of a model, without building one: a model of one block is, because all blocks are alike."""
+    """The tensors of a model, derived from a model of one block, since all blocks are alike."""
     import torch
 
     from gpt2.model import GPT2Model

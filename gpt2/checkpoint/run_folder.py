@@ -130,7 +130,7 @@ def best_first(folder: Path) -> list[Path]:
 
 
 def refuse_links(folder: Path, key: str) -> None:
-    """Raise a UserError if files of a run folder are links: what is written to them would go where its maker chose."""
+    """Raise a UserError if files of a run folder are links: writing to them would change files elsewhere."""
     if linked := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()):
         raise UserError(f"{key}: files in {folder} are links to other places, {few(linked)}; replace them by files")
 

@@ -221,7 +221,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
 
 
 def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Values) -> Values:
-    """The settings OF_THE_USER with which a run is resumed, where they are not the command line's; notes the others.
+    """The settings OF_THE_USER of a resumed run that the command line does not set; logs those that are not taken.
 
     A checkpoint may keep W&B from being contacted, but not have it contacted.
     """

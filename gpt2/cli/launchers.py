@@ -50,7 +50,7 @@ def log_submissions(enabled: bool = True) -> None:
 
 @contextmanager
 def wait_for_all_jobs() -> Iterator[None]:
-    """Let submitit's launcher wait for all its jobs, where it would give up at the first that was lost."""
+    """Make submitit's launcher wait for all jobs; by itself it gives up at the first lost one."""
     if find_spec("submitit") is None:
         yield
         return

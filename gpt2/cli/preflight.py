@@ -178,7 +178,7 @@ def problem_of_choice(name: str, override: Override) -> str | None:
 
 
 def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
-    """Problems of Hydra's own node, with which it runs but our scripts do not.
+    """Settings of Hydra's own node that our scripts do not support.
 
     Args:
         kind: `run` or `sweep`, whose folder is used.
@@ -273,7 +273,7 @@ def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None
 
 
 def validate_rest(name: str, overrides: list[str], problems: list[str]) -> list[str]:
-    """Problems of a single run without the arguments that have problems already, whose keys are missing there."""
+    """Problems of a single run, except for the keys of arguments that have a problem already."""
     refused = {problem.partition(":")[0].partition("=")[0].lstrip("+") for problem in problems}
     others = validate_command_line(name, overrides)
     return [problem for problem in others if problem.partition(":")[0] not in refused]

@@ -120,7 +120,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
 
 
 def swept_values(swept: list[Override]) -> list[list[str]]:
-    """Of each sweep without a study, one override for every value.
+    """For each sweep, one override for each value; for sweeps without a study.
 
     Raises:
         UserError: A sweep has no values, or too many.

@@ -260,7 +260,7 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
 
 
 def _matches(pattern: str, files: dict[Path, set[str]]) -> set[Path]:
-    """Those of some files, given with their names, that match a pattern, whose `*` also is any number of folders."""
+    """The files, given with their names, that match a pattern; `*` also stands for any number of folders."""
     named = {Path(realpath(name)) for name in files_matching(pattern)}
     patterns = [as_pattern(pattern), as_pattern(realpath(pattern))]
     return {
@@ -363,7 +363,7 @@ def open_dataset(config: DataConfig) -> Source:
 
 @contextmanager
 def verified_cache(folder: Path) -> Iterator[None]:
-    """Let `datasets`, which notices no changed byte, make or read its files in `folder` inside the block.
+    """Inside the block `datasets` writes or reads its files in `folder`; changed bytes, which it ignores, are detected.
 
     Their checksums are stored beside the folder. A damaged folder is removed first.
     """

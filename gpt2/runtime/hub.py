@@ -52,7 +52,7 @@ def _home() -> Path:
 
 
 def move_hub_cache() -> None:
-    """Before the libraries of Hugging Face are imported: give them a temporary cache if theirs cannot be made."""
+    """Give the Hugging Face libraries a temporary cache if theirs cannot be created. Call it before importing them."""
     folder = Path(os.environ.get("HF_HOME") or _home() / "huggingface")
     if not os.path.lexists(folder) and (instead := _writable_cache(folder)) != folder:
         os.environ["HF_HOME"] = str(instead)
@@ -84,7 +84,7 @@ def connect(seconds: float = 3.0) -> None:
     Otherwise they would retry for half a minute.
 
     Raises:
-        UserError: A variable of the environment that holds an address is invalid, which its libraries fail on.
+        UserError: An environment variable that holds a URL is invalid; the libraries would fail on it.
     """
     addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
     move_hub_cache()

@@ -38,7 +38,7 @@ BUSY_SECONDS = 60  # how long a process waits for another one to write to a SQLi
 
 
 def validate_storage(url: str | None) -> str | None:
-    """Why a storage cannot be opened, as far as it shows without writing anything; None if it can.
+    """Why a storage cannot be opened, as far as that is visible without writing anything; None if it can.
 
     Without its password. Whether a server answers is not tried.
     """
@@ -57,7 +57,7 @@ def validate_storage(url: str | None) -> str | None:
 
 
 def _problem_of_place(file: Path) -> str | None:
-    """Why a file cannot be there.
+    """Why a storage file cannot be created.
 
     Raises:
         OSError: It cannot be written, or its locks cannot be made beside it.

@@ -104,7 +104,7 @@ class LoggedSteps:
     """
 
     def __init__(self, saved: Any = None):
-        """`saved`: the `ranges` of an earlier one. Of anything else, which a file may hold, nothing is taken."""
+        """`saved`: the `ranges` of an earlier instance; any other value is ignored."""
         self.ranges: dict[str, list[list[int]]] = {kind: [] for kind in KINDS}
         with suppress(TypeError, ValueError, KeyError, OverflowError):
             self.ranges = {kind: [[int(n) for n in (a, b, c)] for a, b, c in saved[kind]] for kind in KINDS}
