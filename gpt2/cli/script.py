@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -35,13 +36,14 @@ from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
 from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line
 from gpt2.runtime.console import printable, protect_output
-from gpt2.runtime.dist_env import dist_env, report_to_torchrun, silence_unless_main
+from gpt2.runtime.dist_env import dist_env, exit_without_finalization, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
 from gpt2.tracking.tracker import record_failure
 
 TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
 OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
+SECONDS_BEHIND_CAUSE = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
             exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
             arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
             protect_output()
-            with errors_as_lines():
+            with exit_without_finalization(), errors_as_lines():
                 silence_unless_main()
                 options = parse_arguments(arguments)
                 refuse_deleted_folder()
@@ -378,7 +380,8 @@ def print_problems(error: UserError) -> None:
     lines = [f"{rank}{problem}" for problem in error.problems]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    if type(error) is LostRankError:  # a consequence; torchrun's report shall show the cause
+    if type(error) is LostRankError:  # a consequence: torchrun's report shall show the cause, whose rank must end first
+        time.sleep(SECONDS_BEHIND_CAUSE)
         return
     try:  # torchrun's report shows the traceback, and this one is short
         raise UserError(*map(printable, lines)) from None

@@ -24,6 +24,8 @@ from gpt2.runtime.dist_env import DistEnv, dist_env, division
 
 Batch = dict[str, Tensor]
 
+SECONDS_TO_RECEIVE = 60.0
+
 
 class ProcessGroup:
     """One rank's view of the ranks that train together; by default a single process."""
@@ -108,10 +110,19 @@ class ProcessGroup:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The JSON value of rank 0, on each rank. For use before `init_distributed`, once per process."""
-    if not dist_env().is_main:
-        return json.loads(_store().get("from main"))
-    _store().set("from main", json.dumps(value))
+    """The JSON value of rank 0, on each rank. For use before `init_distributed`, once per process.
+
+    Rank 0 may serve the store and end right after this, so it waits, at most `SECONDS_TO_RECEIVE`, until all have it.
+    """
+    store, env = _store(), dist_env()
+    if not env.is_main:
+        value = json.loads(store.get("from main"))
+        store.add("received", 1)
+        return value
+    store.set("from main", json.dumps(value))
+    deadline = time.monotonic() + SECONDS_TO_RECEIVE
+    while store.add("received", 0) < env.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
     return value
 
 

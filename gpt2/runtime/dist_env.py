@@ -1,8 +1,11 @@
 """The environment variables with which torchrun starts a process. Imports neither torch nor anything else slow."""
 
+import atexit
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -63,6 +66,32 @@ def report_to_torchrun(error: BaseException) -> None:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
         get_error_handler().record_exception(error)
+
+
+@contextmanager
+def exit_without_finalization() -> Iterator[None]:
+    """In a rank, end the process when its exit handlers have run, before Python takes the interpreter apart.
+
+    A thread of gloo may release its last tensor only then, which aborts the process (pytorch/pytorch#190489), and
+    torchrun reports a run that is complete as failed. Exit handlers that exist before the block do not run.
+    """
+    code = 1  # of an exception that is not caught
+
+    def end() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a closed pipe
+                stream.flush()
+        os._exit(code)
+
+    if "RANK" in os.environ:  # invalid variables are reported in the block
+        atexit.register(end)  # called last, because registered first
+    try:
+        yield
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        raise
+    code = 0
 
 
 def division(accumulation_steps: int, world_size: int) -> tuple[int, int]:

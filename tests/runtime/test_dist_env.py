@@ -1,5 +1,9 @@
 """The environment variables of torchrun."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from gpt2.errors import UserError
@@ -11,3 +15,41 @@ def test_missing_variables_are_named(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"):
         dist_env.__wrapped__()
+
+
+RANK = """
+import atexit, builtins, sys, threading
+from gpt2.runtime.dist_env import exit_without_finalization
+
+class Last:
+    def __del__(self):
+        print("finalized")
+
+with exit_without_finalization():
+    atexit.register(print, "exit handler")
+    builtins.last = Last()
+    threading.Thread(target=print, args=["thread"]).start()
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "error"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(138)", 138, ""),
+        ("sys.exit('no')", 1, "no\n"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
+    ],
+)
+def test_rank_exits_before_finalization_with_its_code_and_output(end, code, error):
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", RANK.format(end=end)]
+        return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+
+    alone, rank = run(), run(RANK="0")
+    assert alone.stdout == "thread\nexit handler\nfinalized\n"
+    assert rank.stdout == "thread\nexit handler\n"
+    assert alone.returncode == rank.returncode == code
+    assert rank.stderr == alone.stderr and rank.stderr.endswith(error)
