@@ -23,7 +23,7 @@ from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
 from gpt2.cli.search_space import with_choices_listed
 from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
 from gpt2.runtime.files import LOCK, is_locked, writable_folder
-from gpt2.tracking.tracker import FINISHED, RUNNING, read_about, record_failure
+from gpt2.tracking.tracker import ABOUT, FINISHED, RUNNING, read_about, record_failure
 
 Overrides = Sequence[str]
 
@@ -42,6 +42,7 @@ class RunSweeper(BasicSweeper):
     config: DictConfig  # what `setup` sets
     hydra_context: HydraContext
     launcher: Launcher
+    began: Path  # a file from the beginning of this sweep: what is older is of an earlier one in the same folder
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every combination.
@@ -59,7 +60,8 @@ class RunSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
         self._refuse_folders(jobs)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
+        self.began = folder / "multirun.yaml"
+        OmegaConf.save(self.config, self.began)
         ends: list[Any] = []
         for batch in batches:
             ends += self._launch(batch, len(ends))
@@ -109,31 +111,36 @@ class RunSweeper(BasicSweeper):
                 return [_end_of(job) for job in self.launcher.launch(jobs, initial_job_idx=first)]
         except Exception as error:
             folders = [self._folder_of(overrides, first + n) for n, overrides in enumerate(jobs)]
-            started = next((n for n, folder in enumerate(folders) if not folder.exists()), len(jobs))
+            started = max((n for n, folder in enumerate(folders, start=1) if self._wrote(folder / LOCK)), default=0)
             if not started and isinstance(error, OSError):
                 raise
             if not started:  # such as joblib, of its own settings
                 raise UserError(f"hydra.launcher: no run can start: {shortened(one_line(error), 300)}") from error
             lost = LostRun.by(error)
-        ends = [_end_in(folder, lost) for folder in folders[:started]]
+        ends = [self._end_in(folder, lost) for folder in folders[:started]]
         return ends + (self._launch(jobs[started:], first + started) if jobs[started:] else [])
+
+    def _wrote(self, file: Path) -> bool:
+        """Whether a job of this sweep wrote a file, and not one of an earlier sweep in the same folder."""
+        return file.exists() and file.stat().st_mtime_ns >= self.began.stat().st_mtime_ns
+
+    def _end_in(self, folder: Path, lost: UserError) -> UserError | None:
+        """How the run in a folder ended; `lost` if it was killed, None if it is finished."""
+        while is_locked(folder / LOCK):
+            time.sleep(0.2)
+        about = read_about(folder)
+        state = about.get("state", RUNNING)
+        if state == FINISHED:
+            return None
+        if state == RUNNING or not self._wrote(folder / ABOUT):
+            return lost
+        return _with_code(UserError(about.get("reason") or state), about.get("exit_code", 1))
 
 
 def _end_of(job: JobReturn) -> Any:
     if job.status == JobStatus.COMPLETED:
         return job.return_value
     return LostRun.by(job._return_value)
-
-
-def _end_in(folder: Path, lost: UserError) -> UserError | None:
-    """How the run in a folder ended; `lost` if it was killed, None if it is finished."""
-    while is_locked(folder / LOCK):
-        time.sleep(0.2)
-    about = read_about(folder)
-    state = about.get("state", RUNNING)
-    if state == FINISHED:
-        return None
-    return lost if state == RUNNING else _with_code(UserError(about.get("reason") or state), about.get("exit_code", 1))
 
 
 def named(error: UserError, number: int, overrides: Overrides, swept: set[str]) -> UserError:

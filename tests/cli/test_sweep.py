@@ -126,8 +126,14 @@ def test_runs_of_other_processes_are_named_too(workspace: Workspace, launcher):
 
 @pytest.mark.slow
 def test_killed_worker_does_not_end_the_runs_that_wait(workspace: Workspace):
-    line = ["train.seed=1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    line = ["train.seed=1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "train.auto_resume=true"]
     workspace.environment["GPT2_FAULT"] = "kill@2"
+    for number in "12":  # left by an earlier start of this sweep
+        (workspace.folder / "outputs/sweeps/sweep/again" / number).mkdir(parents=True)
+        earlier = {"state": "failed", "reason": "UserError: no text", "exit_code": 2}
+        (sweep_of(workspace) / number / "run.json").write_text(json.dumps(earlier))
+        (sweep_of(workspace) / number / ".lock").touch()
+    line.append(f"hydra.sweep.dir={sweep_of(workspace)}")
     done = workspace.run("train.py", "-m", *TWO_STEPS, *line, expect=1)
     assert done.stderr.splitlines()[-1] == "error: 3 of 3 runs failed: 0, 1, 2 (its process ended)"
     assert "error: run 2 (train.seed=3): its process ended; A worker process" in done.stderr
