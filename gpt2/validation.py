@@ -182,6 +182,9 @@ def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
     return result
 
 
+NO_SUCH_KEY = "there is no such key"
+
+
 def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
     """An instance of a dataclass from the plain values of a file, whose keys and types may be wrong. Ranges may be too.
 
@@ -204,7 +207,7 @@ def _instance(kind: type, values: Any, prefix: str, problems: Problems) -> Any:
         return None
     hints, arguments = get_type_hints(kind), {}
     unknown = [key for key in values if key not in hints]
-    problems += [f"{prefix}{key}: there is no such key; there are {', '.join(hints)}" for key in map(brief, unknown)]
+    problems += [f"{prefix}{key}: {NO_SUCH_KEY}; there are {', '.join(hints)}" for key in map(brief, unknown)]
     for field in fields(kind):
         key, options = field.name, _options(hints[field.name])
         nested = next(filter(is_dataclass, options), None)

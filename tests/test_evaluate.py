@@ -16,6 +16,7 @@ from gpt2.errors import UserError
 from gpt2.evaluate import Evaluator, as_inputs, score
 from gpt2.model import IGNORE_INDEX, GPT2Model
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.tracking.evaluations import earlier_results
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
@@ -266,6 +267,8 @@ def test_file_that_is_no_result_is_not_replaced(tmp_path):
         with pytest.raises(UserError, match="is not a result of evaluate"):
             evaluate["add_result"](path, {"loss": 1.0})
         assert path.read_bytes() == content
+    with pytest.raises(UserError, match=r"cannot read the earlier results in /proc/self/mem: Input/output error"):
+        earlier_results(Path("/proc/self/mem"))
 
 
 def test_evaluation_of_foreign_model_is_stored_by_name(workspace: Workspace):

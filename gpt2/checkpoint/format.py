@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import atomic_write, fsync
+from gpt2.validation import brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +121,10 @@ def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
+
+
+class NewerVersionError(UserError):
+    """A checkpoint has a format that did not exist yet when this version was made."""
 
 
 @dataclass
@@ -233,7 +238,10 @@ def _parse_header(text: bytes, file_size: int, path: Path) -> tuple[dict[str, An
         raise UserError(f"checkpoint: {path} is damaged: wrong checksum of its header")
     record = _parse_json(metadata.pop(RECORD).encode(), file_size)
     if record["format"] != FORMAT:
-        raise UserError(f"checkpoint: {path} has format {record['format']}, this version reads format {FORMAT}")
+        formats = f"format {brief(record['format'])}, this version reads format {FORMAT}"
+        if isinstance(record["format"], int) and record["format"] > FORMAT:
+            raise NewerVersionError(f"checkpoint: {path} was written by a newer version of this program ({formats})")
+        raise UserError(f"checkpoint: {path} has {formats}")
     sums = _parse_json(metadata[TENSOR_SUMS].encode(), file_size)
     tensors = {}
     for name, entry in header.items():

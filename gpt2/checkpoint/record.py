@@ -13,7 +13,7 @@ from typing import Any
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import UserError, few
-from gpt2.validation import NOT_NEGATIVE, SEED, from_plain, out_of_bounds, validate
+from gpt2.validation import NO_SUCH_KEY, NOT_NEGATIVE, SEED, from_plain, out_of_bounds, validate
 
 
 @dataclass
@@ -103,4 +103,8 @@ def wrong_values(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"checkpoint: {path} was not written by Trainer: {few(error.problems, '; ')}") from error
+        unknown = [problem.partition(f": {NO_SUCH_KEY}")[0] for problem in error.problems if NO_SUCH_KEY in problem]
+        problem = f"was not written by Trainer: {few(error.problems, '; ')}"
+        if unknown:
+            problem = f"is of another version of this program: this one does not know its {few(unknown)}"
+        raise UserError(f"checkpoint: {path} {problem}") from error

@@ -81,7 +81,7 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
         prefix: Check only the tensors whose names begin with it.
 
     Raises:
-        UserError: All of them are damaged.
+        UserError: All of them are damaged, or one before the first intact one is of a newer version of this program.
     """
     problems: list[str] = []
     damaged: list[Path] = []
@@ -90,6 +90,8 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
             continue
         try:
             progress = check_progress(path, checkpoint.verify(path, prefix))
+        except checkpoint.NewerVersionError:  # a run that continues from an older checkpoint would delete it
+            raise
         except UserError as error:
             damaged.append(path)
             problems += error.problems

@@ -16,14 +16,16 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
     """The results that a result file contains, oldest first.
 
     Raises:
-        UserError: It is another kind of file.
+        UserError: It cannot be read, or is another kind of file.
     """
     if not path.exists():
         return []
     try:
         newest = json.loads(path.read_text(encoding="utf-8"))
         results = [*newest.pop("earlier"), newest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise UserError(f"output: cannot read the earlier results in {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         results = [None]
     if not all(isinstance(result, dict) for result in results):
         raise UserError(f"output: {path} exists and is not a result of evaluate.py; name another file")

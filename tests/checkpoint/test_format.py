@@ -93,7 +93,7 @@ def of_the_future(path: Path) -> None:
         (absurd_header, "not a checkpoint of this program"),
         (pickled, "not a checkpoint of this program"),
         (cut_short, "is damaged"),
-        (of_the_future, "has format 99"),
+        (of_the_future, r"was written by a newer version of this program \(format 99, this version reads format 2\)"),
         (lambda path: path.mkdir(), "cannot read"),
         (lambda path: None, "cannot read"),
     ],

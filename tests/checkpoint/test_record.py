@@ -78,7 +78,6 @@ WRONG = [
     ("run.train.batch_size", "4"),
     ("run.train.precision", "fp8"),
     ("run.wandb", 3),
-    ("run.train.unheard_of", 1),
     ("train.learning_rate", [1]),
     ("train.learning_rate", 10**400),
     ("versions", None),
@@ -98,6 +97,14 @@ def test_value_of_wrong_type_is_refused_by_every_script(run, key, value):
         assert str(best) in line
         assert len(line) < 1500
         assert "\n" not in line
+
+
+def test_keys_of_another_version_are_named(run):
+    best = run / "checkpoints" / "best_model.pth"
+    rewrite_record(best, lambda record: with_value(with_value(record, "run.train.unheard_of", 1), "run.a:b", 1))
+    for script, (line,) in problems_of_each_script(run).items():
+        problem = "is of another version of this program: this one does not know its run.'a:b', run.train.unheard_of"
+        assert line.endswith(f"{best} {problem}"), script
 
 
 def test_numbers_in_texts_and_whole_numbers_are_numbers(run):

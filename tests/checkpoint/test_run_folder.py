@@ -192,6 +192,14 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     assert step_name(1) not in caplog.text
 
 
+def test_checkpoint_of_a_newer_version_is_not_skipped(tmp_path):
+    """Resuming from an older one would delete it."""
+    save(tmp_path, 1)
+    checkpoint.write_checkpoint(tmp_path / step_name(2), {}, {"format": 99})
+    with pytest.raises(UserError, match=f"{step_name(2)} was written by a newer version"):
+        run_folder.first_intact(run_folder.newest_first(tmp_path))
+
+
 def test_all_damaged_is_a_user_error_that_names_each(tmp_path, caplog):
     for step in (1, 2):
         damage(save(tmp_path, step))
