@@ -47,10 +47,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
         UserError: With all problems.
     """
     try:
-        plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
-        if missing := sorted(OmegaConf.missing_keys(OmegaConf.create(plain))):
-            raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
-        composed = merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
+        composed = typed(name, composed)
         values = COMPLETIONS[name](composed, overrides)
         for key, value in values.items():
             if isinstance(value, int | float):  # interpolations of the command line may refer to it
@@ -69,6 +66,14 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
         config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     return config
+
+
+def typed(name: str, composed: DictConfig) -> DictConfig:
+    """What Hydra composed, in a script's schema and without the `hydra` node: no other keys, no missing values."""
+    plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
+    if missing := sorted(OmegaConf.missing_keys(OmegaConf.create(plain))):
+        raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
+    return merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
 
 
 def saved_values(run: Mapping[str, Any]) -> Values:

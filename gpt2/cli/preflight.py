@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.cli.complete import resolve
+from gpt2.cli.complete import resolve, typed
 from gpt2.cli.compose import (
     compose,
     compose_defaults,
@@ -68,7 +68,7 @@ def check_run(name: str, options: Namespace) -> DictConfig:
     fixed, _, problems = check_overrides(name, options)
     with suppress(HydraException, OmegaConfBaseException):  # whose causes are found argument by argument
         composed = compose(name, fixed, with_hydra=True)
-        problems += validate_hydra(composed, "run")
+        problems += validate_composed(name, composed, "run")
         if not problems:
             return composed
     raise UserError(*dict.fromkeys(problems + validate_rest(name, fixed, problems)))
@@ -177,6 +177,20 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     return None
 
 
+def validate_composed(name: str, composed: DictConfig, kind: str) -> list[str]:
+    """Keys and values that the schema does not allow, interpolations that lead nowhere; or else `validate_hydra`.
+
+    Hydra's own node names folders after our keys: what is wrong with those would be reported twice.
+    """
+    try:
+        OmegaConf.to_object(typed(name, composed))
+    except OmegaConfBaseException as error:
+        return [keyed_error(error)]
+    except UserError as error:
+        return error.problems
+    return validate_hydra(composed, kind)
+
+
 def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
     """Settings of Hydra's own node that our scripts do not support.
 
@@ -216,7 +230,7 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
         return validate_command_line("train", fixed) or error.problems
     whole = compose("train", fixed, with_hydra=True)
     launcher = whole.hydra.launcher
-    problems += validate_hydra(whole, "sweep") + validate_launcher(launcher)
+    problems += validate_composed("train", whole, "sweep") + validate_launcher(launcher)
     if sweeper:
         found = validate_study(sweeper, launcher._target_)
         if whole.hydra.sweeper.storage is None:  # it is a file in the folder of the sweep
