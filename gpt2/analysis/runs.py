@@ -24,7 +24,8 @@ from gpt2.validation import brief, choices_of, from_plain
 log = logging.getLogger(__name__)
 
 SEED = "train.seed"
-KILLED = "killed"  # the state of a run whose process ended without recording how
+# The states of runs that never recorded how they ended: their process is dead, or cannot be seen from this machine.
+KILLED, UNSEEN = "killed", "running?"
 
 
 def flat(nested: Record, prefix: str = "") -> dict[str, Any]:
@@ -185,8 +186,8 @@ class RunResult:
     @property
     def state(self) -> str | None:
         state = self.about.get("state")
-        if state == RUNNING and is_locked(self.folder / LOCK) is False:
-            return KILLED
+        if state == RUNNING:
+            return {True: RUNNING, False: KILLED, None: UNSEEN}[is_locked(self.folder / LOCK)]
         return state if isinstance(state, str) else None
 
     def values(self, key: str) -> list[float]:

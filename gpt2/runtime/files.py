@@ -264,17 +264,17 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def is_locked(lock: Path) -> bool | None:
-    """Whether another process holds a lock file; None if the filesystem has no locks.
+    """Whether another process holds the lock file of a run folder.
 
-    Do not call it for a lock that this process holds: closing the file would release it.
+    None if this cannot be seen: the file is missing, its filesystem has no locks, or its last holder was on another
+    machine, whose locks a network filesystem may not show. Do not call it for a lock that this process holds: closing
+    the file would release it.
     """
     try:
-        with lock.open("r+") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
+        with open(lock, errors="replace", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:  # noqa: PTH123
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False if f" on {socket.gethostname()} since " in file.read(1000) else None
     except (BlockingIOError, PermissionError):
         return True
     except OSError:
         return None
-    return False

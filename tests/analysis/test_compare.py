@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from gpt2.analysis.plotting import picture
 from gpt2.analysis.runs import COLUMNS, RunResult, differences, find_runs
 from gpt2.analysis.tables import as_markdown, as_text, is_number
 from gpt2.errors import UserError
+from gpt2.runtime.files import LOCK
 from tests.helpers import ROOT
 
 
@@ -173,6 +175,7 @@ def test_notes_on_incomparable_runs(tmp_path, changed, note):
 def test_state_of_a_running_and_of_a_killed_run(tmp_path, locked, state):
     folder = tmp_path / "a"
     make_run(folder, state="running")
+    assert RunResult(folder).state == "running?"  # as of a copy without the lock
     code = "import sys\nfrom pathlib import Path\nfrom gpt2.runtime.files import run_lock\n"
     code += "with run_lock(Path(sys.argv[1])):"
     command = [sys.executable, "-c", f"{code} print(); input()", str(folder)]
@@ -184,6 +187,8 @@ def test_state_of_a_running_and_of_a_killed_run(tmp_path, locked, state):
     assert RunResult(folder).state == state
     assert Comparison([RunResult(folder)]).rows()[1][-1] == state
     holder.communicate()
+    (folder / LOCK).write_text((folder / LOCK).read_text().replace(socket.gethostname(), "another-machine"))
+    assert RunResult(folder).state == "running?"
 
 
 def test_tables_as_text_and_markdown():
