@@ -271,7 +271,7 @@ def is_locked(lock: Path) -> bool | None:
     the file would release it.
     """
     try:
-        with open(lock, errors="replace", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:  # noqa: PTH123
+        with open(lock, errors="replace", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False if f" on {socket.gethostname()} since " in file.read(1000) else None
     except (BlockingIOError, PermissionError):
