@@ -84,19 +84,30 @@ def _as_written(character: str) -> str:
 
 
 _COLON, _SLASH, _AT = map(_as_written, ":/@")
-# Up to the last @ before a space, since a password may contain @, / and :. One slash, since pathlib drops the second.
+# A URL up to the last @ before a space, since a password may contain @, / and :. It may have a slash too few, which
+# pathlib drops, or `--` for each, which the cache of the Hub writes.
 _IN_URL = re.compile(
-    rf"(?<!\S)(?>(\S*?(?:(?<!sqlite)(?<!journal)(?<!file){_COLON}{_SLASH}|(?<![:/]){_SLASH}{_SLASH}){_SLASH}*))(\S+){_AT}",
+    rf"(?<!\S)(?>(?P<start>\S*?(?:(?<!sqlite)(?<!journal)(?<!file){_COLON}{_SLASH}|https?{_COLON}(?:--)*"
+    rf"|(?P<no_scheme>(?<![:/]){_SLASH}{_SLASH})){_SLASH}*))(?P<rest>\S+){_AT}",
     re.IGNORECASE,
 )
-_WITHOUT_SCHEME = re.compile(
-    rf"(?<!\S)(?>(\S*?)(?<![\w:/@.+-])[\w.+-]++{_COLON}(?=[^\s/:@'\"]))\S+{_AT}(?=[\w\[])", re.IGNORECASE
+# Credentials come before the first slash, so `host/a@b` and `host:8080/a@b` have none. A colon behind the slash is
+# that of a password with a slash in it, or of another URL.
+_HOST_AND_PATH = re.compile(
+    rf"(?:\[[\da-f:.]+\]|(?:(?!{_COLON}|{_SLASH}|{_AT})[^\s?#])+)(?:{_COLON}\d+)?(?:{_SLASH}|[?#])(?:(?!{_COLON})\S)*",
+    re.IGNORECASE,
+)
+_WITHOUT_SCHEME = re.compile(  # if a host with a port follows
+    rf"(?<!\S)(?>(\S*?)(?<![\w:/@.+-])[\w.+-]++{_COLON}(?=[^\s/:@'\"]))\S+{_AT}(?=\[[\da-f:]|[\w.-]+:\d)", re.IGNORECASE
 )
 _OF_DATABASE = re.compile(r"(postgres|mysql|mariadb|redis)[\w+]*:/+$", re.IGNORECASE)
+_OFTEN_SECRET = r"(?:secret|(?<!eos_|bos_|pad_|unk_)token|\bpass|\bauth|\bsig|signature)"
+_LOOKS_RANDOM = r"""(?=['"]?[a-z_.~+/=-]{0,40}\d)(?=['"]?[\w.~+/=-]{8})"""
+_IS, _IN_DICT = r"(?:\s*=\s*|%(?:25)*3D)", r"['\"]\s*:\s*"
 _NAMED = re.compile(
-    r"""((?:passw(?:or)?d|\bpwd|\bpass|passphrase|secret|(?<!eos_|bos_|pad_|unk_)token|api[_-]?key"""
-    r"""|access[_-]?key|signature|\bsig|\bauth)"""
-    r"""(?:\s*=\s*|%(?:25)*3D|['"]\s*:\s*)|(?:\bauthorization['"]?\s*:\s*['"]?(?:basic|bearer)?|\bbearer)\s+)"""
+    rf"((?:passw(?:or)?d|\bpwd|passphrase|api[_-]?key|access[_-]?key)(?:{_IS}|{_IN_DICT})|{_OFTEN_SECRET}{_IN_DICT}"
+    rf"|(?:[?&]|%(?:25)*(?:3F|26))[\w.-]*{_OFTEN_SECRET}{_IS}|(?:{_OFTEN_SECRET}{_IS}|\bbearer\s+){_LOOKS_RANDOM}"
+    r"|\bauthorization['\"]?\s*:\s*['\"]?(?:basic|bearer)?\s+)"
     r"""('[^']*'|"[^"]*"|[^&\s'"]+)""",
     re.IGNORECASE,
 )
@@ -105,8 +116,9 @@ _NAMED = re.compile(
 def without_password(text: str, url: str | None = None) -> str:
     """A text with stars for the credentials in it, in any form into which libraries rewrite them.
 
-    These are users and passwords in URLs (the user of a database remains), values of keys such as `token`, and what is
-    known to be secret, wherever it occurs: tokens and passwords in environment variables, and the password of `url`.
+    These are users and passwords in URLs (the user of a database remains), values of keys such as `password`, those of
+    `token` and the like in a query or if they look random, and what is known to be secret, wherever it occurs: tokens
+    and passwords in environment variables, and the password of `url`.
     """
     for secret in {*_secrets_of_environment(), *_passwords_of(url or "")}:
         text = text.replace(secret, "***")
@@ -115,26 +127,26 @@ def without_password(text: str, url: str | None = None) -> str:
 
 
 def _starred(match: re.Match[str]) -> str:
-    start, credentials = match.groups()
-    user, colon, _ = credentials.partition(":")
-    if credentials == "USER:PASSWORD":  # of a message that says how a URL is written
+    start, rest = match["start"], match["rest"]
+    is_path = not re.search(_COLON, rest) if match["no_scheme"] else _HOST_AND_PATH.fullmatch(rest)
+    user, colon, _ = rest.partition(":")
+    is_database = _OF_DATABASE.search(start)
+    if is_path or rest == "USER:PASSWORD" or (is_database and not colon):  # of a message that says how a URL is written
         return match[0]
-    if not _OF_DATABASE.search(start):
-        return f"{start}***@"
-    return f"{start}{user}:***@" if colon else match[0]
+    return f"{start}{user}:***@" if is_database else f"{start}***@"
 
 
 def _secrets_of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if name.upper().endswith(("TOKEN", "KEY", "PASSWORD", "SECRET")) and len(value) >= 8:
             yield value
-        if "://" in value or name.upper().endswith("_PROXY"):  # which may lack the scheme
+        if "://" in value or name.upper().endswith(("_PROXY", "_ENDPOINT")):  # which may lack the scheme
             yield from (password for password in _passwords_of(value) if len(password) >= 4)
 
 
 def _passwords_of(url: str) -> set[str]:
     """The password of a URL as written, with percent-encoding and without."""
-    match = re.search(r"(?:://|^(?![\w+.-]+://))[^/@:\s]*:(.+)@", url)
+    match = re.search(r"(?:://|^(?![\w+.-]+://))[^/@:\s]*:(?!\d+/)(.+)@", url)
     return {match[1], unquote(match[1]), quote(match[1], safe="")} if match else set()
 
 

@@ -46,7 +46,7 @@ def validate_storage(url: str | None) -> str | None:
         return None
     if (file := file_of(url)) is None:
         return (
-            f"{without_password(url)!r} is none of sqlite:///FILE, journal:///FILE, "
+            f"{without_password(url, url)!r} is none of sqlite:///FILE, journal:///FILE, "
             "postgresql://USER:PASSWORD@HOST/NAME and mysql://USER:PASSWORD@HOST/NAME"
         )
     try:
