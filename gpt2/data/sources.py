@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -27,7 +27,7 @@ from filelock import FileLock
 from gpt2.config import DataConfig
 from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
-from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of
+from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of_each
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
 from gpt2.validation import as_pattern, files_matching, no_file
 
@@ -270,13 +270,13 @@ def _matches(pattern: str, files: dict[Path, set[str]]) -> set[Path]:
     }
 
 
-def _fingerprint(paths: Iterable[Path]) -> str:
+def _fingerprint(paths: Sequence[Path]) -> str:
     """Equal for equal contents in the same order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(_digests(paths))).hexdigest()
+
+
+def _digests(paths: Sequence[Path]) -> Iterator[bytes]:
+    return map(bytes.fromhex, sha256_of_each(paths, "Reading the files"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,9 +380,13 @@ def verified_cache(folder: Path) -> Iterator[None]:
         finally:
             made = (path for pattern in ("*.arrow", "*.json") for path in folder.glob(f"**/{pattern}"))
             names = [str(path.relative_to(folder)) for path in made if ".incomplete" not in str(path)]
-            known = {} if problem else sums
+            known = {name: sums[name] for name in names if name in sums and not problem}
+            new = [name for name in names if name not in known]
+            known |= zip(
+                new, sha256_of_each([folder / name for name in new], "Reading the cached dataset"), strict=True
+            )
             with atomic_write(file) as stored:
-                stored.write(json.dumps({name: known.get(name) or sha256_of(folder / name) for name in names}).encode())
+                stored.write(json.dumps(known).encode())
 
 
 def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datasets.Dataset":
@@ -416,7 +420,10 @@ def _folder_fingerprint(folder: Path) -> str:
     """Equal for equal contents under the same names. Hidden files and folders are ignored."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
-    contents = [[name.as_posix(), _fingerprint([folder / name])] for name in visible]
+    digests = _digests([folder / name for name in visible])
+    contents = [
+        [name.as_posix(), hashlib.sha256(digest).hexdigest()] for name, digest in zip(visible, digests, strict=True)
+    ]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

@@ -11,17 +11,19 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gpt2.errors import UserError, one_line
+from gpt2.runtime.console import track
 
 log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".saving-"  # of the name under which something is written until it is complete
 LOCK = ".lock"
+MANY_BYTES = 2**28  # to read: takes a second on a slow disk
 TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 
 
@@ -188,9 +190,26 @@ def exclusive_change(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
+    """The SHA-256 of each file. If they are large, progress is shown under the name of a task.
+
+    Raises:
+        OSError: With the name of the file that cannot be read.
+    """
+    size, done = sum(path.stat().st_size for path in paths), 0
+    with track(task, unit="bytes") if size > MANY_BYTES else nullcontext(lambda *_: None) as advance:
+        for path in paths:
+            digest = hashlib.sha256()
+            try:
+                with path.open("rb") as file:
+                    while block := file.read(2**20):
+                        digest.update(block)
+                        done += len(block)
+                        advance(done, size)
+            except OSError as error:
+                error.filename = str(path)  # a failed read names none
+                raise
+            yield digest.hexdigest()
 
 
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
@@ -203,17 +222,20 @@ def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
     """
     memory = folder.with_suffix(".verified")
     known = read_dict(memory)
-    verified: dict[str, Any] = {}
-    for name, sha256 in sums.items():
-        try:
+    versions: dict[str, list[Any]] = {}
+    now = time.time_ns()
+    try:
+        for name, sha256 in sums.items():
             status = (folder / name).stat()
-            version = [sha256, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            if known.get(name) != version and sha256_of(folder / name) != sha256:
+            versions[name] = [sha256, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        changed = [name for name, version in versions.items() if known.get(name) != version]
+        actual = sha256_of_each([folder / name for name in changed], "Verifying the cache")
+        for name, sha256 in zip(changed, actual, strict=True):
+            if sha256 != sums[name]:
                 return f"wrong checksum of {name}"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > TIME_RESOLUTION:
-            verified[name] = version
+    except OSError as error:
+        return f"{os.path.relpath(error.filename, folder)}: {error.strerror}"
+    verified = {name: version for name, version in versions.items() if now - max(version[-2:]) > TIME_RESOLUTION}
     if verified != known:
         with suppress(OSError), atomic_write(memory) as file:  # it is no loss where the folder is read-only
             file.write(json.dumps(verified).encode())

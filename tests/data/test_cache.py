@@ -1,9 +1,9 @@
 """The cache of tokenized corpora: what makes a corpus another one, damage, concurrent processes."""
 
-import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -152,11 +152,11 @@ def test_cache_is_replaced_whatever_is_in_its_place(tmp_path, monkeypatch, what)
         assert prepare(config_of(tmp_path)).damage() is None
 
 
-def test_verified_files_are_not_read_again(tmp_path, monkeypatch):
-    read = []
-    digest = hashlib.file_digest
+def test_verified_files_are_not_read_again(tmp_path, monkeypatch, caplog):
+    read: list[str] = []
+    sums = files.sha256_of_each
     monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, name: read.append(Path(file.name).name) or digest(file, name)
+        files, "sha256_of_each", lambda paths, task: read.extend(p.name for p in paths) or sums(paths, task)
     )
     write_files(tmp_path, 3)
     config = config_of(tmp_path)
@@ -164,7 +164,7 @@ def test_verified_files_are_not_read_again(tmp_path, monkeypatch):
     def files_read() -> list[str]:
         read.clear()
         prepare(config)
-        return sorted(name for name in read if not name.endswith(".txt"))
+        return sorted(read)
 
     names = ["test.bin", "tokenizer.json", "train.bin", "validation.bin"]
     assert files_read() == []  # the checksums are computed while the corpus is written
@@ -175,7 +175,12 @@ def test_verified_files_are_not_read_again(tmp_path, monkeypatch):
     assert files_read() == []
     train = next((tmp_path / "cache").rglob("train.bin"))
     os.utime(train)
+    assert "bytes in" not in caplog.text
+    monkeypatch.setattr(files, "MANY_BYTES", 100)  # such files take long to read
+    caplog.set_level(logging.INFO)
     assert files_read() == ["train.bin"]
+    assert re.search(r"Reading the files: [\d,]+ bytes in [\d.]+ s\n", caplog.text)
+    assert f"Verifying the cache: {train.stat().st_size:,} bytes in " in caplog.text
     assert files_read() == []
 
 
