@@ -11,12 +11,14 @@ def decode_prompt(data: bytes, place: str) -> str:
     """The text of UTF-8 bytes, without a byte order mark, and with the line ends of Unix.
 
     Raises:
-        UserError: The bytes are not UTF-8.
+        UserError: The bytes are not UTF-8, or hold a NUL.
     """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 text at byte {error.start}") from error
+    if b"\0" in data:
+        raise UserError(f"{place} has a NUL at byte {data.index(0)}, so it is UTF-16 or no text at all; give UTF-8")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
