@@ -4,8 +4,8 @@ A script of ours takes a second, but starting Python and importing torch takes t
 file once, and gets from it processes that are as they would be had they been started by themselves, but for the
 imports: working directory, environment, streams, arguments, exit code, signals, threads and exit handlers are theirs.
 
-Libraries that look at the environment while they are imported (those of Hugging Face, wandb) are not among the imports,
-for each workspace has an environment of its own.
+Not among the imports are the libraries of Hugging Face, which look at the environment while they are imported, wandb,
+which makes a temporary folder then, and pyarrow, which starts a thread.
 """
 
 import atexit
@@ -32,8 +32,7 @@ class Asked(NamedTuple):
 
 
 def imports() -> None:
-    # Most of `torch._dynamo`, which the first model imports. That itself would let forked ranks hang at their end.
-    import sympy  # noqa: F401
+    import torch._dynamo  # noqa: F401  # which the first optimizer imports
 
     import gpt2.analysis.plotting
     import gpt2.cli.script
@@ -42,7 +41,11 @@ def imports() -> None:
     import gpt2.evaluate
     import gpt2.inference
     import gpt2.search.report
-    import gpt2.tracking.wandb_logger  # noqa: F401
+    import gpt2.tracking.wandb_logger
+    import gpt2.train  # noqa: F401
+    from gpt2.cli.compose import compose
+
+    compose("train", ["train.max_steps=1"])  # fills the caches of the grammar's parser
 
 
 def serve(listening: socket.socket) -> Asked:

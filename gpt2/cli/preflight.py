@@ -159,8 +159,7 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     Hydra takes only strings as names: a word that its grammar reads as a bool, null or a number ends in a ValueError.
     """
     group, value = override.key_or_group, override.value()
-    options = group_options(name, group)
-    if not options or isinstance(value, Glob):
+    if "." in group or isinstance(value, Glob) or not (options := group_options(name, group)):
         return None
     if override.type != OverrideType.CHANGE and group in compose_defaults(name, with_hydra=True).hydra.runtime.choices:
         return f"{override.input_line}: the group is chosen already, leave out the +"

@@ -26,6 +26,10 @@ Batch = dict[str, Tensor]
 
 SECONDS_TO_RECEIVE = 60.0
 
+# Keeps groups alive until the process ends. DDP would free one that it owns alone, and wait, with the lock of the
+# interpreter, for threads that may need that lock.
+_groups: list[Any] = []
+
 
 class ProcessGroup:
     """One rank's view of the ranks that train together; by default a single process."""
@@ -152,6 +156,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
             world_size=env.world_size,
             timeout=timedelta(seconds=timeout),
         )
+        _groups.append(dist.group.WORLD)
         yield ProcessGroup(env)
     except RuntimeError as error:
         if lost := _lost_rank(error):
