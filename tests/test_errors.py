@@ -202,6 +202,15 @@ def test_credentials_in_an_argument_are_in_no_output(workspace: Workspace, scrip
     assert not found_in(workspace, output), output
 
 
+def test_credentials_in_a_composed_configuration_are_not_printed(workspace: Workspace):
+    storage = f"hydra.sweeper.storage='postgresql://me:{SECRET}@127.0.0.1:9/x'"
+    prompt = f"sample_prompt='{URL}'"
+    done = workspace.run("train.py", "--cfg", "all", *TINY, "hparams_search=optuna", storage, prompt)
+    assert "postgresql://me:***@127.0.0.1:9/x" in done.stdout
+    assert "sample_prompt: https://***@127.0.0.1:9/x" in done.stdout
+    assert not found_in(workspace, done.stdout + done.stderr)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

@@ -12,7 +12,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import GenerateRun, Run, TrainRun
 from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, one_line
-from gpt2.runtime.console import printable, protect_output
+from gpt2.runtime.console import WithoutPasswords, printable, protect_output
 from gpt2.runtime.dist_env import dist_env, exit_without_finalization, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
@@ -96,6 +96,8 @@ def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -
         if options.multirun:
             arguments += sweep_arguments_if_valid(name, options, place)
             swept |= {override.key_or_group for override in parsed(options.overrides) if override.is_sweep_override()}
+        else:  # a storage or a text may be a URL with a password
+            place.enter_context(redirect_stdout(WithoutPasswords(sys.stdout)))
         sys.argv[1:] = arguments
         try:
             hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=TRUSTED)(job)()

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -52,6 +51,20 @@ class TerminalText:
         return getattr(self.unfiltered, name)
 
 
+class WithoutPasswords:
+    """A text stream that stars the credentials in each text that is written to it."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(without_password(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 class LogRecord(logging.LogRecord):
     """A log record, of any library, without passwords, unless its attribute `is_sample` says that a model wrote it."""
 
@@ -65,24 +78,20 @@ class LogRecord(logging.LogRecord):
         return text if getattr(self, "is_sample", False) else without_password(text)
 
 
-def print_exception(*error: Any) -> None:
-    """Print a traceback without passwords."""
-    sys.stderr.write(without_password("".join(traceback.format_exception(*error))))
-
-
 def protect_output() -> None:
-    """For scripts: no passwords in log lines and tracebacks, and no control characters on a terminal.
+    """For scripts: no passwords in log lines and on standard error (tracebacks, warnings), and no control characters on
+    a terminal.
 
     Where a stream lacks a character, it prints a question mark.
     """
     logging.setLogRecordFactory(LogRecord)
-    sys.excepthook = print_exception
+    sys.excepthook = sys.__excepthook__
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
-            if stream.isatty():
-                setattr(sys, name, TerminalText(stream))
+            safe: Any = stream if name == "stdout" else WithoutPasswords(stream)
+            setattr(sys, name, TerminalText(safe) if stream.isatty() else safe)
 
 
 class ConsoleHandler(logging.StreamHandler):

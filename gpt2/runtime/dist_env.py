@@ -1,6 +1,7 @@
 """The environment variables with which torchrun starts a process. Imports neither torch nor anything else slow."""
 
 import atexit
+import json
 import logging
 import os
 import sys
@@ -9,8 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
+from pathlib import Path
+from typing import Any
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_password
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,16 @@ def silence_unless_main() -> None:
 
 
 def report_to_torchrun(error: BaseException) -> None:
-    """Show the exception that is being handled in the report that torchrun prints at its end."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+    """Show the exception that is being handled in the report that torchrun prints at its end, without passwords."""
+    if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+        def starred(values: dict[str, Any]) -> dict[str, Any]:
+            return {key: without_password(value) if isinstance(value, str) else value for key, value in values.items()}
+
         get_error_handler().record_exception(error)
+        file = Path(name)
+        file.write_text(json.dumps(json.loads(file.read_text(), object_hook=starred)))
 
 
 @contextmanager

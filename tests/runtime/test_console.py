@@ -4,6 +4,8 @@ import io
 import json
 import shutil
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,23 @@ def test_only_a_terminal_is_protected(monkeypatch):
     print("\x1b[1mä", flush=True)
     assert sys.stdout is file
     assert file.buffer.getvalue() == b"\x1b[1m?\n"
+
+
+def test_warnings_and_tracebacks_are_without_passwords(monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", file)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for _ in range(2):  # each job of a sweep does it
+        protect_output()
+    error = OSError("https://user:t0k3n@host is down")
+    sys.stderr.write(warnings.formatwarning(error, UserWarning, "x.py", 1, line="connect(password='t0k3n')"))
+    sys.excepthook(OSError, error, None)
+    threading.__excepthook__(threading.ExceptHookArgs((OSError, error, None, threading.current_thread())))
+    sys.stderr.flush()
+    assert sys.stderr.stream is file
+    printed = file.buffer.getvalue().decode()
+    assert "t0k3n" not in printed
+    assert printed.count("https://***@host is down") == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The environment variables of torchrun."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.dist_env import dist_env, report_to_torchrun
 
 
 def test_missing_variables_are_named(monkeypatch):
@@ -15,6 +16,18 @@ def test_missing_variables_are_named(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="but not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_PORT"):
         dist_env.__wrapped__()
+
+
+def test_report_to_torchrun_is_without_passwords(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    try:
+        raise OSError('"https://user:t0k3n@host" is down, password="t0k3n"')
+    except OSError as error:
+        report_to_torchrun(error)
+    report = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert report["message"] == 'OSError: "https://***@host" is down, password=***'
+    assert report["message"] in report["extraInfo"]["py_callstack"]
+    assert "t0k3n" not in str(report)
 
 
 RANK = """
