@@ -5,9 +5,12 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any, NoReturn
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as BasicSweeper  # for -m without a study
 from hydra._internal.utils import get_args_parser
 from hydra.core.utils import run_job  # what Hydra's launchers call
@@ -30,6 +33,16 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # it would print its usage in several lines
     return parser.parse_intermixed_args(arguments)
+
+
+def bash_completion() -> str:
+    """What `-sc install=bash` prints. Hydra's function completes after `python` only; this one also after `python3` and
+    a path to either.
+    """
+    with redirect_stdout(StringIO()) as printed:
+        BashCompletion(config_loader=None).install()  # type: ignore[arg-type]  # only queries use it
+    is_python = '[[ "${words[0]##*/}" == python* ]]'
+    return printed.getvalue().strip().replace('[ "${words[0]}" == "python" ]', is_python) + " python3"
 
 
 def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any], trusted: list[str]) -> Any:

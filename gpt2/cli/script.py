@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, to_yaml
 from gpt2.cli.help import help_text
-from gpt2.cli.hydra_private import parse_arguments, run_composed
+from gpt2.cli.hydra_private import bash_completion, parse_arguments, run_composed
 from gpt2.cli.launchers import log_submissions, resumable_job
 from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
@@ -65,6 +65,8 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 check_flags(options)
                 if options.help:
                     print(help_text(name))
+                elif options.shell_completion and options.overrides == ["install=bash"]:
+                    print(bash_completion())
                 elif asks_for_information(options) or options.multirun:
                     run_hydra(name, task, arguments, options)
                 else:

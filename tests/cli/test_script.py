@@ -166,15 +166,19 @@ def test_shell_completion_in_bash(workspace: Workspace):
         hydra_bash_completion
         echo "${COMPREPLY[@]}"
     """
-    lines = ["train.py mode", "train.py model=gpt2_m", "train.py train.learning_", "generate.py inference.top_"]
-    asked = "".join(f"ask 'python {line}'\n" for line in [*lines, "train.py model=null train.see"])
-    script = f'eval "$(python train.py -sc install=bash)"\nask() {{ {ask} }}\n{asked}'
+    lines = ["python train.py mode", "python3 train.py model=gpt2_m", "python train.py train.learning_"]
+    lines += [f"{sys.executable} ./generate.py inference.top_", "python train.py model=null train.see"]
+    asked = "".join(f"ask '{line}'\n" for line in lines)
+    script = f'eval "$(python3 train.py -sc install=bash)"\ncomplete -p\nask() {{ {ask} }}\n{asked}'
     environment = {**workspace.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", script], cwd=workspace.folder, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [
+    assert sorted(done.stdout.splitlines()[:2]) == [
+        f"complete -o default -o nospace -F hydra_bash_completion {python}" for python in ("python", "python3")
+    ]
+    assert done.stdout.splitlines()[2:] == [
         "model. model=",
         "model=gpt2_medium model=gpt2_mini",
         "train.learning_rate=",
