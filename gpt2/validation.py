@@ -13,12 +13,14 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from glob import escape, glob
 from itertools import count
-from math import inf
+from math import inf, prod
 from os.path import isfile
 from pathlib import Path
 from stat import S_ISDIR
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import regex
 
 from gpt2.config import (
     OPTIMIZERS,
@@ -37,7 +39,7 @@ from gpt2.config import (
     TrainingConfig,
     TrainRun,
 )
-from gpt2.errors import UserError, without_password
+from gpt2.errors import UserError, one_line, without_password
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
 from gpt2.runtime.hub import is_on_hub
 
@@ -59,6 +61,7 @@ FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 MOST_WEIGHTS = 10**12  # of a model: 4 terabytes
 NO_PASSWORD = "a URL with a user or a password; it would be in all files of the run"
+MOST_REPETITIONS = 10_000  # in a regular expression
 HOLDS_ANY_TEXT = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
 BOUNDS: dict[type, Bounds] = {
@@ -332,6 +335,19 @@ def no_file(pattern: str) -> str | None:
     return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
 
 
+def no_expression(pattern: str) -> str | None:
+    """Why a text is not a regular expression of the library `regex`; None if it is one."""
+    if (
+        prod(max(1, int(times)) for times in re.findall(r"\{\s*(\d{1,9})", pattern)) > MOST_REPETITIONS
+    ):  # `regex` writes them out
+        return f"repetitions such as {{9}} may multiply to {MOST_REPETITIONS:,} at most"
+    try:
+        regex.compile(pattern)
+    except (regex.error, RecursionError) as error:
+        return one_line(error)
+    return None
+
+
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     if config.files == []:
         yield f"{prefix}files: the list is empty; name a file, or a pattern such as 'corpus/**/*.txt'"
@@ -340,10 +356,8 @@ def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     for pattern in config.files or []:
         if reason := no_file(pattern):
             yield f"{prefix}files: {reason}"
-    try:
-        re.compile(config.document_start or "")
-    except re.error as error:
-        yield f"{prefix}document_start: {config.document_start!r} is not a regular expression: {error}"
+    if config.document_start and (reason := no_expression(config.document_start)):
+        yield f"{prefix}document_start: {brief(config.document_start)} is not a regular expression: {reason}"
     name = config.tokenizer
     if name not in ("bytes", "train") and not is_on_hub(name) and not Path(name).exists():
         yield f"{prefix}tokenizer: {name!r} is neither gpt2, bytes nor train, and no folder has that name"

@@ -223,9 +223,12 @@ def test_integer_beyond_float_range_is_rejected():
 
 
 def test_invalid_regular_expression_is_rejected():
-    assert [problem.split(":")[0] for problem in validate(run_with("data", document_start="["))] == [
-        "data.document_start"
-    ]
+    for pattern in ("[", "(" * 5000, "a{99999999999}", "((a{1000}){1000}){1000}", "((a{0}b{2000}){2000}", "\\"):
+        (problem,) = validate(run_with("data", document_start=pattern))
+        assert problem.startswith("data.document_start: ")
+        assert len(problem) < 300
+    for pattern in ("^ = [^=]", "(a+)+$", "a{1000}", r"\d{1,3}[.) ]{0,5}[A-Z]{2,}", "(?i)chapter"):
+        assert validate(run_with("data", document_start=pattern)) == []
 
 
 def test_invalid_device_number_is_rejected():

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +22,7 @@ from os.path import isfile, realpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+import regex
 from filelock import FileLock
 
 from gpt2.config import DataConfig
@@ -29,7 +30,7 @@ from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of_each
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
-from gpt2.validation import as_pattern, files_matching, no_file
+from gpt2.validation import as_pattern, brief, files_matching, no_file
 
 if TYPE_CHECKING:
     import datasets
@@ -47,6 +48,7 @@ OTHER_KINDS = {
 }
 # In pyarrow's errors about files that do not form one table.
 WORDS_OF_ARROW = ("Couldn't cast", "Schema at index", "Failed to parse string", "changed from")
+SECONDS_TO_MATCH = 1  # `data.document_start` with one row
 MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
 
 
@@ -299,7 +301,7 @@ class TableDocuments:
 
     def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
         self.table, self.column, self.document_start = table, column, document_start
-        self.starts_document = re.compile(document_start).match if document_start else None
+        self.starts_document = regex.compile(document_start).match if document_start else None
 
     def __len__(self) -> int:
         return len(self.table) if self.starts_document is None else sum(1 for _ in self)
@@ -318,8 +320,17 @@ class TableDocuments:
         assert self.starts_document is not None
         document: list[str] = []
         any_start = False
+        # Without a repetition, none is needed, and measuring the time takes as long as matching.
+        limit = SECONDS_TO_MATCH if set(self.document_start or "") & set("*+?{") else None
         for row in rows:
-            if self.starts_document(row):
+            try:
+                starts = self.starts_document(row, timeout=limit)
+            except TimeoutError as error:
+                raise UserError(
+                    f"data.document_start: {brief(self.document_start)} takes more than {limit} s for the row "
+                    f"{reprlib.repr(row)}; a repetition in a repetition, such as (a+)+, can take for ever"
+                ) from error
+            if starts:
                 any_start = True
                 if document:
                     yield "".join(document)

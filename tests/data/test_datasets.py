@@ -177,6 +177,14 @@ def test_document_start_that_never_matches_is_a_user_error(tmp_path):
         prepare(dataset_config(folder, tmp_path, document_start="^ = [^=]", test_split=None))
 
 
+def test_document_start_that_takes_too_long_is_a_user_error(tmp_path):
+    """Also in the thread that trains a tokenizer, in which `re` would keep every signal from being handled."""
+    folder = write_dataset(tmp_path / "tiny", train=["a" * 300 + "!"] * 9, validation=["a row"] * 9)
+    options = {"document_start": "(a|aa)+$", "test_split": None, "tokenizer": "train", "vocab_size": 260}
+    with pytest.raises(UserError, match=r"data\.document_start: '\(a\|aa\)\+\$' takes more than 1 s for the row 'aaa"):
+        prepare(dataset_config(folder, tmp_path, **options))
+
+
 def test_exchanged_file_names_are_another_corpus(tmp_path):
     folder = write_dataset(tmp_path / "tiny", train=["long"] * 50, validation=["short"] * 9)
     options = {"document_start": None, "test_split": None}
