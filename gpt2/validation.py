@@ -336,14 +336,17 @@ def no_file(pattern: str) -> str | None:
 
 
 def no_expression(pattern: str) -> str | None:
-    """Why a text is not a regular expression of the library `regex`; None if it is one."""
-    if (
-        prod(max(1, int(times)) for times in re.findall(r"\{\s*(\d{1,9})", pattern)) > MOST_REPETITIONS
-    ):  # `regex` writes them out
+    """Why a text is not a regular expression of Python's that the library `regex` can take as well; None if it is one.
+
+    So it has none of `regex`'s additions, such as recursion, which can fill the memory.
+    """
+    times = (max(1, int(number)) for number in re.findall(r"\{\s*(\d{1,9})", pattern))
+    if prod(times) > MOST_REPETITIONS:  # `regex` writes them out
         return f"repetitions such as {{9}} may multiply to {MOST_REPETITIONS:,} at most"
     try:
+        re.compile(pattern)
         regex.compile(pattern)
-    except (regex.error, RecursionError) as error:
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
         return one_line(error)
     return None
 

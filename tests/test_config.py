@@ -223,7 +223,7 @@ def test_integer_beyond_float_range_is_rejected():
 
 
 def test_invalid_regular_expression_is_rejected():
-    for pattern in ("[", "(" * 5000, "a{99999999999}", "((a{1000}){1000}){1000}", "((a{0}b{2000}){2000}", "\\"):
+    for pattern in ("[", "(" * 5000, "a{99999999999}", "((a{1000}){1000}){1000}", "(a{0}b{2000}){2000}", "\\", "(?R)"):
         (problem,) = validate(run_with("data", document_start=pattern))
         assert problem.startswith("data.document_start: ")
         assert len(problem) < 300
