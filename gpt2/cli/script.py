@@ -39,7 +39,7 @@ from gpt2.runtime.console import WithoutPasswords, printable, protect_output
 from gpt2.runtime.dist_env import dist_env, exit_without_finalization, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import exit_on_signals, reraise_interruption
-from gpt2.tracking.tracker import record_failure
+from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
 
 TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
 OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
@@ -269,9 +269,14 @@ def clean_up_on_error(is_writer: bool = True, is_new: bool = True) -> Iterator[N
 
 
 def remove_if_nothing_happened(folder: Path, hydra_node: Any) -> None:
-    """Remove the folder of a run that ended before it began: only Hydra has written to it."""
+    """Remove the folder of a run that ended before it began: only Hydra has written to it.
+
+    A run may also be interrupted after `run.json` was written, for example while W&B starts.
+    """
     subdir = hydra_node.output_subdir
     hydras = {folder / LOCK, folder / f"{hydra_node.job.name}.log", *((folder / subdir).glob("*") if subdir else ())}
+    if read_about(folder).get("state") == INTERRUPTED:
+        hydras.add(folder / ABOUT)
     if all(path in hydras for path in folder.rglob("*") if not path.is_dir()):
         shutil.rmtree(folder)
 

@@ -63,8 +63,12 @@ class RunSweeper(BasicSweeper):
         self.began = folder / "multirun.yaml"
         OmegaConf.save(self.config, self.began)
         ends: list[Any] = []
-        for batch in batches:
-            ends += self._launch(batch, len(ends))
+        try:
+            for batch in batches:
+                ends += self._launch(batch, len(ends))
+        finally:
+            if [*folder.iterdir()] == [self.began]:  # no run began
+                self.began.unlink()
         failed = {number: end for number, end in enumerate(ends) if isinstance(end, UserError)}
         if not failed:
             return
