@@ -6,27 +6,31 @@ restarted job has the same folder and resumes from its newest checkpoint.
 """
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.cli.compose import escaped
 from gpt2.errors import ResourceError
 from gpt2.runtime.console import ConsoleHandler
-from gpt2.runtime.signals import Interrupted
+from gpt2.runtime.signals import Interrupted, blocked_in_children, defer_signals
 
 T = TypeVar("T")
 
 KEY = "hydra.launcher."
+STOP = ".interrupted"  # this file in the folder of a sweep tells joblib's processes that no further job shall begin
 REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
 
 
@@ -69,6 +73,39 @@ def wait_for_all_jobs() -> Iterator[None]:
         yield
     finally:
         Job.results = results  # type: ignore[method-assign]
+
+
+@contextmanager
+def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
+    """Let the processes of joblib save their runs when a signal arrives, before it ends the sweep in `folder`.
+
+    By itself, joblib kills them as soon as this process raises an exception.
+    """
+    (folder / STOP).unlink(missing_ok=True)
+    if getattr(launcher, "joblib", {}).get("backend") != "loky":
+        yield
+        return
+    from multiprocessing import active_children
+
+    received: list[int] = []
+
+    def pass_on(number: int) -> None:
+        children = active_children()
+        if not children:
+            raise Interrupted.by(number)
+        received.append(number)
+        (folder / STOP).touch()
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child.pid or 0, number)
+
+    with blocked_in_children(), defer_signals(pass_on):
+        try:
+            yield
+        finally:
+            (folder / STOP).unlink(missing_ok=True)
+            if received:
+                raise Interrupted.by(received[0])
 
 
 def validate_launcher(launcher: DictConfig) -> list[str]:

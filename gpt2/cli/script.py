@@ -8,6 +8,7 @@ once; and a prompt bypasses Hydra's grammar, because it is text and no expressio
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -28,7 +29,7 @@ from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, to_yaml
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import bash_completion, parse_arguments, run_composed
-from gpt2.cli.launchers import log_submissions, resumable_job
+from gpt2.cli.launchers import STOP, log_submissions, resumable_job
 from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
 from gpt2.cli.sweep import named
@@ -38,7 +39,7 @@ from gpt2.errors import LostRankError, ResourceError, UserError, machine_error, 
 from gpt2.runtime.console import WithoutPasswords, printable, protect_output
 from gpt2.runtime.dist_env import dist_env, exit_without_finalization, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
-from gpt2.runtime.signals import exit_on_signals, reraise_interruption
+from gpt2.runtime.signals import Interrupted, admitted, exit_on_signals, reraise_interruption
 from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
 
 TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
@@ -92,7 +93,7 @@ def run_hydra(name: str, task: Task, arguments: list[str], options: Namespace) -
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
 
     def job(composed: DictConfig) -> Any:  # launchers pickle it
-        return run_sweep_job(task, swept, composed)
+        return run_unless_stopped(partial(run_sweep_job, task, swept, composed))
 
     with ExitStack() as place:
         if options.multirun:
@@ -304,6 +305,24 @@ def sweep_arguments_if_valid(name: str, options: Namespace, place: ExitStack) ->
     enter_places(composed, place)
     logging.disable(logging.NOTSET)
     return arguments
+
+
+def run_unless_stopped(job: Callable[[], Any]) -> Any:
+    """Run a job of a sweep. In a process of joblib, return the interruption that ends it: raised, it would kill others.
+
+    No job begins after the sweep was interrupted.
+    """
+    from multiprocessing import parent_process
+
+    if parent_process() is None:
+        return job()
+    try:
+        with clean_up_on_error(), admitted():
+            if Path(HydraConfig.get().sweep.dir, STOP).exists():
+                raise Interrupted.by(signal.SIGINT)
+            return job()
+    except Interrupted as interruption:
+        return interruption
 
 
 def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:

@@ -19,10 +19,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt2.cli.compose import leaves
 from gpt2.cli.hydra_private import BasicSweeper
-from gpt2.cli.launchers import uses_submitit, wait_for_all_jobs
+from gpt2.cli.launchers import jobs_save_first, uses_submitit, wait_for_all_jobs
 from gpt2.cli.search_space import with_choices_listed
 from gpt2.errors import ResourceError, UserError, machine_error, one_line, shortened, without_secrets
 from gpt2.runtime.files import LOCK, is_locked, writable_folder
+from gpt2.runtime.signals import Interrupted
 from gpt2.tracking.tracker import ABOUT, FINISHED, RUNNING, read_about, record_failure
 
 Overrides = Sequence[str]
@@ -111,7 +112,7 @@ class RunSweeper(BasicSweeper):
         If the process of a job is killed, joblib gives up all jobs. Those that had not started are launched again.
         """
         try:
-            with wait_for_all_jobs():
+            with wait_for_all_jobs(), jobs_save_first(self.launcher, self.began.parent):
                 return [_end_of(job) for job in self.launcher.launch(jobs, initial_job_idx=first)]
         except Exception as error:
             folders = [self._folder_of(overrides, first + n) for n, overrides in enumerate(jobs)]
@@ -142,6 +143,8 @@ class RunSweeper(BasicSweeper):
 
 
 def _end_of(job: JobReturn) -> Any:
+    if job.status == JobStatus.COMPLETED and isinstance(interruption := job.return_value, Interrupted):
+        return _with_code(UserError("interrupted"), int(str(interruption.code)))
     if job.status == JobStatus.COMPLETED:
         return job.return_value
     return LostRun.by(job._return_value)

@@ -35,7 +35,7 @@ from gpt2.cli.compose import (
     preset,
     to_yaml,
 )
-from gpt2.cli.launchers import log_submissions
+from gpt2.cli.launchers import jobs_save_first, log_submissions
 from gpt2.cli.search_space import KEY, algorithms_of, distributions, settings_of, shared_settings, study_sweeper
 from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
@@ -149,7 +149,8 @@ class StudySweeper(Sweeper):
             for trial in trials
         ]
         try:
-            returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
+            with jobs_save_first(self.launcher, self.folder):
+                returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
         except Exception as error:  # noqa: BLE001  # the launcher's, of which a process was killed
             return f"{type(error).__name__}: {one_line(error.__cause__ or error)}"[:300]
         problem = None

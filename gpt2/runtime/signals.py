@@ -81,7 +81,7 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
             _print("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
         elif number == signal.SIGINT and time.monotonic() - first > SECONDS_OF_ONE_CTRL_C:
             restore()
-            signal.raise_signal(number)
+            os.kill(os.getpid(), number)  # to any thread: this one may block signals
 
     try:
         for number in SIGNALS:
@@ -100,6 +100,42 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
         raise
     finally:
         restore()
+
+
+@contextmanager
+def blocked_in_children() -> Iterator[None]:
+    """Let processes that are started in the block start with signals blocked: their imports would print tracebacks.
+
+    They unblock them with `admitted`. This process receives signals as before, though in another thread: a new process
+    inherits the mask of the thread that starts it. Python calls the handlers in the main thread anyway.
+    """
+    from multiprocessing.resource_tracker import ensure_running
+
+    ensure_running()  # it unblocks signals when it starts
+    over = threading.Event()
+    threading.Thread(target=over.wait, daemon=True).start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        over.set()
+
+
+@contextmanager
+def admitted() -> Iterator[None]:
+    """Receive signals inside the block; outside, in a process that was started with them blocked, they wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if not before.issuperset(SIGNALS):
+        yield
+        return
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a new process
+        exit_on_signals(also_by_ctrl_c=True)
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:

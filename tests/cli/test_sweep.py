@@ -1,6 +1,7 @@
 """Sweeps whose runs fail: the others continue, each error names its run, and the exit code is that of the failures."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -150,3 +151,21 @@ def test_interrupted_sweep_keeps_its_exit_code(workspace: Workspace, number):
     assert process.wait(timeout=120) == 128 + number
     assert not (sweep_of(workspace) / "1").exists()
     assert "runs failed" not in process.printed(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_processes_of_an_interrupted_sweep_save_their_runs(workspace: Workspace, number):
+    """A terminal sends Ctrl-C to all of them; `kill` sends SIGTERM to the first alone."""
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = ["train.max_steps=90", "train.seed=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    process = workspace.start("train.py", "-m", *TWO_STEPS, *line, start_new_session=True)
+    wait_for(lambda: len([*workspace.folder.glob("outputs/sweeps/sweep/*/*/metrics.jsonl")]) == 2)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert process.wait(timeout=120) == 128 + number
+    sweep = sweep_of(workspace)
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    for run in (sweep / "0", sweep / "1"):
+        assert about(run)["state"] == "interrupted"
+        assert (run / "checkpoints" / "last.pth").is_file()
+    assert "Traceback" not in process.printed(2)

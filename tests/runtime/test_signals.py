@@ -10,7 +10,8 @@ from contextlib import suppress
 
 import pytest
 
-from gpt2.runtime.signals import SIGNALS, defer_signals, interruptibly
+from gpt2.runtime.signals import SIGNALS, blocked_in_children, defer_signals, interruptibly
+from tests.test_scripts import wait_for
 
 
 @pytest.fixture
@@ -211,3 +212,24 @@ def test_result_or_error_of_what_computes_in_a_thread():
     assert interruptibly(lambda: 7, pytest.fail) == 7
     with pytest.raises(ZeroDivisionError):
         interruptibly(lambda: 1 // 0, pytest.fail)
+
+
+def test_children_start_with_signals_blocked_until_they_admit_them(handled):
+    child = """
+import os, signal
+from gpt2.runtime.signals import SIGNALS, Interrupted, admitted
+os.kill(os.getpid(), signal.SIGTERM)
+assert signal.pthread_sigmask(signal.SIG_BLOCK, ()).issuperset(SIGNALS)
+try:
+    with admitted():
+        print("not reached")
+except Interrupted as interruption:
+    print(interruption.code)
+os.kill(os.getpid(), signal.SIGINT)  # blocked again
+"""
+    with blocked_in_children():
+        done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+        os.kill(os.getpid(), signal.SIGUSR1)  # this process receives them, if only in another thread
+        wait_for(lambda: handled == [signal.SIGUSR1])
+    assert (done.returncode, done.stdout) == (0, "143\n")
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(SIGNALS)
