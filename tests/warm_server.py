@@ -9,6 +9,7 @@ which makes a temporary folder then, and pyarrow, which starts a thread.
 """
 
 import atexit
+import fcntl
 import gc
 import json
 import os
@@ -29,6 +30,7 @@ class Asked(NamedTuple):
     folder: str
     environment: dict[str, str]
     new_session: bool
+    files: list[int]  # the numbers that the files sent along are to have
 
 
 def imports() -> None:
@@ -63,35 +65,45 @@ def serve(listening: socket.socket) -> Asked:
 
 
 def attend(connection: socket.socket) -> Asked:
-    """Fork a process, tell its number, wait for its end and tell that. Returns in that process."""
+    """Fork a process, tell its number, wait for its end and tell that. Returns in that process.
+
+    The process is killed if the one that asked for it ends first: that may be `warm_python`, which was killed.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, streams, _, _ = socket.recv_fds(connection, 2**20, 3)
+    message, files, _, _ = socket.recv_fds(connection, 2**20, 100)
     asked = Asked(*json.loads(message))
     process = os.fork()
     if process == 0:
         connection.close()
-        become(asked, streams)
+        become(asked, files)
         return asked
-    for stream in streams:
-        os.close(stream)
+    for file in files:
+        os.close(file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and its exit code is sent
     connection.sendall(f"{process}\n".encode())
+    if connection in select.select([connection, os.pidfd_open(process)], [], [])[0]:
+        os.kill(process, signal.SIGKILL)
     _, status, usage = os.wait4(process, 0)
     seconds = usage.ru_utime + usage.ru_stime
-    connection.sendall(f"{os.waitstatus_to_exitcode(status)} {seconds}\n".encode())
+    with suppress(BrokenPipeError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {seconds}\n".encode())
     os._exit(0)
 
 
-def become(asked: Asked, streams: list[int]) -> None:
-    """Make this process what a new one would be."""
+def become(asked: Asked, files: list[int]) -> None:
+    """Make this process what a new one would be. What it starts with `sys.executable` is forked as well."""
     if asked.new_session:
         os.setsid()
     os.chdir(asked.folder)
     os.environ.clear()
-    os.environ.update(asked.environment)
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    os.environ.update(asked.environment, WARM_SERVER=sys.argv[1], WARM_PYTHON=sys.executable)
+    sys.executable = str(Path(__file__).with_name("warm_python"))
+    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 500) for file in files]  # out of the way of the numbers wanted
+    for file in files:
+        os.close(file)
+    for copy, number in zip(copies, asked.files, strict=True):
+        os.dup2(copy, number)
+        os.close(copy)
     is_unbuffered = "PYTHONUNBUFFERED" in os.environ
     sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
     sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # noqa: SIM115

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -166,13 +165,6 @@ def warn_each(sweep: Path, warnings: dict[str, signal.Signals]) -> None:
     wait_for(are_all_warned)
 
 
-def start(workspace: Workspace, *arguments: str) -> subprocess.Popen:
-    command = workspace.command("train.py", "-m", *arguments)
-    return subprocess.Popen(
-        command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 def assert_both_resumed(workspace: Workspace, sweep: Path) -> None:
     """Both runs of a sweep were interrupted, and have the metrics of uninterrupted ones."""
     workspace.environment.pop("GPT2_FAULT", None)
@@ -187,7 +179,7 @@ def assert_both_resumed(workspace: Workspace, sweep: Path) -> None:
 def test_warned_jobs_are_requeued_and_resume(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     line = [*SWEEP, "hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3"]
-    process = start(workspace, *line)
+    process = workspace.start("train.py", "-m", *line)
     sweep = workspace.folder / "outputs/sweeps/sweep"
     warn_each(sweep, {"auto-*/0": signal.SIGUSR1, "auto-*/1": signal.SIGUSR2})
     assert process.wait(timeout=240) == 0
@@ -201,7 +193,7 @@ def test_warned_jobs_are_requeued_and_resume(workspace: Workspace):
 def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
     line = ["-m", *TINY, "train.seed=1,2", "hydra/launcher=submitit_local"]
     workspace.environment["GPT2_FAULT"] = "kill@6"
-    lost = workspace.run_anew("train.py", *line, expect=1)
+    lost = workspace.run("train.py", *line, expect=1)
     (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
     assert "\t#1 : " in lost.stdout
     *errors, summary = lost.stderr.splitlines()
@@ -211,7 +203,7 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
         assert str(folder / ".submitit") in error
     assert summary == "error: 2 of 2 runs failed: 0, 1 (its process ended)"
     workspace.environment["GPT2_FAULT"] = "out_of_memory@6"
-    failed = workspace.run_anew("train.py", *line, expect=1)
+    failed = workspace.run("train.py", *line, expect=1)
     assert failed.stderr.startswith("error: run 0 (train.seed=1): out of memory: ")
     assert failed.stderr.splitlines()[-1].startswith("error: 2 of 2 runs failed: 0, 1 (out of memory: ")
 
@@ -220,7 +212,7 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
 def test_killed_sweep_resumes_unfinished_runs(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     line = [*SWEEP, "train.auto_resume=true", "hydra.sweep.dir=killed"]
-    process = start(workspace, *line)
+    process = workspace.start("train.py", "-m", *line)
     sweep = workspace.folder / "killed"
     wait_for(lambda: has_begun(sweep / "1"))
     process.kill()
@@ -236,7 +228,7 @@ def test_killed_sweep_resumes_unfinished_runs(workspace: Workspace):
 def test_warned_and_preempted_slurm_jobs_resume(workspace: Workspace, with_slurm):
     workspace.environment |= {name: os.environ[name] for name in ("PATH", slurm.STATE)}
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
-    process = start(workspace, *SWEEP, "hydra/launcher=submitit_slurm_requeue")
+    process = workspace.start("train.py", "-m", *SWEEP, "hydra/launcher=submitit_slurm_requeue")
     sweep = workspace.folder / "outputs/sweeps/sweep"
     warn_each(sweep, {"auto-*/0": signal.SIGUSR2})
     wait_for(lambda: any(map(has_begun, sweep.glob("auto-*/1"))))
@@ -256,7 +248,7 @@ def test_warned_trials_resume_in_new_jobs(workspace: Workspace):
     line = [*STUDY, "train.max_steps=30", "train.eval_every=5", "train.save_every=5", "hydra/sweeper/pruner=none"]
     line += ["hydra.sweeper.n_trials=2"]
     jobs = ["hydra/launcher=submitit_local", "hydra.launcher.max_num_timeout=3", "hydra.sweeper.n_jobs=2"]
-    process = start(workspace, *line[1:], *jobs)
+    process = workspace.start("train.py", *line, *jobs)
     folder = workspace.folder / "outputs/sweeps/mine"
     warn_each(folder, {"0": signal.SIGUSR1, "1": signal.SIGUSR2})
     assert process.wait(timeout=240) == 0

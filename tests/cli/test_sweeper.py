@@ -357,19 +357,6 @@ def test_killed_worker_loses_only_its_own_trial(workspace: Workspace):
     assert trials[1].user_attrs["reason"].startswith("its process died 3 times, ")
 
 
-@pytest.mark.slow
-def test_trial_of_a_terminated_worker_resumes_in_another(workspace: Workspace):
-    workspace.environment["GPT2_FAULT"] = "slow@1-99"
-    long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
-    process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", "hydra/sweeper/pruner=none")
-    wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
-    holder = (workspace.folder / "outputs/sweeps/mine/1/.lock").read_text()
-    os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
-    assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["COMPLETE", "COMPLETE"]
-    assert "Resuming after step" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
-
-
 def trials_with_a_checkpoint(workspace: Workspace) -> set[str]:
     return {path.parents[1].name for path in workspace.folder.glob("outputs/sweeps/mine/*/checkpoints/step_*.pth")}
 
@@ -384,29 +371,53 @@ def pids_in(folder: Path) -> list[int]:
     return found
 
 
+PARALLEL = [*STUDY, "train.max_steps=60", "train.eval_every=10", "hydra/sweeper/pruner=none"]
+PARALLEL += ["hydra/launcher=joblib", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=2"]
+
+
+def log_of(workspace: Workspace, number: int) -> str:
+    return (workspace.folder / f"outputs/sweeps/mine/{number}/train.log").read_text()
+
+
+def states(workspace: Workspace) -> list[str]:
+    return [trial.state.name for trial in study_in(workspace.folder).trials]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_parallel_study_resumes(workspace: Workspace, ended_by):
-    """Ctrl-C reaches all its processes; SIGKILL only the sweeper, and the others follow it."""
-    long = ["train.max_steps=60", "train.eval_every=10", "hydra/launcher=joblib", "hydra.sweeper.n_jobs=2"]
+def test_terminated_worker_and_interrupted_study_resume(workspace: Workspace):
+    """SIGTERM to a worker: another one resumes its trial. Ctrl-C reaches all processes: the study ends and resumes."""
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
-    process = workspace.start("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2", start_new_session=True)
+    process = workspace.start("train.py", *PARALLEL, start_new_session=True)
     wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
-    (os.killpg if ended_by == signal.SIGINT else os.kill)(process.pid, ended_by)
-    assert process.wait(timeout=120) == (130 if ended_by == signal.SIGINT else -ended_by)
-    if ended_by == signal.SIGINT:
-        assert [trial.state.name for trial in study_in(workspace.folder).trials] == ["WAITING", "WAITING"]
-    workspace.run("train.py", *STUDY, *long, "hydra.sweeper.n_trials=2")
-    trials = study_in(workspace.folder).trials
-    assert [trial.state.name for trial in trials] == ["COMPLETE", "COMPLETE"]
-    for trial in trials:
-        assert "Resuming after step" in (workspace.folder / f"outputs/sweeps/mine/{trial.number}/train.log").read_text()
+    holder = (workspace.folder / "outputs/sweeps/mine/1/.lock").read_text()
+    os.kill(int(re.search(r"process (\d+)", holder)[1]), signal.SIGTERM)
+    wait_for(lambda: "Resuming after step" in log_of(workspace, 1))
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert states(workspace)[1] == "WAITING"
+    workspace.run("train.py", *PARALLEL)
+    assert states(workspace) == ["COMPLETE", "COMPLETE"]
+    assert log_of(workspace, 1).count("Resuming after step") == 2
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_sweeper_end_and_the_study_resumes(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    command = workspace.command("train.py", *PARALLEL)  # not forked: the workers notice that their parent is gone
+    process = subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
+    process.kill()
+    process.wait()
+    workspace.run("train.py", *PARALLEL)
+    assert states(workspace) == ["COMPLETE", "COMPLETE"]
+    assert all("Resuming after step" in log_of(workspace, number) for number in range(2))
     wait_for(lambda: not pids_in(workspace.folder), seconds=120)
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_trials(workspace: Workspace):
     """A process trains 9 models, one after another, each of 10 MB of weights and twice that in its optimizer."""
+    large = ["model.d_model=256", "model.d_ff=1024", "model.num_layers=3", "train.max_steps=2", "train.eval_every=2"]
     script = f"""
 import resource, runpy, sys, gpt2.search.trial as trial
 sys.path.insert(0, {str(ROOT)!r})
@@ -416,7 +427,7 @@ def measured(self, outcome):
     with open("/proc/self/statm") as file:
         grown.append(int(file.read().split()[1]) * resource.getpagesize() / 1e6)
 trial.RunningTrial._tell = measured
-sys.argv[1:] = {[*STUDY, "hydra.sweeper.n_trials=9", "model.d_model=256", "model.d_ff=1024", "model.num_layers=3"]}
+sys.argv[1:] = {[*STUDY, "hydra.sweeper.n_trials=9", *large]}
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 print("grown", *grown)
 """

@@ -29,22 +29,18 @@ SLOW_DOWN = "slow@5-200"
 DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
 
 
-class Torchrun(subprocess.Popen):
+class Torchrun(Process):
     """A script that torchrun starts. Arguments that begin with -- are torchrun's."""
 
     def __init__(self, workspace: Workspace, size: int, *arguments: str, script: str = "train.py", **environment: str):
         self.name = secrets.token_hex(8)
         options = [argument for argument in arguments if argument.startswith("--")]
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}", *options]
+        command = ["-m", "torch.distributed.run", f"--nproc_per_node={size}", *options]
         overrides = [argument for argument in arguments if argument not in options]
         super().__init__(
-            [*command, *workspace.command(script, *overrides)[1:]],
-            cwd=workspace.folder,
-            env={**workspace.environment, **environment, "STARTED_BY": self.name},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, str(ROOT / script), *overrides],
+            workspace.folder,
+            {**workspace.environment, **environment, "STARTED_BY": self.name},
         )
 
 
@@ -264,7 +260,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_resumes_bit_for_bit(place):
     whole, stopped = trained(place, 2, *LONG), place.folder / "stopped"
     process = Torchrun(place, 2, *SAME, *LONG, "hydra.run.dir=stopped", GPT2_FAULT=SLOW_DOWN)
     wait_for_checkpoint(stopped, process)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     out, err = finish(process, fails=True)
     assert err.count("Interrupted: finishing this step") == 1
     assert read_about(stopped)["state"] == "interrupted"

@@ -18,6 +18,7 @@ import pytest
 from gpt2.errors import UserError, without_password
 from gpt2.search.storage import exclusive, file_of, open_storage, validate_storage
 from tests.test_scripts import wait_for
+from tests.warm import Process
 
 SECRET = "s3/cr:et@x"  # a password that is not escaped
 
@@ -242,7 +243,7 @@ def wait_for_study(name: str, storage: str) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[subprocess.Popen], most: int) -> dict[int, int]:
+def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[Process], most: int) -> dict[int, int]:
     """Kill `most` of the processes. Returns the trial that each was training, by process id."""
     killed: dict[int, int] = {}
 
@@ -269,16 +270,7 @@ def test_four_workers_share_postgresql_and_two_are_killed(postgresql, workspace)
     for number in range(4):
         storage = "${oc.env:STUDIES}" if number % 2 else postgresql
         own = [f"hydra.sweep.dir=machine_{number}", f"hydra.sweeper.storage='{storage}'"]
-        command = workspace.command("train.py", *line, *own)
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=workspace.folder,
-                env=workspace.environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
+        processes.append(workspace.start("train.py", *line, *own, errors_in_output=True))
     study = wait_for_study("mine", postgresql)
     killed = kill_in_the_middle_of_a_trial(study, processes, most=2)
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -293,14 +285,14 @@ def test_four_workers_share_postgresql_and_two_are_killed(postgresql, workspace)
     for number in killed.values():
         assert trials[number].user_attrs["deaths"][0] == 1
         assert trials[number].user_attrs["worker"]["pid"] not in killed
-    rows = [line for output in outputs for line in output.decode().splitlines() if line.startswith("trial ")]
+    rows = [line for output in outputs for line in output.splitlines() if line.startswith("trial ")]
     assert sorted(int(row.split()[1]) for row in rows if " complete " in row) == sorted(
         trial.number for trial in trials if trial.user_attrs["worker"]["pid"] not in killed
     )
     for process, output in zip(processes, outputs, strict=True):
         if process.pid not in killed:
-            assert (b"the best trial's checkpoints in" in output) != (b"the best trial was run elsewhere" in output)
+            assert ("the best trial's checkpoints in" in output) != ("the best trial was run elsewhere" in output)
     files = [path for path in workspace.folder.rglob("*") if path.is_file()]
     assert len({path.relative_to(workspace.folder).parts[0] for path in files if path.name == "train.log"}) >= 3
     assert not [path for path in files if b"secret" in path.read_bytes()]
-    assert b"secret" not in b"".join(outputs)
+    assert "secret" not in "".join(outputs)
