@@ -75,7 +75,7 @@ class Process:
         numbers = [file.fileno() for file in streams] if terminal is None else [terminal] * 3
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(server((*at_start, ("HOME", os.environ.get("HOME", "/")))))
-        message = json.dumps([arguments, str(folder), environment, start_new_session, [0, 1, 2]]).encode()
+        message = json.dumps([arguments, str(folder), environment, start_new_session, [0, 1, 2], []]).encode()
         assert len(message) < 2**16  # it is read in one go
         socket.send_fds(self._connection, [message], numbers)
         self._told = self._connection.makefile()

@@ -31,6 +31,7 @@ class Asked(NamedTuple):
     environment: dict[str, str]
     new_session: bool
     files: list[int]  # the numbers that the files sent along are to have
+    blocked: list[int]  # signals
 
 
 def imports() -> None:
@@ -94,6 +95,7 @@ def become(asked: Asked, files: list[int]) -> None:
     """Make this process what a new one would be. What it starts with `sys.executable` is forked as well."""
     if asked.new_session:
         os.setsid()
+    signal.pthread_sigmask(signal.SIG_SETMASK, asked.blocked)
     os.chdir(asked.folder)
     os.environ.clear()
     os.environ.update(asked.environment, WARM_SERVER=sys.argv[1], WARM_PYTHON=sys.executable)
