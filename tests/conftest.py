@@ -12,6 +12,7 @@ import tty
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -117,7 +118,7 @@ class Workspace:
         """The same from nothing, by an interpreter of its own: it imports what it needs, and its hashes are others."""
         return as_expected(self._started(*self.command(script, *arguments)), expect)
 
-    def start(self, script: str, *arguments: str, **options: bool) -> warm.Process:
+    def start(self, script: str, *arguments: str, **options: Any) -> warm.Process:
         """Start a script, or `-m` and a module, and do not wait for it."""
         place = script if script == "-m" else str(ROOT / script)
         return warm.Process([place, *arguments], self.folder, self.environment, **options)

@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.runtime.dist_env import DistEnv
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.validation import validate_distributed
-from tests.conftest import ROOT, TEXT, TINY, Workspace
+from tests.conftest import ROOT, TEXT, TINY, Workspace, made_once
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -134,9 +135,15 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
+def prepare_stdlib(folder: Path) -> None:
+    Workspace(folder).run("train.py", "experiment=quickstart", *SHORT, *TINY_MODEL)
+
+
 @pytest.fixture
 def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
     """A workspace with what the commands find in a clone, tiny weights in the Hub's cache for OpenAI's, and a run."""
+    prepared = made_once("stdlib", prepare_stdlib)  # by the README's first command
+    shutil.copytree(prepared / "cache", workspace.folder / "cache", dirs_exist_ok=True)
     for name in ("gpt2", "README.md", "experiments"):
         (workspace.folder / name).symlink_to(ROOT / name)
     (workspace.folder / "prompts.txt").write_text("def f\nimport\n")

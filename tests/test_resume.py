@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -175,11 +174,9 @@ def test_impossible_resumption_is_refused(trained: Workspace, arguments, message
 
 def test_run_survives_closed_terminal(workspace: Workspace):
     ours, theirs = os.openpty()
-    command = workspace.command("train.py", *TINY, *LONG, "train.max_steps=800")
-    environment = {**workspace.environment, "TERM": "dumb"}
-    running = subprocess.Popen(
-        command, cwd=workspace.folder, env=environment, stdout=theirs, stderr=theirs, start_new_session=True
-    )
+    workspace.environment["TERM"] = "dumb"
+    options = [*TINY, *LONG, "train.max_steps=800"]
+    running = workspace.start("train.py", *options, start_new_session=True, terminal=theirs)
     os.close(theirs)
     wait_for(
         lambda: any(path.read_text().count("\n") > 3 for path in workspace.folder.glob("outputs/runs/*/*/m*.jsonl"))

@@ -201,17 +201,12 @@ def wait_for(condition, seconds: float = 300) -> None:
 
 @pytest.mark.slow
 def test_interrupted_run_matches_uninterrupted(workspace: Workspace):
-    options = [*TINY, "train.max_steps=3000", "train.eval_every=1000", "train.log_every=10", "model.dropout=0.1"]
+    options = [*TINY, "train.max_steps=200", "train.eval_every=50", "model.dropout=0.1"]
     workspace.run("train.py", *options, "name=straight")
     (straight,) = workspace.runs()
 
-    running = subprocess.Popen(
-        workspace.command("train.py", *options, "name=interrupted"),
-        cwd=workspace.folder,
-        env=workspace.environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    workspace.environment["GPT2_FAULT"] = "slow@1-199"
+    running = workspace.start("train.py", *options, "name=interrupted")
     metrics = workspace.folder / "outputs/runs/interrupted"
     wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
     running.send_signal(signal.SIGINT)
@@ -220,6 +215,7 @@ def test_interrupted_run_matches_uninterrupted(workspace: Workspace):
     (line,) = (line for line in output.splitlines() if line.startswith("Resume with:"))
 
     _, script, *arguments = shlex.split(line.removeprefix("Resume with:"))
+    del workspace.environment["GPT2_FAULT"]
     resumed = workspace.run(script, *arguments)
     assert "Resuming after step" in resumed.stdout
     (run,) = metrics.iterdir()
