@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,10 @@ PEAK_FLOPS = {
     "V100": 125e12,
     "T4": 65e12,
 }
+
+
+# Names of PyTorch's `get_capabilities`: of x86, of ARM.
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def choose_device(name: str, key: str = "device") -> torch.device:
@@ -118,12 +121,13 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     return Precision("bf16" if has_bf16 else "fp16", device)
 
 
-@cache
 def computes_in_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices clearly faster than fp32 ones; measured, as many CPUs emulate bf16."""
-    matrices = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
-    fp32, bf16 = fastest_seconds([partial(torch.mm, matrix, matrix) for matrix in matrices.values()])
-    return bf16 < 0.8 * fp32
+    """Whether this CPU has instructions for bf16 products. Others emulate them, which is slower than fp32.
+
+    It is decided by what the processor says: a measurement on a busy machine could choose another precision for the
+    same command.
+    """
+    return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> list[float]:

@@ -49,12 +49,19 @@ def test_precision_on_a_cpu(requested, computes, monkeypatch):
     assert not precision.scaler().is_enabled()
 
 
-@pytest.mark.parametrize(("seconds", "computes"), [([1.0, 0.5], True), ([1.0, 0.9], False), ([1.0, 9.0], False)])
-def test_bf16_on_a_cpu_only_if_faster(seconds, computes, monkeypatch):
-    monkeypatch.setattr(device, "fastest_seconds", lambda ways: seconds)
-    device.computes_in_bf16.cache_clear()
-    assert device.computes_in_bf16() == computes
-    device.computes_in_bf16.cache_clear()
+@pytest.mark.parametrize(
+    ("capabilities", "computes"),
+    [
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_bf16_is_chosen_by_capability_and_never_by_time(capabilities, computes, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(device, "fastest_seconds", None)
+    assert choose_precision("auto", torch.device("cpu")).name == ("bf16" if computes else "fp32")
 
 
 def test_fastest_seconds_calls_functions_in_turn():
