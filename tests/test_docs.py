@@ -169,7 +169,7 @@ def test_commands_run_in_order(clone: Workspace, page):
         if script.startswith("--nproc"):
             place = str(ROOT / arguments[0])
             command = ["torch.distributed.run", script, place, *arguments[1:], *SHORT, *TINY_MODEL]
-            done = clone.module_anew(*command)
+            done = clone.module(*command)
             assert done.returncode == 0, done.stderr
         elif script == "-m":
             jobs = ["jobs=0"] if "study" in arguments else []  # a study takes half an hour; this only collects its runs

@@ -313,7 +313,8 @@ def test_gpt2_124m_trains_on_a_cpu(workspace: Workspace):
     done = workspace.run(
         *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
         *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),
-        *("train.max_steps=2", "train.batch_size=1", "data.max_length=128", "train.eval_batches=2", "wandb=off"),
+        "inference.max_new_tokens=2",
+        *("train.max_steps=1", "train.batch_size=1", "data.max_length=64", "train.eval_batches=1", "wandb=off"),
     )
     assert "Model   124,439,808 parameters" in done.stdout
-    assert "train.max_steps=2 reached" in done.stdout
+    assert "train.max_steps=1 reached" in done.stdout

@@ -46,7 +46,7 @@ def results(trials: list[FrozenTrial]) -> list[tuple]:
 
 def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
     """SIGKILL at random moments, the same command again after each, until studies have ended and `count` is reached."""
-    command = [*STUDY, "hydra.sweeper.n_trials=5", NO_PRUNER]
+    command = [*STUDY, "hydra.sweeper.n_trials=4", NO_PRUNER]
     straight = Place(folder / "straight")
     ended = straight.run("train.py", *command)
     lost = list(complain(straight, ended, {0}))
@@ -66,7 +66,7 @@ def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
             killed += 1
         lost += complain(place, ended, {0})
         trials = trials_of(place)
-        lost += [f"{place.folder}: {complaint}" for complaint in complaints(trials, 5)]
+        lost += [f"{place.folder}: {complaint}" for complaint in complaints(trials, 4)]
         if results(trials) != expected:
             lost.append(f"{place.folder}: not the study that was not killed: {results(trials)}, not {expected}")
         shutil.rmtree(place.folder)
