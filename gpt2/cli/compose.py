@@ -43,7 +43,10 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
     Args:
         with_hydra: Keep Hydra's own node.
     """
-    composed = deepcopy(_composed(name, tuple(overrides), Path.cwd()))
+    cached = _composed(name, tuple(overrides), Path.cwd())
+    if isinstance(cached, Exception):
+        raise cached
+    composed = deepcopy(cached)
     if not with_hydra:
         with open_dict(composed):
             del composed["hydra"]
@@ -61,15 +64,17 @@ def hydra_of(name: str) -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
-    """Composing takes Hydra 0.2 s, and checking a sweep composes the same several times."""
+def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig | Exception:
+    """The composition, or why there is none. Hydra takes 0.1 s, and checking a command line composes it repeatedly."""
     with hydra_of(name):
         try:
             return hydra.compose(name, list(overrides), return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):
-            raise
-        except Exception as error:  # a file that is no YAML, for example: what Hydra raises has no common class
-            raise ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # a file that is no YAML, for example: there is no common class
+            unexpected = ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
+            unexpected.__cause__ = error
+            return unexpected
 
 
 def group_options(name: str, group: str) -> list[str]:

@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests import warm
 from tests.conftest import ROOT, Workspace
 
 SCRIPTS = ROOT / "experiments" / "performance"
@@ -17,8 +16,7 @@ TRAINING = ["model=gpt2_nano", *SHAPE, "train.batch_size=2", "train.num_workers=
 
 def run_script(workspace: Workspace, name: str, *arguments: str) -> dict:
     """Run a script in a workspace. Returns the JSON that it writes."""
-    command = [sys.executable, str(SCRIPTS / name), *arguments]
-    done = subprocess.run(command, cwd=workspace.folder, env=workspace.environment, capture_output=True, text=True)
+    done = warm.run([str(SCRIPTS / name), *arguments], workspace.folder, workspace.environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((workspace.folder / "result.json").read_text())
 

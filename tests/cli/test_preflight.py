@@ -123,14 +123,14 @@ def test_overrides_are_recorded_as_typed():
 
 
 def test_preset_that_is_no_yaml_or_chooses_by_what_is_no_word(tmp_path):
-    for content, expected in [
-        ("a: [", "ParserError"),
-        ("defaults:\n- override /wandb: off", "quotes make the word"),
-        ("- 1", ""),
+    (tmp_path / "mine").mkdir()
+    for name, content, expected in [
+        ("no_yaml", "a: [", "ParserError"),
+        ("no_word", "defaults:\n- override /wandb: off", "quotes make the word"),
+        ("a_list", "- 1", ""),
     ]:
-        (tmp_path / "mine").mkdir(exist_ok=True)
-        (tmp_path / "mine" / "preset.yaml").write_text(content)
-        found = problems("train", f"hydra.searchpath=[file://{tmp_path}]", "+mine=preset")
+        (tmp_path / "mine" / f"{name}.yaml").write_text(content)
+        found = problems("train", f"hydra.searchpath=[file://{tmp_path}]", f"+mine={name}")
         assert re.search(expected, found[0]), found
 
 

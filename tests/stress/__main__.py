@@ -23,13 +23,13 @@ from tests.stress.table import Row
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
     # how often in all, and in the tests of every change
     "kills": (kills, 200, 2),
-    "calls": (kills_at_every_call, 1000, 1),
+    "calls": (kills_at_every_call, 1000, 0),
     "signals": (signals, 30, 1),
     "damages": (damages, 500, 35),
     "disks": (full_disks, 10, 2),
     "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 2),
-    "studies": (sweeper_kills, 50, 1),
+    "studies": (sweeper_kills, 50, 0),  # tests/test_optimize.py has one
     "shared": (shared_studies, 50, 0),  # tests/search/test_storage.py has four workers of one study
     "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the worst of them
 }

@@ -1,14 +1,12 @@
 """A little of every fault. `python -m tests.stress` does all of it, and prints the same table."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests import warm
+from tests.conftest import ROOT, Workspace
 
 
 @pytest.mark.slow
-def test_no_fault_loses_or_changes_a_run():
-    done = subprocess.run([sys.executable, "-m", "tests.stress", "--small"], cwd=ROOT, capture_output=True, text=True)
+def test_no_fault_loses_or_changes_a_run(workspace: Workspace):
+    done = warm.run(["-m", "tests.stress", "--small"], ROOT, workspace.environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
