@@ -214,7 +214,8 @@ class GPT2Tokenizer:
         (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
         config = {
             "tokenizer_class": "GPT2Tokenizer",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT),
+            "padding_side": "left",  # so that a batch of prompts can be continued
             "add_prefix_space": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": context_length,

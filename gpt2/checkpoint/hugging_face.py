@@ -55,6 +55,14 @@ _FIELDS = {
     "use_bias": "use_bias",  # unknown to transformers, whose GPT-2 always has biases; it preserves the field
 }
 
+# Other names that `GPT2Config` of transformers takes (its `attribute_map`).
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
 # The values in `config.json` that make a model of `transformers` the GPT-2 of OpenAI; any other value is refused.
 _REQUIRED = {
     "model_type": ("gpt2",),
@@ -95,6 +103,7 @@ def read_config(folder: Path, source: str) -> GPT2Config:
         UserError: It does not describe a GPT-2 as OpenAI built it; every difference is named.
     """
     stored = _read_json(folder / CONFIG, source)
+    stored = {_ALIASES.get(key, key): value for key, value in stored.items()}
     if {"n_embd", "n_head", "n_layer"} <= stored.keys():  # as in OpenAI's first files, which have no model_type
         stored.setdefault("model_type", "gpt2")
     if head := re.search(r"\bGPT2For\w{1,60}", str(stored.get("architectures"))):
@@ -237,6 +246,7 @@ def write_folder(
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in _REQUIRED.items()},
         **{_FIELDS[name]: value for name, value in asdict(config).items()},
+        "n_ctx": config.context_length,  # as in OpenAI's files; the converter to GGUF reads it
         **tokens,
         "dtype": "float32",
     }

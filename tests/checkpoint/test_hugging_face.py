@@ -130,6 +130,16 @@ def test_configuration_in_the_original_openai_format(folder):
     assert open_model(str(folder)).config == expected
 
 
+def test_all_names_of_transformers_for_a_field_are_accepted(folder):
+    from transformers import GPT2Config as TheirConfig
+
+    config, expected = json.loads((folder / "config.json").read_text()), open_model(str(folder)).config
+    names = {theirs: alias for alias, theirs in TheirConfig.attribute_map.items()}
+    assert {"n_embd", "n_layer", "n_head", "n_positions"} <= names.keys()
+    (folder / "config.json").write_text(json.dumps({names.get(key, key): value for key, value in config.items()}))
+    assert open_model(str(folder)).config == expected
+
+
 def test_all_names_of_the_activation_are_accepted(folder):
     from transformers.activations import ACT2FN
 
@@ -372,7 +382,8 @@ for folder, prompt, text in json.load(sys.stdin):
     AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     write = pipeline("text-generation", folder)
-    written = write(prompt, do_sample=False, max_new_tokens=9)[0]["generated_text"]
+    texts = write([prompt, prompt * 2], batch_size=2, do_sample=False, max_new_tokens=9)  # needs a padding token
+    written = texts[0][0]["generated_text"]
     ids = tokenizer(text)["input_ids"]
     results.append([written, ids, tokenizer.decode(ids)])
 print(json.dumps(results))
@@ -439,7 +450,8 @@ def test_export_states_special_tokens_and_length(tmp_path):
     config, generation, about, tokenizer = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in names)
     assert config["bos_token_id"] == config["eos_token_id"] == generation["eos_token_id"] == 256
     assert generation["pad_token_id"] == 256
-    assert about["model_max_length"] == 16
+    assert about["model_max_length"] == config["n_ctx"] == 16
+    assert (about["pad_token"], about["padding_side"]) == ("<|endoftext|>", "left")
     assert [token["content"] for token in tokenizer["added_tokens"] if token["special"]] == ["<|endoftext|>"]
 
 
