@@ -17,8 +17,12 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str):
-        self.problems = list(map(without_password, problems))
-        super().__init__("\n".join(self.problems))
+        # A text of a user or of a library may have line breaks.
+        self.problems = [r"\n".join(without_password(problem).splitlines()) for problem in problems]
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class ResourceError(UserError):

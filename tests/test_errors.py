@@ -1,6 +1,7 @@
-"""Stars for credentials, whatever form a library gives them."""
+"""Problems are lines; stars for credentials, whatever form a library gives them."""
 
 import logging
+import pickle
 from urllib.parse import quote
 
 import pytest
@@ -11,6 +12,12 @@ from gpt2.validation import has_password
 from tests.conftest import TINY, Workspace
 
 SECRET = "t0k/3n:@x"
+
+
+def test_each_problem_is_one_line():
+    error = pickle.loads(pickle.dumps(UserError("a\nb", "c")))  # as joblib returns it
+    assert error.problems == [r"a\nb", "c"]
+    assert str(error) == "a\\nb\nc"
 
 
 @pytest.mark.parametrize(

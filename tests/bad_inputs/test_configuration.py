@@ -133,6 +133,7 @@ UNKNOWN = [
 GRAMMAR = [
     ("a word alone", "train word", "word: not of the form key=value"),
     ("a value alone", "train =5", "=5: "),
+    ("lines alone", "train 'a\n\x85b'", r"a\n\nb: not of the form key=value"),
     ("an open list", "train data.files=[a", "data.files=[a: not of the form key=value"),
     ("an open mapping", "train train={", "train={: not of the form key=value"),
     ("an open quote", 'train "name=\'a"', "name='a: not of the form key=value"),
