@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,12 @@ def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
     return plain[kind]
 
 
+_defaults_of = cache(OmegaConf.structured)
+
+
 def merged(schema: type, *layers: Any) -> DictConfig:
     """Merge layers into a schema's defaults. OmegaConf checks each key and type."""
-    return OmegaConf.merge(OmegaConf.structured(schema), *layers)  # type: ignore[return-value]
+    return OmegaConf.merge(_defaults_of(schema), *layers)  # type: ignore[return-value]  # which copies the defaults
 
 
 def as_argument(key: str, value: Any) -> str:
