@@ -37,12 +37,13 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
 def bash_completion() -> str:
     """What `-sc install=bash` prints. Hydra's function completes after `python` only; this one also after `python3` and
-    a path to either.
+    a path to either, which Hydra's parser of the line does not take.
     """
     with redirect_stdout(StringIO()) as printed:
         BashCompletion(config_loader=None).install()  # type: ignore[arg-type]  # only queries use it
-    is_python = '[[ "${words[0]##*/}" == python* ]]'
-    return printed.getvalue().strip().replace('[ "${words[0]}" == "python" ]', is_python) + " python3"
+    text = printed.getvalue().strip()
+    text = text.replace('[ "${words[0]}" == "python" ]', '[[ "${words[0]##*/}" == python* ]]')
+    return text.replace("COMP_LINE=$COMP_LINE $helper", 'COMP_LINE="python ${COMP_LINE#* }" $helper') + " python3"
 
 
 def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any], trusted: list[str]) -> Any:

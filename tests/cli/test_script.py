@@ -167,7 +167,8 @@ def test_shell_completion_in_bash(workspace: Workspace):
         echo "${COMPREPLY[@]}"
     """
     lines = ["python train.py mode", "python3 train.py model=gpt2_m", "python train.py train.learning_"]
-    lines += [f"{sys.executable} ./generate.py inference.top_", "python train.py model=null train.see"]
+    (workspace.folder / "a.b-c").symlink_to(sys.prefix)
+    lines += ["a.b-c/bin/python3 ./generate.py inference.top_", "python train.py model=null train.see"]
     asked = "".join(f"ask '{line}'\n" for line in lines)
     script = f'eval "$(python3 train.py -sc install=bash)"\ncomplete -p\nask() {{ {ask} }}\n{asked}'
     environment = {**workspace.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
