@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import chdir
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +199,20 @@ def put(values: Any, place: tuple, new: Any) -> Any:
     return values
 
 
+def level(place: tuple) -> int:
+    return max(2, len(place))
+
+
 def edits(run: Path, *names: str) -> st.SearchStrategy[list[tuple[str, tuple | slice, Any]]]:
     """Files of a run, a place among the values or bytes of each, and what is put there; () stands for no file."""
     kinds = []
     for name in names:
         begin, size = st.integers(0, (run / name).stat().st_size), st.sampled_from([0, 1, 10, 2**30])
         part = st.builds(lambda begin, size: slice(begin, begin + size), begin, size)
-        place = st.sampled_from([(), *places(values_of(run / name))])
-        kinds += [st.tuples(st.just(name), place, VALUES | st.just(...))] * 2
+        # A value of each level is as likely: the upper ones have few.
+        found = sorted([(), *places(values_of(run / name))], key=level)
+        place = st.one_of([st.sampled_from([*same]) for _, same in groupby(found, key=level)])
+        kinds += [st.tuples(st.just(name), place, st.sampled_from([..., *PLAIN]) | VALUES)] * 4
         kinds += [st.tuples(st.just(name), part, st.binary(max_size=10))]
     return st.lists(st.one_of(kinds), min_size=1, unique_by=lambda edited: edited[0])
 
