@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.hugging_face import _REQUIRED, WEIGHT_FILES
-from gpt2.checkpoint.pretrained import export, model_card, open_model
-from gpt2.config import DataConfig, GPT2Config, TrainingConfig
+from gpt2.checkpoint.pretrained import export, open_model
+from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.runtime.rng import versions
@@ -413,34 +413,6 @@ def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_
     done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(requests), capture_output=True, text=True)
     assert done.stderr == ""
     assert json.loads(done.stdout) == expected
-
-
-def test_model_card_states_training_and_shape(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    for fact in (
-        "| steps | 7 |",
-        "| validation loss | 2.5000 nats a token, at step 6 |",
-        "| d_model | 16 |",
-        "| tokens | 99 |",
-    ):
-        assert fact in card
-
-
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
-        (DataConfig(dataset_config=None), "wikitext"),
-        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
-    ],
-)
-def test_model_card_names_the_data(tmp_path, data, name):
-    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    trained = open_model(str(tmp_path / "a.pth"))
-    trained.record["run"] = {"name": "first", "data": vars(data)}
-    assert f"| data | {name} |" in model_card(trained)
 
 
 def test_export_states_special_tokens_and_length(tmp_path):

@@ -10,13 +10,14 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
+from gpt2.checkpoint.pretrained import export, finetuning_config, model_card, open_model
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
-from gpt2.config import GPT2Config
+from gpt2.config import DataConfig, GPT2Config
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
+from tests.checkpoint.test_hugging_face import save_checkpoint
 from tests.conftest import TINY, Workspace
 from tests.helpers import (
     CORPUS,
@@ -27,6 +28,38 @@ from tests.helpers import (
     transformers_twin,
     write_tokenizer,
 )
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def test_model_card_states_training_and_shape(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "| steps | 7 |",
+        "| validation loss | 2.5000 nats a token, at step 6 |",
+        "| d_model | 16 |",
+        "| tokens | 99 |",
+    ):
+        assert fact in card
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
+        (DataConfig(dataset_config=None), "wikitext"),
+        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
+    ],
+)
+def test_model_card_names_the_data(tmp_path, data, name):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    trained = open_model(str(tmp_path / "a.pth"))
+    trained.record["run"] = {"name": "first", "data": vars(data)}
+    assert f"| data | {name} |" in model_card(trained)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The configuration for fine-tuning
