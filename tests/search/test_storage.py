@@ -244,13 +244,14 @@ def wait_for_study(name: str, storage: str) -> optuna.Study:
 
 
 def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[Process], most: int) -> dict[int, int]:
-    """Kill `most` of the processes. Returns the trial that each was training, by process id."""
+    """Kill `most` of the processes, each in another trial. Returns the trial of each, by process id."""
     killed: dict[int, int] = {}
 
     def are_killed() -> bool:
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             pid = trial.user_attrs.get("worker", {}).get("pid")
-            if trial.intermediate_values and pid not in killed and len(killed) < most:
+            is_new = pid not in killed and trial.number not in killed.values()  # another worker may have resumed it
+            if trial.intermediate_values and is_new and len(killed) < most:
                 next(process for process in processes if process.pid == pid).kill()
                 killed[pid] = trial.number
         return len(killed) == most
