@@ -45,17 +45,15 @@ class TokenDataset(Dataset):
         tokenizer: GPT2Tokenizer | None = None,
         fingerprint: str | None = None,
         stride: int | None = None,
-        earlier_fingerprint: str | None = None,
     ):
         """
         Args:
             dtype: Of the tokens in the file, by its numpy name.
             tokenizer: Saved in the checkpoints of models that are trained on these blocks.
             fingerprint: Of the corpus; a resumed run compares it with its checkpoint's.
-            earlier_fingerprint: That of the same corpus in checkpoints of earlier versions.
         """
         self.path, self.dtype, self.length = path, dtype, length
-        self.tokenizer, self.fingerprint, self.earlier_fingerprint = tokenizer, fingerprint, earlier_fingerprint
+        self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.stride = length if stride is None else stride
         if not 1 <= self.stride <= length:
             raise ValueError(f"a stride of {stride} would skip tokens, it must be between 1 and {length}")
@@ -150,8 +148,7 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
 
 def _blocks(prepared: PreparedData, split: str, config: DataConfig, stride: int | None = None) -> TokenDataset:
     about, path = prepared.about, prepared.folder / f"{split}.bin"
-    fingerprints = {"fingerprint": about["fingerprint"], "earlier_fingerprint": prepared.fingerprint_of_format_1}
-    return TokenDataset(path, about["dtype"], config.max_length, prepared.tokenizer, stride=stride, **fingerprints)
+    return TokenDataset(path, about["dtype"], config.max_length, prepared.tokenizer, about["fingerprint"], stride)
 
 
 def get_dataloaders(

@@ -405,8 +405,7 @@ class Trainer:
         """
         path = Path(filepath)
         saved = read_record(path)
-        earlier_data = getattr(self.train_loader.dataset, "earlier_fingerprint", None)
-        states.check_compatible(path, saved, self._description(), accept_other_data, earlier_data)
+        states.check_compatible(path, saved, self._description(), accept_other_data)
         plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
         if self.parallel.is_sharded:  # FSDP was set up with a precision
             plan = replace(plan, precision=self.plan.precision)

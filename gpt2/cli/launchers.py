@@ -30,7 +30,7 @@ from gpt2.runtime.signals import Interrupted, blocked_in_children, defer_signals
 T = TypeVar("T")
 
 KEY = "hydra.launcher."
-STOP = ".interrupted"  # this file in the folder of a sweep tells joblib's processes that no further job shall begin
+STOP = ".interrupted"  # with this file in the folder of a sweep, joblib's processes begin no further job
 REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
 
 

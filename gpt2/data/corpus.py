@@ -236,12 +236,6 @@ class PreparedData:
             raise ValueError("it is another corpus")
         return about
 
-    @property
-    def fingerprint_of_format_1(self) -> str:
-        """Its fingerprint in versions whose fingerprint was not that of the files, but of what determines them."""
-        keys = ("source", "tokenizer", "validation_fraction", "splits", "cut")
-        return _sum_of({"format": 1, **{key: self.about[key] for key in keys if key in self.about}})[:16]
-
     def damage(self) -> str | None:
         """What is wrong with the files; None if they have their checksums."""
         try:

@@ -328,7 +328,7 @@ class TableDocuments:
             except TimeoutError as error:
                 raise UserError(
                     f"data.document_start: {brief(self.document_start)} takes more than {limit} s for the row "
-                    f"{reprlib.repr(row)}; a repetition in a repetition, such as (a+)+, can take for ever"
+                    f"{reprlib.repr(row)}; a repetition in a repetition, such as (a+)+, may never end"
                 ) from error
             if starts:
                 any_start = True

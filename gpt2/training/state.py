@@ -65,17 +65,8 @@ def _random_prefix(rank: int) -> str:
 # Resuming under other circumstances
 
 
-def check_compatible(
-    path: Path,
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    accept_other_data: bool,
-    earlier_data: str | None = None,
-) -> None:
+def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any], accept_other_data: bool) -> None:
     """Compare the descriptions of the saved and of the current run.
-
-    Args:
-        earlier_data: What earlier versions saved for the current data.
 
     Raises:
         UserError: The model has another shape, or the data are others and are not accepted.
@@ -84,10 +75,10 @@ def check_compatible(
     if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in SHAPE if model.get(key) != other[key]]:
         raise UserError(f"checkpoint: {path} holds a model of another shape: {', '.join(problems)}")
     if saved["data"] != current["data"] and not accept_other_data:
-        data = f"other data (fingerprint {saved['data']}, not {current['data']})"
-        if saved["data"] and saved["data"] == earlier_data:
-            data = "this text, but prepared by an earlier version of this program, perhaps into other tokens"
-        raise UserError(f"checkpoint: {path} was trained on {data}; resume_changes=true continues with the new data")
+        raise UserError(
+            f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
+            f"resume_changes=true continues with the new data"
+        )
 
 
 def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from gpt2.data.corpus import PreparedData, prepare
 from gpt2.data.sources import TableDocuments
-from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
 from gpt2.runtime import files
 from gpt2.tokenizer import GPT2Tokenizer
@@ -192,12 +191,6 @@ def test_fingerprint_is_that_of_the_contents(tmp_path):
     other = prepare(config_of(tmp_path, validation_fraction=0.2))
     assert one.about["fingerprint"] == same.about["fingerprint"] != other.about["fingerprint"]
     assert one.about["key"] == same.about["key"]
-
-
-def test_checkpoints_of_earlier_versions_are_told_from_those_of_other_text(tmp_path):
-    (tmp_path / "a.txt").write_text("One text, prepared by an earlier version. " * 20)
-    data = load_text_data(config_of(tmp_path, files=[str(tmp_path / "a.txt")], tokenizer="bytes", max_length=8))[0]
-    assert data.earlier_fingerprint == "0c8049ac547d95ec"  # its `fingerprint` there
 
 
 def test_damaged_tables_of_a_folder_are_made_again(tmp_path, caplog):
