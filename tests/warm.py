@@ -78,8 +78,8 @@ class Process:
         message = json.dumps([arguments, str(folder), environment, start_new_session, [0, 1, 2], []]).encode()
         assert len(message) < 2**16  # it is read in one go
         socket.send_fds(self._connection, [message], numbers)
-        self._told = self._connection.makefile()
-        self.pid = int(self._told.readline())
+        self._answers = self._connection.makefile()
+        self.pid = int(self._answers.readline())
 
     def wait(self, timeout: float | None = None) -> int:
         """Returns the exit code, minus the signal that ended it.
@@ -90,7 +90,7 @@ class Process:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            code, seconds = self._told.readline().split()
+            code, seconds = self._answers.readline().split()
             self.returncode, self.cpu_seconds = int(code), float(seconds)
             self._connection.close()
         return self.returncode

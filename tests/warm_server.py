@@ -53,7 +53,7 @@ def imports() -> None:
 
 def serve(listening: socket.socket) -> Asked:
     """Answer requests until standard input is closed. Returns in the processes that are to be scripts."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that `attend` to one
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the processes that `attend`
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [])
         if listening not in ready:
@@ -66,9 +66,9 @@ def serve(listening: socket.socket) -> Asked:
 
 
 def attend(connection: socket.socket) -> Asked:
-    """Fork a process, tell its number, wait for its end and tell that. Returns in that process.
+    """Fork a process, send its id, wait for its end and send its exit code. Returns in the forked process.
 
-    The process is killed if the one that asked for it ends first: that may be `warm_python`, which was killed.
+    If the client ends first, such as a `warm_python` that is killed, the process is killed too.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     message, files, _, _ = socket.recv_fds(connection, 2**20, 100)
@@ -118,7 +118,7 @@ def become(asked: Asked, files: list[int]) -> None:
 def leave(codes: list[int]) -> None:
     """The last thing at exit: spare the interpreter the taking apart of all that was imported."""
     if codes:
-        with suppress(OSError):  # which the interpreter has its own way to tell
+        with suppress(OSError):  # which the interpreter reports itself
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(codes[0])
