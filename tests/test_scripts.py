@@ -293,9 +293,7 @@ def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not on this machine"
-)
+@pytest.mark.skipif(not (SHARED / "datasets/tinyshakespeare").is_dir(), reason="Tiny Shakespeare is not here")
 def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
     """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps
     (experiments/shakespeare_char/nanogpt.json).
@@ -310,7 +308,7 @@ def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not on this machine")
+@pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not here")
 def test_gpt2_124m_trains_on_a_cpu(workspace: Workspace):
     done = workspace.run(
         *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
