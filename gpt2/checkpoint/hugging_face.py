@@ -5,6 +5,7 @@ It holds the numbers of `GPT2Model` under other names, and the weights of linear
 """
 
 import json
+import logging
 import re
 import reprlib
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ from gpt2.validation import replace_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 4 * 2**20
@@ -74,6 +77,9 @@ _REQUIRED = {
     "tie_word_embeddings": (True,),
 }
 
+# Heads beside the language model: of the GPT2For... and GPT2DoubleHeadsModel of transformers, and a value head of TRL.
+_OTHER_HEAD = re.compile(r"(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
+
 
 def hf_name(name: str) -> str:
     """`blocks.0.attention.qkv.weight` -> `h.0.attn.c_attn.weight`."""
@@ -106,11 +112,6 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     stored = {_ALIASES.get(key, key): value for key, value in stored.items()}
     if {"n_embd", "n_head", "n_layer"} <= stored.keys():  # as in OpenAI's first files, which have no model_type
         stored.setdefault("model_type", "gpt2")
-    if head := re.search(r"\bGPT2For\w{1,60}", str(stored.get("architectures"))):
-        raise UserError(
-            f"{source}: it is a {head[0]}, whose head does not predict tokens; save what is below the head: "
-            f"model.transformer.save_pretrained(FOLDER)"
-        )
     checked = {key: stored.get(key) for key in _REQUIRED if key in stored or key == "model_type"}
     if wrong := [
         f"{key} is {reprlib.repr(value)}, not {_REQUIRED[key][0]!r}"
@@ -166,24 +167,44 @@ def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: st
 
 
 def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
-    """The stored tensors as safetensors slices, not read yet, by name without the prefix `transformer.`.
+    """The stored tensors as safetensors slices, not read yet, by the names that they have in `GPT2Model`.
 
-    The causal masks that old files hold beside the weights are left out.
+    The causal masks that old files hold beside the weights are left out, and so are other heads, with a warning.
     """
     from safetensors import SafetensorError, safe_open
 
-    stored: dict[str, Any] = {}
+    slices: list[tuple[str, Any]] = []
     for path in paths:
         try:
             file = files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source}: {path.name} is damaged or incomplete: {error}") from error
-        for name in file.keys():  # noqa: SIM118  # not a mapping
-            short = name.removeprefix("transformer.")
-            if short in stored:
-                raise UserError(f"{source}: {path.name} holds {short} a second time")
-            stored[short] = file.get_slice(name)
-    return {name: tensor for name, tensor in stored.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
+        slices += [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118  # not a mapping
+
+    stored: dict[str, Any] = {}
+    names = _without_prefix([name for name, _ in slices])
+    for name, (_, tensor) in zip(names, slices, strict=True):
+        if name in stored:
+            raise UserError(f"{source}: its weights hold {name} a second time")
+        stored[name] = tensor
+    if heads := [name for name in stored if _OTHER_HEAD.match(name)]:
+        log.warning(
+            "%s: left out %s, the head of a classifier or of another task; the model below it may not predict tokens.",
+            *(source, few(heads)),
+        )
+    ignored = re.compile(rf"{_OTHER_HEAD.pattern}|.*\.attn\.(masked_)?bias$")
+    return {name: tensor for name, tensor in stored.items() if not ignored.match(name)}
+
+
+def _without_prefix(names: list[str]) -> list[str]:
+    """`transformer.h.0.ln_1.bias` -> `h.0.ln_1.bias`.
+
+    Modules around the model, such as those of DDP, PEFT and torch.compile, make the prefix longer.
+    """
+    names = [name.replace("_orig_mod.", "") for name in names]
+    prefix = next((name.removesuffix("wpe.weight") for name in names if name.endswith("wpe.weight")), "transformer.")
+    around = prefix.removesuffix("transformer.")  # of what is beside the transformer: lm_head
+    return [name.removeprefix(prefix if name.startswith(prefix) else around) for name in names]
 
 
 def _weight_files(folder: Path, source: str) -> list[Path]:

@@ -2,9 +2,6 @@
 
 import json
 import os
-import resource
-import subprocess
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,16 +11,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.hugging_face import _REQUIRED, WEIGHT_FILES
-from gpt2.checkpoint.pretrained import export, open_model
-from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.checkpoint.pretrained import open_model
+from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
-from gpt2.runtime.rng import versions
-from gpt2.tokenizer import GPT2Tokenizer
-from tests.conftest import ROOT, SHARED
-from tests.helpers import CORPUS, noisy_model, only_a_pickle, rewrite_record, tiny_config, transformers_twin, with_value
+from tests.conftest import ROOT
+from tests.helpers import noisy_model, only_a_pickle, tiny_config, transformers_twin
 
 
 def rewrite(folder: Path, change) -> None:
@@ -103,7 +97,36 @@ def with_the_head_only(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
 
 
-LAYOUTS = [without_prefix, as_openai_stored_it, with_the_head_stored_too, with_the_head_only, in_shards]
+def by_save_model_of_safetensors(folder: Path) -> None:
+    """Which keeps one of two names of a tensor."""
+    from safetensors.torch import save_model
+    from transformers import GPT2LMHeadModel
+
+    save_model(GPT2LMHeadModel.from_pretrained(folder), str(folder / "model.safetensors"))
+    assert {"lm_head.weight", "transformer.wte.weight"} - set(load_file(folder / "model.safetensors"))
+
+
+def inside(around: str, within: str = ""):
+    """As the state of a model that DDP, PEFT, FSDP or torch.compile has wrapped."""
+
+    def store(folder: Path) -> None:
+        def wrap(tensors):
+            for name in list(tensors):
+                new = name.replace("transformer.", f"transformer.{within}").replace("h.0.", f"h.0.{within}")
+                tensors[around + new] = tensors.pop(name)
+
+        with_the_head_stored_too(folder)
+        rewrite(folder, wrap)
+
+    store.__name__ = f"inside {around}{within}"
+    return store
+
+
+LAYOUTS = [
+    *(without_prefix, as_openai_stored_it, with_the_head_stored_too, with_the_head_only, in_shards),
+    *(by_save_model_of_safetensors, inside("module."), inside("base_model.model."), inside("model.")),
+    *(inside("module._orig_mod."), inside("", "_orig_mod.")),
+]
 
 
 @pytest.mark.parametrize("store", LAYOUTS, ids=lambda store: store.__name__)
@@ -159,18 +182,42 @@ def test_configuration_without_a_model_type_is_accepted_if_it_names_the_fields_o
         open_model(str(folder))
 
 
-def test_classification_head_is_refused_and_its_base_is_accepted(folder):
-    from transformers import GPT2ForSequenceClassification
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("GPT2ForSequenceClassification", "score.weight"),
+        ("GPT2ForTokenClassification", "classifier.bias, classifier.weight"),
+        ("GPT2ForQuestionAnswering", "qa_outputs.bias, qa_outputs.weight"),
+        ("GPT2DoubleHeadsModel", "multiple_choice_head.summary.bias, multiple_choice_head.summary.weight"),
+    ],
+)
+def test_head_of_another_task_is_left_out_with_a_warning(folder, caplog, kind, head):
+    import transformers
 
-    model = GPT2ForSequenceClassification.from_pretrained(folder)
-    model.save_pretrained(folder.parent / "classifier")
-    with pytest.raises(
-        UserError, match=r"it is a GPT2ForSequenceClassification.*transformer\.save_pretrained"
-    ) as refused:
-        open_model(str(folder.parent / "classifier"))
-    assert len(refused.value.problems) == 1
-    model.transformer.save_pretrained(folder.parent / "base")
-    assert_close(open_model(str(folder.parent / "base")).tensors(), open_model(str(folder)).tensors(), atol=0, rtol=0)
+    getattr(transformers, kind).from_pretrained(folder).save_pretrained(folder.parent / "other")
+    caplog.clear()
+    expected = open_model(str(folder)).tensors()
+    assert caplog.messages == []
+    assert_close(open_model(str(folder.parent / "other")).tensors(), expected, atol=0, rtol=0)
+    (warning,) = caplog.messages
+    assert f"{folder.parent / 'other'}: left out {head}, the head of a classifier" in warning
+
+
+def test_adapter_without_its_model_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter of PEFT and no whole model; save what merge_and_unload\(\)"):
+        open_model(str(tmp_path))
+
+
+def test_reordered_and_upcast_attention_is_the_same_function(folder):
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(folder, reorder_and_upcast_attn=True, attn_implementation="eager").eval()
+    model.save_pretrained(folder.parent / "other")
+    ours = open_model(str(folder.parent / "other")).build().eval()
+    input_ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert_close(ours(input_ids)[0], model(input_ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_single_file_takes_precedence_over_an_index(folder):
@@ -191,7 +238,7 @@ def test_all_wrong_tensors_are_named_in_one_error(folder):
     def spoil(tensors):
         del tensors["transformer.h.0.ln_1.bias"], tensors["transformer.wpe.weight"]
         tensors["transformer.h.7.ln_1.bias"] = torch.zeros(16)
-        tensors["score.weight"] = torch.zeros(2, 16)
+        tensors["scores.weight"] = torch.zeros(2, 16)
         tensors["transformer.h.1.mlp.c_fc.weight"] = torch.zeros(40, 16)
 
     rewrite(folder, spoil)
@@ -199,7 +246,7 @@ def test_all_wrong_tensors_are_named_in_one_error(folder):
         open_model(str(folder)).build()
     (line,) = refused.value.problems
     assert "2 missing: h.0.ln_1.bias, wpe.weight" in line
-    assert "2 unexpected: h.7.ln_1.bias, score.weight" in line
+    assert "2 unexpected: h.7.ln_1.bias, scores.weight" in line
     assert "1 misshapen: h.1.mlp.c_fc.weight (40, 16) instead of (16, 40)" in line
 
 
@@ -264,7 +311,7 @@ REFUSED = [
     (lambda folder: describe(folder, n_layer=900), r"10,776 missing: h.10.attn.c_attn.bias, \S+, \S+ and 10,773 more$"),
     (lambda folder: (folder / "config.json").write_text(f"[{'[],' * 2**21}0]"), "config.json: more than 4 MiB"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
-    (a_tensor_twice, "holds wte.weight a second time"),
+    (a_tensor_twice, "hold wte.weight a second time"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
     (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
     (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
@@ -336,147 +383,3 @@ def test_truncated_file_is_refused(folder):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError, match="is damaged or incomplete"):
             open_model(str(folder)).build()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) -> dict[str, torch.Tensor]:
-    """A checkpoint as `Trainer` writes it, of an untrained model. Returns its weights."""
-    tensors = noisy_model(config, std=0.05).state_dict()
-    progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5, "evaluated_at": 6}
-    train = vars(TrainingConfig(batch_size=4))
-    record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
-    about = {**record, "data": None, "progress": progress, "scaler": {}, "versions": versions()}
-    checkpoint.write_checkpoint(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
-    return tensors
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_exported_model_is_bit_identical(tmp_path, use_bias):
-    weights = save_checkpoint(
-        tmp_path / "a.pth", tiny_config(vocab_size=257, use_bias=use_bias, dropout=0.2), GPT2Tokenizer.of_bytes()
-    )
-    original = open_model(str(tmp_path / "a.pth"))
-    export(original, tmp_path / "out")
-    again = open_model(str(tmp_path / "out"))
-    assert again.config == original.config
-    assert again.tokenizer.fingerprint == original.tokenizer.fingerprint
-    assert_close(again.tensors(), weights, atol=0, rtol=0)
-
-
-def test_export_equals_the_file_of_transformers(folder):
-    export(open_model(str(folder)), folder.parent / "out")
-    assert (folder.parent / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-LOAD = """
-import json, sys, warnings
-warnings.simplefilter("error")
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.utils import logging
-logging.disable_progress_bar()
-results = []
-for folder, prompt, text in json.load(sys.stdin):
-    AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    write = pipeline("text-generation", folder)
-    texts = write([prompt, prompt * 2], batch_size=2, do_sample=False, max_new_tokens=9)  # needs a padding token
-    written = texts[0][0]["generated_text"]
-    ids = tokenizer(text)["input_ids"]
-    results.append([written, ids, tokenizer.decode(ids)])
-print(json.dumps(results))
-"""
-
-
-def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_path):
-    """All kinds of tokenizer in one process, because importing transformers takes seconds."""
-    tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
-    if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's, beside some checkouts
-        tokenizers.append(GPT2Tokenizer.from_folder(SHARED / "tokenizers" / "gpt2"))
-    text = "The fox's 3 dogs …\n\n  jump — é漢🦊 ."
-    requests, expected = [], []
-    for number, tokenizer in enumerate(tokenizers):
-        path, folder = tmp_path / f"{number}.pth", tmp_path / f"out{number}"
-        config = tiny_config(vocab_size=tokenizer.vocab_size, use_bias=number == 0, context_length=64)
-        save_checkpoint(path, config, tokenizer)
-        trained = open_model(str(path))
-        export(trained, folder)
-        prompt = "The quick 🦊"
-        model = trained.build()
-        ids = tokenizer.encode(prompt)
-        written = list(model.generate(torch.tensor([ids]), 9, do_sample=False, eos_token_id=tokenizer.eos_token_id))
-        text_ids = [int(token) for token in written if int(token) != tokenizer.eos_token_id]
-        requests.append([str(folder), prompt, text])
-        expected.append([prompt + tokenizer.decode(text_ids), tokenizer.encode(text), text])
-    done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(requests), capture_output=True, text=True)
-    assert done.stderr == ""
-    assert json.loads(done.stdout) == expected
-
-
-def test_export_states_special_tokens_and_length(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
-    names = ("config", "generation_config", "tokenizer_config", "tokenizer")
-    config, generation, about, tokenizer = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in names)
-    assert config["bos_token_id"] == config["eos_token_id"] == generation["eos_token_id"] == 256
-    assert generation["pad_token_id"] == 256
-    assert about["model_max_length"] == config["n_ctx"] == 16
-    assert (about["pad_token"], about["padding_side"]) == ("<|endoftext|>", "left")
-    assert [token["content"] for token in tokenizer["added_tokens"] if token["special"]] == ["<|endoftext|>"]
-
-
-def full_disk(folder: Path) -> Path:
-    """Limit the size of files, which fails a write like a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    return folder / "out"
-
-
-def below_a_file(folder: Path) -> Path:
-    (folder / "file").touch()
-    return folder / "file" / "out"
-
-
-def where_something_is(folder: Path) -> Path:
-    (folder / "out").mkdir()
-    return folder / "out"
-
-
-@pytest.mark.parametrize(
-    ("place", "complaint"),
-    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "exists already")],
-)
-def test_failed_export_leaves_nothing(folder, place, complaint):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = sorted(folder.parent.rglob("*"))
-    try:
-        to = place(folder.parent)
-        with pytest.raises(UserError, match=f"to: .*{complaint}"):
-            export(open_model(str(folder)), to)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert {path.name for path in folder.parent.rglob("*")} - {path.name for path in before} <= {"file", "out"}
-    assert not list(folder.parent.glob("out/*"))
-
-
-def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
-    export(open_model(str(folder)), folder.parent / "out")
-    assert "holds no tokenizer, so the exported folder has none" in caplog.text
-    assert open_model(str(folder.parent / "out")).tokenizer is None
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        (lambda record: {}, "was not written by Trainer: model: missing; train: missing; progress: missing and 3 more"),
-        (lambda record: with_value(record, "model.depth", 3), "this one does not know its model.depth$"),
-        (lambda record: with_value(record, "model.num_layers", 3), r"12 missing: blocks.2.(\S+ ){3}and 9 more$"),
-        (lambda record: with_value(record, "model.num_layers", 1), r"12 unexpected: blocks.1.(\S+ ){3}and 9 more$"),
-    ],
-)
-def test_checkpoint_with_another_record_is_refused(tmp_path, change, complaint):
-    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    rewrite_record(tmp_path / "a.pth", change)
-    with pytest.raises(UserError, match=complaint):
-        open_model(str(tmp_path / "a.pth")).build()

@@ -10,55 +10,45 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import export, finetuning_config, model_card, open_model
+from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
-from gpt2.config import DataConfig, GPT2Config
+from gpt2.config import GPT2Config
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.checkpoint.test_hugging_face import save_checkpoint
+from tests.checkpoint.test_export import save_checkpoint
 from tests.conftest import TINY, Workspace
 from tests.helpers import (
     CORPUS,
     noisy_model,
     only_a_pickle,
     python_source,
+    rewrite_record,
     tiny_config,
     transformers_twin,
+    with_value,
     write_tokenizer,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model card
-
-
-def test_model_card_states_training_and_shape(tmp_path):
-    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
-    for fact in (
-        "| steps | 7 |",
-        "| validation loss | 2.5000 nats a token, at step 6 |",
-        "| d_model | 16 |",
-        "| tokens | 99 |",
-    ):
-        assert fact in card
+# Opening
 
 
 @pytest.mark.parametrize(
-    ("data", "name"),
+    ("change", "complaint"),
     [
-        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
-        (DataConfig(dataset_config=None), "wikitext"),
-        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
+        (lambda record: {}, "was not written by Trainer: model: missing; train: missing; progress: missing and 3 more"),
+        (lambda record: with_value(record, "model.depth", 3), "this one does not know its model.depth$"),
+        (lambda record: with_value(record, "model.num_layers", 3), r"12 missing: blocks.2.(\S+ ){3}and 9 more$"),
+        (lambda record: with_value(record, "model.num_layers", 1), r"12 unexpected: blocks.1.(\S+ ){3}and 9 more$"),
     ],
 )
-def test_model_card_names_the_data(tmp_path, data, name):
+def test_checkpoint_with_another_record_is_refused(tmp_path, change, complaint):
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
-    trained = open_model(str(tmp_path / "a.pth"))
-    trained.record["run"] = {"name": "first", "data": vars(data)}
-    assert f"| data | {name} |" in model_card(trained)
+    rewrite_record(tmp_path / "a.pth", change)
+    with pytest.raises(UserError, match=complaint):
+        open_model(str(tmp_path / "a.pth")).build()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

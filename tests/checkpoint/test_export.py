@@ -1,0 +1,176 @@
+"""Exported folders: what `transformers` reads, and what the model card says."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.pretrained import export, model_card, open_model
+from gpt2.config import DataConfig, GPT2Config, TrainingConfig
+from gpt2.errors import UserError
+from gpt2.runtime.rng import versions
+from gpt2.tokenizer import GPT2Tokenizer
+from tests.conftest import SHARED
+from tests.helpers import CORPUS, noisy_model, tiny_config
+
+
+def save_checkpoint(path: Path, config: GPT2Config, tokenizer: GPT2Tokenizer) -> dict[str, torch.Tensor]:
+    """A checkpoint as `Trainer` writes it, of an untrained model. Returns its weights."""
+    tensors = noisy_model(config, std=0.05).state_dict()
+    progress = {"step": 7, "tokens": 99, "seconds": 3.0, "val_loss": 2.5, "evaluated_at": 6}
+    train = vars(TrainingConfig(batch_size=4))
+    record = {"model": vars(config), "train": train, "run": None, "tokenizer": tokenizer.to_json()}
+    about = {**record, "data": None, "progress": progress, "scaler": {}, "versions": versions()}
+    checkpoint.write_checkpoint(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, about)
+    return tensors
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_exported_model_is_bit_identical(tmp_path, use_bias):
+    weights = save_checkpoint(
+        tmp_path / "a.pth", tiny_config(vocab_size=257, use_bias=use_bias, dropout=0.2), GPT2Tokenizer.of_bytes()
+    )
+    original = open_model(str(tmp_path / "a.pth"))
+    export(original, tmp_path / "out")
+    again = open_model(str(tmp_path / "out"))
+    assert again.config == original.config
+    assert again.tokenizer.fingerprint == original.tokenizer.fingerprint
+    assert_close(again.tensors(), weights, atol=0, rtol=0)
+
+
+def test_export_equals_the_file_of_transformers(folder):
+    export(open_model(str(folder)), folder.parent / "out")
+    assert (folder.parent / "out" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+LOAD = """
+import json, sys, warnings
+warnings.simplefilter("error")
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.utils import logging
+logging.disable_progress_bar()
+results = []
+for folder, prompt, text in json.load(sys.stdin):
+    AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    write = pipeline("text-generation", folder)
+    texts = write([prompt, prompt * 2], batch_size=2, do_sample=False, max_new_tokens=9)  # needs a padding token
+    written = texts[0][0]["generated_text"]
+    ids = tokenizer(text)["input_ids"]
+    results.append([written, ids, tokenizer.decode(ids)])
+print(json.dumps(results))
+"""
+
+
+def test_transformers_loads_exports_without_warnings_and_generates_the_same(tmp_path):
+    """All kinds of tokenizer in one process, because importing transformers takes seconds."""
+    tokenizers = [GPT2Tokenizer.of_bytes(), GPT2Tokenizer.train([CORPUS], 300)]
+    if (SHARED / "tokenizers" / "gpt2").is_dir():  # OpenAI's, beside some checkouts
+        tokenizers.append(GPT2Tokenizer.from_folder(SHARED / "tokenizers" / "gpt2"))
+    text = "The fox's 3 dogs …\n\n  jump — é漢🦊 ."
+    requests, expected = [], []
+    for number, tokenizer in enumerate(tokenizers):
+        path, folder = tmp_path / f"{number}.pth", tmp_path / f"out{number}"
+        config = tiny_config(vocab_size=tokenizer.vocab_size, use_bias=number == 0, context_length=64)
+        save_checkpoint(path, config, tokenizer)
+        trained = open_model(str(path))
+        export(trained, folder)
+        prompt = "The quick 🦊"
+        model = trained.build()
+        ids = tokenizer.encode(prompt)
+        written = list(model.generate(torch.tensor([ids]), 9, do_sample=False, eos_token_id=tokenizer.eos_token_id))
+        text_ids = [int(token) for token in written if int(token) != tokenizer.eos_token_id]
+        requests.append([str(folder), prompt, text])
+        expected.append([prompt + tokenizer.decode(text_ids), tokenizer.encode(text), text])
+    done = subprocess.run([sys.executable, "-c", LOAD], input=json.dumps(requests), capture_output=True, text=True)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == expected
+
+
+def test_export_states_special_tokens_and_length(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    names = ("config", "generation_config", "tokenizer_config", "tokenizer")
+    config, generation, about, tokenizer = (json.loads((tmp_path / "out" / f"{n}.json").read_text()) for n in names)
+    assert config["bos_token_id"] == config["eos_token_id"] == generation["eos_token_id"] == 256
+    assert generation["pad_token_id"] == 256
+    assert about["model_max_length"] == config["n_ctx"] == 16
+    assert (about["pad_token"], about["padding_side"]) == ("<|endoftext|>", "left")
+    assert [token["content"] for token in tokenizer["added_tokens"] if token["special"]] == ["<|endoftext|>"]
+
+
+def full_disk(folder: Path) -> Path:
+    """Limit the size of files, which fails a write like a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return folder / "out"
+
+
+def below_a_file(folder: Path) -> Path:
+    (folder / "file").touch()
+    return folder / "file" / "out"
+
+
+def where_something_is(folder: Path) -> Path:
+    (folder / "out").mkdir()
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("place", "complaint"),
+    [(full_disk, "cannot write"), (below_a_file, "cannot write"), (where_something_is, "exists already")],
+)
+def test_failed_export_leaves_nothing(folder, place, complaint):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = sorted(folder.parent.rglob("*"))
+    try:
+        to = place(folder.parent)
+        with pytest.raises(UserError, match=f"to: .*{complaint}"):
+            export(open_model(str(folder)), to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {path.name for path in folder.parent.rglob("*")} - {path.name for path in before} <= {"file", "out"}
+    assert not list(folder.parent.glob("out/*"))
+
+
+def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
+    export(open_model(str(folder)), folder.parent / "out")
+    assert "holds no tokenizer, so the exported folder has none" in caplog.text
+    assert open_model(str(folder.parent / "out")).tokenizer is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def test_model_card_states_training_and_shape(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for fact in (
+        "| steps | 7 |",
+        "| validation loss | 2.5000 nats a token, at step 6 |",
+        "| d_model | 16 |",
+        "| tokens | 99 |",
+    ):
+        assert fact in card
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
+        (DataConfig(dataset_config=None), "wikitext"),
+        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
+    ],
+)
+def test_model_card_names_the_data(tmp_path, data, name):
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    trained = open_model(str(tmp_path / "a.pth"))
+    trained.record["run"] = {"name": "first", "data": vars(data)}
+    assert f"| data | {name} |" in model_card(trained)
