@@ -10,15 +10,16 @@ import hashlib
 import json
 import logging
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
+from fnmatch import translate
+from functools import cache, partial
 from itertools import chain
-from os.path import isfile, realpath
+from os.path import isfile, realpath, split
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -253,23 +254,35 @@ def open_files(config: DataConfig) -> Source:
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """The files that match any pattern and no exclusion, each once, sorted by path."""
-    names = filter(isfile, chain.from_iterable(map(files_matching, patterns)))
-    files = {Path(name).resolve(): {name, str(Path(name).absolute()), realpath(name)} for name in names}
+    resolve, here = _resolver(), Path.cwd()
+    files: dict[str, set[str]] = {}
+    for name in filter(isfile, chain.from_iterable(map(files_matching, patterns))):
+        path = resolve(name)
+        files.setdefault(path, set()).update((name, str(here / name), path))
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
     if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
         log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
-    return sorted(files.keys() - set().union(*excluded.values()))
+    return sorted(map(Path, files.keys() - set().union(*excluded.values())))
 
 
-def _matches(pattern: str, files: dict[Path, set[str]]) -> set[Path]:
+def _resolver() -> Callable[[str], str]:
+    """`realpath` that resolves each folder once: a standard library may hold 10,000 files of installed packages."""
+    resolve_folder = cache(realpath)
+
+    def resolve(name: str) -> str:
+        folder, file = split(name)
+        path = Path(resolve_folder(folder), file)
+        return realpath(path) if path.is_symlink() else str(path)
+
+    return resolve
+
+
+def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
     """The files, given with their names, that match a pattern; `*` also stands for any number of folders."""
-    named = {Path(realpath(name)) for name in files_matching(pattern)}
-    patterns = [as_pattern(pattern), as_pattern(realpath(pattern))]
-    return {
-        path
-        for path, names in files.items()
-        if path in named or any(fnmatch(name, like) for name in names for like in patterns)
-    }
+    named = set(map(realpath, files_matching(pattern)))
+    patterns = {as_pattern(pattern), as_pattern(realpath(pattern))}
+    is_like = re.compile("|".join(map(translate, patterns))).match
+    return {path for path, names in files.items() if path in named or any(map(is_like, names))}
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:
