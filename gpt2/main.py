@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,11 +50,12 @@ COMPARE = """usage: python -m gpt2.main compare [RUN ...] [OPTIONS]
 
 Compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs.
 
-  sort=KEY      a column, such as loss (the default) or tokens_per_second, or a setting: train.learning_rate
-  html=FILE     write everything into this one HTML file
-  picture=FILE  write the plot into this file; default: outputs/comparison.png
-  --json        for programs, instead of the table
-  --markdown    for documents, instead of the table"""
+  sort=KEY          a column, such as loss (the default) or tokens_per_second, or a setting: learning_rate
+  html=FILE         write everything into this one HTML file
+  picture=FILE      write the plot into this file; default: outputs/comparison.png
+  columns=KEY,...   the settings to show, instead of the six that say most; also columns, such as steps
+  --json            for programs, instead of the table
+  --markdown        for documents, instead of the table"""
 
 
 def compare() -> None:
@@ -72,7 +74,11 @@ def compare() -> None:
     from gpt2.analysis.runs import find_runs
     from gpt2.analysis.tables import as_markdown, as_text
 
-    comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", "loss"))
+    columns = list(filter(None, options.get("columns", "").split(",")))
+    comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", ""), columns)
+    notes = comparison.notes
+    if comparison.rest:
+        notes += [f"{comparison.rest}. columns=KEY,... shows others, html=FILE all of them."]
     files: dict[str, bytes] = {}
     if "html" in places:
         from gpt2.analysis.compare_html import page
@@ -87,10 +93,11 @@ def compare() -> None:
         finite = json.loads(json.dumps(comparison.records()), parse_constant=lambda _: None)  # JSON has no infinity
         print(json.dumps(finite, indent=2))
     elif "markdown" in options:
-        print("\n\n".join([as_markdown(comparison.rows()), *comparison.notes]))
+        print("\n\n".join([as_markdown(comparison.rows()), *notes]))
     else:
-        print(f"{comparison.headline}\n\n{as_text(comparison.rows())}\n")
-        print("".join(f"{note}\n" for note in comparison.notes), end="")
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(f"{comparison.headline}\n\n{as_text(comparison.rows(), width)}\n")
+        print("".join(f"{note}\n" for note in notes), end="")
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)

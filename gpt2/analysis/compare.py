@@ -2,21 +2,30 @@
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult, differences
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.tracking.tracker import FINISHED
 
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
+FIRST, MISSING = COLUMNS[SHOWN[0]].header, "n/a"
+MOST_KEYS, LONGEST = 6, 24  # keys in a table, and characters of a value
 # Keys that influence neither the result nor the speed of a run; groups end in a dot.
 NOT_COMPARED = (
     *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
-    *("inference.", "wandb.", "study.", "choices"),
+    *("inference.", "wandb.", "study.", "choices.experiment"),
+)
+# What says most about a run comes first, all other keys follow as they are declared, the seed is last.
+IMPORTANT = (
+    *("name", "train.init_from", "choices.data", "data.files", "data.dataset_name", "data.tokenizer"),
+    *("choices.model", "model.num_layers", "model.d_model", "train.optimizer", "train.learning_rate"),
+    *("train.batch_size", "train.max_steps", "train.weight_decay", "train.precision", "machine.ranks", "train.device"),
 )
 
 
@@ -35,28 +44,65 @@ def shown_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def short_values(values: list[Any]) -> list[str]:
+    """Values of one key, for a column: numbers rounded, long texts cut, but different values stay different."""
+    exact = [shown_value(value) for value in values]
+    long = [text for text in dict.fromkeys(exact) if len(text) > LONGEST]
+    common = next((i for i, column in enumerate(zip(*long, strict=False)) if len({*column}) > 1), 0)
+    for start, digits in ((0, 3), (common, 6)):
+        short = [
+            f"{value:.{digits}g}" if isinstance(value, float) else _cut(text, start)
+            for value, text in zip(values, exact, strict=True)
+        ]
+        if len(set(short)) == len(set(exact)):
+            return short
+    return exact
+
+
+def _cut(text: str, start: int) -> str:
+    """A long text without its first characters and without its middle: the end of a path says most."""
+    if len(text) <= LONGEST:
+        return text
+    head, rest = LONGEST // 3, text[start:]
+    if len(rest) <= LONGEST:
+        return f"…{rest}"
+    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - LONGEST :]}"
+
+
 @dataclass
 class Comparison:
-    """Runs, sorted with the best first."""
+    """Runs, sorted with the best first.
+
+    `sort` and `columns` are columns of `gpt2.analysis.runs`, or keys of the configuration, whose group may be left out
+    where that is unambiguous.
+    """
 
     runs: list[RunResult]
-    sort: str = "loss"  # a column of `gpt2.analysis.runs`, or a key of the configuration
+    sort: str = ""  # empty: the loss, or bits per byte where losses do not compare
+    columns: Sequence[str] = ()  # instead of the most telling keys
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UserError: `sort` is neither a column nor a key.
+            UserError: A name is neither a column nor a key.
         """
-        keys = {key for run in self.runs for key in run.config}
-        matches = {key for key in keys if key.rpartition(".")[2] == self.sort}
-        if self.sort not in COLUMNS and len(matches) == 1:
-            (self.sort,) = matches
-        if self.sort not in COLUMNS and self.sort not in keys:
-            raise UserError(
-                f"sort: there is no {self.sort}; there are {', '.join(COLUMNS)}, and keys of the configuration such as "
-                f"train.learning_rate"
-            )
+        self.sort = self._full_name(self.sort or ("bits_per_byte" if self.in_bits else "loss"), "sort")
+        self.columns = [self._full_name(name, "columns") for name in self.columns]
         self.runs = sorted(self.runs, key=self._sort_key)
+
+    def _full_name(self, name: str, option: str) -> str:
+        keys = dict.fromkeys(key for run in self.runs for key in run.config)
+        if name in COLUMNS or name in keys:
+            return name
+        matches = [[key for key in among if key.rpartition(".")[2] == name] for among in (self.keys, keys)]
+        if found := next(filter(None, matches), []):
+            if len(found) > 1:
+                raise UserError(f"{option}: {name} is ambiguous: {', '.join(found)}")
+            return found[0]
+        raise UserError(
+            f"{option}: there is no {name}; there are {', '.join(COLUMNS)}, and keys of the configuration such as "
+            f"train.learning_rate"
+        )
 
     def _sort_key(self, run: RunResult) -> tuple[Any, ...]:
         """The better numbers first, then text, then missing values."""
@@ -68,8 +114,10 @@ class Comparison:
 
     @cached_property
     def keys(self) -> list[str]:
-        """The configuration keys in which the runs differ."""
-        return [key for key in differences(self.runs) if not key.startswith(NOT_COMPARED)]
+        """The configuration keys in which the runs differ, the most important first."""
+        keys = [key for key in differences(self.runs) if not key.startswith(NOT_COMPARED)]
+        ranks = {key: rank for rank, key in enumerate(IMPORTANT)}
+        return sorted(keys, key=lambda key: (key == SEED, ranks.get(key, len(ranks))))
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -77,15 +125,40 @@ class Comparison:
 
     @cached_property
     def distinguishing(self) -> list[str]:
-        """A small subset of `keys` that distinguishes the same runs, with the seed last."""
+        """A small subset of `keys` that distinguishes the same runs."""
+        return self._distinguishing_among(self.keys)
+
+    def _distinguishing_among(self, keys: list[str]) -> list[str]:
         chosen: list[str] = []
-        for key in sorted(self.keys, key=lambda key: key == SEED):
-            if self._distinguished([*chosen, key]) > self._distinguished(chosen):
+        for key in keys:
+            if len(set(self._values(*chosen, key))) > len(set(self._values(*chosen))):
                 chosen.append(key)
         return chosen
 
-    def _distinguished(self, keys: list[str]) -> int:
-        return len({repr([run.config.get(key) for key in keys]) for run in self.runs})
+    def _values(self, *keys: str) -> list[str]:
+        return [repr([run.config.get(key) for key in keys]) for run in self.runs]
+
+    @cached_property
+    def telling(self) -> list[str]:
+        """At most `MOST_KEYS` of `keys`: those that distinguish runs first, those that only follow another one last."""
+        keys = sorted(self.keys, key=lambda key: key == "name")  # which is in most folders' names
+        values = {key: self._values(key) for key in keys}
+        groups = {key: list(map(found.index, found)) for key, found in values.items()}  # of runs with equal values
+        fresh = [key for key in keys if groups[key] not in [groups[other] for other in keys[: keys.index(key)]]]
+        unequal = [key for key in keys if values[key] not in [values[other] for other in keys[: keys.index(key)]]]
+        order = dict.fromkeys([*self._distinguishing_among(keys), *fresh, *unequal, *keys])
+        return sorted([*order][:MOST_KEYS], key=lambda key: (key not in unequal, keys.index(key)))
+
+    @property
+    def table_keys(self) -> list[str]:
+        """The keys of the table."""
+        chosen = [key for key in self.columns if key not in COLUMNS] if self.columns else self.telling
+        return list(dict.fromkeys([*([] if self.sort in COLUMNS else [self.sort]), *chosen]))
+
+    @property
+    def other_keys(self) -> list[str]:
+        """The keys of `keys` that the table leaves out."""
+        return [key for key in self.keys if key not in self.table_keys]
 
     def label(self, run: RunResult) -> str:
         """The values that distinguish a run; its folder if its configuration does not."""
@@ -103,10 +176,18 @@ class Comparison:
     def _shown(self, run: RunResult, keys: list[str]) -> str:
         parts = []
         for key in keys:
-            value = shown_value(run.config.get(key))
-            short = value if len(value) <= (60 if key == "name" else 30) else value[:29] + "…"
-            parts.append(short if key == "name" else f"{self.names[key]}={short}")
+            value = self.texts[key][run.folder]
+            parts.append(value if key == "name" else f"{self.names[key]}={value}")
         return " ".join(parts)
+
+    @cached_property
+    def texts(self) -> dict[str, dict[Path, str]]:
+        """The values of each key as short texts, by the folder of the run."""
+        folders = [run.folder for run in self.runs if run.config]
+        return {
+            key: dict(zip(folders, short_values([run.config.get(key) for run in self.runs if run.config]), strict=True))
+            for key in {*self.keys, *self.table_keys}
+        }
 
     @cached_property
     def parent(self) -> Path:
@@ -123,6 +204,12 @@ class Comparison:
     @property
     def tokenizers_differ(self) -> bool:
         return not {"data.tokenizer", "data.vocab_size", "model.vocab_size"}.isdisjoint(self.keys)
+
+    @property
+    def in_bits(self) -> bool:
+        """Whether bits per byte are compared: tokenizers differ, and all evaluated runs have them."""
+        has_bits = all(run.values("val/bits_per_byte") for run in self.runs if run.values("val/loss"))
+        return has_bits and self.tokenizers_differ
 
     @cached_property
     def notes(self) -> list[str]:
@@ -142,18 +229,23 @@ class Comparison:
             notes.append("The runs are validated on parts of different sizes (train.eval_batches).")
         return notes
 
-    def rows(self) -> list[list[str]]:
-        """A table: the headers, then a row a run."""
-        has_states = any(run.state != FINISHED for run in self.runs)
-        columns = dict.fromkeys([*SHOWN, *([self.sort] if self.sort in COLUMNS else [])])
-        keys = list(dict.fromkeys([*self.keys, *([] if self.sort in COLUMNS else [self.sort])]))
-        head = ["run", *short_names(keys).values(), *(COLUMNS[name].header for name in columns)]
-        rows = [head + ["state"] * has_states]
-        for run in self.runs:
-            values = (shown_value(run.config.get(key)) if run.config else "" for key in keys)
-            figures = (_figure(run, name) for name in columns)
-            rows.append([self.place(run), *values, *figures, *[run.state or "?"] * has_states])
-        return rows
+    @property
+    def rest(self) -> str:
+        """How many keys the table leaves out, with the first of them; empty if it has all."""
+        names = [self.names[key] for key in self.other_keys]
+        return f"{len(names)} more key{'s differ' if len(names) > 1 else ' differs'}: {few(names)}" if names else ""
+
+    def rows(self, all_keys: bool = False) -> list[list[str]]:
+        """A table: the headers, then a row a run. Results come first; those that no run has are left out."""
+        names = dict.fromkeys([*SHOWN, *(name for name in (self.sort, *self.columns) if name in COLUMNS)])
+        figures = {COLUMNS[name].header: [_figure(run, name) for run in self.runs] for name in names}
+        figures = {head: cells for head, cells in figures.items() if {*cells} != {MISSING} or head == FIRST}
+        if any(run.state != FINISHED for run in self.runs):
+            figures["state"] = [run.state or "?" for run in self.runs]
+        keys = [*self.table_keys, *(self.other_keys if all_keys else [])]
+        settings = [[self.texts[key].get(run.folder, "") for run in self.runs] for key in keys]
+        rows = zip(map(self.place, self.runs), *figures.values(), *settings, strict=True)
+        return [["run", *figures, *short_names(keys).values()], *map(list, rows)]
 
     def records(self) -> list[dict[str, Any]]:
         """Everything, for JSON."""
@@ -173,4 +265,4 @@ class Comparison:
 
 def _figure(run: RunResult, name: str) -> str:
     value = COLUMNS[name].of(run)
-    return "n/a" if value is None else COLUMNS[name].shown(value)
+    return MISSING if value is None else COLUMNS[name].shown(value)

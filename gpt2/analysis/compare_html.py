@@ -25,14 +25,23 @@ def page(comparison: Comparison) -> str:
         sort=escape(comparison.sort),
         notes="".join(f'<p class="note">{escape(note)}</p>' for note in comparison.notes),
         table=_table(comparison),
+        unfold=_unfold(comparison.rest),
         curves=_svg(comparison),
         details="\n".join(_details(run, comparison) for run in comparison.runs),
     )
 
 
+def _unfold(text: str) -> str:
+    """A switch for the columns of class `more`."""
+    return f'<input type="checkbox" id="all"> <label for="all">{escape(text)}</label>' if text else ""
+
+
 def _table(comparison: Comparison) -> str:
-    table = comparison.rows()
-    kinds = [' class="number"' if numeric else "" for numeric in numeric_columns(table)]
+    table, shown = comparison.rows(all_keys=True), len(comparison.rows()[0])
+    classes = (
+        ["number"] * numeric + ["more"] * (place >= shown) for place, numeric in enumerate(numeric_columns(table))
+    )
+    kinds = [f' class="{" ".join(names)}"' if names else "" for names in classes]
     head, *rows = table
     heads = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(head, kinds, strict=True))
     lines = []

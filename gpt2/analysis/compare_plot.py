@@ -91,9 +91,8 @@ def _values(comparison: Comparison, runs: list[RunResult]) -> list[Any]:
 
 
 def _metric(comparison: Comparison) -> tuple[str, str]:
-    """The key of the y axis and its label: bits per byte where tokenizers differ and all runs have them."""
-    has_bits = all(run.values("val/bits_per_byte") for run in comparison.runs if run.values("val/loss"))
-    if has_bits and comparison.tokenizers_differ:
+    """The key of the y axis and its label."""
+    if comparison.in_bits:
         return "val/bits_per_byte", UNITS["bits_per_byte"]
     return "val/loss", UNITS["loss"]
 

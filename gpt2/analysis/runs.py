@@ -42,6 +42,7 @@ def is_finite(value: Any) -> bool:
 
 
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
+FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}  # of `machine` in run.json
 
 # What is read of run.json and of a line of metrics.jsonl. null is as good as no value.
 WORDS = {str: "a text", float: "a number", bool: "true or false", list: "a list", dict: "a group of keys and values"}
@@ -175,9 +176,13 @@ class RunResult:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration by dotted key; empty for a run that was started from Python."""
-        nested = self.about.get("config")
-        return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
+        """The configuration by dotted key; empty for a run that was started from Python.
+
+        With the precision and device that `auto` became, and the number of ranks.
+        """
+        nested, machine = self.about.get("config"), self.about.get("machine") or {}
+        facts = {key: machine[name] for key, name in FACTS.items() if name in machine}
+        return {**DEFAULTS, **flat(nested), **facts} if isinstance(nested, dict) else {}
 
     @property
     def title(self) -> str:

@@ -16,15 +16,21 @@ def numeric_columns(rows: list[list[str]]) -> list[bool]:
     return [all(map(is_number, column[1:])) for column in zip(*rows, strict=True)]
 
 
-def as_text(rows: list[list[str]]) -> str:
-    """Aligned text: numbers right, text left."""
+def as_text(rows: list[list[str]], width: int | None = None) -> str:
+    """Aligned text: numbers right, text left. What is wider than `width` continues below, with the first column."""
     rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = [">" if numeric else "<" for numeric in numeric_columns(rows)]
-    lines = (
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
+    first, *others = (
+        [f"{cell:{'>' if numeric else '<'}{max(map(len, column))}}" for cell in column]
+        for column, numeric in zip(zip(*rows, strict=True), numeric_columns(rows), strict=True)
     )
-    return "\n".join(map(str.rstrip, lines))
+    blocks = [first]
+    for column in others:
+        joined = [f"{line}  {cell}" for line, cell in zip(blocks[-1], column, strict=True)]
+        if width and len(joined[0]) > width and blocks[-1] is not first:
+            blocks.append([f"{line}  {cell}" for line, cell in zip(first, column, strict=True)])
+        else:
+            blocks[-1] = joined
+    return "\n\n".join("\n".join(map(str.rstrip, block)) for block in blocks)
 
 
 def as_markdown(rows: list[list[str]]) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from gpt2 import main
 from gpt2.analysis import runs as runs_module
-from gpt2.analysis.compare import Comparison, short_names
+from gpt2.analysis.compare import Comparison, short_names, short_values
 from gpt2.analysis.compare_html import page
 from gpt2.analysis.compare_plot import colours, curves
 from gpt2.analysis.plotting import picture
@@ -101,16 +101,95 @@ def test_missing_keys_have_their_defaults(tmp_path):
     assert differences([first, second, third]) == ["train.on_nonfinite"]
 
 
-def test_table_begins_with_differences_and_is_sorted(two):
+def test_table_begins_with_results_and_is_sorted(two):
     head, *rows = two.rows()
-    assert head == ["run", "learning_rate", "val loss", "best", "bits/byte", "tokens", "tokens/s", "hours", "MFU"]
-    assert [row[:4] for row in rows] == [["b", "0.003", "2.0000", "2.0000"], ["a", "0.001", "2.5000", "1.8000"]]
+    assert head == ["run", "val loss", "best", "bits/byte", "tokens", "tokens/s", "hours", "learning_rate"]
+    assert [[*row[:3], row[-1]] for row in rows] == [
+        ["b", "2.0000", "2.0000", "0.003"],
+        ["a", "2.5000", "1.8000", "0.001"],
+    ]
     order = {key: [result.folder.name for result in Comparison(two.runs, key).runs] for key in ("best", "tokens")}
     assert order == {"best": ["a", "b"], "tokens": ["a", "b"]}  # more tokens come first
     assert [result.folder.name for result in Comparison(two.runs, "train.learning_rate").runs] == ["a", "b"]
-    assert Comparison(two.runs, "flops").rows()[0][-1] == "FLOPs"
+    assert Comparison(two.runs, "flops").rows()[0][-2:] == ["FLOPs", "learning_rate"]
     with pytest.raises(UserError, match="there is no lss"):
         Comparison(two.runs, "lss")
+
+
+STDLIB = [f"/usr/lib/python3.11/{part}/**/*.py" for part in ("json", "xml")]
+DIFFERENT = [  # runs as they lie in an `outputs/runs` after a week
+    {"name": "quickstart"},
+    {"name": "again", "train.seed": 2, "train.precision": "fp32", "machine.ranks": 2, "train.device": "cuda:0"},
+    {"name": "rates", "train.learning_rate": 0.0056788, "train.warmup_steps": 7, "train.beta2": 0.9},
+    {"name": "bytes", "data.tokenizer": "bytes", "data.files": STDLIB[:1], "model.vocab_size": 257},
+    {
+        "name": "tuned",
+        "data.tokenizer": "bytes",
+        "data.files": STDLIB[1:],
+        "train.init_from": f"runs/{'x' * 60}/best.pth",
+    },
+    {"name": "wide", "model.d_model": 96, "model.d_ff": 384, "train.num_workers": 1, "train.eval_batches": 7},
+]
+
+
+def test_table_of_different_runs_has_six_keys_and_counts_the_others(tmp_path):
+    """Each run differs from each other one in what is shown: the keys that tell runs apart come first."""
+    for number, config in enumerate(DIFFERENT):
+        make_run(tmp_path / str(number), (3.0 + number,), **{"machine.ranks": 1, **config})
+    found = Comparison(find_runs([str(tmp_path)]))
+    head, *rows = found.rows()
+    assert head[head.index("hours") + 1 :] == [
+        *("init_from", "files", "tokenizer", "d_model", "learning_rate", "precision")
+    ]
+    assert len({tuple(row[-6:]) for row in rows}) == len(DIFFERENT)
+    assert max(len(cell) for row in rows for cell in row) <= 26
+    assert found.rest == "10 more keys differ: name, ranks, device and 7 more"
+    wide = found.rows(all_keys=True)
+    assert [row[: len(head)] for row in wide] == [head, *rows]
+    assert len(wide[0]) == len(head) + 10
+    text = page(found)
+    assert text.count('<th class="more">') + text.count('<th class="number more">') == 10
+    assert found.rest in text
+
+    chosen = Comparison(found.runs, columns=["seed", "steps", "ranks"])
+    assert chosen.rows()[0][-3:] == ["steps", "seed", "ranks"]
+    with pytest.raises(UserError, match=r"columns: vocab_size is ambiguous: model\.vocab_size, data\.vocab_size"):
+        Comparison(found.runs, columns=["vocab_size"])
+
+
+def test_keys_of_a_study_are_its_search_space(tmp_path):
+    """Every trial has other values of all its parameters, and one dropout is set for three places."""
+    for rate, decay, dropout in ((1e-3, 0.01, 0.123456), (2e-3, 0.02, 0.1234567), (3e-3, 0.03, 0.3)):
+        config = {f"model.{place}dropout": dropout for place in ("", "attention_", "residual_")}
+        config |= {"train.learning_rate": rate, "train.weight_decay": decay, "train.beta2": 1 - rate}
+        make_run(tmp_path / str(rate), **config, **{"train.epsilon": decay / 1e6})
+    found = Comparison(find_runs([str(tmp_path)]))
+    assert [found.names[key] for key in found.telling] == [
+        *("learning_rate", "weight_decay", "dropout", "beta2", "epsilon", "attention_dropout")
+    ]
+
+
+def test_short_values_stay_different():
+    assert short_values([0.00123456, 0.1, 1e30, None, True]) == ["0.00123", "0.1", "1e+30", "null", "true"]
+    assert short_values([0.1234561, 0.1234562]) == ["0.1234561", "0.1234562"]
+    assert short_values(["a" * 50, "b"]) == [f"{'a' * 8}…{'a' * 15}", "b"]
+    paths = [f"outputs/runs/quickstart/{stamp}/checkpoints/best_model.pth" for stamp in ("06-16", "06-17")]
+    assert short_values(paths) == ["…6/checkp…/best_model.pth", "…7/checkp…/best_model.pth"]
+
+
+def test_machine_facts_replace_auto(tmp_path):
+    for name, machine in (
+        ("a", {"precision": "bf16", "device": "cpu", "ranks": 1}),
+        ("b", {"precision": "fp32", "device": "NVIDIA H200", "ranks": 8}),
+    ):
+        about = json.loads((make_run(tmp_path / name).folder / "run.json").read_text())
+        (tmp_path / name / "run.json").write_text(json.dumps({**about, "machine": machine}))
+    head, *rows = Comparison(find_runs([str(tmp_path)])).rows()
+    assert [head[-3:], *(row[-3:] for row in rows)] == [
+        ["precision", "ranks", "device"],
+        ["bf16", "1", "cpu"],
+        ["fp32", "8", "NVIDIA H200"],
+    ]
 
 
 def test_run_without_the_value_sorts_last(tmp_path):
@@ -194,6 +273,9 @@ def test_state_of_a_running_and_of_a_killed_run(tmp_path, locked, state):
 def test_tables_as_text_and_markdown():
     rows = [["run", "x"], ["a|b", "1"], ["c", "12,500"]]
     assert as_text(rows) == "run       x\na|b       1\nc    12,500"
+    wide = as_text([["run", "x", "y", "z"], ["a", "1", "b", "text"]], width=10)
+    assert wide == "run  x  y\na    1  b\n\nrun  z\na    text"
+    assert as_text(rows, width=1) == as_text(rows)  # one column at least
     assert as_markdown(rows) == "| run | x |\n| --- | ---: |\n| a\\|b | 1 |\n| c | 12,500 |"
 
 
@@ -347,7 +429,12 @@ def test_command_compares_runs_without_torch(trained, workspace):
     assert "learning_rate" in done.stdout
     assert (workspace.folder / "outputs" / "comparison.png").exists()
     table = workspace.module("gpt2.main", "compare", "outputs/runs/*/*", "--markdown", "sort=train.learning_rate")
-    assert [line.split(" | ")[1] for line in table.stdout.splitlines()] == ["learning_rate", "---:", "0.0003", "0.01"]
+    assert [line.split(" | ")[-1] for line in table.stdout.splitlines()] == [
+        "learning_rate |",
+        "---: |",
+        "0.0003 |",
+        "0.01 |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ UNKNOWN = [
     ("deleting a key", "train ~train.seed", "~train.seed: keys cannot be deleted"),
     ("setting what a study sets", "train study.trial=1", "study.trial=1: only a study sets that"),
     ("a column that is not there", "compare sort=beauty", "sort: there is no beauty; there are loss"),
+    ("columns that are not there", "compare columns=seed,beauty", "columns: there is no beauty; there are loss"),
     ("a kind of picture that is not there", "compare picture=a.gif", "picture: a.gif is none of .png"),
     ("an option that is not there", "compare --fast", "--fast: there is no such option; there are sort="),
     ("a run that is not there", "compare nowhere", "nowhere does not exist; a run is a folder with"),
