@@ -94,7 +94,8 @@ class Comparison:
         keys = dict.fromkeys(key for run in self.runs for key in run.config)
         if name in COLUMNS or name in keys:
             return name
-        matches = [[key for key in among if key.rpartition(".")[2] == name] for among in (self.keys, keys)]
+        groups = (self.keys, [key for key in keys if not key.startswith(NOT_COMPARED)], keys)
+        matches = [[key for key in group if key.rpartition(".")[2] == name] for group in groups]
         if found := next(filter(None, matches), []):
             if len(found) > 1:
                 raise UserError(f"{option}: {name} is ambiguous: {', '.join(found)}")

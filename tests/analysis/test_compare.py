@@ -154,7 +154,7 @@ def test_table_of_different_runs_has_six_keys_and_counts_the_others(tmp_path):
     chosen = Comparison(found.runs, columns=["seed", "steps", "ranks"])
     assert chosen.rows()[0][-3:] == ["steps", "seed", "ranks"]
     with pytest.raises(UserError, match=r"columns: vocab_size is ambiguous: model\.vocab_size, data\.vocab_size"):
-        Comparison(found.runs, columns=["vocab_size"])
+        Comparison(found.runs[:1], columns=["vocab_size"])
 
 
 def test_keys_of_a_study_are_its_search_space(tmp_path):
