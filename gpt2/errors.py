@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class ResourceError(UserError):
-    """The disk is full, or memory does not suffice."""
+    """The disk is full, memory does not suffice, or a server does not answer."""
 
     exit_code = 1
 

@@ -5,6 +5,7 @@ import os
 import runpy
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from gpt2.cli.arguments import split_arguments, take_subcommand
@@ -24,7 +25,7 @@ COMMANDS = {
     "benchmark": "measure speed: benchmark generation|training",
     "compare": "compare runs in a table and a plot: compare RUN ...",
     "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
-    "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER",
+    "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",
 }
 
 
@@ -37,13 +38,22 @@ def run_script(name: str, *arguments: str) -> None:
 @script("export")
 def export(config: ExportRun) -> None:
     from gpt2.checkpoint import pretrained
+    from gpt2.runtime.hub import create_repository, upload
 
     trained = pretrained.open_model(config.checkpoint)
-    folder = Path(str(config.to))
-    pretrained.export(trained, folder)
-    files = ", ".join(sorted(path.name for path in folder.iterdir()))
-    print(f"{trained.describe()} is now in {os.path.relpath(folder)}: {files}")
-    print(f"\nIn Python:  transformers.pipeline('text-generation', {str(folder)!r})")
+    if config.push is not None:
+        create_repository(config.push, config.private)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(config.to or Path(temporary) / "exported")
+        pretrained.export(trained, folder, config)
+        if config.to is not None:
+            files = ", ".join(sorted(path.name for path in folder.iterdir()))
+            print(f"{trained.describe()} is now in {os.path.relpath(folder)}: {files}")
+        if config.push is not None:
+            print(f"{trained.describe()} is now on the Hugging Face Hub: {upload(folder, config.push)}")
+    if missing := [key for key in ("license", "language") if getattr(config, key) is None]:
+        print(f"The model card does not say {' and '.join(missing)}; license=mit language=en, for example, would.")
+    print(f"\nIn Python:  transformers.pipeline('text-generation', {config.push or config.to!r})")
 
 
 COMPARE = """usage: python -m gpt2.main compare [RUN ...] [OPTIONS]

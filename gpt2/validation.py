@@ -430,12 +430,19 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     yield from _quantization(config, prefix)
 
 
-def _export_run(config: ExportRun, prefix: str) -> Problems:
-    if config.to is None:
-        return ["to: the folder to write is missing, to=FOLDER"]
-    if os.path.lexists(config.to):
-        return [f"to: {config.to} exists already; name a folder that does not"]
-    return []
+def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:
+    if config.to is None and config.push is None:
+        yield "to: the folder to write is missing, to=FOLDER"
+    if config.to is not None and os.path.lexists(config.to):
+        yield f"to: {config.to} exists already; name a folder that does not"
+    formats = {
+        "push": (r"[\w.-]+/[\w.-]+", "OWNER/NAME of a repository on the Hugging Face Hub"),
+        "license": (r"[a-z0-9][a-z0-9.-]*", "the name of a licence on the Hugging Face Hub, such as mit or apache-2.0"),
+        "language": (r"[a-z]{2,3}(-\w+)*( [a-z]{2,3}(-\w+)*)*", "codes of languages, such as en or 'en de'"),
+    }
+    for key, (pattern, wanted) in formats.items():
+        if (value := getattr(config, key)) is not None and not re.fullmatch(pattern, value, re.ASCII):
+            yield f"{key}: {value!r} is not {wanted}"
 
 
 def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ Opening a model reads its configuration only; its weights, and torch, are loaded
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import hugging_face, run_folder
 from gpt2.checkpoint.record import read_record
-from gpt2.config import GPT2Config
+from gpt2.config import ExportRun, GPT2Config
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_folder
 from gpt2.runtime.hub import OPENAI, hub_folder, is_on_hub
@@ -244,8 +245,11 @@ def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: se
 # Exporting
 
 
-def export(trained: TrainedModel, folder: str | Path) -> None:
+def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = None) -> None:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load, completely or not at all.
+
+    Args:
+        about: What the model card says about licence, language and repository.
 
     Raises:
         UserError: The model cannot be read, or the folder exists or cannot be written.
@@ -257,22 +261,38 @@ def export(trained: TrainedModel, folder: str | Path) -> None:
     if trained.tokenizer is None:
         log.warning("%s holds no tokenizer, so the exported folder has none either.", trained.source)
     tensors = trained.tensors()
+    card = model_card(trained, about)
     try:
         with atomic_folder(folder) as target:
-            hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, model_card(trained))
+            hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, card)
     except OSError as error:
         if folder.exists():  # another process has created it in the meantime
             raise exists_already from error
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 
 
-def model_card(trained: TrainedModel) -> str:
-    """The README of an exported folder: how to use the model, how it was trained, its loss and its shape."""
+def model_card(trained: TrainedModel, about: ExportRun | None = None) -> str:
+    """The README of an exported folder: how to use the model, how it was trained, its loss and its shape.
+
+    It names no folder of this machine.
+    """
+    from huggingface_hub import ModelCardData
+
+    about, data = about or ExportRun(), trained.run["data"] if trained.run else {}
+    source = trained.record["train"].get("init_from") if trained.record else trained.source
+    dataset = "" if data.get("files") else data.get("dataset_name", "")
+    unchanged = f"The weights are those of {_public_name(trained.source)}, unchanged."
+    metadata = ModelCardData(
+        language=about.language.split() if about.language else None,
+        license=about.license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2"],
+        base_model=_repository(source) if source else None,
+        datasets=[dataset] if _is_dataset_on_hub(dataset) else None,
+    )
     return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- gpt2
+{metadata.to_yaml()}
 ---
 
 # {" ".join(trained.run["name"].split()) if trained.run else "GPT-2"}
@@ -282,13 +302,13 @@ A GPT-2 for `transformers`:
 ```python
 from transformers import pipeline
 
-write = pipeline("text-generation", "PATH_OF_THIS_FOLDER")
+write = pipeline("text-generation", "{about.push or "PATH_OF_THIS_FOLDER"}")
 print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
 ```
 
 ## Training
 
-{_training(trained.record) if trained.record else f"The weights are those of {trained.source}, unchanged."}
+{_training(trained.record) if trained.record else unchanged}
 
 ## Architecture
 
@@ -304,21 +324,40 @@ def _training(record: dict[str, Any]) -> str:
     settings = ("batch_size", "accumulation_steps", "learning_rate", "weight_decay", "seed")
     return _table(
         {
-            "data": _text_of(run["data"]) if run else "not recorded",
+            "data": _text_of(run) if run else "not recorded",
             "steps": f"{progress['step']:,}",
             "tokens": f"{progress['tokens']:,}",
             "hours": f"{progress['seconds'] / 3600:.2f}",
             "validation loss": loss,
-            "started from": train.get("init_from") or "random weights",
+            "started from": _public_name(train["init_from"]) if train.get("init_from") else "random weights",
             **{name: train[name] for name in settings},
             "PyTorch": record["versions"].get("torch"),
         }
     )
 
 
-def _text_of(data: dict[str, Any]) -> str:
-    """The files or the dataset that a run was trained on, from the fields of its `DataConfig`."""
-    return ", ".join(data["files"] or filter(None, (data["dataset_name"], data["dataset_config"])))
+def _text_of(run: dict[str, Any]) -> str:
+    """The files or the dataset that a run was trained on."""
+    data, choice = run["data"], run.get("choices", {}).get("data", "text")
+    if data["files"]:
+        return ", ".join(dict.fromkeys(Path(name).name for name in data["files"])) if choice == "text" else choice
+    name = data["dataset_name"]
+    return ", ".join(filter(None, (name if _is_dataset_on_hub(name) else Path(name).name, data["dataset_config"])))
+
+
+def _public_name(source: str) -> str:
+    """The name of a model on the Hub, or a path without the folders of this machine."""
+    return _repository(source) or Path(source).name
+
+
+def _repository(source: str) -> str | None:
+    """The name on the Hub of a model that has one."""
+    return (f"openai-community/{source}" if source in OPENAI else source) if is_on_hub(source) else None
+
+
+def _is_dataset_on_hub(name: str) -> bool:
+    """Whether the name of a dataset is not a folder's. A few old ones have no owner, such as `wikitext`."""
+    return is_on_hub(name) or (re.fullmatch(r"[\w-]+", name) is not None and not Path(name).exists())
 
 
 def _table(rows: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads if it answers within seconds, otherwise its local cache."""
+"""The Hugging Face Hub: downloads if it answers within seconds, otherwise its local cache; uploads."""
 
 import logging
 import os
@@ -6,12 +6,13 @@ import re
 import socket
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gpt2.errors import UserError
+from gpt2.errors import ResourceError, UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,10 @@ def connect(seconds: float = 3.0) -> None:
     Raises:
         UserError: An environment variable that holds a URL is invalid; the libraries would fail on it.
     """
-    addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
+    address = _address_of_hub()
     move_hub_cache()
     if os.environ.get("HF_HUB_OFFLINE"):
         return
-    names = ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT")
-    address = next((addresses[name] for name in names if name in addresses), ("huggingface.co", 443))
     try:
         socket.create_connection(address, timeout=seconds).close()
     except OSError as error:
@@ -100,6 +99,13 @@ def connect(seconds: float = 3.0) -> None:
         for name in ("huggingface_hub.constants", "datasets.config"):  # they may be imported already
             if name in sys.modules:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+
+
+def _address_of_hub() -> tuple[str, int]:
+    """Host and port of the Hub, or of the proxy on the way there."""
+    addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
+    names = ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT")
+    return next((addresses[name] for name in names if name in addresses), ("huggingface.co", 443))
 
 
 def _address(name: str) -> tuple[str, int]:
@@ -144,3 +150,59 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
         f"{repository}: there is no such folder here, and {patterns[0]} is not to be had from the Hugging Face Hub "
         f"or its cache; {instead}"
     ) from reason
+
+
+def create_repository(name: str, private: bool) -> None:
+    """Create the repository of a model on the Hub, unless it exists. Call it before what is uploaded is made.
+
+    Raises:
+        UserError: Nobody is logged in, or the account may not create or write it.
+        ResourceError: The Hub does not answer.
+    """
+    move_hub_cache()
+    from huggingface_hub import create_repo, get_token
+
+    if get_token() is None:
+        raise UserError("push: not logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+    with _refusals_as_lines(name):
+        socket.create_connection(_address_of_hub(), timeout=3).close()  # create_repo has no time limit
+        create_repo(name, private=private, exist_ok=True)
+
+
+def upload(folder: Path, name: str) -> str:
+    """Upload all files of a folder in one commit. Returns its URL.
+
+    Raises:
+        UserError: See `create_repository`; or the Hub refuses the model card.
+    """
+    from huggingface_hub import upload_folder
+    from huggingface_hub.utils import disable_progress_bars
+
+    from gpt2.runtime.console import is_terminal
+
+    if not is_terminal():
+        disable_progress_bars()
+    with _refusals_as_lines(name):
+        return upload_folder(repo_id=name, folder_path=folder, commit_message="Export").commit_url
+
+
+@contextmanager
+def _refusals_as_lines(name: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        yield
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = " ".join((error.server_message or f"it answers {status}").split())
+        if status >= 500 or status == 429:
+            raise ResourceError(f"push: the Hugging Face Hub is out of order or overloaded: {reason}") from error
+        what = {
+            401: "does not accept your token; run `hf auth login`, or set HF_TOKEN",
+            403: f"does not let you write to {name}; perhaps your token can only read",
+        }.get(status, f"refuses {name}")
+        raise UserError(f"push: the Hugging Face Hub {what}: {reason}") from error
+    except ValueError as error:  # about the model card
+        raise UserError(f"push: the Hugging Face Hub refuses {name}: {one_line(error)}") from error
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise ResourceError(f"push: the Hugging Face Hub does not answer: {one_line(error)}") from error

@@ -120,6 +120,11 @@ UNKNOWN = [
     ("a study without a name", "study", "study: one folder, such as"),
     ("a target for an export that is there", "export to=folder", "to: folder exists already"),
     ("an export to nowhere", "export", "to: the folder to write is missing"),
+    ("a push to no repository", "export push=mine", "push: 'mine' is not OWNER/NAME"),
+    ("a push to a folder", "export push=a/b/c", "push: 'a/b/c' is not OWNER/NAME"),
+    ("a licence in words", "export to=a license='do what you want'", "license: 'do what you want' is not the name of"),
+    ("a language in full", "export to=a language=English", "language: 'English' is not codes of languages, such as en"),
+    ("a push by nobody", "export push=me/first", "push: not logged in to the Hugging Face Hub"),
     ("a target on the command line", "train +train._target_=os.system", "_target_"),
     (
         "another sweeper's target",

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.pretrained import export, model_card, open_model
-from gpt2.config import DataConfig, GPT2Config, TrainingConfig
+from gpt2.config import DataConfig, ExportRun, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.runtime.rng import versions
 from gpt2.tokenizer import GPT2Tokenizer
-from tests.conftest import SHARED
+from tests.conftest import ROOT, SHARED
 from tests.helpers import CORPUS, noisy_model, tiny_config
 
 
@@ -161,16 +162,76 @@ def test_model_card_states_training_and_shape(tmp_path):
         assert fact in card
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        (DataConfig(), "wikitext, wikitext-2-raw-v1"),
-        (DataConfig(dataset_config=None), "wikitext"),
-        (DataConfig(files=["a.txt", "b*"]), "a.txt, b*"),
-    ],
-)
-def test_model_card_names_the_data(tmp_path, data, name):
+@pytest.fixture
+def finetuned(tmp_path):
+    """A checkpoint of which a test says how it was trained."""
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     trained = open_model(str(tmp_path / "a.pth"))
-    trained.record["run"] = {"name": "first", "data": vars(data)}
-    assert f"| data | {name} |" in model_card(trained)
+
+    def finetune(init_from: str | None = None, choices: dict[str, str] | None = None, **data):
+        trained.record["train"]["init_from"] = init_from
+        trained.record["run"] = {"name": "first", "data": vars(DataConfig(**data)), "choices": choices or {}}
+        return trained
+
+    return finetune
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "datasets"),
+    [
+        ({}, "wikitext, wikitext-2-raw-v1", ["wikitext"]),
+        ({"dataset_config": None}, "wikitext", ["wikitext"]),
+        ({"dataset_name": "someone/texts", "dataset_config": None}, "someone/texts", ["someone/texts"]),
+        ({"dataset_name": "/home/ann/texts", "dataset_config": None}, "texts", None),
+        ({"dataset_name": "./texts", "dataset_config": None}, "texts", None),
+        ({"dataset_name": "tests/texts", "dataset_config": None}, "texts", None),  # tests/ is a folder here
+        ({"files": ["a.txt", "b*"]}, "a.txt, b*", None),
+        ({"files": ["/home/ann/a.txt", "../c/**/*.txt", "~/d/*.txt"]}, "a.txt, *.txt", None),
+        ({"files": ["/usr/lib/python3/**/*.py"], "choices": {"data": "stdlib"}}, "stdlib", None),
+        ({"files": ["/home/ann/a.txt"], "choices": {"data": "text"}}, "a.txt", None),
+    ],
+)
+def test_model_card_names_the_data_without_folders(finetuned, monkeypatch, data, name, datasets):
+    monkeypatch.chdir(ROOT)
+    card = ModelCard(model_card(finetuned(**data)))
+    assert f"| data | {name} |" in card.content
+    assert card.data.datasets == datasets
+
+
+@pytest.mark.parametrize(
+    ("init_from", "base", "name"),
+    [
+        (None, None, "random weights"),
+        ("gpt2-medium", "openai-community/gpt2-medium", "openai-community/gpt2-medium"),
+        ("someone/model", "someone/model", "someone/model"),
+        ("/home/ann/models/first", None, "first"),
+        ("outputs/runs/first/2026-11-23_12-48-59-a6ee", None, "2026-11-23_12-48-59-a6ee"),
+        ("gpt2/last.pth", None, "last.pth"),
+    ],
+)
+def test_model_card_names_the_base_model_if_it_is_on_the_hub(finetuned, init_from, base, name):
+    card = ModelCard(model_card(finetuned(init_from)))
+    assert card.data.base_model == base
+    assert f"| started from | {name} |" in card.content
+
+
+def test_metadata_of_the_model_card(finetuned):
+    about = ExportRun(license="cc-by-sa-4.0", language="en de", push="me/first")
+    card = ModelCard(model_card(finetuned("gpt2"), about))
+    assert card.data.to_dict() == {
+        "license": "cc-by-sa-4.0",
+        "language": ["en", "de"],
+        "base_model": "openai-community/gpt2",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2"],
+        "datasets": ["wikitext"],
+    }
+    assert 'pipeline("text-generation", "me/first")' in card.content
+
+
+def test_unchanged_weights_have_no_folder_either(folder):
+    card = ModelCard(model_card(open_model(str(folder))))
+    assert "The weights are those of theirs, unchanged." in card.content
+    assert (card.data.base_model, card.data.license) == (None, None)
+    assert str(folder.parent) not in card.content
