@@ -8,7 +8,7 @@ rank-agnostic: every rank reads the global batch and computes its share.
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gpt2.config import DataConfig, TrainingConfig
 from gpt2.data.corpus import PreparedData, prepare
+from gpt2.data.token_files import TokenFile, Tokens, count_tokens
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
 from gpt2.runtime.dist_env import dist_env
@@ -45,23 +46,27 @@ class TokenDataset(Dataset):
         tokenizer: GPT2Tokenizer | None = None,
         fingerprint: str | None = None,
         stride: int | None = None,
+        files: Sequence[TokenFile] | None = None,
     ):
         """
         Args:
+            path: The file; its name is that of the split.
             dtype: Of the tokens in the file, by its numpy name.
             tokenizer: Saved in the checkpoints of models that are trained on these blocks.
             fingerprint: Of the corpus; a resumed run compares it with its checkpoint's.
+            files: Where the tokens are, if they are not in `path`.
         """
         self.path, self.dtype, self.length = path, dtype, length
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
         self.stride = length if stride is None else stride
         if not 1 <= self.stride <= length:
             raise ValueError(f"a stride of {stride} would skip tokens, it must be between 1 and {length}")
-        self.number_of_tokens = path.stat().st_size // np.dtype(dtype).itemsize
+        self.files = files or [TokenFile(path, 0, path.stat().st_size // np.dtype(dtype).itemsize)]
+        self.number_of_tokens = count_tokens(self.files)
 
     @cached_property
-    def tokens(self) -> np.ndarray:
-        return np.memmap(self.path, dtype=self.dtype, mode="r")
+    def tokens(self) -> np.ndarray | Tokens:
+        return self.files[0].map(self.dtype) if len(self.files) == 1 else Tokens(self.files, self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: without the memory map, which they open themselves, and without the tokenizer."""
@@ -147,8 +152,10 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
 
 
 def _blocks(prepared: PreparedData, split: str, config: DataConfig, stride: int | None = None) -> TokenDataset:
-    about, path = prepared.about, prepared.folder / f"{split}.bin"
-    return TokenDataset(path, about["dtype"], config.max_length, prepared.tokenizer, about["fingerprint"], stride)
+    about, path, files = prepared.about, prepared.folder / f"{split}.bin", prepared.in_place.get(split)
+    return TokenDataset(
+        path, about["dtype"], config.max_length, prepared.tokenizer, about["fingerprint"], stride, files
+    )
 
 
 def get_dataloaders(

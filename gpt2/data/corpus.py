@@ -12,11 +12,12 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -24,9 +25,10 @@ from filelock import FileLock
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.config import DataConfig
 from gpt2.data.sources import Documents, Source, cache_folder, open_source
+from gpt2.data.token_files import DTYPE, TokenFile, check_vocabulary, count_tokens, split_end
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
-from gpt2.runtime.files import atomic_folder, damaged_file, remove
+from gpt2.runtime.files import atomic_write, damaged_file, fsync, remove, require_free_space
 from gpt2.runtime.signals import interruptibly
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -37,7 +39,7 @@ Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
 FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
-ABOUT, TOKENIZER = "about.json", "tokenizer.json"
+ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
 
@@ -46,6 +48,9 @@ PIECE_LENGTH = 1 << 16  # of the strings that are encoded: the tokenizer slows d
 MAX_PIECE_LENGTH = 1 << 20  # if no boundary follows: bounds memory
 BATCH_LENGTH = 1 << 18  # encoded by a thread at a time: bounds memory, and outweighs the cost of a hand-over
 BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
+
+TOKENS_PER_COMMIT = 1 << 24  # what a kill loses at most: a few seconds
+BYTES_PER_TOKEN = 4.4  # of English, with GPT-2's tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,37 +96,75 @@ def validation_sample(count: int, fraction: float) -> set[int] | None:
 # Tokenizing
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a file of tokens holds for good: the tokens of the first pieces of its split."""
+
+    pieces: int = 0
+    tokens: int = 0
+    sha256: str = hashlib.sha256().hexdigest()
+    is_complete: bool = False
+
+
 def write_tokens(
     documents: Iterable[Parts],
     tokenizer: GPT2Tokenizer,
     path: Path,
     description: str,
     threads: int = 1,
-    digest: "hashlib._Hash | None" = None,
-) -> int:
-    """Write the tokens of documents to a file, `<|endoftext|>` after each, and return their number.
+    written: Written = Written(),
+    commit: Callable[[Written], object] = lambda _: None,
+) -> Written:
+    """Write the tokens of documents to a file, `<|endoftext|>` after each.
 
-    Blank documents are left out. `digest` is updated with the content of the file.
+    Blank documents are left out. The tokens do not depend on where an earlier, interrupted call stopped.
+
+    Args:
+        written: What such a call passed to `commit` last; the file is continued from there.
+        commit: Called now and then, and at the end, with what is on disk by then.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
     tokenizer.encode_batch([])  # builds its encoder once, not in each thread
     words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
 
-    def encode(batch: list[tuple[str, bool]]) -> np.ndarray:
+    def encode(batch: list[tuple[str, bool]]) -> tuple[int, np.ndarray]:
         encoded = tokenizer.encode_batch([text for text, _ in batch])
         arrays = ((ids, end_of_text) if is_last else (ids,) for ids, (_, is_last) in zip(encoded, batch, strict=True))
-        return np.concatenate([*chain.from_iterable(arrays)], dtype=dtype, casting="unsafe")
+        return len(batch), np.concatenate([*chain.from_iterable(arrays)], dtype=dtype, casting="unsafe")
 
-    total = 0
-    with path.open("wb") as file, track(description, unit="tokens") as advance:
-        for tokens in map_in_threads(encode, batched(documents, words), threads):
+    with path.open("r+b" if path.exists() else "w+b") as file, track(description, unit="tokens") as advance:
+        digest = digest_of_start(file, written.tokens * dtype.itemsize)
+        if digest.hexdigest() != written.sha256:
+            log.warning("data: %s is damaged, it is written anew", path)
+            digest, written = digest_of_start(file, 0), Written()
+        file.truncate()
+        pieces = total = committed = 0
+
+        def state(is_complete: bool = False) -> Written:
+            file.flush()
+            os.fsync(file.fileno())
+            return Written(written.pieces + pieces, written.tokens + total, digest.hexdigest(), is_complete)
+
+        for count, tokens in map_in_threads(encode, batched(documents, words, written.pieces), threads):
             file.write(tokens.data)
-            if digest is not None:
-                digest.update(tokens.data)
-            total += len(tokens)
+            digest.update(tokens.data)
+            pieces, total = pieces + count, total + len(tokens)
             advance(total)
-    return total
+            if total - committed >= TOKENS_PER_COMMIT:
+                committed = total
+                commit(state())
+        commit(result := state(is_complete=True))
+    return result
+
+
+def digest_of_start(file: BinaryIO, size: int) -> "hashlib._Hash":
+    """The SHA-256 of the first bytes of a file, which is then at their end."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    for block in iter(lambda: file.read(min(size - file.tell(), 1 << 20)), b""):
+        digest.update(block)
+    return digest
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -129,11 +172,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.min_scalar_type(vocab_size - 1)
 
 
-def batched(documents: Iterable[Parts], words: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of about BATCH_LENGTH characters of the pieces of all documents that are not blank."""
+def batched(documents: Iterable[Parts], words: Sequence[str], skip: int = 0) -> Iterator[list[tuple[str, bool]]]:
+    """Batches of about BATCH_LENGTH characters of the pieces, after the first ones, of the documents with text."""
     batch: list[tuple[str, bool]] = []
     size = 0
-    for piece in chain.from_iterable(split_into_pieces(document, words) for document in without_blanks(documents)):
+    pieces = chain.from_iterable(split_into_pieces(document, words) for document in without_blanks(documents))
+    for piece in islice(pieces, skip, None):
         batch.append(piece)
         size += len(piece[0])
         if size >= BATCH_LENGTH:
@@ -212,9 +256,14 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], th
 
 @dataclass
 class PreparedData:
-    """A tokenized corpus on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json` and `about.json`."""
+    """A tokenized corpus on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json` and `about.json`.
+
+    Attributes:
+        in_place: The files of each split, if another program wrote them, in place of those in the folder.
+    """
 
     folder: Path
+    in_place: dict[str, list[TokenFile]] = field(default_factory=dict)
 
     @cached_property
     def about(self) -> dict[str, Any]:
@@ -225,16 +274,15 @@ class PreparedData:
         Raises:
             OSError, ValueError: It cannot be read, or is damaged.
         """
-        try:
-            about = json.loads((self.folder / ABOUT).read_bytes())
-            is_intact = about.pop("checksum") == _sum_of(about)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            is_intact = False
-        if not is_intact:
-            raise ValueError(f"wrong checksum of {ABOUT}")
+        about = _read_checked(self.folder / ABOUT)
         if about["key"] != self.folder.name:
             raise ValueError("it is another corpus")
         return about
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder in which it is made."""
+        return self.folder.with_suffix(".unfinished")
 
     def damage(self) -> str | None:
         """What is wrong with the files; None if they have their checksums."""
@@ -257,6 +305,26 @@ class PreparedData:
 
 def _sum_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _with_checksum(values: dict[str, Any]) -> dict[str, Any]:
+    return {**values, "checksum": _sum_of(values)}
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    """What `_with_checksum` made, without the checksum.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or is damaged.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        is_intact = values.pop("checksum") == _sum_of(values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise ValueError(f"wrong checksum of {path.name}")
+    return values
 
 
 def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
@@ -288,21 +356,79 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
         identity["cut"] = source.length_unit
 
     identity["key"] = _sum_of(identity)[:16]
-    prepared = PreparedData(cache_folder(config) / "tokens" / identity["key"])
+    in_place = files_in_place(source, splits, config)
+    prepared = PreparedData(cache_folder(config) / "tokens" / identity["key"], in_place)
     prepared.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder.with_suffix(".lock")):
         if os.path.lexists(prepared.folder):
             problem = prepared.damage()
             if problem is None:
-                log.info("Data: %s, from the cache %s", prepared, prepared.folder)
+                log.info("Data: %s, from %s", prepared, "its files" if in_place else f"the cache {prepared.folder}")
                 return prepared
             log.warning("data: the cache %s is damaged (%s), the corpus is tokenized again", prepared.folder, problem)
             remove(prepared.folder)
-        with atomic_folder(prepared.folder) as folder:
-            write_corpus(folder, source, tokenizer, config, splits, identity)
-        prepared = PreparedData(prepared.folder)
-    log.info("Data: %s, cached in %s", prepared, prepared.folder)
+        if source.text_bytes and only in (None, "all"):
+            require_space(source, tokenizer, config, prepared.unfinished)
+        with unfinished_corpus(prepared) as folder:
+            write_corpus(folder, source, tokenizer, config, splits, identity, in_place)
+        prepared = PreparedData(prepared.folder, in_place)
+    log.info("Data: %s, %s", prepared, "read in place" if in_place else f"cached in {prepared.folder}")
     return prepared
+
+
+def files_in_place(source: Source, splits: tuple[str, ...], config: DataConfig) -> dict[str, list[TokenFile]]:
+    """The files of tokens of each split, if the source has them; the end of `train` replaces a missing `validation`."""
+    if source.token_files is None:
+        return {}
+    files = {**source.token_files, "all": [*chain.from_iterable(source.token_files.values())]}
+    if source.validation is None:
+        files["train"], files["validation"] = split_end(files["train"], config.validation_fraction)
+    return {split: files[split] for split in splits}
+
+
+@contextmanager
+def unfinished_corpus(prepared: PreparedData) -> Iterator[Path]:
+    """Yield the folder in which a corpus is made, which gets its name at the end of the block.
+
+    If it ends earlier and something is committed, the folder stays, and the next preparation of the corpus continues
+    it. Only a mistake in the text, after whose correction it is another corpus, removes it.
+    """
+    unfinished = prepared.unfinished
+    if not unfinished.is_dir():
+        remove(unfinished)
+    unfinished.mkdir(exist_ok=True)
+    try:
+        yield unfinished
+        for path in [*unfinished.iterdir(), unfinished]:
+            fsync(path)
+        unfinished.rename(prepared.folder)
+        fsync(prepared.folder.parent)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(prepared.folder)  # a failed write does not name its file
+        is_mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+        if is_mistake or not (unfinished / PROGRESS).exists():
+            remove(unfinished)
+        else:
+            log.info("Data: the tokens so far stay in %s, the same command continues from there.", unfinished)
+        raise
+
+
+def require_space(source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, folder: Path) -> None:
+    """Say how much space the tokens of a large text need, estimated from the first of it.
+
+    Raises:
+        UserError: Less is free.
+    """
+    tokens_per_byte = 1 / BYTES_PER_TOKEN
+    if tokenizer:
+        first = [text for text, _ in next(batched(documents_of_split(source, "train", config), []), [])]
+        tokens = len(first) + sum(map(len, tokenizer.encode_batch(first)))
+        tokens_per_byte = tokens / max(1, len("".join(first).encode("utf-8", "replace")))
+    vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size
+    needed = int(source.text_bytes * tokens_per_byte) * token_dtype(vocab_size).itemsize
+    written = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    require_free_space(folder, needed - written, f"tokenizing {source.text_bytes / 1e9:,.1f} GB of text")
 
 
 def write_corpus(
@@ -312,34 +438,69 @@ def write_corpus(
     config: DataConfig,
     splits: tuple[str, ...],
     identity: dict[str, Any],
+    in_place: dict[str, list[TokenFile]] | None = None,
 ) -> None:
     """Tokenize the splits into files of a folder, with a tokenizer that is learned if it is None.
 
+    What an earlier, interrupted call has written there is kept.
+
+    Args:
+        in_place: Files of each split that hold its tokens already.
+
     Raises:
-        UserError: A split has no text.
+        UserError: A split has no text, or a token is unknown.
     """
     if tokenizer is None:
-        tokenizer = _train_tokenizer(source, config)
+        try:
+            tokenizer = GPT2Tokenizer.from_json((folder / TOKENIZER).read_text(encoding="utf-8"))
+        except (OSError, ValueError, UserError):
+            tokenizer = _train_tokenizer(source, config)
     description = tokenizer.to_json().encode()
     (folder / TOKENIZER).write_bytes(description)
-    digests, tokens = {TOKENIZER: hashlib.sha256(description)}, {}
+    sums, tokens = {TOKENIZER: hashlib.sha256(description).hexdigest()}, {}
     for split in splits:
-        documents, path = documents_of_split(source, split, config), folder / f"{split}.bin"
-        digest = digests[path.name] = hashlib.sha256()
-        threads = config.preprocessing_num_workers
-        tokens[split] = write_tokens(documents, tokenizer, path, f"Tokenizing {split}", threads, digest)
+        if in_place:
+            check_vocabulary(in_place[split], tokenizer)
+            tokens[split] = count_tokens(in_place[split])
+        else:
+            written = _write_split(folder, source, split, tokenizer, config)
+            tokens[split], sums[f"{split}.bin"] = written.tokens, written.sha256
         if not tokens[split] and (split != "test" or len(splits) == 1):  # otherwise validation replaces an empty test
             raise UserError(f"data: there is no text in the {split} split")
-    sums = {name: digest.hexdigest() for name, digest in digests.items()}
     about = {
         **identity,
-        "fingerprint": _sum_of(sums)[:16],
+        "fingerprint": identity["key"] if in_place else _sum_of(sums)[:16],
         "tokens": tokens,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "dtype": token_dtype(tokenizer.vocab_size).name if not in_place else DTYPE.name,
         "vocab_size": tokenizer.vocab_size,
         "sha256": sums,
     }
-    (folder / ABOUT).write_text(json.dumps({**about, "checksum": _sum_of(about)}, indent=1))
+    (folder / ABOUT).write_text(json.dumps(_with_checksum(about), indent=1))
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _write_split(folder: Path, source: Source, split: str, tokenizer: GPT2Tokenizer, config: DataConfig) -> Written:
+    """Write the tokens of a split, from where an earlier call was interrupted."""
+    try:
+        progress = _read_checked(folder / PROGRESS)
+    except (OSError, ValueError):
+        progress = {}
+    if progress.get("tokenizer") != tokenizer.fingerprint:
+        progress = {"tokenizer": tokenizer.fingerprint}
+    written = Written(**progress.get(split, {}))
+    if written.is_complete:
+        return written
+    if written.tokens:
+        log.info("Data: continuing the %s split after its first %s tokens", split, f"{written.tokens:,}")
+
+    def commit(now: Written) -> None:
+        if now.tokens >= TOKENS_PER_COMMIT:
+            with atomic_write(folder / PROGRESS) as file:
+                file.write(json.dumps(_with_checksum({**progress, split: asdict(now)})).encode())
+
+    documents, path = documents_of_split(source, split, config), folder / f"{split}.bin"
+    threads = config.preprocessing_num_workers
+    return write_tokens(documents, tokenizer, path, f"Tokenizing {split}", threads, written, commit)
 
 
 def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:

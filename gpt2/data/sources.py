@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache, partial
 from itertools import chain
-from os.path import isfile, realpath, split
+from os.path import basename, isfile, realpath, split
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -27,6 +27,7 @@ import regex
 from filelock import FileLock
 
 from gpt2.config import DataConfig
+from gpt2.data.token_files import TokenFile, is_token_file, open_token_files
 from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of_each
@@ -84,6 +85,8 @@ class Source:
     validation: Documents | None = None
     test: Documents | None = None
     length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
+    text_bytes: int = 0  # of all splits together; 0: unknown
+    token_files: dict[str, list[TokenFile]] | None = None  # of each split, in place of its documents
 
 
 def open_source(config: DataConfig) -> Source:
@@ -231,10 +234,10 @@ csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
 
 
 def open_files(config: DataConfig) -> Source:
-    """The documents of the files that match `data.files`, identified by their contents.
+    """The documents, or the tokens, of the files that match `data.files`, identified by their contents.
 
     Raises:
-        UserError: No file matches.
+        UserError: No file matches, or files of tokens are damaged.
     """
     if isinstance(config.files, str):
         raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
@@ -244,25 +247,44 @@ def open_files(config: DataConfig) -> Source:
         left = f"data.files: nothing of {config.files} is left without data.exclude={config.exclude}"
         raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
     try:
+        if any(map(is_token_file, documents.paths)):
+            return _source_of_tokens(documents.paths, config)
         fingerprint = _fingerprint(documents.paths)
     except OSError as error:
         raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
     if documents.hold_records():
         fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
-    return Source(fingerprint, documents, length_unit="bytes")
+    text_bytes = sum(path.stat().st_size for path in documents.paths)
+    return Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes)
+
+
+def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
+    if others := [str(path) for path in paths if not is_token_file(path)]:
+        raise UserError(f"data.files: {few(others)} is text beside files of tokens (.bin); name one kind")
+    if config.tokenizer == "train":
+        raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
+    splits = open_token_files(paths)
+    fingerprint = json.dumps({split: _fingerprint([file.path for file in files]) for split, files in splits.items()})
+    validation, test = (() if splits[split] else None for split in ("validation", "test"))
+    return Source(fingerprint, (), validation, test, token_files=splits)
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files that match any pattern and no exclusion, each once, sorted by path."""
+    """The files that match any pattern and no exclusion, each once, sorted by path.
+
+    A link of another name than its file's, as in the cache of the Hub, stays: the name says what is in the file.
+    """
     resolve, here = _resolver(), Path.cwd()
     files: dict[str, set[str]] = {}
-    for name in filter(isfile, chain.from_iterable(map(files_matching, patterns))):
+    paths: dict[str, Path] = {}
+    for name in sorted(filter(isfile, chain.from_iterable(map(files_matching, patterns)))):
         path = resolve(name)
         files.setdefault(path, set()).update((name, str(here / name), path))
+        paths[path] = Path(path) if basename(path) == basename(name) else here / name
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
     if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
         log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
-    return sorted(map(Path, files.keys() - set().union(*excluded.values())))
+    return sorted(paths[path] for path in files.keys() - set().union(*excluded.values()))
 
 
 def _resolver() -> Callable[[str], str]:
@@ -382,7 +404,8 @@ def open_dataset(config: DataConfig) -> Source:
         identity or [table and table._fingerprint for table in tables],
         *(config.dataset_config, splits, config.text_column, config.document_start),
     ]
-    return Source(json.dumps(about), *documents)  # type: ignore[arg-type]  # the training split is never None
+    text_bytes = sum(table.data[config.text_column].nbytes for table in tables if table)
+    return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
 
 
 @contextmanager

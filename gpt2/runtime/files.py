@@ -157,6 +157,21 @@ def writable_file(path: Path, key: str) -> Iterator[None]:
         yield
 
 
+def require_free_space(folder: Path, needed: int, task: str) -> None:
+    """Log how much space a task needs in a folder of the cache, if that is much.
+
+    Raises:
+        UserError: Less is free.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    needs = f"{task} needs about {needed / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
+    if needed > free:
+        raise UserError(f"data.cache_dir: {needs}; choose another place")
+    if needed > MANY_BYTES:
+        log.info("Data: %s", needs)
+
+
 def reason(error: Exception) -> str:
     """Why something could not be written, without the path."""
     if isinstance(error, FileExistsError):  # where a folder is to be

@@ -155,7 +155,7 @@ def test_documents_are_written_in_order_with_end_of_text(tmp_path, monkeypatch, 
     monkeypatch.setattr(corpus, "BATCH_LENGTH", batch)  # characters in a batch
     documents = ["first", "", "zweites äöü", "x" * 300, "", " " * 99 + "y", python_source(), "\n"]
     in_parts = ([document[:50], document[50:]] for document in documents)
-    total = write_tokens(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads)
+    total = write_tokens(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads).tokens
     packed = np.fromfile(tmp_path / "tokens.bin", dtype=np.uint16).tolist()
     assert packed == [i for document in documents if document.strip() for i in with_end(document)]
     assert total == len(packed)
