@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache, partial
 from itertools import chain
-from os.path import basename, isfile, realpath, split
+from os.path import isfile, realpath, split
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -276,15 +276,15 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """
     resolve, here = _resolver(), Path.cwd()
     files: dict[str, set[str]] = {}
-    paths: dict[str, Path] = {}
+    named: dict[str, Path] = {}
     for name in sorted(filter(isfile, chain.from_iterable(map(files_matching, patterns)))):
         path = resolve(name)
         files.setdefault(path, set()).update((name, str(here / name), path))
-        paths[path] = Path(path) if basename(path) == basename(name) else here / name
+        named[path] = Path(path) if split(path)[1] == split(name)[1] else here / name
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
     if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
         log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
-    return sorted(paths[path] for path in files.keys() - set().union(*excluded.values()))
+    return sorted(named[path] for path in files.keys() - set().union(*excluded.values()))
 
 
 def _resolver() -> Callable[[str], str]:
