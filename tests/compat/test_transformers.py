@@ -1,0 +1,39 @@
+"""The Auto classes, batched generation and the data collator of `transformers`."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
+
+from gpt2.checkpoint.pretrained import open_model
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ["The quick", "The quick brown fox jumps over the", "dog"]
+
+
+def test_auto_classes_compute_the_same(exported):
+    ours, theirs = open_model(exported), AutoModelForCausalLM.from_pretrained(exported).eval()
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        assert ids[0].tolist() == ours.tokenizer.encode(prompt)
+        with torch.no_grad():
+            assert_close(theirs(ids).logits, ours.build().eval()(ids)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pipeline_writes_in_batches_what_it_writes_one_by_one(exported):
+    write = pipeline("text-generation", str(exported))
+    options = {"do_sample": False, "max_new_tokens": 12}
+    alone = [write(prompt, **options)[0]["generated_text"] for prompt in PROMPTS]
+    together = [texts[0]["generated_text"] for texts in write(PROMPTS, batch_size=2, **options)]
+    assert together == alone
+    assert all(len(text) > len(prompt) for text, prompt in zip(alone, PROMPTS, strict=True))
+
+
+def test_collator_pads_and_ignores_the_padding(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(prompt) for prompt in PROMPTS])
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
+    assert AutoModelForCausalLM.from_pretrained(exported)(**batch).loss.isfinite()
