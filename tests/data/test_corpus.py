@@ -279,15 +279,18 @@ import resource, sys
 from gpt2.config import DataConfig
 from gpt2.data.corpus import prepare
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+before = peak()
 path, tokenizer = sys.argv[1:]
-if path:
-    prepare(DataConfig(files=[path + "/*.txt"], tokenizer=tokenizer, vocab_size=300, cache_dir=path))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+prepare(DataConfig(files=[path + "/*.txt"], tokenizer=tokenizer, vocab_size=300, cache_dir=path))
+print(peak() - before)
 """
 
 
-def peak_of(path: Path | str, tokenizer: str = "") -> int:
-    """Peak memory in MiB of a process that prepares the texts of a folder; with an empty path, of its imports."""
+def memory_to_prepare(path: Path, tokenizer: str) -> int:
+    """How many MiB the preparation of the texts of a folder adds to the peak of its process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return int(subprocess.check_output([sys.executable, "-c", MEMORY, path, tokenizer], env=environment))
 
@@ -311,7 +314,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, files, kind):
             for _ in range(40_000_000 // files // len(text)):
                 file.write(text)
             file.write(b" the end")
-    assert peak_of(tmp_path, tokenizer) - peak_of("") < 30
+    assert memory_to_prepare(tmp_path, tokenizer) < 30
 
 
 def test_excluding_all_files_is_a_user_error(tmp_path):
