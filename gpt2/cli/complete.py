@@ -70,8 +70,8 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
 
 def typed(name: str, composed: DictConfig) -> DictConfig:
     """What Hydra composed, in a script's schema and without the `hydra` node: no other keys, no missing values."""
-    plain = {key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"}  # type: ignore
-    if missing := sorted(OmegaConf.missing_keys(OmegaConf.create(plain))):
+    plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"})  # type: ignore
+    if missing := sorted(OmegaConf.missing_keys(plain)):
         raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
     return merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
 

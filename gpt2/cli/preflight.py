@@ -159,13 +159,14 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     Hydra takes only strings as names: a word that its grammar reads as a bool, null or a number ends in a ValueError.
     """
     group, value = override.key_or_group, override.value()
-    if "." in group or isinstance(value, Glob) or not (options := group_options(name, group)):
+    choices = value.list if isinstance(value, ChoiceSweep) else [value]
+    no_words = [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
+    is_new = override.type != OverrideType.CHANGE
+    if "." in group or not (is_new or no_words) or not (options := group_options(name, group)):
         return None
-    if override.type != OverrideType.CHANGE and group in compose_defaults(name, with_hydra=True).hydra.runtime.choices:
+    if is_new and group in compose_defaults(name, with_hydra=True).hydra.runtime.choices:
         return f"{override.input_line}: the group is chosen already, leave out the +"
-    for choice in value.list if isinstance(value, ChoiceSweep) else [value]:
-        if isinstance(choice, str | QuotedString):
-            continue
+    for choice in no_words:
         word = in_hydras_grammar(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
         off = [option for option in options if choice in (None, False) and option in ("off", "none")]
         if off:
