@@ -23,8 +23,8 @@ def main(config: EvaluateRun) -> None:
     from gpt2.evaluate import Evaluator
     from gpt2.ops.cpu_inference import quantize, refuse_int8
     from gpt2.runtime.device import choose_device, keep_freed_memory
+    from gpt2.tracking.loggers import LoggedRun, comparable, start_loggers
     from gpt2.tracking.tracker import ExternalLogger, Tracker
-    from gpt2.tracking.wandb_logger import comparable, start_wandb
 
     keep_freed_memory()
     with init_distributed(DistributedConfig().timeout, config.device, "device") as group:
@@ -45,8 +45,8 @@ def main(config: EvaluateRun) -> None:
         evaluator = Evaluator(model, loader, config.device, config.precision, group)
         split, stride = blocks.path.stem, blocks.stride
         experiment = trained.experiment
-        about_run = {"name": f"{experiment} {split}", "group": experiment, "run_config": comparable(asdict(config))}
-        external = start_wandb(config.wandb, job_type="evaluate", **about_run) if group.is_main else ExternalLogger()
+        run = LoggedRun(f"{experiment} {split}", experiment, "evaluate", comparable(asdict(config)))
+        external = start_loggers(config, run) if group.is_main else ExternalLogger()
         with Tracker(external=external):
             metrics = evaluator.evaluate()
             external.summarize(metrics)
@@ -59,7 +59,7 @@ def main(config: EvaluateRun) -> None:
     evaluator.print_metrics(metrics)
 
     about = {
-        **{key: value for key, value in asdict(config).items() if key != "wandb"},
+        **{key: value for key, value in asdict(config).items() if key not in ("loggers", "wandb", "mlflow")},
         "step": trained.record and trained.record["progress"]["step"],
         "split": split,
         "stride": stride,
@@ -69,8 +69,8 @@ def main(config: EvaluateRun) -> None:
     }
     add_result(output, {**metrics, **about})
     print(f"\nwritten to {output}")
-    if where := external.where():
-        print(f"W&B: {where}")
+    for line in external.where():
+        print(line)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def main(config: GenerateRun) -> None:
     # torch is imported from here on, after all errors of the command line
     from gpt2.inference import TextGenerator
     from gpt2.runtime.device import choose_device
+    from gpt2.tracking.loggers import LoggedRun, comparable, start_loggers
     from gpt2.tracking.tracker import Tracker
-    from gpt2.tracking.wandb_logger import comparable, start_wandb
 
     if config.quiet:
         logging.getLogger("gpt2").setLevel(logging.WARNING)
@@ -45,19 +45,14 @@ def main(config: GenerateRun) -> None:
     report(config, generator.describe())
 
     if config.prompt is None and not records:
-        if config.wandb.mode != "off":
-            report(config, "Interactive sessions are not logged to W&B.")
+        if config.loggers != ["wandb"] or config.wandb.mode != "off":
+            report(config, "Interactive sessions are not logged.")
         generator.interactive_mode(config.inference)
         return
 
     experiment = generator.trained.experiment
-    external = start_wandb(
-        config.wandb,
-        name=f"{experiment} texts",
-        group=experiment,
-        job_type="generate",
-        run_config=comparable(asdict(config)),
-    )
+    run = LoggedRun(f"{experiment} texts", experiment, "generate", comparable(asdict(config)))
+    external = start_loggers(config, run)
     rows: list[list[str]] = []
     with Tracker(external=external):
         try:
@@ -65,8 +60,8 @@ def main(config: GenerateRun) -> None:
         finally:  # also what was generated before an interruption
             external.show_table("texts", ["prompt", "text"], rows)
     report(config, generator.speed)
-    if where := external.where():
-        report(config, f"W&B: {where}")
+    for line in external.where():
+        report(config, line)
 
 
 def report(config: GenerateRun, message: object) -> None:

@@ -31,8 +31,8 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.distributed.process_group import init_distributed
     from gpt2.generation.text import stream_sample
     from gpt2.runtime.device import keep_freed_memory
+    from gpt2.tracking.loggers import start_loggers_for_training
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
-    from gpt2.tracking.wandb_logger import start_wandb_for_training
     from gpt2.train import Trainer
     from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog
     from gpt2.training.profiler import StepProfiler
@@ -67,7 +67,8 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
 
         with tracker:
             if group.is_main:
-                tracker.external = start_wandb_for_training(config, folder, tracker.about, wandb_id)
+                step = trainer.progress.step
+                tracker.external = start_loggers_for_training(config, folder, tracker.about, wandb_id, step)
                 announce(trainer)
             trainer.train()
             if trial:

@@ -184,6 +184,19 @@ class WandbConfig:
 
 
 @dataclass
+class MlflowConfig:
+    """Tracking with MLflow, if `loggers` has it."""
+
+    tracking_uri: str | None = None  # a folder or an address; null: MLFLOW_TRACKING_URI, or else outputs/mlruns
+    experiment: str = "gpt2"  # the experiment of all runs; those of a study or of a name share the tag `group`
+
+
+Logger = Literal["wandb", "tensorboard", "mlflow", "csv"]
+ServerLogger = Literal["wandb", "mlflow"]  # the others write to a run folder, which only train.py has
+EXTRA_LOGGERS = ("tensorboard", "mlflow")  # whose packages, of the same names, come with an extra of pyproject.toml
+
+
+@dataclass
 class DistributedConfig:
     """Training with torchrun on several devices. Nothing of this applies to a single process."""
 
@@ -209,7 +222,9 @@ class TrainRun:
     train: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written during training
+    loggers: list[Logger] = field(default_factory=lambda: ["wandb"])  # of wandb, tensorboard, mlflow, csv; []: none
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     profile: bool = False  # trace a few steps with PyTorch's profiler and print where the time goes
     sample_prompt: str = ""  # prompt of the samples; empty: the beginning of a document
@@ -235,7 +250,9 @@ class GenerateRun:
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # default: as the run of the checkpoint sampled
     quiet: bool = False  # print nothing about the model and its speed on standard error
-    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))  # prompts and texts, as a table
+    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow; they get the texts
+    wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
 
 @dataclass
@@ -252,7 +269,9 @@ class EvaluateRun:
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     quantization: Literal["int8"] | None = None  # 8-bit weights, on a CPU: what quantization costs in loss
+    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
 
 
@@ -314,6 +333,7 @@ class StudyPlan:
 # Keys of a TrainRun that a file never decides: accounts, places, devices and workers of the user who runs it.
 OF_THE_USER = (
     *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints"),
+    *("mlflow.tracking_uri", "mlflow.experiment"),
     *("data.cache_dir", "data.preprocessing_num_workers", "train.device", "train.num_workers"),
 )
 

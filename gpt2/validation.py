@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from glob import escape, glob
+from importlib.util import find_spec
 from itertools import count
 from math import inf, prod
 from os.path import isfile
@@ -23,6 +24,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import regex
 
 from gpt2.config import (
+    EXTRA_LOGGERS,
     OPTIMIZERS,
     WHEN_LOADED,
     DataConfig,
@@ -406,7 +408,15 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
     return problems
 
 
+def _loggers(config: TrainRun | EvaluateRun | GenerateRun, prefix: str = "") -> Problems:
+    """Loggers whose packages are not installed."""
+    specs = {name: find_spec(name) for name in config.loggers if name in EXTRA_LOGGERS}
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # None: just a folder
+    return [f"loggers: {name} is not installed; pip install -e '.[{name}]', or leave it out" for name in missing]
+
+
 def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
+    yield from _loggers(config)
     yield from validate_distributed(config.distributed, config.train, dist_env())
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
@@ -428,6 +438,7 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     bounds = {"stride": (1, length, f"between 1 and data.max_length={length}")}
     yield from out_of_bounds(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
+    yield from _loggers(config)
 
 
 def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:
@@ -477,6 +488,7 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     StudyConfig: _optuna,
     TrainRun: _train_run,
     EvaluateRun: _evaluate_run,
+    GenerateRun: _loggers,
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
     TrainingBenchmark: _training_benchmark,

@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from gpt2.benchmarks.common import circumstances, headline, interleaved, spread, write_json
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
 from gpt2.cli.compose import compose
-from gpt2.config import WandbConfig
+from gpt2.config import TrainRun, WandbConfig
+from gpt2.tracking.loggers import LoggedRun, start_loggers
 from gpt2.tracking.tracker import FINISHED, Ended, Tracker
-from gpt2.tracking.wandb_logger import start_wandb
 from gpt2.training.callbacks import Callback, TrackerLog
 
 NEVER = 10**9
@@ -97,7 +97,8 @@ def compare(config, arguments, folder):
     print(headline(about), flush=True)
     precision = precisions(config, workload.device)[0].name
 
-    wandb = start_wandb(WandbConfig(mode=arguments.wandb), name="overhead", group="benchmark", job_type="train")
+    run = TrainRun(wandb=WandbConfig(mode=arguments.wandb))
+    wandb = start_loggers(run, LoggedRun("overhead", group="benchmark", job_type="train"))
     options = in_precision(config.train, precision, **INTERVALS)
     full = workload.trainer(options, callbacks=[TrackerLog(Tracker(folder, wandb)), StepTimes()])
     full.train_loader = TimedLoader(full.train_loader)

@@ -31,7 +31,7 @@ Values = dict[str, Any]  # plain values of a file by key
 
 # What the configuration in a checkpoint may decide, except for the keys OF_THE_USER.
 SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
-SAVED_KEYS = ("name", "profile", "sample_prompt", "started_with", "choices")
+SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "choices")
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
 CHANGEABLE = WITHOUT_EFFECT | {
@@ -235,7 +235,7 @@ def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Va
         return values
     if run["wandb"]["mode"] in ("off", "offline") and "wandb.mode" not in requested:
         values["wandb.mode"] = run["wandb"]["mode"]
-    saved = {f"{group}.{key}": value for group in ("wandb", "data", "train") for key, value in run[group].items()}
+    saved = {key: run[group][name] for key in OF_THE_USER for group, _, name in [key.partition(".")]}
     unused = [
         key
         for key in OF_THE_USER

@@ -34,6 +34,7 @@ WITHOUT_EFFECT = {
     *("distributed.strategy", "distributed.timeout"),
     *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
     *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints", "resume", "resume_changes"),
+    *("loggers", "mlflow.tracking_uri", "mlflow.experiment"),
 }
 
 

@@ -99,8 +99,8 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
     log.info(f"    {config.train.checkpoint_dir}/ ({checkpoints}), curves.png, samples.md, metrics.jsonl, train.log")
-    if where := tracker.external.where():
-        log.info(f"  W&B: {where}")
+    for line in tracker.external.where():
+        log.info(f"  {line}")
     if trainer.interrupted_by:
         same = "the same command line, or  " if config.train.auto_resume else ""
         log.info(f"\nResume with:  {same}{resume_command(folder, config)}")

@@ -180,7 +180,7 @@ class StudySweeper(Sweeper):
             StudyFailure: No trial gave a value.
         """
         from gpt2.search import report
-        from gpt2.tracking.wandb_logger import offline_runs
+        from gpt2.tracking.wandb_logger import lacking
 
         report.write(study.optuna, self.folder)
         with exclusive_change(self.folder):
@@ -198,8 +198,8 @@ class StudySweeper(Sweeper):
             f"  best.yaml, {where}\n\n"
             f"Train the best trial again:  {again}" + (f"\n{generate}" if is_here else "")
         )
-        if offline := offline_runs(path for path in self.folder.iterdir() if path.name.isdigit()):
-            log.info(f"\nW&B: {offline}")
+        if trials := lacking(path for path in self.folder.iterdir() if path.name.isdigit()):
+            log.info(f"\nW&B lacks trials {trials}")
 
     def _write_best(self, best: "FrozenTrial") -> str:
         """Write `best.yaml`, the best trial as a preset. Returns the command that trains it."""
@@ -210,7 +210,7 @@ class StudySweeper(Sweeper):
         file: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]}
         for key, value in {**searched, **values, "name": name}.items():
             group, _, field = key.rpartition(".")
-            if group != "wandb":
+            if (group or key) not in ("loggers", "wandb", "mlflow"):
                 (file.setdefault(group, {}) if group else file)[field] = value
         command = f"python train.py +{name}=best"
         comment = f"# Trial {best.number} of the study {name}: validation loss {best.value:.4f}\n# {command}\n"

@@ -20,7 +20,7 @@ from gpt2.experiments.plan import RUNS, PlannedRun, planned_runs, read_plan, val
 from gpt2.runtime.console import ConsoleHandler, time_left
 from gpt2.runtime.files import writable_folder
 from gpt2.tracking.tracker import DIVERGED, FINISHED
-from gpt2.tracking.wandb_logger import offline_runs
+from gpt2.tracking.wandb_logger import lacking
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def run_study(folder: Path, jobs: int | None) -> None:
         log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
     else:
         study.write()
-    if jobs != 0 and (offline := offline_runs(run.folder for run in study.runs)):
-        log.info(f"\nW&B: {offline}")
+    if jobs != 0 and (runs := lacking(run.folder for run in study.runs)):
+        log.info(f"\nW&B lacks {runs}")
     if problems:
         raise ResourceError(*problems)
 

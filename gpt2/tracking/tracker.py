@@ -1,6 +1,6 @@
 """The files that record a run (`metrics.jsonl`, `run.json`, `samples.md`), and the interface of external loggers.
 
-An error of an external logger (`gpt2.tracking.wandb_logger`) never ends a run.
+`gpt2.tracking.loggers` sees to it that no error of an external logger ends a run.
 """
 
 import json
@@ -33,8 +33,13 @@ ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEM
 
 def read_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`, without damaged lines, such as a last one that a crash cut short."""
+    return metrics_in(path.read_bytes()) if path.exists() else []
+
+
+def metrics_in(content: bytes) -> list[Record]:
+    """The records of a part of a `metrics.jsonl`."""
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in content.split(b"\n"):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # invalid JSON or UTF-8, or a million brackets
@@ -76,25 +81,36 @@ class Ended:
 
 
 class ExternalLogger:
-    """Base class for external loggers; does nothing."""
+    """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in a thread of its own."""
 
-    id: str | None = None
+    title = "This logger"  # in messages
+    seconds = 30.0  # that the end of a run waits for what is not logged yet
+    id: str | None = None  # stored in checkpoints
+
+    def start(self) -> None:
+        """Called first. What takes time, such as a connection, belongs here; the import of a library to `__init__`."""
 
     def log(self, record: Record) -> None:
         """Log one record of `metrics.jsonl`."""
 
-    def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
-        """Show a table; it replaces the previous table of that name."""
+    def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
+        """Show a table, such as `samples`; it replaces the previous table of that name."""
 
     def summarize(self, figures: Record) -> None:
         """Log figures of the run as a whole."""
 
-    def finish(self, ended: Ended, folder: Path | None) -> None:
-        """End the run; `folder` is the run folder with its files."""
+    def flush(self) -> None:
+        """Called when no other call is waiting: write out what was logged."""
 
-    def where(self) -> str | None:
-        """One line that says where the run can be viewed; None if nowhere."""
-        return None
+    def finish(self, ended: Ended, folder: Path | None) -> None:
+        """End the run; `folder` is the run folder with its files. Called even after an error."""
+
+    def abandon(self, ended: Ended) -> None:
+        """Called, in another thread, if `finish` takes too long: release what would keep the process from ending."""
+
+    def where(self) -> list[str]:
+        """Lines that say where the run can be viewed."""
+        return []
 
 
 class LoggedSteps:
@@ -214,7 +230,7 @@ class Tracker:
             self.samples.append((record["step"], sample))
             self.logged.add("samples", record["step"])
             self._append(SAMPLES, _section(*self.samples[-1]))
-            self.external.show_table("samples", ["step", "text"], [list(sample) for sample in self.samples])
+            self.external.show_table("samples", ["step", "text"], list(self.samples))
 
     def flush(self) -> None:
         """Write everything that was logged to disk (fsync)."""
@@ -248,8 +264,8 @@ class Tracker:
                 raise
         finally:
             self.external.finish(ended, self.folder)
-            if error and (where := self.external.where()):  # otherwise the script prints it
-                log.info("W&B: %s", where)
+            for line in self.external.where() if error else ():  # otherwise the script prints it
+                log.info(line)
 
     def _write_about(self, about: Record) -> None:
         if self.folder:

@@ -1,6 +1,6 @@
 """The `ExternalLogger` for Weights & Biases.
 
-Nothing secret is uploaded: no environment variables, command line, storage URL or terminal output. See
+No environment variables, command line, storage URL or terminal output are uploaded: see
 `gpt2.tracking.wandb_service.settings` for what is switched off.
 """
 
@@ -9,13 +9,14 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.config import TrainRun, WandbConfig
-from gpt2.errors import UserError, one_line, without_secrets
+from gpt2.config import WandbConfig
+from gpt2.errors import UserError, one_line
 from gpt2.runtime.files import remove
+from gpt2.tracking.loggers import LoggedRun, limit, within
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:
@@ -23,90 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Table = tuple[str, list[str | int], list[list[Any]]]  # name, columns, rows
+Table = tuple[str, list[str], list[Any]]  # name, columns, rows
 
 ID = "wandb_id"  # file in a run folder
 ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
-NOT_COMPARED = ("wandb", "started_with", "resume", "resume_changes")  # keys of a configuration
-
-
-def start_wandb(
-    config: WandbConfig,
-    *,
-    name: str,
-    group: str,
-    job_type: str,
-    tags: Collection[str] = (),
-    run_config: Record | None = None,
-    run_id: str | None = None,
-) -> ExternalLogger:
-    """Start or resume a W&B run without prompting. Returns a logger that does nothing if W&B is off or fails.
-
-    Args:
-        group: The experiment or the study.
-        job_type: train, trial, evaluate or generate.
-        run_config: The resolved configuration, nested.
-        run_id: Of the run to resume or create; None: a new id.
-    """
-    mode = resolve_mode(config.mode)
-    if mode == "off":
-        return ExternalLogger()
-    try:
-        from gpt2.tracking import wandb_service as service
-
-        ROOT.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # by default in the home directory
-        seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
-        run = service.start(
-            mode == "online",
-            seconds,
-            **redact({"name": name, "group": group, "tags": [tag[:64] for tag in tags], "config": run_config or {}}),
-            project=config.project,
-            entity=config.entity,
-            dir=str(ROOT),
-            id=run_id or new_id(),
-            resume="allow",
-            job_type=job_type,
-            reinit="finish_previous",  # a run of this process that was not finished
-            allow_val_change=True,  # a resumed run may train longer
-        )
-        if run is None:
-            return ExternalLogger()
-        if config.mode == "online" and run.offline:
-            log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
-        return WandbLogger(run, config, service.LOCAL_SECONDS if run.offline else seconds)
-    except Exception as error:  # noqa: BLE001  # tracking never ends a run
-        log.warning("W&B did not start: %s", one_line(error))
-        return ExternalLogger()
-
-
-def start_wandb_for_training(
-    config: TrainRun, run_folder: Path, about: Record, known_id: str | None = None
-) -> ExternalLogger:
-    """`start_wandb` for a run of `train.py`.
-
-    Args:
-        run_folder: Stores the W&B id, so that a resumed run is the same W&B run.
-        about: The content of `run.json`.
-        known_id: The id in a checkpoint, used if the folder has none.
-    """
-    if resolve_mode(config.wandb.mode) == "off":
-        return ExternalLogger()
-    run_id, study = read_id(run_folder), config.study
-    if run_id is None:
-        run_id = known_id or new_id()
-        remove(run_folder / ID)
-        (run_folder / ID).write_text(run_id)
-    facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
-    return start_wandb(
-        config.wandb,
-        name=about["title"] if study.trial is None else f"{study.name}-{study.trial:04}",
-        group=study.name or config.name,
-        job_type="train" if study.trial is None else "trial",
-        tags=about["tags"],
-        run_config={**comparable(about["config"]), **facts, "folder": os.path.relpath(run_folder)},
-        run_id=run_id,
-    )
+SYNCED = ".wandb.synced"  # end of the name of an empty file by which `wandb sync` knows what the server has
 
 
 def resolve_mode(mode: str) -> str:
@@ -127,48 +49,100 @@ def read_id(run_folder: Path) -> str | None:
     return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
 
 
+def stored_id(run_folder: Path, known_id: str | None) -> str:
+    """The W&B id in a run folder, to which it is written if it is missing: the same W&B run then continues.
+
+    Args:
+        known_id: The id in a checkpoint.
+    """
+    run_id = read_id(run_folder)
+    if run_id is None:
+        run_id = known_id or new_id()
+        remove(run_folder / ID)
+        (run_folder / ID).write_text(run_id)
+    return run_id
+
+
 def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def comparable(config: Record) -> Record:
-    """A nested configuration without the keys that do not matter when runs are compared."""
-    values = {key: value for key, value in config.items() if key not in NOT_COMPARED}
-    if "study" in values:
-        values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
-    return values
+def not_uploaded(run_id: str) -> list[Path]:
+    """The folders of a W&B run that the server does not have completely, oldest first: one for each start of a run."""
+    folders = sorted((ROOT / "wandb").glob(f"*run-*-{run_id}"), key=lambda path: path.name.removeprefix("offline-"))
+    return [folder for folder in folders if not any(folder.glob(f"*{SYNCED}"))]
 
 
-def offline_runs(run_folders: Iterable[Path]) -> str | None:
-    """How to upload the offline W&B runs of some run folders, in a line; None if there are none."""
-    ids = filter(None, map(read_id, run_folders))
-    count = sum(any((ROOT / "wandb").glob(f"offline-run-*-{run_id}")) for run_id in ids)
-    runs = "1 run is" if count == 1 else f"{count} runs are"
-    return f"{runs} offline; upload with `wandb sync {ROOT}/wandb/offline-run-*`" if count else None
+def upload_command(run_ids: Iterable[str]) -> str | None:
+    """What uploads the rest of some W&B runs; None if they are complete. W&B puts the folders of a run in order."""
+    places, folders = [], []
+    for run_id in run_ids:
+        if found := not_uploaded(run_id):
+            kind = "offline-run-*" if all(folder.name.startswith("offline") for folder in found) else "*run-*"
+            places.append(str(found[0] if len(found) == 1 else ROOT / "wandb" / f"{kind}-{run_id}"))
+            folders += found
+    option = "" if all(folder.name.startswith("offline") for folder in folders) else "--include-online "
+    return f"wandb sync {option}{' '.join(places)}" if places else None
 
 
-def redact(value: Any) -> Any:
-    """Replace what may be secret in URLs, in all strings of nested dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: redact(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(inner) for inner in value]
-    return without_secrets(value) if isinstance(value, str) else value
+def lacking(run_folders: Iterable[Path]) -> str | None:
+    """Which runs W&B lacks, because they are offline or their upload failed, and how to upload them, in a line."""
+    ids = {folder.name: run_id for folder in run_folders if (run_id := read_id(folder)) and not_uploaded(run_id)}
+    names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order
+    command = upload_command(ids[name] for name in names)
+    return f"{', '.join(names)}; upload with `{command}`" if command else None
 
 
 class WandbLogger(ExternalLogger):
-    """Logs to a W&B run. After its first failure, which is a warning, it logs nothing more."""
+    """Logs to a W&B run."""
 
-    def __init__(self, run: "wandb.Run", config: WandbConfig, finish_seconds: float):
-        self.run, self.id = run, run.id
-        self.config, self.finish_seconds = config, finish_seconds
-        self.folder = Path(os.path.relpath(Path(run.dir).parent))
-        self.url = None if run.offline else run.url
-        self._works = self._takes_tables = self._is_uploaded = True
+    title = "W&B"
+
+    def __init__(self, config: WandbConfig, run: LoggedRun):
+        from gpt2.tracking import wandb_service as service
+
+        self.config, self.logged = config, run
+        self.id = (run.folder and stored_id(run.folder, run.wandb_id)) or new_id()
+        self.is_online = resolve_mode(config.mode) == "online"
+        self.finish_seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
+        self.seconds = self.finish_seconds + service.STAGING_SECONDS + 4 * service.LOCAL_SECONDS  # see wandb_service
+        self.run: Any = None  # a wandb.Run, once it has started
+        self.url: str | None = None
+        self._takes_tables, self._is_uploaded = True, False
         self._newest_table: Table | None = None
         self._table_thread: threading.Thread | None = None
         self._rows_logged = 0
-        self._call(self._define_metrics)
+        service.prepare()
+        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # by default in the home directory
+
+    def start(self) -> None:
+        """Start or resume the run without prompting."""
+        from gpt2.tracking import wandb_service as service
+
+        ROOT.mkdir(parents=True, exist_ok=True)
+        self.run = run = service.start(
+            self.is_online,
+            self.finish_seconds,
+            name=self.logged.name,
+            group=self.logged.group,
+            tags=self.logged.tags,
+            config=self.logged.config,
+            project=self.config.project,
+            entity=self.config.entity,
+            dir=str(ROOT),
+            id=self.id,
+            resume="allow",
+            job_type=self.logged.job_type,
+            reinit="finish_previous",  # a run of this process that was not finished
+            allow_val_change=True,  # a resumed run may train longer
+        )
+        if run.offline:
+            self.finish_seconds = service.LOCAL_SECONDS
+        else:
+            self.url = run.url
+        if self.config.mode == "online" and run.offline:
+            log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
+        self._define_metrics(run)
 
     @staticmethod
     def _define_metrics(run: "wandb.Run") -> None:
@@ -179,9 +153,9 @@ class WandbLogger(ExternalLogger):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
 
     def log(self, record: Record) -> None:
-        self._call(lambda run: run.log({key: value for key, value in record.items() if value is not None}))
+        self.run.log({key: value for key, value in record.items() if value is not None})
 
-    def show_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
+    def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
         """Log a table if it grew by a tenth, as W&B stores each version whole; `finish` logs the last one anyway."""
         self._newest_table = name, columns, rows
         if len(rows) >= 1.1 * self._rows_logged:
@@ -190,43 +164,52 @@ class WandbLogger(ExternalLogger):
     def _log_newest_table(self) -> None:
         """In a thread: wandb contacts the server first, which blocks for 20 seconds if that does not answer."""
         is_busy = self._table_thread is not None and self._table_thread.is_alive()
-        if is_busy or self._newest_table is None or not (self._works and self._takes_tables):
+        if is_busy or self._newest_table is None or not self._takes_tables:
             return
         table, self._newest_table = self._newest_table, None
         self._rows_logged = len(table[2])
         self._table_thread = threading.Thread(target=self._log_table, args=table, daemon=True, name="wandb table")
         self._table_thread.start()
 
-    def _log_table(self, name: str, columns: list[str | int], rows: list[list[Any]]) -> None:
+    def _log_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
         import wandb
 
         try:
-            self.run.log({name: wandb.Table(columns=columns, data=rows)})
+            self.run.log({name: wandb.Table(columns=[*columns], data=[list(row) for row in rows])})
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
             if self._takes_tables:  # else the run has finished in the meantime
                 log.warning("W&B gets no more samples of this run; samples.md has all: %s", one_line(error))
             self._takes_tables = False
 
     def summarize(self, figures: Record) -> None:
-        self._call(lambda run: run.summary.update(figures))
+        self.run.summary.update(figures)
 
-    def finish(self, ended: Ended, folder: Path | None = None) -> None:
+    def finish(self, ended: Ended, folder: Path | None) -> None:
         from gpt2.tracking import wandb_service as service
 
+        if self.run is None:  # it did not start
+            return
         try:
             for _ in range(2):  # the version that is being logged, then the newest
                 if self._table_thread is not None:
-                    self._table_thread.join(service.limit(service.TABLE_SECONDS if self.url else service.LOCAL_SECONDS))
+                    self._table_thread.join(limit(service.TABLE_SECONDS if self.url else service.LOCAL_SECONDS))
                 self._log_newest_table()
             self._takes_tables = False
-            self._call(lambda run: self._log_ending(run, ended, folder))
+            self._log_ending(self.run, ended, folder)
         finally:
-            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self._works
+            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self.url is not None
+            if self._is_uploaded:
+                service.mark_as_synced(Path(self.run.dir).parent)
+
+    def abandon(self, ended: Ended) -> None:
+        from gpt2.tracking import wandb_service as service
+
+        service.end_service(ended.exit_code)  # otherwise wandb would report success when the interpreter exits
 
     def _log_ending(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
         import wandb
 
-        run.summary.update(redact({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})}))
+        run.summary.update({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})})
         if run.job_type == "trial":
             run.tags = (*(tag for tag in run.tags or () if tag not in ENDINGS), ended.state)
         if folder and (picture := folder / "curves.png").exists():
@@ -248,20 +231,13 @@ class WandbLogger(ExternalLogger):
         artifact = wandb.Artifact(f"model-{run.id}", type="model")
         artifact.add_file(str(checkpoint))
         # log_artifact contacts the server and has no timeout of its own.
-        service.within(service.STAGING_SECONDS, lambda: run.log_artifact(artifact, aliases=["best"]))
+        within(service.STAGING_SECONDS, lambda: run.log_artifact(artifact, aliases=["best"]))
 
-    def where(self) -> str | None:
+    def where(self) -> list[str]:
+        if self.run is None:
+            return []
+        command = upload_command([str(self.id)])
+        rest = f"; upload with `{command}`" if command else ""
         if self.url is None:
-            return f"offline; upload with `wandb sync {self.folder}`"
-        if self._is_uploaded:
-            return self.url
-        return f"{self.url}, incomplete; upload the rest with `wandb sync --include-online {self.folder}`"
-
-    def _call(self, call: Callable[["wandb.Run"], Any]) -> None:
-        if not self._works:
-            return
-        try:
-            call(self.run)
-        except Exception as error:  # noqa: BLE001  # tracking never ends a run
-            self._works = False
-            log.warning("W&B failed and gets nothing more of this run; metrics.jsonl has all: %s", one_line(error))
+            return [f"W&B: offline{rest}"]
+        return [f"W&B: {self.url}{', incomplete' if command else ''}{rest}"]

@@ -1,8 +1,8 @@
 """Start and stop wandb non-interactively, with a timeout on every call.
 
-With a server that accepts connections and never answers, a run loses at most 15 seconds: 3 for the login, 5 to create
-the run, 1 for tables, 5 to finish and 1 to end wandb's process. wandb's own timeouts bound only a part of this, so each
-call runs in a thread with a time limit.
+It starts in the background, while the run trains. With a server that accepts connections and never answers, that takes
+8 seconds (3 for the login, 5 to create the run), and the end of a run 7 (1 for tables, 5 to finish and 1 to end wandb's
+process). wandb's own timeouts bound only a part of this, so each call runs in a thread with a time limit.
 
 This module alone uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
 `service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they move.
@@ -11,22 +11,18 @@ This module alone uses private and unstable parts of wandb: the settings `x_*`, 
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal
 
 import wandb
 
 from gpt2.errors import one_line
+from gpt2.tracking.loggers import limit, within
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all limits, for slow networks and busy machines
 LOGIN_SECONDS = 3.0  # one small request
 INIT_SECONDS = 4.0  # to create the run on the server
 TABLE_SECONDS = 0.5  # to hand over a table at the end of a run, twice
@@ -34,14 +30,10 @@ FINISH_SECONDS = 4.0  # to upload the rest
 UPLOAD_SECONDS = 600.0  # to upload the rest with a checkpoint
 STAGING_SECONDS = 60.0  # to copy a checkpoint to where it is uploaded from
 GRACE_SECONDS = 1.0  # by which wandb may exceed its own timeouts
-LOCAL_SECONDS = 30.0  # to start wandb's process, and for all calls offline: only a defect or a busy machine delays them
+LOCAL_SECONDS = 60.0  # to start wandb's process, and for all calls offline: only a defect or a busy machine delays them
 RETRY_SECONDS = 600.0
 
 _offline_until = 0.0  # the next runs of this process do not contact a server that failed
-
-
-def limit(seconds: float) -> float:
-    return seconds * float(os.environ.get(PATIENCE, 1))
 
 
 def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
@@ -72,36 +64,43 @@ def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
     )
 
 
-def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: Any) -> Any:
-    """`wandb.init(**arguments)`: online if requested and possible, else offline; None if that fails too."""
+def prepare() -> None:
+    """Set the environment for `start`, in the main thread: the C library may read it in another one meanwhile."""
     os.environ.pop("WANDB_SERVICE", None)  # set by a parent process, which may end before this one
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without network it delays the exit by 20 seconds
-    try:
-        wandb.setup(wandb.Settings(silent=True, x_service_wait=limit(LOCAL_SECONDS)))  # silences the login too
-    except Exception as error:  # noqa: BLE001  # tracking never ends a run
-        log.warning("W&B did not start: %s", one_line(error))
-        return None
 
-    files, pattern = Path(arguments["dir"]) / "wandb", f"*run-*-{arguments['id']}"
-    for mode in ("online", "offline") if is_online and can_go_online() else ("offline",):
-        init_seconds, own_limit = (INIT_SECONDS, finish_seconds) if mode == "online" else (LOCAL_SECONDS, LOCAL_SECONDS)
-        before = set(files.glob(pattern))
-        init = partial(wandb.init, mode=mode, settings=settings(init_seconds, own_limit), **arguments)
+
+def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: Any) -> Any:
+    """`wandb.init(**arguments)`: online if requested and possible, else offline.
+
+    Raises:
+        Exception: Offline failed as well.
+    """
+    wandb.setup(wandb.Settings(silent=True, x_service_wait=limit(LOCAL_SECONDS)))  # silences the login too
+    if is_online and can_go_online():
         try:
-            run = within(init_seconds + GRACE_SECONDS, init)
-        except Exception as error:  # noqa: BLE001
-            log.warning("W&B (%s) did not start: %s", mode, one_line(error))
+            return _init("online", INIT_SECONDS, finish_seconds, arguments)
+        except Exception as error:  # noqa: BLE001  # tracking never ends a run
+            log.warning("W&B is offline for this run: %s", one_line(error))
             _stay_offline()
-            end_service(0)  # it still uses the id, which the next attempt needs
-            for empty in set(files.glob(pattern)) - before:
-                shutil.rmtree(empty, ignore_errors=True)
-        except BaseException:  # interrupted: otherwise wandb would report success when the interpreter exits
-            end_service(1)
-            raise
-        else:
-            os.environ.pop("WANDB_SERVICE", None)  # set by wandb; a child process may outlive this one
-            return run
-    return None
+    return _init("offline", LOCAL_SECONDS, LOCAL_SECONDS, arguments)
+
+
+def _init(
+    mode: Literal["online", "offline"], init_seconds: float, finish_seconds: float, arguments: dict[str, Any]
+) -> Any:
+    files, pattern = Path(arguments["dir"]) / "wandb", f"*run-*-{arguments['id']}"
+    before = set(files.glob(pattern))
+    init = partial(wandb.init, mode=mode, settings=settings(init_seconds, finish_seconds), **arguments)
+    try:
+        run = within(init_seconds + GRACE_SECONDS, init)
+    except Exception:
+        end_service(0)  # it still uses the id, which the next attempt needs
+        for empty in set(files.glob(pattern)) - before:
+            shutil.rmtree(empty, ignore_errors=True)
+        raise
+    os.environ.pop("WANDB_SERVICE", None)  # set by wandb; a child process may outlive this one
+    return run
 
 
 def can_go_online() -> bool:
@@ -125,10 +124,13 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
         _stay_offline()
         end_service(exit_code)
         return False
-    except BaseException:  # see `start`
-        end_service(exit_code)
-        raise
     return True
+
+
+def mark_as_synced(folder: Path) -> None:
+    """Leave the file by which `wandb sync` knows that the server has this folder of a run."""
+    for file in folder.glob("*.wandb"):
+        file.with_name(f"{file.name}.synced").touch()
 
 
 def service_process() -> Any:
@@ -145,29 +147,6 @@ def end_service(exit_code: int) -> None:
     except (Exception, SystemExit):  # noqa: BLE001
         if process is not None:
             process.kill()
-
-
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """Return or raise what `call` does, if that takes less than `limit(seconds)`.
-
-    Raises:
-        TimeoutError: It takes longer. Its thread keeps running and is ignored.
-    """
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="wandb").start()
-    try:
-        return future.result(limit(seconds))
-    except TimeoutError:
-        if future.done():
-            raise
-        raise TimeoutError(f"no answer within {limit(seconds):g} s") from None
 
 
 def _stay_offline() -> None:

@@ -14,16 +14,9 @@ import wandb
 from gpt2.config import TrainRun, WandbConfig
 from gpt2.runtime.rng import commit
 from gpt2.tracking import wandb_service
+from gpt2.tracking.loggers import PATIENCE, LoggedRun, Loggers, comparable, redact, start_loggers, within
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_metrics
-from gpt2.tracking.wandb_logger import (
-    WandbLogger,
-    comparable,
-    offline_runs,
-    read_id,
-    redact,
-    resolve_mode,
-    start_wandb,
-)
+from gpt2.tracking.wandb_logger import WandbLogger, lacking, read_id, resolve_mode, upload_command
 from tests.conftest import TEXT, TINY, Workspace
 from tests.wandb_file import read_wandb
 from tests.wandb_server import KEY, WandbServer, black_hole
@@ -32,7 +25,11 @@ from tests.wandb_server import KEY, WandbServer, black_hole
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
     """Calls in this process have ten times as long, as in a `Workspace`."""
-    monkeypatch.setenv(wandb_service.PATIENCE, "10")
+    monkeypatch.setenv(PATIENCE, "10")
+
+
+def started(mode: str, name: str = "n") -> ExternalLogger:
+    return start_loggers(TrainRun(wandb=WandbConfig(mode=mode)), LoggedRun(name, "g", "train"))
 
 
 def record(step: int) -> Record:
@@ -202,9 +199,9 @@ def test_mode_auto_follows_the_environment_variable(monkeypatch, mode, variable,
 
 def test_off_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    external = start_wandb(WandbConfig(mode="off"), name="n", group="g", job_type="train")
-    assert type(external) is ExternalLogger
-    assert external.where() is None
+    external = started("off")
+    assert external.where() == []
+    external.finish(Ended("finished"), None)
     assert not list(tmp_path.iterdir())
 
 
@@ -228,11 +225,18 @@ class BrokenRun:
         return fail
 
 
-def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
+def broken_logger(monkeypatch) -> tuple[BrokenRun, WandbLogger]:
     run = BrokenRun()
     run.define_metric = lambda *_args, **_more: None
-    with caplog.at_level("WARNING"), Tracker(tmp_path, WandbLogger(run, WandbConfig(), 1.0)) as tracker:
+    monkeypatch.setattr(wandb_service, "start", lambda *_, **__: run)
+    return run, WandbLogger(WandbConfig(), LoggedRun("n", "g", "train"))
+
+
+def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
+    run, logger = broken_logger(monkeypatch)
+    with caplog.at_level("WARNING"), Tracker(tmp_path, Loggers([logger])) as tracker:
         for step in (1, 2, 3):
             tracker.log(record(step), sample="text")
     assert run.calls.count("log") == 1
@@ -243,11 +247,11 @@ def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
 def test_within_raises_timeout_error():
     never = threading.Event()
     with pytest.raises(TimeoutError, match=r"no answer within 0\.1 s"):
-        wandb_service.within(0.01, never.wait)
+        within(0.01, never.wait)
     never.set()
-    assert wandb_service.within(60, lambda: 7) == 7
+    assert within(60, lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        wandb_service.within(60, lambda: 1 / 0)
+        within(60, lambda: 1 / 0)
 
 
 def test_silent_server_costs_at_most_15_seconds():
@@ -326,7 +330,7 @@ def alone(tmp_path_factory) -> list:
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_server_failure_changes_nothing_and_loses_nothing(workspace, alone, fault):
-    del workspace.environment[wandb_service.PATIENCE]  # the product's limits
+    del workspace.environment[PATIENCE]  # the product's limits
     with ExitStack() as stack:
         options = FAULTS[fault]
         if "server" in options:
@@ -351,10 +355,9 @@ def test_failed_server_is_not_contacted_again(tmp_path, monkeypatch):
     logins = []
     monkeypatch.setattr("wandb.login", lambda **_: logins.append(1) or threading.Event().wait())
     for number in (1, 2):
-        external = start_wandb(WandbConfig(mode="auto"), name=f"n{number}", group="g", job_type="train")
-        assert isinstance(external, WandbLogger)
+        external = started("auto", f"n{number}")
         external.log(record(1))
-        external.finish(Ended("finished"))
+        external.finish(Ended("finished"), None)
         assert "wandb sync" in str(external.where())
     assert len(logins) == 1
 
@@ -363,9 +366,8 @@ def test_unwritable_folder_is_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").write_text("in the way")
     with caplog.at_level("WARNING"):
-        external = start_wandb(WandbConfig(mode="offline"), name="n", group="g", job_type="train")
-    assert type(external) is ExternalLogger
-    assert "W&B did not start" in caplog.text
+        started("offline").finish(Ended("finished"), None)
+    assert "W&B failed" in caplog.text
 
 
 def test_failed_start_removes_only_its_own_files(tmp_path, monkeypatch):
@@ -383,41 +385,56 @@ def test_failed_start_removes_only_its_own_files(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
     monkeypatch.setattr(wandb_service, "_offline_until", 0.0)
     monkeypatch.setattr("wandb.init", fail)
-    assert wandb_service.start(True, dir=str(tmp_path), id="ours") is None
+    monkeypatch.setattr("wandb.setup", lambda _settings: None)
+    with pytest.raises(ConnectionError):
+        wandb_service.start(True, dir=str(tmp_path), id="ours")
     assert theirs.exists()
     assert not ours.exists()
 
 
-def test_table_is_logged_when_it_grew_by_a_tenth_and_at_the_end(monkeypatch):
+def test_table_is_logged_when_it_grew_by_a_tenth_and_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     logged = []
     monkeypatch.setattr(WandbLogger, "_log_table", lambda _self, _name, _columns, rows: logged.append(len(rows)))
     monkeypatch.setattr(wandb_service, "finish", lambda *_: True)
-    run = BrokenRun()
-    run.define_metric = lambda *_args, **_more: None
-    external = WandbLogger(run, WandbConfig(), 1.0)
+    run, external = broken_logger(monkeypatch)
+    run.summary = {}
+    external.start()
     for count in range(1, 101):
         external.show_table("samples", ["text"], [["a"]] * count)
         external._table_thread.join()
-    external.finish(Ended("finished"))
+    external.finish(Ended("finished"), None)
     assert logged[:3] == [1, 2, 3]
     assert logged[-1] == 100
     assert sum(logged) < 13 * 100
 
 
-def test_offline_runs_are_counted(tmp_path, monkeypatch):
+def test_runs_that_wandb_lacks_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for number in range(3):
-        (tmp_path / f"run{number}").mkdir()
-        (tmp_path / f"run{number}" / "wandb_id").write_text(f"id{number}")
+    for number in range(12):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}" / "wandb_id").write_text(f"id{number}")
     for number, content in enumerate((b"", b"\xff", b"id1\n", b"*", b"../id1")):
-        (tmp_path / f"run damaged {number}").mkdir()
-        (tmp_path / f"run damaged {number}" / "wandb_id").write_bytes(content)
-        assert read_id(tmp_path / f"run damaged {number}") is None
-    (tmp_path / "outputs" / "wandb" / "offline-run-1-id1").mkdir(parents=True)
-    assert (
-        offline_runs(tmp_path.glob("run*")) == "1 run is offline; upload with `wandb sync outputs/wandb/offline-run-*`"
+        (tmp_path / f"damaged {number}").mkdir()
+        (tmp_path / f"damaged {number}" / "wandb_id").write_bytes(content)
+        assert read_id(tmp_path / f"damaged {number}") is None
+    for folder in ("offline-run-1-id11", "offline-run-2-id11", "offline-run-3-id2", "run-4-id3", "run-5-id4"):
+        (tmp_path / "outputs" / "wandb" / folder).mkdir(parents=True)
+    for uploaded in ("run-5-id4", "offline-run-1-id11"):
+        wandb_service.mark_as_synced(with_file(tmp_path / "outputs" / "wandb" / uploaded))
+    folders = [path for path in tmp_path.iterdir() if path.name != "outputs"]
+    assert lacking(folders) == (
+        "2, 3, 11; upload with `wandb sync --include-online "
+        "outputs/wandb/offline-run-3-id2 outputs/wandb/run-4-id3 outputs/wandb/offline-run-2-id11`"
     )
-    assert offline_runs([]) is None
+    (tmp_path / "outputs" / "wandb" / "offline-run-6-id11").mkdir()
+    assert upload_command(["id11"]) == "wandb sync outputs/wandb/offline-run-*-id11"
+    assert (lacking([]), upload_command(["id4", "id7"])) == (None, None)
+
+
+def with_file(folder: Path) -> Path:
+    (folder / "run-id.wandb").touch()
+    return folder
 
 
 def test_home_folder_gets_only_caches_and_settings(trained):

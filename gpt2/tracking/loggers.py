@@ -1,0 +1,265 @@
+"""External loggers: which there are, and how a run is protected from them.
+
+Whatever a logger does, raise or hang, the run goes on: each works in a thread of its own. Its first error is a warning
+and disables it, and the end of a run waits for it for a limited time. Nothing secret reaches a logger: what a run tells
+of itself is redacted here.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from gpt2.config import EvaluateRun, GenerateRun, TrainRun
+from gpt2.errors import one_line, without_secrets
+from gpt2.tracking.tracker import Ended, ExternalLogger, Record
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all limits, for slow networks and busy machines
+ABANDON_SECONDS = 2.0
+NOT_COMPARED = ("loggers", "wandb", "mlflow", "started_with", "resume", "resume_changes")  # keys of a configuration
+
+Config = TrainRun | EvaluateRun | GenerateRun
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger is told about a run."""
+
+    name: str
+    group: str  # the experiment or the study
+    job_type: str  # train, trial, evaluate or generate
+    config: Record = field(default_factory=dict)  # nested
+    tags: list[str] = field(default_factory=list)
+    folder: Path | None = None  # the run folder, where a logger keeps what it needs to continue a resumed run
+    step: int = 0  # from which a run is resumed
+    wandb_id: str | None = None  # in its checkpoint
+
+
+def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
+    """The loggers that a configuration chooses. They start in the background."""
+    told = {"name": run.name, "group": run.group, "config": run.config, "tags": [tag[:64] for tag in run.tags]}
+    run, loggers = replace(run, **redact(told)), []
+    for name in dict.fromkeys(config.loggers):
+        try:
+            loggers += [logger] if (logger := LOGGERS[name](config, run)) else []
+        except Exception as error:  # noqa: BLE001  # a logger never ends a run
+            log.warning("The logger %s did not start: %s", name, one_line(error))
+    return Loggers(loggers) if loggers else ExternalLogger()
+
+
+def start_loggers_for_training(
+    config: TrainRun, folder: Path, about: Record, wandb_id: str | None = None, step: int = 0
+) -> ExternalLogger:
+    """`start_loggers` for a run of `train.py`.
+
+    Args:
+        about: The content of `run.json`.
+        wandb_id: The W&B id in the checkpoint of a resumed run.
+        step: That of this checkpoint.
+    """
+    study = config.study
+    facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
+    run = LoggedRun(
+        name=about["title"] if study.trial is None else f"{study.name}-{study.trial:04}",
+        group=study.name or config.name,
+        job_type="train" if study.trial is None else "trial",
+        config={**comparable(about["config"]), **facts, "folder": os.path.relpath(folder)},
+        tags=about["tags"],
+        folder=folder,
+        step=step,
+        wandb_id=wandb_id,
+    )
+    return start_loggers(config, run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One module for each logger; each imports its library when it is chosen
+
+
+def _wandb(config: Config, run: LoggedRun) -> ExternalLogger | None:
+    from gpt2.tracking.wandb_logger import WandbLogger, resolve_mode
+
+    return None if resolve_mode(config.wandb.mode) == "off" else WandbLogger(config.wandb, run)
+
+
+def _tensorboard(config: Config, run: LoggedRun) -> ExternalLogger | None:
+    from gpt2.tracking.tensorboard_logger import TensorBoardLogger
+
+    return TensorBoardLogger(run)
+
+
+def _mlflow(config: Config, run: LoggedRun) -> ExternalLogger | None:
+    from gpt2.tracking.mlflow_logger import MlflowLogger
+
+    return MlflowLogger(config.mlflow, run)
+
+
+def _csv(config: Config, run: LoggedRun) -> ExternalLogger | None:
+    from gpt2.tracking.csv_logger import CsvLogger
+
+    return CsvLogger(run)
+
+
+# By the names in `gpt2.config.Logger`. None: switched off by its own settings.
+LOGGERS: dict[str, Callable[[Config, LoggedRun], ExternalLogger | None]] = {
+    "wandb": _wandb,
+    "tensorboard": _tensorboard,
+    "mlflow": _mlflow,
+    "csv": _csv,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Isolation
+
+
+class Loggers(ExternalLogger):
+    """Several loggers, none of which can delay or end the run."""
+
+    def __init__(self, loggers: list[ExternalLogger]):
+        self.id = next((logger.id for logger in loggers if logger.id), None)
+        self._isolated = [_Isolated(logger) for logger in loggers]
+
+    def log(self, record: Record) -> None:
+        self._call("log", record)
+
+    def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
+        self._call("show_table", name, columns, rows)
+
+    def summarize(self, figures: Record) -> None:
+        self._call("summarize", figures)
+
+    def finish(self, ended: Ended, folder: Path | None) -> None:
+        self._call("finish", Ended(**redact(vars(ended))), folder)
+        began = time.monotonic()
+        try:
+            for logger in self._isolated:
+                logger.wait(began)
+        finally:  # a second Ctrl-C ends the waiting
+            for logger in self._isolated:
+                logger.abandon(ended)
+
+    def where(self) -> list[str]:
+        return [line for logger in self._isolated for line in logger.where]
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        for logger in self._isolated:
+            logger.calls.put((method, arguments))
+
+
+class _Isolated:
+    """A logger whose methods are called in a thread, in order. After an error only `finish` is."""
+
+    def __init__(self, logger: ExternalLogger):
+        self.logger, self.where = logger, list[str]()
+        self.calls: SimpleQueue[tuple[str, tuple[Any, ...]]] = SimpleQueue()
+        self._works, self._done = True, threading.Event()
+        threading.Thread(target=self._work, daemon=True, name=f"{logger.title} logger").start()
+
+    def _work(self) -> None:
+        method, arguments = "start", ()
+        while True:
+            self._try(method, *arguments)
+            if method == "finish":
+                break
+            if self.calls.empty():
+                self._try("flush")
+            method, arguments = self.calls.get()
+        with suppress(BaseException):
+            self.where = self.logger.where()
+        self._done.set()
+
+    def _try(self, method: str, *arguments: Any) -> None:
+        if self._works or method == "finish":
+            try:
+                getattr(self.logger, method)(*arguments)
+            except BaseException as error:  # noqa: BLE001  # a logger never ends a run
+                self._disable(one_line(error))
+
+    def _disable(self, problem: str) -> None:
+        if self._works:
+            self._works = False
+            title = self.logger.title
+            log.warning("%s failed and gets nothing more of this run; metrics.jsonl has all: %s", title, problem)
+
+    def wait(self, began: float) -> None:
+        """Wait for the end of `finish`, which was called at the time `began`, for a limited time."""
+        seconds = limit(self.logger.seconds)
+        if not self._done.wait(max(0.0, began + seconds - time.monotonic())):
+            self._disable(f"no answer within {seconds:g} s")
+
+    def abandon(self, ended: Ended) -> None:
+        def call() -> None:
+            with suppress(BaseException):
+                self.logger.abandon(ended)
+
+        if not self._done.is_set():
+            self._works = False
+            with suppress(TimeoutError):
+                within(ABANDON_SECONDS, call)
+
+
+def limit(seconds: float) -> float:
+    return seconds * float(os.environ.get(PATIENCE, 1))
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return or raise what `call` does, if that takes less than `limit(seconds)`.
+
+    Raises:
+        TimeoutError: It takes longer. Its thread keeps running and is ignored.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="logger").start()
+    try:
+        return future.result(limit(seconds))
+    except TimeoutError:
+        if future.done():
+            raise
+        raise TimeoutError(f"no answer within {limit(seconds):g} s") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What loggers are told
+
+
+def comparable(config: Record) -> Record:
+    """A nested configuration without the keys that do not matter when runs are compared."""
+    values = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    if "study" in values:
+        values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
+    return values
+
+
+def redact(value: Any) -> Any:
+    """Replace what may be secret in URLs, in all strings of nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: redact(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
+
+
+def flat(config: Record, prefix: str = "") -> Record:
+    """A nested configuration by keys with dots."""
+    values: Record = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values

@@ -1,0 +1,140 @@
+"""The `ExternalLogger` for MLflow: a folder on this machine, or a tracking server."""
+
+import json
+import logging
+import os
+import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gpt2.config import MlflowConfig
+from gpt2.errors import without_secrets
+from gpt2.runtime.files import exclusive_change, remove
+from gpt2.tracking.loggers import LoggedRun, flat
+from gpt2.tracking.tracker import FINISHED, INTERRUPTED, PRUNED, Ended, ExternalLogger, Record
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+ID = "mlflow_id"  # file in a run folder
+STORE = Path("outputs/mlruns")
+STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # of other endings: FAILED
+LONGEST_KEY, LONGEST_VALUE, MOST_METRICS, MOST_PARAMS = 250, 6000, 1000, 100  # MLflow's limits, two for a request
+
+
+class MlflowLogger(ExternalLogger):
+    """Logs metrics over steps, the configuration as parameters and as a file, and the samples as a table.
+
+    MLflow's own retries take minutes. They do not delay a run, as they are in a thread, and its end only for `seconds`.
+    """
+
+    title = "MLflow"
+
+    def __init__(self, config: MlflowConfig, run: LoggedRun):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would contact a server of its makers
+        self.uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(STORE)
+        self.is_folder = "://" not in self.uri.removeprefix("file://")
+        if self.is_folder:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for a database otherwise
+        import mlflow  # noqa: F401  # in the main thread
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # it prints to standard error
+        self.seconds = 30.0 if self.is_folder else 5.0
+        self.experiment, self.run, self.step = config.experiment, run, run.step
+        self.run_id = ""
+        self._pending: list[Metric] = []
+        self._table: tuple[str, Record] | None = None
+        self._rows_logged = 0
+
+    def start(self) -> None:
+        """Continue the run whose id is in the run folder, or create one."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self.client = MlflowClient(tracking_uri=self.uri)
+        resumed = self._resumed()
+        if resumed is None:
+            tags = {"group": self.run.group, "job_type": self.run.job_type, "tags": ", ".join(self.run.tags)}
+            run_id = self.client.create_run(self._experiment_id(), run_name=self.run.name, tags=tags).info.run_id
+            if self.run.folder:
+                remove(self.run.folder / ID)
+                (self.run.folder / ID).write_text(run_id)
+        else:
+            run_id = resumed.info.run_id
+            self.client.update_run(run_id, status="RUNNING")
+        self.run_id, known = run_id, resumed.data.params if resumed else {}  # parameters cannot be changed
+        values = {re.sub(r"[^\w. /:-]", "_", key)[:LONGEST_KEY]: value for key, value in flat(self.run.config).items()}
+        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in values.items() if key not in known]
+        for first in range(0, len(params), MOST_PARAMS):
+            self.client.log_batch(run_id, params=params[first : first + MOST_PARAMS])
+        self.client.log_text(run_id, json.dumps(self.run.config, indent=2, default=str), "config.json")
+
+    def _resumed(self) -> "Run | None":
+        from mlflow import MlflowException
+
+        path = self.run.folder and self.run.folder / ID
+        if path is None or not path.is_file():
+            return None
+        try:
+            return self.client.get_run(path.read_text(errors="replace"))
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # that of another server
+                return None
+            raise
+
+    def _experiment_id(self) -> str:
+        """That of the experiment, which is created if need be, by one process: a folder would get two of a name."""
+        STORE.parent.mkdir(exist_ok=True)
+        with exclusive_change(STORE.parent) if self.is_folder else nullcontext():
+            known = self.client.get_experiment_by_name(self.experiment)
+            return known.experiment_id if known else self.client.create_experiment(self.experiment)
+
+    def log(self, record: Record) -> None:
+        self.step = record["step"]
+        self.summarize({key: value for key, value in record.items() if key != "step"})
+
+    def summarize(self, figures: Record) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
+        self._pending += [Metric(key, value, now, self.step) for key, value in numbers.items()]
+        if len(self._pending) > MOST_METRICS // 2:
+            self.flush()
+
+    def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
+        """In the format that MLflow shows. It is stored whole each time, so only if it grew by a tenth, and at last."""
+        self._table = f"{name}.json", {"columns": columns, "data": rows}
+        if len(rows) >= 1.1 * self._rows_logged:
+            self._rows_logged = len(rows)
+            self._log_table()
+
+    def _log_table(self) -> None:
+        if self._table:
+            name, table = self._table
+            self.client.log_text(self.run_id, json.dumps(table), name)
+            self._table = None
+
+    def flush(self) -> None:
+        """Send what has been waiting in one request: a slow server gets fewer of them."""
+        if self._pending:
+            metrics, self._pending = self._pending, []
+            self.client.log_batch(self.run_id, metrics=metrics)
+
+    def finish(self, ended: Ended, folder: Path | None) -> None:
+        if not self.run_id:  # it did not start
+            return
+        self.flush()
+        self._log_table()
+        if folder and (picture := folder / "curves.png").exists():
+            self.client.log_artifact(self.run_id, str(picture))
+        self.client.set_tag(self.run_id, "state", ended.state)
+        self.client.set_tag(self.run_id, "reason", ended.reason or "")  # empty: not that of an earlier end
+        self.client.set_terminated(self.run_id, STATUS.get(ended.state, "FAILED"))
+
+    def where(self) -> list[str]:
+        if self.is_folder:
+            return [f"MLflow: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {self.uri}"]
+        return [f"MLflow: run {self.run_id} at {without_secrets(self.uri)}"] if self.run_id else []
