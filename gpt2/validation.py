@@ -449,7 +449,10 @@ def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:
     formats = {
         "push": (r"[\w.-]+/[\w.-]+", "OWNER/NAME of a repository on the Hugging Face Hub"),
         "license": (r"[a-z0-9][a-z0-9.-]*", "the name of a licence on the Hugging Face Hub, such as mit or apache-2.0"),
-        "language": (r"[a-z]{2,3}(-\w+)*( [a-z]{2,3}(-\w+)*)*", "codes of languages, such as en or 'en de'"),
+        "language": (
+            r"[a-z]{2,3}(-\w+)*( [a-z]{2,3}(-\w+)*)*",
+            "the code of a language, such as en, or of several, such as 'en de'",
+        ),
     }
     for key, (pattern, wanted) in formats.items():
         if (value := getattr(config, key)) is not None and not re.fullmatch(pattern, value, re.ASCII):

@@ -199,9 +199,10 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
 def _without_prefix(names: list[str]) -> list[str]:
     """`transformer.h.0.ln_1.bias` -> `h.0.ln_1.bias`.
 
-    Modules around the model, such as those of DDP, PEFT and torch.compile, make the prefix longer.
+    Modules around the model, such as those of DDP and PEFT, make the prefix longer. Those of torch.compile, FSDP and
+    checkpointing may also be around a part of it.
     """
-    names = [name.replace("_orig_mod.", "") for name in names]
+    names = [re.sub(r"_(orig_mod|\w+_wrapped_module)\.", "", name) for name in names]
     prefix = next((name.removesuffix("wpe.weight") for name in names if name.endswith("wpe.weight")), "transformer.")
     around = prefix.removesuffix("transformer.")  # of what is beside the transformer: lm_head
     return [name.removeprefix(prefix if name.startswith(prefix) else around) for name in names]

@@ -123,7 +123,7 @@ UNKNOWN = [
     ("a push to no repository", "export push=mine", "push: 'mine' is not OWNER/NAME"),
     ("a push to a folder", "export push=a/b/c", "push: 'a/b/c' is not OWNER/NAME"),
     ("a licence in words", "export to=a license='do what you want'", "license: 'do what you want' is not the name of"),
-    ("a language in full", "export to=a language=English", "language: 'English' is not codes of languages, such as en"),
+    ("a language in full", "export to=a language=English", "language: 'English' is not the code of a language"),
     ("a push by nobody", "export push=me/first", "push: not logged in to the Hugging Face Hub"),
     ("a target on the command line", "train +train._target_=os.system", "_target_"),
     (

@@ -125,7 +125,7 @@ def inside(around: str, within: str = ""):
 LAYOUTS = [
     *(without_prefix, as_openai_stored_it, with_the_head_stored_too, with_the_head_only, in_shards),
     *(by_save_model_of_safetensors, inside("module."), inside("base_model.model."), inside("model.")),
-    *(inside("module._orig_mod."), inside("", "_orig_mod.")),
+    *(inside("module._orig_mod."), inside("", "_orig_mod."), inside("", "_checkpoint_wrapped_module.")),
 ]
 
 
