@@ -1,76 +1,136 @@
-"""Evaluate a trained model on a corpus: `python evaluate.py checkpoint=... data=...`."""
+"""Evaluate trained models on a corpus or on tasks: `python evaluate.py checkpoint=... data=...` or `tasks=[...]`."""
 
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
 from gpt2.tracking.evaluations import add_result, earlier_results
 
+if TYPE_CHECKING:
+    from gpt2.distributed.process_group import ProcessGroup
+    from gpt2.evaluate import Evaluator
+    from gpt2.model import GPT2Model
+    from gpt2.tasks.run import TaskEvaluator
+    from gpt2.tracking.tracker import ExternalLogger
+
+Figures = dict[str, Any]
+
+
+@dataclass
+class Evaluation:
+    evaluator: "Evaluator | TaskEvaluator"
+    what: str  # it is evaluated on, in a word
+    title: str
+    about: Figures  # what its result says beside the figures
+
 
 @script("evaluate")  # for shell completion, Hydra looks here for the text @hydra.main
 def main(config: EvaluateRun) -> None:
-    """Compute loss and perplexity of a trained model on one split; print and store them."""
+    """Score each model on one split of a corpus or on tasks; print and store the figures."""
     import torch
-    from torch.utils.data import DataLoader
 
+    from gpt2.analysis.evaluations import flat
     from gpt2.checkpoint.pretrained import open_model
-    from gpt2.data.sources import describe_source
-    from gpt2.data_loader import identity_collate, load_split
     from gpt2.distributed.process_group import init_distributed
-    from gpt2.evaluate import Evaluator
     from gpt2.ops.cpu_inference import quantize, refuse_int8
     from gpt2.runtime.device import choose_device, keep_freed_memory
     from gpt2.tracking.loggers import LoggedRun, comparable, start_loggers
     from gpt2.tracking.tracker import ExternalLogger, Tracker
 
     keep_freed_memory()
-    with init_distributed(DistributedConfig().timeout, config.device, "device") as group:
+    configs, results, external = [config, *config.others], list[Figures](), ExternalLogger()
+    with init_distributed(DistributedConfig().timeout, config.device, "device") as group, ExitStack() as tracked:
         if config.quantization:
             refuse_int8(choose_device(config.device), "quantization")
-        trained = open_model(config.checkpoint)
-        output = Path(str(config.output))
-        earlier_results(output)  # whatever is no result file is refused before anything is computed
-        model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
-        if config.quantization:
-            quantize(model)
-        with group.local_main_first("data"):
-            blocks = load_split(config.data, config.split, config.stride)
-        if not len(blocks):
-            raise UserError(f"data: one token in the {config.split} split is not enough, there is nothing to predict")
-        loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate)
+        for one in configs:
+            earlier_results(Path(str(one.output)))  # whatever is no result file is refused before anything is computed
+        for one in configs:
+            trained = open_model(one.checkpoint)
+            model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
+            if config.quantization:
+                quantize(model)
+            evaluation = (on_tasks if config.tasks else on_corpus)(one, model, group)
+            if one is config:
+                if group.is_main:
+                    name, group_name = f"{trained.experiment} {evaluation.what}", trained.experiment
+                    run = LoggedRun(name, group_name, "evaluate", comparable(settings(config)))
+                    external = start_loggers(config, run)
+                tracked.enter_context(Tracker(external=external))
+            figures = evaluation.evaluator.evaluate()
+            circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__}
+            circumstances |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+            step = trained.record and trained.record["progress"]["step"]
+            results.append({**figures, **settings(one), "step": step, **evaluation.about, **circumstances})
+            if group.is_main:
+                add_result(Path(str(one.output)), results[-1])
+        if group.is_main:
+            quantization = f", {config.quantization}" if config.quantization else ""
+            models = f"model  {trained.describe()}" if len(configs) == 1 else f"models {len(configs)}"
+            print(f"{models}{quantization}\n{evaluation.title}\n")
+            if len(configs) == 1:
+                evaluation.evaluator.print_metrics(figures)
+                external.summarize(flat(figures))
+            else:
+                report(results, external)
+    if group.is_main:
+        print("".join(f"\nwritten to {output}" for output in dict.fromkeys(one.output for one in configs)))
+        for line in external.where():
+            print(line)
 
-        evaluator = Evaluator(model, loader, config.device, config.precision, group)
-        split, stride = blocks.path.stem, blocks.stride
-        experiment = trained.experiment
-        run = LoggedRun(f"{experiment} {split}", experiment, "evaluate", comparable(asdict(config)))
-        external = start_loggers(config, run) if group.is_main else ExternalLogger()
-        with Tracker(external=external):
-            metrics = evaluator.evaluate()
-            external.summarize(metrics)
 
-    if not group.is_main:
-        return
-    quantization = f", {config.quantization}" if config.quantization else ""
-    print(f"model  {trained.describe()}{quantization}")
-    print(f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}\n")
-    evaluator.print_metrics(metrics)
+def report(results: list[Figures], external: "ExternalLogger") -> None:
+    """Print and log a table of several models, and draw a curve where a run has several steps."""
+    from gpt2.analysis.evaluations import curve, model_rows
+    from gpt2.analysis.tables import as_text
 
-    about = {
-        **{key: value for key, value in asdict(config).items() if key not in ("loggers", "wandb", "mlflow")},
-        "step": trained.record and trained.record["progress"]["step"],
-        "split": split,
-        "stride": stride,
-        "device": str(evaluator.device),
-        "torch": torch.__version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    add_result(output, {**metrics, **about})
-    print(f"\nwritten to {output}")
-    for line in external.where():
-        print(line)
+    head, *rows = model_rows(results)
+    print(as_text([head, *rows]))
+    external.show_table("evaluations", [*head], [[*row] for row in rows])
+    if picture := curve(results):
+        path = Path(results[0]["output"]).with_suffix(".png")
+        path.write_bytes(picture)
+        print(f"\ncurve in {path}")
+
+
+def settings(config: EvaluateRun) -> Figures:
+    """The settings that a result is stored with."""
+    unused = {"loggers", "wandb", "mlflow", "others", "all_checkpoints"}
+    unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
+    return {key: value for key, value in asdict(config).items() if key not in unused}
+
+
+def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:
+    from torch.utils.data import DataLoader
+
+    from gpt2.data.sources import describe_source
+    from gpt2.data_loader import identity_collate, load_split
+    from gpt2.evaluate import Evaluator
+
+    with group.local_main_first(f"data for {config.checkpoint}"):
+        blocks = load_split(config.data, config.split, config.stride)
+    if not len(blocks):
+        raise UserError(f"data: one token in the {config.split} split is not enough, there is nothing to predict")
+    loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate)
+    evaluator = Evaluator(model, loader, config.device, config.precision, group)
+    split, stride = blocks.path.stem, blocks.stride
+    title = f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}"
+    return Evaluation(evaluator, split, title, {"split": split, "stride": stride})
+
+
+def on_tasks(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:
+    from gpt2.checkpoint.pretrained import open_tokenizer
+    from gpt2.tasks.run import TaskEvaluator, Tasks
+
+    tokenizer, context = open_tokenizer(config.data.tokenizer), model.config.context_length
+    tasks = Tasks(config.tasks, tokenizer, context, config.batch_size, config.tasks_folder, config.limit, group)
+    names, limit = ", ".join(config.tasks), f", the first {config.limit:,} documents of each" if config.limit else ""
+    evaluator = TaskEvaluator(model, tasks, config.device, config.precision)
+    return Evaluation(evaluator, names, f"tasks  {names}{limit}", {"tokenizer": config.data.tokenizer})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,16 @@ class OptimizerTraits:
 OPTIMIZERS = {"adamw": OptimizerTraits(skips_nonfinite=True), "muon": OptimizerTraits(sharded=False)}
 
 
+# The tasks of the field that a model can be evaluated on, and their datasets; see `gpt2.tasks.table`.
+TASKS = {
+    "hellaswag": "Rowan/hellaswag",
+    "lambada": "EleutherAI/lambada_openai",
+    "piqa": "baber/piqa",
+    "arc_easy": "allenai/ai2_arc",
+    "winogrande": "allenai/winogrande",
+}
+
+
 @dataclass
 class TrainingConfig:
     """Training. One optimizer step sees batch_size * accumulation_steps blocks of data.max_length tokens."""
@@ -78,6 +88,10 @@ class TrainingConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the other weights
     muon_momentum: float = 0.95
     eval_batches: int | None = None  # batches of a validation; null: the whole split
+    # Tasks that each validation scores too: hellaswag, lambada, piqa, arc_easy, winogrande.
+    eval_tasks: list[str] = field(default_factory=list)
+    eval_tasks_limit: int | None = 500  # first documents of each task; null: all
+    eval_tasks_folder: str | None = None  # local folder with their datasets, as tasks_folder of evaluate.py
     keep_checkpoints: int = 2  # newest checkpoints to keep, beside the best and the last
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do if the loss or gradient is NaN or infinite
     nonfinite_limit: int = 20  # consecutive steps that may be skipped; one more ends the run
@@ -260,12 +274,19 @@ class EvaluateRun:
     """The configuration of `evaluate.py`."""
 
     # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # OWNER/NAME); null: the best checkpoint of the latest run.
-    checkpoint: str | None = None
+    # OWNER/NAME); null: the best checkpoint of the latest run. A list, [A,B], is evaluated on the data of the first.
+    checkpoint: Any = None
+    all_checkpoints: bool = False  # every checkpoint that the run of `checkpoint` keeps: a table and a curve
     data: DataConfig = field(default_factory=DataConfig)  # default: the data that the model was trained on
     split: Literal["test", "validation", "train", "all"] = "test"
     stride: int | None = None  # tokens between the starts of two windows; null: windows do not overlap
-    batch_size: int = 8  # windows in a forward pass
+    # Instead of a corpus: any of hellaswag, lambada, piqa, arc_easy, winogrande.
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None  # first documents of each task, for a quick try; null: all
+    # Local folder that holds the datasets of tasks under their names on the Hub, such as FOLDER/Rowan/hellaswag; null:
+    # from the Hub or its cache.
+    tasks_folder: str | None = None
+    batch_size: int = 8  # windows, or documents of a task, in a forward pass
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     quantization: Literal["int8"] | None = None  # 8-bit weights, on a CPU: what quantization costs in loss
@@ -273,6 +294,7 @@ class EvaluateRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
+    others: list[Any] = field(default_factory=list)  # set by evaluate.py: the same for the other checkpoints of a list
 
 
 @dataclass

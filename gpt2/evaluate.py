@@ -68,6 +68,8 @@ def validate_data(
     is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of its blocks has targets
     if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
         problems.append("data: the validation split has no token to predict")
+    if config.eval_tasks and tokenizer is None:
+        problems.append("train.eval_tasks: the data have no tokenizer for the documents of tasks")
     if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
         known = model.config.vocab_size
         problems.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")

@@ -20,7 +20,13 @@ from gpt2.config import GPT2Config, InferenceConfig
 from gpt2.generation.decode import decode
 from gpt2.generation.sampling import Generators, SamplingParams, next_token
 from gpt2.ops.attention import PastKeyValues, attend, causal_mask
-from gpt2.ops.cross_entropy import IGNORE_INDEX, chunked_linear_cross_entropy, cross_entropies, shifted
+from gpt2.ops.cross_entropy import (
+    IGNORE_INDEX,
+    chunked_linear_cross_entropy,
+    cross_entropies,
+    score_targets,
+    shifted,
+)
 from gpt2.ops.linear import LinearFunction
 from gpt2.validation import validate
 
@@ -208,6 +214,25 @@ class GPT2Model(nn.Module):
         rows = rearrange(self._hidden_states(input_ids, attention_mask), "b t c -> (b t) c")
         losses = cross_entropies(rows, self._head, rearrange(targets, "b t -> (b t)"), self.config.vocab_size)
         return losses.view_as(targets)
+
+    @torch.no_grad()
+    def score_tokens(
+        self,
+        input_ids: Tensor,
+        places: Tensor,
+        targets: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats of some tokens, (n,) in fp32, and whether each is the likeliest one, (n,).
+
+        Args:
+            places: Of the token before each of them, in the flattened `input_ids`, (n,).
+            targets: These tokens, (n,).
+            attention_mask, positions: As of `last_logits`.
+        """
+        rows = rearrange(self._hidden_states(input_ids, attention_mask, positions=positions), "b t c -> (b t) c")
+        return score_targets(rows[places], self._head, targets, self.config.vocab_size)
 
     def last_logits(
         self,

@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from glob import escape, glob
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ import regex
 from gpt2.config import (
     EXTRA_LOGGERS,
     OPTIMIZERS,
+    TASKS,
     WHEN_LOADED,
     DataConfig,
     DistributedConfig,
@@ -77,6 +79,7 @@ BOUNDS: dict[type, Bounds] = {
     },
     TrainingConfig: {
         **dict.fromkeys(("batch_size", "accumulation_steps", "max_epochs", "max_steps", "eval_batches"), COUNT),
+        "eval_tasks_limit": COUNT,
         **dict.fromkeys(("save_every", "eval_every", "log_every", "keep_checkpoints"), COUNT),
         **dict.fromkeys(("warmup_steps", "num_workers", "nonfinite_limit"), COUNT_OR_ZERO),
         **dict.fromkeys(("weight_decay", "gradient_clip", "min_learning_rate"), NOT_NEGATIVE),
@@ -104,7 +107,7 @@ BOUNDS: dict[type, Bounds] = {
     },
     DistributedConfig: {"timeout": (5, 86400, "between 5 and 86400 seconds")},
     GenerateRun: {"batch_size": COUNT},
-    EvaluateRun: {"batch_size": COUNT},
+    EvaluateRun: dict.fromkeys(("batch_size", "limit"), COUNT),
     GenerationBenchmark: {
         **dict.fromkeys(("prompt_tokens", "repetitions"), COUNT),
         "new_tokens": (2, inf, "at least 2"),
@@ -302,8 +305,19 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
         )
     if not isinstance(config.compile, bool) and config.compile != "auto":
         yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
+    yield from _tasks(f"{prefix}eval_tasks", config.eval_tasks, config.eval_tasks_folder)
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         yield f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
+
+
+def _tasks(key: str, names: list[str], folder: str | None) -> Iterator[str]:
+    for name in names:
+        if name not in TASKS:
+            nearest = get_close_matches(name, TASKS, n=1)
+            hint = f"; {nearest[0]} is the nearest" if nearest else ""
+            yield f"{key}: {brief(name)} is none of {', '.join(TASKS)}{hint}"
+        elif folder is not None and not Path(folder, TASKS[name]).is_dir():
+            yield f"{key}_folder: there is no folder {Path(folder, TASKS[name])} (looked from {Path.cwd()})"
 
 
 def as_pattern(name: str) -> str:
@@ -439,6 +453,10 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     yield from out_of_bounds(vars(config), bounds, prefix)
     yield from _quantization(config, prefix)
     yield from _loggers(config)
+    yield from _tasks(f"{prefix}tasks", config.tasks, config.tasks_folder)
+    for key in ("limit", "tasks_folder"):
+        if getattr(config, key) is not None and not config.tasks:
+            yield f"{prefix}{key}: only for tasks=[...], which is empty"
 
 
 def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:

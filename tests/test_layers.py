@@ -14,7 +14,7 @@ experiments
 cli optimize
 search
 train
-evaluate
+evaluate tasks
 data_loader inference analysis
 data training
 tracking

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt2.checkpoint import format as checkpoint
-from gpt2.checkpoint.record import Progress, check_progress
+from gpt2.checkpoint.record import Progress, check_progress, read_record
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import atomic_write, fsync, temporary_name
@@ -129,6 +129,18 @@ def newest_first(folder: Path) -> list[Path]:
 def best_first(folder: Path) -> list[Path]:
     """The checkpoints in a folder, in the order in which generation and evaluation try them."""
     return sorted(newest_first(folder), key=lambda path: path.name != BEST)
+
+
+def every_step(folder: Path) -> list[Path]:
+    """A checkpoint of each step that is in a folder, oldest first.
+
+    Raises:
+        UserError: One is damaged.
+    """
+    by_step: dict[int, Path] = {}
+    for path in newest_first(folder):  # the best may be older than those that are named by step
+        by_step.setdefault(read_record(path)["progress"]["step"], path)
+    return [path for _, path in sorted(by_step.items())]
 
 
 def refuse_links(folder: Path, key: str) -> None:

@@ -9,7 +9,10 @@ configuration that OmegaConf resolves, where `${oc.env:NAME}` would read the env
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
 from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
-from gpt2.config import OF_THE_USER, WHEN_LOADED, GenerateRun, GPT2Config, Run, TrainRun
+from gpt2.config import OF_THE_USER, WHEN_LOADED, EvaluateRun, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
 from gpt2.tracking.evaluations import default_output
-from gpt2.validation import validate
+from gpt2.validation import brief, validate
 
 log = logging.getLogger("gpt2")
 
@@ -32,6 +35,7 @@ Values = dict[str, Any]  # plain values of a file by key
 # What the configuration in a checkpoint may decide, except for the keys OF_THE_USER.
 SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
 SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "choices")
+CORPUS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that say on which text
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
 CHANGEABLE = WITHOUT_EFFECT | {
@@ -48,23 +52,31 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     """
     try:
         composed = typed(name, composed)
-        values = COMPLETIONS[name](composed, overrides)
-        for key, value in values.items():
-            if isinstance(value, int | float):  # interpolations of the command line may refer to it
-                OmegaConf.update(composed, key, value)
-        config = OmegaConf.to_object(composed)
+        config, *others = [completed(composed, values) for values in COMPLETIONS[name](composed, overrides)]
     except OmegaConfBaseException as error:
         raise UserError(keyed_error(error)) from error
+    if isinstance(config, EvaluateRun):
+        config.others = others
+    if isinstance(config, TrainRun) and config.resume is None:
+        config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
+    if problems := list(dict.fromkeys(chain(*map(validate, [config, *others])))):
+        raise UserError(*problems)
+    if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
+        config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
+    return config
+
+
+def completed(composed: DictConfig, values: Values) -> Run:
+    """A composed configuration in which some values, of a checkpoint, replace others."""
+    composed = deepcopy(composed)
+    for key, value in values.items():
+        if isinstance(value, int | float):  # interpolations of the command line may refer to it
+            OmegaConf.update(composed, key, value)
+    config = OmegaConf.to_object(composed)
     assert isinstance(config, Run)
     for key, value in values.items():
         group, _, field = key.rpartition(".")
         setattr(getattr(config, group) if group else config, field, value)
-    if isinstance(config, TrainRun) and config.resume is None:
-        config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
-    if problems := validate(config):
-        raise UserError(*problems)
-    if isinstance(config, TrainRun | GenerateRun):  # shells and Hydra keep a backslash and an n as two characters
-        config.inference.stop = [stop.replace("\\n", "\n") for stop in config.inference.stop]
     return config
 
 
@@ -98,28 +110,61 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
     return {**values, "checkpoint": trained.source}
 
 
-def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> Values:
-    """Data and tokenizer of the run that trained the model, windows as long as its blocks, the place of the result."""
-    trained, keys = open_model(composed.checkpoint), keys_of(overrides)
-    values = {**saved_group(trained, "data", keys), "checkpoint": trained.source}
-    values["output"] = composed.output or str(default_output(trained.source))
-    context, problems = trained.config.context_length, []
-    try:
-        values["data.tokenizer"] = tokenizer_name(trained, "checkpoint", composed, keys)
-    except UserError as error:
-        problems += error.problems
-    if "data.max_length" in keys:
-        length = composed.data.max_length
-    else:
-        length = values["data.max_length"] = trained.run["data"]["max_length"] if trained.run else context
-    if length > context:
-        problems.append(
-            f"data.max_length: windows of {length} tokens do not fit into the context of "
-            f"checkpoint={trained.source}, {context}"
-        )
+def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> list[Values]:
+    """For each model: its tokenizer, windows as long as the blocks that it was trained on, the place of its result.
+
+    The data are those that the first was trained on, so that the losses compare. Tasks need none.
+    """
+    keys, filled = keys_of(overrides), list[Values]()
+    of_corpus = sorted(key for key in keys if CORPUS.match(key)) if composed.tasks else []
+    problems = [f"{key}: of a corpus, which tasks=[...] stand in for; drop one of the two" for key in of_corpus]
+    for name in checkpoints_named(composed):
+        trained = open_model(name)
+        if not filled:
+            data = {} if composed.tasks else saved_group(trained, "data", keys)
+        values = {**data, "checkpoint": trained.source, "all_checkpoints": False}
+        values["output"] = composed.output or str(default_output(trained.source))
+        try:
+            values["data.tokenizer"] = tokenizer_name(trained, "checkpoint", composed, keys)
+        except UserError as error:
+            problems += error.problems
+        length = context = trained.config.context_length
+        if "data.max_length" in keys:
+            length = composed.data.max_length
+        elif trained.run:
+            length = trained.run["data"]["max_length"]
+        values["data.max_length"] = length
+        if length > context:
+            problems.append(
+                f"data.max_length: windows of {length} tokens do not fit into the context of "
+                f"checkpoint={trained.source}, {context}"
+            )
+        filled.append(values)
     if problems:
         raise UserError(*problems)
-    return values
+    return filled
+
+
+def checkpoints_named(composed: DictConfig) -> list[str | None]:
+    """The names of the trained models to evaluate; None is the latest run's best checkpoint.
+
+    Raises:
+        UserError: `checkpoint` is neither a name nor a list of names, or `all_checkpoints` has no run to refer to.
+    """
+    value = composed.checkpoint
+    names = list(value) if OmegaConf.is_list(value) else [value]
+    if not names or any(OmegaConf.is_config(name) for name in names) or (len(names) > 1 and None in names):
+        raise UserError(f"checkpoint: {brief(OmegaConf.to_container(composed)['checkpoint'])} is neither a name nor a list of names")  # type: ignore
+    names = [name if name is None else str(name) for name in names]
+    if not composed.all_checkpoints:
+        return names
+    found: list[str | None] = []
+    for name in names:
+        folder = run_folder.checkpoint_folder_of(run_folder.latest_run() if name is None else Path(name))
+        if folder is None:
+            raise UserError(f"all_checkpoints: {name} is no run folder with a checkpoint in it")
+        found += map(str, run_folder.every_step(folder))
+    return found
 
 
 def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Values:
@@ -274,9 +319,10 @@ def requested_changes(composed: DictConfig, overrides: list[str], known: set[str
     return requested
 
 
-COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], Values]] = {
-    "train": fill_from_checkpoint_train,
+# The values that complete a configuration; several, if it stands for several.
+COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], list[Values]]] = {
+    "train": lambda *composed: [fill_from_checkpoint_train(*composed)],
     "evaluate": fill_from_checkpoint_evaluate,
-    "generate": fill_from_checkpoint_generate,
-    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda *_: {}),
+    "generate": lambda *composed: [fill_from_checkpoint_generate(*composed)],
+    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda *_: [{}]),
 }

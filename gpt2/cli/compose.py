@@ -31,6 +31,7 @@ CONF = ROOT / "conf"
 WITHOUT_EFFECT = {
     *("sample_prompt", "profile", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
+    *("train.eval_tasks", "train.eval_tasks_limit", "train.eval_tasks_folder"),
     *("distributed.strategy", "distributed.timeout"),
     *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
     *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints", "resume", "resume_changes"),

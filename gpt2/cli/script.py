@@ -209,7 +209,7 @@ def enter_places(config: Any, place: ExitStack) -> None:
     if (data := getattr(config, "data", None)) and data.cache_dir:
         place.enter_context(writable_folder(Path(data.cache_dir), "data.cache_dir"))
     for key in ("output", "to", "json"):  # the result of evaluate, of export, of a benchmark
-        if file := getattr(config, key, None):
+        for file in filter(None, {getattr(one, key, None) for one in (config, *getattr(config, "others", []))}):
             place.enter_context(writable_file(Path(file), key))
 
 

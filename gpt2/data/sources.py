@@ -387,25 +387,48 @@ def open_dataset(config: DataConfig) -> Source:
     Raises:
         UserError: It cannot be reached or read, or has no such configuration, split or text column.
     """
-    cache_dir, identity = config.cache_dir, None
     splits = [config.train_split, config.validation_split, config.test_split]
+    column, pattern = config.text_column, config.document_start
+    tables, identity = load_tables(config.dataset_name, config.dataset_config, splits, config.cache_dir, column)
+    documents = [table and TableDocuments(table, column, pattern) for table in tables]
+    about = [
+        identity or [table and table._fingerprint for table in tables],
+        *(config.dataset_config, splits, column, pattern),
+    ]
+    text_bytes = sum(table.data[column].nbytes for table in tables if table)
+    return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
+
+
+def load_tables(
+    name: str,
+    configuration: str | None,
+    splits: Sequence[str | None],
+    cache_dir: str | None = None,
+    column: str | None = None,
+    key: str = "data.dataset_name",
+) -> "tuple[list[datasets.Dataset | None], str | None]":
+    """Splits of a dataset of the Hub or its cache, or of a local folder laid out like one, and a folder's fingerprint.
+
+    Args:
+        splits: Their names; None is no split.
+        column: One that must be text.
+        key: The option by which the user named it, for the error message.
+
+    Raises:
+        UserError: It cannot be reached or read, or has no such configuration, split or column.
+    """
+    identity = None
     with ExitStack() as verified:
-        if Path(config.dataset_name).is_dir():
+        if Path(name).is_dir():
             # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
-            identity = _folder_fingerprint(Path(config.dataset_name))
-            cache = cache_folder(config) / "datasets" / identity[:16]
+            identity = _folder_fingerprint(Path(name))
+            cache = (Path(cache_dir) if cache_dir else caches()) / "datasets" / identity[:16]
             verified.enter_context(verified_cache(cache))
             cache_dir = str(cache)
         else:
             connect()
-        tables = [table and _load_table(config, table, cache_dir) for table in splits]
-    documents = [table and TableDocuments(table, config.text_column, config.document_start) for table in tables]
-    about = [
-        identity or [table and table._fingerprint for table in tables],
-        *(config.dataset_config, splits, config.text_column, config.document_start),
-    ]
-    text_bytes = sum(table.data[config.text_column].nbytes for table in tables if table)
-    return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
+        load = partial(_load_table, name, configuration, cache_dir, column, key)
+        return [split and load(split) for split in splits], identity
 
 
 @contextmanager
@@ -436,28 +459,31 @@ def verified_cache(folder: Path) -> Iterator[None]:
                 stored.write(json.dumps(known).encode())
 
 
-def _load_table(config: DataConfig, split: str, cache_dir: str | None) -> "datasets.Dataset":
+def _load_table(
+    name: str, configuration: str | None, cache_dir: str | None, column: str | None, key: str, split: str
+) -> "datasets.Dataset":
     move_hub_cache()
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     if not is_terminal():
         datasets.disable_progress_bars()
-    name, column = config.dataset_name, config.text_column
     try:
-        table = datasets.load_dataset(name, config.dataset_config, split=split, cache_dir=cache_dir)
+        table = datasets.load_dataset(name, configuration, split=split, cache_dir=cache_dir)
     except (ConnectionError, DatasetNotFoundError) as error:
+        instead = WITHOUT_NETWORK if column else f"without a network: {key}_folder=FOLDER with {name} in it"
         raise UserError(
-            f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {WITHOUT_NETWORK}"
+            f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {instead}"
         ) from error
     except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
         reason = " ".join(str(error.__cause__ or error).split())
         if any(words in reason for words in WORDS_OF_ARROW):
-            reason = f"its files do not have the same columns with values of the same types, such as text as {column!r}"
-        raise UserError(f"data.dataset_name: cannot load {name!r}: {reason}") from error
-    if column not in table.column_names:
+            example = f", such as text as {column!r}" if column else ""
+            reason = f"its files do not have the same columns with values of the same types{example}"
+        raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
+    if column and column not in table.column_names:
         raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
-    kind = getattr(table.features[column], "dtype", "nested or mixed values")
+    kind = getattr(table.features[column], "dtype", "nested or mixed values") if column else "string"
     if kind not in ("string", "large_string"):
         raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
     return table

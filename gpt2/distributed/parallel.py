@@ -103,7 +103,7 @@ class FullySharded(SingleDevice):
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
-        for method in ("token_losses", "last_logits"):  # these are forward passes too
+        for method in ("token_losses", "score_tokens", "last_logits"):  # these are forward passes too
             register_fsdp_forward_method(model, method)
 
     def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:

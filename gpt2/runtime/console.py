@@ -178,7 +178,8 @@ def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
             done, now = so_far, time.perf_counter()
             out_of = "" if of is None else f" of {of:,}"
             rate = so_far / max(now - started, 1e-9)
-            text = f"{description}: {so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second"
+            left = "" if of is None else f", {time_left((of - so_far) / max(rate, 1e-9))} left"
+            text = f"{description}: {so_far:,}{out_of} {unit}, {rate:{',.0f' if rate >= 10 else '.2g'}} a second{left}"
             progress.update(task, description=text)
             if progress.disable and now - last_line > SECONDS_BETWEEN_LINES:
                 log.info(text)

@@ -22,7 +22,8 @@ class Callback:
     """Base class whose hooks do nothing. An exception raised by a hook ends the training with that exception.
 
     Each rank calls only the callbacks that its own Trainer received; the scripts give them to rank 0 alone. A hook must
-    therefore not call anything collective, such as `Trainer.save_checkpoint`, when there are several ranks.
+    therefore not call anything collective, such as `Trainer.save_checkpoint`, when there are several ranks. Where all
+    ranks have the callback, `extend_evaluation` may: it is called by all of them or by none.
     """
 
     def on_train_start(self, trainer: Any) -> None:
@@ -108,9 +109,11 @@ class ConsoleLog(Callback):
 
     def _log_evaluation(self, trainer: Any, metrics: Metrics) -> None:
         best = "  (best so far)" if trainer.progress.is_best() else ""
+        names = (name for name in trainer.config.eval_tasks if f"val/{name}" in metrics)
+        tasks = "".join(f"  {name} {metrics[f'val/{name}']:.3f}" for name in names)
         log.info(
             f"step {metrics['step']:,}  validation loss {metrics['val/loss']:.4f}  "
-            f"perplexity {metrics['val/perplexity']:.2f}{best}"
+            f"perplexity {metrics['val/perplexity']:.2f}{tasks}{best}"
         )
         if "sample" in metrics:
             lines = printable(metrics["sample"]).split("\n")  # train.log too is read on a terminal

@@ -1,0 +1,82 @@
+"""Results of `evaluate.py` side by side: a table with a row for each model, and a curve over the steps of a run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from gpt2.analysis.plotting import as_label, new_figure, picture, plain
+
+Result = dict[str, Any]  # as `evaluation.json` holds it
+OF_CORPUS = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "bits_per_byte": "{:.4f}"}
+
+
+def flat(figures: Result) -> dict[str, float]:
+    """The figures of a result by one name each, such as `hellaswag/acc_norm`."""
+    tasks = figures.get("results", {})
+    plain_figures = {name: value for name, value in figures.items() if name != "results"}
+    return plain_figures | {f"{task}/{name}": value for task in tasks for name, value in tasks[task].items()}
+
+
+def task_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
+    """A table with a row for each figure of each task."""
+    rows = [["task", "documents", "metric", "value", "standard error"]]
+    for task, figures in results.items():
+        for metric in metrics_of(figures):
+            cells = [_shown(metric, figures[name]) for name in (metric, f"{metric}_stderr")]
+            rows.append([task, f"{figures['documents']:,}", metric, *cells])
+    return rows
+
+
+def metrics_of(figures: dict[str, float]) -> list[str]:
+    return [name for name in figures if f"{name}_stderr" in figures]
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:,.2f}" if metric == "perplexity" else f"{value:.4f}"
+
+
+def model_rows(results: list[Result]) -> list[list[str]]:
+    """A table with a row for each model: its name, its step, and the loss or the figures of tasks."""
+    tasks = {task: metrics_of(figures) for task, figures in results[0].get("results", {}).items()}
+    names = [f"{task} {metric}" for task, metrics in tasks.items() for metric in metrics]
+    corpus = [] if tasks else [name for name in OF_CORPUS if name in results[0]]
+    rows = [["checkpoint", "step", *names, *(name.replace("_", " ") for name in corpus)]]
+    for result in results:
+        cells = [OF_CORPUS[name].format(result[name]) for name in corpus]
+        for task, metrics in tasks.items():
+            figures = result["results"][task]
+            cells += [f"{_shown(m, figures[m])} ± {_shown(m, figures[f'{m}_stderr'])}" for m in metrics]
+        step = "" if result["step"] is None else f"{result['step']:,}"
+        rows.append([os.path.relpath(result["checkpoint"]) if result["step"] else result["checkpoint"], step, *cells])
+    return rows
+
+
+def curve(results: list[Result]) -> bytes | None:
+    """A picture of the loss, or of the headline figure of each task, over the steps of each run.
+
+    None if no run has two steps.
+    """
+    runs: dict[Path, list[Result]] = {}
+    for result in results:
+        if result["step"] is not None:
+            runs.setdefault(Path(result["checkpoint"]).absolute().parent.parent, []).append(result)
+    lines = {run: sorted(found, key=lambda result: result["step"]) for run, found in runs.items() if len(found) > 1}
+    if not lines:
+        return None
+    figure = new_figure()
+    axes = figure.subplots()
+    tasks = {task: metrics_of(figures)[0] for task, figures in results[0].get("results", {}).items()}
+    for run, found in lines.items():
+        steps = [result["step"] for result in found]
+        prefix = f"{run.parent.name}/{run.name} " if len(lines) > 1 else ""
+        if not tasks:
+            axes.plot(steps, [result["loss"] for result in found], "o-", label=as_label(prefix.strip()))
+        for task, metric in tasks.items():
+            values, errors = (
+                [result["results"][task][name] for result in found] for name in (metric, f"{metric}_stderr")
+            )
+            axes.errorbar(steps, values, errors, fmt="o-", capsize=3, label=as_label(f"{prefix}{task} {metric}"))
+    plain(axes, xlabel="step", ylabel="accuracy ± standard error" if tasks else "loss (nats per token)")
+    if tasks or len(lines) > 1:
+        axes.legend(frameon=False)
+    return picture(figure)

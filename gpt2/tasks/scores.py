@@ -1,0 +1,219 @@
+"""Log-likelihoods of continuations, and figures of a task from them.
+
+The continuations of a document mostly share a context. The tokens that all begin with are computed once: a row of a
+batch is this beginning and then the rest of each continuation, which attends to the beginning and to itself alone, at
+the positions it would have without the others.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from math import exp, inf, sqrt
+from os.path import commonprefix
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from gpt2.distributed.process_group import ProcessGroup
+from gpt2.model import GPT2Model
+from gpt2.tasks.table import Question
+from gpt2.tokenizer import GPT2Tokenizer
+
+PADDING = -1  # in place of a branch
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation, given its context: its natural logarithm, and whether each token of it is the likeliest."""
+
+    log: float
+    is_greedy: bool
+
+
+@dataclass
+class Row:
+    """Texts with the same beginning, packed. Of each token (t,): its id, its position, and the text that it belongs to.
+
+    Attributes:
+        branches: 0 for the beginning, n for the rest of the n-th text.
+        places, targets, owners: Of each token that is scored: the place in the row of the token before it, its id, and
+            the number of its text among all.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    branches: list[int]
+    places: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+
+
+def encode_pair(tokenizer: GPT2Tokenizer, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
+    """The tokens of context and continuation, and how many at the end are the continuation's.
+
+    White space between the two belongs to the continuation, and an empty context is `<|endoftext|>`. Of what is longer
+    than the model's context, the beginning is left out.
+    """
+    stripped = context.rstrip()
+    head = tokenizer.encode(stripped) or [tokenizer.eos_token_id]
+    tokens = tokenizer.encode(context + continuation)
+    if not stripped:
+        tokens = head + tokens
+    tokens, scored = tokens[-(longest + 1) :], max(1, len(tokens) - len(head))
+    return tokens, min(scored, len(tokens) - 1)
+
+
+def pack(texts: Sequence[tuple[list[int], int]], first: int, longest: int) -> list[Row]:
+    """Rows of at most `longest` tokens with the texts of one document, each with the number of its scored tokens.
+
+    Args:
+        first: The number of the first text among all.
+    """
+    inputs = [tokens[:-1] for tokens, _ in texts]
+    shared = list(commonprefix(inputs))  # noqa: RUF071  # of any sequences
+    rows: list[Row] = []
+    for owner, ((tokens, scored), text) in enumerate(zip(texts, inputs, strict=True), start=first):
+        rest = text[len(shared) :]
+        if not rows or len(rows[-1].ids) + len(rest) > longest:
+            rows.append(Row(list(shared), list(range(len(shared))), [0] * len(shared)))
+        row = rows[-1]
+        offset = len(row.ids) - len(shared)
+        scored_at = range(len(text) - scored, len(text))
+        row.places += [place if place < len(shared) else place + offset for place in scored_at]
+        row.targets += tokens[len(tokens) - scored :]
+        row.owners += [owner] * scored
+        row.ids += rest
+        row.positions += range(len(shared), len(text))
+        row.branches += [max(row.branches, default=0) + 1] * len(rest)
+    return rows
+
+
+def collate(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+    """The arguments of `GPT2Model.score_tokens` for some rows, which are padded on the right."""
+    length = max(len(row.ids) for row in rows)
+
+    def padded(lists: Sequence[list[int]], padding: int) -> Tensor:
+        return torch.tensor([[*values, *[padding] * (length - len(values))] for values in lists], device=device)
+
+    branches = padded([row.branches for row in rows], PADDING)
+    mask = None
+    if branches.max() > 1:  # otherwise each row is one text, and causal attention never sees the padding
+        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        keys, queries = branches[:, None, None, :], branches[:, None, :, None]
+        mask = causal & ((keys == 0) | (keys == queries))
+    places = [number * length + place for number, row in enumerate(rows) for place in row.places]
+    return {
+        "input_ids": padded([row.ids for row in rows], 0),
+        "positions": padded([row.positions for row in rows], 0),
+        "places": torch.tensor(places, device=device),
+        "targets": torch.tensor([target for row in rows for target in row.targets], device=device),
+        **({} if mask is None else {"attention_mask": mask}),
+    }
+
+
+class TaskScorer:
+    """The questions of a task as batches for a model: rows of similar length side by side, the longest first."""
+
+    def __init__(self, questions: list[Question], tokenizer: GPT2Tokenizer, context_length: int, batch_size: int):
+        self.questions, self.texts = questions, 0
+        rows = []
+        for question in questions:
+            texts = [encode_pair(tokenizer, *pair, context_length) for pair in question.pairs]
+            rows += pack(texts, self.texts, context_length)
+            self.texts += len(texts)
+        rows.sort(key=lambda row: -len(row.ids))
+        self.batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    @torch.no_grad()
+    def likelihoods(
+        self,
+        model: GPT2Model,
+        autocast: AbstractContextManager,
+        on_batch: Callable[[int, int], bool] = lambda batch, batches: True,
+        group: ProcessGroup | None = None,
+    ) -> list[list[Likelihood]] | None:
+        """Those of the pairs of each question, without dropout.
+
+        Args:
+            on_batch: Called before each batch with its index and the number of batches; if it returns False on any
+                rank, there is no result.
+            group: The ranks take turns at the batches. Each returns the result of all, equal to a single process's.
+        """
+        group = group or ProcessGroup()
+        device, was_training = next(model.parameters()).device, model.training
+        sums = torch.zeros(2, self.texts, dtype=torch.float64)  # nats; tokens that are not the likeliest
+        is_interrupted = False
+        model.eval()
+        try:
+            for number, rows in enumerate(self.batches):
+                if number % group.size != group.rank:
+                    continue
+                if is_interrupted := not on_batch(number, len(self.batches)):
+                    break
+                with autocast:
+                    losses, is_likeliest = model.score_tokens(**collate(rows, device))
+                owners = torch.tensor([owner for row in rows for owner in row.owners])
+                sums[0].index_add_(0, owners, losses.cpu().double())
+                sums[1].index_add_(0, owners, (~is_likeliest).cpu().double())
+        finally:
+            model.train(was_training)
+        if any(flag for (flag,) in group.all_gather([is_interrupted])):
+            return None
+        nats, misses = group.all_reduce_(sums).tolist()
+        found = iter(Likelihood(-n, m == 0) for n, m in zip(nats, misses, strict=True))
+        return [[next(found) for _ in question.pairs] for question in self.questions]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def acc(question: Question, likelihoods: list[Likelihood]) -> float:
+    """Whether the likeliest choice is the answer; of a single continuation, whether greedy decoding writes it."""
+    if len(likelihoods) == 1:
+        return float(likelihoods[0].is_greedy)
+    return float(_argmax([likelihood.log for likelihood in likelihoods]) == question.answer)
+
+
+def acc_norm(question: Question, likelihoods: list[Likelihood]) -> float:
+    """The same by log-likelihood per character of the choice."""
+    per_length = [
+        likelihood.log / length if length else -inf
+        for likelihood, length in zip(likelihoods, question.lengths, strict=True)
+    ]
+    return float(_argmax(per_length) == question.answer)
+
+
+def _argmax(values: list[float]) -> int:
+    """The first index of the largest value."""
+    return values.index(max(values))
+
+
+def perplexity(question: Question, likelihoods: list[Likelihood]) -> float:
+    """The negative log-likelihood of the continuation; the perplexity of the task is e to the mean of these."""
+    return -likelihoods[question.answer].log
+
+
+METRICS: dict[str, Callable[[Question, list[Likelihood]], float]] = {
+    "acc": acc,
+    "acc_norm": acc_norm,
+    "perplexity": perplexity,
+}
+
+
+def figures(metrics: Sequence[str], questions: list[Question], likelihoods: list[list[Likelihood]]) -> dict[str, float]:
+    """The mean of each metric over the documents, its standard error as `<metric>_stderr`, and their number.
+
+    The standard error is the sample's standard deviation divided by the root of its size; that of a perplexity is
+    derived from it to the first order (delta method).
+    """
+    result: dict[str, float] = {}
+    for name in metrics:
+        values = [METRICS[name](*document) for document in zip(questions, likelihoods, strict=True)]
+        mean, error = fmean(values), stdev(values) / sqrt(len(values)) if len(values) > 1 else float("nan")
+        if name == "perplexity":
+            mean = exp(mean) if mean < 700 else inf
+            error *= mean
+        result |= {name: mean, f"{name}_stderr": error}
+    return {**result, "documents": len(questions)}

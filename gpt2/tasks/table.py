@@ -1,0 +1,138 @@
+"""The tasks: where the documents of each come from, and what it asks about one.
+
+To add a task, write a function from a document to a `Question`, and enter it in `TASK_TABLE`, and the names of the task
+and its dataset in `gpt2.config.TASKS`.
+
+Prompts and figures are those of EleutherAI's lm-eval, without examples in the prompt (zero-shot), so that they compare
+with published ones. A test holds them against lm-eval, document by document.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from gpt2.config import TASKS
+from gpt2.data.sources import load_tables
+from gpt2.errors import UserError, one_line
+
+Document = dict[str, Any]  # a row of a dataset
+Pair = tuple[str, str]  # context and continuation, whose likelihood is asked for
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a task asks about a document: which of some continuations is the likeliest, or how likely the only one is.
+
+    Attributes:
+        answer: Index of the right pair.
+        lengths: Of the choices, by which `acc_norm` divides their log-likelihoods; empty: the task has no `acc_norm`.
+    """
+
+    pairs: tuple[Pair, ...]
+    answer: int = 0
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset (see `gpt2.config.TASKS` for its name), and how a document of it becomes a question.
+
+    Attributes:
+        metrics: What it measures, the headline figure first; see `gpt2.tasks.scores.METRICS`.
+    """
+
+    configuration: str | None
+    split: str
+    read: Callable[[Document], Question]
+    metrics: tuple[str, ...]
+
+
+def choose(context: str, choices: list[str], answer: int) -> Question:
+    """Which choice follows the context, after a space?
+
+    lm-eval's `acc_norm` divides by the characters of the choice without that space; nanochat and llm.c divide by its
+    tokens.
+    """
+    pairs = tuple((context, f" {choice}") for choice in choices)
+    return Question(pairs, answer, tuple(len(choice) for choice in choices))
+
+
+def hellaswag(document: Document) -> Question:
+    context = f"{document['ctx_a']} {document['ctx_b'].capitalize()}"
+    endings = [_without_markup(ending) for ending in document["endings"]]
+    return choose(_without_markup(f"{document['activity_label']}: {context}"), endings, int(document["label"]))
+
+
+def _without_markup(text: str) -> str:
+    """A text of WikiHow without `[title]` and other words in brackets."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def lambada(document: Document) -> Question:
+    """The last word, as OpenAI scored it for GPT-2: without a list of candidates or of stop words."""
+    context, _, word = document["text"].rpartition(" ")
+    return Question(((context, f" {word}"),))
+
+
+def piqa(document: Document) -> Question:
+    return choose(f"Question: {document['goal']}\nAnswer:", [document["sol1"], document["sol2"]], document["label"])
+
+
+def arc(document: Document) -> Question:
+    texts, labels = document["choices"]["text"], document["choices"]["label"]
+    return choose(f"Question: {document['question']}\nAnswer:", texts, labels.index(document["answerKey"]))
+
+
+def winogrande(document: Document) -> Question:
+    """Which option makes the rest of the sentence likelier (partial evaluation, Trinh and Le, 2018)?"""
+    before, blank, after = document["sentence"].partition("_")
+    if not blank:
+        raise ValueError("no _ in the sentence")
+    options = (document["option1"], document["option2"])
+    pairs = tuple((before + option, f" {after.strip()}") for option in options)
+    return Question(pairs, ["1", "2"].index(document["answer"]))
+
+
+TASK_TABLE = {
+    "hellaswag": Task(None, "validation", hellaswag, ("acc_norm", "acc")),
+    "lambada": Task("default", "test", lambada, ("acc", "perplexity")),
+    "piqa": Task(None, "validation", piqa, ("acc_norm", "acc")),
+    "arc_easy": Task("ARC-Easy", "test", arc, ("acc_norm", "acc")),
+    "winogrande": Task("winogrande_xl", "validation", winogrande, ("acc",)),
+}
+
+
+@cache
+def load_questions(
+    name: str, folder: str | None = None, limit: int | None = None, key: str = "tasks"
+) -> list[Question]:
+    """The questions of a task, in the order of its documents.
+
+    Args:
+        folder: Holds the dataset under its name on the Hub; None: from the Hub or its cache.
+        limit: Number of documents, from the first; None: all.
+        key: The option by which the user named the task, for error messages.
+
+    Raises:
+        UserError: The dataset cannot be reached or read, or has other columns than the task's.
+    """
+    task, dataset = TASK_TABLE[name], TASKS[name]
+    source = dataset if folder is None else f"{folder}/{dataset}"
+    (table,), _ = load_tables(source, task.configuration, [task.split], key=key)
+    assert table is not None
+    questions: list[Question] = []
+    try:
+        for document in table.select(range(min(len(table), limit or len(table)))):
+            question = task.read(document)
+            if not 0 <= question.answer < len(question.pairs):
+                raise ValueError(f"none of its {len(question.pairs)} choices is the answer")
+            questions.append(question)
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, SystemError) as error:
+        number, kind = len(questions) + 1, "has no column" if isinstance(error, KeyError) else "cannot be read:"
+        raise UserError(f"{key}: document {number} of {source} ({task.split}) {kind} {one_line(error)}") from error
+    if not questions:
+        raise UserError(f"{key}: {source} ({task.split}) holds no document")
+    return questions
