@@ -16,6 +16,7 @@ from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.validation import validate_distributed
 from tests.conftest import ROOT, TEXT, TINY, Workspace, made_once
 from tests.helpers import noisy_model, tiny_config, transformers_twin
+from tests.tasks.documents import write_tasks
 
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [*sorted((ROOT / "experiments").glob("*/README.md")), ROOT / "tests" / "README.md"]
@@ -147,6 +148,7 @@ def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
     for name in ("gpt2", "README.md", "experiments"):
         (workspace.folder / name).symlink_to(ROOT / name)
     (workspace.folder / "prompts.txt").write_text("def f\nimport\n")
+    write_tasks(workspace.folder / "tasks")
     (workspace.folder / "books").mkdir()
     (workspace.folder / "books" / "book.txt").write_text(TEXT)
     transformers_twin(noisy_model(tiny_config(vocab_size=257, context_length=32))).save_pretrained(tmp_path / "weights")
@@ -181,4 +183,4 @@ def test_commands_run_in_order(clone: Workspace, page):
             trials = ["hydra.sweeper.n_trials=2"] if "hparams_search" in line else []
             clone.run(script, *arguments, *SHORT, *trials, *([] if "init_from" in line else TINY_MODEL))
         else:
-            clone.run(script, *arguments)
+            clone.run(script, *arguments, *(["tasks_folder=tasks"] if " tasks=" in line else []))
