@@ -175,7 +175,7 @@ def test_impossible_resumption_is_refused(trained: Workspace, arguments, message
 def test_run_survives_closed_terminal(workspace: Workspace):
     ours, theirs = os.openpty()
     workspace.environment["TERM"] = "dumb"
-    options = [*TINY, *LONG, "train.max_steps=800"]
+    options = [*TINY, *LONG, "train.max_steps=300"]
     running = workspace.start("train.py", *options, start_new_session=True, terminal=theirs)
     os.close(theirs)
     wait_for(
@@ -183,7 +183,7 @@ def test_run_survives_closed_terminal(workspace: Workspace):
     )
     os.close(ours)
     assert running.wait(timeout=60) == 0
-    assert steps(workspace.runs()[0], "val/loss")[-1] == 800
+    assert steps(workspace.runs()[0], "val/loss")[-1] == 300
 
 
 def test_second_process_is_refused(workspace: Workspace):

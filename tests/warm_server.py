@@ -36,6 +36,7 @@ class Asked(NamedTuple):
 
 def imports() -> None:
     import torch._dynamo  # noqa: F401  # which the first optimizer imports
+    from optuna.storages import RDBStorage
 
     import gpt2.analysis.plotting
     import gpt2.cli.script
@@ -49,6 +50,7 @@ def imports() -> None:
     from gpt2.cli.compose import compose
 
     compose("train", ["train.max_steps=1"])  # fills the caches of the grammar's parser
+    RDBStorage("sqlite://")  # imports alembic
 
 
 def serve(listening: socket.socket) -> Asked:
