@@ -51,8 +51,8 @@ def export(config: ExportRun) -> None:
             print(f"{trained.describe()} is now in {os.path.relpath(folder)}: {files}")
         if config.push is not None:
             print(f"{trained.describe()} is now on the Hugging Face Hub: {upload(folder, config.push)}")
-    if missing := [key for key in ("license", "language") if getattr(config, key) is None]:
-        print(f"The model card does not say {' and '.join(missing)}; license=mit language=en, for example, would.")
+    if config.license == "unknown" or config.language is None:
+        print("To state licence and language in the model card, add them: license=mit language=en, for example.")
     print(f"\nIn Python:  transformers.pipeline('text-generation', {config.push or config.to!r})")
 
 

@@ -233,5 +233,5 @@ def test_metadata_of_the_model_card(finetuned):
 def test_unchanged_weights_have_no_folder_either(folder):
     card = ModelCard(model_card(open_model(str(folder))))
     assert "The weights are those of theirs, unchanged." in card.content
-    assert (card.data.base_model, card.data.license) == (None, None)
+    assert (card.data.base_model, card.data.license) == (None, "unknown")
     assert str(folder.parent) not in card.content
