@@ -23,6 +23,7 @@ from gpt2.data.corpus import PreparedData, prepare
 from gpt2.data.token_files import TokenFile, Tokens, count_tokens
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
+from gpt2.runtime.console import progress_shown
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.signals import ignore_signals
 from gpt2.tokenizer import GPT2Tokenizer
@@ -112,6 +113,7 @@ class ShuffledBatches(Sampler[list[int]]):
             yield order[start : start + self.batch_size].tolist()
 
 
+@progress_shown()
 def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset, TokenDataset, GPT2Tokenizer]:
     """The training, validation and test blocks of a corpus, and its tokenizer.
 
@@ -133,6 +135,7 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
     return train, validation, test, prepared.tokenizer
 
 
+@progress_shown()
 def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenDataset:
     """The blocks of one split, or of `all` splits together.
 

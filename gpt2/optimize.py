@@ -19,6 +19,7 @@ from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig
 from gpt2.data_loader import batch_size_of, with_batch_size
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
+from gpt2.runtime.console import progress_shown
 from gpt2.runtime.device import choose_device
 from gpt2.search import report
 from gpt2.search.algorithms import Algorithms
@@ -98,6 +99,7 @@ class OptunaOptimizer:
         self.base_config, self.training_config = base_config, training_config
         self.optuna_config = optuna_config
 
+    @progress_shown()
     def optimize(self) -> dict[str, Any]:
         """Run the trials that the study lacks, until `timeout`. Returns the best values, by key of `SPACE`.
 

@@ -22,6 +22,7 @@ from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
+from gpt2.runtime.console import progress_shown
 from gpt2.runtime.device import choose_device, peak_flops
 from gpt2.runtime.dist_env import division
 from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
@@ -116,6 +117,7 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # The loop
 
+    @progress_shown()
     def train(self) -> None:
         """Train until `max_epochs`, `max_steps` or `max_training_hours` is reached, or a signal arrives.
 

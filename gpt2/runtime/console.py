@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
 
 from gpt2.errors import is_full_disk, without_password
+from gpt2.runtime.dist_env import dist_env
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0  # of the log about a long task
+SECONDS_BETWEEN_UPDATES = 0.5  # of a notebook's output, each of which is a message to the browser
 
 # What a terminal may obey instead of showing it: control characters except tab and newline, marks that change the
 # direction of text or end a line, and halves of characters, which stand for bytes that are not UTF-8.
@@ -98,7 +100,8 @@ class ConsoleHandler(logging.StreamHandler):
     """Prints log records on standard output, above the progress line.
 
     `sys.stdout` is looked up each time, because rich replaces it while a progress line is shown. Records with the
-    attribute `on_progress_line` are skipped on a terminal, where the line shows them; those with `in_file_only` always.
+    attribute `on_progress_line` are skipped where that line shows them, on a terminal and in a notebook; those with
+    `in_file_only` always.
     """
 
     def __init__(self) -> None:
@@ -109,7 +112,7 @@ class ConsoleHandler(logging.StreamHandler):
         return sys.stdout
 
     def emit(self, record: logging.LogRecord) -> None:
-        is_shown = getattr(record, "on_progress_line", False) and is_terminal()
+        is_shown = getattr(record, "on_progress_line", False) and (is_terminal() or Console().is_jupyter)
         if not is_shown and not getattr(record, "in_file_only", False):
             super().emit(record)
 
@@ -120,6 +123,40 @@ class ConsoleHandler(logging.StreamHandler):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
         else:
             super().handleError(record)
+
+
+class ProgressHandler(ConsoleHandler):
+    """Prints what is no warning, and leaves warnings to the handlers of the root logger."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:
+            super().emit(record)
+        else:
+            logging.getLogger().callHandlers(record)
+
+
+@contextmanager
+def progress_shown() -> Iterator[None]:
+    """For the Python API: print the log lines of this package while a function runs, unless logging is configured.
+
+    It is configured if INFO reaches a handler, if the logger `gpt2` has a level, or if only errors are wanted. Of
+    several ranks, the first prints.
+    """
+    logger = logging.getLogger("gpt2")
+    reaches_handler = logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
+    if reaches_handler or logger.level or logger.getEffectiveLevel() > logging.WARNING or not dist_env().is_main:
+        yield
+        return
+    handler = ProgressHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a handler of the root logger may be there for warnings only
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 class LogFile(logging.FileHandler):
@@ -224,3 +261,42 @@ class ProgressLine:
 
     def show(self, text: str) -> None:
         self.progress.update(self.task, figures=text)
+
+
+class NotebookLine(ProgressLine):
+    """The same in a Jupyter notebook, as one output that is updated: rich would print a line for each state."""
+
+    def __init__(self, total_steps: int, step: int = 0, label: str = ""):
+        self.total_steps, self.label, self.at, self.figures = total_steps, printable(label), step, ""
+        self.output: Any = None
+        self._last_update = 0.0
+
+    def __enter__(self) -> "NotebookLine":
+        from IPython.display import display
+
+        self.output = display(self._content(), raw=True, display_id=True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.show("")
+        self._update()
+
+    def step(self, step: int) -> None:
+        self.at = step
+        if time.perf_counter() - self._last_update > SECONDS_BETWEEN_UPDATES:
+            self._update()
+
+    def show(self, text: str) -> None:
+        self.figures = text
+
+    def _update(self) -> None:
+        if self.output:
+            self.output.update(self._content(), raw=True)
+        self._last_update = time.perf_counter()
+
+    def _content(self) -> dict[str, str]:
+        return {"text/plain": f"{self.label} step {self.at:,}/{self.total_steps:,}  {self.figures}".strip()}
+
+
+def progress_line(total_steps: int, step: int = 0, label: str = "") -> ProgressLine:
+    return (NotebookLine if Console().is_jupyter else ProgressLine)(total_steps, step, label)

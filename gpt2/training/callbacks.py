@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from gpt2.runtime.console import SECONDS_BETWEEN_LINES, ProgressLine, printable, time_left
+from gpt2.runtime.console import SECONDS_BETWEEN_LINES, printable, progress_line, time_left
 from gpt2.tracking.tracker import LoggedSteps, Tracker
 
 log = logging.getLogger(__name__)
@@ -74,11 +74,11 @@ class ConsoleLog(Callback):
     def __init__(self, label: str = ""):
         """`label` stands in front of the progress line."""
         self.label = label
-        self.progress_line = ProgressLine(0)
+        self.progress_line = progress_line(0)
         self._last_line = 0.0
 
     def on_train_start(self, trainer: Any) -> None:
-        self.progress_line = ProgressLine(trainer.total_steps, trainer.progress.step, self.label)
+        self.progress_line = progress_line(trainer.total_steps, trainer.progress.step, self.label)
         self.progress_line.__enter__()
 
     def on_train_end(self, trainer: Any) -> None:

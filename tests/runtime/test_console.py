@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from gpt2.runtime.console import ProgressLine, TerminalText, printable, protect_output, time_left
+from gpt2.runtime.console import ProgressLine, TerminalText, printable, progress_shown, protect_output, time_left
 from tests.conftest import TINY, Workspace
 
 ORDERS = "\x1b]0;title\x07\x1b[31;41m\x9b2J\x90q\x9c\x08\x7f\r\u202ea\u2066b\u200e\u200f\u061c\u2028"
@@ -154,3 +155,35 @@ def test_names_on_a_terminal_and_in_a_pipe(trained: Workspace, tmp_path: Path):
 )
 def test_errors_on_a_terminal(trained: Workspace, command):
     assert "[31;41m" in only_text(trained.on_terminal(*command, expect=2))
+
+
+@pytest.mark.parametrize(
+    ("root", "package", "printed", "handled"),
+    [  # levels of the root logger, which has a handler unless its level is None, and of the logger `gpt2`
+        (None, logging.NOTSET, "step 1\n", ""),
+        (logging.WARNING, logging.NOTSET, "step 1\n", "careful\n"),  # basicConfig() as it is, or a notebook of Colab
+        (logging.INFO, logging.NOTSET, "", "step 1\ncareful\n"),
+        (logging.ERROR, logging.NOTSET, "", ""),
+        (logging.WARNING, logging.WARNING, "", "careful\n"),
+        (logging.INFO, logging.INFO, "", "step 1\ncareful\n"),
+    ],
+)
+def test_progress_is_printed_once_where_logging_is_not_configured(monkeypatch, capsys, root, package, printed, handled):
+    logger, text = logging.getLogger("gpt2"), io.StringIO()
+    monkeypatch.setattr(logging.root, "handlers", [] if root is None else [logging.StreamHandler(text)])
+    before = logging.root.level, logger.level
+    logging.root.setLevel(root or logging.WARNING)
+    logger.setLevel(package)
+    try:
+        with progress_shown(), progress_shown():  # as a study shows it, and each of its trainings
+            logging.getLogger("gpt2.train").info("step 1")
+            logging.getLogger("gpt2.train").warning("careful")
+        state = logger.handlers, logger.level, logger.propagate
+        logging.getLogger("gpt2.train").info("after")
+    finally:
+        logging.root.setLevel(before[0])
+        logger.setLevel(before[1])
+    assert state == ([], package, True)
+    out, err = capsys.readouterr()
+    assert (out, err) == (printed, "careful\n" if root is None else "")
+    assert text.getvalue().replace("after\n", "") == handled
