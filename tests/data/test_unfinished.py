@@ -1,0 +1,174 @@
+"""Preparations that are killed, interrupted or fail: the next one continues, and ends with the same bytes."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpt2.data import corpus
+from gpt2.data.corpus import prepare
+from gpt2.errors import UserError
+from gpt2.runtime import files
+from tests.data.test_corpus import config_of, documents_of
+from tests.data.test_datasets import dataset_config, write_dataset
+from tests.helpers import python_source
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE_LENGTH", 1000)
+    monkeypatch.setattr(corpus, "BATCH_LENGTH", 2500)
+    monkeypatch.setattr(corpus, "TOKENS_PER_COMMIT", 6000)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "a.txt").write_text(python_source()[:30_000])
+    return tmp_path
+
+
+def after_batches(monkeypatch, number: int, stop: Callable[[], object]) -> None:
+    """Call a function when so many batches of a preparation, of all splits, were tokenized."""
+    original, done = corpus.map_in_threads, 0
+
+    def counted(*arguments):
+        nonlocal done
+        for result in original(*arguments):
+            yield result
+            done += 1
+            if done == number:
+                stop()
+
+    monkeypatch.setattr(corpus, "map_in_threads", counted)
+
+
+def kill_after(number: int, config) -> None:
+    """Prepare a corpus in another process, which is killed when it has tokenized so many batches."""
+    if (child := os.fork()) == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            after_batches(patch, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            prepare(config)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_killed_preparation_continues_to_the_same_bytes(text, threads, caplog):
+    caplog.set_level("INFO")
+    whole = prepare(config_of(text))
+    config = config_of(text, cache_dir=str(text / "other"), preprocessing_num_workers=threads)
+    for number in (1, 5, 3, 2):
+        kill_after(number, config)
+    prepared = prepare(config)
+    assert contents(prepared.folder) == contents(whole.folder)
+    assert "continuing the train split after its first " in caplog.text
+    assert [path.name for path in prepared.folder.parent.iterdir() if path.is_dir()] == [prepared.folder.name]
+    assert prepared.damage() is None
+
+
+def test_rows_of_a_dataset_continue_in_each_split(tmp_path, monkeypatch):
+    rows = [f"row {number} " * 30 for number in range(200)]
+    folder = write_dataset(tmp_path / "tiny", train=rows, test=rows[:50])
+    config = dataset_config(folder, tmp_path, document_start=None, validation_split=None)
+    for number in (9, 9, 5):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            after_batches(patch, number, stop(KeyboardInterrupt()))
+            prepare(config)
+    encoded = []
+    original = corpus.GPT2Tokenizer.encode_batch
+    monkeypatch.setattr(
+        corpus.GPT2Tokenizer, "encode_batch", lambda self, texts: encoded.extend(texts) or original(self, texts)
+    )
+    prepared = prepare(config)
+    assert sorted(documents_of(prepared, "train") + documents_of(prepared, "validation")) == sorted(rows)
+    assert documents_of(prepared, "test") == rows[:50]
+    assert sum(map(len, encoded)) < len("".join(rows)) / 2
+
+
+class StopNowError(Exception):
+    """In place of a failure of the machine."""
+
+
+def stop(error: BaseException) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), StopNowError()])
+def test_what_is_committed_survives_a_failure(text, monkeypatch, error, caplog):
+    caplog.set_level("INFO")
+    config = config_of(text, tokenizer="train", vocab_size=300)
+    with monkeypatch.context() as patch:
+        after_batches(patch, 8, stop(error))
+        with pytest.raises(type(error)):
+            prepare(config)
+    (unfinished,) = (text / "cache" / "tokens").glob("*.unfinished")
+    assert f"the tokens so far stay in {unfinished}, the same command continues from there" in caplog.text
+    monkeypatch.setattr(corpus, "_train_tokenizer", stop(AssertionError("the tokenizer is learned again")))
+    continued = contents(prepare(config).folder)
+    monkeypatch.undo()
+    assert continued == contents(prepare(config_of(text, **{**vars(config), "cache_dir": str(text / "other")})).folder)
+
+
+@pytest.mark.parametrize(("number", "error"), [(1, KeyboardInterrupt()), (8, UserError("a mistake in the text"))])
+def test_nothing_stays_where_nothing_is_committed_or_the_text_is_wrong(text, monkeypatch, number, error):
+    after_batches(monkeypatch, number, stop(error))
+    with pytest.raises(type(error)):
+        prepare(config_of(text))
+    assert [path.suffix for path in (text / "cache" / "tokens").iterdir()] == [".lock"]
+
+
+def test_damaged_or_foreign_remains_are_written_anew(text, monkeypatch, caplog):
+    whole = contents(prepare(config_of(text)).folder)
+    config = config_of(text, cache_dir=str(text / "other"))
+
+    def flip(folder: Path) -> None:
+        content = bytearray((folder / "train.bin").read_bytes())
+        content[100] ^= 1
+        (folder / "train.bin").write_bytes(content)
+
+    def other_tokenizer(folder: Path) -> None:
+        progress = json.loads((folder / "progress.json").read_bytes())
+        del progress["checksum"]
+        (folder / "progress.json").write_text(json.dumps(corpus._with_checksum({**progress, "tokenizer": "other"})))
+
+    damages = [
+        flip,
+        other_tokenizer,
+        lambda folder: (folder / "train.bin").write_bytes(b""),
+        lambda folder: (folder / "train.bin").unlink(),
+        lambda folder: (folder / "progress.json").write_bytes(b'{"train": 5}'),
+        lambda folder: files.remove(folder) or folder.write_bytes(b"a file"),
+    ]
+    for damage in damages:
+        kill_after(9, config)
+        (unfinished,) = (text / "other" / "tokens").glob("*.unfinished")
+        damage(unfinished)
+        caplog.clear()
+        prepared = prepare(config)
+        assert contents(prepared.folder) == whole
+        assert ("train.bin is damaged, it is written anew" in caplog.text) == (damage in (flip, *damages[2:4]))
+        files.remove(prepared.folder)
+
+
+def test_space_is_said_before_and_must_be_free(text, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(files, "MANY_BYTES", 1000)
+    config = config_of(text)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=59_000))
+    with pytest.raises(UserError, match=r"^data\.cache_dir: tokenizing 0\.0 GB of text needs about 0\.0 GB in .*cache"):
+        prepare(config)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=61_000))
+    prepared = prepare(config)
+    assert "Data: tokenizing 0.0 GB of text needs about 0.0 GB in" in caplog.text
+    assert sum(prepared.about["tokens"].values()) * 2 < 61_000
