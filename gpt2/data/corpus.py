@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.config import DataConfig
-from gpt2.data.sources import Documents, Source, cache_folder, open_source
+from gpt2.data.sources import BYTES_PER_TOKEN, Documents, Source, cache_folder, open_source
 from gpt2.data.token_files import DTYPE, TokenFile, check_vocabulary, count_tokens, split_end
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
@@ -50,7 +50,6 @@ BATCH_LENGTH = 1 << 18  # encoded by a thread at a time: bounds memory, and outw
 BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
 
 TOKENS_PER_COMMIT = 1 << 24  # what a kill loses at most: a few seconds
-BYTES_PER_TOKEN = 4.4  # of English, with GPT-2's tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------

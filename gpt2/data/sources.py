@@ -14,7 +14,7 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import cache, partial
@@ -30,7 +30,7 @@ from gpt2.config import DataConfig
 from gpt2.data.token_files import TokenFile, is_token_file, open_token_files
 from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
-from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, sha256_of_each
+from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, require_free_space, sha256_of_each
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
 from gpt2.validation import as_pattern, brief, files_matching, no_file
 
@@ -51,6 +51,7 @@ OTHER_KINDS = {
 # In pyarrow's errors about files that do not form one table.
 WORDS_OF_ARROW = ("Couldn't cast", "Schema at index", "Failed to parse string", "changed from")
 SECONDS_TO_MATCH = 1  # `data.document_start` with one row
+BYTES_PER_TOKEN = 4.4  # of English, with GPT-2's tokenizer
 MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
 
 
@@ -390,7 +391,7 @@ def open_dataset(config: DataConfig) -> Source:
     splits = [config.train_split, config.validation_split, config.test_split]
     column, pattern = config.text_column, config.document_start
     tables, identity = load_tables(config.dataset_name, config.dataset_config, splits, config.cache_dir, column)
-    documents = [table and TableDocuments(table, column, pattern) for table in tables]
+    documents = [None if table is None else TableDocuments(table, column, pattern) for table in tables]
     about = [
         identity or [table and table._fingerprint for table in tables],
         *(config.dataset_config, splits, column, pattern),
@@ -427,8 +428,7 @@ def load_tables(
             cache_dir = str(cache)
         else:
             connect()
-        load = partial(_load_table, name, configuration, cache_dir, column, key)
-        return [split and load(split) for split in splits], identity
+        return _load_tables(name, configuration, splits, cache_dir, column, key), identity
 
 
 @contextmanager
@@ -459,9 +459,14 @@ def verified_cache(folder: Path) -> Iterator[None]:
                 stored.write(json.dumps(known).encode())
 
 
-def _load_table(
-    name: str, configuration: str | None, cache_dir: str | None, column: str | None, key: str, split: str
-) -> "datasets.Dataset":
+def _load_tables(
+    name: str,
+    configuration: str | None,
+    splits: Sequence[str | None],
+    cache_dir: str | None,
+    column: str | None,
+    key: str,
+) -> "list[datasets.Dataset | None]":
     move_hub_cache()
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -469,7 +474,11 @@ def _load_table(
     if not is_terminal():
         datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(name, configuration, split=split, cache_dir=cache_dir)
+        builder = datasets.load_dataset_builder(name, configuration, cache_dir=cache_dir)
+        if not Path(builder.cache_dir).exists():
+            _require_space(builder)
+        builder.download_and_prepare()
+        tables = [builder.as_dataset(split) if split else None for split in splits]
     except (ConnectionError, DatasetNotFoundError) as error:
         instead = WITHOUT_NETWORK if column else f"without a network: {key}_folder=FOLDER with {name} in it"
         raise UserError(
@@ -481,12 +490,41 @@ def _load_table(
             example = f", such as text as {column!r}" if column else ""
             reason = f"its files do not have the same columns with values of the same types{example}"
         raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
-    if column and column not in table.column_names:
+    for table in tables if column else []:
+        if table is not None:
+            _require_text(table, str(column))
+    return tables
+
+
+def _require_text(table: "datasets.Dataset", column: str) -> None:
+    if column not in table.column_names:
         raise UserError(f"data.text_column: {column!r} is not one of {', '.join(table.column_names)}")
-    kind = getattr(table.features[column], "dtype", "nested or mixed values") if column else "string"
+    kind = getattr(table.features[column], "dtype", "nested or mixed values")
     if kind not in ("string", "large_string"):
         raise UserError(f"data.text_column: {column!r} holds {kind}, not text")
-    return table
+
+
+def _require_space(builder: "datasets.DatasetBuilder") -> None:
+    """Check that the disk can hold what `datasets` makes of a dataset's files, and the tokens, if they are local.
+
+    Raises:
+        UserError: It cannot.
+    """
+    import fsspec
+    from pyarrow import parquet
+
+    needed = 0.0
+    for file in chain.from_iterable((builder.config.data_files or {}).values()):
+        with suppress(OSError, ValueError):  # the size is unknown
+            if not Path(file).is_file():
+                needed += 2 * (fsspec.url_to_fs(file)[0].size(file) or 0)  # the download, and a table at least as large
+                continue
+            table = Path(file).stat().st_size
+            if file.endswith(".parquet"):  # which is compressed
+                footer = parquet.read_metadata(file)
+                table = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
+            needed += table * (1 + 2 / BYTES_PER_TOKEN)
+    require_free_space(Path(builder.cache_dir), int(needed), "preparing the dataset")
 
 
 def _folder_fingerprint(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pyarrow import Table, parquet
 
 from gpt2.data import corpus
 from gpt2.data.corpus import prepare
@@ -172,3 +173,20 @@ def test_space_is_said_before_and_must_be_free(text, monkeypatch, caplog):
     prepared = prepare(config)
     assert "Data: tokenizing 0.0 GB of text needs about 0.0 GB in" in caplog.text
     assert sum(prepared.about["tokens"].values()) * 2 < 61_000
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path, monkeypatch, kind):
+    rows = ["a long row " * 50] * 100
+    folder = write_dataset(tmp_path / "tiny", train=rows)
+    if kind == "parquet":  # which is compressed
+        parquet.write_table(Table.from_pydict({"text": rows}), folder / "train.parquet", use_dictionary=False)
+        (folder / "README.md").write_text((folder / "README.md").read_text().replace("train.jsonl", "train.parquet"))
+        assert (folder / "train.parquet").stat().st_size < 10_000
+    config = dataset_config(folder, tmp_path, document_start=None, validation_split=None, test_split=None)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=70_000))
+    with pytest.raises(UserError, match=r"^data\.cache_dir: preparing the dataset needs about 0\.0 GB in .*/cache/"):
+        prepare(config)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    assert documents_of(prepare(config), "train") == rows[10:]
