@@ -30,7 +30,16 @@ from gpt2.config import DataConfig
 from gpt2.data.token_files import TokenFile, is_token_file, open_token_files
 from gpt2.errors import UserError, few, one_line
 from gpt2.runtime.console import is_terminal
-from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, require_free_space, sha256_of_each
+from gpt2.runtime.files import (
+    MANY_BYTES,
+    atomic_write,
+    damaged_file,
+    read_dict,
+    remembered_sums,
+    remove,
+    require_free_space,
+    sha256_of_each,
+)
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
 from gpt2.validation import as_pattern, brief, files_matching, no_file
 
@@ -250,7 +259,7 @@ def open_files(config: DataConfig) -> Source:
     try:
         if any(map(is_token_file, documents.paths)):
             return _source_of_tokens(documents.paths, config)
-        fingerprint = _fingerprint(documents.paths)
+        fingerprint = _fingerprint(documents.paths, config)
     except OSError as error:
         raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
     if documents.hold_records():
@@ -265,9 +274,9 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
     if config.tokenizer == "train":
         raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
     splits = open_token_files(paths)
-    fingerprint = json.dumps({split: _fingerprint([file.path for file in files]) for split, files in splits.items()})
+    contents = {split: _fingerprint([file.path for file in files], config) for split, files in splits.items()}
     validation, test = (() if splits[split] else None for split in ("validation", "test"))
-    return Source(fingerprint, (), validation, test, token_files=splits)
+    return Source(json.dumps(contents), (), validation, test, token_files=splits)
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
@@ -308,13 +317,18 @@ def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
     return {path for path, names in files.items() if path in named or any(map(is_like, names))}
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
+def _fingerprint(paths: Sequence[Path], config: DataConfig) -> str:
     """Equal for equal contents in the same order."""
-    return hashlib.sha256(b"".join(_digests(paths))).hexdigest()
+    return hashlib.sha256(b"".join(_digests(paths, cache_folder(config)))).hexdigest()
 
 
-def _digests(paths: Sequence[Path]) -> Iterator[bytes]:
-    return map(bytes.fromhex, sha256_of_each(paths, "Reading the files"))
+def _digests(paths: Sequence[Path], cache: Path) -> Iterator[bytes]:
+    """The SHA-256 of each file. If they are large, it is remembered."""
+    task = "Reading the files"
+    if sum(path.stat().st_size for path in paths) < MANY_BYTES:
+        return map(bytes.fromhex, sha256_of_each(paths, task))
+    names = hashlib.sha256("\0".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+    return map(bytes.fromhex, remembered_sums(paths, cache / "sums" / f"{names[:16]}.json", task))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -422,10 +436,11 @@ def load_tables(
     with ExitStack() as verified:
         if Path(name).is_dir():
             # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
-            identity = _folder_fingerprint(Path(name))
-            cache = (Path(cache_dir) if cache_dir else caches()) / "datasets" / identity[:16]
-            verified.enter_context(verified_cache(cache))
-            cache_dir = str(cache)
+            cache = Path(cache_dir) if cache_dir else caches()
+            identity = _folder_fingerprint(Path(name), cache)
+            tables = cache / "datasets" / identity[:16]
+            verified.enter_context(verified_cache(tables))
+            cache_dir = str(tables)
         else:
             connect()
         return _load_tables(name, configuration, splits, cache_dir, column, key), identity
@@ -470,6 +485,7 @@ def _load_tables(
     move_hub_cache()
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     if not is_terminal():
         datasets.disable_progress_bars()
@@ -477,6 +493,9 @@ def _load_tables(
         builder = datasets.load_dataset_builder(name, configuration, cache_dir=cache_dir)
         if not Path(builder.cache_dir).exists():
             _require_space(builder)
+        if hasattr(builder.config, "fragment_scan_options"):  # of parquet: do not read whole files into memory
+            options = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+            builder.config.fragment_scan_options = options
         builder.download_and_prepare()
         tables = [builder.as_dataset(split) if split else None for split in splits]
     except (ConnectionError, DatasetNotFoundError) as error:
@@ -527,11 +546,11 @@ def _require_space(builder: "datasets.DatasetBuilder") -> None:
     require_free_space(Path(builder.cache_dir), int(needed), "preparing the dataset")
 
 
-def _folder_fingerprint(folder: Path) -> str:
+def _folder_fingerprint(folder: Path, cache: Path) -> str:
     """Equal for equal contents under the same names. Hidden files and folders are ignored."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
-    digests = _digests([folder / name for name in visible])
+    digests = _digests([folder.absolute() / name for name in visible], cache)
     contents = [
         [name.as_posix(), hashlib.sha256(digest).hexdigest()] for name, digest in zip(visible, digests, strict=True)
     ]

@@ -227,34 +227,50 @@ def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
             yield digest.hexdigest()
 
 
+def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]:
+    """The SHA-256 of each file. Those that are unchanged since an earlier call are not read again.
+
+    Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. A file counts as unchanged while
+    its inode, size and times are the same. A file that was just written is not remembered yet: within the resolution of
+    its times it could change once more.
+
+    Args:
+        memory: The file that remembers.
+
+    Raises:
+        OSError: With the name of the file that cannot be read.
+    """
+    known, now = read_dict(memory), time.time_ns()
+    entries: dict[str, list[Any]] = {}
+    for path in paths:
+        status = path.stat()
+        version = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        entry = known.get(str(path))
+        entries[str(path)] = [entry[0] if isinstance(entry, list) and entry[1:] == version else None, *version]
+    new = [path for path in paths if not isinstance(entries[str(path)][0], str)]
+    for path, sha256 in zip(new, sha256_of_each(new, task), strict=True):
+        entries[str(path)][0] = sha256
+    settled = {name: entry for name, entry in entries.items() if now - max(entry[-2:]) > TIME_RESOLUTION}
+    if settled != known:
+        with suppress(OSError):  # it is no loss where the folder is read-only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(memory) as file:
+                file.write(json.dumps(settled).encode())
+    return [entries[str(path)][0] for path in paths]
+
+
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
     """What is wrong with the files of a folder whose checksums are `sums`, by their names; None if they are intact.
 
-    Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. So that large files are not read
-    at each start, a file that was intact counts as intact while its inode, size and times are the same; they are
-    remembered in a file beside the folder. A file that was just written is not remembered yet: within the resolution
-    of its times it could change once more.
+    What was verified is remembered in a file beside the folder, see `remembered_sums`.
     """
-    memory = folder.with_suffix(".verified")
-    known = read_dict(memory)
-    versions: dict[str, list[Any]] = {}
-    now = time.time_ns()
+    paths = [folder / name for name in sums]
     try:
-        for name, sha256 in sums.items():
-            status = (folder / name).stat()
-            versions[name] = [sha256, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        changed = [name for name, version in versions.items() if known.get(name) != version]
-        actual = sha256_of_each([folder / name for name in changed], "Verifying the cache")
-        for name, sha256 in zip(changed, actual, strict=True):
-            if sha256 != sums[name]:
-                return f"wrong checksum of {name}"
+        actual = remembered_sums(paths, folder.with_suffix(".verified"), "Verifying the cache")
     except OSError as error:
         return f"{os.path.relpath(error.filename, folder)}: {error.strerror}"
-    verified = {name: version for name, version in versions.items() if now - max(version[-2:]) > TIME_RESOLUTION}
-    if verified != known:
-        with suppress(OSError), atomic_write(memory) as file:  # it is no loss where the folder is read-only
-            file.write(json.dumps(verified).encode())
-    return None
+    wrong = (name for name, sha256 in zip(sums, actual, strict=True) if sha256 != sums[name])
+    return next((f"wrong checksum of {name}" for name in wrong), None)
 
 
 def read_dict(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2.data import sources
 from gpt2.data.corpus import PreparedData, prepare
 from gpt2.data.sources import TableDocuments
 from gpt2.errors import UserError
@@ -181,6 +182,34 @@ def test_verified_files_are_not_read_again(tmp_path, monkeypatch, caplog):
     assert re.search(r"Reading the files: [\d,]+ bytes in [\d.]+ s\n", caplog.text)
     assert f"Verifying the cache: {train.stat().st_size:,} bytes in " in caplog.text
     assert files_read() == []
+
+
+def test_large_sources_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
+    read: list[Path] = []
+    sums = files.sha256_of_each
+    monkeypatch.setattr(files, "sha256_of_each", lambda paths, task: read.extend(paths) or sums(paths, task))
+    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
+    monkeypatch.setattr(sources, "MANY_BYTES", 100)
+    write_files(tmp_path, 3)
+    config = config_of(tmp_path)
+
+    def prepared() -> Path:
+        read.clear()
+        return prepare(config).folder
+
+    first = prepared()
+    assert [path.name for path in read] == ["000.txt", "001.txt", "002.txt"]
+    assert prepared() == first
+    assert not [path for path in read if path.suffix == ".txt"]
+    path, times = tmp_path / "001.txt", (tmp_path / "001.txt").stat()
+    path.write_text(path.read_text().replace("001", "XYZ"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepared() != first
+    assert read[0] == path
+    (memory,) = (tmp_path / "cache" / "sums").iterdir()
+    for content in (b"[1]", b'{"x": 5}', b"\xff", memory.read_bytes().replace(b"[", b"{")):
+        memory.write_bytes(content)
+        assert prepared() != first
 
 
 def test_fingerprint_is_that_of_the_contents(tmp_path):
