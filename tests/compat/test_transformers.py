@@ -37,3 +37,22 @@ def test_collator_pads_and_ignores_the_padding(exported):
     assert batch["input_ids"].shape == batch["labels"].shape
     assert ((batch["labels"] == -100) == (batch["attention_mask"] == 0)).all()
     assert AutoModelForCausalLM.from_pretrained(exported)(**batch).loss.isfinite()
+
+
+def test_checkpoint_of_the_trainer_is_opened(exported, tmp_path):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install -e '.[compat]'")
+    from transformers import Trainer, TrainingArguments
+
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+    Trainer(
+        model,
+        TrainingArguments(tmp_path, max_steps=2, save_steps=2, per_device_train_batch_size=2, **quiet),
+        train_dataset=[tokenizer(prompt) for prompt in PROMPTS],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    ).train()
+    trained, ids = open_model(tmp_path / "checkpoint-2"), torch.arange(30)[None]
+    assert trained.tokenizer.fingerprint == open_model(exported).tokenizer.fingerprint
+    with torch.no_grad():
+        assert_close(trained.build().eval()(ids)[0], model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
