@@ -1,7 +1,7 @@
 """Evaluate trained models on a corpus or on tasks: `python evaluate.py checkpoint=... data=...` or `tasks=[...]`."""
 
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2.cli.script import script
 from gpt2.config import DistributedConfig, EvaluateRun
 from gpt2.errors import UserError
-from gpt2.tracking.evaluations import add_result, earlier_results
+from gpt2.tracking.evaluations import add_result, earlier_results, settings_of
 
 if TYPE_CHECKING:
     from gpt2.distributed.process_group import ProcessGroup
@@ -34,7 +34,7 @@ def main(config: EvaluateRun) -> None:
     """Score each model on one split of a corpus or on tasks; print and store the figures."""
     import torch
 
-    from gpt2.analysis.evaluations import flat
+    from gpt2.analysis.evaluations import flat, names_of_models
     from gpt2.checkpoint.pretrained import open_model
     from gpt2.distributed.process_group import init_distributed
     from gpt2.ops.cpu_inference import quantize, refuse_int8
@@ -58,19 +58,19 @@ def main(config: EvaluateRun) -> None:
             if one is config:
                 if group.is_main:
                     name, group_name = f"{trained.experiment} {evaluation.what}", trained.experiment
-                    run = LoggedRun(name, group_name, "evaluate", comparable(settings(config)))
+                    run = LoggedRun(name, group_name, "evaluate", comparable(settings_of(config)))
                     external = start_loggers(config, run)
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
             circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__}
             circumstances |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
             step = trained.record and trained.record["progress"]["step"]
-            results.append({**figures, **settings(one), "step": step, **evaluation.about, **circumstances})
+            results.append({**figures, **settings_of(one), "step": step, **evaluation.about, **circumstances})
             if group.is_main:
                 add_result(Path(str(one.output)), results[-1])
         if group.is_main:
             quantization = f", {config.quantization}" if config.quantization else ""
-            models = f"model  {trained.describe()}" if len(configs) == 1 else f"models {len(configs)}"
+            models = f"model  {trained.describe()}" if len(configs) == 1 else names_of_models(results)
             print(f"{models}{quantization}\n{evaluation.title}\n")
             if len(configs) == 1:
                 evaluation.evaluator.print_metrics(figures)
@@ -92,16 +92,10 @@ def report(results: list[Figures], external: "ExternalLogger") -> None:
     print(as_text([head, *rows]))
     external.show_table("evaluations", [*head], [[*row] for row in rows])
     if picture := curve(results):
-        path = Path(results[0]["output"]).with_suffix(".png")
+        path = Path(results[0]["output"])
+        path = path.with_name(f"{path.stem}_tasks.png" if "results" in results[0] else f"{path.stem}.png")
         path.write_bytes(picture)
         print(f"\ncurve in {path}")
-
-
-def settings(config: EvaluateRun) -> Figures:
-    """The settings that a result is stored with."""
-    unused = {"loggers", "wandb", "mlflow", "others", "all_checkpoints"}
-    unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
-    return {key: value for key, value in asdict(config).items() if key not in unused}
 
 
 def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:

@@ -1,6 +1,5 @@
 """Results of `evaluate.py` side by side: a table with a row for each model, and a curve over the steps of a run."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +34,27 @@ def _shown(metric: str, value: float) -> str:
     return f"{value:,.2f}" if metric == "perplexity" else f"{value:.4f}"
 
 
+def names_of_models(results: list[Result]) -> str:
+    """How many models there are, and the folder that holds all of them."""
+    folders = {str(Path(result["checkpoint"]).parent) for result in results}
+    return f"models {len(results)}{f' of {folders.pop()}' if len(folders) == 1 else ''}"
+
+
 def model_rows(results: list[Result]) -> list[list[str]]:
     """A table with a row for each model: its name, its step, and the loss or the figures of tasks."""
     tasks = {task: metrics_of(figures) for task, figures in results[0].get("results", {}).items()}
     names = [f"{task} {metric}" for task, metrics in tasks.items() for metric in metrics]
     corpus = [] if tasks else [name for name in OF_CORPUS if name in results[0]]
     rows = [["checkpoint", "step", *names, *(name.replace("_", " ") for name in corpus)]]
+    folders = {Path(result["checkpoint"]).parent for result in results}
     for result in results:
         cells = [OF_CORPUS[name].format(result[name]) for name in corpus]
         for task, metrics in tasks.items():
             figures = result["results"][task]
             cells += [f"{_shown(m, figures[m])} ± {_shown(m, figures[f'{m}_stderr'])}" for m in metrics]
         step = "" if result["step"] is None else f"{result['step']:,}"
-        rows.append([os.path.relpath(result["checkpoint"]) if result["step"] else result["checkpoint"], step, *cells])
+        name = result["checkpoint"] if len(folders) > 1 else Path(result["checkpoint"]).name
+        rows.append([name, step, *cells])
     return rows
 
 

@@ -154,7 +154,7 @@ def checkpoints_named(composed: DictConfig) -> list[str | None]:
     value = composed.checkpoint
     names = list(value) if OmegaConf.is_list(value) else [value]
     if not names or any(map(OmegaConf.is_config, names)) or (None in names and len(names) > 1):
-        raise UserError(f"checkpoint: {brief(str(value))} is neither a name nor a list of names")
+        raise UserError(f"checkpoint: {brief(OmegaConf.to_container(value))} is neither a name nor a list of names")
     names = [name if name is None else str(name) for name in names]
     if not composed.all_checkpoints:
         return names

