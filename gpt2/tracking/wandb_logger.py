@@ -102,7 +102,9 @@ class WandbLogger(ExternalLogger):
         from gpt2.tracking import wandb_service as service
 
         self.config, self.logged = config, run
-        self.id = (run.folder and stored_id(run.folder, run.wandb_id)) or new_id()
+        self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # started by `wandb agent`, which chose the id
+        known_id = os.environ.get("WANDB_RUN_ID") if self.is_of_sweep else run.wandb_id
+        self.id = stored_id(run.folder, known_id) if run.folder else known_id or new_id()
         self.is_online = resolve_mode(config.mode) == "online"
         self.finish_seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
         self.seconds = self.finish_seconds + service.STAGING_SECONDS + 4 * service.LOCAL_SECONDS  # see wandb_service
@@ -144,11 +146,12 @@ class WandbLogger(ExternalLogger):
             log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
         self._define_metrics(run)
 
-    @staticmethod
-    def _define_metrics(run: "wandb.Run") -> None:
+    def _define_metrics(self, run: "wandb.Run") -> None:
         for name in ("tokens", "step", "seconds"):  # possible x axes, not curves
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
+        if self.is_of_sweep:  # which compares plain numbers
+            return
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
 

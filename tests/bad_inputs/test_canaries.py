@@ -12,6 +12,7 @@ SECRETS = {
 }
 CANARIES = [*(value.rpartition("@")[0].rpartition(":")[2] or value for value in SECRETS.values()), "c0ffee0005"]
 STORAGE = "postgresql://someone:c0ffee0005@127.0.0.1:9/studies"
+ALL = "loggers=[wandb,tensorboard,mlflow,csv]"
 
 
 def printed(workspace: Workspace, *command: str, code: int) -> str:
@@ -31,7 +32,7 @@ def test_no_secret_is_written_or_printed(workspace: Workspace):
     output += printed(workspace, "-m", "gpt2.main", "export", "to=exported", code=0)
     output += printed(workspace, "train.py", "train.init_from=a/b", code=2)  # asks for it through the proxy
     workspace.environment["GPT2_FAULT"] = "exception@3"
-    output += printed(workspace, "train.py", *tiny, "name=crashed", code=1)
+    output += printed(workspace, "train.py", *tiny, "name=crashed", ALL, code=1)
     output += printed(workspace, "train.py", "-m", *tiny, "train.seed=1,2", "name=swept", code=1)
     output += printed(
         workspace, "train.py", "-m", *tiny, "hparams_search=optuna", f"hydra.sweeper.storage='{STORAGE}'", code=2

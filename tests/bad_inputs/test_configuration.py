@@ -27,6 +27,10 @@ TYPES = [
     ("none of the precisions", "train train.precision=fp8", "train.precision=fp8: ... one of ['auto'"),
     ("none of the optimizers", "train train.optimizer=sgd", "train.optimizer=sgd: ... 'adamw'"),
     ("a choice in capitals", "train wandb.mode=OFFLINE", "wandb.mode=OFFLINE: ... 'offline'"),
+    ("a logger alone", "train loggers=wandb", "loggers=wandb: a list is wanted"),
+    ("none of the loggers", "train loggers=[wandb,tensorbord]", "loggers=[wandb,tensorbord]: ... 'tensorboard'"),
+    ("a logger of a run folder", "evaluate loggers=[csv]", "loggers=[csv]: ... ['wandb', 'mlflow']"),
+    ("none as a logger", "generate prompt=x loggers=[null]", "loggers=[null]: "),
     ("none of the splits", "evaluate split=dev", "split=dev: ... 'validation'"),
     ("none of the formats", "benchmark training precisions=[fp8]", "precisions=[fp8]: ... fp32"),
 ]

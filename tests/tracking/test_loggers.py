@@ -20,6 +20,7 @@ from gpt2.tracking.loggers import LOGGERS, LoggedRun, Loggers, start_loggers
 from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_about, read_metrics
 from gpt2.validation import validate
 from tests.conftest import TEXT, TINY, Workspace, made_once
+from tests.wandb_server import black_hole
 
 ALL = "loggers=[wandb,tensorboard,mlflow,csv]"
 METHODS = [name for name, value in vars(ExternalLogger).items() if callable(value)]
@@ -252,3 +253,18 @@ def test_mlflow_continues_the_run(resumed):
     assert (folder / "artifacts" / "curves.png").exists()
     assert "status: 3" in (folder / "meta.yaml").read_text()  # finished
     assert json.loads((folder / "artifacts" / "config.json").read_text())["train"]["max_steps"] == 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("server", ["silent", "refuses"])
+def test_mlflow_server_that_fails_costs_seconds_and_changes_nothing(trained, workspace, server):
+    del workspace.environment[loggers.PATIENCE]  # the product's limits
+    with black_hole() as url:
+        uri = url if server == "silent" else "http://127.0.0.1:9"
+        done = workspace.run("train.py", *TINY, "sample_prompt=def f", "loggers=[mlflow]", f"mlflow.tracking_uri={uri}")
+    assert [line for line in done.stdout.splitlines() if "MLflow" in line] == [
+        "MLflow failed and gets nothing more of this run; metrics.jsonl has all: no answer within 5 s"
+    ]
+    losses = [[r.get("train/loss", r.get("val/loss")) for r in records_of(w.runs()[0])] for w in (trained, workspace)]
+    assert losses[0] == losses[1]
+    assert read_about(workspace.runs()[0])["state"] == "finished"

@@ -1,5 +1,7 @@
 """What W&B receives, read from the files that its process writes; and that its failures never change a run."""
 
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -104,15 +106,28 @@ def test_no_secrets_are_written(workspace):
 
 
 @pytest.mark.slow
-def test_resumed_run_is_the_same_wandb_run(workspace):
+def test_resumed_run_is_the_same_wandb_run_and_one_command_uploads_all_of_it(workspace):
     workspace.run("train.py", *TINY, "wandb=offline", "train.max_steps=4")
-    workspace.run("train.py", "resume=latest", "train.max_steps=8")
-    first, second = wandb_runs(workspace)
-    assert first["id"] == second["id"]
-    assert (first["resume"], second["resume"]) == (True, True)
-    assert [tokens for tokens, _ in rows_of(first, "val/loss")] == [512]
-    assert [tokens for tokens, _ in rows_of(second, "val/loss")] == [1024]
-    assert second["summary"]["state"] == "finished"
+    for steps in (6, 6, 8):
+        done = workspace.run("train.py", "resume=latest", f"train.max_steps={steps}")
+    first, *_, last = runs = wandb_runs(workspace)
+    assert len({run["id"] for run in runs}) == 1
+    assert all(run["resume"] for run in runs)
+    assert [[tokens for tokens, _ in rows_of(run, "val/loss")] for run in runs] == [[512], [768], [], [1024]]
+    assert last["summary"]["state"] == "finished"
+
+    command = re.findall(r"upload with `(wandb sync .*)`", done.stdout)[0]
+    assert command == f"wandb sync outputs/wandb/offline-run-*-{first['id']}"
+    with WandbServer() as server:
+        environment = {**workspace.environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        environment |= {"PATH": f"{Path(wandb.__file__).parents[4]}/bin:{os.environ['PATH']}"}
+        for said in ("Syncing 4 run(s)", "No runs to sync"):  # the second time
+            shell = {"shell": True, "cwd": workspace.folder, "env": environment, "text": True}
+            synced = subprocess.run(command, **shell, capture_output=True, timeout=600, check=True)
+            assert said in synced.stdout + synced.stderr
+    history = server.runs[first["id"]]["history"]
+    assert [row["step"] for row in history if "val/loss" in row] == [4, 6, 8]
+    assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize(("fault", "exit_code", "state"), [("nan_loss@6", 3, "diverged"), ("exception@6", 1, "failed")])
