@@ -183,6 +183,8 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
 
     stored: dict[str, Any] = {}
     names = _without_prefix([name for name, _ in slices])
+    if any(".lora_" in name for name in names):
+        raise UserError(f"{source}: its weights hold adapters of PEFT; save what merge_and_unload() returns")
     for name, (_, tensor) in zip(names, slices, strict=True):
         if name in stored:
             raise UserError(f"{source}: its weights hold {name} a second time")

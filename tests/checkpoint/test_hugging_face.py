@@ -298,6 +298,14 @@ def an_infinity(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors["transformer.wte.weight"].neg_().div_(0))
 
 
+def an_adapter(folder: Path) -> None:
+    def add(tensors):
+        tensors["transformer.h.0.attn.c_attn.base_layer.weight"] = tensors.pop("transformer.h.0.attn.c_attn.weight")
+        tensors["transformer.h.0.attn.c_attn.lora_A.default.weight"] = torch.zeros(8, 16)
+
+    rewrite(folder, add)
+
+
 def a_tensor_twice(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"wte.weight": tensors["transformer.wte.weight"] + 1}))
 
@@ -311,6 +319,7 @@ REFUSED = [
     (lambda folder: describe(folder, n_layer=900), r"10,776 missing: h.10.attn.c_attn.bias, \S+, \S+ and 10,773 more$"),
     (lambda folder: (folder / "config.json").write_text(f"[{'[],' * 2**21}0]"), "config.json: more than 4 MiB"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
+    (an_adapter, r"its weights hold adapters of PEFT; save what merge_and_unload\(\) returns$"),
     (a_tensor_twice, "hold wte.weight a second time"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
     (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
