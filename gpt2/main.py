@@ -19,7 +19,7 @@ from gpt2.runtime.signals import exit_on_signals
 
 COMMANDS = {
     "train": "train a model: train.py",
-    "evaluate": "score a trained model on a corpus: evaluate.py",
+    "evaluate": "score trained models on a corpus or on tasks: evaluate.py",
     "generate": "generate text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
     "benchmark": "measure speed: benchmark generation|training",

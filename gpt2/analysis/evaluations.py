@@ -36,8 +36,8 @@ def _shown(metric: str, value: float) -> str:
 
 def names_of_models(results: list[Result]) -> str:
     """How many models there are, and the folder that holds all of them."""
-    folders = {str(Path(result["checkpoint"]).parent) for result in results}
-    return f"models {len(results)}{f' of {folders.pop()}' if len(folders) == 1 else ''}"
+    folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
+    return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}"
 
 
 def model_rows(results: list[Result]) -> list[list[str]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from gpt2.config import TASKS
@@ -124,8 +125,11 @@ def load_questions(
         UserError: The dataset cannot be reached or read, or has other columns than the task's.
     """
     task, dataset = TASK_TABLE[name], TASKS[name]
-    source = dataset if folder is None else f"{folder}/{dataset}"
-    (table,), _ = load_tables(source, task.configuration, [task.split], key=key)
+    source, configuration = dataset if folder is None else f"{folder}/{dataset}", task.configuration
+    if folder is not None and not Path(source, "README.md").exists():  # which lists the configurations
+        inner, configuration = Path(source, str(configuration)), None
+        source = str(inner) if inner.is_dir() else source
+    (table,), _ = load_tables(source, configuration, [task.split], key=key)
     assert table is not None
     questions: list[Question] = []
     try:

@@ -162,6 +162,15 @@ def test_training_scores_tasks_without_changing_its_result(workspace: Workspace,
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_folder_without_a_readme(tmp_path, folder):
+    for name, place in (("arc_easy", "ARC-Easy"), ("lambada", "data")):
+        target = tmp_path / TASKS[name] / place
+        target.mkdir(parents=True)
+        (source,) = (folder / TASKS[name]).glob("*.jsonl")
+        (target / f"{source.stem}-00000-of-00001.jsonl").write_bytes(source.read_bytes())
+        assert load_questions(name, str(tmp_path), 2, "tasks") == load_questions(name, str(folder), 2, "tasks")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_share_the_documents(workspace: Workspace, folder, strategy):
