@@ -6,7 +6,7 @@ heavy, so that a mistake is reported before torch is loaded.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass
@@ -294,7 +294,7 @@ class EvaluateRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
-    others: list[Any] = field(default_factory=list)  # set by evaluate.py: the same for the other checkpoints of a list
+    others: ClassVar[list["EvaluateRun"]] = []  # of an instance: the same for the other checkpoints of a list; no key
 
 
 @dataclass

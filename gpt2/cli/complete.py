@@ -56,7 +56,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     except OmegaConfBaseException as error:
         raise UserError(keyed_error(error)) from error
     if isinstance(config, EvaluateRun):
-        config.others = others
+        config.others = others  # type: ignore
     if isinstance(config, TrainRun) and config.resume is None:
         config.started_with = [text for text in overrides if not text.startswith(("resume=", "hydra.", "study."))]
     if problems := list(dict.fromkeys(chain(*map(validate, [config, *others])))):

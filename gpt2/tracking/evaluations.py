@@ -51,7 +51,7 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
 def settings_of(config: EvaluateRun) -> dict[str, Any]:
     """The settings of an evaluation that its result is stored with."""
-    unused = {"loggers", "wandb", "mlflow", "others", "all_checkpoints"}
+    unused = {"loggers", "wandb", "mlflow", "all_checkpoints"}
     unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
     return {key: value for key, value in asdict(config).items() if key not in unused}
 
