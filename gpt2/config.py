@@ -97,6 +97,7 @@ class TrainingConfig:
     nonfinite_limit: int = 20  # consecutive steps that may be skipped; one more ends the run
     deterministic: bool = False  # deterministic algorithms on a GPU too; slower
     auto_resume: bool = False  # repeating a command line resumes its run: for schedulers that restart jobs
+    detect_anomaly: bool = False  # a NaN in a backward pass ends the run with the traceback of its operation; slow
 
 
 @dataclass
@@ -240,6 +241,7 @@ class TrainRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    plan: bool = False  # print what the run costs here (tokens, FLOPs, memory, hours) and end; nothing is downloaded
     profile: bool = False  # trace a few steps with PyTorch's profiler and print where the time goes
     sample_prompt: str = ""  # prompt of the samples; empty: the beginning of a document
     resume: str | None = None  # run folder to resume, or latest

@@ -133,7 +133,8 @@ class Trainer:
         self.checkpoints.prepare()
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         try:
-            with defer_signals(self.interrupt):
+            finds_anomalies = self.config.detect_anomaly or torch.is_anomaly_enabled()
+            with defer_signals(self.interrupt), torch.autograd.set_detect_anomaly(finds_anomalies):
                 self._call("on_train_start")
                 self._train()
         except BaseException as error:

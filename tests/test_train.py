@@ -224,6 +224,16 @@ def test_nan_loss_ends_training_and_keeps_checkpoint(blocks, tmp_path):
     assert (tmp_path / run_folder.LAST).read_bytes() == before
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")  # with the operation's traceback
+def test_detected_anomaly_names_the_operation(blocks, tmp_path):
+    trainer = make_trainer(blocks, tmp_path, max_steps=1, detect_anomaly=True)
+    with torch.no_grad():
+        trainer.model.final_norm.bias.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match=r"Function '\w+Backward\w*' returned nan values"):
+        trainer.train()
+    assert not torch.is_anomaly_enabled()
+
+
 # Interruption: k + k steps equal 2k steps
 
 

@@ -25,6 +25,7 @@ from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, keyed_error
 from gpt2.cli.schema import SCHEMAS
 from gpt2.config import OF_THE_USER, WHEN_LOADED, EvaluateRun, GenerateRun, GPT2Config, Run, TrainRun
 from gpt2.errors import UserError
+from gpt2.runtime.hub import OPENAI
 from gpt2.tracking.evaluations import default_output
 from gpt2.validation import brief, validate
 
@@ -178,8 +179,12 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
     values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
         return values
-    trained = open_model(composed.train.init_from, "train.init_from")
     keys, problems = keys_of(overrides), []
+    if composed.plan and composed.train.init_from in OPENAI:  # no download for a known shape
+        known = OmegaConf.load(CONF / "model" / f"{composed.train.init_from.replace('-', '_')}.yaml")
+        values |= {f"model.{key!s}": value for key, value in known.items() if f"model.{key!s}" not in keys}
+        return {**values, "data.tokenizer": "gpt2"}
+    trained = open_model(composed.train.init_from, "train.init_from")
     chosen = {key.removeprefix("model.") for key in keys}
     chosen |= {key for key in vars(GPT2Config()) if OmegaConf.is_interpolation(composed.model, key)}
     for override in parsed(overrides):

@@ -29,7 +29,8 @@ CONF = ROOT / "conf"
 
 # Keys, or groups, without effect on a run's result.
 WITHOUT_EFFECT = {
-    *("sample_prompt", "profile", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
+    *("sample_prompt", "plan", "profile", "train.detect_anomaly"),
+    *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("train.eval_tasks", "train.eval_tasks_limit", "train.eval_tasks_folder"),
     *("distributed.strategy", "distributed.timeout"),

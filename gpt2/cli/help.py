@@ -9,6 +9,7 @@ import textwrap
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from itertools import takewhile
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ def help_text(name: str) -> str:
     """Everything that the command line of `conf/<name>.yaml` understands."""
     header, _, defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")
     groups = [folder for folder in sorted(CONF.iterdir()) if f"- {folder.name}:" in defaults]
-    choices = [f"  {group.name}={'|'.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups]
+    choices = [files_of(group) for group in groups]
     sections = [
         [line.removeprefix("#").removeprefix(" ") for line in header.strip().splitlines()],
         ["Groups (GROUP=FILE of conf/GROUP):", *choices],
@@ -32,6 +33,13 @@ def help_text(name: str) -> str:
         ["--cfg job prints every key as composed, --hydra-help Hydra's own flags."],
     ]
     return "\n\n".join("\n".join(section) for section in sections if len(section) > 1 or section is sections[-1])
+
+
+def files_of(group: Path) -> str:
+    """The line, or lines, of a group."""
+    key = f"  {group.name}="
+    lines = textwrap.wrap(" ".join(sorted(file.stem for file in group.glob("*.yaml"))), WIDTH - len(key) - 1)
+    return key + f"|\n{' ' * len(key)}".join(line.replace(" ", "|") for line in lines)
 
 
 def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):") -> list[list[str]]:

@@ -1,16 +1,21 @@
 """What train.py prints and records about a run: its facts, its start, its end, and advice after a failure."""
 
 import logging
+import math
 import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gpt2.checkpoint.pretrained import open_tokenizer
+from gpt2.checkpoint.record import read_record
 from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
-from gpt2.config import OF_THE_USER, TrainRun
+from gpt2.config import OF_THE_USER, GPT2Config, TrainRun
+from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import (
     DivergenceError,
     LostRankError,
@@ -25,9 +30,12 @@ from gpt2.model import GPT2Model
 from gpt2.runtime.console import time_left
 from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, requested_precision
 from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.rng import commit, versions
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
 from gpt2.train import Trainer
+from gpt2.training.compile import ComputePlan, choose_plan
+from gpt2.training.cost import Work, memory_needed, memory_of, meta_model, time_step
 
 log = logging.getLogger("gpt2")
 
@@ -55,20 +63,11 @@ def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> d
 
 def announce(trainer: Trainer) -> None:
     """Log the size of model, steps and hardware, and notes on settings that have no effect."""
-    config, model, group = trainer.config, trainer.model.config, trainer.group
-    strategy, precision = trainer.distributed.strategy, trainer.plan.precision.name
-    blocks = config.batch_size * config.accumulation_steps
-    tokens_per_step = blocks * trainer.train_loader.dataset.length  # type: ignore[attr-defined]
-    is_automatic = requested_precision(config) == "auto" and precision == "bf16" and trainer.device.type == "cpu"
-    why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
-    ranks = f"{group.size} ranks ({strategy}), each on " if group.size > 1 else ""
-    log.info(
-        f"Model   {trainer.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
-        f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}\n"
-        f"Run     {trainer.total_steps:,} steps of {tokens_per_step:,} tokens ({blocks} blocks), "
-        f"{trainer.steps_per_epoch:,} steps an epoch, at most {config.max_training_hours:g} hours\n"
-        f"On      {ranks}{describe(trainer.device)}, {precision}{why}"
-    )
+    config, group, strategy = trainer.config, trainer.group, trainer.distributed.strategy
+    length = trainer.train_loader.dataset.length  # type: ignore[attr-defined]
+    work = Work(trainer.model, config, length, group.size, trainer.parallel.is_sharded)
+    epoch = f"{trainer.steps_per_epoch:,} steps an epoch"
+    log.info("\n".join(size_of_run(work, trainer.plan, strategy, trainer.total_steps, epoch)))
     if strategy == "fsdp" and group.size == 1:
         log.info("Note    distributed.strategy=fsdp has no effect in a single process")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
@@ -81,6 +80,85 @@ def announce(trainer: Trainer) -> None:
             f"the learning rate never reaches its peak"
         )
     log.info("")
+
+
+def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None, limit: str) -> list[str]:
+    """The lines that describe a run before it begins: its model, its steps, its hardware and what it costs.
+
+    Args:
+        steps: None if they are not known.
+        limit: What ends the run beside steps and hours, in words.
+    """
+    model, train, precision = work.model.config, work.train, plan.precision.name
+    is_automatic = requested_precision(train) == "auto" and precision == "bf16" and plan.device.type == "cpu"
+    why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
+    ranks = f"{work.ranks} ranks ({strategy}), each on " if work.ranks > 1 else ""
+    count, per = (1, " a step") if steps is None else (steps, "")
+    memory = memory_needed(work, plan)
+    parts = ", ".join(f"{what} {size / 1e9:.2g}" for what, size in memory.items())
+    return [
+        f"Model   {work.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
+        f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}",
+        f"Run     {'' if steps is None else f'{steps:,} '}steps of {work.tokens_per_step:,} tokens "
+        f"({train.batch_size * train.accumulation_steps} blocks), {limit}, at most {train.max_training_hours:,g} hours",
+        f"On      {ranks}{describe(plan.device)}, {precision}{why}",
+        f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}",
+        f"Memory  about {sum(memory.values()) / 1e9:.2g} GB {'' if work.ranks == 1 else 'for each rank '}({parts}); "
+        f"there are {memory_of(plan.device) / 1e9:.2g} GB",
+    ]
+
+
+def print_plan(config: TrainRun) -> None:
+    """Print what a run costs on this machine. Its data are not touched, and its model need not fit into memory.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    train, env = config.train, dist_env()
+    model = meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
+    is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1
+    work = Work(model, train, config.data.max_length, env.world_size, is_sharded)
+    done = read_record(Path(config.resume))["progress"]["step"] if config.resume else 0
+    steps = None if train.max_steps is None else train.max_steps - done
+    flops = (steps or math.inf) * work.flops_per_step / work.ranks
+    device = choose_device(train.device, "train.device")
+    plan = choose_plan(train, device, flops, ProcessGroup(), None, compilable=not is_sharded)
+    limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
+    print("\n".join(size_of_run(work, plan, config.distributed.strategy, steps, limit)), flush=True)
+    print(time_of_run(work, plan, steps))
+
+
+def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
+    """The line that says how long a run takes, by the measured time of a part of a step."""
+    timing, hours = time_step(work, plan), work.train.max_training_hours
+    if timing is None:
+        return "Time    not measured: a layer and the head take more than half of the memory"
+    speed = work.tokens_per_step / timing.step
+    taken = math.inf if steps is None else steps * timing.step / 3600
+    whole = {"layers": work.model.config.num_layers, "blocks": work.rows, "tokens": work.length}
+    sizes = zip((timing.layers, timing.rows, timing.tokens), whole.items(), strict=True)
+    parts = [f"{size:,} of {total:,} {what}" for size, (what, total) in sizes if size < total]
+    measured = f"from a pass of {', '.join(parts)}" if parts else "from whole passes"
+    compiled = " without torch.compile" if plan.compiled else ""
+    whole_run = "" if steps is None else f"about {in_hours(taken)} "
+    result = f"Time    {whole_run}at {speed:,.0f} tokens/s, estimated {measured}{compiled}, computation only"
+    if taken <= hours:
+        return result
+    return f"{result}; train.max_training_hours={hours:g} ends it after {hours * 3600 * speed:,.0f} tokens"
+
+
+def in_hours(hours: float) -> str:
+    return f"{hours:,.0f} hours" if hours >= 10 else f"{max(hours, 0.001):.2g} hours"
+
+
+def vocabulary_size(config: TrainRun) -> int:
+    """The vocabulary that the model of a run will have, without preparing its data."""
+    name = config.data.tokenizer
+    if config.resume or config.train.init_from:
+        return config.model.vocab_size
+    if name in OPENAI:  # no download for a known number
+        return GPT2Config().vocab_size
+    return config.data.vocab_size if name == "train" else open_tokenizer(name).vocab_size
 
 
 def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path) -> None:

@@ -138,6 +138,8 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
         return f"{text}: a group chooses the class, such as hydra/launcher=joblib"
     if key == "resume" and options.multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
+    if key == "plan" and options.multirun and value is not False:
+        return f"{text}: one run at a time, without -m"
     if key == "train.auto_resume" and is_sweep:
         return f"{text}: one value for all runs of a sweep"
     if key == "hparams_search" and value and not (options.multirun or asks_for_information(options)):

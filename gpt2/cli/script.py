@@ -147,6 +147,10 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
             composed, folder, config = prepare_on_main(name, options, place)
         else:
             composed, folder, config = prepare_on_rank(name, options)
+        if isinstance(config, TrainRun) and config.plan:
+            from gpt2.cli.messages import print_plan  # which loads torch
+
+            return print_plan(config)
         if isinstance(config, GenerateRun):
             config.prompt = prompt
         began, is_writer = False, name == "train" and env.is_main
@@ -189,6 +193,10 @@ def prepare_on_main(name: str, options: Namespace, place: ExitStack) -> tuple[Di
         composed = check_run(name, options)
         folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
         folder.apply(composed)
+        if name == "train" and composed.plan:  # which writes nothing and needs no other rank
+            config = resolve(name, composed, overrides_of(composed.hydra))
+            share(0)
+            return composed, folder, config
         if not folder.is_new:  # locked before the checkpoint to resume from is chosen
             place.enter_context(run_lock(Path(folder.path)))
         config = resolve(name, composed, overrides_of(composed.hydra))

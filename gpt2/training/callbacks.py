@@ -103,7 +103,7 @@ class ConsoleLog(Callback):
         log.info(
             f"step {metrics['step']:,}/{trainer.total_steps:,}  loss {loss:.4f}  "
             f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/grad_norm']:.2f}  "
-            f"{tokens_per_second:,.0f} tokens/s",
+            f"{tokens_per_second:,.0f} tokens/s  {left} left",
             extra={"on_progress_line": True},
         )
 

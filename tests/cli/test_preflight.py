@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from gpt2.cli.compose import as_argument, compose, overrides_of, parsed
+from gpt2.cli.compose import CONF, as_argument, compose, overrides_of, parsed
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_flags, check_run, check_sweep
 from gpt2.errors import UserError
@@ -22,6 +22,7 @@ def problems(script: str, *arguments: str) -> list[str]:
     return caught.value.problems
 
 
+PRESETS = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 MODELS = "not one of gpt2, gpt2_large, gpt2_medium, gpt2_mini, gpt2_nano, gpt2_xl"
 
 
@@ -38,7 +39,7 @@ MODELS = "not one of gpt2, gpt2_large, gpt2_medium, gpt2_mini, gpt2_nano, gpt2_x
         ("benchmark_generation", "model=1e3", f"model=1e3: {MODELS}"),
         ("train", "model={a: 1}", "model: one key at a time, such as model.a=1"),
         ("train", "distributed={strategy: fsdp}", "distributed: one key at a time, such as distributed.strategy=fsdp"),
-        ("train", "experiment=1", "experiment=1: not one of quickstart, shakespeare_char, shakespeare_fast"),
+        ("train", "experiment=1", f"experiment=1: not one of {PRESETS}"),
         ("export", "hydra/output=null", "hydra/output=null: not one of default, none, train"),
         ("train", "hydra/launcher=null", "hydra/launcher=null: not one of basic, joblib, submitit_local, "),
         ("train", "hydra/sweeper/sampler=1", "hydra/sweeper/sampler=1: not one of "),
@@ -60,7 +61,7 @@ def test_group_chosen_by_what_is_no_word_with_a_flag(flag):
 def test_group_swept_over_what_is_no_word():
     assert problems("train", "-m", "wandb=offline,false", "experiment=quickstart,2", "model=range(1,3)") == [
         "wandb=false: not one of auto, off, offline, online; wandb=off switches it off",
-        "experiment=2: not one of quickstart, shakespeare_char, shakespeare_fast",
+        f"experiment=2: not one of {PRESETS}",
         f"model=range(1,3): {MODELS}",
     ]
 

@@ -1,0 +1,159 @@
+"""What a training costs on this machine: FLOPs and memory by formulas, time by some passes on random tokens."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.model import GPT2Model
+from gpt2.ops.cross_entropy import CHUNK_BYTES
+from gpt2.ops.linear import LINEARS
+from gpt2.runtime.device import fastest_seconds
+from gpt2.runtime.dist_env import division
+from gpt2.training.compile import ComputePlan
+from gpt2.training.nonfinite import clip_gradients, gradient_norms
+from gpt2.training.optimizer import build_optimizer
+
+FIRST_TOKENS = 256  # of the shortest pass: with fewer, reading the weights takes longer than multiplying by them
+LONG = 1.0  # seconds: nothing larger than a pass and an update that take as long is timed
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training as the ranks divide it: in a step, each makes `passes` passes of `rows` blocks of `length` tokens."""
+
+    model: GPT2Model  # its device does not matter
+    train: TrainingConfig
+    length: int
+    ranks: int = 1
+    is_sharded: bool = False  # by FSDP
+
+    @property
+    def rows(self) -> int:
+        return self.train.batch_size // division(self.train.accumulation_steps, self.ranks)[1]
+
+    @property
+    def passes(self) -> int:
+        return self.train.accumulation_steps // division(self.train.accumulation_steps, self.ranks)[0]
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all ranks."""
+        return self.train.batch_size * self.train.accumulation_steps * self.length
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of all ranks."""
+        return self.tokens_per_step * self.model.flops_per_token(self.length)
+
+
+def meta_model(config: GPT2Config) -> GPT2Model:
+    """A model whose weights take no memory."""
+    with torch.device("meta"):
+        return GPT2Model(config)
+
+
+def memory_of(device: torch.device) -> int:
+    """The bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
+    """The bytes that a rank needs, by what they hold. docs/scale.md derives and checks the formulas."""
+    model, train, tokens = work.model, work.train, work.rows * work.length
+    weights, head = model.num_parameters(), model.token_embedding.weight.numel()
+    muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if train.optimizer == "muon" else 0
+    state: float = 16 * weights - 4 * muon  # weight, gradient and two averages, of which Muon has one
+    is_fp32, chunk = plan.precision.name == "fp32", CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
+    if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
+        state = state / work.ranks + plan.precision.dtype.itemsize * head + (4 * weights if work.passes > 1 else 0)
+    elif not is_fp32:
+        state += 2 * weights  # autocast keeps a copy
+    return {
+        "weights, gradients and optimizer": state,
+        "activations": tokens * _bytes_per_token(model.config, is_fp32, train.gradient_checkpointing),
+        "logits": 3 * chunk + 12 * head + 4 * tokens * model.config.d_model,
+    }
+
+
+def _bytes_per_token(config: GPT2Config, is_fp32: bool, recomputes: bool) -> float:
+    """What the backward pass needs of a token's forward pass."""
+    width, d_ff = config.d_model, config.d_ff
+    masks = 2 * width if config.dropout or config.residual_dropout else 0
+    layer = (33 * width + 8 * d_ff if is_fp32 else 21 * width + 4 * d_ff) + masks
+    return 4 * width * config.num_layers + layer if recomputes else layer * config.num_layers
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of a step, extrapolated from a part of the model and of a pass."""
+
+    step: float
+    layers: int
+    rows: int
+    tokens: int  # of each row
+
+
+def time_step(work: Work, plan: ComputePlan) -> Timing | None:
+    """Time the passes of growing parts of a model, up to its whole pass or one that takes `LONG`.
+
+    The time of a pass grows with its FLOPs, that of an update with the weights. Not timed: the exchange between ranks,
+    `torch.compile`, data, evaluations and checkpoints.
+
+    Returns:
+        None if the smallest part does not fit into memory.
+    """
+    config, timing = work.model.config, None
+    for layers, rows, tokens in _parts(config.num_layers, work.rows, work.length):
+        train = replace(work.train, batch_size=rows, accumulation_steps=1)
+        part = Work(meta_model(replace(config, num_layers=layers)), train, tokens)
+        if sum(memory_needed(part, plan).values()) > memory_of(plan.device) / 2:  # the rest is for others
+            break
+        a_pass, update = _time_part(part, plan)
+        whole = a_pass * work.flops_per_step / work.ranks / part.flops_per_step
+        whole += update * work.model.num_parameters() / part.model.num_parameters()
+        timing = Timing(whole, layers, rows, tokens)
+        if a_pass + update > LONG:
+            break
+    return timing
+
+
+def _parts(layers: int, rows: int, tokens: int) -> Iterator[tuple[int, int, int]]:
+    """Growing parts (layers, rows, tokens): the whole depth first, because the head is faster than the layers."""
+    first = min(tokens, FIRST_TOKENS)
+    yield from ((n, 1, first) for n in _doubled(1, layers))
+    yield from ((layers, 1, n) for n in _doubled(first, tokens)[1:])
+    yield from ((layers, n, tokens) for n in _doubled(1, rows)[1:])
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    return [first, *_doubled(min(2 * first, last), last)] if first < last else [last]
+
+
+def _time_part(part: Work, plan: ComputePlan) -> tuple[float, float]:
+    """Seconds of a forward and backward pass, and of an update."""
+    with plan.device:
+        model = GPT2Model(part.model.config).train()
+        ids = torch.randint(model.config.vocab_size, (part.rows, part.length + 1))
+    model.use_linear(LINEARS[plan.linear])
+    model.gradient_checkpointing = part.train.gradient_checkpointing
+    optimizer = build_optimizer(model, part.train)
+
+    def forward_backward() -> None:
+        with plan.precision.autocast():
+            _, loss = model(ids[:, :-1], targets=ids[:, 1:], return_logits=False)
+        loss.backward()
+        loss.item()  # waits for the device
+
+    def update() -> None:
+        norm = torch.linalg.vector_norm(gradient_norms(model))
+        clip_gradients(model, norm, part.train.gradient_clip)
+        optimizer.step()
+        model.final_norm.weight[0].item()
+
+    a_pass, an_update = fastest_seconds([forward_backward, update], repetitions=2)
+    return a_pass, an_update

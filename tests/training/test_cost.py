@@ -1,0 +1,81 @@
+"""What a training costs: how the ranks divide it, memory by formula, time from a part."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.runtime.device import Precision
+from gpt2.training import cost
+from gpt2.training.compile import ComputePlan
+from gpt2.training.cost import Work, memory_needed, meta_model, time_step
+from tests.helpers import NO_DROPOUT, tiny_config
+
+CPU = torch.device("cpu")
+XL = GPT2Config(d_model=1600, num_heads=25, num_layers=48, d_ff=6400)
+
+
+def planned(precision: str = "bf16") -> ComputePlan:
+    return ComputePlan(CPU, Precision(precision, CPU), "PyTorch", compiled=False)
+
+
+def work(config: GPT2Config, batch_size: int = 8, steps: int = 1, **fields) -> Work:
+    train = TrainingConfig(batch_size=batch_size, accumulation_steps=steps, **fields.pop("train", {}))
+    return Work(meta_model(config), train, config.context_length, **fields)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "passes"), [(1, 12, 40), (8, 12, 5), (3, 4, 40), (16, 6, 5)])
+def test_ranks_divide_passes_first(ranks, rows, passes):
+    divided = work(tiny_config(), 12, 40, ranks=ranks)
+    assert (divided.rows, divided.passes) == (rows, passes)
+    assert divided.tokens_per_step == 12 * 40 * 16
+
+
+def gigabytes(*arguments, plan: ComputePlan | None = None, **fields) -> list[float]:
+    return [round(size / 1e9, 1) for size in memory_needed(work(*arguments, **fields), plan or planned()).values()]
+
+
+def test_memory_is_that_of_the_table_in_docs_scale():
+    assert gigabytes(GPT2Config())[:2] == [2.0 + 0.2, 2.9]  # with the copy in bf16
+    assert gigabytes(XL)[:2] == [28.0, 24.5]
+    assert gigabytes(XL, train={"gradient_checkpointing": True})[1] == 3.0
+    assert gigabytes(XL, plan=planned("fp32"))[0] == 24.9
+    assert gigabytes(XL, 8, 8, ranks=8, is_sharded=True)[0] == 3.3  # 3.1 of a shard, and what is gathered
+    assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # whole gradients
+    assert gigabytes(XL, train={"optimizer": "muon"})[0] == 28.0 - 5.9  # one average less for 1.47 billion weights
+    assert gigabytes(replace(XL, **NO_DROPOUT))[1] == 23.3
+
+
+@pytest.mark.parametrize("long", [0.0, 0.1, 1e9])
+def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, long):
+    """A machine whose passes take 1 s per GFLOP and whose updates take 1 s per million weights."""
+    seen = []
+
+    def time_part(part: Work, _plan: ComputePlan) -> tuple[float, float]:
+        seen.append((part.model.config.num_layers, part.rows, part.length))
+        return part.flops_per_step / 1e9, part.model.num_parameters() / 1e6
+
+    monkeypatch.setattr(cost, "_time_part", time_part)
+    monkeypatch.setattr(cost, "FIRST_TOKENS", 4)
+    monkeypatch.setattr(cost, "LONG", long)
+    whole = work(tiny_config(num_layers=5), 6, 8, ranks=2)
+    timing = time_step(whole, planned())
+    assert timing.step == pytest.approx(whole.flops_per_step / 2 / 1e9 + whole.model.num_parameters() / 1e6)
+    every = [(1, 1, 4), (2, 1, 4), (4, 1, 4), (5, 1, 4), (5, 1, 8), (5, 1, 16), (5, 2, 16), (5, 4, 16), (5, 6, 16)]
+    assert seen == every[: len(seen)]
+    assert len(seen) == (1 if long == 0 else 9) or long == 0.1
+    assert (timing.layers, timing.rows, timing.tokens) == seen[-1]
+
+
+def test_nothing_is_timed_that_does_not_fit(monkeypatch):
+    monkeypatch.setattr(cost, "memory_of", lambda device: 1000)
+    assert time_step(work(tiny_config()), planned()) is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_passes_and_updates_really_run(optimizer):
+    config = work(tiny_config(), 2, train={"optimizer": optimizer, "gradient_checkpointing": True})
+    timing = time_step(config, planned("fp32"))
+    assert (timing.layers, timing.rows, timing.tokens) == (2, 2, 16)
+    assert timing.step > 0
