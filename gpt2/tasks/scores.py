@@ -18,8 +18,10 @@ from torch import Tensor
 
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT2Model
-from gpt2.tasks.table import Question
+from gpt2.tasks.table import Pair, Question
 from gpt2.tokenizer import GPT2Tokenizer
+
+Text = tuple[list[int], int]  # tokens, and how many of the last are scored
 
 PADDING = -1  # in place of a branch
 
@@ -50,22 +52,28 @@ class Row:
     owners: list[int] = field(default_factory=list)
 
 
-def encode_pair(tokenizer: GPT2Tokenizer, context: str, continuation: str, longest: int) -> tuple[list[int], int]:
-    """The tokens of context and continuation, and how many at the end are the continuation's.
+def encode_pairs(tokenizer: GPT2Tokenizer, pairs: Sequence[Pair], longest: int) -> list[Text]:
+    """The tokens of each context and continuation, and how many at the end are the continuation's.
 
     White space between the two belongs to the continuation, and an empty context is `<|endoftext|>`. Of what is longer
     than the model's context, the beginning is left out.
     """
-    stripped = context.rstrip()
-    head = tokenizer.encode(stripped) or [tokenizer.eos_token_id]
-    tokens = tokenizer.encode(context + continuation)
-    if not stripped:
-        tokens = head + tokens
-    tokens, scored = tokens[-(longest + 1) :], max(1, len(tokens) - len(head))
-    return tokens, min(scored, len(tokens) - 1)
+    contexts = [context.rstrip() for context, _ in pairs]
+    wholes = [context + continuation for context, continuation in pairs]
+    distinct = list(dict.fromkeys([*contexts, *wholes]))  # choices share their context
+    encoded = {text: ids.tolist() for text, ids in zip(distinct, tokenizer.encode_batch(distinct), strict=True)}
+    texts = []
+    for context, whole in zip(contexts, wholes, strict=True):
+        head, tokens = encoded[context], encoded[whole]
+        if not head:
+            head = [tokenizer.eos_token_id]
+            tokens = head + tokens
+        scored, tokens = max(1, len(tokens) - len(head)), tokens[-(longest + 1) :]
+        texts.append((tokens, min(scored, len(tokens) - 1)))
+    return texts
 
 
-def pack(texts: Sequence[tuple[list[int], int]], first: int, longest: int) -> list[Row]:
+def pack(texts: Sequence[Text], first: int, longest: int) -> list[Row]:
     """Rows of at most `longest` tokens with the texts of one document, each with the number of its scored tokens.
 
     Args:
@@ -118,11 +126,11 @@ class TaskScorer:
 
     def __init__(self, questions: list[Question], tokenizer: GPT2Tokenizer, context_length: int, batch_size: int):
         self.questions, self.texts = questions, 0
+        texts = encode_pairs(tokenizer, [pair for question in questions for pair in question.pairs], context_length)
         rows = []
         for question in questions:
-            texts = [encode_pair(tokenizer, *pair, context_length) for pair in question.pairs]
-            rows += pack(texts, self.texts, context_length)
-            self.texts += len(texts)
+            first, self.texts = self.texts, self.texts + len(question.pairs)
+            rows += pack(texts[first : self.texts], first, context_length)
         rows.sort(key=lambda row: -len(row.ids))
         self.batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 

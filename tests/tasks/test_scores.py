@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt2.config import TASKS
-from gpt2.tasks.scores import Likelihood, TaskScorer, encode_pair, figures, pack
+from gpt2.tasks.scores import Likelihood, TaskScorer, encode_pairs, figures, pack
 from gpt2.tasks.table import TASK_TABLE, Question, load_questions
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import transformers_twin
@@ -68,7 +68,7 @@ def test_likelihoods_match_transformers_at_any_batch_size(folder, words, model, 
 
 
 def test_choices_share_the_beginning_of_their_row(words):
-    texts = [encode_pair(words, "the man opens", f" {choice}", 16) for choice in ("a door", "a dog", "it")]
+    texts = encode_pairs(words, [("the man opens", f" {choice}") for choice in ("a door", "a dog", "it")], 16)
     (row,) = pack(texts, first=5, longest=16)
     shared = len(words.encode("the man opens"))
     assert row.branches[:shared] == [0] * shared
