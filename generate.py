@@ -45,7 +45,7 @@ def main(config: GenerateRun) -> None:
     report(config, generator.describe())
 
     if config.prompt is None and not records:
-        if config.loggers != ["wandb"] or config.wandb.mode != "off":
+        if config.loggers and (config.loggers != ["wandb"] or config.wandb.mode != "off"):
             report(config, "Interactive sessions are not logged.")
         generator.interactive_mode(config.inference)
         return

@@ -79,6 +79,8 @@ def read_record(path: Path) -> dict[str, Any]:
     record = checkpoint.read_record(path)
     with wrong_values(path):
         known = {key: value for key, value in record.items() if key in Record.__dataclass_fields__}
+        if isinstance(run := known.get("run"), dict):  # runs from before there was MLflow
+            known["run"] = {"mlflow": {}, **run}
         checked: Record = from_plain(Record, known)
         if problems := validate(checked.model, "model."):
             raise UserError(*problems)

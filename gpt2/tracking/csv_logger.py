@@ -54,4 +54,4 @@ class CsvLogger(ExternalLogger):
             self.log({})  # a resumed run may have rewound the source and added nothing
 
     def where(self) -> list[str]:
-        return [f"CSV: {os.path.relpath(self.path)}"]
+        return [f"CSV: {os.path.relpath(self.path)}"] if self.columns else []

@@ -135,6 +135,8 @@ class MlflowLogger(ExternalLogger):
         self.client.set_terminated(self.run_id, STATUS.get(ended.state, "FAILED"))
 
     def where(self) -> list[str]:
+        if not self.run_id:
+            return []
         if self.is_folder:
             return [f"MLflow: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {self.uri}"]
-        return [f"MLflow: run {self.run_id} at {without_secrets(self.uri)}"] if self.run_id else []
+        return [f"MLflow: run {self.run_id} at {without_secrets(self.uri)}"]

@@ -82,4 +82,5 @@ class TensorBoardLogger(ExternalLogger):
         self.writer.close()
 
     def where(self) -> list[str]:
-        return [f"TensorBoard: tensorboard --logdir {os.path.relpath(self.folder.parent.parent)}"]
+        logs = os.path.relpath(self.folder.parent.parent)
+        return [f"TensorBoard: tensorboard --logdir {logs}"] if self.folder.is_dir() else []

@@ -78,6 +78,8 @@ WRONG = [
     ("run.train.batch_size", "4"),
     ("run.train.precision", "fp8"),
     ("run.wandb", 3),
+    ("run.loggers", ["wandb", "theirs"]),
+    ("run.mlflow", None),
     ("train.learning_rate", [1]),
     ("train.learning_rate", 10**400),
     ("versions", None),
@@ -201,6 +203,7 @@ def trainer_of(path: Path, **settings: str) -> Trainer:
 
 ACCOUNTS_AND_PLACES = {
     "wandb": {"mode": "online", "project": "theirs", "entity": "theirs", "log_checkpoints": "best"},
+    "mlflow": {"tracking_uri": "https://theirs", "experiment": "theirs"},
     "data": {"cache_dir": "theirs", "preprocessing_num_workers": 7},
     "train": {"device": "mps", "num_workers": 7},
 }
@@ -253,6 +256,17 @@ def test_checkpoint_may_keep_wandb_from_being_contacted(run, mode):
     assert resolve("train", compose("train", line), line).wandb.mode == mode
     line.append("wandb=online")
     assert resolve("train", compose("train", line), line).wandb.mode == "online"
+
+
+def test_resumed_run_keeps_its_loggers(run):
+    best, line = run / "checkpoints" / "best_model.pth", [f"resume={run}"]
+    for loggers in ([], ["tensorboard", "csv"]):
+        rewrite_record(best, lambda record, loggers=loggers: with_value(record, "run.loggers", loggers))
+        assert resolve("train", compose("train", line), line).loggers == loggers
+    others = [*line, "loggers=[mlflow]"]
+    assert resolve("train", compose("train", others), others).loggers == ["mlflow"]
+    rewrite_record(best, lambda record: with_value(with_value(record, "run.loggers", ...), "run.mlflow", ...))
+    assert resolve("train", compose("train", line), line).loggers == ["wandb"]  # of a version without loggers
 
 
 def test_run_folder_with_links_to_other_files_is_not_written_to(run, workspace):
