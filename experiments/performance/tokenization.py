@@ -7,7 +7,8 @@ import argparse
 import os
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -48,13 +49,14 @@ class Tokenization:
     def _new_tokenizer(self):
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
 
-    def _write(self, tokenizer):
-        corpus.write_corpus(self.folder, self.source, tokenizer, self.config, ("train",), {})
+    def _write(self, tokenizer, threads=1):
+        config = replace(self.config, preprocessing_num_workers=threads)
+        corpus.write_corpus(self.folder, self.source, tokenizer, config, ("train",), {})
 
-    def ours(self):
+    def ours(self, threads):
         """Seconds from files to a file of tokens: reading, encoding and writing."""
         began = time.perf_counter()
-        self._write(self._new_tokenizer())
+        self._write(self._new_tokenizer(), threads)
         return time.perf_counter() - began
 
     def transformers(self):
@@ -98,6 +100,7 @@ def main():
         facts = {
             "documents": len(tokenization.documents),
             "characters": sum(map(len, tokenization.documents)),
+            "bytes": sum(len(document.encode("utf-8", "replace")) for document in tokenization.documents),
             "tokens": len(tokenization.tokens()),
         }
         print(
@@ -105,16 +108,29 @@ def main():
             f"{tokenization.tokenizer.vocab_size:,}, medians of {repetitions}\n{headline(about)}",
             flush=True,
         )
-        turns = [tokenization.transformers, tokenization.ours]
-        theirs, ours = interleaved(turns, repetitions, "Tokenizing")
+        counts = sorted({1, config.preprocessing_num_workers})
+        turns = [tokenization.transformers, *(partial(tokenization.ours, threads) for threads in counts)]
+        seconds = interleaved(turns, repetitions, "Tokenizing")
         agree = tokenization.tokens_agree()
 
     rows, cells = [], []
-    for name, each in (("transformers, bare call", theirs), ("gpt2, files to file", ours)):
-        speed, ratio = facts["tokens"] / median(each), median(theirs) / median(each)
-        rows.append({"contestant": name, "tokens_per_second": speed, **spread("seconds", each), "ratio": ratio})
-        cells.append([name, f"{speed:,.0f}", f"{median(each):.3f}", from_to(each, 3), f"{ratio:.2f}"])
-    print(f"\n{as_text([['', 'tokens/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
+    names = ["transformers, bare call", *(f"gpt2, files to file, threads: {threads}" for threads in counts)]
+    for name, each in zip(names, seconds, strict=True):
+        speed, ratio = facts["tokens"] / median(each), median(seconds[0]) / median(each)
+        megabytes = facts["bytes"] / median(each) / 1e6
+        rows.append(
+            {
+                "contestant": name,
+                "tokens_per_second": speed,
+                "megabytes_per_second": megabytes,
+                **spread("seconds", each),
+                "ratio": ratio,
+            }
+        )
+        cells.append(
+            [name, f"{speed:,.0f}", f"{megabytes:.1f}", f"{median(each):.3f}", from_to(each, 3), f"{ratio:.2f}"]
+        )
+    print(f"\n{as_text([['', 'tokens/s', 'MB/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
     print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
     record = {"benchmark": "data", "config": asdict(config), **about, **facts, "same_tokens": agree, "results": rows}
     write_json(options["json"] or None, record)

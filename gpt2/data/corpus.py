@@ -28,7 +28,7 @@ from gpt2.data.sources import BYTES_PER_TOKEN, Documents, Source, cache_folder, 
 from gpt2.data.token_files import DTYPE, TokenFile, check_vocabulary, count_tokens, split_end
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
-from gpt2.runtime.files import atomic_write, damaged_file, fsync, remove, require_free_space
+from gpt2.runtime.files import atomic_write, damaged_file, fsync, in_bytes, remove, require_free_space
 from gpt2.runtime.signals import interruptibly
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -427,7 +427,7 @@ def require_space(source: Source, tokenizer: GPT2Tokenizer | None, config: DataC
     vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size
     needed = int(source.text_bytes * tokens_per_byte) * token_dtype(vocab_size).itemsize
     written = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    require_free_space(folder, needed - written, f"tokenizing {source.text_bytes / 1e9:,.1f} GB of text")
+    require_free_space(folder, needed - written, f"tokenizing {in_bytes(source.text_bytes)} of text")
 
 
 def write_corpus(

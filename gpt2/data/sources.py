@@ -465,6 +465,8 @@ def verified_cache(folder: Path) -> Iterator[None]:
         finally:
             made = (path for pattern in ("*.arrow", "*.json") for path in folder.glob(f"**/{pattern}"))
             names = [str(path.relative_to(folder)) for path in made if ".incomplete" not in str(path)]
+            if not names:
+                remove(folder)
             known = {name: sums[name] for name in names if name in sums and not problem}
             new = [name for name in names if name not in known]
             known |= zip(

@@ -165,11 +165,15 @@ def require_free_space(folder: Path, needed: int, task: str) -> None:
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    needs = f"{task} needs about {needed / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are free"
+    needs = f"{task} needs about {in_bytes(needed)} in {place}, where {in_bytes(free)} are free"
     if needed > free:
         raise UserError(f"data.cache_dir: {needs}; choose another place")
     if needed > MANY_BYTES:
         log.info("Data: %s", needs)
+
+
+def in_bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def reason(error: Exception) -> str:

@@ -41,9 +41,12 @@ def test_tokenization(workspace: Workspace, tokenizer):
     assert done.returncode == 0, done.stderr
     result = json.loads((workspace.folder / "result.json").read_text())
     assert result["same_tokens"] is True
-    theirs, ours = result["results"]
-    assert ours["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
-    assert ours["tokens_per_second"] == pytest.approx(result["tokens"] / ours["seconds"])
+    theirs, *ours = result["results"]
+    assert [row["contestant"].split(", ")[-1] for row in ours] == ["threads: 1", "threads: 4"]
+    for row in ours:
+        assert row["ratio"] == pytest.approx(theirs["seconds"] / row["seconds"])
+        assert row["tokens_per_second"] == pytest.approx(result["tokens"] / row["seconds"])
+        assert row["megabytes_per_second"] == pytest.approx(result["bytes"] / row["seconds"] / 1e6)
     assert sorted((workspace.folder / "cache").rglob("*")) == cached  # nothing is prepared for training
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import Table, parquet
 
 from gpt2.data import corpus
@@ -167,16 +168,18 @@ def test_space_is_said_before_and_must_be_free(text, monkeypatch, caplog):
     monkeypatch.setattr(files, "MANY_BYTES", 1000)
     config = config_of(text)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=59_000))
-    with pytest.raises(UserError, match=r"^data\.cache_dir: tokenizing 0\.0 GB of text needs about 0\.0 GB in .*cache"):
+    with pytest.raises(
+        UserError, match=r"^data\.cache_dir: tokenizing 0\.0 MB of text needs about 0\.1 MB in .*/tokens,"
+    ):
         prepare(config)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=61_000))
     prepared = prepare(config)
-    assert "Data: tokenizing 0.0 GB of text needs about 0.0 GB in" in caplog.text
+    assert "Data: tokenizing 0.0 MB of text needs about 0.1 MB in" in caplog.text
     assert sum(prepared.about["tokens"].values()) * 2 < 61_000
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path, monkeypatch, kind):
+def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path, monkeypatch, caplog, kind):
     rows = ["a long row " * 50] * 100
     folder = write_dataset(tmp_path / "tiny", train=rows)
     if kind == "parquet":  # which is compressed
@@ -185,8 +188,18 @@ def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path,
         assert (folder / "train.parquet").stat().st_size < 10_000
     config = dataset_config(folder, tmp_path, document_start=None, validation_split=None, test_split=None)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=70_000))
-    with pytest.raises(UserError, match=r"^data\.cache_dir: preparing the dataset needs about 0\.0 GB in .*/cache/"):
+    with pytest.raises(UserError, match=r"^data\.cache_dir: preparing the dataset needs about 0\.1 MB in .*/cache/"):
         prepare(config)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
+    if kind == "parquet":  # of which pyarrow would read whole files into memory
+        make = Parquet.download_and_prepare
+        options = []
+        monkeypatch.setattr(
+            Parquet,
+            "download_and_prepare",
+            lambda self: options.append(self.config.fragment_scan_options.pre_buffer) or make(self),
+        )
     assert documents_of(prepare(config), "train") == rows[10:]
+    assert "damaged" not in caplog.text
+    assert kind == "jsonl" or options == [False]
