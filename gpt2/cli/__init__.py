@@ -4,11 +4,17 @@ Only this package imports hydra.
 """
 
 import sys
+from pathlib import Path
 from types import TracebackType
+
+from gpt2.runtime.waiting import end_waiting, waiting_for
+
+SCRIPTS = ("train.py", "evaluate.py", "generate.py", "main.py")
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """No traceback for Ctrl-C during the imports that follow, before `exit_on_signals`."""
+    end_waiting()
     if issubclass(kind, KeyboardInterrupt):
         print("\nInterrupted.", file=sys.stderr)
     else:
@@ -16,3 +22,5 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 
 sys.excepthook = _report
+if Path(sys.argv[0]).name in SCRIPTS:  # the imports that follow take a second, or several from a cold disk
+    waiting_for("starting")

@@ -40,6 +40,7 @@ from gpt2.runtime.console import WithoutPasswords, printable, protect_output
 from gpt2.runtime.dist_env import dist_env, exit_without_finalization, report_to_torchrun, silence_unless_main
 from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import Interrupted, admitted, exit_on_signals, reraise_interruption
+from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
 
 TRUSTED = ["gpt2.*"]  # what a configuration may instantiate
@@ -121,6 +122,8 @@ def run_task(task: Task, config: Run) -> Any:
             config.choices["model"] = Path(config.train.init_from).name
     if job.output_subdir is not None:
         (output_folder() / job.output_subdir / "config.yaml").write_text(to_yaml(asdict(config)), encoding="utf-8")
+    if "torch" not in sys.modules:
+        waiting_for("loading PyTorch")
     return task(config)
 
 

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 from gpt2.errors import is_full_disk, without_password
 from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.waiting import end_waiting
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class TerminalText:
         self.unfiltered = stream
 
     def write(self, text: str) -> int:
+        end_waiting()
         is_bar = sys._getframe(1).f_globals.get("__name__") == "tqdm.utils"
         start = match.end() if is_bar and (match := MOVES_OF_TQDM.match(text)) else 0
         self.unfiltered.write(text[:start] + printable(text[start:]))
@@ -193,6 +195,7 @@ class LiveProgress(Progress):
         super().__init__(*columns, console=console, transient=True, disable=not is_terminal())
 
     def start(self) -> None:
+        end_waiting()
         super().start()
         if not self.disable:
             sys.stdout, sys.stderr = TerminalText(sys.stdout), TerminalText(sys.stderr)

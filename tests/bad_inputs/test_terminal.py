@@ -89,7 +89,9 @@ def on_terminal(place: Workspace, columns: int, *arguments: str, **environment: 
 
 def test_narrow_terminal_without_colours(place):
     shown = on_terminal(place, 20, "train.py", "train.lrr=1", NO_COLOR="1")
-    assert shown.startswith("error: train.lrr=1: Key 'lrr'")
+    waiting, _, rest = shown.partition(f"\r{' ' * len('starting ...')}\r")
+    assert waiting == "starting ..."  # the first sign of life, before the imports
+    assert rest.startswith("error: train.lrr=1: Key 'lrr'")
     assert "\x1b" not in shown
 
 
