@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpt2.cli.arguments import split_arguments, take_subcommand
 from gpt2.cli.compose import ROOT
+from gpt2.cli.help import study_help
 from gpt2.cli.script import errors_as_lines, script
 from gpt2.config import ExportRun
 from gpt2.errors import UserError
@@ -141,6 +142,8 @@ def main() -> None:
         exit_on_signals(also_by_ctrl_c=True)
         with errors_as_lines():
             {"compare": compare, "study": study}[name]()
+    elif name == "optimize" and {"-h", "--help"} & {*sys.argv[1:]}:
+        print(study_help())
     elif name == "optimize":
         run_script("train", "-m", "hparams_search=optuna")
     else:

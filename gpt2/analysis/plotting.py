@@ -43,7 +43,12 @@ def picture(figure: Figure, kind: str = "png") -> bytes:
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Plot the training and validation loss of a run over tokens."""
-    run, figure = RunResult(metrics.parent), new_figure()
+    loss_curves(RunResult(metrics.parent)).savefig(picture)
+
+
+def loss_curves(run: RunResult) -> Figure:
+    """The legend is above the axes, where it covers no curve of any shape."""
+    figure = new_figure()
     axes = figure.subplots()
     training, validation = (run.curve(key, "tokens") for key in ("train/loss", "val/loss"))
     if training:
@@ -54,5 +59,5 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(axes, xlabel="tokens", ylabel="loss (nats per token)")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    figure.savefig(picture)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    return figure

@@ -137,6 +137,7 @@ class CheckpointModel(TrainedModel):
             raise UserError(f"checkpoint: {self.path}: {error}") from error
 
     def tensors(self) -> "dict[str, Tensor]":
+        run_folder.name_if_latest(self.path.parent.parent)
         checkpoint.check_memory(self.config, self.source)
         tensors = checkpoint.read_tensors(self.path, "model/")
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from gpt2.runtime.files import atomic_write, fsync, temporary_name
 log = logging.getLogger(__name__)
 
 BEST, LAST = "best_model.pth", "last.pth"  # safetensors files, despite their names
+_found: dict[Path, float | None] = {}  # what `latest_run` returned: the time of the last checkpoint, None when named
 STEP_NAME = re.compile(r"step_(\d{8,})\.pth")
 
 
@@ -168,7 +170,24 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
             f"checkpoint: no run with a checkpoint in {runs.absolute()}; train one with "
             f"`python train.py experiment=quickstart`, or name one with checkpoint=PATH"
         )
-    return max(checkpoints, key=lambda path: path.stat().st_mtime).parent.parent
+    saved, newest = max((path.stat().st_mtime, path) for path in checkpoints)
+    folder = newest.parent.parent
+    _found.setdefault(folder, saved)
+    return folder
+
+
+def name_if_latest(folder: Path) -> None:
+    """Log which run is used and its age, once, if `latest_run` found it: the user may expect another one."""
+    if (saved := _found.get(folder)) is not None:
+        log.info("latest run: %s, %s", folder, ago(time.time() - saved))
+        _found[folder] = None
+
+
+def ago(seconds: float) -> str:
+    """A duration until now in its largest unit, such as `3 minutes ago`."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    unit, number = next(((unit, int(seconds // size)) for unit, size in units if seconds >= size), ("second", 0))
+    return f"{number} {unit}{'s' * (number != 1)} ago"
 
 
 def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:

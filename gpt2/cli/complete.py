@@ -243,7 +243,9 @@ def resumed_checkpoint(resume: str) -> Path | None:
     Raises:
         UserError: All checkpoints are damaged.
     """
-    folder = run_folder.checkpoint_folder_of(run_folder.latest_run() if resume == "latest" else Path(resume))
+    place = run_folder.latest_run() if resume == "latest" else Path(resume)
+    run_folder.name_if_latest(place)
+    folder = run_folder.checkpoint_folder_of(place)
     return folder and run_folder.first_intact(run_folder.newest_first(folder))
 
 

@@ -5,6 +5,7 @@ The line of a key holds its default, its choices and its comment in `gpt2.config
 
 import ast
 import inspect
+import re
 import textwrap
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
@@ -40,6 +41,32 @@ def files_of(group: Path) -> str:
     key = f"  {group.name}="
     lines = textwrap.wrap(" ".join(sorted(file.stem for file in group.glob("*.yaml"))), WIDTH - len(key) - 1)
     return key + f"|\n{' ' * len(key)}".join(line.replace(" ", "|") for line in lines)
+
+
+STUDY = """Search hyperparameters: the same as `python train.py -m hparams_search=optuna`.
+
+usage: python -m gpt2.main optimize [OVERRIDES]
+
+Examples:
+  python -m gpt2.main optimize experiment=quickstart hydra.sweeper.n_trials=20
+  python -m gpt2.main optimize train.beta2=0.99             a value removes its key from the space
+  python -m gpt2.main optimize hydra/launcher=joblib hydra.sweeper.n_jobs=2     two trials at a time
+
+The same command resumes the study. Every group and key of train.py may be an override: python train.py --help.
+
+hydra/sweeper/sampler=tpe|gp|cmaes|random|grid|qmc    hydra/sweeper/pruner=median|asha|hyperband|none"""
+
+
+def study_help() -> str:
+    """What `optimize` understands: the keys of `conf/hparams_search/optuna.yaml`, with its comments, and its space."""
+    text = (CONF / "hparams_search" / "optuna.yaml").read_text(encoding="utf-8")
+    _, _, study = text.partition("\n  sweeper:\n")
+    keys = re.findall(r"^    (\w+): ([^#\n]+?)(?: # (.*))?$", study.partition("    params:")[0], re.MULTILINE)
+    space = re.findall(r"^      (\S+): (.*)$", study, re.MULTILINE)
+    lines = [line for key, value, comment in keys for line in lines_of(f"  hydra.sweeper.{key}={value}", "", comment)]
+    params = [f"  {key:<{INDENT - 2}}{value}" for key, value in space]
+    sections = {"Keys of the study:": filter(str.strip, lines), "Search space (hydra.sweeper.params):": params}
+    return "\n".join([STUDY, *(line for title, texts in sections.items() for line in ("", title, *texts))])
 
 
 def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):") -> list[list[str]]:

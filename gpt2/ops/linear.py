@@ -8,6 +8,7 @@ This is the only module that uses PyTorch's private oneDNN operations (`torch.op
 Checked with PyTorch 2.13. Where they are missing, `F.linear` is used; tests/ops/test_linear.py fails.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from gpt2.runtime.device import fastest_seconds, hardware
 from gpt2.runtime.files import atomic_write
 from gpt2.runtime.hub import caches
+
+log = logging.getLogger(__name__)
 
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> y, as F.linear
 
@@ -120,6 +123,7 @@ def faster_linear() -> str:
                 content = f"{_measure()}\n".encode()
                 with atomic_write(file) as new:
                     new.write(content)
+                log.info("Products of fp32 matrices: %s, measured once on this machine, see %s", names[content], file)
             return names[content]
     except OSError:  # the cache folder is not writable
         return _measure()

@@ -75,7 +75,7 @@ def choose_plan(
 
 
 def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Precision:
-    """The precision that rank 0 chooses: `auto` measures the CPU, so ranks could choose differently."""
+    """The precision that rank 0 chooses: the ranks may have different chips."""
     return choose_precision(group.broadcast_object(choose_precision(name, device).name), device)
 
 

@@ -1,6 +1,11 @@
 """The loss curves of a run."""
 
-from gpt2.analysis.plotting import draw_curves
+import json
+
+import pytest
+
+from gpt2.analysis.plotting import draw_curves, loss_curves
+from gpt2.analysis.runs import RunResult
 from gpt2.tracking.tracker import Tracker
 from tests.tracking.test_tracker import record
 
@@ -15,3 +20,36 @@ def test_draw_curves_of_runs_with_and_without_evaluations(tmp_path):
     pictures = [(tmp_path / f"{name}.png").read_bytes() for name in ("nothing", "training", "both")]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
     assert len(set(pictures)) == 3
+
+
+SHAPES = {  # validation losses
+    "falling": [4.0, 3.0, 2.5, 2.2],
+    "rising": [2.0, 3.0, 5.0, 9.0],
+    "best in the middle": [5.0, 1.0, 5.0],
+    "best at both ends": [1.0, 9.0, 1.0],
+    "flat": [3.0, 3.0],
+    "one evaluation": [3.0],
+    "everywhere": [1.0, 9.0] * 20,
+    "steep": [1e6, 1.0, 1e-3],
+}
+
+
+@pytest.mark.parametrize("losses", SHAPES.values(), ids=SHAPES)
+def test_label_of_the_best_value_covers_no_curve(tmp_path, losses):
+    records = []
+    for number, loss in enumerate(losses, 1):
+        at = {"step": number, "tokens": number * 1000, "seconds": 1.0}
+        records += [{**at, "train/loss": loss * 0.9}, {**at, "val/loss": loss}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    figure = loss_curves(RunResult(tmp_path))
+    figure.canvas.draw()
+    (legend,), (axes,) = figure.legends, figure.axes
+    assert [text.get_text() for text in legend.get_texts()] == ["training", f"validation, best {min(losses):.3f}"]
+    box = legend.get_window_extent()
+    assert figure.bbox.fully_containsx(box.x0 + 1)
+    assert figure.bbox.fully_containsx(box.x1 - 1)
+    assert figure.bbox.fully_containsy(box.y1 - 1)
+    assert not box.overlaps(axes.bbox)
+    for line in axes.lines:
+        assert not line.get_transform().transform_path(line.get_path()).intersects_bbox(box, filled=False)
+        assert not any(box.contains(*point) for point in line.get_transform().transform(line.get_xydata()))

@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -301,12 +303,19 @@ def test_errors_name_the_damage_or_the_option(tmp_path):
             run_folder.find_checkpoint(str(tmp_path / place), "resume")
 
 
-def test_latest_run_saved_last(tmp_path):
+def test_latest_run_saved_last(tmp_path, caplog):
     for name, age in (("a/1", 20), ("b/0", 10), ("a/2", 30)):
         for step in (1, 2):
             path = save(tmp_path / name / "checkpoints", step)
             os.utime(path, (1e9 - age + step, 1e9 - age + step))
-    assert run_folder.latest_run(tmp_path) == tmp_path / "b/0"
+    with caplog.at_level(logging.INFO, "gpt2"):
+        assert run_folder.latest_run(tmp_path) == run_folder.latest_run(tmp_path) == tmp_path / "b/0"
+        assert not caplog.messages
+        for _ in range(2):
+            run_folder.name_if_latest(tmp_path / "a/1")
+            run_folder.name_if_latest(tmp_path / "b/0")
+    (message,) = caplog.messages
+    assert re.fullmatch(rf"latest run: {tmp_path / 'b/0'}, \d+ days ago", message)
 
 
 def test_unfinished_first_checkpoint_does_not_count(tmp_path, monkeypatch):
@@ -317,3 +326,25 @@ def test_unfinished_first_checkpoint_does_not_count(tmp_path, monkeypatch):
     unfinished.parent.mkdir(parents=True)
     unfinished.write_bytes(b"half of it")
     assert run_folder.find_checkpoint(None) == good
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((-1, "0 seconds ago"), (0.9, "0 seconds ago"), (1, "1 second ago"), (59.9, "59 seconds ago")),
+        *((60, "1 minute ago"), (7199, "1 hour ago"), (86400, "1 day ago"), (1e6, "11 days ago")),
+    ],
+)
+def test_ago(seconds, text):
+    assert run_folder.ago(seconds) == text
+
+
+def test_scripts_name_the_latest_run_before_they_use_it(trained, workspace):
+    shutil.copytree(trained.runs()[0], workspace.folder / "outputs" / "runs" / "gpt2" / "a")
+    line, short = f"latest run: {Path('outputs/runs/gpt2/a')}, ", "inference.max_new_tokens=1"
+    assert workspace.run("generate.py", "prompt=a", short).stderr.startswith(line)
+    quiet = workspace.run("generate.py", "prompt=a", short, "quiet=true")
+    assert (quiet.stderr, quiet.stdout[:1]) == ("", "a")
+    resumed = workspace.run("train.py", "resume=latest", "wandb=off", "data.files=[corpus.txt]")
+    assert resumed.stdout.startswith(line)
+    assert resumed.stdout.count("latest run: ") == 1

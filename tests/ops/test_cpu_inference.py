@@ -1,5 +1,6 @@
 """Linear layers for CPU inference equal `F.linear`, exactly or nearly."""
 
+import time
 from math import exp
 
 import pytest
@@ -11,20 +12,20 @@ from torch.testing import assert_close
 from gpt2.errors import UserError
 from gpt2.evaluate import score
 from gpt2.model import GPT2Model
+from gpt2.ops import linear as onednn
 from gpt2.ops.cpu_inference import (
     InferenceLinear,
     Int8Linear,
     PackedLinear,
-    available_kinds,
-    fastest_kind,
+    SlicedLinear,
+    kind_for,
     pack_linears,
     quantize,
 )
-from gpt2.runtime import device
 from tests.helpers import CORPUS, finish, noisy_model, random_ids, tiny_config
 
 close = {"atol": 1e-5, "rtol": 1e-5}
-EXACT = [InferenceLinear, *available_kinds(torch.float32)]
+EXACT = [InferenceLinear, SlicedLinear, *([PackedLinear] if onednn.is_available() else [])]
 shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (8, 1)], ids=str)
 
 
@@ -43,7 +44,7 @@ def test_each_layout_equals_the_plain_layer(kind, shape, bias, outputs):
 @pytest.mark.parametrize("kind", EXACT[1:])
 def test_a_packed_model_has_the_same_logits_and_text(kind, use_bias):
     plain, changed = (noisy_model(tiny_config(use_bias=use_bias)).eval() for _ in range(2))
-    assert pack_linears(changed, kinds=[kind]) is kind
+    assert pack_linears(changed, kind=kind) is kind
     assert not [layer for layer in changed.modules() if isinstance(layer, nn.Linear | nn.Dropout)]
     assert type(changed.head) is kind
     input_ids = random_ids(plain.config, 3, 9)
@@ -60,7 +61,7 @@ def test_a_packed_model_has_the_same_logits_and_text(kind, use_bias):
 @pytest.mark.skipif(PackedLinear not in EXACT, reason="this PyTorch has no packed layers")
 def test_a_model_in_bf16_can_be_packed():
     plain, changed = (noisy_model(tiny_config(), std=0.05).bfloat16().eval() for _ in range(2))
-    assert pack_linears(changed, kinds=available_kinds(torch.bfloat16)) is PackedLinear
+    assert pack_linears(changed, kind=kind_for(torch.bfloat16, texts=1)) is PackedLinear
     input_ids = random_ids(plain.config, 3, 9)
     with torch.no_grad():
         assert_close(changed(input_ids)[0], plain(input_ids)[0], atol=2e-2, rtol=2e-2)
@@ -72,21 +73,21 @@ def test_a_small_model_is_not_changed():
     assert model.head is None
 
 
-@pytest.mark.parametrize(("seconds", "best"), [((1.0, 0.5), 1), ((1.0, 0.95), 0), ((1.0, 2.0), 0), ((1, 0.8, 0.4), 2)])
-def test_the_fastest_kind_is_chosen_if_it_is_clearly_faster(monkeypatch, seconds, best):
-    """On a clock that only the layers advance."""
-    clock = [0.0]
-    monkeypatch.setattr(device.time, "perf_counter", lambda: clock[0])
-
-    def kind(cost: float) -> type[InferenceLinear]:
-        class Costly(InferenceLinear):
-            def forward(self, x):
-                clock[0] += cost
-
-        return Costly
-
-    kinds = [kind(cost) for cost in seconds]
-    assert fastest_kind(kinds, torch.zeros(8, 8), texts=1) is kinds[best]
+@pytest.mark.parametrize(
+    ("has_onednn", "dtype", "texts", "kind"),
+    [
+        (True, torch.float32, 1, SlicedLinear),
+        (True, torch.float32, 2, PackedLinear),
+        (True, torch.bfloat16, 1, PackedLinear),
+        (True, torch.float16, 1, InferenceLinear),
+        (False, torch.float32, 2, SlicedLinear),
+        (False, torch.bfloat16, 2, InferenceLinear),
+    ],
+)
+def test_layout_is_chosen_by_a_rule_and_never_by_time(monkeypatch, has_onednn, dtype, texts, kind):
+    monkeypatch.setattr(onednn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr(time, "perf_counter", None)
+    assert kind_for(dtype, texts) is kind
 
 
 # ---------------------------------------------------------------------------------------------------------------------

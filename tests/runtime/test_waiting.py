@@ -15,7 +15,9 @@ class Stream(io.StringIO):
         self.isatty = lambda: is_terminal
 
 
-@pytest.mark.parametrize(("out", "error", "rank"), [(True, True, "0"), (False, True, "0"), (True, False, "0"), (True, True, "1")])
+@pytest.mark.parametrize(
+    ("out", "error", "rank"), [(True, True, "0"), (False, True, "0"), (True, False, "0"), (True, True, "1")]
+)
 def test_line_is_shown_on_a_terminal_and_removed_before_other_output(monkeypatch, out, error, rank):
     stdout, stderr = Stream(out), Stream(error)
     monkeypatch.setattr(sys, "__stdout__", stdout)
