@@ -347,7 +347,8 @@ def no_file(pattern: str) -> str | None:
     except OSError as error:  # of a link to nothing or to itself
         return f"{paths[0]!r} leads to no file ({error.strerror})"
     if is_folder:
-        return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], '**/*.txt'))!r}"
+        like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
+        return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"
     return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
 
 

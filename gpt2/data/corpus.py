@@ -486,8 +486,8 @@ def _write_split(folder: Path, source: Source, split: str, tokenizer: GPT2Tokeni
         progress = {}
     if progress.get("tokenizer") != tokenizer.fingerprint:
         progress = {"tokenizer": tokenizer.fingerprint}
-    written = Written(**progress.get(split, {}))
-    if written.is_complete:
+    written, path = Written(**progress.get(split, {})), folder / f"{split}.bin"
+    if written.is_complete and path.exists():
         return written
     if written.tokens:
         log.info("Data: continuing the %s split after its first %s tokens", split, f"{written.tokens:,}")
@@ -497,8 +497,7 @@ def _write_split(folder: Path, source: Source, split: str, tokenizer: GPT2Tokeni
             with atomic_write(folder / PROGRESS) as file:
                 file.write(json.dumps(_with_checksum({**progress, split: asdict(now)})).encode())
 
-    documents, path = documents_of_split(source, split, config), folder / f"{split}.bin"
-    threads = config.preprocessing_num_workers
+    documents, threads = documents_of_split(source, split, config), config.preprocessing_num_workers
     return write_tokens(documents, tokenizer, path, f"Tokenizing {split}", threads, written, commit)
 
 

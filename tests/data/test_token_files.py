@@ -12,6 +12,7 @@ from gpt2.data.token_files import HEADER_BYTES, MAGIC, TokenFile, Tokens, split_
 from gpt2.data_loader import load_split, load_text_data
 from gpt2.errors import UserError
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.validation import validate
 from tests.conftest import TEXT, TINY, Workspace
 from tests.data.test_corpus import config_of
 
@@ -128,6 +129,9 @@ def test_damage_is_one_line_for_each_file(workspace: Workspace):
 def test_unknown_tokens_and_other_kinds_are_refused(tmp_path):
     files = write_nanogpt(tmp_path / "bin")
     (tmp_path / "a.txt").write_text("text")
+    assert validate(DataConfig(files=[str(tmp_path / "bin")]))[0].endswith(
+        "is a folder; name its files, such as " + repr(files[0])
+    )
     with pytest.raises(UserError, match=r"a\.txt is text beside files of tokens"):
         prepare(config_of(tmp_path, files=[*files, str(tmp_path / "a.txt")]))
     with pytest.raises(UserError, match=r"data\.tokenizer: data\.files holds tokens, .* \(data=tokens\)"):
