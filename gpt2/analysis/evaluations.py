@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from gpt2.analysis.plotting import as_label, new_figure, picture, plain
-
 Result = dict[str, Any]  # as `evaluation.json` holds it
 OF_CORPUS = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "bits_per_byte": "{:.4f}"}
 
@@ -63,6 +61,8 @@ def curve(results: list[Result]) -> bytes | None:
 
     None if no run has two steps.
     """
+    from gpt2.analysis.plotting import as_label, new_figure, picture, plain  # matplotlib, which a table needs not load
+
     runs: dict[Path, list[Result]] = {}
     for result in results:
         if result["step"] is not None:
