@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import Table, parquet
 
 from gpt2.data import corpus
 from gpt2.data.corpus import prepare
+from gpt2.data.sources import _require_space
 from gpt2.errors import UserError
 from gpt2.runtime import files
 from tests.data.test_corpus import config_of, documents_of
@@ -203,3 +205,14 @@ def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path,
     assert documents_of(prepare(config), "train") == rows[10:]
     assert "damaged" not in caplog.text
     assert kind == "jsonl" or options == [False]
+
+
+def test_download_and_table_of_a_dataset_of_the_hub_must_fit(tmp_path, monkeypatch):
+    fsspec.filesystem("memory").pipe("/tiny/train.parquet", bytes(1000))
+    files_of = {"train": ["memory://tiny/train.parquet"], "test": ["memory://tiny/unknown", "no-such-protocol://a"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=files_of), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    _require_space(builder)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1999))
+    with pytest.raises(UserError, match=r"preparing the dataset needs about 0\.0 MB"):
+        _require_space(builder)
