@@ -19,7 +19,8 @@ MOST_KEYS, LONGEST = 6, 24  # keys in a table, and characters of a value
 NOT_COMPARED = (
     *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
-    *("inference.", "loggers", "wandb.", "mlflow.", "study.", "choices.experiment"),
+    *("inference.", "loggers", "wandb.", "mlflow.", "study.", "choices.experiment", "choices.inference"),
+    *("plan", "train.detect_anomaly", "train.eval_tasks"),
 )
 # What says most about a run comes first, all other keys follow as they are declared, the seed is last.
 IMPORTANT = (

@@ -1,5 +1,6 @@
 """Products by oneDNN equal `F.linear`, gradients included, and are used where they are faster."""
 
+import logging
 import pickle
 
 import pytest
@@ -72,15 +73,18 @@ def test_products_that_need_a_copy_are_left_to_pytorch(monkeypatch):
         ([[4.0, 8.0]], "PyTorch"),
     ],
 )
-def test_the_fastest_product_is_used_and_stored(seconds, chosen, monkeypatch, tmp_path):
+def test_the_fastest_product_is_used_stored_and_said_once(seconds, chosen, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = iter(seconds)
     monkeypatch.setattr(onednn, "fastest_seconds", lambda functions: next(measured))
     onednn.faster_linear.cache_clear()
-    assert onednn.faster_linear() == chosen
-    onednn.faster_linear.cache_clear()
-    monkeypatch.setattr(onednn, "fastest_seconds", lambda functions: pytest.fail("measured again"))
-    assert onednn.faster_linear() == chosen
+    with caplog.at_level(logging.INFO, "gpt2"):
+        assert onednn.faster_linear() == chosen
+        onednn.faster_linear.cache_clear()
+        monkeypatch.setattr(onednn, "fastest_seconds", lambda functions: pytest.fail("measured again"))
+        assert onednn.faster_linear() == chosen
+    (message,) = caplog.messages
+    assert message.startswith(f"Products of fp32 matrices: {chosen}, measured once on this machine, see {tmp_path}")
     onednn.faster_linear.cache_clear()
 
 
