@@ -93,6 +93,13 @@ def test_samples_are_logged_without_escape_sequences(blocks, tmp_path, caplog):
     assert "    | a\ufffd[2Jb\n    | c" in caplog.text
 
 
+def test_training_from_python_prints_its_progress(blocks, tmp_path, capsys):
+    make_trainer(blocks, tmp_path, max_steps=2, log_every=1, eval_batches=1).train()
+    starts = ["step 1/2  loss ", "step 2/2  loss ", "step 2  validation loss "]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
 def test_progress_line_shows_the_step_and_what_happens(blocks, tmp_path):
     console, shown = ConsoleLog(), []
 
