@@ -73,7 +73,8 @@ def needs_more(line: str) -> bool:
         words in line for words in ("experiment=", "data=text", "data=stdlib", "optuna_quick", "resume=", "--help")
     )
     return is_training_on_default or any(
-        words in line for words in ("device=cuda", "peer=", "data=wikitext", "data=openwebtext", "data=fineweb")
+        words in line
+        for words in ("device=cuda", "peer=", "data=wikitext", "data=openwebtext", "data=fineweb", "experiment=gpt2_")
     )
 
 

@@ -28,7 +28,14 @@ from gpt2.errors import (
 from gpt2.evaluate import perplexity
 from gpt2.model import GPT2Model
 from gpt2.runtime.console import time_left
-from gpt2.runtime.device import choose_device, choose_precision, describe, hardware, requested_precision
+from gpt2.runtime.device import (
+    choose_device,
+    choose_precision,
+    describe,
+    hardware,
+    keep_freed_memory,
+    requested_precision,
+)
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.rng import commit, versions
@@ -94,7 +101,8 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
     ranks = f"{work.ranks} ranks ({strategy}), each on " if work.ranks > 1 else ""
     count, per = (1, " a step") if steps is None else (steps, "")
-    memory = memory_needed(work, plan)
+    memory, available = memory_needed(work, plan), memory_of(plan.device)
+    less = "; train.gradient_checkpointing=true and a smaller train.batch_size take less"
     parts = ", ".join(f"{what} {size / 1e9:.2g}" for what, size in memory.items())
     return [
         f"Model   {work.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
@@ -104,7 +112,7 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
         f"On      {ranks}{describe(plan.device)}, {precision}{why}",
         f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}",
         f"Memory  about {sum(memory.values()) / 1e9:.2g} GB {'' if work.ranks == 1 else 'for each rank '}({parts}); "
-        f"there are {memory_of(plan.device) / 1e9:.2g} GB",
+        f"there are {available / 1e9:.2g} GB{less if sum(memory.values()) > available else ''}",
     ]
 
 
@@ -114,6 +122,7 @@ def print_plan(config: TrainRun) -> None:
     Raises:
         UserError: There is no such device.
     """
+    keep_freed_memory()  # as a run does
     train, env = config.train, dist_env()
     model = meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
     is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1

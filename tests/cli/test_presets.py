@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from gpt2.cli import messages
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
-from gpt2.cli.messages import print_plan
 from gpt2.config import TrainRun
 from gpt2.runtime.dist_env import DistEnv
 from gpt2.tracking.tracker import read_metrics
@@ -118,15 +118,22 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cost, "_time_part", time_part)
     monkeypatch.setattr(cost, "LONG", 0.3)
-    print_plan(composed("gpt2_1558m_openwebtext", tmp_path, "train.device=cpu", "train.precision=bf16"))
+    monkeypatch.setattr(messages, "memory_of", lambda _device: 80e9)
+    messages.print_plan(composed("gpt2_1558m_openwebtext", tmp_path, "train.device=cpu", "train.precision=bf16"))
     out = capsys.readouterr().out
     assert "1,557,611,200 parameters" in out
     assert "Cost    314,572,800,000 tokens and 3.2e+21 FLOPs\n" in out
     assert "Memory  about 53 GB (weights, gradients and optimizer 28, activations 23, logits 1.3); there are " in out
+    assert "a smaller train.batch_size" not in out
     (hours, parts), *_ = re.findall(r"Time    about ([\d,]+) hours at 97 tokens/s, estimated from a pass of (.*);", out)
     assert float(hours.replace(",", "")) == pytest.approx(600_000 * 524_288 * 10.28e9 / 1e12 / 3600, rel=1e-3)
     assert parts == "4 of 48 layers, 1 of 8 blocks, 256 of 1,024 tokens, computation only"
     assert re.search(r"; train.max_training_hours=100000 ends it after 35,0[\d,]+ tokens\n$", out)
+
+    messages.print_plan(composed("gpt2_1558m_openwebtext", tmp_path, "train.device=cpu", "train.batch_size=24"))
+    assert (
+        "there are 80 GB; train.gradient_checkpointing=true and a smaller train.batch_size" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
