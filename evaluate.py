@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gpt2.evaluate import Evaluator
     from gpt2.model import GPT2Model
     from gpt2.tasks.run import TaskEvaluator
-    from gpt2.tracking.tracker import ExternalLogger
 
 Figures = dict[str, Any]
 
@@ -34,7 +33,8 @@ def main(config: EvaluateRun) -> None:
     """Score each model on one split of a corpus or on tasks; print and store the figures."""
     import torch
 
-    from gpt2.analysis.evaluations import flat, names_of_models
+    from gpt2.analysis.evaluations import flat, model_rows, names_of_models, write_curve
+    from gpt2.analysis.tables import as_text
     from gpt2.checkpoint.pretrained import open_model
     from gpt2.distributed.process_group import init_distributed
     from gpt2.ops.cpu_inference import quantize, refuse_int8
@@ -76,26 +76,14 @@ def main(config: EvaluateRun) -> None:
                 evaluation.evaluator.print_metrics(figures)
                 external.summarize(flat(figures))
             else:
-                report(results, external)
+                head, *rows = model_rows(results)
+                print(as_text([head, *rows]))
+                external.show_table("evaluations", head, rows)
+                if picture := write_curve(results):
+                    print(f"\ncurve in {picture}")
     if group.is_main:
-        print("".join(f"\nwritten to {output}" for output in dict.fromkeys(one.output for one in configs)))
-        for line in external.where():
-            print(line)
-
-
-def report(results: list[Figures], external: "ExternalLogger") -> None:
-    """Print and log a table of several models, and draw a curve where a run has several steps."""
-    from gpt2.analysis.evaluations import curve, model_rows
-    from gpt2.analysis.tables import as_text
-
-    head, *rows = model_rows(results)
-    print(as_text([head, *rows]))
-    external.show_table("evaluations", [*head], [[*row] for row in rows])
-    if picture := curve(results):
-        path = Path(results[0]["output"])
-        path = path.with_name(f"{path.stem}_tasks.png" if "results" in results[0] else f"{path.stem}.png")
-        path.write_bytes(picture)
-        print(f"\ncurve in {path}")
+        outputs = dict.fromkeys(one.output for one in configs)
+        print("", *(f"written to {output}" for output in outputs), *external.where(), sep="\n")
 
 
 def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:

@@ -23,7 +23,7 @@ OTHERS = [*sorted((ROOT / "experiments").glob("*/README.md")), ROOT / "tests" / 
 PARTS = {"distributed": DistributedConfig, "train": TrainingConfig}
 
 SHORT = ["train.max_steps=2", "train.eval_batches=2", "inference.max_new_tokens=5", "wandb=off"]
-TINY_MODEL = [argument for argument in TINY if argument.startswith("model.")]
+TINY_MODEL = [*(argument for argument in TINY if argument.startswith("model.")), "model.num_heads=2"]
 
 
 def name_of(path: Path) -> str:

@@ -56,10 +56,11 @@ def model_rows(results: list[Result]) -> list[list[str]]:
     return rows
 
 
-def curve(results: list[Result]) -> bytes | None:
-    """A picture of the loss, or of the headline figure of each task, over the steps of each run.
+def write_curve(results: list[Result]) -> Path | None:
+    """Draw the loss, or the headline figure of each task, over the steps of each run, beside the first result's file.
 
-    None if no run has two steps.
+    Returns:
+        The picture's path; None if no run has two steps.
     """
     from gpt2.analysis.plotting import as_label, new_figure, picture, plain  # matplotlib, which a table needs not load
 
@@ -86,4 +87,7 @@ def curve(results: list[Result]) -> bytes | None:
     plain(axes, xlabel="step", ylabel="accuracy ± standard error" if tasks else "loss (nats per token)")
     if tasks or len(lines) > 1:
         axes.legend(frameon=False)
-    return picture(figure)
+    path = Path(results[0]["output"])
+    path = path.with_name(f"{path.stem}{'_tasks' if tasks else ''}.png")
+    path.write_bytes(picture(figure))
+    return path
