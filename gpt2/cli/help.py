@@ -65,7 +65,7 @@ def study_help() -> str:
     space = re.findall(r"^      (\S+): (.*)$", study, re.MULTILINE)
     lines = [line for key, value, comment in keys for line in lines_of(f"  hydra.sweeper.{key}={value}", "", comment)]
     params = [f"  {key:<{INDENT - 2}}{value}" for key, value in space]
-    sections = {"Keys of the study:": filter(str.strip, lines), "Search space (hydra.sweeper.params):": params}
+    sections = {"Keys (KEY=VALUE):": filter(str.strip, lines), "Search space (hydra.sweeper.params):": params}
     return "\n".join([STUDY, *(line for title, texts in sections.items() for line in ("", title, *texts))])
 
 
