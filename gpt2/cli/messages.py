@@ -143,21 +143,18 @@ def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
     if timing is None:
         return "Time    not measured: a layer and the head take more than half of the memory"
     speed = work.tokens_per_step / timing.step
-    taken = math.inf if steps is None else steps * timing.step / 3600
+    taken = math.inf if steps is None else steps * timing.step
+    duration = f"{taken / 3600:,.0f} hours" if taken > 36000 else time_left(taken)
     whole = {"layers": work.model.config.num_layers, "blocks": work.rows, "tokens": work.length}
     sizes = zip((timing.layers, timing.rows, timing.tokens), whole.items(), strict=True)
     parts = [f"{size:,} of {total:,} {what}" for size, (what, total) in sizes if size < total]
     measured = f"from a pass of {', '.join(parts)}" if parts else "from whole passes"
     compiled = " without torch.compile" if plan.compiled else ""
-    whole_run = "" if steps is None else f"about {in_hours(taken)} "
+    whole_run = "" if steps is None else f"about {duration} "
     result = f"Time    {whole_run}at {speed:,.0f} tokens/s, estimated {measured}{compiled}, computation only"
-    if taken <= hours:
+    if taken <= hours * 3600:
         return result
-    return f"{result}; train.max_training_hours={hours:g} ends it after {hours * 3600 * speed:,.0f} tokens"
-
-
-def in_hours(hours: float) -> str:
-    return f"{hours:,.0f} hours" if hours >= 10 else f"{max(hours, 0.001):.2g} hours"
+    return f"{result}; train.max_training_hours={hours:g} ends it after at most {hours * 3600 * speed:,.0f} tokens"
 
 
 def vocabulary_size(config: TrainRun) -> int:

@@ -421,7 +421,7 @@ def require_space(source: Source, tokenizer: GPT2Tokenizer | None, config: DataC
     """
     tokens_per_byte = 1 / BYTES_PER_TOKEN
     if tokenizer:
-        first = [text for text, _ in next(batched(documents_of_split(source, "train", config), []), [])]
+        first = [text for text, _ in next(batched((document.parts() for document in source.train), []), [])]
         tokens = len(first) + sum(map(len, tokenizer.encode_batch(first)))
         tokens_per_byte = tokens / max(1, len("".join(first).encode("utf-8", "replace")))
     vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size

@@ -68,9 +68,11 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     weights, head = model.num_parameters(), model.token_embedding.weight.numel()
     muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if train.optimizer == "muon" else 0
     state: float = 16 * weights - 4 * muon  # weight, gradient and two averages, of which Muon has one
-    is_fp32, chunk = plan.precision.name == "fp32", CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
+    is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
+    logits = tokens * model.config.vocab_size * itemsize
+    chunk = min(logits, CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"]))
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
-        state = state / work.ranks + plan.precision.dtype.itemsize * head + (4 * weights if work.passes > 1 else 0)
+        state = state / work.ranks + itemsize * head + (4 * weights if work.passes > 1 else 0)
     elif not is_fp32:
         state += 2 * weights  # autocast keeps a copy
     return {

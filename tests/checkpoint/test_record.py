@@ -219,6 +219,7 @@ def test_list_of_what_a_checkpoint_decides():
     decided = saved_values(asdict(TrainRun())).keys()
     assert everything - decided == {
         *OF_THE_USER,
+        "plan",
         "resume",
         "resume_changes",
         "study.name",

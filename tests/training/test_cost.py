@@ -45,6 +45,8 @@ def test_memory_is_that_of_the_table_in_docs_scale():
     assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # whole gradients
     assert gigabytes(XL, train={"optimizer": "muon"})[0] == 28.0 - 5.9  # one average less for 1.47 billion weights
     assert gigabytes(replace(XL, **NO_DROPOUT))[1] == 23.3
+    assert gigabytes(XL)[2] == 1.3
+    assert gigabytes(replace(XL, vocab_size=257))[2] == 0.1  # all logits are smaller than a chunk
 
 
 @pytest.mark.parametrize("long", [0.0, 0.1, 1e9])
