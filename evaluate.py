@@ -23,7 +23,7 @@ Figures = dict[str, Any]
 @dataclass
 class Evaluation:
     evaluator: "Evaluator | TaskEvaluator"
-    what: str  # it is evaluated on, in a word
+    what: str  # the split, or the names of the tasks
     title: str
     about: Figures  # what its result says beside the figures
 
@@ -39,11 +39,11 @@ def main(config: EvaluateRun) -> None:
     from gpt2.distributed.process_group import init_distributed
     from gpt2.ops.cpu_inference import quantize, refuse_int8
     from gpt2.runtime.device import choose_device, keep_freed_memory
-    from gpt2.tracking.loggers import LoggedRun, comparable, start_loggers
+    from gpt2.tracking.loggers import LoggedRun, start_loggers
     from gpt2.tracking.tracker import ExternalLogger, Tracker
 
     keep_freed_memory()
-    configs, results, external = [config, *config.others], list[Figures](), ExternalLogger()
+    configs, results, titles, external = [config, *config.others], list[Figures](), list[str](), ExternalLogger()
     with init_distributed(DistributedConfig().timeout, config.device, "device") as group, ExitStack() as tracked:
         if config.quantization:
             refuse_int8(choose_device(config.device), "quantization")
@@ -57,21 +57,22 @@ def main(config: EvaluateRun) -> None:
             evaluation = (on_tasks if config.tasks else on_corpus)(one, model, group)
             if one is config:
                 if group.is_main:
-                    name, group_name = f"{trained.experiment} {evaluation.what}", trained.experiment
-                    run = LoggedRun(name, group_name, "evaluate", comparable(settings_of(config)))
-                    external = start_loggers(config, run)
+                    name = f"{trained.experiment} {evaluation.what}"
+                    external = start_loggers(config, LoggedRun(name, trained.experiment, "evaluate", settings_of(one)))
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
             circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__}
             circumstances |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
             step = trained.record and trained.record["progress"]["step"]
             results.append({**figures, **settings_of(one), "step": step, **evaluation.about, **circumstances})
+            titles.append(evaluation.title)
             if group.is_main:
                 add_result(Path(str(one.output)), results[-1])
+            if one is not configs[-1]:
+                del model, evaluation  # only one model is in memory at a time
         if group.is_main:
-            quantization = f", {config.quantization}" if config.quantization else ""
             models = f"model  {trained.describe()}" if len(configs) == 1 else names_of_models(results)
-            print(f"{models}{quantization}\n{evaluation.title}\n")
+            print(", ".join(filter(None, (models, config.quantization))), *dict.fromkeys(titles), "", sep="\n")
             if len(configs) == 1:
                 evaluation.evaluator.print_metrics(figures)
                 external.summarize(flat(figures))

@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 from gpt2.config import TrainRun
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import LOCK, is_locked
+from gpt2.tracking.loggers import flat
 from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, read_metrics
 from gpt2.validation import brief, choices_of, from_plain
 
@@ -26,15 +27,6 @@ log = logging.getLogger(__name__)
 SEED = "train.seed"
 # The states of runs that never recorded how they ended: their process is dead, or cannot be seen from this machine.
 KILLED, UNSEEN = "killed", "running?"
-
-
-def flat(nested: Record, prefix: str = "") -> dict[str, Any]:
-    """The values of nested dictionaries by their dotted keys; an empty dictionary is a value."""
-    result: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        result |= inner or {f"{prefix}{key}": value}
-    return result
 
 
 def is_finite(value: Any) -> bool:

@@ -11,12 +11,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.analysis.runs import COLUMNS, SEED, RunResult, flat
+from gpt2.analysis.runs import COLUMNS, SEED, RunResult
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, escaped, in_hydras_grammar
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError, one_line
+from gpt2.tracking.loggers import flat
 
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")

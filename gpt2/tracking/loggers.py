@@ -257,9 +257,10 @@ def redact(value: Any) -> Any:
     return without_secrets(value) if isinstance(value, str) else value
 
 
-def flat(config: Record, prefix: str = "") -> Record:
-    """A nested configuration by keys with dots."""
-    values: Record = {}
-    for key, value in config.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
+def flat(nested: Record, prefix: str = "") -> Record:
+    """The values of nested dictionaries by their dotted keys; an empty dictionary is a value."""
+    result: Record = {}
+    for key, value in nested.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        result |= inner or {f"{prefix}{key}": value}
+    return result

@@ -29,7 +29,6 @@ class TensorBoardLogger(ExternalLogger):
         threading.excepthook = _report_unless_of_writer
         assert run.folder is not None
         self.run, self.folder, self.step = run, run.folder / "tensorboard", run.step
-        self._shown = run.step  # the step of the newest sample that is in the event files
 
     def start(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -52,11 +51,9 @@ class TensorBoardLogger(ExternalLogger):
                 self.writer.add_scalar(key, value, self.step)
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """Add the rows that are new: of samples, which have a step and a text."""
-        for step, text in rows:
-            if step > self._shown:
-                self._shown = step
-                self._add_text(name, text, step)
+        """Add the last row, a step and a text: the table of samples grows by one row a call."""
+        step, text = rows[-1]
+        self._add_text(name, text, step)
 
     def _add_text(self, tag: str, text: str, step: int | None = None) -> None:
         """A text with its line breaks and spaces: TensorBoard reads Markdown."""

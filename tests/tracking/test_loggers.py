@@ -255,6 +255,16 @@ def test_mlflow_continues_the_run(resumed):
     assert json.loads((folder / "artifacts" / "config.json").read_text())["train"]["max_steps"] == 10
 
 
+def test_tensorboard_has_the_sample_of_the_step_that_is_resumed(tmp_path):
+    """Of a run that was interrupted in its validation, which the resumed run repeats."""
+    run = LoggedRun("n", "g", "train", folder=tmp_path, step=8)
+    with Tracker(tmp_path, start_loggers(TrainRun(loggers=["tensorboard"]), run)) as tracker:
+        tracker.log(record(8, **{"val/loss": 2.0}), sample="of step 8")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [8]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["silent", "refuses"])
 def test_mlflow_server_that_fails_costs_seconds_and_changes_nothing(trained, workspace, server):
