@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ID = "mlflow_id"  # file in a run folder
 STORE = Path("outputs/mlruns")
+ARTIFACTS = Path("outputs/mlartifacts")  # files of runs in a database on this machine; MLflow's default is ./mlruns
 STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # of other endings: FAILED
 LONGEST_KEY, LONGEST_VALUE, MOST_METRICS, MOST_PARAMS = 250, 6000, 1000, 100  # MLflow's limits, two for a request
 
@@ -36,12 +37,13 @@ class MlflowLogger(ExternalLogger):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would contact a server of its makers
         self.uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(STORE)
         self.is_folder = "://" not in self.uri.removeprefix("file://")
+        self.is_database = self.uri.startswith("sqlite:")  # on this machine
         if self.is_folder:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for a database otherwise
         import mlflow  # noqa: F401  # in the main thread
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it prints to standard error
-        self.seconds = 30.0 if self.is_folder else 5.0
+        self.seconds = 30.0 if self.is_folder or self.is_database else 5.0  # creating the tables takes several
         self.experiment, self.run, self.step = config.experiment, run, run.step
         self.run_id = ""
         self._pending: list[Metric] = []
@@ -87,9 +89,11 @@ class MlflowLogger(ExternalLogger):
     def _experiment_id(self) -> str:
         """That of the experiment, which is created if need be, by one process: a folder would get two of a name."""
         STORE.parent.mkdir(exist_ok=True)
-        with exclusive_change(STORE.parent) if self.is_folder else nullcontext():
-            known = self.client.get_experiment_by_name(self.experiment)
-            return known.experiment_id if known else self.client.create_experiment(self.experiment)
+        with exclusive_change(STORE.parent) if self.is_folder or self.is_database else nullcontext():
+            if known := self.client.get_experiment_by_name(self.experiment):
+                return known.experiment_id
+            place = str(ARTIFACTS.absolute()) if self.is_database else None
+            return self.client.create_experiment(self.experiment, artifact_location=place)
 
     def log(self, record: Record) -> None:
         self.step = record["step"]

@@ -140,10 +140,9 @@ def test_dataset_of_another_task_is_named(tmp_path):
         load_questions("piqa", str(tmp_path), None, "tasks")
 
 
-def test_training_scores_tasks_without_changing_its_result(workspace: Workspace, folder):
+def test_training_scores_tasks_without_changing_its_result(trained: Workspace, workspace: Workspace, folder):
     tasks = ["train.eval_tasks=[lambada,winogrande]", f"train.eval_tasks_folder={folder}", "train.eval_tasks_limit=2"]
-    plain, scored = (workspace.folder / name for name in ("plain", "scored"))
-    workspace.run("train.py", *TINY, f"hydra.run.dir={plain}")
+    (plain,), scored = trained.runs(), workspace.folder / "scored"
     workspace.environment["GPT2_FAULT"] = "exit@6"
     done = workspace.run("train.py", *TINY, *tasks, f"hydra.run.dir={scored}", "train.keep_checkpoints=9", expect=7)
     del workspace.environment["GPT2_FAULT"]
@@ -151,9 +150,9 @@ def test_training_scores_tasks_without_changing_its_result(workspace: Workspace,
 
     names = ["val/lambada", "val/lambada_perplexity", "val/winogrande"]
     records = [record for record in read_metrics(scored / "metrics.jsonl") if "val/loss" in record]
-    trained = [open_model(scored / "checkpoints" / f"step_{step:08}.pth") for step in (4, 8)]
-    loaded = Tasks(["lambada", "winogrande"], trained[0].tokenizer_for_text(), 32, folder=str(folder), limit=2)
-    for model, record in zip(trained, records, strict=True):
+    models = [open_model(scored / "checkpoints" / f"step_{step:08}.pth") for step in (4, 8)]
+    loaded = Tasks(["lambada", "winogrande"], models[0].tokenizer_for_text(), 32, folder=str(folder), limit=2)
+    for model, record in zip(models, records, strict=True):
         results = TaskEvaluator(model.build(), loaded, "cpu").evaluate()["results"]
         expected = [results["lambada"]["acc"], results["lambada"]["perplexity"], results["winogrande"]["acc"]]
         assert [record[name] for name in names] == pytest.approx(expected, rel=1e-5)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt2.config import TrainRun
+from gpt2.config import MlflowConfig, TrainRun
 from gpt2.runtime.signals import Interrupted
 from gpt2.tracking import loggers
 from gpt2.tracking.loggers import LOGGERS, LoggedRun, Loggers, start_loggers
@@ -263,6 +263,18 @@ def test_tensorboard_has_the_sample_of_the_step_that_is_resumed(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Tensors("samples/text_summary")] == [8]
+
+
+@pytest.mark.slow
+def test_mlflow_database_writes_below_outputs_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainRun(loggers=["mlflow"], mlflow=MlflowConfig(tracking_uri="sqlite:///outputs/mlflow.db"))
+    external = start_loggers(config, LoggedRun("n", "g", "train", {"a": 1}))
+    external.log(record(1, **{"train/loss": 2.0}))
+    external.finish(Ended("finished"), None)
+    assert external.where()[0].endswith(" at sqlite:///outputs/mlflow.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert len(list(tmp_path.glob("outputs/mlartifacts/*/artifacts/config.json"))) == 1
 
 
 @pytest.mark.slow
