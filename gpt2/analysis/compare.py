@@ -28,6 +28,7 @@ IMPORTANT = (
     *("choices.model", "model.num_layers", "model.d_model", "train.optimizer", "train.learning_rate"),
     *("train.batch_size", "train.max_steps", "train.weight_decay", "train.precision", "machine.ranks", "train.device"),
 )
+TOKENIZER = {"data.tokenizer", "data.vocab_size", "model.vocab_size"}
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
@@ -205,7 +206,7 @@ class Comparison:
 
     @property
     def tokenizers_differ(self) -> bool:
-        return not {"data.tokenizer", "data.vocab_size", "model.vocab_size"}.isdisjoint(self.keys)
+        return not TOKENIZER.isdisjoint(self.keys)
 
     @property
     def in_bits(self) -> bool:
@@ -217,11 +218,11 @@ class Comparison:
     def notes(self) -> list[str]:
         """Reasons why results are not comparable."""
         notes = []
-        data = [key for key in self.keys if key.startswith("data.")]
+        data = [key for key in self.keys if key.startswith("data.") and key not in TOKENIZER]
         if self.tokenizers_differ:
             notes.append("The tokenizers differ: compare bits/byte, not losses, which are per token.")
-        elif data:
-            notes.append(f"The data differ ({', '.join(self.names[key] for key in data)}), so losses do not compare.")
+        if data:
+            notes.append(f"The data differ ({few([self.names[key] for key in data])}), so results do not compare.")
         sizes = {
             run.config["train.eval_batches"] and run.config["train.eval_batches"] * run.config["train.batch_size"]
             for run in self.runs
