@@ -27,7 +27,7 @@ from gpt2.runtime.device import choose_device, peak_flops
 from gpt2.runtime.dist_env import division
 from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
 from gpt2.runtime.signals import defer_signals
-from gpt2.tasks.run import TaskMetrics, Tasks
+from gpt2.tasks.run import TaskMetrics
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training import state as states
 from gpt2.training.callbacks import Callback, ConsoleLog
@@ -103,7 +103,7 @@ class Trainer:
         self.interrupted_by: int | None = None  # signal number
         self._data_checksum = 0  # of the newest step; must be the same on all ranks
         if config.eval_tasks and tokenizer:
-            self.callbacks.append(TaskMetrics(self._tasks(tokenizer)))
+            self.callbacks.append(TaskMetrics(config, tokenizer, model.config.context_length, group))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -502,13 +502,6 @@ class Trainer:
             rows = self.config.batch_size // division(self.config.accumulation_steps, self.group.size)[1]
             compute = Compiled(self.model, self.device, (rows, self._block_length()), LINEARS[plan.linear])
         self.forward = self.parallel.forward(compute)
-
-    def _tasks(self, tokenizer: GPT2Tokenizer) -> Tasks:
-        config, context = self.config, self.model.config.context_length
-        return Tasks(
-            *(config.eval_tasks, tokenizer, context, config.batch_size),
-            *(config.eval_tasks_folder, config.eval_tasks_limit, self.group, "train.eval_tasks"),
-        )
 
     def _block_length(self) -> int:
         return getattr(self.train_loader.dataset, "length", self.model.config.context_length)

@@ -6,6 +6,7 @@ from typing import Any
 
 from gpt2.analysis.evaluations import task_rows
 from gpt2.analysis.tables import as_text
+from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.runtime.console import track
@@ -103,8 +104,10 @@ class TaskMetrics(Callback):
     Every rank has this callback, because they share the documents.
     """
 
-    def __init__(self, tasks: Tasks):
-        self.tasks = tasks
+    def __init__(self, config: TrainingConfig, tokenizer: GPT2Tokenizer, context_length: int, group: ProcessGroup):
+        names, folder, limit = config.eval_tasks, config.eval_tasks_folder, config.eval_tasks_limit
+        key = "train.eval_tasks"
+        self.tasks = Tasks(names, tokenizer, context_length, config.batch_size, folder, limit, group, key)
 
     def extend_evaluation(self, trainer: Any, metrics: Metrics) -> None:
         def on_batch(batch: int, batches: int) -> bool:

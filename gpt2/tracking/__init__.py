@@ -1,1 +1,1 @@
-"""Where metrics go: files of the run folder, and Weights & Biases."""
+"""Where metrics go: files of the run folder, and external loggers such as Weights & Biases."""

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all limits, for slow networks and busy machines
 ABANDON_SECONDS = 2.0
-NOT_COMPARED = ("loggers", "wandb", "mlflow", "started_with", "resume", "resume_changes")  # keys of a configuration
+NOT_LOGGED = ("loggers", "wandb", "mlflow", "started_with", "resume", "resume_changes")  # keys of a configuration
 
 Config = TrainRun | EvaluateRun | GenerateRun
 
@@ -242,7 +242,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 def comparable(config: Record) -> Record:
     """A nested configuration without the keys that do not matter when runs are compared."""
-    values = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    values = {key: value for key, value in config.items() if key not in NOT_LOGGED}
     if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
     return values
