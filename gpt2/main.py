@@ -23,7 +23,7 @@ COMMANDS = {
     "evaluate": "score trained models on a corpus or on tasks: evaluate.py",
     "generate": "generate text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
-    "benchmark": "measure speed: benchmark generation|training",
+    "benchmark": "measure speed: benchmark generation|training|data",
     "compare": "compare runs in a table and a plot: compare RUN ...",
     "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",

@@ -160,7 +160,9 @@ def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
 def vocabulary_size(config: TrainRun) -> int:
     """The vocabulary that the model of a run will have, without preparing its data."""
     name = config.data.tokenizer
-    if config.resume or config.train.init_from:
+    if config.resume:
+        return read_record(Path(config.resume))["model"]["vocab_size"]
+    if config.train.init_from:
         return config.model.vocab_size
     if name in OPENAI:  # no download for a known number
         return GPT2Config().vocab_size

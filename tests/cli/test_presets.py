@@ -119,6 +119,10 @@ def test_plan_of_a_resumed_run_counts_the_steps_that_are_left(trained: Workspace
     done = trained.run("train.py", f"resume={run}", "train.max_steps=20", "plan=true")
     assert sorted(trained.folder.rglob("*")) == before
     assert "Run     12 steps of 128 tokens (4 blocks), 8 are done already" in done.stdout
+    log = (run / "train.log").read_text()
+    assert f"{done.stdout.splitlines()[0]}\n" in log
+    tuned = trained.run("train.py", *TINY, f"train.init_from={run}", "plan=true")
+    assert f"{tuned.stdout.splitlines()[0]}\n" in log
 
 
 def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
