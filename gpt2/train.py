@@ -83,6 +83,7 @@ class Trainer:
 
         self.config, self.distributed, self.run, self.tokenizer = config, distributed, run, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
+        self.block_length = getattr(train_loader.dataset, "length", model.config.context_length)
         has_console = any(isinstance(callback, ConsoleLog) for callback in callbacks)
         self.callbacks = [*([] if has_console else [ConsoleLog()]), *callbacks]
         folder = Path(checkpoint_dir or config.checkpoint_dir)
@@ -232,10 +233,7 @@ class Trainer:
         return loss
 
     def validate(self) -> float:
-        """Mean loss in nats a token over the validation set, or over its first `eval_batches` batches.
-
-        NaN if it was interrupted.
-        """
+        """Mean loss in nats a token over the first `eval_batches` batches, or all; NaN if it was interrupted."""
         return self._score_validation().loss
 
     def _score_validation(self) -> Score:
@@ -319,9 +317,8 @@ class Trainer:
             "train/tokens_per_second": tokens_per_second,
             "train/mfu": self._model_flops_utilization(tokens_per_second),
             "train/epoch": self.progress.epoch + self.progress.position / len(self.train_loader),
+            **({"train/steps_left_out": self.guard.total} if self.guard.total else {}),
         }
-        if self.guard.total:
-            metrics["train/steps_left_out"] = self.guard.total
         self.losses_since_log.reset()
         self._call("on_log", metrics)
 
@@ -367,7 +364,7 @@ class Trainer:
     def _model_flops_utilization(self, tokens_per_second: float) -> float | None:
         """The model's FLOPs as a fraction of the hardware's peak; None where the peak is unknown."""
         peak = peak_flops(self.plan.precision)
-        flops_per_second = tokens_per_second * self.model.flops_per_token(self._block_length())
+        flops_per_second = tokens_per_second * self.model.flops_per_token(self.block_length)
         return peak and flops_per_second / (peak * self.group.size)
 
     def _save(self) -> None:
@@ -455,11 +452,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parts, complete on rank 0 only: tensors and plain values. Called by all ranks."""
+        whole = self.parallel.full_tensors
         return {
-            **states.with_prefix("model/", self.parallel.full_tensors(self.model.state_dict())),
-            **states.with_prefix(
-                "optimizer/", self.parallel.full_tensors(optimizer_tensors(self.optimizer, self.model))
-            ),
+            **states.with_prefix("model/", whole(self.model.state_dict())),
+            **states.with_prefix("optimizer/", whole(optimizer_tensors(self.optimizer, self.model))),
             **states.random_state_dict(self.device, self.group),
             "losses_since_log": self.losses_since_log.totals,
             "progress": asdict(self.progress),
@@ -487,7 +483,7 @@ class Trainer:
     # How steps are computed
 
     def _choose_plan(self, saved: dict[str, Any] | None = None, compilable: bool = True) -> ComputePlan:
-        config, length = self.config, self._block_length()
+        config, length = self.config, self.block_length
         tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
         flops = tokens * self.model.flops_per_token(length)
         return choose_plan(config, self.device, flops, self.group, saved, compilable)
@@ -500,8 +496,5 @@ class Trainer:
         compute: Forward = self.model
         if plan.compiled:
             rows = self.config.batch_size // division(self.config.accumulation_steps, self.group.size)[1]
-            compute = Compiled(self.model, self.device, (rows, self._block_length()), LINEARS[plan.linear])
+            compute = Compiled(self.model, self.device, (rows, self.block_length), LINEARS[plan.linear])
         self.forward = self.parallel.forward(compute)
-
-    def _block_length(self) -> int:
-        return getattr(self.train_loader.dataset, "length", self.model.config.context_length)
