@@ -283,12 +283,12 @@ def test_failure_is_one_line_with_resume_command(workspace: Workspace, fault, co
 def test_signal_during_preparation_leaves_nothing(workspace: Workspace, number):
     (workspace.folder / "corpus.txt").write_text("some more words to be counted " * 400_000)
     running = start(workspace, *TINY, "data.tokenizer=train", "data.vocab_size=300")
-    wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/.saving-*")))
+    wait_for(lambda: list(workspace.folder.glob("cache/gpt2/tokens/*.unfinished")))
     os.kill(running.pid, number)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 128 + number
     assert "Traceback" not in output
-    assert not list(workspace.folder.glob("cache/gpt2/tokens/.saving-*"))
+    assert not list(workspace.folder.glob("cache/gpt2/tokens/*.unfinished"))
     assert workspace.runs() == []
 
 

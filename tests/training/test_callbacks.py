@@ -1,5 +1,6 @@
 """When a Trainer calls its callbacks, and what the callbacks of the scripts do."""
 
+import logging
 import os
 import signal
 from types import SimpleNamespace
@@ -93,7 +94,10 @@ def test_samples_are_logged_without_escape_sequences(blocks, tmp_path, caplog):
     assert "    | a\ufffd[2Jb\n    | c" in caplog.text
 
 
-def test_training_from_python_prints_its_progress(blocks, tmp_path, capsys):
+def test_training_from_python_prints_its_progress(blocks, tmp_path, capsys, monkeypatch):
+    for logger in (logging.root, logging.getLogger("gpt2")):  # other tests may have configured them
+        monkeypatch.setattr(logger, "handlers", [])
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
     make_trainer(blocks, tmp_path, max_steps=2, log_every=1, eval_batches=1).train()
     starts = ["step 1/2  loss ", "step 2/2  loss ", "step 2  validation loss "]
     lines = capsys.readouterr().out.splitlines()
