@@ -70,7 +70,7 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
         yield from (document.parts() for document in own or ())
     else:
         fraction, is_validation = config.validation_fraction, split == "validation"
-        sample = validation_sample(len(source.train), fraction)
+        sample = validation_sample(source.count, fraction)
         for number, document in enumerate(source.train):
             if sample is None:
                 yield document.parts(1 - fraction, 1) if is_validation else document.parts(0, 1 - fraction)
@@ -80,7 +80,7 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
 
 def cuts_documents(source: Source, config: DataConfig) -> bool:
     """Whether the end of each document is used for validation."""
-    return source.validation is None and validation_sample(len(source.train), config.validation_fraction) is None
+    return source.validation is None and validation_sample(source.count, config.validation_fraction) is None
 
 
 def validation_sample(count: int, fraction: float) -> set[int] | None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from os.path import isfile, realpath, split
 from pathlib import Path
@@ -97,6 +97,11 @@ class Source:
     length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
     text_bytes: int = 0  # of all splits together; 0: unknown
     token_files: dict[str, list[TokenFile]] | None = None  # of each split, in place of its documents
+
+    @cached_property
+    def count(self) -> int:
+        """The number of training documents, for which all of them may be read."""
+        return len(self.train)
 
 
 def open_source(config: DataConfig) -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.config import DataConfig
+from gpt2.data import sources
 from gpt2.data.corpus import prepare
 from gpt2.data.sources import find_files
 from gpt2.errors import UserError
@@ -114,10 +115,13 @@ def test_each_record_is_a_document(tmp_path, name):
     assert documents_of(prepared, "all") == ["one\ntwo", "drei, ä", '{"text": "plain"}']
 
 
-def test_records_are_sampled_and_identified_by_their_column(tmp_path):
+def test_records_are_sampled_and_identified_by_their_column(tmp_path, monkeypatch):
+    read, passes = sources.RECORDS[".jsonl"], []
+    monkeypatch.setitem(sources.RECORDS, ".jsonl", lambda lines: passes.append(1) or read(lines))
     lines = [f'{{"a": "left {number}", "b": "right {number}"}}\n' for number in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     prepared = [prepare(config_of(tmp_path, files=[str(tmp_path / "*.jsonl")], text_column=column)) for column in "ab"]
+    assert len(passes) == 2 * 4  # they are counted, looked at for the space they need, and read for two splits
     assert prepared[0].folder != prepared[1].folder
     assert len(documents_of(prepared[0], "validation")) == 10
     everything = documents_of(prepared[1], "train") + documents_of(prepared[1], "validation")
