@@ -25,7 +25,7 @@ LARGE = [name for name in PRESETS if name.startswith("gpt2_")]
 
 def composed(name: str, text: Path, *more: str) -> TrainRun:
     """The configuration of a preset. With plan=true, the shape of OpenAI's weights is known without the Hub."""
-    files = [] if compose("train", [f"experiment={name}"]).data.files != [] else [f"data.files=[{text}]"]
+    files = [f"data.files=[{text}]"] if "shakespeare" in name else []
     overrides = [f"experiment={name}", *files, "plan=true", *more]
     config = resolve("train", compose("train", overrides), overrides)
     assert isinstance(config, TrainRun)
