@@ -16,9 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-import gpt2.cli.schema  # noqa: F401  # registers the schemas and resolvers
+from gpt2.cli.schema import SCHEMAS  # which registers the schemas and resolvers
 from gpt2.errors import UserError, one_line, without_secrets
 
 # outputs/sweeps, where presets of studies lie, need not exist.
@@ -99,6 +99,8 @@ def composition_error(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
+        if isinstance(cause, ConfigAttributeError) and (hint := meant(cause.object_type, str(cause.key))):
+            return f"{first.partition('. Did you mean')[0]}{hint}"
         return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
     text = str(error).split("Config search path")[0]
     if "No match in the defaults list" in text:
@@ -110,6 +112,15 @@ def composition_error(error: Exception) -> str:
     text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
+
+
+def meant(schema: Any, key: str) -> str:
+    """A hint at the keys of groups that have the name of a key without its group, such as `max_steps`."""
+    if schema not in SCHEMAS.values():
+        return ""
+    groups = _defaults_of(schema)
+    keys = [f"'{group}.{key}'" for group in groups if OmegaConf.is_dict(groups[group]) and key in groups[group]]
+    return f". Did you mean{' one of' if len(keys) > 1 else ''}: {', '.join(keys)}?" if keys else ""
 
 
 def keyed_error(error: Exception, key: str | None = None) -> str:

@@ -24,9 +24,11 @@ from gpt2.cli.compose import (
     group_options,
     in_hydras_grammar,
     keyed_error,
+    meant,
     parsed,
 )
 from gpt2.cli.launchers import validate_launcher
+from gpt2.cli.schema import SCHEMAS
 from gpt2.cli.search_space import (
     grammar_error,
     search_space,
@@ -164,10 +166,13 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     no_words = [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
     is_new = override.type != OverrideType.CHANGE
-    if "." in group or not (is_new or no_words) or not (options := group_options(name, group)):
+    if "." in group or not (options := group_options(name, group)):
         return None
-    if is_new and group in compose_defaults(name, with_hydra=True).hydra.runtime.choices:
+    is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
+    if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"
+    if not (is_new or is_chosen or "/" in group):  # the presets of a study, such as learning_rate
+        return f"{override.input_line}: there is no such group here{meant(SCHEMAS[name], group)}"
     for choice in no_words:
         word = in_hydras_grammar(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
         off = [option for option in options if choice in (None, False) and option in ("off", "none")]

@@ -40,6 +40,8 @@ MODELS = "not one of gpt2, gpt2_large, gpt2_medium, gpt2_mini, gpt2_nano, gpt2_x
         ("train", "model={a: 1}", "model: one key at a time, such as model.a=1"),
         ("train", "distributed={strategy: fsdp}", "distributed: one key at a time, such as distributed.strategy=fsdp"),
         ("train", "experiment=1", f"experiment=1: not one of {PRESETS}"),
+        ("train", "learning_rate=1e-3", "there is no such group here. Did you mean: 'train.learning_rate'?"),
+        ("train", "tokenizer=bytes", "there is no such group here. Did you mean: 'data.tokenizer'?"),
         ("export", "hydra/output=null", "hydra/output=null: not one of default, none, train"),
         ("train", "hydra/launcher=null", "hydra/launcher=null: not one of basic, joblib, submitit_local, "),
         ("train", "hydra/sweeper/sampler=1", "hydra/sweeper/sampler=1: not one of "),
