@@ -33,7 +33,7 @@ def main(config: EvaluateRun) -> None:
     """Score each model on one split of a corpus or on tasks; print and store the figures."""
     import torch
 
-    from gpt2.analysis.evaluations import flat, model_rows, names_of_models, write_curve
+    from gpt2.analysis.evaluations import by_name, model_rows, names_of_models, write_curve
     from gpt2.analysis.tables import as_text
     from gpt2.checkpoint.pretrained import open_model
     from gpt2.distributed.process_group import init_distributed
@@ -75,7 +75,7 @@ def main(config: EvaluateRun) -> None:
             print(", ".join(filter(None, (models, config.quantization))), *dict.fromkeys(titles), "", sep="\n")
             if len(configs) == 1:
                 evaluation.evaluator.print_metrics(figures)
-                external.summarize(flat(figures))
+                external.summarize(by_name(figures))
             else:
                 head, *rows = model_rows(results)
                 print(as_text([head, *rows]))
@@ -111,7 +111,7 @@ def on_tasks(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> 
 
     tokenizer, context = open_tokenizer(config.data.tokenizer), model.config.context_length
     tasks = Tasks(config.tasks, tokenizer, context, config.batch_size, config.tasks_folder, config.limit, group)
-    names, limit = ", ".join(config.tasks), f", the first {config.limit:,} documents of each" if config.limit else ""
+    names, limit = ", ".join(config.tasks), f", limit={config.limit}" if config.limit else ""
     evaluator = TaskEvaluator(model, tasks, config.device, config.precision)
     return Evaluation(evaluator, names, f"tasks  {names}{limit}", {"tokenizer": config.data.tokenizer})
 

@@ -1,5 +1,6 @@
 """Results of `evaluate.py` side by side: a table with a row for each model, and a curve over the steps of a run."""
 
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ Result = dict[str, Any]  # as `evaluation.json` holds it
 OF_CORPUS = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "bits_per_byte": "{:.4f}"}
 
 
-def flat(figures: Result) -> dict[str, float]:
+def by_name(figures: Result) -> dict[str, float]:
     """The figures of a result by one name each, such as `hellaswag/acc_norm`."""
     tasks = figures.get("results", {})
     plain_figures = {name: value for name, value in figures.items() if name != "results"}
@@ -29,6 +30,8 @@ def metrics_of(figures: dict[str, float]) -> list[str]:
 
 
 def _shown(metric: str, value: float) -> str:
+    if isnan(value):  # the standard error of one document
+        return "n/a"
     return f"{value:,.2f}" if metric == "perplexity" else f"{value:.4f}"
 
 

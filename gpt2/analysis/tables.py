@@ -3,7 +3,7 @@
 import re
 
 # Such as 12,500 or 31.2% or 1.5 - 1.7 or **2.38 ± 0.01**.
-NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] [\d,.]+)?\**")
+NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a))?\**")
 
 
 def is_number(cell: str) -> bool:

@@ -85,6 +85,7 @@ def test_every_checkpoint_of_a_run_in_one_table_and_curve(trained: Workspace, fo
         ["best_model.pth", "8"],
     ]
     assert "lambada perplexity" in done.stdout
+    assert " ± n/a" in done.stdout  # the standard error of one document
     piqa = json.loads((tmp_path / "all.json").read_text())["results"]["piqa"]
     assert (piqa["documents"], piqa["acc_stderr"]) == (1, None)  # JSON has no NaN
     assert (tmp_path / "all_tasks.png").exists()
