@@ -39,6 +39,7 @@ from gpt2.runtime.device import (
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.rng import commit, versions
+from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
 from gpt2.train import Trainer
 from gpt2.training.compile import ComputePlan, choose_plan
@@ -134,6 +135,7 @@ def print_plan(config: TrainRun) -> None:
     plan = choose_plan(train, device, flops, ProcessGroup(), None, compilable=not is_sharded)
     limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
     print("\n".join(size_of_run(work, plan, config.distributed.strategy, steps, limit)), flush=True)
+    waiting_for("measuring the speed")
     print(time_of_run(work, plan, steps))
 
 

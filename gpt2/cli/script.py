@@ -151,7 +151,8 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
         else:
             composed, folder, config = prepare_on_rank(name, options)
         if isinstance(config, TrainRun) and config.plan:
-            from gpt2.cli.messages import print_plan  # which loads torch
+            waiting_for("loading PyTorch")
+            from gpt2.cli.messages import print_plan  # which loads it
 
             return print_plan(config)
         if isinstance(config, GenerateRun):
