@@ -370,7 +370,7 @@ def no_expression(pattern: str) -> str | None:
 
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:
     if config.files == []:
-        yield f"{prefix}files: the list is empty; name a file, or a pattern such as 'corpus/**/*.txt'"
+        yield f"{prefix}files: the list is empty; name a file, or a pattern: 'corpus/**/*.txt', or 'tokens/*.bin'"
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
     for pattern in config.files or []:

@@ -146,7 +146,7 @@ def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
         return "Time    not measured: a layer and the head take more than half of the memory"
     speed = work.tokens_per_step / timing.step
     taken = math.inf if steps is None else steps * timing.step
-    duration = f"{taken / 3600:,.0f} hours" if taken > 36000 else time_left(taken)
+    duration = f"{taken / 3600:,.0f} hours" if taken > 36000 else time_left(max(taken, 1))
     whole = {"layers": work.model.config.num_layers, "blocks": work.rows, "tokens": work.length}
     sizes = zip((timing.layers, timing.rows, timing.tokens), whole.items(), strict=True)
     parts = [f"{size:,} of {total:,} {what}" for size, (what, total) in sizes if size < total]
