@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ def main(config: EvaluateRun) -> None:
     from gpt2.ops.cpu_inference import quantize, refuse_int8
     from gpt2.runtime.device import choose_device, keep_freed_memory
     from gpt2.tracking.loggers import LoggedRun, start_loggers
-    from gpt2.tracking.tracker import ExternalLogger, Tracker
+    from gpt2.tracking.tracker import ExternalLogger, Tracker, now
 
     keep_freed_memory()
     configs, results, titles, external = [config, *config.others], list[Figures](), list[str](), ExternalLogger()
@@ -61,8 +60,7 @@ def main(config: EvaluateRun) -> None:
                     external = start_loggers(config, LoggedRun(name, trained.experiment, "evaluate", settings_of(one)))
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
-            circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__}
-            circumstances |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+            circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__, "time": now()}
             step = trained.record and trained.record["progress"]["step"]
             results.append({**figures, **settings_of(one), "step": step, **evaluation.about, **circumstances})
             titles.append(evaluation.title)

@@ -31,7 +31,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.distributed.process_group import init_distributed
     from gpt2.generation.text import stream_sample
     from gpt2.runtime.device import keep_freed_memory
-    from gpt2.tracking.loggers import start_loggers_for_training
+    from gpt2.tracking.loggers import start_run_loggers
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
     from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog
@@ -67,8 +67,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
 
         with tracker:
             if group.is_main:
-                step = trainer.progress.step
-                tracker.external = start_loggers_for_training(config, folder, tracker.about, wandb_id, step)
+                tracker.external = start_run_loggers(config, folder, tracker.about, wandb_id, trainer.progress.step)
                 announce(trainer)
             trainer.train()
             if trial:

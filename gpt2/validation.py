@@ -457,7 +457,7 @@ def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
     yield from _tasks(f"{prefix}tasks", config.tasks, config.tasks_folder)
     for key in ("limit", "tasks_folder"):
         if getattr(config, key) is not None and not config.tasks:
-            yield f"{prefix}{key}: only for tasks=[...], which is empty"
+            yield f"{prefix}tasks: is empty, but {prefix}{key} is only for tasks=[...]"
 
 
 def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ PHASES = [
     ("composition", "gpt2.cli.preflight:compose", TRAIN, []),
     ("reading the data", "gpt2.data.sources:_fingerprint", TRAIN, []),
     ("tokenizing", "gpt2.data.corpus:write_tokens#2", [*TRAIN, "data.validation_fraction=0.2"], []),
-    ("start of W&B", "gpt2.tracking.loggers:start_loggers_for_training", TRAIN, []),
+    ("start of W&B", "gpt2.tracking.loggers:start_run_loggers", TRAIN, []),
     ("validation", "gpt2.train:score", TRAIN, OF_RUN),
     ("a sample", "gpt2.generation.sampling:sample", TRAIN, OF_RUN),
     ("saving", "gpt2.checkpoint.format:_write_tensor", TRAIN, [*OF_RUN, "checkpoints/best_model.pth"]),

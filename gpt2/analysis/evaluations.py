@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]  # as `evaluation.json` holds it
-OF_CORPUS = {"loss": "{:.4f}", "perplexity": "{:,.2f}", "bits_per_byte": "{:.4f}"}
+OF_CORPUS = ("loss", "perplexity", "bits_per_byte")
 
 
 def by_name(figures: Result) -> dict[str, float]:
@@ -32,13 +32,17 @@ def metrics_of(figures: dict[str, float]) -> list[str]:
 def _shown(metric: str, value: float) -> str:
     if isnan(value):  # the standard error of one document
         return "n/a"
+    if value >= 1e6:  # the perplexity of a model that knows nothing
+        return f"{value:.2e}"
     return f"{value:,.2f}" if metric == "perplexity" else f"{value:.4f}"
 
 
 def names_of_models(results: list[Result]) -> str:
-    """How many models there are, and the folder that holds all of them."""
+    """How many models there are, the folder that holds all of them, and which of their losses compare."""
     folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
-    return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}"
+    tokenizers = {result["data"]["tokenizer"] for result in results if "data" in result}
+    note = "; their tokenizers differ: only bits per byte compare" if len(tokenizers) > 1 else ""
+    return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}{note}"
 
 
 def model_rows(results: list[Result]) -> list[list[str]]:
@@ -49,7 +53,7 @@ def model_rows(results: list[Result]) -> list[list[str]]:
     rows = [["checkpoint", "step", *names, *(name.replace("_", " ") for name in corpus)]]
     folders = {Path(result["checkpoint"]).parent for result in results}
     for result in results:
-        cells = [OF_CORPUS[name].format(result[name]) for name in corpus]
+        cells = [_shown(name, result[name]) for name in corpus]
         for task, metrics in tasks.items():
             figures = result["results"][task]
             cells += [f"{_shown(m, figures[m])} ± {_shown(m, figures[f'{m}_stderr'])}" for m in metrics]

@@ -238,6 +238,8 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
     """The same on another rank, in the folder that rank 0 chose."""
     shared = share(None)
     if isinstance(shared, int):
+        if shared:  # rank 0 has the reason, and torchrun's report names the rank that ends first
+            time.sleep(SECONDS_BEHIND_CAUSE)
         sys.exit(shared)
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)

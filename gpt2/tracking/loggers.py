@@ -57,7 +57,7 @@ def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
     return Loggers(loggers) if loggers else ExternalLogger()
 
 
-def start_loggers_for_training(
+def start_run_loggers(
     config: TrainRun, folder: Path, about: Record, wandb_id: str | None = None, step: int = 0
 ) -> ExternalLogger:
     """`start_loggers` for a run of `train.py`.

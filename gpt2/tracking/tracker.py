@@ -58,7 +58,7 @@ def record_failure(folder: Path, error: Exception) -> None:
     """Write to `run.json` that a run failed before it began; one that began has its own record."""
     about = read_about(folder)
     if about.get("state", FAILED) == FAILED and not (folder / METRICS).exists():
-        ended = {"started": _now(), **about, **vars(Ended.by(error)), "ended": _now()}
+        ended = {"started": now(), **about, **vars(Ended.by(error)), "ended": now()}
         _replace(folder / ABOUT, json.dumps(ended, indent=2) + "\n")
 
 
@@ -250,14 +250,14 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         earlier = read_about(self.folder) if self.folder else {}
-        started = {"started": earlier.get("started", _now())}
+        started = {"started": earlier.get("started", now())}
         self._write_about({**earlier, **self.about, **started, **vars(Ended(RUNNING)), "ended": None})
         return self
 
     def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
         ended = self.outcome or (Ended.by(error) if error else Ended(FINISHED))
         try:
-            self._write_about({**read_about(self.folder), **vars(ended), "ended": _now()} if self.folder else {})
+            self._write_about({**read_about(self.folder), **vars(ended), "ended": now()} if self.folder else {})
         except OSError as full:
             if not error:
                 ended = Ended.by(full)
@@ -272,7 +272,8 @@ class Tracker:
             _replace(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the second, as ISO 8601 writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

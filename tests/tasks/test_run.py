@@ -100,7 +100,7 @@ def test_every_checkpoint_of_a_run_in_one_table_and_curve(trained: Workspace, fo
         ),
         (["tasks=[piqa]", "tasks_folder=corpus.txt"], ["tasks_folder: there is no folder corpus.txt/baber/piqa"]),
         (["tasks=[piqa]", "stride=3"], ["stride: of a corpus, which tasks=[...] stand in for"]),
-        (["limit=3"], ["limit: only for tasks=[...]"]),
+        (["limit=3"], ["tasks: is empty, but limit is only for tasks=[...]"]),
         (["checkpoint=[latest,[a]]"], ["is neither a name nor a list of names"]),
         (["checkpoint=nowhere", "all_checkpoints=true"], ["all_checkpoints: nowhere is no run folder with a"]),
     ],
