@@ -54,7 +54,7 @@ def test_run_is_evaluated_on_tasks(trained: Workspace, folder, tmp_path):
     assert result["results"].keys() == TASKS.keys()
     assert not {"data", "split", "stride", "loss"} & result.keys()
     assert (result["step"], result["tasks"], result["limit"]) == (8, [*TASKS], None)
-    assert f"perplexity  {result['results']['lambada']['perplexity']:,.2f}" in done.stdout
+    assert f"perplexity  {result['results']['lambada']['perplexity']:.2e}" in done.stdout
     assert "hellaswag           3  acc_norm" in done.stdout
 
     model = open_model(run)
