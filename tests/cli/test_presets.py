@@ -151,7 +151,6 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in LARGE if "124m" not in name])
-def test_plan_of_every_larger_preset(workspace: Workspace, name):
-    out = workspace.run("train.py", f"experiment={name}", "plan=true").stdout
+def test_plan_of_a_model_that_does_not_fit_here(workspace: Workspace):
+    out = workspace.run("train.py", "experiment=gpt2_1558m_openwebtext", "plan=true").stdout
     assert re.search(r"Time    about [\d,]+ hours at [\d,]+ tokens/s", out)
