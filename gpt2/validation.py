@@ -11,18 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
-from glob import escape, glob
 from importlib.util import find_spec
 from itertools import count
-from math import inf, prod
-from os.path import isfile
+from math import inf
 from pathlib import Path
-from stat import S_ISDIR
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import regex
 
 from gpt2.config import (
     EXTRA_LOGGERS,
@@ -43,9 +37,10 @@ from gpt2.config import (
     TrainingConfig,
     TrainRun,
 )
-from gpt2.errors import UserError, one_line, without_password
+from gpt2.errors import UserError, without_password
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
 from gpt2.runtime.hub import is_on_hub
+from gpt2.runtime.patterns import no_expression, no_file
 
 Problems = list[str]
 Bounds = Mapping[str, tuple[float, float, str]]  # key: smallest value, largest value, both in words
@@ -65,7 +60,6 @@ FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 MOST_WEIGHTS = 10**12  # of a model: 4 terabytes
 NO_PASSWORD = "a URL with a user or a password; it would be in all files of the run"
-MOST_REPETITIONS = 10_000  # in a regular expression
 HOLDS_ANY_TEXT = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
 BOUNDS: dict[type, Bounds] = {
@@ -318,54 +312,6 @@ def _tasks(key: str, names: list[str], folder: str | None) -> Iterator[str]:
             yield f"{key}: {brief(name)} is none of {', '.join(TASKS)}{hint}"
         elif folder is not None and not Path(folder, TASKS[name]).is_dir():
             yield f"{key}_folder: there is no folder {Path(folder, TASKS[name])} (looked from {Path.cwd()})"
-
-
-def as_pattern(name: str) -> str:
-    """A pattern in which names of existing folders and files, as in `draft[1]/*.txt`, stand for themselves."""
-    path, parts = Path(), []
-    for part in Path(name).parts:
-        path /= part
-        parts.append(escape(part) if part.strip("*") and os.path.lexists(path) else part)
-    return str(Path(*parts))
-
-
-@cache
-def files_matching(pattern: str) -> list[str]:
-    """The files and folders that match a pattern, in which `**` is any number of folders; see also `as_pattern`."""
-    return glob(as_pattern(pattern), recursive=True) if pattern else []
-
-
-def no_file(pattern: str) -> str | None:
-    """Why a pattern stands for no file; None if it stands for some."""
-    paths = files_matching(pattern)
-    if any(map(isfile, paths)):
-        return None
-    if not paths:
-        return f"no file matches {pattern!r} (looked from {Path.cwd()})"
-    try:
-        is_folder = S_ISDIR(Path(paths[0]).stat().st_mode)
-    except OSError as error:  # of a link to nothing or to itself
-        return f"{paths[0]!r} leads to no file ({error.strerror})"
-    if is_folder:
-        like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
-        return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"
-    return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
-
-
-def no_expression(pattern: str) -> str | None:
-    """Why a text is not a regular expression of Python's that the library `regex` can take as well; None if it is one.
-
-    So it has none of `regex`'s additions, such as recursion, which can fill the memory.
-    """
-    times = (max(1, int(number)) for number in re.findall(r"\{\s*(\d{1,9})", pattern))
-    if prod(times) > MOST_REPETITIONS:  # `regex` writes them out
-        return f"repetitions such as {{9}} may multiply to {MOST_REPETITIONS:,} at most"
-    try:
-        re.compile(pattern)
-        regex.compile(pattern)
-    except (re.error, regex.error, RecursionError, OverflowError) as error:
-        return one_line(error)
-    return None
 
 
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gpt2.checkpoint.pretrained import export, open_model
-from gpt2.data import corpus
-from gpt2.data.corpus import split_into_pieces, write_tokens
+from gpt2.data import token_writer
+from gpt2.data.token_writer import split_into_pieces, write_tokens
 from gpt2.errors import UserError
 from gpt2.evaluate import bytes_of_tokens
 from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer
@@ -176,7 +176,7 @@ def test_tokenizers_saved_before_words_were_kept_are_read_as_they_were():
 
 @pytest.mark.parametrize("flag", ["", "lstrip", "rstrip", "single_word"])
 def test_no_piece_of_a_text_cuts_a_word(tmp_path, monkeypatch, flag):
-    monkeypatch.setattr(corpus, "PIECE_LENGTH", 3)
+    monkeypatch.setattr(token_writer, "PIECE_LENGTH", 3)
     words = ["new york", "foo", " x", "x ", "a\nb", "longer than a piece"]
     tokenizer = ordinary(*words, **({flag: True} if flag else {}))
     draw = random.Random(0)
@@ -186,7 +186,7 @@ def test_no_piece_of_a_text_cuts_a_word(tmp_path, monkeypatch, flag):
         pieces = [piece for piece, _ in split_into_pieces(parts, words)]
         assert pieces == [piece for piece, _ in split_into_pieces([text], words)]
         assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
-    monkeypatch.setattr(corpus, "MAX_PIECE_LENGTH", 40)
+    monkeypatch.setattr(token_writer, "MAX_PIECE_LENGTH", 40)
     text = "newyorkfoo" * 20
     assert all(piece.endswith(("foo", "newyork")) for piece, _ in split_into_pieces([text], ["newyork", "foo"]))
     write_tokens([["new ", "york foo"]], tokenizer, tmp_path / "tokens", "test")

@@ -24,6 +24,7 @@ from gpt2.cli.compose import compose
 from gpt2.cli.script import errors_as_lines
 from gpt2.data import corpus
 from gpt2.data.sources import open_source
+from gpt2.data.token_writer import token_dtype
 from gpt2.runtime.files import writable_file
 from gpt2.tokenizer import GPT2Tokenizer
 
@@ -66,7 +67,7 @@ class Tokenization:
         return time.perf_counter() - began
 
     def tokens(self):
-        return np.fromfile(self.folder / "train.bin", dtype=corpus.token_dtype(self.tokenizer.vocab_size))
+        return np.fromfile(self.folder / "train.bin", dtype=token_dtype(self.tokenizer.vocab_size))
 
     def tokens_agree(self):
         """Whether both give the same tokens, apart from the `<|endoftext|>` that only ours adds to each document."""

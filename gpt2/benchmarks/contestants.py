@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpt2.benchmarks.peers import Pairs, Peer, State, load_peer, transformers_step
 from gpt2.config import TrainingBenchmark, TrainingConfig
-from gpt2.data.corpus import token_dtype
+from gpt2.data.token_writer import token_dtype
 from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.evaluate import Batch
 from gpt2.model import GPT2Model

@@ -8,24 +8,31 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.config import DataConfig
-from gpt2.data.sources import BYTES_PER_TOKEN, Documents, Source, cache_folder, open_source
+from gpt2.data.documents import BYTES_PER_TOKEN, Documents, Source, cache_folder
+from gpt2.data.sources import open_source
 from gpt2.data.token_files import DTYPE, TokenFile, check_vocabulary, count_tokens, split_end
+from gpt2.data.token_writer import (
+    TOKENS_PER_COMMIT,
+    Parts,
+    Written,
+    batched,
+    split_into_pieces,
+    token_dtype,
+    write_tokens,
+)
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
 from gpt2.runtime.files import atomic_write, damaged_file, fsync, in_bytes, remove, require_free_space
@@ -34,22 +41,10 @@ from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Parts = Iterable[str]  # a document: its text, in parts
-
 FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
-
-# Lengths in characters.
-PIECE_LENGTH = 1 << 16  # of the strings that are encoded: the tokenizer slows down on longer ones
-MAX_PIECE_LENGTH = 1 << 20  # if no boundary follows: bounds memory
-BATCH_LENGTH = 1 << 18  # encoded by a thread at a time: bounds memory, and outweighs the cost of a hand-over
-BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
-
-TOKENS_PER_COMMIT = 1 << 24  # what a kill loses at most: a few seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,164 +84,6 @@ def validation_sample(count: int, fraction: float) -> set[int] | None:
     if size < MIN_VALIDATION_DOCUMENTS:
         return None
     return set(np.random.default_rng(0).permutation(count)[:size].tolist())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizing
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a file of tokens holds for good: the tokens of the first pieces of its split."""
-
-    pieces: int = 0
-    tokens: int = 0
-    sha256: str = hashlib.sha256().hexdigest()
-    is_complete: bool = False
-
-
-def write_tokens(
-    documents: Iterable[Parts],
-    tokenizer: GPT2Tokenizer,
-    path: Path,
-    description: str,
-    threads: int = 1,
-    written: Written = Written(),
-    commit: Callable[[Written], object] = lambda _: None,
-) -> Written:
-    """Write the tokens of documents to a file, `<|endoftext|>` after each.
-
-    Blank documents are left out. The tokens do not depend on where an earlier, interrupted call stopped.
-
-    Args:
-        written: What such a call passed to `commit` last; the file is continued from there.
-        commit: Called now and then, and at the end, with what is on disk by then.
-    """
-    dtype = token_dtype(tokenizer.vocab_size)
-    end_of_text = np.array([tokenizer.eos_token_id])
-    tokenizer.encode_batch([])  # builds its encoder once, not in each thread
-    words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
-
-    def encode(batch: list[tuple[str, bool]]) -> tuple[int, np.ndarray]:
-        encoded = tokenizer.encode_batch([text for text, _ in batch])
-        arrays = ((ids, end_of_text) if is_last else (ids,) for ids, (_, is_last) in zip(encoded, batch, strict=True))
-        return len(batch), np.concatenate([*chain.from_iterable(arrays)], dtype=dtype, casting="unsafe")
-
-    with path.open("r+b" if path.exists() else "w+b") as file, track(description, unit="tokens") as advance:
-        digest = digest_of_start(file, written.tokens * dtype.itemsize)
-        if digest.hexdigest() != written.sha256:
-            log.warning("data: %s is damaged, it is written anew", path)
-            digest, written = digest_of_start(file, 0), Written()
-        file.truncate()
-        pieces = total = committed = 0
-
-        def state(is_complete: bool = False) -> Written:
-            file.flush()
-            os.fsync(file.fileno())
-            return Written(written.pieces + pieces, written.tokens + total, digest.hexdigest(), is_complete)
-
-        for count, tokens in map_in_threads(encode, batched(documents, words, written.pieces), threads):
-            file.write(tokens.data)
-            digest.update(tokens.data)
-            pieces, total = pieces + count, total + len(tokens)
-            advance(total)
-            if total - committed >= TOKENS_PER_COMMIT:
-                committed = total
-                commit(state())
-        commit(result := state(is_complete=True))
-    return result
-
-
-def digest_of_start(file: BinaryIO, size: int) -> "hashlib._Hash":
-    """The SHA-256 of the first bytes of a file, which is then at their end."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    for block in iter(lambda: file.read(min(size - file.tell(), 1 << 20)), b""):
-        digest.update(block)
-    return digest
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest integer type that holds the vocabulary."""
-    return np.min_scalar_type(vocab_size - 1)
-
-
-def batched(documents: Iterable[Parts], words: Sequence[str], skip: int = 0) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of about BATCH_LENGTH characters of the pieces, after the first ones, of the documents with text."""
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    pieces = chain.from_iterable(split_into_pieces(document, words) for document in without_blanks(documents))
-    for piece in islice(pieces, skip, None):
-        batch.append(piece)
-        size += len(piece[0])
-        if size >= BATCH_LENGTH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
-    """The documents that are not blank, each read no further than to its first character that is not a space."""
-    for document in documents:
-        parts, seen = iter(document), []
-        for part in parts:
-            seen.append(part)
-            if part.strip():
-                yield chain(seen, parts)
-                break
-
-
-def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:
-    """Pieces of about PIECE_LENGTH characters that together are the document, each with whether it is the last.
-
-    Pieces begin at white space after another character. GPT-2's pattern always separates tokens there, so the pieces
-    have the tokens of the whole. Only where MAX_PIECE_LENGTH characters contain no such place is the text cut anywhere.
-
-    Args:
-        words: Those that were added to the tokenizer: no piece begins within one or, at white space, next to one.
-    """
-    rest = ""
-    for part in document:
-        rest += part
-        start = 0
-        while end := _end_of_piece(rest, start, words):
-            yield rest[start:end], False
-            start = end
-        rest = rest[start:]
-    yield rest, True
-
-
-def _end_of_piece(text: str, start: int, words: Sequence[str]) -> int | None:
-    """The end of the piece that begins at `start`; None if that depends on what follows the text."""
-    longest, last = max(map(len, words), default=0), start + MAX_PIECE_LENGTH
-    for boundary in BOUNDARY.finditer(text, start + PIECE_LENGTH, min(last, len(text) - longest)):
-        if not _meets(text, boundary.start(), words, margin=1):
-            return boundary.start()
-    if len(text) < last + longest:
-        return None
-    return next((place for place in range(last, last - longest, -1) if not _meets(text, place, words)), last)
-
-
-def _meets(text: str, place: int, words: Sequence[str], margin: int = 0) -> bool:
-    """Whether a place in a text is within one of the words, or, with a margin, at its beginning or end."""
-    reaches = ((word, len(word) - 1 + margin) for word in words)
-    return any(text.find(word, max(0, place - reach), place + reach) >= 0 for word, reach in reaches)
-
-
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Like `ThreadPoolExecutor.map`, but takes only a few items before their results are consumed."""
-    pending: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interruption waits for what is running only
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.config import TASKS
-from gpt2.data.sources import load_tables
+from gpt2.data.hub_datasets import load_tables
 from gpt2.errors import UserError, one_line
 
 Document = dict[str, Any]  # a row of a dataset

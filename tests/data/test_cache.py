@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.data import sources
+from gpt2.data import documents
 from gpt2.data.corpus import PreparedData, prepare
-from gpt2.data.sources import TableDocuments
+from gpt2.data.hub_datasets import TableDocuments
 from gpt2.errors import UserError
 from gpt2.runtime import files
 from gpt2.tokenizer import GPT2Tokenizer
@@ -189,7 +189,7 @@ def test_large_sources_are_read_once_and_again_when_they_change(tmp_path, monkey
     sums = files.sha256_of_each
     monkeypatch.setattr(files, "sha256_of_each", lambda paths, task: read.extend(paths) or sums(paths, task))
     monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
-    monkeypatch.setattr(sources, "MANY_BYTES", 100)
+    monkeypatch.setattr(documents, "MANY_BYTES", 100)
     write_files(tmp_path, 3)
     config = config_of(tmp_path)
 

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from gpt2.config import DataConfig
-from gpt2.data import corpus
-from gpt2.data.corpus import (
+from gpt2.data import token_writer
+from gpt2.data.corpus import PreparedData, prepare
+from gpt2.data.token_writer import (
     MAX_PIECE_LENGTH,
     PIECE_LENGTH,
-    PreparedData,
     map_in_threads,
-    prepare,
     split_into_pieces,
     token_dtype,
     write_tokens,
@@ -88,7 +87,7 @@ def test_pieces_are_bounded_and_the_last_one_is_marked():
 @pytest.mark.parametrize("space", [chr(i) for i in range(0x110000) if chr(i).isspace()], ids=ascii)
 def test_pieces_end_at_token_boundaries_for_every_white_space(monkeypatch, space):
     """Some characters are white space to Python but not to the tokenizer, so tokens can contain them."""
-    monkeypatch.setattr(corpus, "PIECE_LENGTH", 2)
+    monkeypatch.setattr(token_writer, "PIECE_LENGTH", 2)
     document = f"ab,{space},cd" * 5
     tokenizer = GPT2Tokenizer.train([document] * 10, 400)
     assert [i for text, _ in split_into_pieces([document]) for i in tokenizer.encode(text)] == tokenizer.encode(
@@ -98,8 +97,8 @@ def test_pieces_end_at_token_boundaries_for_every_white_space(monkeypatch, space
 
 @pytest.mark.parametrize("size", [1, 7, 100, PIECE_LENGTH])
 def test_pieces_do_not_depend_on_how_the_document_is_read(monkeypatch, size):
-    monkeypatch.setattr(corpus, "PIECE_LENGTH", 50)
-    monkeypatch.setattr(corpus, "MAX_PIECE_LENGTH", 200)
+    monkeypatch.setattr(token_writer, "PIECE_LENGTH", 50)
+    monkeypatch.setattr(token_writer, "MAX_PIECE_LENGTH", 200)
     document = python_source()[:20_000] + "a" * 1000 + " " * 1000 + "漢" * 300 + " the end"
     parts = [document[start : start + size] for start in range(0, len(document), size)]
     assert list(split_into_pieces(parts)) == list(split_into_pieces([document]))
@@ -152,7 +151,7 @@ def test_map_in_threads_starts_nothing_after_an_interruption():
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 100, 1 << 22])
 def test_documents_are_written_in_order_with_end_of_text(tmp_path, monkeypatch, batch, threads):
-    monkeypatch.setattr(corpus, "BATCH_LENGTH", batch)  # characters in a batch
+    monkeypatch.setattr(token_writer, "BATCH_LENGTH", batch)  # characters in a batch
     documents = ["first", "", "zweites äöü", "x" * 300, "", " " * 99 + "y", python_source(), "\n"]
     in_parts = ([document[:50], document[50:]] for document in documents)
     total = write_tokens(in_parts, GPT2Tokenizer.of_bytes(), tmp_path / "tokens.bin", "test", threads).tokens

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from gpt2.config import DataConfig
-from gpt2.data import sources
+from gpt2.data import text_files
 from gpt2.data.corpus import prepare
-from gpt2.data.sources import find_files
+from gpt2.data.text_files import find_files
 from gpt2.errors import UserError
 from gpt2.validation import validate
 from tests.data.test_corpus import config_of, documents_of
@@ -116,8 +116,8 @@ def test_each_record_is_a_document(tmp_path, name):
 
 
 def test_records_are_sampled_and_identified_by_their_column(tmp_path, monkeypatch):
-    read, passes = sources.RECORDS[".jsonl"], []
-    monkeypatch.setitem(sources.RECORDS, ".jsonl", lambda lines: passes.append(1) or read(lines))
+    read, passes = text_files.RECORDS[".jsonl"], []
+    monkeypatch.setitem(text_files.RECORDS, ".jsonl", lambda lines: passes.append(1) or read(lines))
     lines = [f'{{"a": "left {number}", "b": "right {number}"}}\n' for number in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     prepared = [prepare(config_of(tmp_path, files=[str(tmp_path / "*.jsonl")], text_column=column)) for column in "ab"]

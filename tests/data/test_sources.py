@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from gpt2.config import DataConfig
-from gpt2.data import sources
-from gpt2.data.sources import SOURCES, TextDocument, TextFile, describe_source, open_source
+from gpt2.data import text_files
+from gpt2.data.documents import TextDocument
+from gpt2.data.sources import SOURCES, describe_source, open_source
+from gpt2.data.text_files import TextFile
 from gpt2.errors import UserError
 
 
@@ -19,7 +21,7 @@ def test_sources_are_named_by_fields():
 @pytest.mark.parametrize("part", [1, 2, 5, 1 << 20])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
 def test_parts_of_a_file_are_its_text(tmp_path, monkeypatch, part, mark):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", part)
     text = "aé€😀\r\n\ufeff" * 3
     (tmp_path / "a.txt").write_bytes(mark + text.encode())
     document = TextFile(tmp_path / "a.txt")
@@ -45,7 +47,7 @@ NOT_UTF8 += [b"\xf0\x9f\x98\x80\x80" + b"a" * 9, "漢".encode() * 5 + b"\x82\x82
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "byte order mark"])
 @pytest.mark.parametrize("content", NOT_UTF8)
 def test_first_byte_that_is_not_utf8_is_reported_for_every_cut(tmp_path, monkeypatch, content, mark, part):
-    monkeypatch.setattr(sources, "CHUNK_BYTES", part)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", part)
     (tmp_path / "a.txt").write_bytes(mark + content)
     with pytest.raises(UnicodeDecodeError) as expected:
         (mark + content).decode()

@@ -12,9 +12,9 @@ import pytest
 from datasets.packaged_modules.parquet.parquet import Parquet
 from pyarrow import Table, parquet
 
-from gpt2.data import corpus
+from gpt2.data import corpus, token_writer
 from gpt2.data.corpus import prepare
-from gpt2.data.sources import _require_space
+from gpt2.data.hub_datasets import _require_space
 from gpt2.errors import UserError
 from gpt2.runtime import files
 from tests.data.test_corpus import config_of, documents_of
@@ -24,9 +24,10 @@ from tests.helpers import python_source
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE_LENGTH", 1000)
-    monkeypatch.setattr(corpus, "BATCH_LENGTH", 2500)
-    monkeypatch.setattr(corpus, "TOKENS_PER_COMMIT", 6000)
+    monkeypatch.setattr(token_writer, "PIECE_LENGTH", 1000)
+    monkeypatch.setattr(token_writer, "BATCH_LENGTH", 2500)
+    for module in (corpus, token_writer):
+        monkeypatch.setattr(module, "TOKENS_PER_COMMIT", 6000)
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def text(tmp_path) -> Path:
 
 def after_batches(monkeypatch, number: int, stop: Callable[[], object]) -> None:
     """Call a function when so many batches of a preparation, of all splits, were tokenized."""
-    original, done = corpus.map_in_threads, 0
+    original, done = token_writer.map_in_threads, 0
 
     def counted(*arguments):
         nonlocal done
@@ -47,7 +48,7 @@ def after_batches(monkeypatch, number: int, stop: Callable[[], object]) -> None:
             if done == number:
                 stop()
 
-    monkeypatch.setattr(corpus, "map_in_threads", counted)
+    monkeypatch.setattr(token_writer, "map_in_threads", counted)
 
 
 def kill_after(number: int, config) -> None:

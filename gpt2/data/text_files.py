@@ -1,0 +1,226 @@
+"""Text files, files of records and files of tokens as a source: `data.files`."""
+
+import codecs
+import csv
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cache, partial
+from itertools import chain
+from os.path import isfile, realpath, split
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gpt2.config import DataConfig
+from gpt2.data.documents import Document, Source, TextDocument, fingerprint_of
+from gpt2.data.token_files import is_token_file, open_token_files
+from gpt2.errors import UserError, few
+from gpt2.runtime.patterns import as_pattern, files_matching, no_file
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20  # of a file, read at a time
+INSTEAD = "convert it or leave it out (data.exclude)"
+# Files that are recognized by their first bytes.
+OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "compressed",
+    b"PK\3\4": "a zip",
+}
+
+
+@dataclass
+class TextFile:
+    """A UTF-8 file as a document, read in chunks. A byte order mark at its beginning is skipped."""
+
+    path: Path
+
+    def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
+        """See `Document`. Fractions are of the length in bytes, moved forward to the next beginning of a character.
+
+        Raises:
+            UserError: The file cannot be read, or this part of it is not UTF-8 or holds a NUL, as UTF-16 does.
+        """
+        try:
+            with self.path.open("rb") as file:
+                head = file.read(4)
+                if kind := next((kind for sign, kind in OTHER_KINDS.items() if head.startswith(sign)), None):
+                    raise UserError(f"data.files: {self.path} is {kind}, not UTF-8 text; {INSTEAD}")
+                first = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+                length = file.seek(0, os.SEEK_END) - first
+                begin, end = (first + _next_character(file, first, int(length * share)) for share in (start, stop))
+                yield from self._decode(file, begin, end)
+        except OSError as error:
+            raise UserError(f"data.files: cannot read {self.path}: {error.strerror}") from error
+
+    def _decode(self, file: BinaryIO, position: int, end: int) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        file.seek(position)
+        while True:
+            data = file.read(min(CHUNK_BYTES, end - position))
+            pending = len(decoder.getstate()[0])  # bytes of a character that continues in this chunk
+            if 0 in data:
+                place = position + data.index(0)
+                raise UserError(
+                    f"data.files: {self.path} has a NUL at byte {place}, so it is UTF-16 or no text at all; {INSTEAD}"
+                )
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - pending + error.start
+                raise UserError(f"data.files: {self.path} is not UTF-8 at byte {place}; {INSTEAD}") from error
+            position += len(data)
+            yield text
+            if not data:
+                return
+
+
+def _next_character(file: BinaryIO, first: int, place: int) -> int:
+    """The first place from `place` on where a character begins. Places are counted from byte `first` of the file."""
+    if place == 0:
+        return 0  # if the text begins with an invalid byte, it must be read and reported
+    file.seek(first + place)
+    data = file.read(3)  # at most three bytes of a character follow its first one
+    return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+
+
+@dataclass
+class FileDocuments:
+    """Each text file is a document, and each record of a file of JSON lines or CSV, which has it in one column."""
+
+    paths: list[Path]
+    column: str
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self) if self.hold_records() else len(self.paths)
+
+    def __iter__(self) -> Iterator[Document]:
+        for path in self.paths:
+            yield from self._records(path) if path.suffix.lower() in RECORDS else [TextFile(path)]
+
+    def hold_records(self) -> bool:
+        return any(path.suffix.lower() in RECORDS for path in self.paths)
+
+    def _records(self, path: Path) -> Iterator[Document]:
+        rows, number = RECORDS[path.suffix.lower()](_lines(TextFile(path).parts())), 0
+        try:
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, dict) or self.column not in row:
+                    known = few(list(map(str, row))) if isinstance(row, dict) else "no names"
+                    raise UserError(
+                        f"data.text_column: record {number} of {path} has {known}, not {self.column!r}; "
+                        f"name its column or leave the file out (data.exclude)"
+                    )
+                if not isinstance(text := row[self.column], str | None):
+                    kind = type(text).__name__
+                    raise UserError(
+                        f"data.text_column: {self.column!r} in record {number} of {path} is {kind}, not text"
+                    )
+                yield TextDocument(text or "")
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise UserError(f"data.files: record {number + 1} of {path} cannot be read: {error}") from error
+
+
+def _lines(parts: Iterable[str]) -> Iterator[str]:
+    begun: list[str] = []  # joined at its end only: a line may have many parts
+    for part in parts:
+        *ends, rest = part.split("\n")
+        for end in ends:
+            yield "".join([*begun, end, "\n"])
+            begun = []
+        begun.append(rest)
+    yield "".join(begun)
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
+    return (json.loads(line) for line in lines if line.strip())
+
+
+# How records are read from the lines of a file, by the end of its name.
+RECORDS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": csv.DictReader,
+    ".tsv": partial(csv.DictReader, delimiter="\t"),
+}
+csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
+
+
+def open_files(config: DataConfig) -> Source:
+    """The documents, or the tokens, of the files that match `data.files`, identified by their contents.
+
+    Raises:
+        UserError: No file matches, or files of tokens are damaged.
+    """
+    if isinstance(config.files, str):
+        raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
+    documents = FileDocuments(find_files(config.files or [], config.exclude), config.text_column)
+    if not documents.paths:
+        reasons = filter(None, map(no_file, config.files or []))
+        left = f"data.files: nothing of {config.files} is left without data.exclude={config.exclude}"
+        raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
+    try:
+        if any(map(is_token_file, documents.paths)):
+            return _source_of_tokens(documents.paths, config)
+        fingerprint = fingerprint_of(documents.paths, config)
+    except OSError as error:
+        raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
+    if documents.hold_records():
+        fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
+    text_bytes = sum(path.stat().st_size for path in documents.paths)
+    return Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes)
+
+
+def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
+    if others := [str(path) for path in paths if not is_token_file(path)]:
+        raise UserError(f"data.files: {few(others)} is text beside files of tokens (.bin); name one kind")
+    if config.tokenizer == "train":
+        raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
+    splits = open_token_files(paths)
+    contents = {split: fingerprint_of([file.path for file in files], config) for split, files in splits.items()}
+    validation, test = (() if splits[split] else None for split in ("validation", "test"))
+    return Source(json.dumps(contents), (), validation, test, token_files=splits)
+
+
+def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
+    """The files that match any pattern and no exclusion, each once, sorted by path.
+
+    A link of another name than its file's, as in the cache of the Hub, stays: the name says what is in the file.
+    """
+    resolve, here = _resolver(), Path.cwd()
+    files: dict[str, set[str]] = {}
+    named: dict[str, Path] = {}
+    for name in sorted(filter(isfile, chain.from_iterable(map(files_matching, patterns)))):
+        path = resolve(name)
+        files.setdefault(path, set()).update((name, str(here / name), path))
+        named[path] = Path(path) if split(path)[1] == split(name)[1] else here / name
+    excluded = {pattern: _matches(pattern, files) for pattern in exclude}
+    if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
+        log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
+    return sorted(named[path] for path in files.keys() - set().union(*excluded.values()))
+
+
+def _resolver() -> Callable[[str], str]:
+    """`realpath` that resolves each folder once: a standard library may hold 10,000 files of installed packages."""
+    resolve_folder = cache(realpath)
+
+    def resolve(name: str) -> str:
+        folder, file = split(name)
+        path = Path(resolve_folder(folder), file)
+        return realpath(path) if path.is_symlink() else str(path)
+
+    return resolve
+
+
+def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
+    """The files, given with their names, that match a pattern; `*` also stands for any number of folders."""
+    named = set(map(realpath, files_matching(pattern)))
+    patterns = {as_pattern(pattern), as_pattern(realpath(pattern))}
+    is_like = re.compile("|".join(map(translate, patterns))).match
+    return {path for path, names in files.items() if path in named or any(map(is_like, names))}

@@ -1,0 +1,62 @@
+"""Patterns that users give: names of files with wildcards, and regular expressions."""
+
+import os
+import re
+from glob import escape, glob
+from math import prod
+from os.path import isfile
+from pathlib import Path
+from stat import S_ISDIR
+
+import regex
+
+from gpt2.errors import one_line
+
+MOST_REPETITIONS = 10_000  # in a regular expression
+
+
+def as_pattern(name: str) -> str:
+    """A pattern in which names of existing folders and files, as in `draft[1]/*.txt`, stand for themselves."""
+    path, parts = Path(), []
+    for part in Path(name).parts:
+        path /= part
+        parts.append(escape(part) if part.strip("*") and os.path.lexists(path) else part)
+    return str(Path(*parts))
+
+
+def files_matching(pattern: str) -> list[str]:
+    """The files and folders that match a pattern, in which `**` is any number of folders; see also `as_pattern`."""
+    return glob(as_pattern(pattern), recursive=True) if pattern else []
+
+
+def no_file(pattern: str) -> str | None:
+    """Why a pattern stands for no file; None if it stands for some."""
+    paths = files_matching(pattern)
+    if any(map(isfile, paths)):
+        return None
+    if not paths:
+        return f"no file matches {pattern!r} (looked from {Path.cwd()})"
+    try:
+        is_folder = S_ISDIR(Path(paths[0]).stat().st_mode)
+    except OSError as error:  # of a link to nothing or to itself
+        return f"{paths[0]!r} leads to no file ({error.strerror})"
+    if is_folder:
+        like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
+        return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"
+    return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
+
+
+def no_expression(pattern: str) -> str | None:
+    """Why a text is not a regular expression of Python's that the library `regex` can take as well; None if it is one.
+
+    So it has none of `regex`'s additions, such as recursion, which can fill the memory.
+    """
+    times = (max(1, int(number)) for number in re.findall(r"\{\s*(\d{1,9})", pattern))
+    if prod(times) > MOST_REPETITIONS:  # `regex` writes them out
+        return f"repetitions such as {{9}} may multiply to {MOST_REPETITIONS:,} at most"
+    try:
+        re.compile(pattern)
+        regex.compile(pattern)
+    except (re.error, regex.error, RecursionError, OverflowError) as error:
+        return one_line(error)
+    return None
