@@ -136,7 +136,7 @@ class StudySweeper(Sweeper):
         self._conclude(study)
 
     def _launch(self, study: "Study", trials: "list[Trial]") -> str | None:
-        """Run trials to their ends. Returns the problem that kept any of them from reporting its own end."""
+        """Run trials to their ends. Returns why one of them could not report its own end."""
         jobs = [
             (
                 *(f"{key}={value}" for key, value in trial.params.items()),

@@ -31,7 +31,7 @@ TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
 def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """Create the replacement of `target` under a name that no other process uses, and at the end remove that name.
 
-    It is locked (`flock`) until the block ends: the lock tells `remove_unfinished` that its process is alive. Leftovers
+    It is locked (`flock`) until the block ends: the lock shows `remove_unfinished` that its process is alive. Leftovers
     of dead processes, for the same target, are removed first.
 
     Args:

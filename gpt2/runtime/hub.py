@@ -156,7 +156,7 @@ def create_repository(name: str, private: bool) -> None:
     """Create the repository of a model on the Hub, unless it exists. Call it before what is uploaded is made.
 
     Raises:
-        UserError: Nobody is logged in, or the account may not create or write it.
+        UserError: No account is logged in, or the account may not create or write it.
         ResourceError: The Hub does not answer.
     """
     move_hub_cache()

@@ -1,8 +1,8 @@
 """External loggers: which there are, and how a run is protected from them.
 
-Whatever a logger does, raise or hang, the run goes on: each works in a thread of its own. Its first error is a warning
-and disables it, and the end of a run waits for it for a limited time. Nothing secret reaches a logger: what a run tells
-of itself is redacted here.
+Each logger works in a thread of its own, so one that raises or hangs does not stop the run. Its first error is a
+warning and disables it, and the end of a run waits for it for a limited time. Nothing secret reaches a logger: the
+facts of a run are redacted here.
 """
 
 import logging
@@ -33,7 +33,7 @@ Config = TrainRun | EvaluateRun | GenerateRun
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is told about a run."""
+    """The facts of a run that a logger gets."""
 
     name: str
     group: str  # the experiment or the study
@@ -47,8 +47,8 @@ class LoggedRun:
 
 def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
     """The loggers that a configuration chooses. They start in the background."""
-    told = {"name": run.name, "group": run.group, "config": run.config, "tags": [tag[:64] for tag in run.tags]}
-    run, loggers = replace(run, **redact(told)), []
+    facts = {"name": run.name, "group": run.group, "config": run.config, "tags": [tag[:64] for tag in run.tags]}
+    run, loggers = replace(run, **redact(facts)), []
     for name in dict.fromkeys(config.loggers):
         try:
             loggers += [logger] if (logger := LOGGERS[name](config, run)) else []
@@ -237,7 +237,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What loggers are told
+# The facts that loggers get
 
 
 def comparable(config: Record) -> Record:
