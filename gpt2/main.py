@@ -87,9 +87,8 @@ def compare() -> None:
 
     columns = list(filter(None, options.get("columns", "").split(",")))
     comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", ""), columns)
-    notes = comparison.notes
-    if comparison.rest:
-        notes += [f"{comparison.rest}. columns=KEY,... shows others, html=FILE all of them."]
+    others = [f"{comparison.rest}. columns=KEY,... shows others, html=FILE all of them."] if comparison.rest else []
+    notes = [*comparison.notes, *others]
     files: dict[str, bytes] = {}
     if "html" in places:
         from gpt2.analysis.compare_html import page

@@ -133,9 +133,10 @@ def kind_for(dtype: torch.dtype, texts: int) -> type[InferenceLinear]:
     """The fastest layout for weights of a number format and a number of texts.
 
     It is a rule and no measurement, which on a busy machine could choose another layout, and other last bits, for the
-    same command. On an EPYC (Zen 4), at widths of 384, 768 and 1600, one text takes 0.49 to 0.86 of `F.linear`'s time
-    by `SlicedLinear` in fp32; 2 to 32 texts take 0.30 to 0.65 of it by `PackedLinear`, in bf16 1 to 32 texts 0.48 to
-    0.93. The others are slower, but for two texts at a width of 384 in fp32, where the two differ by 8 %.
+    same command. On an AMD EPYC, at widths of 384, 768 and 1600, one text takes 0.69 to 0.89 of `F.linear`'s time by
+    `SlicedLinear` in fp32; 2 to 32 texts take 0.34 to 0.57 of it by `PackedLinear`, in bf16 1 to 32 texts 0.50 to 0.97.
+    The other layouts are slower, but for two texts in fp32 at the two larger widths, by 8 and 9 %
+    (experiments/generation, layouts.json).
     """
     has_packed = onednn.is_available() and dtype in (torch.float32, torch.bfloat16)
     if dtype == torch.float32 and (texts == 1 or not has_packed):

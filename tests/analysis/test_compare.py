@@ -378,6 +378,15 @@ def test_json_output(two, capsys, monkeypatch):
     assert {"folder", "title", "state", *runs_module.COLUMNS} <= records[0].keys()
 
 
+def test_note_about_the_command_line_is_not_on_the_page(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gpt2.analysis.compare.MOST_KEYS", 0)
+    run_compare(monkeypatch, str(two.parent), f"html={tmp_path}/page.html")
+    note = "1 more key differs: learning_rate"
+    assert f"{note}. columns=KEY,... shows others, html=FILE all of them." in capsys.readouterr().out
+    text = (tmp_path / "page.html").read_text()
+    assert note in text and "columns=KEY" not in text
+
+
 def test_output_files_and_unwritable_paths(two, tmp_path, capsys, monkeypatch):
     run_compare(monkeypatch, str(two.parent), f"html={tmp_path}/new/page.html", f"picture={tmp_path}/c.svg")
     assert (tmp_path / "new" / "page.html").read_text().startswith("<!doctype html>")

@@ -1,5 +1,6 @@
 """Linear layers for CPU inference equal `F.linear`, exactly or nearly."""
 
+import json
 import time
 from math import exp
 
@@ -22,11 +23,21 @@ from gpt2.ops.cpu_inference import (
     pack_linears,
     quantize,
 )
-from tests.helpers import CORPUS, finish, noisy_model, random_ids, tiny_config
+from tests.helpers import CORPUS, ROOT, finish, noisy_model, random_ids, tiny_config
 
 close = {"atol": 1e-5, "rtol": 1e-5}
 EXACT = [InferenceLinear, SlicedLinear, *([PackedLinear] if onednn.is_available() else [])]
 shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (8, 1)], ids=str)
+
+
+@pytest.mark.skipif(not onednn.is_available(), reason="the figures are of a PyTorch with oneDNN")
+def test_rule_takes_the_layout_that_was_measured_to_be_fastest():
+    rows = json.loads((ROOT / "experiments" / "generation" / "layouts.json").read_text())["results"]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    for row in rows:
+        seconds = row["seconds"][kind_for(getattr(torch, row["dtype"]), row["texts"]).__name__]
+        assert seconds < row["seconds"]["InferenceLinear"]
+        assert seconds < 1.1 * min(row["seconds"].values())
 
 
 @pytest.mark.parametrize("outputs", [32, 50, 7])
