@@ -21,21 +21,42 @@ from gpt2.runtime.dist_env import dist_env
 
 log = logging.getLogger(__name__)
 
-# Peak FLOP/s of dense 16-bit matrix products on one chip, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
+# Peak TFLOP/s of dense 16-bit matrix products (bf16; fp16 on V100 and T4) with sums in fp32, of one chip. From NVIDIA's
+# documents, which mostly give twice this, for sparse matrices. By words of the name that PyTorch gives.
+PEAK_TERAFLOPS = {
+    "GB300": 2500.0,  # GB300 NVL72, data sheet: 72 chips
+    "GB200": 2500.0,  # GB200 NVL72, data sheet: 72 chips
+    "B300": 2250.0,  # HGX, product page: 8 chips
+    "B200": 2250.0,  # HGX, product page: 8 chips
+    "GH200": 989.0,  # GH200 Grace Hopper, data sheet
+    "H200 NVL": 835.0,  # H200, data sheet
+    "H200": 989.0,  # the same
+    "H100 PCIe": 756.0,  # H100, data sheet
+    "H100 NVL": 835.0,  # the same
+    "H100": 989.0,  # the same: SXM
+    "A100": 312.0,  # A100, data sheet: PCIe and SXM alike
+    "A40": 149.7,  # A40, data sheet
+    "A30": 165.0,  # A30, data sheet
+    "A10": 125.0,  # A10, data sheet
+    "L40S": 362.0,  # L40S, data sheet
+    "L40": 181.0,  # L40, data sheet
+    "L4": 121.0,  # L4, data sheet
+    "RTX PRO 6000 Blackwell": 503.8,  # RTX Blackwell PRO, architecture white paper
+    "RTX 6000 Ada": 364.2,  # Ada for professional visualization, architecture white paper
+    "RTX A6000": 154.8,  # GA102, architecture white paper
+    "RTX 5090": 209.5,  # RTX Blackwell, architecture white paper
+    "RTX 5080": 112.6,  # the same
+    "RTX 4090": 165.2,  # Ada, architecture white paper
+    "RTX 4080": 97.5,  # the same
+    "RTX 3090 Ti": 80.0,  # the same
+    "RTX 3090": 71.0,  # GA102, architecture white paper
+    "RTX 3080": 59.5,  # the same
+    "V100S": 130.0,  # V100, data sheet
+    "V100 PCIE": 112.0,  # the same
+    "V100": 125.0,  # the same: SXM2
+    "T4": 65.0,  # T4, data sheet
 }
+OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}  # words that make a name that of another chip, or a part
 
 
 # Names of PyTorch's `get_capabilities`: of x86, of ARM.
@@ -195,6 +216,12 @@ def peak_flops(precision: Precision) -> float | None:
 
 
 def known_peak(name: str) -> float | None:
-    """The entry of `PEAK_FLOPS` whose words all occur in a device's name: an A1000 is no A100."""
+    """Peak FLOP/s by a device's name: the first entry of `PEAK_TERAFLOPS` whose words are all in it.
+
+    An A1000 is no A100, and what a laptop calls RTX 4090 is another chip.
+    """
     words = set(re.split(r"[\s-]+", name))
-    return next((flops for chip, flops in PEAK_FLOPS.items() if words.issuperset(chip.split())), None)
+    for chip, teraflops in PEAK_TERAFLOPS.items():
+        if words.issuperset(chip.split()) and not OTHER_CHIPS & words - set(chip.split()):
+            return teraflops * 1e12
+    return None
