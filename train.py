@@ -24,7 +24,6 @@ log = logging.getLogger("gpt2")
 def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     """Train, and return the best validation loss, which a study minimises; `trial` if this is a trial of one."""
     # Imported here, so that --help and configuration errors do not wait for torch.
-    from gpt2.analysis.plotting import draw_curves
     from gpt2.checkpoint.format import check_memory
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
     from gpt2.data_loader import get_dataloaders, load_text_data
@@ -75,6 +74,8 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
             if trainer.interrupted_by:
                 tracker.outcome = Ended(INTERRUPTED, 128 + trainer.interrupted_by)
             if group.is_main:
+                from gpt2.analysis.plotting import draw_curves  # here: matplotlib would delay the first step by 0.3 s
+
                 draw_curves(folder / METRICS, folder / "curves.png")
         if group.is_main:
             conclude(trainer, tracker, config, folder)

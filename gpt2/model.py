@@ -9,11 +9,13 @@ Axes: b batch, t time, c channel (d_model), v vocabulary.
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPT2Config, InferenceConfig
@@ -352,3 +354,16 @@ class GPT2Model(nn.Module):
         """
         multiplied = self.num_parameters() - self.position_embedding.weight.numel()
         return 6 * multiplied + 12 * self.config.num_layers * self.config.d_model * t
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Calls of `torch.nn.init` do nothing: on the meta device they would import torch._dynamo, which takes a second."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+
+def meta_model(config: GPT2Config) -> GPT2Model:
+    """A model on the meta device: shapes only, no memory."""
+    with torch.device("meta"), _SkipInitialization():
+        return GPT2Model(config)

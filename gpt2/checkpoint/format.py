@@ -267,12 +267,9 @@ def _parse_json(text: bytes, file_size: int) -> Any:
 
 def shapes_of(config: GPT2Config) -> Shapes:
     """The tensors of a model, derived from a model of one block, since all blocks are alike."""
-    import torch
+    from gpt2.model import meta_model
 
-    from gpt2.model import GPT2Model
-
-    with torch.device("meta"):
-        weights = GPT2Model(replace(config, num_layers=1)).state_dict()
+    weights = meta_model(replace(config, num_layers=1)).state_dict()
     return {
         name.replace("blocks.0.", f"blocks.{layer}."): tuple(tensor.shape)
         for name, tensor in weights.items()

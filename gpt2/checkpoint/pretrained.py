@@ -104,17 +104,14 @@ class TrainedModel:
         Raises:
             UserError: See `tensors`.
         """
-        import torch
-
-        from gpt2.model import GPT2Model
+        from gpt2.model import meta_model
 
         config = config or self.config
         tensors = self.tensors()
         positions = tensors["position_embedding.weight"]
         if config.context_length < len(positions):
             tensors["position_embedding.weight"] = positions[: config.context_length].clone()
-        with torch.device("meta"):  # initial weights would be replaced at once
-            model = GPT2Model(config)
+        model = meta_model(config)  # initial weights would be replaced at once
         model.load_state_dict(tensors, assign=True)
         return model
 

@@ -26,7 +26,7 @@ from gpt2.errors import (
     machine_error,
 )
 from gpt2.evaluate import perplexity
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, meta_model
 from gpt2.runtime.console import time_left
 from gpt2.runtime.device import (
     choose_device,
@@ -43,7 +43,7 @@ from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
 from gpt2.train import Trainer
 from gpt2.training.compile import ComputePlan, choose_plan
-from gpt2.training.cost import Work, memory_needed, memory_of, meta_model, time_step
+from gpt2.training.cost import Work, memory_needed, memory_of, time_step
 
 log = logging.getLogger("gpt2")
 

@@ -5,6 +5,7 @@ runs (all problems are printed, exit code 2, no run folder is left behind); a si
 once; and a prompt bypasses Hydra's grammar, because it is text and no expression.
 """
 
+import gc
 import logging
 import os
 import shutil
@@ -123,8 +124,18 @@ def run_task(task: Task, config: Run) -> Any:
     if job.output_subdir is not None:
         (output_folder() / job.output_subdir / "config.yaml").write_text(to_yaml(asdict(config)), encoding="utf-8")
     if "torch" not in sys.modules:
-        waiting_for("loading PyTorch")
+        load_torch()
     return task(config)
+
+
+def load_torch() -> None:
+    """Import PyTorch without garbage collection: what it makes stays, and searching it takes a fifth of the time."""
+    waiting_for("loading PyTorch")
+    gc.disable()
+    import torch  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def is_choice(group: str, file: str | None) -> bool:
@@ -151,8 +162,8 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
         else:
             composed, folder, config = prepare_on_rank(name, options)
         if isinstance(config, TrainRun) and config.plan:
-            waiting_for("loading PyTorch")
-            from gpt2.cli.messages import print_plan  # which loads it
+            load_torch()
+            from gpt2.cli.messages import print_plan
 
             return print_plan(config)
         if isinstance(config, GenerateRun):

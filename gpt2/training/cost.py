@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from gpt2.config import GPT2Config, TrainingConfig
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, meta_model
 from gpt2.ops.cross_entropy import CHUNK_BYTES
 from gpt2.ops.linear import LINEARS
 from gpt2.runtime.device import fastest_seconds
@@ -47,12 +47,6 @@ class Work:
     def flops_per_step(self) -> float:
         """Of all ranks."""
         return self.tokens_per_step * self.model.flops_per_token(self.length)
-
-
-def meta_model(config: GPT2Config) -> GPT2Model:
-    """A model whose weights take no memory."""
-    with torch.device("meta"):
-        return GPT2Model(config)
 
 
 def memory_of(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import TrainingConfig
+from gpt2.training.adamw import AdamW, start_without_dynamo
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -43,6 +44,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of `config.optimizer` for the parameters that require gradients."""
+    start_without_dynamo()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return BUILDERS[config.optimizer](parameters, config)
 
@@ -54,7 +56,7 @@ def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> 
         {"params": [p for p in tensors if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in tensors if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

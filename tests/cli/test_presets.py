@@ -11,6 +11,7 @@ from gpt2.cli import messages
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose
 from gpt2.config import TrainRun
+from gpt2.model import meta_model
 from gpt2.runtime.device import Precision
 from gpt2.runtime.dist_env import DistEnv
 from gpt2.tracking.tracker import read_metrics
@@ -43,7 +44,7 @@ def test_every_preset_is_valid_and_its_comment_says_what_a_step_takes(name, tmp_
     assert int(tokens.replace(",", "")) == (
         config.train.batch_size * config.train.accumulation_steps * config.data.max_length
     )
-    model = cost.meta_model(replace(config.model, vocab_size=messages.vocabulary_size(config)))
+    model = meta_model(replace(config.model, vocab_size=messages.vocabulary_size(config)))
     work = cost.Work(model, config.train, config.data.max_length)
     gpu = ComputePlan(torch.device("cuda"), Precision("bf16", torch.device("cpu")), "PyTorch", compiled=False)
     needed = sum(cost.memory_needed(work, gpu).values()) / 1e9

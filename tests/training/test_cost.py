@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.model import meta_model
 from gpt2.runtime.device import Precision
 from gpt2.training import cost
 from gpt2.training.compile import ComputePlan
-from gpt2.training.cost import Work, memory_needed, meta_model, time_step
+from gpt2.training.cost import Work, memory_needed, time_step
 from tests.helpers import NO_DROPOUT, tiny_config
 
 CPU = torch.device("cpu")
