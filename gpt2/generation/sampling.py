@@ -59,7 +59,10 @@ def keep_top_p(logits: Tensor, p: float | None) -> Tensor:
     if p is None or p >= 1.0:
         return logits
     ascending, order = logits.sort(descending=False)
-    dropped = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    probabilities = ascending.softmax(-1)
+    if torch.are_deterministic_algorithms_enabled():  # CUDA has no deterministic sum of this kind, and raises an error
+        probabilities = probabilities.cpu()
+    dropped = (probabilities.cumsum(-1) <= 1 - p).to(logits.device)
     dropped[..., -1] = False  # the likeliest token always stays
     return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
 

@@ -13,7 +13,6 @@ from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.model import GPT2Model
 from tests.helpers import finish, noisy_model, random_ids, tiny_config
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 close = {"atol": 1e-5, "rtol": 1e-5}
 greedy = partial(next_token, params=SamplingParams(do_sample=False, repetition_penalty=1.3))
 
@@ -224,11 +223,10 @@ def test_more_shapes_compile_than_the_compiler_caches():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_the_compiled_step_generates_the_same_text(device):
-    """With the options that are used on CUDA; a CPU ignores CUDA graphs."""
-    model = noisy_model(tiny_config(), seed=3).to(device)
-    input_ids, real = (tensor.to(device) for tensor in padded(texts_of_lengths(model, 9, 23, 1), "left"))
+def test_the_compiled_step_generates_the_same_text():
+    """With the options that are used on CUDA; a CPU ignores CUDA graphs. On CUDA: tests/gpu/test_decode.py."""
+    model = noisy_model(tiny_config(), seed=3)
+    input_ids, real = padded(texts_of_lengths(model, 9, 23, 1), "left")
     compiled = CompiledDecoding()
     for _ in range(2):
         expected, tokens = (
