@@ -1,13 +1,17 @@
 """Shared by tests: data beside the checkout, small models, their twins in `transformers`, and difficult texts."""
 
 import string
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.hugging_face import hf_layout, hf_name
@@ -113,6 +117,42 @@ def write_tokenizer(folder: Path, tokenizer: GPT2Tokenizer | None = None) -> Non
 def only_a_pickle(folder: Path) -> None:
     """Rename the weights of a folder to the name of a pickle."""
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def without_numbers(model: GPT2Model, device: str) -> GPT2Model:
+    """Give a model weights that are tensors of the current mode, such as `FakeTensorMode`, on any device."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, device=device)))
+    return model
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of given tensors, and of those that operations return, until they are freed."""
+
+    def __init__(self, tensors: Iterable[Tensor]):
+        super().__init__()
+        self.known, self.now, self.peak = WeakIdKeyDictionary(), 0, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.freed, storage.nbytes())
+
+    def freed(self, size: int) -> None:
+        self.now -= size
 
 
 # ---------------------------------------------------------------------------------------------------------------------

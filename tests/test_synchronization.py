@@ -12,7 +12,7 @@ from itertools import islice
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,11 +21,10 @@ import tests.test_train as training
 from gpt2 import train
 from gpt2.generation.decode import CompiledDecoding, decode
 from gpt2.generation.sampling import SamplingParams, next_token
-from gpt2.model import GPT2Model
+from gpt2.model import GPT2Model, meta_model
 from gpt2.runtime.device import Precision
 from gpt2.training import nonfinite
-from gpt2.training.cost import meta_model
-from tests.helpers import tiny_config
+from tests.helpers import tiny_config, without_numbers
 from tests.test_train import make_trainer
 
 FILTERED = SamplingParams(temperature=0.8, repetition_penalty=1.2, top_k=20, top_p=0.9, min_p=0.01)
@@ -59,11 +58,7 @@ def device(request):
 
 
 def model_on(device: torch.device) -> GPT2Model:
-    model = meta_model(tiny_config(dropout=0.1))
-    for module in model.modules() if device != META else ():
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, device=device)))
-    return model
+    return without_numbers(meta_model(tiny_config(dropout=0.1)), device.type)
 
 
 @pytest.fixture

@@ -161,6 +161,7 @@ def _loss_and_gradients(
             grad_head = part if is_fp32 else part.float().mul_(scale / smaller)
         else:
             grad_head = grad_head.add_(part) if is_fp32 else grad_head.addcmul_(part, scale / smaller)
+        del logits, grad_logits, part  # before the logits of the next chunk are computed
     assert grad_head is not None
     return loss, grad_hidden, grad_head
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 
@@ -63,25 +64,34 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if train.optimizer == "muon" else 0
     state: float = 16 * weights - 4 * muon  # weight, gradient and two averages, of which Muon has one
     is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
-    logits = tokens * model.config.vocab_size * itemsize
-    chunk = min(logits, CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"]))
+    all_logits = tokens * model.config.vocab_size * itemsize
+    chunk = all_logits / ceil(all_logits / CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"]))
+    # A chunk and its softmax, which is fp32, also where it is read from; the gradient of the head; the final norm.
+    logits = (2 if is_fp32 else 5) * chunk + 4 * head + (12 if is_fp32 else 14) * tokens * model.config.d_model
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
         state = state / work.ranks + itemsize * head + (4 * weights if work.passes > 1 else 0)
     elif not is_fp32:
         state += 2 * weights  # autocast keeps a copy
     return {
         "weights, gradients and optimizer": state,
-        "activations": tokens * _bytes_per_token(model.config, is_fp32, train.gradient_checkpointing),
-        "logits": 3 * chunk + 12 * head + 4 * tokens * model.config.d_model,
+        "activations": _activations(model.config, tokens, is_fp32, logits if train.gradient_checkpointing else None),
+        "logits": logits,
     }
 
 
-def _bytes_per_token(config: GPT2Config, is_fp32: bool, recomputes: bool) -> float:
-    """What the backward pass needs of a token's forward pass."""
+def _activations(config: GPT2Config, tokens: int, is_fp32: bool, freed: float | None) -> float:
+    """What the backward pass needs of the forward pass of a number of tokens.
+
+    Args:
+        freed: With gradient checkpointing, the memory that is free when a layer is recomputed. None is without.
+    """
     width, d_ff = config.d_model, config.d_ff
     masks = 2 * width if config.dropout or config.residual_dropout else 0
-    layer = (33 * width + 8 * d_ff if is_fp32 else 21 * width + 4 * d_ff) + masks
-    return 4 * width * config.num_layers + layer if recomputes else layer * config.num_layers
+    layer = tokens * ((33 * width + 8 * d_ff if is_fp32 else 21 * width + 4 * d_ff) + masks)
+    if freed is None:
+        return config.num_layers * layer
+    gradients = 2 * (4 if is_fp32 else 2) * tokens * d_ff  # before and after GELU
+    return config.num_layers * tokens * 4 * width + max(0, layer + gradients - freed)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "1,557,611,200 parameters" in out
     assert "Cost    314,572,800,000 tokens and 3.2e+21 FLOPs\n" in out
-    assert "Memory  about 53 GB (weights, gradients and optimizer 28, activations 23, logits 1.3); there are " in out
+    assert "Memory  about 52 GB (weights, gradients and optimizer 28, activations 23, logits 0.96); there are " in out
     assert "a smaller train.batch_size" not in out
     (hours, parts), *_ = re.findall(r"Time    about ([\d,]+) hours at 97 tokens/s, estimated from a pass of (.*);", out)
     assert float(hours.replace(",", "")) == pytest.approx(600_000 * 524_288 * 10.28e9 / 1e12 / 3600, rel=1e-3)

@@ -5,6 +5,7 @@ On a CPU a test does as much of itself as a CPU can, so that no line of it is fi
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def cuda(device: torch.device) -> torch.device:
     if device.type != "cuda":
         pytest.skip("a CPU has nothing like it")
     return device
+
+
+@contextmanager
+def no_wait(device: torch.device) -> Iterator[None]:
+    """Makes CUDA raise an error where the host waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from tests.helpers import NO_DROPOUT, random_ids
 from tests.test_train import InterruptAt, assert_same_state, make_trainer, weights
 
 PRECISIONS = ["fp32", "tf32", "bf16", "fp16"]
-FIRST_STEP = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative error of loss and gradient norm
+FIRST_STEP = {"fp32": 5e-5, "tf32": 2e-3, "bf16": 2e-2, "fp16": 5e-3}  # relative error of loss and gradient norm
 
 
 def in_precision(name: str) -> dict[str, str]:
@@ -135,7 +135,7 @@ def test_accumulation_and_checkpointing_change_no_result(blocks, tmp_path, devic
 def test_evaluation_gives_the_loss_of_a_cpu(blocks, tmp_path, device):
     trainer = make_trainer(blocks, tmp_path, max_steps=4, device="cpu")
     trainer.train()
-    results = [Evaluator(trainer.model, trainer.val_loader, str(place)).evaluate() for place in ("cpu", device)]
+    results = [Evaluator(trainer.model, trainer.val_loader, str(place), "fp32").evaluate() for place in ("cpu", device)]
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
     assert results[1]["tokens"] == results[0]["tokens"]
 
@@ -143,6 +143,8 @@ def test_evaluation_gives_the_loss_of_a_cpu(blocks, tmp_path, device):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_takes_the_flash_kernel_of_attention(device, checkpointing):
     """An error says that it does not support these tensors."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        pytest.skip("older GPUs have no such kernel")
     config = GPT2Config(257, 256, 128, 2, 2, 256, **{**NO_DROPOUT, "attention_dropout": 0.1 * (device.type == "cuda")})
     model = GPT2Model(config).to(device).train()
     model.gradient_checkpointing = checkpointing

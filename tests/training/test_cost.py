@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.model import meta_model
+from gpt2.ops import attention, cross_entropy
 from gpt2.runtime.device import Precision
 from gpt2.training import cost
 from gpt2.training.compile import ComputePlan
 from gpt2.training.cost import Work, memory_needed, time_step
-from tests.helpers import NO_DROPOUT, tiny_config
+from tests.helpers import NO_DROPOUT, PeakMemory, tiny_config, without_numbers
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 XL = GPT2Config(d_model=1600, num_heads=25, num_layers=48, d_ff=6400)
 
 
@@ -40,14 +42,38 @@ def gigabytes(*arguments, plan: ComputePlan | None = None, **fields) -> list[flo
 def test_memory_is_that_of_the_table_in_docs_scale():
     assert gigabytes(GPT2Config())[:2] == [2.0 + 0.2, 2.9]  # with the copy in bf16
     assert gigabytes(XL)[:2] == [28.0, 24.5]
-    assert gigabytes(XL, train={"gradient_checkpointing": True})[1] == 3.0
+    assert gigabytes(XL, train={"gradient_checkpointing": True})[1] == 2.5
     assert gigabytes(XL, plan=planned("fp32"))[0] == 24.9
     assert gigabytes(XL, 8, 8, ranks=8, is_sharded=True)[0] == 3.3  # 3.1 of a shard, and what is gathered
     assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # whole gradients
     assert gigabytes(XL, train={"optimizer": "muon"})[0] == 28.0 - 5.9  # one average less for 1.47 billion weights
     assert gigabytes(replace(XL, **NO_DROPOUT))[1] == 23.3
-    assert gigabytes(XL)[2] == 1.3
-    assert gigabytes(replace(XL, vocab_size=257))[2] == 0.1  # all logits are smaller than a chunk
+    assert gigabytes(XL)[2] == 1.0
+    assert gigabytes(replace(XL, vocab_size=257))[2] == 0.2  # all logits are smaller than a chunk
+
+
+@pytest.mark.parametrize(
+    ("precision", "recomputes", "rows"), [("bf16", False, 8), ("bf16", True, 8), ("fp32", False, 8), ("fp32", True, 16)]
+)
+def test_memory_is_that_of_the_tensors_of_a_step(precision, recomputes, rows, monkeypatch):
+    """Two passes with tensors that have shapes but no numbers, as on CUDA. In the second one there are gradients."""
+    monkeypatch.setattr(attention, "_explicit_is_faster", lambda q: False)
+    monkeypatch.setattr(cross_entropy, "_is_one", lambda number: False)
+    monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", cross_entropy.CHUNK_BYTES["cuda"])
+    config = GPT2Config(num_layers=4, **NO_DROPOUT)  # masks are larger on a CPU
+    with FakeTensorMode():
+        model = without_numbers(meta_model(config), "cpu").train()
+        model.gradient_checkpointing = recomputes
+        ids = torch.empty(rows, 1024, dtype=torch.long)
+        averages = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        with PeakMemory([*model.parameters(), *averages]) as memory:
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    _, loss = model(ids, targets=ids, return_logits=False)
+                loss.backward()
+    plan = ComputePlan(CUDA, Precision(precision, CUDA), "PyTorch", compiled=False)
+    needed = memory_needed(work(config, rows, 2, train={"gradient_checkpointing": recomputes}), plan)
+    assert sum(needed.values()) == pytest.approx(memory.peak, rel=0.05), needed
 
 
 @pytest.mark.parametrize("long", [0.0, 0.1, 1e9])
