@@ -2,7 +2,8 @@
 
 import os
 import re
-from glob import escape, glob
+from collections.abc import Iterator
+from glob import escape, iglob
 from math import prod
 from os.path import isfile
 from pathlib import Path
@@ -24,16 +25,16 @@ def as_pattern(name: str) -> str:
     return str(Path(*parts))
 
 
-def files_matching(pattern: str) -> list[str]:
+def files_matching(pattern: str) -> Iterator[str]:
     """The files and folders that match a pattern, in which `**` is any number of folders; see also `as_pattern`."""
-    return glob(as_pattern(pattern), recursive=True) if pattern else []
+    return iglob(as_pattern(pattern), recursive=True) if pattern else iter(())
 
 
 def no_file(pattern: str) -> str | None:
     """Why a pattern stands for no file; None if it stands for some."""
-    paths = files_matching(pattern)
-    if any(map(isfile, paths)):
+    if any(map(isfile, files_matching(pattern))):  # the first is enough: a folder may hold a hundred thousand
         return None
+    paths = list(files_matching(pattern))
     if not paths:
         return f"no file matches {pattern!r} (looked from {Path.cwd()})"
     try:

@@ -9,4 +9,4 @@ def test_file_that_appears_later_is_found(tmp_path):
     assert no_file(pattern).startswith("no file matches")
     (tmp_path / "a.txt").touch()
     assert no_file(pattern) is None
-    assert files_matching(pattern) == [str(tmp_path / "a.txt")]
+    assert list(files_matching(pattern)) == [str(tmp_path / "a.txt")]
