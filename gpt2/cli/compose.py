@@ -86,8 +86,12 @@ def group_options(name: str, group: str) -> list[str]:
         return GlobalHydra.instance().config_loader().get_group_options(group, config_name=name, overrides=[])
 
 
+@cache
 def compose_defaults(name: str, with_hydra: bool = False) -> DictConfig:
-    """The configuration without overrides, so that an error lies in a file of `conf/`."""
+    """The configuration without overrides, so that an error lies in a file of `conf/`. All share it: do not change it.
+
+    It does not depend on the current folder, but for what Hydra's own node says about that.
+    """
     try:
         return compose(name, [], with_hydra)
     except (HydraException, OmegaConfBaseException) as error:
@@ -182,7 +186,8 @@ def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dic
     Args:
         without: Groups that the preset does not choose; their values are listed instead.
     """
-    chosen, usual = (compose("train", words, with_hydra=True).hydra.runtime.choices for words in (overrides, []))
+    composed, defaults = compose("train", overrides, with_hydra=True), compose_defaults("train", with_hydra=True)
+    chosen, usual = (whole.hydra.runtime.choices for whole in (composed, defaults))
     choices = {
         str(group): str(choice)
         for group, choice in chosen.items()

@@ -166,9 +166,10 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     no_words = [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
     is_new = override.type != OverrideType.CHANGE
-    if "." in group or not (options := group_options(name, group)):
-        return None
     is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
+    is_usual = is_chosen and not is_new and not no_words
+    if "." in group or is_usual or not (options := group_options(name, group)):
+        return None
     if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"
     if not (is_new or is_chosen or "/" in group):  # the presets of a study, such as learning_rate
