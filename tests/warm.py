@@ -45,6 +45,16 @@ def server(environment: tuple[tuple[str, str], ...]) -> str:
     return address
 
 
+def server_for(environment: dict[str, str]) -> str:
+    """The address of a server whose processes find this environment as if they had been started with it."""
+    at_start = (
+        (name, value)
+        for name, value in sorted(environment.items())
+        if name not in READ_LATER and not name.startswith(OF_LIBRARIES_NOT_IMPORTED)
+    )
+    return server((*at_start, ("HOME", os.environ.get("HOME", "/"))))
+
+
 class Process:
     """A script under way, as `subprocess.Popen` has it. What it prints goes to files."""
 
@@ -63,18 +73,13 @@ class Process:
             terminal: The file descriptor of a terminal that the script is to have as all its streams.
             given: Its standard input.
         """
-        at_start = tuple(
-            (name, value)
-            for name, value in sorted(environment.items())
-            if name not in READ_LATER and not name.startswith(OF_LIBRARIES_NOT_IMPORTED)
-        )
         self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
         self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
         os.pwrite(self._files[0].fileno(), given, 0)
         streams = [*self._files[:2], self._files[1]] if errors_in_output else self._files
         numbers = [file.fileno() for file in streams] if terminal is None else [terminal] * 3
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(server((*at_start, ("HOME", os.environ.get("HOME", "/")))))
+        self._connection.connect(server_for(environment))
         message = json.dumps([arguments, str(folder), environment, start_new_session, [0, 1, 2], []]).encode()
         assert len(message) < 2**16  # it is read in one go
         socket.send_fds(self._connection, [message], numbers)

@@ -18,9 +18,11 @@ import select
 import signal
 import socket
 import sys
+from base64 import b64decode
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,10 +37,14 @@ class Asked(NamedTuple):
 
 
 def imports() -> None:
-    import torch._dynamo  # noqa: F401  # which the first optimizer imports
+    import matplotlib.figure
+    import torch._dynamo  # which the first optimizer imports
+    import torch.distributed.run  # noqa: F401
     from optuna.storages import RDBStorage
 
+    import gpt2.analysis.compare_html
     import gpt2.analysis.plotting
+    import gpt2.cli.messages
     import gpt2.cli.script
     import gpt2.cli.sweeper
     import gpt2.data.corpus
@@ -47,56 +53,84 @@ def imports() -> None:
     import gpt2.search.report
     import gpt2.tracking.wandb_logger
     import gpt2.train  # noqa: F401
-    from gpt2.cli.compose import compose
+    from gpt2.cli.complete import typed
+    from gpt2.cli.compose import compose, compose_defaults
 
-    compose("train", ["train.max_steps=1"])  # fills the caches of the grammar's parser
+    for name in ("train", "evaluate", "generate"):
+        compose_defaults(name, with_hydra=True), compose_defaults(name)
+    typed("train", compose("train", ["train.max_steps=1"]))  # fills the caches of the grammar's parser and of types
     RDBStorage("sqlite://")  # imports alembic
+    matplotlib.figure.Figure.savefig = without_painting(matplotlib.figure.Figure.savefig)
+
+
+def without_painting(savefig: Callable[..., None]) -> Callable[..., None]:
+    """`Figure.savefig` that writes one pixel as PNG: painting takes a fifth of the time of a small run.
+
+    The figures are made as always, and tests of pictures paint them in their own process.
+    """
+    pixel = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==")
+
+    def save(figure: Any, place: Any, **options: Any) -> None:
+        if options.get("format", "png") != "png" or (isinstance(place, Path) and place.suffix != ".png"):
+            savefig(figure, place, **options)
+        elif isinstance(place, Path):
+            place.write_bytes(pixel)
+        else:
+            place.write(pixel)
+
+    return save
 
 
 def serve(listening: socket.socket) -> Asked:
-    """Answer requests until standard input is closed. Returns in the processes that are to be scripts."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the processes that `attend`
-    while True:
-        ready, _, _ = select.select([listening, sys.stdin], [], [])
-        if listening not in ready:
-            sys.exit()
-        connection, _ = listening.accept()
-        if os.fork() == 0:
-            listening.close()
-            return attend(connection)
-        connection.close()
+    """Fork a process for each request, and answer with its id and, when it has ended, with its exit code.
 
-
-def attend(connection: socket.socket) -> Asked:
-    """Fork a process, send its id, wait for its end and send its exit code. Returns in the forked process.
-
-    If the client ends first, such as a `warm_python` that is killed, the process is killed too.
+    Returns in the processes that are to be scripts. When standard input is closed, or the client of a process ends
+    before it, such as a `warm_python` that is killed, the process is killed.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    message, files, _, _ = socket.recv_fds(connection, 2**20, 100)
-    asked = Asked(*json.loads(message))
-    process = os.fork()
-    if process == 0:
-        connection.close()
-        become(asked, files)
-        return asked
-    for file in files:
-        os.close(file)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the script, and its exit code is sent
-    connection.sendall(f"{process}\n".encode())
-    if connection in select.select([connection, os.pidfd_open(process)], [], [])[0]:
-        os.kill(process, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the scripts, and their exit codes are sent
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor of a process its id, and who waits for it
+    while True:
+        clients = [client for _, client in running.values()]
+        ready, _, _ = select.select([listening, sys.stdin, *running, *clients], [], [])
+        if listening in ready:
+            connection, _ = listening.accept()
+            message, files, _, _ = socket.recv_fds(connection, 2**20, 100)
+            asked = Asked(*json.loads(message))
+            process = os.fork()
+            if process == 0:
+                for descriptor in (listening.detach(), connection.detach(), *running):
+                    os.close(descriptor)
+                for client in clients:
+                    client.close()
+                become(asked, files)
+                return asked
+            for file in files:
+                os.close(file)
+            connection.sendall(f"{process}\n".encode())
+            running[os.pidfd_open(process)] = process, connection
+        for descriptor, (process, client) in list(running.items()):
+            if descriptor in ready:
+                answer(process, client)
+                os.close(descriptor)
+                del running[descriptor]
+            elif client in ready or sys.stdin in ready:
+                os.kill(process, signal.SIGKILL)
+        if sys.stdin in ready:
+            sys.exit()
+
+
+def answer(process: int, client: socket.socket) -> None:
+    """Send the exit code of a process that has ended and the seconds of CPU that it took."""
     _, status, usage = os.wait4(process, 0)
-    seconds = usage.ru_utime + usage.ru_stime
-    with suppress(BrokenPipeError):
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)} {seconds}\n".encode())
-    os._exit(0)
+    with suppress(BrokenPipeError), client:
+        client.sendall(f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode())
 
 
 def become(asked: Asked, files: list[int]) -> None:
     """Make this process what a new one would be. What it starts with `sys.executable` is forked as well."""
     if asked.new_session:
         os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, asked.blocked)
     os.chdir(asked.folder)
     os.environ.clear()

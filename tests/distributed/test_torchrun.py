@@ -16,6 +16,7 @@ from torch import Tensor
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.run_folder import LAST, newest_first
 from gpt2.tracking.tracker import Record, read_about, read_metrics
+from tests import warm
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.test_scripts import wait_for
 from tests.warm import Process
@@ -24,8 +25,8 @@ from tests.warm import Process
 STEPS = ["train.batch_size=4", "train.accumulation_steps=2", "train.max_steps=16", "train.save_every=4"]
 SAME = [*TINY, *STEPS, "train.log_every=1", "train.eval_batches=null", "train.seed=3"]
 SLOW = pytest.mark.slow
-LONG = ["train.max_steps=200", "train.max_epochs=20", "train.eval_every=100"]  # 20 s or more if it is slowed down
-SLOW_DOWN = "slow@5-200"
+LONG = ["train.max_steps=80", "train.max_epochs=20", "train.eval_every=40"]  # 7 s or more if it is slowed down
+SLOW_DOWN = "slow@5-80"
 DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_dropout")]
 
 
@@ -331,7 +332,7 @@ def test_mistake_is_reported_once_before_any_work(place):
 SLURM = {  # the commands of Slurm that the script calls
     "srun": 'exec "$@"',
     "scontrol": 'if [ "$1" = requeue ]; then echo "$2" > requeued; else echo localhost; fi',
-    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    "torchrun": f'exec {ROOT}/tests/warm_python -m torch.distributed.run "$@"',
 }
 
 
@@ -349,6 +350,8 @@ def test_slurm_script_saves_when_warned_and_requeues_itself(place):
     environment = {
         **place.environment,
         "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+        "WARM_SERVER": warm.server_for(place.environment),
+        "WARM_PYTHON": sys.executable,
         "GPT2_FAULT": SLOW_DOWN,
         "SLURM_NNODES": "1",
         "SLURM_GPUS_ON_NODE": "2",
