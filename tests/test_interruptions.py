@@ -18,7 +18,7 @@ OF_RUN = ["checkpoints/last.pth", "curves.png", "metrics.jsonl", "run.json", "tr
 # The phase, the function that begins it, the command, and what is in the folder `new` afterwards, at least.
 PHASES = [
     ("composition", "gpt2.cli.preflight:compose", TRAIN, []),
-    ("reading the data", "gpt2.data.sources:_fingerprint", TRAIN, []),
+    ("reading the data", "gpt2.data.text_files:fingerprint_of", TRAIN, []),
     ("tokenizing", "gpt2.data.corpus:write_tokens#2", [*TRAIN, "data.validation_fraction=0.2"], []),
     ("start of W&B", "gpt2.tracking.loggers:start_run_loggers", TRAIN, []),
     ("validation", "gpt2.train:score", TRAIN, OF_RUN),
