@@ -1,6 +1,7 @@
 """A workspace for tests that run the real scripts, and the material that may lie beside the checkout."""
 
 import atexit
+import gc
 import os
 import pty
 import shutil
@@ -59,6 +60,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests come first: one that begins last is waited for by all cores but one."""
     items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage; searching it again and again takes a second each time."""
+    gc.freeze()
 
 
 def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:

@@ -137,15 +137,20 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) < 150
 
 
-def prepare_stdlib(folder: Path) -> None:
-    Workspace(folder).run("train.py", "experiment=quickstart", *SHORT, *TINY_MODEL)
+def prepare(folder: Path) -> None:
+    """The corpus of the README's first command, and a run."""
+    (folder / "corpus.txt").write_text(TEXT)
+    workspace = Workspace(folder)
+    workspace.run("train.py", "experiment=quickstart", *SHORT, *TINY_MODEL, "hydra.run.dir=quickstart")
+    workspace.run("train.py", *TINY)
 
 
 @pytest.fixture
 def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
     """A workspace with what the commands find in a clone, tiny weights in the Hub's cache for OpenAI's, and a run."""
-    prepared = made_once("stdlib", prepare_stdlib)  # by the README's first command
-    shutil.copytree(prepared / "cache", workspace.folder / "cache", dirs_exist_ok=True)
+    prepared = made_once("clone", prepare)
+    for name in ("cache", "outputs"):
+        shutil.copytree(prepared / name, workspace.folder / name, symlinks=True, dirs_exist_ok=True)
     for name in ("gpt2", "README.md", "experiments"):
         (workspace.folder / name).symlink_to(ROOT / name)
     (workspace.folder / "prompts.txt").write_text("def f\nimport\n")
@@ -156,7 +161,6 @@ def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
     GPT2Tokenizer.of_bytes().to_folder(tmp_path / "weights", context_length=32)
     for name in ("gpt2", "gpt2-medium", "gpt2-xl"):
         workspace.cache_as_from_hub(f"openai-community/{name}", tmp_path / "weights")
-    workspace.run("train.py", *TINY)
     return workspace
 
 

@@ -202,11 +202,11 @@ def wait_for(condition, seconds: float = 300) -> None:
 
 @pytest.mark.slow
 def test_interrupted_run_matches_uninterrupted(workspace: Workspace):
-    options = [*TINY, "train.max_steps=200", "train.eval_every=50", "model.dropout=0.1"]
+    options = [*TINY, "train.max_steps=60", "train.eval_every=20", "model.dropout=0.1"]
     workspace.run("train.py", *options, "name=straight")
     (straight,) = workspace.runs()
 
-    workspace.environment["GPT2_FAULT"] = "slow@1-199"
+    workspace.environment["GPT2_FAULT"] = "slow@1-59"
     running = workspace.start("train.py", *options, "name=interrupted")
     metrics = workspace.folder / "outputs/runs/interrupted"
     wait_for(lambda: any(path.read_text().count("\n") > 3 for path in metrics.glob("*/metrics.jsonl")))
@@ -310,12 +310,14 @@ def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "datasets/wikitext").is_dir(), reason="the WikiText sample is not here")
-def test_gpt2_124m_trains_on_a_cpu(workspace: Workspace):
+def test_gpt2_trains_on_a_cpu(workspace: Workspace):
+    """With two of its twelve layers: the others would only take time."""
     done = workspace.run(
-        *("train.py", "model=gpt2", "data=wikitext2", f"data.dataset_name={SHARED / 'datasets/wikitext'}"),
+        *("train.py", "model=gpt2", "model.num_layers=2", "data=wikitext2"),
+        f"data.dataset_name={SHARED / 'datasets/wikitext'}",
         *("data.dataset_config=wikitext-2-sample", f"data.tokenizer={SHARED / 'tokenizers/gpt2'}"),
         "inference.max_new_tokens=2",
         *("train.max_steps=1", "train.batch_size=1", "data.max_length=64", "train.eval_batches=1", "wandb=off"),
     )
-    assert "Model   124,439,808 parameters" in done.stdout
+    assert "Model   53,561,088 parameters" in done.stdout
     assert "train.max_steps=1 reached" in done.stdout

@@ -144,10 +144,12 @@ def test_tiktoken_splits_every_character_like_tokenizers(context):
     tokens = [*byte_alphabet(), *map("".join, merges), END_OF_TEXT]
     tokenizer = GPT2Tokenizer({token: i for i, token in enumerate(tokens)}, merges)
     assert tokenizer._reason_against_tiktoken() is None
-    # Of Chinese, Hangul, the private and the unassigned characters, which Unicode treats alike, one in 60 is tested.
-    dense = [*range(0x3400), *range(0xA000, 0xAC00), *range(0xD7A0, 0xD800), *range(0xF900, 0x20000)]
+    # Beyond 16 bits, each character is in one of the contexts. Of Chinese, Hangul, the private and the unassigned
+    # characters, which Unicode treats alike, one in 60 is tested.
+    dense = [*range(0x3400), *range(0xA000, 0xAC00), *range(0xD7A0, 0xD800), *range(0xF900, 0x10000)]
     alike = [*range(0x3400, 0xA000), *range(0xAC00, 0xD7A0), *range(0xE000, 0xF900), *range(0x20000, 0x110000)]
-    characters = [chr(i) for i in [*dense, *alike[CONTEXTS.index(context) :: 60]]]
+    number = CONTEXTS.index(context)
+    characters = [chr(i) for i in [*dense, *range(0x10000 + number, 0x20000, len(CONTEXTS)), *alike[number::60]]]
     texts = [context.replace("{}", character) for character in characters]
     both_ways(tokenizer, [*texts[:0x300], *texts[0x300::500]])
     # A thousand in a text, separated by a character without merges.

@@ -2,7 +2,6 @@
 
 import yaml
 from wandb import Settings
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from gpt2.cli.complete import resolve
@@ -22,6 +21,8 @@ def parameters(which: int) -> dict[str, dict]:
 
 def agents_command(args: dict[str, dict]) -> list[str]:
     """As `Agent._command_run` of wandb makes it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args  # which takes a second
+
     variables = {**create_sweep_command_args({"args": args}), "interpreter": ["python"], "env": ["/usr/bin/env"]}
     variables["program"] = [SWEEP["program"]]
     words = [[word] if not word.startswith("${") else variables[word[2:-1]] for word in SWEEP["command"]]
