@@ -19,8 +19,9 @@ READ_LATER = {
     *("HTTPS_PROXY", "ALL_PROXY", "http_proxy", "MY_SECRET"),
     *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("STARTED_BY", "STUDIES", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PATH", "FAKE_SLURM"),
 }
-OF_LIBRARIES_NOT_IMPORTED = ("HF_", "WANDB_", "HUGGING", "PYTEST_")
+OF_LIBRARIES = ("HF_", "WANDB_", "HUGGING", "PYTEST_")  # not imported yet, or not started
 
 
 @cache
@@ -50,7 +51,7 @@ def server_for(environment: dict[str, str]) -> str:
     at_start = (
         (name, value)
         for name, value in sorted(environment.items())
-        if name not in READ_LATER and not name.startswith(OF_LIBRARIES_NOT_IMPORTED)
+        if name not in READ_LATER and not name.startswith(OF_LIBRARIES)
     )
     return server((*at_start, ("HOME", os.environ.get("HOME", "/"))))
 

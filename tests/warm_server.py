@@ -4,8 +4,8 @@ A script of ours takes a second, but starting Python and importing torch takes t
 file once, and gets from it processes that are as they would be had they been started by themselves, but for the
 imports: working directory, environment, streams, arguments, exit code, signals, threads and exit handlers are theirs.
 
-Not among the imports are the libraries of Hugging Face, which look at the environment while they are imported, wandb,
-which makes a temporary folder then, and pyarrow, which starts a thread.
+Not among the imports are the libraries of Hugging Face, which look at the environment while they are imported, and
+pyarrow, which starts a thread.
 """
 
 import atexit
@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 from base64 import b64decode
 from collections.abc import Callable
 from contextlib import suppress
@@ -60,7 +61,20 @@ def imports() -> None:
         compose_defaults(name, with_hydra=True), compose_defaults(name)
     typed("train", compose("train", ["train.max_steps=1"]))  # fills the caches of the grammar's parser and of types
     RDBStorage("sqlite://")  # imports alembic
+    import_wandb()
     matplotlib.figure.Figure.savefig = without_painting(matplotlib.figure.Figure.savefig)
+
+
+def import_wandb() -> None:
+    """Import wandb. The folder for media that it makes then, and removes at exit, lies beside the socket instead."""
+    tempfile.tempdir = str(Path(sys.argv[1]).parent)
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    import gpt2.tracking.wandb_service  # noqa: F401
+
+    tempfile.tempdir = None
+    atexit.unregister(MEDIA_TMP.cleanup)
+    MEDIA_TMP._finalizer.detach()
 
 
 def without_painting(savefig: Callable[..., None]) -> Callable[..., None]:
