@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 from gpt2.generation.decode import CompiledDecoding, align_right, decode, window_start
@@ -220,6 +221,24 @@ def test_more_shapes_compile_than_the_compiler_caches():
     compiled = CompiledDecoding(backend="eager")
     for b in range(1, 5):
         assert len(list(decode(model, random_ids(model.config, b, 3), 2, greedy, compiled=compiled))) == 2
+
+
+def test_a_compiled_step_changes_only_inputs_of_fixed_address():
+    """The compiler makes no CUDA graph of a step that changes others."""
+    seen = []
+
+    def compiler(graph, _inputs):
+        about = torch._guards.TracingContext.get().fw_metadata
+        changed = {number for number, info in enumerate(about.input_info) if info.mutates_data}
+        seen.append((changed, set(about.static_input_indices)))
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=compiler, inference_compiler=compiler, keep_inference_input_mutations=True)
+    model = noisy_model(tiny_config())
+    list(decode(model, random_ids(model.config, 2, 3), 5, greedy, compiled=CompiledDecoding(backend=backend)))
+    ((changed, fixed),) = seen
+    assert len(changed) == model.config.num_layers
+    assert changed < fixed
 
 
 @pytest.mark.slow

@@ -39,11 +39,11 @@ class NoHiddenWait(Callback):
             torch.cuda.set_sync_debug_mode("error")
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("more", [{}, {"optimizer": "muon"}, {"compile": True}], ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])  # with fp16 the loss scale depends on each step
-def test_host_waits_only_in_steps_that_log(blocks, tmp_path, cuda, precision, optimizer):
+def test_host_waits_only_in_steps_that_log(blocks, tmp_path, cuda, precision, more):
     options = {"batch_size": 1, "accumulation_steps": 2, "max_steps": 9, "log_every": 9, "eval_every": 99}
-    options |= {"precision": precision, "optimizer": optimizer, "device": str(cuda)}
+    options |= {"precision": precision, "device": str(cuda), **more}
     trainer = make_trainer(blocks, tmp_path, 0.1, callbacks=[NoHiddenWait()], **options)
     try:
         trainer.train()
