@@ -33,6 +33,11 @@ from gpt2.ops.linear import LinearFunction
 from gpt2.validation import validate
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
+Run = Callable[..., Tensor]  # calls its first argument, a block or the loss, with the others
+
+
+def call(part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return part(*arguments)
 
 
 class Linear(nn.Linear):
@@ -127,6 +132,7 @@ class GPT2Model(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.linear: LinearFunction = F.linear
+        self.chunk_bytes: int | None = None  # of logits, see `chunked_linear_cross_entropy`
 
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.position_embedding = nn.Embedding(config.context_length, config.d_model)
@@ -173,6 +179,7 @@ class GPT2Model(nn.Module):
         targets: Tensor | None = None,
         divisor: Tensor | None = None,
         return_logits: bool = True,
+        run: Run = call,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (b, t, v), and with labels or targets the mean cross-entropy in nats, a scalar.
 
@@ -185,6 +192,7 @@ class GPT2Model(nn.Module):
                 -100 is ignored, in labels and targets.
             divisor: Divides the sum of the cross-entropies, a scalar; the number of targets by default.
             return_logits: If False, logits are computed in chunks and discarded, see `gpt2.ops.cross_entropy`.
+            run: Calls each block, and the loss without logits; see `gpt2.training.compile`.
 
         Raises:
             ValueError: `input_ids` is empty or longer than `context_length`, or both labels and targets are given.
@@ -196,12 +204,14 @@ class GPT2Model(nn.Module):
         if targets is not None:
             targets = rearrange(targets, "b t -> (b t)")
 
-        hidden_states = self._hidden_states(input_ids, attention_mask)
+        hidden_states = self._hidden_states(input_ids, attention_mask, run=run)
         if not return_logits:
             if targets is None:
                 return None, None
-            rows = rearrange(hidden_states, "b t c -> (b t) c")
-            return None, chunked_linear_cross_entropy(rows, self.token_embedding.weight, targets, divisor, self.linear)
+            rows, weight = rearrange(hidden_states, "b t c -> (b t) c"), self.token_embedding.weight
+            return None, run(
+                chunked_linear_cross_entropy, rows, weight, targets, divisor, self.linear, self.chunk_bytes
+            )
 
         logits = self._head(hidden_states)
         if targets is None:
@@ -263,6 +273,7 @@ class GPT2Model(nn.Module):
         attention_mask: Tensor | None = None,
         past: Sequence[PastKeyValues] = (),
         positions: Tensor | None = None,
+        run: Run = call,
     ) -> Tensor:
         """(b, t) -> (b, t, c): everything before the head."""
         t, context_length = input_ids.size(1), self.config.context_length
@@ -277,9 +288,9 @@ class GPT2Model(nn.Module):
         pasts: Sequence[PastKeyValues | None] = past or [None] * self.config.num_layers
         for block, block_past in zip(self.blocks, pasts, strict=True):
             if self.gradient_checkpointing and self.training:
-                hidden_states = checkpoint(block, hidden_states, attention_mask, use_reentrant=False)
+                hidden_states = checkpoint(run, block, hidden_states, attention_mask, use_reentrant=False)
             else:
-                hidden_states = block(hidden_states, attention_mask, block_past)
+                hidden_states = run(block, hidden_states, attention_mask, block_past)
         return self.final_norm(hidden_states)
 
     def _head(self, hidden_states: Tensor) -> Tensor:

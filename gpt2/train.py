@@ -92,7 +92,7 @@ class Trainer:
         self.device = choose_device(config.device, "train.device")
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
-        plan = self._choose_plan(compilable=distributed.strategy != "fsdp" or group.size == 1)
+        plan = self._choose_plan()
         self.parallel = build_strategy(distributed.strategy, self.model, plan.precision, group)
         self.optimizer = build_optimizer(self.model, config)
         self._use_plan(plan)
@@ -410,7 +410,7 @@ class Trainer:
         path = Path(filepath)
         saved = read_record(path)
         states.check_compatible(path, saved, self._description(), accept_other_data)
-        plan = self._choose_plan(saved["machine"], compilable=not self.parallel.is_sharded)
+        plan = self._choose_plan(saved["machine"])
         if self.parallel.is_sharded:  # FSDP was set up with a precision
             plan = replace(plan, precision=self.plan.precision)
         self._use_plan(plan)
@@ -443,6 +443,7 @@ class Trainer:
                 "precision": self.plan.precision.name,
                 "linear": name_of(self.model.linear),
                 "compiled": self.plan.compiled,
+                "chunk_bytes": self.plan.chunk_bytes,
                 "threads": torch.get_num_threads(),
                 "ranks": self.group.size,
                 "strategy": self.distributed.strategy if self.group.size > 1 else None,
@@ -482,17 +483,18 @@ class Trainer:
     # -----------------------------------------------------------------------------------------------------------------
     # How steps are computed
 
-    def _choose_plan(self, saved: dict[str, Any] | None = None, compilable: bool = True) -> ComputePlan:
+    def _choose_plan(self, saved: dict[str, Any] | None = None) -> ComputePlan:
         config, length = self.config, self.block_length
         tokens = self.total_steps * config.accumulation_steps * config.batch_size * length / self.group.size
         flops = tokens * self.model.flops_per_token(length)
-        return choose_plan(config, self.device, flops, self.group, saved, compilable)
+        return choose_plan(config, self.device, flops, self.group, saved)
 
     def _use_plan(self, plan: ComputePlan) -> None:
         self.plan = plan
         self.scaler = plan.precision.scaler()
         self.guard = NonFiniteGuard(self.model, self.optimizer, self.config, self.scaler.is_enabled())
         self.model.use_linear(LINEARS["PyTorch" if plan.compiled else plan.linear])
+        self.model.chunk_bytes = plan.chunk_bytes
         compute: Forward = self.model
         if plan.compiled:
             rows = self.config.batch_size // division(self.config.accumulation_steps, self.group.size)[1]

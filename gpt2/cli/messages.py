@@ -132,7 +132,7 @@ def print_plan(config: TrainRun) -> None:
     steps = None if train.max_steps is None else train.max_steps - done
     flops = (steps or math.inf) * work.flops_per_step / work.ranks
     device = choose_device(train.device, "train.device")
-    plan = choose_plan(train, device, flops, ProcessGroup(), None, compilable=not is_sharded)
+    plan = choose_plan(train, device, flops, ProcessGroup(), None)
     limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
     print("\n".join(size_of_run(work, plan, config.distributed.strategy, steps, limit)), flush=True)
     waiting_for("measuring the speed")

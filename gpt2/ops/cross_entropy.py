@@ -18,7 +18,8 @@ from gpt2.ops.linear import LinearFunction
 
 IGNORE_INDEX = -100  # a target that does not count, as in transformers
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist at a time
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist at a time, unless a plan says otherwise
+CHUNK_ROWS = {"cuda": 128}  # chunks have a multiple of these rows: aligned products are faster
 VOCABULARY_MULTIPLE = 128  # on CUDA, the head is padded to it: aligned products are faster
 
 
@@ -33,6 +34,7 @@ def chunked_linear_cross_entropy(
     targets: Tensor,
     divisor: Tensor | None = None,
     linear: LinearFunction = F.linear,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Mean cross-entropy in nats, a scalar, of targets (n,) given hidden_states (n, c) and the head's weight (v, c).
 
@@ -43,12 +45,13 @@ def chunked_linear_cross_entropy(
         targets: Token ids; `IGNORE_INDEX` is skipped.
         divisor: Divides the sum, a scalar; the number of targets by default.
         linear: The matrix product, see `gpt2.ops.linear`.
+        chunk_bytes: Of the logits that exist at a time; None: `CHUNK_BYTES`.
     """
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
     scale = 1 / divisor.float()
     if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_states, weight, targets, scale, linear)
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, scale, linear, chunk_bytes)
     return cross_entropies(hidden_states, lambda x: linear(x, weight, None), targets, len(weight)).sum() * scale
 
 
@@ -82,14 +85,18 @@ def _logits_in_chunks(
     hidden_states: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits in fp32 and targets, of as many rows at a time as may exist."""
-    chunks = _number_of_chunks(hidden_states, 4 * vocab_size)
-    for x, target in zip(hidden_states.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+    ends = chunk_ends(hidden_states, 4 * vocab_size)
+    for x, target in zip(hidden_states.tensor_split(ends), targets.tensor_split(ends), strict=True):
         yield head(x).float(), target
 
 
-def _number_of_chunks(hidden_states: Tensor, row_bytes: int) -> int:
-    limit = CHUNK_BYTES.get(hidden_states.device.type, CHUNK_BYTES["cpu"])
-    return max(1, -(-len(hidden_states) // max(1, limit // row_bytes)))
+def chunk_ends(hidden_states: Tensor, row_bytes: int, chunk_bytes: int | None = None) -> list[int]:
+    """Where chunks of rows end, but the last, for `tensor_split`: of equal size, except for the alignment."""
+    n, device = len(hidden_states), hidden_states.device.type
+    limit, multiple = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]), CHUNK_ROWS.get(device, 1)
+    groups = -(-n // multiple)
+    chunks = -(-groups // max(1, limit // (row_bytes * multiple)))
+    return [groups * chunk // chunks * multiple for chunk in range(1, chunks)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -97,7 +104,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, linear: LinearFunction
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        linear: LinearFunction,
+        chunk_bytes: int | None,
     ) -> Tensor:
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -106,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if device == "cuda":
                 head = F.pad(head, (0, 0, 0, -len(head) % VOCABULARY_MULTIPLE))
             loss, grad_hidden, grad_head = _loss_and_gradients(
-                hidden_states.to(dtype), head, targets, scale, linear, len(weight)
+                hidden_states.to(dtype), head, targets, scale, linear, len(weight), chunk_bytes
             )
         ctx.save_for_backward(grad_hidden, grad_head[: len(weight)])
         ctx.dtype = hidden_states.dtype
@@ -118,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         if not _is_one(grad_loss):
             grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight * grad_loss
-        return grad_hidden.to(ctx.dtype), grad_weight, None, None, None
+        return grad_hidden.to(ctx.dtype), grad_weight, None, None, None, None
 
 
 def _is_one(number: Tensor) -> bool:
@@ -127,7 +140,13 @@ def _is_one(number: Tensor) -> bool:
 
 
 def _loss_and_gradients(
-    hidden_states: Tensor, head: Tensor, targets: Tensor, scale: Tensor, linear: LinearFunction, vocab_size: int
+    hidden_states: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    linear: LinearFunction,
+    vocab_size: int,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to the hidden states (n, c) and the head (v, c), all in fp32.
 
@@ -137,8 +156,8 @@ def _loss_and_gradients(
     grad_hidden = torch.empty(hidden_states.shape, device=head.device)
     grad_head: Tensor | None = None
     is_fp32 = head.dtype == torch.float32
-    chunks = _number_of_chunks(hidden_states, len(head) * head.element_size())
-    parts = (tensor.tensor_split(chunks) for tensor in (hidden_states, targets, grad_hidden))
+    ends = chunk_ends(hidden_states, len(head) * head.element_size(), chunk_bytes)
+    parts = (tensor.tensor_split(ends) for tensor in (hidden_states, targets, grad_hidden))
     for x, target, grad_x in zip(*parts, strict=True):
         target = target[:, None]
         counts = (target != IGNORE_INDEX).float()

@@ -1,8 +1,7 @@
 """How training steps are computed: device, number format, matrix products, and whether `torch.compile` is used."""
 
 import logging
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from subprocess import SubprocessError
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
-from gpt2.model import Forward, GPT2Model
+from gpt2.model import GPT2Model
+from gpt2.ops.cross_entropy import CHUNK_BYTES
 from gpt2.ops.linear import LINEARS, LinearFunction, faster_linear
 from gpt2.runtime.device import Precision, choose_precision, known_peak, requested_precision
-from gpt2.runtime.rng import RandomState
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ class ComputePlan:
     precision: Precision
     linear: str  # key of `LINEARS`
     compiled: bool
+    chunk_bytes: int | None = None  # of the logits that exist at a time, see `gpt2.ops.cross_entropy`
 
 
 def choose_plan(
@@ -43,14 +43,12 @@ def choose_plan(
     flops: float,
     group: ProcessGroup,
     saved: Mapping[str, Any] | None,
-    compilable: bool,
 ) -> ComputePlan:
     """Settle what `config` leaves to `auto`. All ranks use the choice of rank 0.
 
     Args:
         flops: FLOPs of the whole training on this rank.
         saved: The `machine` entry of a checkpoint: a run resumed on the same kind of device repeats its choices.
-        compilable: False under FSDP, whose wrapped model is not compiled.
     """
     saved = saved if saved and saved.get("device") == device.type else {}
     requested = requested_precision(config)
@@ -63,15 +61,28 @@ def choose_plan(
     if not has_choice or linear not in LINEARS:
         linear = faster_linear() if has_choice and not config.deterministic else "PyTorch"
 
-    if not compilable:
-        compiled = False
-    elif config.compile != "auto":
+    if config.compile != "auto":
         compiled = bool(config.compile)
     elif "compiled" in saved:
         compiled = saved["compiled"]
     else:
         compiled = compile_is_worthwhile(precision, flops, config.max_training_hours * 3600)
-    return ComputePlan(device, precision, *group.broadcast_object((linear, compiled)))
+    chunk_bytes = None
+    if device.type == "cuda":
+        chunk_bytes = saved.get("chunk_bytes")
+        if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+            chunk_bytes = _chunk_bytes(device)
+    return ComputePlan(device, precision, *group.broadcast_object((linear, compiled, chunk_bytes)))
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    """A 64th of the free memory, rounded down to a power of two; without compilation, logits take three times as much.
+
+    After each chunk the gradient of the whole head is added up. With 256 MB that is seven times in a pass of GPT-2 124M
+    over 16 blocks of 1,024 tokens, in all 3 GB to read and write.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(CHUNK_BYTES["cuda"], 1 << (free // 64).bit_length() - 1)
 
 
 def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Precision:
@@ -100,9 +111,11 @@ def compile_is_worthwhile(precision: Precision, flops: float, seconds: float) ->
 
 
 class Compiled:
-    """A model compiled into one graph for batches of one shape; batches of other shapes run uncompiled.
+    """A model whose blocks and loss are compiled for batches of one shape; batches of other shapes run uncompiled.
 
-    If compilation fails, a warning is logged and every batch runs uncompiled.
+    In one graph of the whole model, all gradients would be ready at the very end of the backward pass, and DDP could
+    not exchange any of them before. Block by block they are ready as without compilation, FSDP gathers one block at a
+    time, and since the blocks are alike only one is compiled.
     """
 
     def __init__(
@@ -110,43 +123,37 @@ class Compiled:
     ):
         """
         Args:
-            shape: (b, t) of full batches. Compilation takes a minute, so the smaller last batch of an epoch, which
-                would need a second one, runs uncompiled.
-            linear: The matrix product to use if compilation fails.
+            shape: (b, t) of full batches. The smaller last batch of an epoch would need a second compilation.
+            linear: The matrix product to use if nothing can be compiled here.
         """
-        self.model, self.device, self.shape, self.linear = model, device, shape, linear
-        self.forward: Forward | None = None
+        self.model, self.shape = model, shape
+        self.parts: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
+        self.works = compiler_works(device)
+        if not self.works:
+            model.use_linear(linear)
 
     def __call__(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
         """Arguments and result as those of the model."""
-        if tuple(inputs["input_ids"].shape) != self.shape or inputs.get("attention_mask") is not None:
-            return self.model(**inputs)
-        if self.forward is None:
-            self.forward = self._compile(inputs)
-        return self.forward(**inputs)
+        fits = tuple(inputs["input_ids"].shape) == self.shape and inputs.get("attention_mask") is None
+        return self.model(**inputs, run=self.run) if fits and self.works else self.model(**inputs)
 
-    def _compile(self, inputs: dict[str, Any]) -> Forward:
-        """Compile forward and backward by running both once; gradients and random states are restored afterwards."""
-        log.info("Compiling the model, which takes up to two minutes once")
-        started, random_state = time.perf_counter(), RandomState.of_torch(self.device)
-        gradients = [parameter.grad for parameter in self.model.parameters()]
-        self.model.zero_grad(set_to_none=True)
-        forward: Forward = torch.compile(self.model, fullgraph=True, dynamic=False)
-        try:
-            _, loss = forward(**inputs)
-            assert loss is not None
-            loss.backward()
-        except (RuntimeError, ImportError, OSError, SubprocessError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-            log.warning("Not compiled, training continues more slowly: %s", reason)
-            forward = self.model
-            self.model.use_linear(self.linear)
-        else:
-            log.info("Compiled in %.0f s", time.perf_counter() - started)
-        finally:
-            for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
-                parameter.grad = gradient
-            random_state.restore()
-        return forward
+    def run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if part in self.parts:
+            return self.parts[part](*arguments)
+        if not self.parts:
+            log.info("Compiling: the first step takes about a minute longer")
+        self.parts[part] = torch.compile(part, fullgraph=True, dynamic=False)
+        with torch._dynamo.config.patch(optimize_ddp=False):  # which would divide a block into the buckets of DDP
+            return self.parts[part](*arguments)
+
+
+def compiler_works(device: torch.device) -> bool:
+    """Whether `torch.compile` can compile anything for this device; a warning says why not."""
+    x = torch.ones(2, device=device, requires_grad=True)
+    try:
+        torch.compile(torch.sin, fullgraph=True)(x).sum().backward()
+    except (RuntimeError, ImportError, OSError, SubprocessError) as error:
+        reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+        log.warning("Not compiled, training continues more slowly: %s", reason)
+        return False
+    return True

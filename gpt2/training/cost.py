@@ -65,7 +65,8 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     state: float = 16 * weights - 4 * muon  # weight, gradient and two averages, of which Muon has one
     is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
     all_logits = tokens * model.config.vocab_size * itemsize
-    chunk = all_logits / ceil(all_logits / CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"]))
+    limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
+    chunk = all_logits / ceil(all_logits / limit)
     # A chunk and its softmax, which is fp32, also where it is read from; the gradient of the head; the final norm.
     logits = (2 if is_fp32 else 5) * chunk + 4 * head + (12 if is_fp32 else 14) * tokens * model.config.d_model
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients

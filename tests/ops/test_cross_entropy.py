@@ -65,6 +65,18 @@ def test_no_chunk_of_logits_is_larger_than_the_limit(rows):
     assert max(logits) - min(logits) <= 1
 
 
+@pytest.mark.parametrize("n", [1, 127, 128, 1000, 16_384])
+@pytest.mark.parametrize("limit", [1, 300, 2000])
+def test_chunks_on_a_gpu_have_a_multiple_of_128_rows(n, limit, monkeypatch):
+    monkeypatch.setitem(module.CHUNK_ROWS, "cpu", 128)
+    rows = torch.empty(n, 1)
+    chunks = [len(chunk) for chunk in rows.tensor_split(module.chunk_ends(rows, 2 * V, limit * 2 * V))]
+    assert sum(chunks) == n
+    assert not any(length % 128 for length in chunks[:-1])
+    assert max(chunks) <= max(128, limit)
+    assert max(chunks) - chunks[-1] < 256
+
+
 def test_divisor_replaces_the_number_of_targets(rows):
     hidden_states, weight, targets = problem(ignored=7)
     mean = with_gradients(chunked_linear_cross_entropy(hidden_states, weight, targets), hidden_states, weight)
