@@ -60,7 +60,8 @@ def main(config: EvaluateRun) -> None:
                     external = start_loggers(config, LoggedRun(name, trained.experiment, "evaluate", settings_of(one)))
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
-            circumstances = {"device": str(evaluation.evaluator.device), "torch": torch.__version__, "time": now()}
+            device, precision = str(evaluation.evaluator.device), evaluation.evaluator.precision.name
+            circumstances = {"device": device, "precision": precision, "torch": torch.__version__, "time": now()}
             step = trained.record and trained.record["progress"]["step"]
             results.append({**figures, **settings_of(one), "step": step, **evaluation.about, **circumstances})
             titles.append(evaluation.title)
@@ -70,7 +71,8 @@ def main(config: EvaluateRun) -> None:
                 del model, evaluation  # only one model is in memory at a time
         if group.is_main:
             models = f"model  {trained.describe()}" if len(configs) == 1 else names_of_models(results)
-            print(", ".join(filter(None, (models, config.quantization))), *dict.fromkeys(titles), "", sep="\n")
+            circumstance = f"on     {device}, {config.quantization or precision}"
+            print(models, *dict.fromkeys(titles), circumstance, "", sep="\n")
             if len(configs) == 1:
                 evaluation.evaluator.print_metrics(figures)
                 external.summarize(by_name(figures))

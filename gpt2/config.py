@@ -143,7 +143,8 @@ class InferenceConfig:
     seed: int | None = None  # null: random
 
     # How the model is loaded. Samples during training use the precision of training.
-    precision: Literal["fp32", "bf16"] = "fp32"  # of weights and activations
+    # Of weights and activations; auto: bf16 on a GPU that computes in it, else fp32.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
 
@@ -290,7 +291,7 @@ class EvaluateRun:
     tasks_folder: str | None = None
     batch_size: int = 8  # windows, or documents of a task, in a forward pass
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: as train.precision on CUDA, fp32 elsewhere
     quantization: Literal["int8"] | None = None  # 8-bit weights, on a CPU: what quantization costs in loss
     loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -18,7 +18,7 @@ from gpt2.distributed.process_group import Batch, ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.ops.cross_entropy import IGNORE_INDEX, shifted
 from gpt2.runtime.console import track
-from gpt2.runtime.device import cuda_or_fallback
+from gpt2.runtime.device import auto_without_training, cuda_or_fallback
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training.compile import agreed_precision
 
@@ -125,6 +125,8 @@ def score(
     model.eval()
     batches = min(len(loader), max_batches or len(loader))
     sums = torch.zeros(3, batches, dtype=torch.float64)  # nats, tokens, bytes
+    place = device if device.type == "cuda" else torch.device("cpu")  # of the sums of losses: MPS has no fp64
+    nats = torch.zeros(batches, dtype=torch.float64, device=place)  # copied once, for which the host has to wait
     is_interrupted = False
     try:
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
@@ -135,7 +137,7 @@ def score(
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
                 losses = model.token_losses(**moved)
-            sums[0, number] = losses.cpu().double().sum()
+            nats[number] = losses.to(place).double().sum()
             sums[1, number] = count_targets(batch)
             if token_bytes is not None:
                 sums[2, number] = token_bytes[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
@@ -143,8 +145,9 @@ def score(
         model.train(was_training)
     if any(flag for (flag,) in group.all_gather([is_interrupted])):
         return Score()
-    nats, tokens, texts = group.all_reduce_(sums).tolist()
-    return Score(sum(nats), int(sum(tokens)), int(sum(texts)))
+    sums[0] = nats
+    losses, tokens, texts = map(sum, group.all_reduce_(sums).tolist())
+    return Score(losses, int(tokens), int(texts))
 
 
 def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
@@ -164,19 +167,19 @@ class Evaluator:
         model: GPT2Model,
         test_loader: DataLoader,
         device: str = "cuda",
-        precision: str = "fp32",
+        precision: str = "auto",
         group: ProcessGroup | None = None,
     ):
         """
         Args:
             test_loader: Batches as `as_inputs` takes them.
             device: See `gpt2.runtime.device.cuda_or_fallback`.
-            precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.choose_precision`.
+            precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.auto_without_training`.
             group: The ranks that share the work, see `gpt2.distributed.process_group.init_distributed`.
         """
         self.group = group or ProcessGroup()
         self.device = cuda_or_fallback(device)
-        self.precision = agreed_precision(precision, self.device, self.group)
+        self.precision = agreed_precision(auto_without_training(precision, self.device), self.device, self.group)
         self.model = model.to(self.device)
         self.test_loader = test_loader
 

@@ -26,7 +26,7 @@ from gpt2.generation.decode import CompiledDecoding
 from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
-from gpt2.runtime.device import cuda_or_fallback
+from gpt2.runtime.device import auto_without_training, choose_precision, cuda_or_fallback
 from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class TextGenerator:
         self,
         model_path: str,
         device: str = "cuda",
-        precision: str = "fp32",
+        precision: str = "auto",
         quantization: str | None = None,
         compile: bool = False,
         texts: int = 1,
@@ -69,12 +69,14 @@ class TextGenerator:
         """
         if problems := validate(InferenceConfig(precision=precision, quantization=quantization), "inference."):  # type: ignore[arg-type]
             raise UserError(*problems)
-        self.device, self.format = cuda_or_fallback(device), quantization or precision
+        self.device = cuda_or_fallback(device)
+        chosen = choose_precision(auto_without_training(precision, self.device), self.device).name
+        dtype = torch.bfloat16 if chosen == "bf16" else torch.float32  # no weights in fp16, which may overflow
+        self.format = quantization or ("bf16" if chosen == "bf16" else "fp32")
         if quantization:
             refuse_int8(self.device)
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = self.trained.build().to(self.device, dtype).eval()
         if quantization:
             quantize(self.model)

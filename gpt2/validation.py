@@ -338,7 +338,7 @@ def _inference(config: InferenceConfig, prefix: str) -> Iterator[str]:
 
 
 def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problems:
-    if not config.quantization or config.precision == "fp32":
+    if not config.quantization or config.precision in ("auto", "fp32"):
         return []
     quantization = f"{prefix}quantization={config.quantization}"
     return [f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"]
@@ -352,8 +352,6 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
             problems.append(f"{fsdp} is for bf16 and fp32, not for train.precision=fp16")
         if train.optimizer in OPTIMIZERS and not OPTIMIZERS[train.optimizer].sharded:
             problems.append(f"{fsdp} does not support train.optimizer={train.optimizer}, use adamw or ddp")
-        if train.compile is True:
-            problems.append(f"{fsdp} is not compiled; drop train.compile=true, or take ddp")
     if started.by_torchrun and re.fullmatch(r"mps|cuda:\d+", train.device):
         problems.append(
             f"train.device: {train.device} is one device, but each rank needs its own; cuda, cpu or auto would do"

@@ -144,6 +144,23 @@ def test_worker_processes_give_the_same_batches(tmp_path):
             assert all(torch.equal(batch[key], same[key]) for key in batch)
 
 
+def test_worker_processes_are_kept_and_an_unfinished_epoch_leaves_nothing_behind(tmp_path):
+    blocks = blocks_of(tmp_path, 90, 8)
+    train, validation, _ = loaders_of(blocks, num_workers=1)
+    if not train.num_workers:
+        pytest.skip("there is no core for a worker")
+    assert train.persistent_workers and with_batch_size(validation, 2).persistent_workers
+    next(iter(train))
+    (worker,) = train._iterator._workers
+    for epoch, position in ((0, 2), (1, 0)):
+        train.batch_sampler.epoch, train.batch_sampler.position = epoch, position
+        expected = ShuffledBatches(len(blocks), 3, 1)
+        expected.epoch, expected.position = epoch, position
+        read = [batch["targets"].tolist() for batch in train]
+        assert read == [blocks.__getitems__(numbers)["targets"].tolist() for numbers in expected]
+    assert train._iterator._workers == [worker] and worker.is_alive()
+
+
 def test_order_of_training_validation_and_test(tmp_path):
     blocks = blocks_of(tmp_path, 200, 8)
     train, validation, test = loaders_of(blocks, num_workers=0, seed=5)

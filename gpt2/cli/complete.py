@@ -36,6 +36,7 @@ Values = dict[str, Any]  # plain values of a file by key
 # What the configuration in a checkpoint may decide, except for the keys OF_THE_USER.
 SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
 SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "choices")
+LOADING = tuple(f"inference.{key}" for key in WHEN_LOADED)  # which train.py refuses
 CORPUS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that say on which text
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
@@ -93,7 +94,7 @@ def saved_values(run: Mapping[str, Any]) -> Values:
     """What the configuration of a run, read from a file, may decide."""
     values = {f"{group}.{key}": value for group in SAVED_GROUPS for key, value in run[group].items()}
     values |= {key: run[key] for key in SAVED_KEYS}
-    return {key: value for key, value in values.items() if key not in OF_THE_USER}
+    return {key: value for key, value in values.items() if key not in (*OF_THE_USER, *LOADING)}
 
 
 def saved_group(trained: TrainedModel, group: str, keys: set[str]) -> Values:
@@ -107,7 +108,7 @@ def saved_group(trained: TrainedModel, group: str, keys: set[str]) -> Values:
 def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) -> Values:
     """Sampling options of the run that trained the model."""
     trained = open_model(composed.checkpoint)
-    values = saved_group(trained, "inference", {*keys_of(overrides), *(f"inference.{key}" for key in WHEN_LOADED)})
+    values = saved_group(trained, "inference", keys_of(overrides))
     return {**values, "checkpoint": trained.source}
 
 

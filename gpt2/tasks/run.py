@@ -10,7 +10,7 @@ from gpt2.config import TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.runtime.console import track
-from gpt2.runtime.device import cuda_or_fallback
+from gpt2.runtime.device import auto_without_training, cuda_or_fallback
 from gpt2.tasks.scores import TaskScorer, figures
 from gpt2.tasks.table import TASK_TABLE, load_questions
 from gpt2.tokenizer import GPT2Tokenizer
@@ -77,10 +77,10 @@ class Tasks:
 class TaskEvaluator:
     """Figures of a model on tasks."""
 
-    def __init__(self, model: GPT2Model, tasks: Tasks, device: str = "cuda", precision: str = "fp32"):
+    def __init__(self, model: GPT2Model, tasks: Tasks, device: str = "cuda", precision: str = "auto"):
         """`device` and `precision` are as of `gpt2.evaluate.Evaluator`."""
         self.device = cuda_or_fallback(device)
-        self.precision = agreed_precision(precision, self.device, tasks.group)
+        self.precision = agreed_precision(auto_without_training(precision, self.device), self.device, tasks.group)
         self.model, self.tasks = model.to(self.device), tasks
 
     def evaluate(self) -> dict[str, Figures]:

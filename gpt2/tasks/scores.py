@@ -98,25 +98,25 @@ def pack(texts: Sequence[Text], first: int, longest: int) -> list[Row]:
     return rows
 
 
-def collate(rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     """The arguments of `GPT2Model.score_tokens` for some rows, which are padded on the right."""
     length = max(len(row.ids) for row in rows)
 
     def padded(lists: Sequence[list[int]], padding: int) -> Tensor:
-        return torch.tensor([[*values, *[padding] * (length - len(values))] for values in lists], device=device)
+        return torch.tensor([[*values, *[padding] * (length - len(values))] for values in lists])
 
     branches = padded([row.branches for row in rows], PADDING)
     mask = None
     if branches.max() > 1:  # otherwise each row is one text, and causal attention never sees the padding
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
         keys, queries = branches[:, None, None, :], branches[:, None, :, None]
         mask = causal & ((keys == 0) | (keys == queries))
     places = [number * length + place for number, row in enumerate(rows) for place in row.places]
     return {
         "input_ids": padded([row.ids for row in rows], 0),
         "positions": padded([row.positions for row in rows], 0),
-        "places": torch.tensor(places, device=device),
-        "targets": torch.tensor([target for row in rows for target in row.targets], device=device),
+        "places": torch.tensor(places),
+        "targets": torch.tensor([target for row in rows for target in row.targets]),
         **({} if mask is None else {"attention_mask": mask}),
     }
 
@@ -151,7 +151,7 @@ class TaskScorer:
         """
         group = group or ProcessGroup()
         device, was_training = next(model.parameters()).device, model.training
-        sums = torch.zeros(2, self.texts, dtype=torch.float64)  # nats; tokens that are not the likeliest
+        found: list[tuple[list[int], Tensor, Tensor]] = []  # of each batch; copied at the end: the host waits once
         is_interrupted = False
         model.eval()
         try:
@@ -161,17 +161,20 @@ class TaskScorer:
                 if is_interrupted := not on_batch(number, len(self.batches)):
                     break
                 with autocast:
-                    losses, is_likeliest = model.score_tokens(**collate(rows, device))
-                owners = torch.tensor([owner for row in rows for owner in row.owners])
-                sums[0].index_add_(0, owners, losses.cpu().double())
-                sums[1].index_add_(0, owners, (~is_likeliest).cpu().double())
+                    inputs = {key: tensor.to(device) for key, tensor in collate(rows).items()}
+                    scores = model.score_tokens(**inputs)
+                found.append(([owner for row in rows for owner in row.owners], *scores))
         finally:
             model.train(was_training)
         if any(flag for (flag,) in group.all_gather([is_interrupted])):
             return None
+        sums = torch.zeros(2, self.texts, dtype=torch.float64)  # nats; tokens that are not the likeliest
+        for owners, losses, is_likeliest in found:
+            values = torch.stack([losses, (~is_likeliest).float()]).cpu().double()
+            sums.index_add_(1, torch.tensor(owners), values)
         nats, misses = group.all_reduce_(sums).tolist()
-        found = iter(Likelihood(-n, m == 0) for n, m in zip(nats, misses, strict=True))
-        return [[next(found) for _ in question.pairs] for question in self.questions]
+        results = iter(Likelihood(-n, m == 0) for n, m in zip(nats, misses, strict=True))
+        return [[next(results) for _ in question.pairs] for question in self.questions]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
