@@ -227,6 +227,7 @@ def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     assert f"loss{result['loss']:>30.4f}  nats a token" in done.stdout
     assert f"bits per byte{result['bits_per_byte']:>21.4f}" in done.stdout
     assert "written to" in done.stdout
+    assert "\non     cpu, fp32\n" in done.stdout
     assert result["data"]["max_length"] == 32
     assert result["tokens"] > 1000
     trained.run("evaluate.py", "stride=8", "output=strided.json")

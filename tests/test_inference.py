@@ -70,7 +70,7 @@ def test_precision_quantization_and_special_tokens(trained):
     ("act", "complaint"),
     [
         (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is none of int8, null"),
-        (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of fp32, bf16"),
+        (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of auto, fp32, bf16"),
         (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
         (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),
         (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(num_return_sequences=0)), "sequences: 0"),

@@ -34,7 +34,7 @@ OPTIONS = [
     ("stream=maybe", "not a valid bool"),
     ("stop=['']", "an empty text matches everywhere"),
     ("stop=null", "inference.stop"),
-    ("precision=int8", "['fp32', 'bf16']"),
+    ("precision=int8", "['auto', 'fp32', 'bf16']"),
     ("quantization=int4", "['int8']"),
     ("heat=1", "Key 'heat'"),
 ]

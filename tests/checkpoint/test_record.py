@@ -11,7 +11,7 @@ import torch
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.pretrained import export, open_model
-from gpt2.cli.complete import resolve, saved_values
+from gpt2.cli.complete import LOADING, resolve, saved_values
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
 from gpt2.config import OF_THE_USER, DataConfig, GPT2Config, TrainingConfig, TrainRun
@@ -219,6 +219,7 @@ def test_list_of_what_a_checkpoint_decides():
     decided = saved_values(asdict(TrainRun())).keys()
     assert everything - decided == {
         *OF_THE_USER,
+        *LOADING,
         "plan",
         "resume",
         "resume_changes",
@@ -227,6 +228,14 @@ def test_list_of_what_a_checkpoint_decides():
         "study.claim",
     }
     assert decided <= everything
+
+
+def test_a_run_from_before_a_default_of_generation_changed_is_resumed(run):
+    rewrite_record(
+        run / "checkpoints" / "last.pth", lambda record: with_value(record, "run.inference.precision", "fp32")
+    )
+    line = [f"resume={run}"]
+    assert resolve("train", compose("train", line), line).inference.precision == "auto"
 
 
 def test_no_account_place_or_device_comes_from_a_checkpoint(run, caplog):

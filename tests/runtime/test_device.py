@@ -7,7 +7,15 @@ import torch
 
 from gpt2.errors import UserError
 from gpt2.runtime import device
-from gpt2.runtime.device import choose_device, choose_precision, cuda_or_fallback, fastest_seconds, hardware, known_peak
+from gpt2.runtime.device import (
+    auto_without_training,
+    choose_device,
+    choose_precision,
+    cuda_or_fallback,
+    fastest_seconds,
+    hardware,
+    known_peak,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,19 @@ def test_precision_on_a_cpu(requested, computes, monkeypatch):
     precision = choose_precision(requested, torch.device("cpu"))
     assert precision.name == ({False: "fp32", True: "bf16"}[computes] if requested == "auto" else requested)
     assert not precision.scaler().is_enabled()
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_auto_is_exact_without_training_except_on_cuda(computes, monkeypatch):
+    monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if computes else (7, 0))
+
+    def chosen(name: str, kind: str) -> str:
+        there = torch.device(kind)
+        return choose_precision(auto_without_training(name, there), there).name
+
+    assert [chosen("auto", kind) for kind in ("cpu", "mps", "cuda")] == ["fp32", "fp32", "bf16" if computes else "fp16"]
+    assert [chosen("bf16", kind) for kind in ("cpu", "cuda")] == ["bf16", "bf16"]
 
 
 @pytest.mark.parametrize(
