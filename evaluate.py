@@ -93,12 +93,14 @@ def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") ->
     from gpt2.data.sources import describe_source
     from gpt2.data_loader import identity_collate, load_split
     from gpt2.evaluate import Evaluator
+    from gpt2.runtime.device import choose_device
 
     with group.local_main_first(f"data for {config.checkpoint}"):
         blocks = load_split(config.data, config.split, config.stride)
     if not len(blocks):
         raise UserError(f"data: one token in the {config.split} split is not enough, there is nothing to predict")
-    loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate)
+    is_pinned = choose_device(config.device).type == "cuda"  # so that the host does not wait for copies
+    loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate, pin_memory=is_pinned)
     evaluator = Evaluator(model, loader, config.device, config.precision, group)
     split, stride = blocks.path.stem, blocks.stride
     title = f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}"
