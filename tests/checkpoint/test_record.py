@@ -231,9 +231,8 @@ def test_list_of_what_a_checkpoint_decides():
 
 
 def test_a_run_from_before_a_default_of_generation_changed_is_resumed(run):
-    rewrite_record(
-        run / "checkpoints" / "last.pth", lambda record: with_value(record, "run.inference.precision", "fp32")
-    )
+    best = run / "checkpoints" / "best_model.pth"
+    rewrite_record(best, lambda record: with_value(record, "run.inference.precision", "fp32"))
     line = [f"resume={run}"]
     assert resolve("train", compose("train", line), line).inference.precision == "auto"
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from gpt2.distributed.parallel import DataParallel, FullySharded, SingleDevice
+from gpt2.distributed.parallel import DataParallel, FullySharded
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.runtime.device import Precision
 from gpt2.training.compile import Compiled
@@ -45,8 +45,9 @@ def events(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("strategy", [SingleDevice, DataParallel, FullySharded])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "gradient_checkpointing"), [(DataParallel, False), (DataParallel, True), (FullySharded, False)]
+)
 def test_a_block_is_compiled_once_and_its_gradients_are_ready_before_those_of_the_block_before_it(
     strategy, gradient_checkpointing, group, events
 ):
