@@ -217,8 +217,8 @@ def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
     """A loader of the same data in the same order with another batch size; the given loader if that is None."""
     if batch_size is None:
         return loader
-    names = ("num_workers", "persistent_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout")
-    names = (*names, "worker_init_fn")
+    names = ["num_workers", "persistent_workers", "multiprocessing_context", "worker_init_fn", "timeout"]
+    names += ["collate_fn", "pin_memory"]
     common: dict[str, Any] = {name: getattr(loader, name) for name in names}
     common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
     sampler = loader.batch_sampler

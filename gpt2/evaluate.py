@@ -146,8 +146,8 @@ def score(
     if any(flag for (flag,) in group.all_gather([is_interrupted])):
         return Score()
     sums[0] = nats
-    losses, tokens, texts = map(sum, group.all_reduce_(sums).tolist())
-    return Score(losses, int(tokens), int(texts))
+    all_nats, tokens, texts = map(sum, group.all_reduce_(sums).tolist())
+    return Score(all_nats, int(tokens), int(texts))
 
 
 def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
