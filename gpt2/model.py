@@ -26,6 +26,7 @@ from gpt2.ops.cross_entropy import (
     IGNORE_INDEX,
     chunked_linear_cross_entropy,
     cross_entropies,
+    padded_head,
     score_targets,
     shifted,
 )
@@ -225,7 +226,7 @@ class GPT2Model(nn.Module):
     def token_losses(self, input_ids: Tensor, targets: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats of each target, (b, t) in fp32, 0 where it is ignored. Arguments as of `forward`."""
         rows = rearrange(self._hidden_states(input_ids, attention_mask), "b t c -> (b t) c")
-        losses = cross_entropies(rows, self._head, rearrange(targets, "b t -> (b t)"), self.config.vocab_size)
+        losses = cross_entropies(rows, self._head_of_rows(), rearrange(targets, "b t -> (b t)"), self.config.vocab_size)
         return losses.view_as(targets)
 
     @torch.no_grad()
@@ -245,7 +246,7 @@ class GPT2Model(nn.Module):
             attention_mask, positions: As of `last_logits`.
         """
         rows = rearrange(self._hidden_states(input_ids, attention_mask, positions=positions), "b t c -> (b t) c")
-        return score_targets(rows[places], self._head, targets, self.config.vocab_size)
+        return score_targets(rows[places], self._head_of_rows(), targets, self.config.vocab_size)
 
     def last_logits(
         self,
@@ -293,6 +294,13 @@ class GPT2Model(nn.Module):
             else:
                 hidden_states = run(block, hidden_states, attention_mask, block_past)
         return self.final_norm(hidden_states)
+
+    def _head_of_rows(self) -> Callable[[Tensor], Tensor]:
+        """The head for many rows at a time, which may be padded."""
+        if self.head is not None:
+            return self.head
+        head = padded_head(self.token_embedding.weight)
+        return lambda rows: self.linear(rows, head, None)
 
     def _head(self, hidden_states: Tensor) -> Tensor:
         if self.head is not None:

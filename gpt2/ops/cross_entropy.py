@@ -20,7 +20,7 @@ IGNORE_INDEX = -100  # a target that does not count, as in transformers
 
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist at a time, unless a plan says otherwise
 CHUNK_ROWS = {"cuda": 128}  # chunks have a multiple of these rows: aligned products are faster
-VOCABULARY_MULTIPLE = 128  # on CUDA, the head is padded to it: aligned products are faster
+VOCABULARY_MULTIPLE = {"cuda": 128}  # the head is padded to it: aligned products are faster
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -52,7 +52,16 @@ def chunked_linear_cross_entropy(
     scale = 1 / divisor.float()
     if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
         return _LinearCrossEntropy.apply(hidden_states, weight, targets, scale, linear, chunk_bytes)
-    return cross_entropies(hidden_states, lambda x: linear(x, weight, None), targets, len(weight)).sum() * scale
+    head = padded_head(weight)
+    return cross_entropies(hidden_states, lambda x: linear(x, head, None), targets, len(weight)).sum() * scale
+
+
+def padded_head(weight: Tensor) -> Tensor:
+    """The head (v, c) in the format of autocast, with rows of zeros up to a multiple of `VOCABULARY_MULTIPLE`."""
+    device = weight.device.type
+    head = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
+    missing = -len(head) % VOCABULARY_MULTIPLE.get(device, 1)
+    return F.pad(head, (0, 0, 0, missing)) if missing else head
 
 
 def cross_entropies(
@@ -61,7 +70,7 @@ def cross_entropies(
     """Cross-entropy in nats of each target (n,) in fp32, 0 where it is ignored. Has no gradient.
 
     Args:
-        head: Maps hidden states (m, c) to logits (m, v).
+        head: Maps hidden states (m, c) to logits (m, v), and more columns if it is padded.
     """
     chunks = _logits_in_chunks(hidden_states, head, targets, vocab_size)
     return torch.cat([_losses(logits, target) for logits, target in chunks])
@@ -87,7 +96,9 @@ def _logits_in_chunks(
     """Logits in fp32 and targets, of as many rows at a time as may exist."""
     ends = chunk_ends(hidden_states, 4 * vocab_size)
     for x, target in zip(hidden_states.tensor_split(ends), targets.tensor_split(ends), strict=True):
-        yield head(x).float(), target
+        logits = head(x)
+        logits[:, vocab_size:] = -torch.inf
+        yield logits.float(), target
 
 
 def chunk_ends(hidden_states: Tensor, row_bytes: int, chunk_bytes: int | None = None) -> list[int]:
@@ -112,14 +123,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         linear: LinearFunction,
         chunk_bytes: int | None,
     ) -> Tensor:
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        with torch.autocast(device, enabled=False):
-            head = weight.to(dtype)
-            if device == "cuda":
-                head = F.pad(head, (0, 0, 0, -len(head) % VOCABULARY_MULTIPLE))
+        head = padded_head(weight)
+        with torch.autocast(hidden_states.device.type, enabled=False):
             loss, grad_hidden, grad_head = _loss_and_gradients(
-                hidden_states.to(dtype), head, targets, scale, linear, len(weight), chunk_bytes
+                hidden_states.to(head.dtype), head, targets, scale, linear, len(weight), chunk_bytes
             )
         ctx.save_for_backward(grad_hidden, grad_head[: len(weight)])
         ctx.dtype = hidden_states.dtype

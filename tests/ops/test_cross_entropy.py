@@ -154,17 +154,29 @@ def test_other_negative_targets_are_refused():
         chunked_linear_cross_entropy(hidden_states, weight, targets)
 
 
-def test_a_padded_vocabulary_changes_nothing():
-    """As on CUDA."""
-    hidden_states, weight, targets = (tensor.detach() for tensor in problem())
-    scale = torch.tensor(1 / 43)
-    alone = module._loss_and_gradients(hidden_states, weight, targets, scale, F.linear, V)
-    padded = module._loss_and_gradients(
-        hidden_states, F.pad(weight, (0, 0, 0, -V % module.VOCABULARY_MULTIPLE)), targets, scale, F.linear, V
-    )
-    torch.testing.assert_close(padded[:2], alone[:2])
-    torch.testing.assert_close(padded[2][:V], alone[2])
-    assert not padded[2][V:].any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_vocabulary_changes_nothing(dtype, monkeypatch):
+    """As on CUDA, in training and in evaluation."""
+    model = noisy_model(tiny_config())
+    input_ids, targets = random_ids(model.config, 3, 16), random_ids(model.config, 3, 16, seed=2)
+    results, outputs = [], []
+
+    def recording(x, weight, bias=None):
+        outputs.append(len(weight))
+        return F.linear(x, weight, bias)
+
+    model.use_linear(recording)
+    for multiple in (1, 128):
+        monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", multiple)
+        outputs.clear()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            _, loss = model(input_ids, targets=targets, return_logits=False)
+            of_each = model.token_losses(input_ids, targets)
+            some = model.score_tokens(input_ids, torch.arange(5), targets[0, :5])
+        assert outputs.count(128) == (3 if multiple == 128 else 0)
+        results.append([*with_gradients(loss, *model.parameters()), of_each, *some])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
