@@ -341,6 +341,14 @@ class TrainingBenchmark:
 
 
 @dataclass
+class DoctorRun:
+    """The configuration of `python -m gpt2.main doctor`."""
+
+    device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
+    json: str | None = None  # file for everything that was found
+
+
+@dataclass
 class StudyPlan:
     """`experiments/<study>/study.yaml`: the runs of a recorded study and how their results are shown.
 
@@ -363,4 +371,4 @@ OF_THE_USER = (
 )
 
 Benchmark = GenerationBenchmark | TrainingBenchmark
-Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark
+Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark | DoctorRun

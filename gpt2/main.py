@@ -24,10 +24,13 @@ COMMANDS = {
     "generate": "generate text with a trained model: generate.py",
     "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
     "benchmark": "measure speed: benchmark generation|training|data",
+    "doctor": "examine this machine: what it has, whether it computes right, how fast: device=cuda json=FILE",
     "compare": "compare runs in a table and a plot: compare RUN ...",
     "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",
 }
+
+PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # of commands, in layers above this one
 
 
 def run_script(name: str, *arguments: str) -> None:
@@ -135,8 +138,8 @@ def main() -> None:
     name = take_subcommand("command", "python -m gpt2.main COMMAND [OVERRIDES]", COMMANDS)
     if name == "export":
         export()
-    elif name == "benchmark":
-        runpy.run_module("gpt2.benchmarks", run_name="__main__")
+    elif name in PACKAGES:
+        runpy.run_module(PACKAGES[name], run_name="__main__")
     elif name in ("compare", "study"):
         exit_on_signals(also_by_ctrl_c=True)
         with errors_as_lines():

@@ -4,44 +4,24 @@ On CUDA the peak is what PyTorch allocated; on a CPU the resident memory of the 
 Run: python experiments/performance/memory.py [OVERRIDES of `benchmark training`] [json=memory.json]
 """
 
-import re
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-import torch
 from omegaconf import OmegaConf
 
 from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import circumstances, headline, write_json
+from gpt2.benchmarks.common import circumstances, headline, peak_bytes, reset_peak, write_json
 from gpt2.benchmarks.contestants import Workload, contestants
 from gpt2.cli.compose import compose
 from gpt2.runtime.device import free_memory, keep_freed_memory
 
 STEPS = 3
-
-
-def reset_peak():
-    """Reset the peak of resident memory (VmHWM). Linux only."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident_bytes():
-    """Not `ru_maxrss` where avoidable: on Linux a new process inherits the peak of its parent."""
-    with suppress(OSError):
-        status = Path("/proc/self/status").read_text()
-        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE):
-            return int(match[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure(config, name):
@@ -54,10 +34,9 @@ def measure(config, name):
         contestant.prepare()
         workload.state = {}  # count only what training needs
         free_memory()
-        reset_peak()
+        reset_peak(workload.device)
         seconds = [contestant.turn(workload, number, 1) for number in range(STEPS)]
-        on_cuda = workload.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(workload.device) if on_cuda else peak_resident_bytes()
+        peak = peak_bytes(workload.device)
     return {"contestant": name, "peak_memory_bytes": peak, "alone_step_seconds": median(seconds[1:])}
 
 

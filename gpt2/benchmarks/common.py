@@ -2,20 +2,32 @@
 
 import json
 import os
+import re
+import resource
+import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from gpt2.ops.linear import LINEARS, LinearFunction
 from gpt2.runtime.console import track
-from gpt2.runtime.device import describe, hardware
+from gpt2.runtime.device import Precision, describe, fastest_seconds, hardware
 from gpt2.runtime.rng import commit, versions
 
 T = TypeVar("T")
 Row = dict[str, Any]
+
+MATRIX = 2048  # rows and columns of the matrices whose product measures a CPU's peak
+MATRIX_ON_CUDA = 8192
+READ_BYTES = 256 << 20  # more than any cache holds
 
 
 def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
@@ -57,6 +69,48 @@ def headline(about: Row) -> str:
     """`circumstances` in a line."""
     libraries = [f"{name} {number}" for name, number in about["versions"].items() if number is not None]
     return ", ".join([about["device"], about["hardware"]["cpu"], f"{about['hardware']['cores']} cores", *libraries])
+
+
+def matmul_flops(precision: Precision) -> float:
+    """FLOP/s of a large matrix product in a precision, by the fastest of our implementations."""
+    on_cuda = precision.device.type == "cuda"
+    size = MATRIX_ON_CUDA if on_cuda else MATRIX
+    left, right = (torch.ones(size, size, dtype=precision.dtype, device=precision.device) for _ in range(2))
+
+    def product(linear: LinearFunction) -> None:
+        linear(left, right, None)
+        if on_cuda:
+            torch.cuda.synchronize(precision.device)
+
+    return 2 * size**3 / min(fastest_seconds([partial(product, way) for way in LINEARS.values()], repetitions=1))
+
+
+def read_bandwidth(memory: Tensor) -> float:
+    """Bytes per second at which the device reads memory, measured by a sum."""
+    began = time.perf_counter()
+    float(memory.sum())  # waits for the device
+    return memory.nbytes / (time.perf_counter() - began)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` start from what is in use now; without CUDA, on Linux only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """On CUDA what PyTorch allocated, else the resident memory of this process, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):  # not `ru_maxrss` where avoidable: on Linux a new process inherits the peak of its parent
+        status = Path("/proc/self/status").read_text()
+        if match := re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE):
+            return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def write_json(file: str | None, record: Row) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,45 +17,31 @@ from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
 from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, write_json
+from gpt2.benchmarks.common import (
+    READ_BYTES,
+    Row,
+    circumstances,
+    from_to,
+    headline,
+    interleaved,
+    read_bandwidth,
+    write_json,
+)
+from gpt2.benchmarks.decoding import Generate, Timing, ours
 from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.config import GenerationBenchmark
 from gpt2.errors import UserError, one_line
-from gpt2.generation.decode import CompiledDecoding, decode
-from gpt2.generation.sampling import SamplingParams, next_token
+from gpt2.generation.decode import CompiledDecoding
 from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
 from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
 
-READ_BYTES = 256 << 20  # more than any cache holds
-
 LEGEND = """\
 ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
 allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
 weights: their layout, see gpt2/ops/cpu_inference.py"""
-
-
-@dataclass
-class Timing:
-    """One run of a contestant."""
-
-    clock: list[float]  # at the start and at each token, seconds
-    tokens: Tensor  # (b, n)
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Up to the first new token."""
-        return self.clock[1] - self.clock[0]
-
-    @property
-    def step_seconds(self) -> float:
-        """For each later token, median."""
-        return median(after - before for before, after in pairwise(self.clock[1:]))
-
-
-Generate = Callable[[Tensor, int], Timing]  # (prompts (b, t), number of new tokens)
 
 
 @dataclass
@@ -66,18 +51,6 @@ class Contestant:
     weight_bytes: int = 4
     layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
     first_seconds: float = 0.0  # of the first run
-
-
-def ours(model: GPT2Model, compiled: CompiledDecoding | None = None) -> Generate:
-    def run(input_ids: Tensor, max_new_tokens: int) -> Timing:
-        sampler = partial(next_token, params=SamplingParams(do_sample=False))
-        clock, tokens = [time.perf_counter()], []
-        for token, _ in decode(model, input_ids, max_new_tokens, sampler, compiled=compiled):
-            tokens.append(token.tolist())
-            clock.append(time.perf_counter())
-        return Timing(clock, torch.tensor(tokens).T)
-
-    return run
 
 
 def theirs(model: Any, **options: Any) -> Generate:
@@ -100,13 +73,6 @@ def theirs(model: Any, **options: Any) -> Generate:
         return Timing(clock, whole[:, input_ids.size(1) :].cpu())
 
     return run
-
-
-def read_bandwidth(memory: Tensor) -> float:
-    """Bytes per second at which the device reads memory, measured by a sum."""
-    began = time.perf_counter()
-    float(memory.sum())  # waits for the device
-    return memory.nbytes / (time.perf_counter() - began)
 
 
 class GenerationComparison:

@@ -7,33 +7,33 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 import transformers
 
 from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import Row, circumstances, from_to, headline, interleaved, spread, write_json
+from gpt2.benchmarks.common import (
+    MATRIX,
+    Row,
+    circumstances,
+    from_to,
+    headline,
+    interleaved,
+    matmul_flops,
+    spread,
+    write_json,
+)
 from gpt2.benchmarks.contestants import Contestant, Workload, contestants
 from gpt2.config import TrainingBenchmark
 from gpt2.errors import one_line
-from gpt2.ops.linear import LINEARS
 from gpt2.runtime.console import track
-from gpt2.runtime.device import Precision, fastest_seconds, keep_freed_memory, peak_flops
+from gpt2.runtime.device import keep_freed_memory, peak_flops
 
 log = logging.getLogger(__name__)
-
-MATRIX = 2048  # rows and columns of the matrices whose product measures a CPU's peak
 
 LEGEND = f"""\
 ratio: to the first line of the peer, or of transformers if there is no other.
 MFU: model FLOPs (PaLM, appendix B) over the peak: on a GPU its data sheet's, on a CPU the best product of {MATRIX} x
 {MATRIX} matrices here. first s: seconds of the first step, with compilation. first loss, last loss: all contestants
 train on the same batches, so only rounding may make them differ."""
-
-
-def matmul_flops(precision: Precision) -> float:
-    """FLOP/s of a large matrix product in a precision, by the fastest of our implementations."""
-    left, right = (torch.ones(MATRIX, MATRIX, dtype=precision.dtype, device=precision.device) for _ in range(2))
-    return 2 * MATRIX**3 / min(fastest_seconds([partial(way, left, right) for way in LINEARS.values()], repetitions=1))
 
 
 class TrainingComparison:

@@ -332,5 +332,5 @@ COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], list[Values]]] = {
     "train": lambda *composed: [fill_from_checkpoint_train(*composed)],
     "evaluate": fill_from_checkpoint_evaluate,
     "generate": lambda *composed: [fill_from_checkpoint_generate(*composed)],
-    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training"), lambda *_: [{}]),
+    **dict.fromkeys(("export", "benchmark_generation", "benchmark_training", "doctor"), lambda *_: [{}]),
 }

@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.config import (
+    DoctorRun,
     EvaluateRun,
     ExportRun,
     GenerateRun,
@@ -27,6 +28,7 @@ SCHEMAS: dict[str, type[Run]] = {
     "export": ExportRun,
     "benchmark_generation": GenerationBenchmark,
     "benchmark_training": TrainingBenchmark,
+    "doctor": DoctorRun,
 }
 
 

@@ -103,12 +103,12 @@ def _init(
     return run
 
 
-def can_go_online() -> bool:
+def can_go_online(seconds: float = LOGIN_SECONDS) -> bool:
     """Whether there is a key that a server accepts. Never prompts."""
     if time.monotonic() < _offline_until:
         return False
     try:
-        return within(LOGIN_SECONDS, lambda: wandb.login(prompt=False))
+        return within(seconds, lambda: wandb.login(prompt=False))
     except Exception as error:  # noqa: BLE001
         log.warning("W&B is offline for this run: %s", one_line(error))
         _stay_offline()

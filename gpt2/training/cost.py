@@ -1,6 +1,7 @@
 """What a training costs on this machine: FLOPs and memory by formulas, time by some passes on random tokens."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
@@ -78,6 +79,19 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
         "activations": _activations(model.config, tokens, is_fp32, logits if train.gradient_checkpointing else None),
         "logits": logits,
     }
+
+
+def largest_batch_size(
+    model: GPT2Model, train: TrainingConfig, length: int, plan: ComputePlan, available: float
+) -> int:
+    """The most blocks of a pass whose memory, by formula, is available; 0 if one does not fit."""
+
+    def fits(rows: int) -> bool:
+        work = Work(model, replace(train, batch_size=rows, accumulation_steps=1), length)
+        return sum(memory_needed(work, plan).values()) <= available
+
+    highest = next(2**power for power in range(64) if not fits(2**power))  # memory grows with the rows
+    return bisect_left(range(highest), True, lo=highest // 2, key=lambda rows: not fits(rows)) - 1 if highest > 1 else 0
 
 
 def _activations(config: GPT2Config, tokens: int, is_fp32: bool, freed: float | None) -> float:

@@ -2,7 +2,9 @@
 
 import json
 
-from gpt2.benchmarks.common import from_to, interleaved, spread, write_json
+import torch
+
+from gpt2.benchmarks.common import from_to, interleaved, peak_bytes, reset_peak, spread, write_json
 
 
 def test_interleaved_turns_rotate():
@@ -20,3 +22,14 @@ def test_spread_has_the_median_and_all_values():
 def test_nan_in_a_record_becomes_null(tmp_path):
     write_json(str(tmp_path / "new" / "result.json"), {"a": [float("nan"), 1.5], "b": float("inf")})
     assert json.loads((tmp_path / "new" / "result.json").read_text()) == {"a": [None, 1.5], "b": None}
+
+
+def test_peak_memory_can_be_reset():
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_bytes(cpu)
+    block = torch.ones(50 << 20)
+    assert peak_bytes(cpu) > before + (100 << 20)
+    del block
+    reset_peak(cpu)
+    assert peak_bytes(cpu) > 10 << 20

@@ -1,10 +1,8 @@
 """The scripts of experiments/performance. Speed is not tested."""
 
-import importlib.util
 import json
 
 import pytest
-import torch
 
 from tests import warm
 from tests.conftest import ROOT, Workspace
@@ -72,16 +70,3 @@ def test_levers(workspace: Workspace):
     seconds = result["step_seconds"]["fp32"]
     assert {"all", "PyTorch's attention", "compiled"} <= seconds.keys()
     assert all(len(each) == 1 for each in seconds.values())
-
-
-def test_peak_memory_can_be_reset():
-    spec = importlib.util.spec_from_file_location("memory", SCRIPTS / "memory.py")
-    memory = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(memory)
-    memory.reset_peak()
-    before = memory.peak_resident_bytes()
-    block = torch.ones(50 << 20)
-    assert memory.peak_resident_bytes() > before + (100 << 20)
-    del block
-    memory.reset_peak()
-    assert memory.peak_resident_bytes() > 10 << 20

@@ -1,0 +1,332 @@
+"""What is here: versions, processor, GPUs, compilers, disks, limits, accounts. Nothing is computed."""
+
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+import tomllib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from math import ceil
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from gpt2.cli.compose import ROOT
+from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, messages
+from gpt2.errors import UserError, few
+from gpt2.runtime.device import hardware
+from gpt2.runtime.files import in_bytes, reason, writable_folder
+from gpt2.runtime.hub import caches, connect
+from gpt2.tracking.loggers import within
+from gpt2.tracking.wandb_logger import resolve_mode
+from gpt2.training.cost import memory_of
+
+FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # that PyTorch uses
+NETWORK_SECONDS = 1.0  # for the server of W&B, and for the Hub
+WRITTEN_BYTES = 64 << 20  # to measure how fast a folder is written
+# Limits below which a row is not OK; docs/doctor.md explains them.
+FREE_IN_OUTPUTS = 6e9  # four checkpoints of GPT-2 124M
+FREE_IN_CACHE = 1e9
+WRITTEN_PER_SECOND = 50e6
+OPEN_FILES = 1024
+SHARED_MEMORY = 64 << 20  # for each GPU
+FREE_MEMORY = 4e9  # training GPT-2 124M takes 2.6 GB
+
+
+def python(_machine: Machine) -> Row:
+    system = f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}"
+    return Row(f"{platform.python_version()} on {system}", figures={"platform": platform.platform()})
+
+
+def pytorch(_machine: Machine) -> Row:
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    return Row(f"{torch.__version__}, built for {built_for}", figures={"build": torch.__config__.show()})
+
+
+def versions(_machine: Machine) -> Row:
+    """Installed packages against `constraints.txt`, and those that this repository needs against `pyproject.toml`."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    installed = {name: found for name in tested if (found := installed_version(name))}
+    others = {name: found for name, found in installed.items() if found != tested[name]}
+    refused = [text for text in needed_packages() if not is_satisfied(Requirement(text))]
+    figures = {"installed": installed, "others": others, "refused": refused}
+    if refused:
+        advice = "pip install -e . -c constraints.txt installs what is needed, in the tested versions"
+        return Row(f"not installed as pyproject.toml wants it: {few(refused)}", WRONG, advice, figures=figures)
+    if others:
+        shown = few([f"{name} {found} ({tested[name]})" for name, found in others.items()])
+        value = f"{len(others)} of {len(installed)} packages are not the tested ones: {shown}"
+        return Row(value, MISSING, "pip install -e . -c constraints.txt installs the tested ones", figures=figures)
+    return Row(f"all {len(installed)} installed packages of constraints.txt are the tested ones", figures=figures)
+
+
+def installed_version(name: str) -> str | None:
+    """Without the local part: 2.13.0 of 2.13.0+cpu. None if it is not installed."""
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def needed_packages() -> list[str]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+def is_satisfied(requirement: Requirement) -> bool:
+    found = installed_version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def processor(machine: Machine) -> Row:
+    """The CPU, and whether PyTorch computes with as many threads as there are cores for it."""
+    about, cores = hardware(torch.device("cpu")), usable_cores()
+    has = torch.cpu.get_capabilities()
+    features = [name for name in FEATURES if has.get(name)]
+    load, threads = os.getloadavg()[0], about["threads"]
+    value = f"{about['cpu']}, {cores} cores, {threads} threads; {', '.join(features) or 'no vector instructions known'}"
+    figures = {"cores": cores, "threads": threads, "load": load, "capabilities": dict(has)}
+    advice = ""
+    if threads < cores and machine.device.type == "cpu":
+        advice = f"PyTorch leaves {cores - threads} of {cores} cores idle: unset OMP_NUM_THREADS"
+    elif threads > cores:
+        advice = f"only {cores} cores are for this process, so threads wait for each other: OMP_NUM_THREADS={cores}"
+    elif "x86" in platform.machine() and not has.get("avx2"):
+        advice = "without AVX2, matrix products take several times as long; nothing but another processor helps"
+    return Row(value, SLOW if advice else OK, advice, "as many threads as cores", figures)
+
+
+def usable_cores() -> int:
+    """Those that this process may use, by its affinity and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _of_container("cpu.max").split()
+    return min(cores, ceil(int(quota[0]) / int(quota[1]))) if quota and quota[0].isdecimal() else cores
+
+
+def _of_container(name: str) -> str:
+    """A limit of the control group, which a container sees as its root; empty if there is none."""
+    file = Path("/sys/fs/cgroup", name)
+    return file.read_text() if file.exists() else ""
+
+
+def memory(_machine: Machine) -> Row:
+    total = memory_of(torch.device("cpu"))
+    limit = _of_container("memory.max").strip()
+    usable = min(total, int(limit)) if limit.isdecimal() else total
+    value = f"{usable / 1e9:.1f} GB" + (f" of {total / 1e9:.1f} GB, by the container's limit" if usable < total else "")
+    advice = f"training GPT-2 124M takes about 2.6 GB; model=gpt2_mini takes less than {FREE_MEMORY / 1e9:g} GB"
+    figures = {"bytes": usable, "total_bytes": total}
+    return Row(value, OK if usable >= FREE_MEMORY else MISSING, advice, f"{FREE_MEMORY / 1e9:g} GB", figures)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPUs and compilers
+
+
+@cache
+def nvidia_smi() -> list[str]:
+    """A line for each GPU that the NVIDIA driver knows, with its memory and the driver's version."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):  # no driver, or it does not answer
+        return []
+
+
+def why_no_cuda() -> str:
+    """What keeps PyTorch from using CUDA, and what helps."""
+    if not torch.backends.cuda.is_built():
+        there_is = f"the driver knows {nvidia_smi()[0]}, but " if nvidia_smi() else ""
+        wanted = "pip install --force-reinstall torch, without --index-url .../cpu, brings one with it"
+        return f"{there_is}PyTorch {torch.__version__} is built without CUDA; {wanted}"
+    if not nvidia_smi():
+        return "the NVIDIA driver does not answer: nvidia-smi should list the GPUs"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides GPUs"
+    return f"PyTorch is built for CUDA {torch.version.cuda}, for which the driver may be too old: {nvidia_smi()[0]}"
+
+
+def gpus(_machine: Machine) -> Row:
+    if torch.backends.mps.is_available():
+        return Row("Apple's GPU (mps)")
+    if not torch.cuda.is_available():
+        if nvidia_smi():
+            status = WRONG if torch.backends.cuda.is_built() else MISSING
+            return Row(f"PyTorch cannot use {nvidia_smi()[0]}", status, why_no_cuda(), figures={"driver": nvidia_smi()})
+        return Row("none", MISSING, "nothing, for small models (docs/training.md: recipes); GPT-2 124M needs one")
+    return cuda_gpus([torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())])
+
+
+def cuda_gpus(found: list) -> Row:
+    """GPUs that PyTorch can use: whether its kernels are built for them, and whether other programs fill them."""
+    driver = nvidia_smi()[0].split(", ")[-1] if nvidia_smi() else "unknown"
+    names = [f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB, sm_{gpu.major}{gpu.minor})" for gpu in found]
+    value = f"{len(found)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
+    value = f"{value}, driver {driver}"
+    figures = {"gpus": names, "driver": nvidia_smi(), "built_for": torch.cuda.get_arch_list()}
+    architectures = [int(name.removeprefix("sm_").rstrip("af")) for name in figures["built_for"] if "sm_" in name]
+    # Kernels of a major version run on its later minor ones.
+    unknown = [
+        gpu.name for gpu in found if not any(a // 10 == gpu.major and a % 10 <= gpu.minor for a in architectures)
+    ]
+    if unknown:
+        advice = f"PyTorch {torch.__version__} is built for {', '.join(figures['built_for'])}: install another build"
+        return Row(f"{value}: no kernels for {few(unknown)}", WRONG, advice, figures=figures)
+    free = [torch.cuda.mem_get_info(number)[0] / gpu.total_memory for number, gpu in enumerate(found)]
+    figures["free"] = free
+    if min(free) < 0.8:
+        advice = "other programs hold the rest: nvidia-smi lists them"
+        return Row(f"{value}; only {min(free):.0%} of the memory is free", SLOW, advice, "80 % free", figures)
+    return Row(value, figures=figures)
+
+
+def nccl(_machine: Machine) -> Row:
+    if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        return Row(".".join(map(str, torch.cuda.nccl.version())))
+    return only_for_cuda("NCCL, which exchanges gradients between GPUs, is not in this PyTorch")
+
+
+def triton(_machine: Machine) -> Row:
+    if find_spec("triton"):
+        return Row(version("triton"))
+    return only_for_cuda("without it torch.compile is off: pip install triton")
+
+
+def only_for_cuda(advice: str) -> Row:
+    has_cuda = torch.cuda.is_available()
+    return Row("not installed", MISSING, advice if has_cuda else "nothing: only NVIDIA GPUs use it")
+
+
+def compiler(machine: Machine) -> Row:
+    """What `torch.compile` calls: Inductor a C++ compiler for a CPU, Triton a C compiler for a GPU."""
+    if found := find_compiler():
+        return Row(found)
+    off = "" if machine.device.type == "cuda" else ", which is off on a CPU by default"
+    return Row("none", MISSING, f"torch.compile needs one{off}: apt install g++, or name one in CXX and CC")
+
+
+def find_compiler() -> str | None:
+    names = (os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "gcc", "clang")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Places and limits
+
+
+def outputs(_machine: Machine) -> Row:
+    return place(Path("outputs"), FREE_IN_OUTPUTS, "a checkpoint of GPT-2 124M takes 1.5 GB")
+
+
+def cache_folder(_machine: Machine) -> Row:
+    with messages() as warned:
+        folder = caches()
+    if warned:
+        return Row(warned[0], MISSING, "corpora are prepared anew after a restart; XDG_CACHE_HOME names another folder")
+    return place(folder, FREE_IN_CACHE, "a corpus and its tokens take gigabytes; data.cache_dir and HF_HOME move them")
+
+
+def place(folder: Path, wanted: float, advice: str) -> Row:
+    """Whether a folder can be written to, how much is free there and how fast it takes data."""
+    try:
+        with writable_folder(folder, str(folder)):
+            free = shutil.disk_usage(folder).free
+            rate = written_per_second(folder)
+    except UserError as error:
+        return Row(str(error), WRONG, "give this user the right to write there, or start in another folder")
+    except OSError as error:
+        return Row(f"{folder}: {reason(error)}", WRONG, "free some space, or start in another folder")
+    value = f"{in_bytes(free)} free, written at {in_bytes(round(rate))}/s ({folder})"
+    figures = {"free_bytes": free, "bytes_per_second": rate}
+    if free < wanted:
+        return Row(value, MISSING, f"free some space: {advice}", f"{in_bytes(round(wanted))} free", figures)
+    slow = f"a checkpoint of GPT-2 124M takes {1.5e9 / rate:.0f} s here: a local disk is faster; save less often"
+    expected = f"{in_bytes(round(WRITTEN_PER_SECOND))}/s"
+    return Row(value, SLOW if rate < WRITTEN_PER_SECOND else OK, slow, expected, figures)
+
+
+def written_per_second(folder: Path) -> float:
+    """Bytes per second at which a file reaches the disk."""
+    block = os.urandom(WRITTEN_BYTES // 8)  # zeros could be compressed
+    began = time.perf_counter()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for _ in range(8):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return WRITTEN_BYTES / (time.perf_counter() - began)
+
+
+def shared_memory(_machine: Machine) -> Row | None:
+    if not Path("/dev/shm").exists():
+        return None
+    free, wanted = shutil.disk_usage("/dev/shm").free, SHARED_MEMORY * max(1, torch.cuda.device_count())
+    advice = "workers that load data and NCCL use it: docker run --shm-size=1g, or train.num_workers=0"
+    state = OK if free >= wanted else MISSING
+    return Row(f"{in_bytes(free)} free", state, advice, f"{in_bytes(wanted)} free", {"free_bytes": free})
+
+
+def open_files(_machine: Machine) -> Row:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_enough = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
+    value = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,}"
+    advice = f"workers and sweeps may fail with 'Too many open files': ulimit -n {max(OPEN_FILES, 4096)}"
+    return Row(value, OK if is_enough else MISSING, advice, f"{OPEN_FILES:,}", {"soft": soft, "hard": hard})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Accounts
+
+
+def weights_and_biases(_machine: Machine) -> Row:
+    from gpt2.tracking import wandb_service as service
+
+    mode = resolve_mode("auto")
+    if mode != "online":
+        return Row(f"{mode}, by WANDB_MODE={os.environ['WANDB_MODE']}")
+    service.prepare()
+    with messages() as warned:
+        is_online = service.can_go_online(NETWORK_SECONDS)
+    service.end_service(0)
+    if is_online:
+        return Row("logged in")
+    why = warned[0].partition(": ")[2] if warned else "not logged in"
+    advice = "runs are recorded offline: `wandb login`, or wandb=off to do without; `wandb sync` uploads them later"
+    return Row(why, MISSING, advice)
+
+
+def hub(_machine: Machine) -> Row:
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return Row(f"not asked, by HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']}")
+    advice = "what its cache holds can be used; quickstart and data.files need no network; HTTPS_PROXY names a proxy"
+    try:
+        within(2 * NETWORK_SECONDS, lambda: connect(NETWORK_SECONDS))
+    except TimeoutError:  # of the name server, on which `connect` puts no limit
+        return Row("does not answer", MISSING, advice)
+    is_reached = not os.environ.get("HF_HUB_OFFLINE")
+    return Row("answers" if is_reached else "does not answer", OK if is_reached else MISSING, advice)
+
+
+CHECKS: dict[str, Check] = {
+    "Python": python,
+    "PyTorch": pytorch,
+    "packages": versions,
+    "processor": processor,
+    "memory": memory,
+    "GPUs": gpus,
+    "NCCL": nccl,
+    "Triton": triton,
+    "C compiler": compiler,
+    "outputs/": outputs,
+    "cache": cache_folder,
+    "shared memory": shared_memory,
+    "open files": open_files,
+    "Weights & Biases": weights_and_biases,
+    "Hugging Face Hub": hub,
+}

@@ -1,0 +1,113 @@
+"""What a check returns, how checks are run, and how their rows are printed."""
+
+import logging
+import textwrap
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2.errors import machine_error, one_line, shortened
+from gpt2.runtime.device import Precision, choose_precision
+from gpt2.runtime.waiting import waiting_for
+
+OK, SLOW, MISSING, WRONG = STATES = ("OK", "slow", "missing", "WRONG")
+WIDTH, INDENT = 110, 28  # of a line, and of the column of values
+REPORT = "a fault of this machine or installation, or a bug: please report it with the file that json=FILE writes"
+NOISY = ("gpt2", "torch")  # loggers whose lines would tear the table
+
+
+@dataclass(eq=False)
+class Machine:
+    """What is examined. Hashable, so that a measurement which several checks use can be cached."""
+
+    device: torch.device
+    folder: Path  # temporary
+
+    @property
+    def precision(self) -> Precision:
+        """The one that `train.precision=auto` chooses."""
+        return choose_precision("auto", self.device)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of a check."""
+
+    value: str  # what was found
+    status: str = OK
+    advice: str = ""  # what to do, unless the status is OK
+    expected: str = ""  # what the status was decided by
+    figures: dict[str, Any] = field(default_factory=dict)  # for programs
+    part: str = ""
+    name: str = ""
+    seconds: float = 0.0
+
+
+Check = Callable[[Machine], Row | None]  # None: it does not apply to this device
+Checks = Mapping[str, Mapping[str, Check]]  # by part and name
+
+
+class Messages(logging.Handler):
+    """Collects the messages of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@contextmanager
+def messages() -> Iterator[list[str]]:
+    """Collect warnings of this package and of PyTorch instead of printing them."""
+    handler, loggers = Messages(), [logging.getLogger(name) for name in NOISY]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [handler], False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield handler.texts
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
+    """Run checks in order. One that raises is WRONG, with its reason in a line, and the others are run."""
+    for part, of_part in checks.items():
+        for name, check in of_part.items():
+            waiting_for(f"{part} {name}")
+            began = time.perf_counter()
+            try:
+                with messages():
+                    row = check(machine)
+            except Exception as error:  # noqa: BLE001
+                reason = machine_error(error) or f"{type(error).__name__}: {one_line(error)}"
+                row = Row(shortened(reason, 300), WRONG, REPORT)
+            if row is not None:
+                yield replace(row, part=part, name=name, seconds=round(time.perf_counter() - began, 3))
+
+
+def as_lines(row: Row) -> str:
+    """A row for the terminal: status, name and value, and what to do below them."""
+    start = f"  {row.status:<8}{row.name:<{INDENT - 10}}"
+    options: dict[str, Any] = {"width": WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(row.value, initial_indent=start, subsequent_indent=" " * INDENT, **options)
+    if row.status != OK:
+        arrow = " " * INDENT + "-> "
+        lines += textwrap.wrap(row.advice, initial_indent=arrow, subsequent_indent=" " * len(arrow), **options)
+    return "\n".join(lines)
+
+
+def summary(rows: Sequence[Row]) -> str:
+    counts = Counter(row.status for row in rows)
+    return f"{len(rows)} checks: {', '.join(f'{counts[status]} {status}' for status in STATES)}"

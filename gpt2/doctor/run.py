@@ -1,0 +1,51 @@
+"""The command: all checks, a line for each as it ends, and the JSON file."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from gpt2.benchmarks.common import circumstances, write_json
+from gpt2.config import DoctorRun
+from gpt2.doctor import correctness, environment, speed
+from gpt2.doctor.report import WRONG, Checks, Machine, Row, as_lines, run_checks, summary
+from gpt2.errors import UserError
+from gpt2.runtime.device import choose_device, keep_freed_memory
+
+CHECKS: Checks = {
+    "What is here:": environment.CHECKS,
+    "Does it compute right:": correctness.CHECKS,
+    "How fast is it:": speed.CHECKS,
+}
+
+
+def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
+    """Print what was found and write `config.json`. Returns the exit code: 1 if anything is WRONG, else 0.
+
+    Rows are printed as they are found; an interruption ends them, and the file gets those that there are.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    try:
+        device = choose_device(config.device)
+    except UserError as error:
+        raise UserError(f"{error}; {environment.why_no_cuda()}") from error
+    keep_freed_memory()  # as train.py does
+    rows: list[Row] = []
+    began, is_complete = time.perf_counter(), False
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in run_checks(Machine(device, Path(folder)), checks):
+                if not rows or row.part != rows[-1].part:
+                    print(f"\n{row.part}" if rows else row.part)
+                print(as_lines(row), flush=True)
+                rows.append(row)
+        is_complete = True
+    finally:
+        seconds = time.perf_counter() - began
+        ending = "" if is_complete else "interrupted after "
+        print(f"\n{ending}{summary(rows)}, in {seconds:.0f} s", flush=True)
+        record = {"rows": [vars(row) for row in rows], "seconds": seconds, "complete": is_complete}
+        write_json(config.json, {"doctor": 1, **circumstances(device), "processors": os.cpu_count(), **record})
+    return 1 if any(row.status == WRONG for row in rows) else 0
