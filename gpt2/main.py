@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpt2.cli.arguments import split_arguments, take_subcommand
+from gpt2.cli.arguments import COMMANDS, split_arguments, take_subcommand
 from gpt2.cli.compose import ROOT
 from gpt2.cli.help import study_help
 from gpt2.cli.script import errors_as_lines, script
@@ -17,18 +17,6 @@ from gpt2.errors import UserError
 from gpt2.runtime.console import protect_output
 from gpt2.runtime.files import writable_file
 from gpt2.runtime.signals import exit_on_signals
-
-COMMANDS = {
-    "train": "train a model: train.py",
-    "evaluate": "score trained models on a corpus or on tasks: evaluate.py",
-    "generate": "generate text with a trained model: generate.py",
-    "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
-    "benchmark": "measure speed: benchmark generation|training|data",
-    "doctor": "examine this machine: what it has, whether it computes right, how fast: device=cuda json=FILE",
-    "compare": "compare runs in a table and a plot: compare RUN ...",
-    "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
-    "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",
-}
 
 PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # of commands, in layers above this one
 

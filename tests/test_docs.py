@@ -171,7 +171,7 @@ def test_commands_run_in_order(clone: Workspace, page):
     machine only composes (above); other tests run the benchmarks and the fault injection."""
     for script, *arguments in scripts(page):
         line = " ".join([script, *arguments])
-        if needs_more(line) or {"benchmark", "tests.stress"} & set(arguments):
+        if needs_more(line) or {"benchmark", "doctor", "tests.stress"} & set(arguments):
             continue
         if script.startswith("--nproc"):
             place = str(ROOT / arguments[0])

@@ -28,7 +28,11 @@ runtime
 config errors
 """  # from the top: a module imports only from its own package and from layers below
 LEVEL = {package: level for level, line in enumerate(LAYERS.strip().splitlines()) for package in line.split()}
-ALLOWED = {"hydra": {"cli"}, "omegaconf": {"cli", "experiments", "benchmarks", "doctor"}, "tests": set()}  # who may import it
+ALLOWED = {
+    "hydra": {"cli"},
+    "omegaconf": {"cli", "experiments", "benchmarks", "doctor"},
+    "tests": set(),
+}  # who may import it
 FILES = [*sorted((ROOT / "gpt2").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -61,7 +62,10 @@ def circumstances(device: torch.device) -> Row:
         "hardware": hardware(device),
         "load_average": list(os.getloadavg()),
         "repository": commit(),
-        "versions": {**versions(), **{name: version(name) for name in ("transformers", "tokenizers")}},
+        "versions": {
+            **versions(),
+            **{name: version(name) for name in ("transformers", "tokenizers") if find_spec(name)},
+        },
     }
 
 
@@ -73,14 +77,13 @@ def headline(about: Row) -> str:
 
 def matmul_flops(precision: Precision) -> float:
     """FLOP/s of a large matrix product in a precision, by the fastest of our implementations."""
-    on_cuda = precision.device.type == "cuda"
-    size = MATRIX_ON_CUDA if on_cuda else MATRIX
+    size = MATRIX_ON_CUDA if precision.device.type == "cuda" else MATRIX
     left, right = (torch.ones(size, size, dtype=precision.dtype, device=precision.device) for _ in range(2))
 
     def product(linear: LinearFunction) -> None:
         linear(left, right, None)
-        if on_cuda:
-            torch.cuda.synchronize(precision.device)
+        if precision.device.type != "cpu":
+            torch.accelerator.synchronize(precision.device)
 
     return 2 * size**3 / min(fastest_seconds([partial(product, way) for way in LINEARS.values()], repetitions=1))
 

@@ -6,6 +6,18 @@ from pathlib import Path
 
 from gpt2.errors import UserError, without_password
 
+COMMANDS = {  # of `python -m gpt2.main`
+    "train": "train a model: train.py",
+    "evaluate": "score trained models on a corpus or on tasks: evaluate.py",
+    "generate": "generate text with a trained model: generate.py",
+    "optimize": "search hyperparameters: train.py -m hparams_search=optuna",
+    "benchmark": "measure speed: benchmark generation|training|data",
+    "doctor": "examine this machine: what it has, whether it computes right, how fast: device=cuda json=FILE",
+    "compare": "compare runs in a table and a plot: compare RUN ...",
+    "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
+    "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",
+}
+
 
 def take_subcommand(kind: str, usage: str, choices: dict[str, str]) -> str:
     """Remove a subcommand from the command line and return it. If it is none of the choices, list them and exit."""

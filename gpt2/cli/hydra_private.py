@@ -4,7 +4,7 @@
 """
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any, NoReturn
@@ -35,13 +35,30 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def bash_completion() -> str:
-    """What `-sc install=bash` prints. Hydra's function completes after `python` only; this one also after `python3` and
-    a path to either, which Hydra's parser of the line does not take.
+COMPLETE_MODULE = r"""    words=($COMP_LINE)
+    if [ "${words[1]} ${words[2]}" == "-m gpt2.main" ]; then
+        if (( COMP_CWORD < 4 )); then
+            choices="%s"
+        else
+            choices=$( COMP_LINE="python ${COMP_LINE#*gpt2.main }" "${words[@]:0:4}" -sc query=bash 2> /dev/null)
+        fi
+        COMPREPLY=($( compgen -o nospace -o default -W "$choices" -- "${words[$COMP_CWORD]}" ))
+        return
+    fi
+"""
+
+
+def bash_completion(commands: Iterable[str]) -> str:
+    """What `-sc install=bash` prints. Hydra's function completes after `python FILE`; this one also after `python3`
+    and a path to either, which Hydra's parser of the line does not take, and after `python -m gpt2.main`.
+
+    Args:
+        commands: Of `gpt2.main`.
     """
     with redirect_stdout(StringIO()) as printed:
         BashCompletion(config_loader=None).install()  # type: ignore[arg-type]  # only queries use it
     text = printed.getvalue().strip()
+    text = text.replace("    words=($COMP_LINE)\n", COMPLETE_MODULE % " ".join(commands))
     text = text.replace('[ "${words[0]}" == "python" ]', '[[ "${words[0]##*/}" == python* ]]')
     return text.replace("COMP_LINE=$COMP_LINE $helper", 'COMP_LINE="python ${COMP_LINE#* }" $helper') + " python3"
 

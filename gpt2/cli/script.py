@@ -26,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from gpt2.cli.arguments import COMMANDS
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, to_yaml
 from gpt2.cli.help import help_text
@@ -69,7 +70,7 @@ def script(name: str) -> Callable[[Task], Callable[[], None]]:
                 if options.help:
                     print(help_text(name))
                 elif options.shell_completion and options.overrides == ["install=bash"]:
-                    print(bash_completion())
+                    print(bash_completion(COMMANDS))
                 elif asks_for_information(options) or options.multirun:
                     run_hydra(name, task, arguments, options)
                 else:

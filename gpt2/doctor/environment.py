@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from gpt2.cli.compose import ROOT
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, messages
 from gpt2.errors import UserError, few
-from gpt2.runtime.device import hardware
+from gpt2.runtime.device import container_limit, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
 from gpt2.tracking.loggers import within
@@ -105,24 +105,15 @@ def processor(machine: Machine) -> Row:
 def usable_cores() -> int:
     """Those that this process may use, by its affinity and by the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _of_container("cpu.max").split()
+    quota = container_limit("cpu.max").split()
     return min(cores, ceil(int(quota[0]) / int(quota[1]))) if quota and quota[0].isdecimal() else cores
 
 
-def _of_container(name: str) -> str:
-    """A limit of the control group, which a container sees as its root; empty if there is none."""
-    file = Path("/sys/fs/cgroup", name)
-    return file.read_text() if file.exists() else ""
-
-
 def memory(_machine: Machine) -> Row:
-    total = memory_of(torch.device("cpu"))
-    limit = _of_container("memory.max").strip()
-    usable = min(total, int(limit)) if limit.isdecimal() else total
-    value = f"{usable / 1e9:.1f} GB" + (f" of {total / 1e9:.1f} GB, by the container's limit" if usable < total else "")
+    size = memory_of(torch.device("cpu"))
     advice = f"training GPT-2 124M takes about 2.6 GB; model=gpt2_mini takes less than {FREE_MEMORY / 1e9:g} GB"
-    figures = {"bytes": usable, "total_bytes": total}
-    return Row(value, OK if usable >= FREE_MEMORY else MISSING, advice, f"{FREE_MEMORY / 1e9:g} GB", figures)
+    status = OK if size >= FREE_MEMORY else MISSING
+    return Row(f"{size / 1e9:.1f} GB", status, advice, f"{FREE_MEMORY / 1e9:g} GB", {"bytes": size})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

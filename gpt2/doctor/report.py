@@ -18,7 +18,7 @@ from gpt2.runtime.device import Precision, choose_precision
 from gpt2.runtime.waiting import waiting_for
 
 OK, SLOW, MISSING, WRONG = STATES = ("OK", "slow", "missing", "WRONG")
-WIDTH, INDENT = 110, 28  # of a line, and of the column of values
+WIDTH, INDENT = 110, 30  # of a line, and of the column of values
 REPORT = "a fault of this machine or installation, or a bug: please report it with the file that json=FILE writes"
 NOISY = ("gpt2", "torch")  # loggers whose lines would tear the table
 

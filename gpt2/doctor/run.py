@@ -1,9 +1,10 @@
 """The command: all checks, a line for each as it ends, and the JSON file."""
 
-import os
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 from gpt2.benchmarks.common import circumstances, write_json
 from gpt2.config import DoctorRun
@@ -30,7 +31,8 @@ def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
     try:
         device = choose_device(config.device)
     except UserError as error:
-        raise UserError(f"{error}; {environment.why_no_cuda()}") from error
+        why = f"; {environment.why_no_cuda()}" if "cuda" in config.device and not torch.cuda.is_available() else ""
+        raise UserError(f"{error}{why}") from error
     keep_freed_memory()  # as train.py does
     rows: list[Row] = []
     began, is_complete = time.perf_counter(), False
@@ -46,6 +48,8 @@ def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
         seconds = time.perf_counter() - began
         ending = "" if is_complete else "interrupted after "
         print(f"\n{ending}{summary(rows)}, in {seconds:.0f} s", flush=True)
+        if command := next((row.figures["command"] for row in rows if "command" in row.figures), None):
+            print(f"\nTo train model=gpt2 here:  {command}", flush=True)
         record = {"rows": [vars(row) for row in rows], "seconds": seconds, "complete": is_complete}
-        write_json(config.json, {"doctor": 1, **circumstances(device), "processors": os.cpu_count(), **record})
+        write_json(config.json, {"command": "doctor", **circumstances(device), **record})
     return 1 if any(row.status == WRONG for row in rows) else 0

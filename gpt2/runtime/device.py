@@ -185,6 +185,12 @@ def _cpu_name() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
+def container_limit(name: str) -> str:
+    """A limit of the control group, which a container sees as its root, such as `memory.max`; empty if it has none."""
+    file = Path("/sys/fs/cgroup", name)
+    return file.read_text().strip() if file.exists() else ""
+
+
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -12,7 +12,7 @@ from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.model import GPT2Model, meta_model
 from gpt2.ops.cross_entropy import CHUNK_BYTES
 from gpt2.ops.linear import LINEARS
-from gpt2.runtime.device import fastest_seconds
+from gpt2.runtime.device import container_limit, fastest_seconds
 from gpt2.runtime.dist_env import division
 from gpt2.training.compile import ComputePlan
 from gpt2.training.nonfinite import clip_gradients, gradient_norms
@@ -52,10 +52,11 @@ class Work:
 
 
 def memory_of(device: torch.device) -> int:
-    """The bytes of memory that a device has."""
+    """The bytes of memory that a device has, or that this container may use of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    installed, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), container_limit("memory.max")
+    return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
 def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:

@@ -169,6 +169,7 @@ def test_shell_completion_in_bash(workspace: Workspace):
     lines = ["python train.py mode", "python3 train.py model=gpt2_m", "python train.py train.learning_"]
     (workspace.folder / "a.b-c").symlink_to(sys.prefix)
     lines += ["a.b-c/bin/python3 ./generate.py inference.top_", "python train.py model=null train.see"]
+    lines += ["python -m gpt2.main do", "python3 -m gpt2.main doctor dev", "python -m gpt2.main compare so"]
     asked = "".join(f"ask '{line}'\n" for line in lines)
     script = f'eval "$(python3 train.py -sc install=bash)"\ncomplete -p\nask() {{ {ask} }}\n{asked}'
     environment = {**workspace.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -185,4 +186,7 @@ def test_shell_completion_in_bash(workspace: Workspace):
         "train.learning_rate=",
         "inference.top_k= inference.top_p=",
         "",  # a line that does not compose
+        "doctor",
+        "device=",
+        "",  # a command without a configuration
     ]

@@ -12,7 +12,7 @@ from gpt2.ops import attention, cross_entropy
 from gpt2.runtime.device import Precision
 from gpt2.training import cost
 from gpt2.training.compile import ComputePlan
-from gpt2.training.cost import Work, memory_needed, time_step
+from gpt2.training.cost import Work, largest_batch_size, memory_needed, time_step
 from tests.helpers import NO_DROPOUT, PeakMemory, tiny_config, without_numbers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -108,3 +108,14 @@ def test_passes_and_updates_really_run(optimizer):
     timing = time_step(config, planned("fp32"))
     assert (timing.layers, timing.rows, timing.tokens) == (2, 2, 16)
     assert timing.step > 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 13])
+def test_largest_batch_size_is_the_last_that_fits(rows):
+    model, train = meta_model(tiny_config()), TrainingConfig()
+    enough, too_little = (
+        sum(memory_needed(work(tiny_config(), n), planned()).values()) for n in (max(rows, 1), rows + 1)
+    )
+    available = enough if rows else enough - 1
+    assert largest_batch_size(model, train, 16, planned(), available) == rows
+    assert largest_batch_size(model, train, 16, planned(), too_little - 1) == rows
