@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -161,12 +162,7 @@ def cuda_gpus(found: list) -> Row:
     value = f"{len(found)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
     value = f"{value}, driver {driver}"
     figures = {"gpus": names, "driver": nvidia_smi(), "built_for": torch.cuda.get_arch_list()}
-    architectures = [int(name.removeprefix("sm_").rstrip("af")) for name in figures["built_for"] if "sm_" in name]
-    # Kernels of a major version run on its later minor ones.
-    unknown = [
-        gpu.name for gpu in found if not any(a // 10 == gpu.major and a % 10 <= gpu.minor for a in architectures)
-    ]
-    if unknown:
+    if unknown := [gpu.name for gpu in found if not has_kernels(gpu.major, gpu.minor, figures["built_for"])]:
         advice = f"PyTorch {torch.__version__} is built for {', '.join(figures['built_for'])}: install another build"
         return Row(f"{value}: no kernels for {few(unknown)}", WRONG, advice, figures=figures)
     free = [torch.cuda.mem_get_info(number)[0] / gpu.total_memory for number, gpu in enumerate(found)]
@@ -175,6 +171,15 @@ def cuda_gpus(found: list) -> Row:
         advice = "other programs hold the rest: nvidia-smi lists them"
         return Row(f"{value}; only {min(free):.0%} of the memory is free", SLOW, advice, "80 % free", figures)
     return Row(value, figures=figures)
+
+
+def has_kernels(major: int, minor: int, built_for: list[str]) -> bool:
+    """Whether a build has kernels for a GPU of NVIDIA: of its major version, or PTX, which the driver compiles."""
+    builds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in built_for]
+    if not any(builds):  # a build for GPUs of another maker
+        return True
+    found = [(build[1] == "compute", int(build[2]), int(build[3])) for build in builds if build]
+    return any(b <= minor if a == major else is_ptx and a < major for is_ptx, a, b in found)
 
 
 def nccl(_machine: Machine) -> Row:

@@ -94,7 +94,8 @@ def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
                 reason = machine_error(error) or f"{type(error).__name__}: {one_line(error)}"
                 row = Row(shortened(reason, 300), WRONG, REPORT)
             if row is not None:
-                yield replace(row, part=part, name=name, seconds=round(time.perf_counter() - began, 3))
+                advice, seconds = "" if row.status == OK else row.advice, round(time.perf_counter() - began, 3)
+                yield replace(row, part=part, name=name, advice=advice, seconds=seconds)
 
 
 def as_lines(row: Row) -> str:

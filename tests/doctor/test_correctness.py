@@ -35,9 +35,9 @@ def test_compilation_without_a_compiler_and_one_that_fails(tmp_path, monkeypatch
     def broken(*_args, **_kwargs):
         raise RuntimeError("no backend")
 
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", lambda *_args, **_options: broken)
     row = found(tmp_path, "torch.compile")
-    assert row.status == WRONG
+    assert row.status == SLOW  # a run continues without it
     assert "no backend" in row.value
     monkeypatch.setattr(correctness, "find_compiler", lambda: None)
     assert found(tmp_path, "torch.compile").status == MISSING

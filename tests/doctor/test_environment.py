@@ -171,6 +171,7 @@ def test_gpus_of_pytorch(machine, monkeypatch):
     found = environment.cuda_gpus([gpu(9, 0), gpu(9, 0)])
     assert (found.status, found.value) == (OK, "2 x NVIDIA X (80 GB, sm_90), driver 580.1")
     assert environment.cuda_gpus([gpu(8, 6), gpu(10, 0)]).status == OK  # kernels of 8.0 run on 8.6
+    assert environment.cuda_gpus([gpu(12, 0)]).status == OK  # the driver compiles PTX
     assert environment.cuda_gpus([gpu(7, 0)]).status == WRONG
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (8e9, 80e9))
     found = environment.cuda_gpus([gpu(9, 0)])
