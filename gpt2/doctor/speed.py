@@ -22,7 +22,14 @@ from gpt2.doctor.report import MISSING, OK, REPORT, SLOW, WRONG, Check, Machine,
 from gpt2.generation.decode import CompiledDecoding
 from gpt2.model import GPT2Model, meta_model
 from gpt2.ops.cpu_inference import pack_linears
-from gpt2.runtime.device import Precision, choose_precision, computes_in_bf16, free_memory, peak_flops
+from gpt2.runtime.device import (
+    Precision,
+    auto_without_training,
+    choose_precision,
+    computes_in_bf16,
+    free_memory,
+    peak_flops,
+)
 from gpt2.runtime.hub import OPENAI
 from gpt2.training.compile import ComputePlan
 from gpt2.training.cost import Work, largest_batch_size, memory_needed, memory_of
@@ -227,7 +234,8 @@ def check_loader(machine: Machine) -> Row:
 
 def check_decoding(machine: Machine) -> Row:
     """Greedy decoding of one text as generate.py does it, against reading all weights once a token."""
-    precision = choose_precision(InferenceConfig().precision, machine.device)
+    name = auto_without_training(InferenceConfig().precision, machine.device)
+    precision = choose_precision(name, machine.device)
     free_memory()
     model = GPT2Model(GPT2).to(machine.device, precision.dtype).eval()
     pack_linears(model)
