@@ -235,7 +235,8 @@ def check_loader(machine: Machine) -> Row:
 def check_decoding(machine: Machine) -> Row:
     """Greedy decoding of one text as generate.py does it, against reading all weights once a token."""
     name = auto_without_training(InferenceConfig().precision, machine.device)
-    precision = choose_precision(name, machine.device)
+    name = "bf16" if choose_precision(name, machine.device).name == "bf16" else "fp32"
+    precision = Precision(name, machine.device)
     free_memory()
     model = GPT2Model(GPT2).to(machine.device, precision.dtype).eval()
     pack_linears(model)
