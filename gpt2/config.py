@@ -34,10 +34,13 @@ class OptimizerTraits:
     """What an optimizer supports; see `gpt2.training.optimizer.BUILDERS` for how it is built."""
 
     sharded: bool = True  # by FSDP, which leaves each rank only a part of each matrix
-    skips_nonfinite: bool = False  # its fused CUDA kernel skips the step where `found_inf` is 1
+    skips_nonfinite: bool = False  # on CUDA, its kernels skip the step where its `found_inf` is 1
 
 
-OPTIMIZERS = {"adamw": OptimizerTraits(skips_nonfinite=True), "muon": OptimizerTraits(sharded=False)}
+OPTIMIZERS = {
+    "adamw": OptimizerTraits(skips_nonfinite=True),
+    "muon": OptimizerTraits(sharded=False, skips_nonfinite=True),
+}
 
 
 # The tasks of the field that a model can be evaluated on, and their datasets; see `gpt2.tasks.table`.

@@ -45,6 +45,7 @@ class Linear(nn.Linear):
     """`nn.Linear` with an exchangeable product, see `GPT2Model.use_linear`."""
 
     linear: LinearFunction = staticmethod(F.linear)
+    stacked = 1  # how many matrices of equal shape lie one above the other in `weight`
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -59,6 +60,7 @@ class MultiHeadAttention(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.qkv = Linear(d_model, 3 * d_model, bias=use_bias)
+        self.qkv.stacked = 3  # see `attend`
         self.out = Linear(d_model, d_model, bias=use_bias)
 
     def forward(
@@ -361,6 +363,11 @@ class GPT2Model(nn.Module):
             if eos_token_id is not None and is_done.all():
                 break
         return input_ids
+
+    def matrices(self) -> dict[str, int]:
+        """The names of the blocks' weight matrices, each with its `Linear.stacked`."""
+        modules = self.named_modules()
+        return {f"{name}.weight": module.stacked for name, module in modules if isinstance(module, Linear)}
 
     def num_parameters(self) -> int:
         """Number of weights; the tied head is counted once."""

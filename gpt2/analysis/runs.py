@@ -167,14 +167,19 @@ class RunResult:
         return None
 
     @cached_property
-    def config(self) -> dict[str, Any]:
-        """The configuration by dotted key; empty for a run that was started from Python.
+    def requested(self) -> dict[str, Any]:
+        """The configuration by dotted key; empty for a run that was started from Python."""
+        nested = self.about.get("config")
+        return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
 
-        With the precision and device that `auto` became, and the number of ranks.
-        """
-        nested, machine = self.about.get("config"), self.about.get("machine") or {}
-        facts = {key: machine[name] for key, name in FACTS.items() if name in machine}
-        return {**DEFAULTS, **flat(nested), **facts} if isinstance(nested, dict) else {}
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`requested`, with the precision and device that `auto` became, and the number of ranks."""
+        machine = self.about.get("machine") or {}
+        return self.requested and {
+            **self.requested,
+            **{key: machine[name] for key, name in FACTS.items() if name in machine},
+        }
 
     @property
     def title(self) -> str:

@@ -141,7 +141,7 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], settings: dict[Planned
 def _changed_settings(run: PlannedRun, planned: dict[str, Any]) -> Iterator[str]:
     """The settings of a run that exists already, where the plan has changed since."""
     result = RunResult(run.folder)
-    saved = {} if result.problem else result.config  # a damaged run is not done, so it is started again
+    saved = {} if result.problem else result.requested  # a damaged run is not done, so it is started again
     for key in sorted(saved.keys() & planned.keys() - NOT_PLANNED):
         if saved[key] != planned[key]:
             yield (

@@ -63,8 +63,9 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     """The bytes that a rank needs, by what they hold. docs/scale.md derives and checks the formulas."""
     model, train, tokens = work.model, work.train, work.rows * work.length
     weights, head = model.num_parameters(), model.token_embedding.weight.numel()
-    muon = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2) if train.optimizer == "muon" else 0
-    state: float = 16 * weights - 4 * muon  # weight, gradient and two averages, of which Muon has one
+    matrices = sum(model.get_parameter(name).numel() for name in model.matrices())
+    state: float = 16 * weights  # weight, gradient and two averages
+    state -= 4 * matrices * (train.optimizer == "muon")  # it has one average
     is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])

@@ -1,8 +1,8 @@
 """Detect steps whose loss or gradient is NaN or infinite, and keep them from changing the weights.
 
-On a CPU, with Muon and with loss scaling, the host checks before it calls the optimizer. With AdamW on CUDA the host
-must not wait for the device: there the fused kernel itself skips the step where `found_inf` is 1, and the host reads
-the result during the next step, before that step changes anything.
+On a CPU and with loss scaling, the host checks before it calls the optimizer. On CUDA the host must not wait for the
+device: there fused AdamW and `Muon` themselves skip the step where `found_inf` is 1, and the host reads the result
+during the next step, before that step changes anything.
 
 Private API, checked with torch 2.13: `torch._foreach_norm`, and the attribute `found_inf` of fused optimizers, which
 `torch.amp.GradScaler` sets too. tests/training/test_nonfinite.py fails if they change.
@@ -73,7 +73,7 @@ class NonFiniteGuard:
         self._pending: tuple[str, Tensor, torch.cuda.Event | None] | None = None
 
     def check(self, step: str, loss: Tensor, norms: Tensor) -> bool:
-        """Whether to call the optimizer for this step. On CUDA always: its kernel skips non-finite steps by itself.
+        """Whether to call the optimizer for this step. On CUDA always: its kernels skip non-finite steps.
 
         Args:
             step: Number and place in the data, for messages.

@@ -3,7 +3,7 @@
 To add an optimizer, add a builder to `BUILDERS` and what it supports to `gpt2.config.OPTIMIZERS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import cos, pi
 from typing import Any
 
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.config import TrainingConfig
+from gpt2.model import GPT2Model
 from gpt2.training.adamw import AdamW, start_without_dynamo
+from gpt2.training.muon import Muon
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for some parameters and AdamW for the others, as one optimizer with shared param groups and state."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    found_inf: Tensor | None = None  # of both parts, see `Muon`
+
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.parts = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
@@ -39,19 +43,42 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Update once. Closures are not supported: both parts would have to evaluate the same one."""
         assert closure is None
         for part in self.parts:
+            part.found_inf = self.found_inf  # type: ignore[union-attr]
             part.step()
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of `config.optimizer` for the parameters that require gradients."""
     start_without_dynamo()
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return BUILDERS[config.optimizer](parameters, config)
+    return BUILDERS[config.optimizer](model, config)
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+def trained(model: GPT2Model) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def build_adamw(model: GPT2Model, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; biases and normalisation gains do not decay."""
-    tensors = list(parameters.values())
+    return _adamw(trained(model).values(), config)
+
+
+def build_muon(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Muon for the matrices of the blocks, in groups of one shape, and AdamW for the rest."""
+    rest, groups = trained(model), dict[Any, dict[str, Any]]()
+    for name, stacked in model.matrices().items():
+        if (matrix := rest.pop(name, None)) is not None:
+            group = groups.setdefault((matrix.shape, stacked), {"params": [], "stacked": stacked})
+            group["params"].append(matrix)
+    if not groups:
+        return build_adamw(model, config)
+    rate, decay, momentum = config.learning_rate, config.weight_decay, config.muon_momentum
+    muon = Muon(groups.values(), lr=rate, weight_decay=decay, momentum=momentum)
+    return MuonWithAdamW(muon, _adamw(rest.values(), config))
+
+
+def _adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    tensors = list(parameters)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in tensors if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in tensors if p.dim() < 2], "weight_decay": 0.0},
@@ -65,27 +92,7 @@ def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> 
     )
 
 
-def build_muon(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """Muon (Jordan et al., 2024) for the matrices of the blocks and AdamW for the rest.
-
-    Muon's updates are scaled to the size of AdamW's (Liu et al., 2025, "Muon is scalable for LLM training"), so one
-    learning rate fits both.
-    """
-    matrices = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("blocks.")}
-    if not matrices:
-        return build_adamw(parameters, config)
-    muon = torch.optim.Muon(
-        list(matrices.values()),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    rest = {name: parameter for name, parameter in parameters.items() if name not in matrices}
-    return MuonWithAdamW(muon, build_adamw(rest, config))
-
-
-BUILDERS: dict[str, Callable[[dict[str, nn.Parameter], TrainingConfig], torch.optim.Optimizer]] = {
+BUILDERS: dict[str, Callable[[GPT2Model, TrainingConfig], torch.optim.Optimizer]] = {
     "adamw": build_adamw,
     "muon": build_muon,
 }

@@ -12,7 +12,7 @@ import tests.test_train as training
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.format import nonfinite_names
-from gpt2.config import TrainingConfig
+from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.errors import DivergenceError
 from gpt2.tracking.tracker import Tracker, read_metrics
 from gpt2.training.nonfinite import NonFiniteGuard, gradient_norms
@@ -113,8 +113,10 @@ def test_message_names_first_parameter_and_counts_others():
 @both_ways
 @pytest.mark.parametrize("wrong", [wrong for wrong, _ in WRONG])
 @pytest.mark.parametrize("left_out", [{1}, {3}, {1, 2, 5}, {6}])
-def test_skipped_step_changes_nothing(ahead, wrong, left_out):
-    skipping, never = make_guard(ahead, on_nonfinite="skip"), make_guard()
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_skipped_step_changes_nothing(ahead, wrong, left_out, optimizer):
+    skipping = make_guard(ahead, on_nonfinite="skip", optimizer=optimizer)
+    never = make_guard(optimizer=optimizer)
     for number in range(1, 7):
         take_step(skipping, number, **(wrong if number in left_out else {}))
         if number not in left_out:

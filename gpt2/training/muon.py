@@ -1,0 +1,72 @@
+"""Muon (Jordan et al., 2024) in a few large kernels instead of many small ones.
+
+Private API, checked with torch 2.13: `torch._foreach_*`. tests/training/test_muon.py fails if they change.
+"""
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BATCH_ELEMENTS = 2**25  # of the matrices that are made orthogonal at once: bounds the memory of a step
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon` for groups of weights of one shape, which it makes orthogonal in batches.
+
+    A weight that holds several matrices one above the other, such as those of q, k and v, counts as several: its group
+    has their number in `stacked`. The update of a matrix is scaled to the size of AdamW's, a root mean square of 0.2
+    times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning rate fits both.
+
+    As a fused optimizer of PyTorch, it skips the step where its attribute `found_inf`, a scalar on the device, is 1.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update once, without waiting for the device. Closures are not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+            count = max(1, BATCH_ELEMENTS // weights[0].numel()) if weights else 1
+            for first in range(0, len(weights), count):
+                self._update(weights[first : first + count], group)
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        skip = None if self.found_inf is None else self.found_inf.bool()
+        momenta = [self._momentum(weight) for weight in weights]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if skip is not None:  # with itself as the gradient, a momentum stays as it is
+            gradients = [torch.where(skip, *both) for both in zip(momenta, gradients, strict=True)]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's
+
+        matrices = updates.unflatten(1, (group["stacked"], -1)).flatten(0, 1)
+        rows, columns = matrices.shape[1:]
+        rate, kept = -group["lr"] * 0.2 * sqrt(max(rows, columns)), 1 - group["lr"] * group["weight_decay"]
+        if skip is not None:
+            rate, kept = torch.where(skip, 0.0, rate), torch.where(skip, 1.0, kept)
+        changes = orthogonal(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"]).float() * rate
+        torch._foreach_mul_(weights, kept)
+        torch._foreach_add_(weights, list(changes.view_as(updates)))
+
+    def _momentum(self, weight: Tensor) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        return state["momentum_buffer"]
+
+
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
+    """Matrices (n, r, c) with their singular values moved near 1, in bf16, by a quintic Newton-Schulz iteration."""
+    if matrices.size(1) > matrices.size(2):
+        return orthogonal(matrices.mT, coefficients, steps, epsilon).mT.contiguous()
+    a, b, c = coefficients
+    x = matrices.bfloat16()
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=epsilon)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
