@@ -146,8 +146,7 @@ class InferenceConfig:
     seed: int | None = None  # null: random
 
     # How the model is loaded. Samples during training use the precision of training.
-    # Of weights and activations; auto: bf16 on a GPU that computes in it, else fp32.
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 on newer GPUs, else fp32
     quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
 
