@@ -180,7 +180,7 @@ def get_dataloaders(
     is_joblib = multiprocessing.get_start_method() == "loky"  # a start method that PyTorch does not support
     common: dict[str, Any] = {
         "num_workers": workers,
-        "persistent_workers": workers > 0,  # else each epoch and each evaluation would start them anew
+        # Not persistent: workers ignore SIGTERM, so a program that still has the loader would wait for them at exit.
         "multiprocessing_context": "fork" if workers and is_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _start_worker,
@@ -217,8 +217,7 @@ def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
     """A loader of the same data in the same order with another batch size; the given loader if that is None."""
     if batch_size is None:
         return loader
-    names = ["num_workers", "persistent_workers", "multiprocessing_context", "worker_init_fn", "timeout"]
-    names += ["collate_fn", "pin_memory"]
+    names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
     common: dict[str, Any] = {name: getattr(loader, name) for name in names}
     common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
     sampler = loader.batch_sampler

@@ -1,6 +1,9 @@
 """Blocks of tokens and their batches: every block once an epoch, in an order that a position resumes."""
 
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,21 +147,22 @@ def test_worker_processes_give_the_same_batches(tmp_path):
             assert all(torch.equal(batch[key], same[key]) for key in batch)
 
 
-def test_worker_processes_are_kept_and_an_unfinished_epoch_leaves_nothing_behind(tmp_path):
+def test_a_program_that_keeps_its_loaders_ends(tmp_path):
+    """Workers ignore SIGTERM, by which multiprocessing ends them at exit."""
+    program = """
+import os, sys
+from pathlib import Path
+from gpt2.config import TrainingConfig
+from gpt2.data_loader import TokenDataset, get_dataloaders
+os.cpu_count = lambda: 8
+blocks = TokenDataset(Path(sys.argv[1]), "uint16", 8)
+loaders = get_dataloaders(blocks, blocks, blocks, TrainingConfig(batch_size=3, device="cpu", num_workers=1))
+print([loader.num_workers for loader in loaders], [len(list(loader)) for loader in loaders])
+"""
     blocks = blocks_of(tmp_path, 90, 8)
-    train, validation, _ = loaders_of(blocks, num_workers=1)
-    if not train.num_workers:
-        pytest.skip("there is no core for a worker")
-    assert train.persistent_workers and with_batch_size(validation, 2).persistent_workers
-    next(iter(train))
-    (worker,) = train._iterator._workers
-    for epoch, position in ((0, 2), (1, 0)):
-        train.batch_sampler.epoch, train.batch_sampler.position = epoch, position
-        expected = ShuffledBatches(len(blocks), 3, 1)
-        expected.epoch, expected.position = epoch, position
-        read = [batch["targets"].tolist() for batch in train]
-        assert read == [blocks.__getitems__(numbers)["targets"].tolist() for numbers in expected]
-    assert train._iterator._workers == [worker] and worker.is_alive()
+    options = {"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    done = subprocess.run([sys.executable, "-c", program, str(blocks.path)], **options)
+    assert done.stdout == "[1, 1, 1] [4, 4, 4]\n", done.stderr
 
 
 def test_order_of_training_validation_and_test(tmp_path):
