@@ -63,8 +63,8 @@ def test_wrong_gradient(tmp_path, monkeypatch):
 
 
 def test_wrong_optimizer(tmp_path, monkeypatch):
-    def wrong(parameters, config):
-        built = optimizer.build_adamw(parameters, config)
+    def wrong(model, config):
+        built = optimizer.build_adamw(model, config)
         built.param_groups[0]["lr"] *= 1.01
         return built
 
@@ -73,8 +73,8 @@ def test_wrong_optimizer(tmp_path, monkeypatch):
 
 
 def test_slow_optimizer(tmp_path, monkeypatch):
-    def plain(parameters, config):
-        built = optimizer.build_adamw(parameters, config)
+    def plain(model, config):
+        built = optimizer.build_adamw(model, config)
         for group in built.param_groups:
             group["fused"] = False
         return built
