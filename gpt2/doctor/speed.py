@@ -239,8 +239,8 @@ def check_decoding(machine: Machine) -> Row:
     precision = Precision(name, machine.device)
     free_memory()
     model = GPT2Model(GPT2).to(machine.device, precision.dtype).eval()
-    pack_linears(model)
     weights = model.num_parameters() - model.position_embedding.weight.numel()
+    pack_linears(model)  # whose weights are no parameters
     compiled = CompiledDecoding() if machine.device.type == "cuda" and find_compiler() else None
     generate, ids = ours(model, compiled), torch.zeros(1, PROMPT, dtype=torch.long, device=machine.device)
     generate(ids, NEW_TOKENS)  # which compiles

@@ -23,6 +23,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     monkeypatch.setattr(speed, "LOADED_TOKENS", 4000)
     monkeypatch.setattr(speed, "PROMPT", 4)
     monkeypatch.setattr(speed, "NEW_TOKENS", 4)
+    monkeypatch.setattr("gpt2.ops.cpu_inference.MIN_HEAD_BYTES", 0)  # weights are laid out as those of GPT-2 124M
     monkeypatch.setattr(speed, "matmul_flops", lambda precision: 1e9 * precision.dtype.itemsize)
     return Machine(CPU, tmp_path)
 
@@ -39,7 +40,9 @@ def test_every_measurement_runs(machine):
     assert not [row for row in rows.values() if row.value.startswith(("RuntimeError", "TypeError", "AttributeError"))]
     assert rows["training 124M"].figures["mfu"] > 0
     assert math.log(61) == pytest.approx(rows["training 124M"].figures["loss"], abs=0.5)
-    assert rows["decoding 124M"].figures["tokens_per_second"] > 0
+    decoding, bandwidth = rows["decoding 124M"].figures, rows["memory bandwidth"].figures["bytes_per_second"]
+    read = 4 * (speed.meta_model(speed.GPT2).num_parameters() - 16 * 16)  # all but the table of positions
+    assert decoding["share_of_floor"] == pytest.approx(read * decoding["tokens_per_second"] / bandwidth)
     assert rows["loading data"].figures["tokens_per_second"] > 0
 
 
