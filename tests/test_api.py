@@ -390,13 +390,13 @@ def test_what_makes_no_sense_is_told_in_a_line(model, loaders, make, complaint):
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "optimize", "generate", "export"])
 def test_each_command_of_the_module_answers_help(workspace: Workspace, command):
-    done = workspace.module_anew("gpt2.main", command, "--help")
+    done = workspace.module("gpt2.main", command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "Keys (KEY=VALUE)" in done.stdout
 
 
 def test_the_module_of_inference_is_the_script(trained: Workspace):
-    done = trained.module_anew("gpt2.inference", "prompt=def f", "inference.seed=1")
+    done = trained.module("gpt2.inference", "prompt=def f", "inference.seed=1")
     assert done.stdout == trained.run("generate.py", "prompt=def f", "inference.seed=1").stdout
     assert done.returncode == 0
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from gpt2.benchmarks import training
 from gpt2.benchmarks.contestants import Workload, contestants
 from gpt2.benchmarks.training import TrainingComparison, table
 from gpt2.config import TrainingBenchmark, TrainingConfig
@@ -42,6 +43,12 @@ def fp32_only(config, state, train):
     return sgd(config, state, train)
 
 """
+
+
+@pytest.fixture(autouse=True)
+def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's peak is measured by small products, as speed is not tested."""
+    monkeypatch.setattr(training, "MATRIX", 64)
 
 
 @pytest.fixture
