@@ -50,6 +50,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 LONGEST = (
+    "[hang@",
+    "failed_and_lost_jobs",
     "test_no_fault_loses",
     "test_commands_run_in_order",
     "test_shakespeare_loss",
@@ -63,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported is no garbage; searching it again and again takes a second each time."""
+    """What was imported is no garbage. Searching it takes most of a second, at the end of each trial for example."""
     gc.freeze()
 
 

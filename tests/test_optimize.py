@@ -1,6 +1,5 @@
 """OptunaOptimizer: the space, resuming, pruning, and trials that fail."""
 
-import gc
 import logging
 import os
 import signal
@@ -32,14 +31,6 @@ from tests.helpers import tiny_config
 BLOCKS = [(torch.arange(16) * (1 + row % 3) + row) % 61 for row in range(16)]  # learnable
 GOOD = {"train.learning_rate": 1e-2, "train.warmup_steps": 10, "train.weight_decay": 0.01, "train.beta2": 0.95}
 GOOD |= {"train.batch_size": 8, "model.dropout": 0.15}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def only_new_garbage():
-    """Each trial ends with a garbage collection, which is slow when it also visits the objects of torch."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ They are given to the functions that the scripts consist of, in this process: a 
 They are the same in each run; of one that fails, hypothesis prints the smallest that fails in the same way.
 """
 
-import gc
 import json
 import os
 import shutil
@@ -57,12 +56,9 @@ FUZZ = settings(
 
 
 @pytest.fixture(autouse=True)
-def cheap_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Only what the tests create is searched for garbage; no example comes from constants of the imported modules."""
+def repeatable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No example comes from constants of the imported modules."""
     monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # Values of the wrong type, beyond any range, or that mean something to a shell, to YAML, to Hydra or to a terminal.
