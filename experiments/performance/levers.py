@@ -84,6 +84,8 @@ LEVERS = {  # name: a function from a trainer to its step, and changes of its co
     "chunks of 32 MiB": (chunks(32), {}),
     "chunks of 64 MiB": (chunks(64), {}),
     "chunks of 128 MiB": (chunks(128), {}),
+    "softmax of a whole chunk": (with_setting(gpt2.ops.cross_entropy, "SOFTMAX_BYTES", 1 << 40), {}),
+    "vocabulary not padded": (with_setting(gpt2.ops.cross_entropy, "VOCABULARY_MULTIPLE", {}), {}),
     "PyTorch's attention": (with_setting(gpt2.ops.attention, "MAX_WEIGHT_BYTES", 0), {}),
     "AdamW in a loop": (another_adamw(foreach=False, fused=False), {}),
     "AdamW foreach": (another_adamw(foreach=True), {}),

@@ -20,7 +20,9 @@ IGNORE_INDEX = -100  # a target that does not count, as in transformers
 
 CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist at a time, unless a plan says otherwise
 CHUNK_ROWS = {"cuda": 128}  # chunks have a multiple of these rows: aligned products are faster
-VOCABULARY_MULTIPLE = {"cuda": 128}  # the head is padded to it: aligned products are faster
+VOCABULARY_MULTIPLE = {"cpu": 64, "cuda": 128}  # a large head is padded to it: aligned products are faster
+MAX_PADDING = 1 / 32  # of the head; more costs more than it gains
+SOFTMAX_BYTES = 6 << 20  # of the fp32 copies of logits that a CPU works on at a time: they stay in its cache
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -59,9 +61,14 @@ def chunked_linear_cross_entropy(
 def padded_head(weight: Tensor) -> Tensor:
     """The head (v, c) in the format of autocast, with rows of zeros up to a multiple of `VOCABULARY_MULTIPLE`."""
     device = weight.device.type
-    head = weight.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
-    missing = -len(head) % VOCABULARY_MULTIPLE.get(device, 1)
-    return F.pad(head, (0, 0, 0, missing)) if missing else head
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    missing = -len(weight) % VOCABULARY_MULTIPLE.get(device, 1)
+    if not 0 < missing <= MAX_PADDING * len(weight):
+        return weight.to(dtype)
+    head = torch.empty(len(weight) + missing, weight.size(1), dtype=dtype, device=weight.device)
+    head[: len(weight)] = weight  # one pass, where a conversion and `F.pad` would be two
+    head[len(weight) :] = 0
+    return head
 
 
 def cross_entropies(
@@ -166,7 +173,7 @@ def _loss_and_gradients(
     ends = chunk_ends(hidden_states, len(head) * head.element_size(), chunk_bytes)
     parts = (tensor.tensor_split(ends) for tensor in (hidden_states, targets, grad_hidden))
     for x, target, grad_x in zip(*parts, strict=True):
-        target = target[:, None]
+        row, target = torch.arange(len(x), device=x.device)[:, None], target[:, None]
         counts = (target != IGNORE_INDEX).float()
         target = torch.where(target == IGNORE_INDEX, 0, target)
 
@@ -175,7 +182,8 @@ def _loss_and_gradients(
         target_logits = logits.gather(1, target).float()
         log_sums = softmax_(logits)
         loss += ((log_sums - target_logits) * counts).sum() * scale
-        logits.scatter_(1, target, (torch.exp(target_logits - log_sums) - 1).to(logits.dtype))
+        # Not `scatter_`, which on a CPU converts all of `logits` to fp32 and back.
+        logits[row, target] = (torch.exp(target_logits - log_sums) - 1).to(logits.dtype)
 
         grad_logits = logits  # still without `scale`, and not yet 0 in the rows that do not count
         grad_x.copy_(linear(grad_logits, head.t(), None) * (counts * scale))
@@ -195,8 +203,15 @@ def _loss_and_gradients(
 def softmax_(logits: Tensor) -> Tensor:
     """Turn logits (m, v) into probabilities in place. Returns the log of the sum of their exponentials (m, 1) in fp32.
 
-    The log-sum is derived from the largest probability, which never underflows: that is cheaper than a second pass.
+    On a CPU a few rows at a time: with all at once, a step of a 16-million-weight model in bf16 takes 4 to 8 % longer.
     """
+    by_rows = logits.device.type == "cpu" and not torch.compiler.is_compiling()
+    rows = max(1, SOFTMAX_BYTES // (4 * logits.size(1))) if by_rows else len(logits)
+    return torch.cat([_softmax_of_rows_(part) for part in logits.split(rows)])
+
+
+def _softmax_of_rows_(logits: Tensor) -> Tensor:
+    """The log-sum is derived from the largest probability, which never underflows: cheaper than a second pass."""
     probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
     largest = logits.amax(-1, keepdim=True).float()
     log_sums = largest - probabilities.amax(-1, keepdim=True).log()

@@ -70,8 +70,10 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
     chunk = all_logits / ceil(all_logits / limit)
-    # A chunk and its softmax, which is fp32, also where it is read from; the gradient of the head; the final norm.
-    logits = (2 if is_fp32 else 5) * chunk + 4 * head + (12 if is_fp32 else 14) * tokens * model.config.d_model
+    # A chunk and its softmax, which is fp32, also where it is read from; the gradient of the head, and in fp32 the head
+    # with its padding; the final norm.
+    logits = (2 if is_fp32 else 5) * chunk + (8 if is_fp32 else 4) * head
+    logits += (12 if is_fp32 else 14) * tokens * model.config.d_model
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
         state = state / work.ranks + itemsize * head + (4 * weights if work.passes > 1 else 0)
     elif not is_fp32:

@@ -156,7 +156,7 @@ def test_other_negative_targets_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_padded_vocabulary_changes_nothing(dtype, monkeypatch):
-    """As on CUDA, in training and in evaluation."""
+    """In training and in evaluation."""
     model = noisy_model(tiny_config())
     input_ids, targets = random_ids(model.config, 3, 16), random_ids(model.config, 3, 16, seed=2)
     results, outputs = [], []
@@ -166,6 +166,7 @@ def test_a_padded_vocabulary_changes_nothing(dtype, monkeypatch):
         return F.linear(x, weight, bias)
 
     model.use_linear(recording)
+    monkeypatch.setattr(module, "MAX_PADDING", 2)
     for multiple in (1, 128):
         monkeypatch.setitem(module.VOCABULARY_MULTIPLE, "cpu", multiple)
         outputs.clear()
@@ -179,14 +180,23 @@ def test_a_padded_vocabulary_changes_nothing(dtype, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(("size", "rows"), [(50257, 50304), (50304, 50304), (65, 65), (2050, 2112), (1025, 1025)])
+def test_only_a_large_head_is_padded(size, rows):
+    assert len(module.padded_head(torch.zeros(size, 1))) == rows
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 1e4])
-def test_softmax_in_place(dtype, size):
+def test_softmax_in_place(dtype, size, at_once, monkeypatch):
     logits = (size * torch.randn(10, V)).to(dtype)
-    exact = logits.double()
+    exact, whole = logits.double(), logits.clone()
+    log_sums_of_whole = softmax_(whole)
+    monkeypatch.setattr(module, "SOFTMAX_BYTES", at_once * V * 4)
     log_sums = softmax_(logits)
     torch.testing.assert_close(log_sums.double(), torch.logsumexp(exact, -1, keepdim=True), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(logits, torch.softmax(exact, -1).to(dtype), rtol=1e-2 if size > 1 else 1e-5, atol=1e-6)
+    assert torch.equal(logits, whole) and torch.equal(log_sums, log_sums_of_whole)
 
 
 def test_cross_entropies_of_each_target(rows):
