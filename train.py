@@ -29,14 +29,12 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
     from gpt2.generation.text import stream_sample
-    from gpt2.runtime.device import keep_freed_memory
     from gpt2.tracking.loggers import start_run_loggers
     from gpt2.tracking.tracker import INTERRUPTED, METRICS, Ended, Tracker
     from gpt2.train import Trainer
     from gpt2.training.callbacks import Callback, ConsoleLog, Samples, TrackerLog
     from gpt2.training.profiler import StepProfiler
 
-    keep_freed_memory()
     folder = output_folder()
     with (
         nullcontext() if trial else failures_with_advice(config, folder),

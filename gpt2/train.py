@@ -23,7 +23,7 @@ from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, sc
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
 from gpt2.runtime.console import progress_shown
-from gpt2.runtime.device import choose_device, peak_flops
+from gpt2.runtime.device import choose_device, keep_freed_memory, peak_flops
 from gpt2.runtime.dist_env import division
 from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
 from gpt2.runtime.signals import defer_signals
@@ -90,6 +90,8 @@ class Trainer:
         self.checkpoints = RunCheckpoints(folder, config.keep_checkpoints, group.is_main)
 
         self.device = choose_device(config.device, "train.device")
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = model.to(self.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         plan = self._choose_plan()

@@ -475,3 +475,11 @@ def test_profile_that_cannot_be_written_is_a_warning(blocks, tmp_path, caplog):
     assert trainer.progress.step == 9
     assert "nowhere/trace.json cannot be written" in caplog.text
     assert "written to" not in caplog.text
+
+
+def test_a_trainer_on_a_cpu_keeps_freed_memory(blocks, tmp_path, monkeypatch):
+    """So that users of the library have it too."""
+    called = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: called.append(True))
+    make_trainer(blocks, tmp_path)
+    assert called
