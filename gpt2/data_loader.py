@@ -84,16 +84,14 @@ class TokenDataset(Dataset):
         """A batch for `GPT2Model.forward`: `input_ids` and `targets`, int64, each (b, length)."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"block {indices} of {len(self)}")
-        batch = torch.full((len(indices), self.length + 1), IGNORE_INDEX, dtype=torch.int64)
+        batch = np.full((len(indices), self.length + 1), IGNORE_INDEX, np.int64)
         for row, index in enumerate(indices):
             start = index * self.stride
             block = self.tokens[start : start + self.length + 1]
-            batch[row, : len(block)] = torch.from_numpy(block.astype(np.int64))
-        targets = batch[:, 1:].clone()
-        for row, index in enumerate(indices):
-            if index > 0:
-                targets[row, : self.length - self.stride] = IGNORE_INDEX
-        return {"input_ids": batch[:, :-1].clamp(min=0), "targets": targets}
+            batch[row, : len(block)] = block
+        targets = batch[:, 1:].copy()
+        targets[np.array(indices) > 0, : self.length - self.stride] = IGNORE_INDEX
+        return {"input_ids": torch.from_numpy(batch[:, :-1].clip(min=0)), "targets": torch.from_numpy(targets)}
 
 
 class ShuffledBatches(Sampler[list[int]]):
