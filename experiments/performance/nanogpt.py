@@ -5,11 +5,15 @@
 
 The step does what nanoGPT's `train.py` does: on a CPU fp32 without autocast, on CUDA autocast and TF32. It is compiled
 as by default, but not on a CPU, as its README advises. `bias=True`, because these are GPT-2's weights.
+
+`peer=...:ways` also has nanoGPT at its best on a CPU: autocast and the fused AdamW, which its `train.py` has on CUDA
+only, without and with compilation.
 """
 
 import importlib.util
 import os
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +22,18 @@ from gpt2.checkpoint.hugging_face import hf_name
 
 
 def nanogpt(config, state, train):
+    """As it is."""
+    kind = torch.device(train.device).type
+    if kind == "cpu" and train.precision != "fp32":
+        raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")
+    return tuned(config, state, train, compiled=kind == "cuda", fused=kind == "cuda")
+
+
+def tuned(config, state, train, compiled, fused=True):
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(os.environ["NANOGPT"]) / "model.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     kind = torch.device(train.device).type
-    if kind == "cpu" and train.precision != "fp32":
-        raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")
-
     fields = {"block_size": config.context_length, "n_layer": config.num_layers, "n_head": config.num_heads}
     fields |= {"vocab_size": config.vocab_size, "n_embd": config.d_model, "dropout": config.dropout, "bias": True}
     model = theirs.GPT(theirs.GPTConfig(**fields))
@@ -32,10 +41,12 @@ def nanogpt(config, state, train):
     model.load_state_dict(weights, strict=False)  # lm_head is wte
     model.to(train.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.precision]
-    autocast = nullcontext() if kind == "cpu" else torch.amp.autocast(kind, dtype=dtype)
+    autocast = nullcontext() if train.precision == "fp32" and kind == "cpu" else torch.amp.autocast(kind, dtype=dtype)
     scaler = torch.amp.GradScaler(kind, enabled=train.precision == "fp16")
-    optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate, (train.beta1, train.beta2), kind)
-    forward = torch.compile(model) if kind == "cuda" else model
+    betas = (train.beta1, train.beta2)
+    # It takes the fused AdamW if the kind of device is "cuda", and uses the kind for nothing else.
+    optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate, betas, "cuda" if fused else "cpu")
+    forward = torch.compile(model) if compiled else model
 
     def step(micro_batches):
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -56,3 +67,10 @@ def nanogpt(config, state, train):
         return total
 
     return step
+
+
+ways = {
+    "nanoGPT": nanogpt,
+    "nanoGPT, fused": partial(tuned, compiled=False),
+    "nanoGPT, fused, compiled": partial(tuned, compiled=True),
+}

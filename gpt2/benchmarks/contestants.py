@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.benchmarks.peers import Pairs, Peer, State, load_peer, transformers_step
+from gpt2.benchmarks.peers import Pairs, Peer, State, load_peers, transformers_step
 from gpt2.config import TrainingBenchmark, TrainingConfig
 from gpt2.data.token_writer import token_dtype
 from gpt2.data_loader import TokenDataset, get_dataloaders
@@ -126,7 +126,10 @@ def in_precision(train: TrainingConfig, name: str, **fields: Any) -> TrainingCon
 
 
 def contestants(workload: Workload) -> list[Contestant]:
-    """For each precision: `transformers`, the peer if there is one, and ours. None is built yet."""
+    """For each precision: `transformers`, the peers if there are any, and ours. None is built yet.
+
+    With `train.compile=true`, `transformers` and ours are there compiled and not.
+    """
     config, device = workload.config, workload.device
     pairs = workload.on_device()
     result: list[Contestant] = []
@@ -136,11 +139,15 @@ def contestants(workload: Workload) -> list[Contestant]:
         if device.type == "cuda" or train.compile is True:
             peers["transformers, compiled"] = partial(transformers_step, compiled=True)
         if config.peer is not None:
-            peers[Path(config.peer.rpartition(":")[0]).stem] = load_peer(config.peer)
+            peers |= load_peers(config.peer)
         for name, peer in peers.items():
             build = partial(build_peer, workload, pairs, train, peer)
             result.append(Contestant(f"{name}, {precision.name}", precision, build))
-        result.append(Contestant(f"gpt2, {precision.name}", precision, partial(build_ours, workload, train)))
+        ways = {"gpt2": train}
+        if train.compile is True:
+            ways = {"gpt2": replace(train, compile=False), "gpt2, compiled": train}
+        for name, way in ways.items():
+            result.append(Contestant(f"{name}, {precision.name}", precision, partial(build_ours, workload, way)))
     return result
 
 

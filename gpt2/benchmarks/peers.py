@@ -1,6 +1,7 @@
 """Training steps of other programs: that of `transformers`, and of any file that defines one.
 
-A peer is `FILE.py:FUNCTION`, a function of three arguments that returns a step:
+A peer is `FILE.py:FUNCTION`, a function of three arguments that returns a step, or the name of a dictionary of such
+functions, by the names of their lines in the table:
 
     def function(config: GPT2Config, state: dict[str, Tensor], train: TrainingConfig) -> Step
 
@@ -83,10 +84,11 @@ def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, c
     return step
 
 
-def load_peer(peer: str) -> Peer:
-    """The function that `FILE.py:FUNCTION` names."""
+def load_peers(peer: str) -> dict[str, Peer]:
+    """The functions that `FILE.py:FUNCTION` names, by the names of their lines."""
     file, _, name = peer.rpartition(":")
     defined = runpy.run_path(file)
     if name not in defined:
         raise UserError(f"peer: {file} has no function {name}")
-    return defined[name]
+    found = defined[name]
+    return found if isinstance(found, dict) else {Path(file).stem: found}

@@ -1,6 +1,7 @@
 """The scripts of experiments/performance. Speed is not tested."""
 
 import json
+import runpy
 
 import pytest
 
@@ -70,3 +71,25 @@ def test_levers(workspace: Workspace):
     seconds = result["step_seconds"]["fp32"]
     assert {"all", "PyTorch's attention", "compiled"} <= seconds.keys()
     assert all(len(each) == 1 for each in seconds.values())
+
+
+@pytest.mark.parametrize("page", ["docs/performance.md", "experiments/performance/README.md"])
+def test_pages_have_the_tables_of_the_recorded_files(page):
+    assert runpy.run_path(str(SCRIPTS / "table.py"))["tables"]() in (ROOT / page).read_text()
+
+
+def test_ratio_to_the_best_of_nanogpt_in_the_same_precision():
+    seconds = {
+        "nanoGPT, fp32": 4,
+        "nanoGPT, fused, fp32": 3,
+        "nanoGPT, fused, bf16": 2,
+        "gpt2, fp32": 1.5,
+        "gpt2, bf16": 1,
+    }
+    rows = [
+        {"contestant": name, "step_seconds": value, "step_seconds_of_each": [value], "first_step_seconds": 9}
+        for name, value in seconds.items()
+    ]
+    *_, fp32, bf16 = runpy.run_path(str(SCRIPTS / "table.py"))["table"](rows).splitlines()
+    assert fp32 == "| this repository, fp32 | 1,500 | 1,500 - 1,500 | 2.67 | 2.00 | 9.0 |"
+    assert bf16 == "| this repository, bf16 | 1,000 | 1,000 - 1,000 | 4.00 | 2.00 | 9.0 |"

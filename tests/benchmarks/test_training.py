@@ -42,6 +42,7 @@ def fp32_only(config, state, train):
         raise NotImplementedError("fp32 only")
     return sgd(config, state, train)
 
+ways = {"slow": sgd, "other": fp32_only}
 """
 
 
@@ -93,6 +94,14 @@ def test_unsupported_precision_of_a_peer_is_left_out(tmp_path, peer, caplog):
     assert names == ["transformers, fp32", "toy, fp32", "gpt2, fp32", "transformers, bf16", "gpt2, bf16"]
     assert comparison.left_out == {"toy, bf16": "fp32 only"}
     assert "toy, bf16 is left out: fp32 only" in caplog.text
+
+
+def test_a_peer_has_several_ways_and_ours_is_compiled_beside_it(tmp_path, peer):
+    train = {"compile": True}
+    workload = Workload(small(peer=f"{peer}:ways", precisions=["fp32", "bf16"], train=train), tmp_path, 1)
+    lines = ["transformers", "transformers, compiled", "slow", "other", "gpt2", "gpt2, compiled"]
+    names = [f"{line}, {precision}" for precision in ("fp32", "bf16") for line in lines]
+    assert [contestant.name for contestant in contestants(workload)] == names
 
 
 def test_batches_match_those_of_peers_and_all_differ(tmp_path):
