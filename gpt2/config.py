@@ -145,16 +145,20 @@ class InferenceConfig:
     stop_at_end_of_text: bool = True  # false: continue after <|endoftext|>, with another document
     seed: int | None = None  # null: random
 
-    # How the model is loaded. Samples during training use the precision of training.
+    # How the model is loaded; not for samples during training.
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 on newer GPUs, else fp32
     quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
+    # prompt_lookup: check several tokens in a pass, as they followed before in the text; the same text, sooner if it
+    # repeats itself.
+    speculate: Literal["prompt_lookup"] | None = None
 
 
 WHEN_LOADED = (
     "precision",
     "quantization",
     "compile",
+    "speculate",
 )  # fields of InferenceConfig that are fixed once a model is loaded
 
 

@@ -23,6 +23,7 @@ from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import InferenceConfig
 from gpt2.errors import UserError
 from gpt2.generation.decode import CompiledDecoding
+from gpt2.generation.prompt_lookup import Drafts, draft_length
 from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
@@ -54,20 +55,22 @@ class TextGenerator:
         compile: bool = False,
         texts: int = 1,
         allow_special_tokens: bool = False,
+        speculate: str | None = None,
     ):
         """Load a trained model.
 
         Args:
             model_path: A checkpoint, or any other name that `gpt2.checkpoint.pretrained.open_model` accepts.
             device: See `gpt2.runtime.device.cuda_or_fallback`.
-            precision, quantization, compile: As in `InferenceConfig`.
+            precision, quantization, compile, speculate: As in `InferenceConfig`.
             texts: How many texts to generate side by side. On a CPU, the weights are laid out for this number.
             allow_special_tokens: Whether `<|endoftext|>` in a prompt is the special token; else it is plain text.
 
         Raises:
             UserError: The model is missing, damaged, without a tokenizer, or cannot be quantized on this device.
         """
-        if problems := validate(InferenceConfig(precision=precision, quantization=quantization), "inference."):  # type: ignore[arg-type]
+        loading = InferenceConfig(precision=precision, quantization=quantization, speculate=speculate)  # type: ignore[arg-type]
+        if problems := validate(loading, "inference."):
             raise UserError(*problems)
         self.device = cuda_or_fallback(device)
         chosen = choose_precision(auto_without_training(precision, self.device), self.device).name
@@ -81,14 +84,19 @@ class TextGenerator:
         if quantization:
             quantize(self.model)
         else:
-            pack_linears(self.model, texts)
+            pack_linears(self.model, texts * (1 + draft_length(texts)) if speculate else texts)
         self.compiled = CompiledDecoding() if compile and self.device.type == "cuda" else None
         if compile and not self.compiled:
             log.info("inference.compile has no effect on %s: it needs CUDA.", self.device)
-        self.texts, self.allow_special_tokens = texts, allow_special_tokens
+        if speculate and not draft_length(texts):
+            log.info("inference.speculate has no effect on %s texts side by side: take batch_size=3 or less.", texts)
+        self.texts, self.allow_special_tokens, self.speculate = texts, allow_special_tokens, speculate
         self.printed: list[str] = []  # the texts of the latest `generate_text`, without the prompt
-        self.speed = Speed()  # of the latest call
+        self.speed = self.new_speed()  # of the latest call
         self.has_warned_of_window = False
+
+    def new_speed(self) -> Speed:
+        return Speed(drafts=Drafts() if self.speculate else None)
 
     def describe(self) -> str:
         """The model, device and number format in a few words."""
@@ -118,7 +126,7 @@ class TextGenerator:
 
     def stream(self, prompt: str, config: InferenceConfig, number: int = 0) -> Iterator[str]:
         """The continuation of `prompt`, in pieces. `number` selects one of several texts, each with its own seed."""
-        self.speed = Speed()
+        self.speed = self.new_speed()
         return iter(self.batch([prompt], config, [number]).texts()[0])
 
     def generate_text(self, prompt: str, config: InferenceConfig) -> None:
@@ -160,7 +168,7 @@ class TextGenerator:
             problems.append(f"batch_size: {batch_size} is not a whole number of at least 1")
         if problems:
             raise UserError(*problems)
-        self.speed = Speed()
+        self.speed = self.new_speed()
         remaining = ((prompt, number) for prompt in prompts for number in range(config.num_return_sequences))
         while items := list(islice(remaining, batch_size)):
             batch_prompts, numbers = zip(*items, strict=True)

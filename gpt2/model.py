@@ -257,6 +257,7 @@ class GPT2Model(nn.Module):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         last: Tensor | None = None,
+        each: bool = False,
     ) -> Tensor:
         """Logits (b, v) of the token after each text (b, t), for decoding.
 
@@ -265,8 +266,11 @@ class GPT2Model(nn.Module):
             attention_mask: Boolean (b, 1, t, T) over the T tokens that the cache returns.
             positions: Of each token, (b, t); 0 to t - 1 by default.
             last: Index of the last token of each text, (b,), where texts are padded on the right.
+            each: Return logits after each token instead, (b, t, v).
         """
         hidden_states = self._hidden_states(input_ids, attention_mask, past, positions)
+        if each:
+            return self._head(hidden_states)
         if last is None:
             return self._head(hidden_states[:, -1])
         return self._head(hidden_states[torch.arange(len(last), device=last.device), last])

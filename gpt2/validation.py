@@ -380,7 +380,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     yield from validate_distributed(config.distributed, config.train, dist_env())
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
-            yield f"inference.{key}: only for generate.py; samples during training use the precision of training"
+            yield f"inference.{key}: only for generate.py; samples during training use the model as it is trained"
     if config.data.max_length > config.model.context_length:
         yield (
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "

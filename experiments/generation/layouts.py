@@ -13,7 +13,7 @@ import torch
 from gpt2.ops.cpu_inference import InferenceLinear, PackedLinear, SlicedLinear, kind_for
 from gpt2.runtime.device import fastest_seconds, hardware
 
-WIDTHS, TEXTS, OUTPUTS = (384, 768, 1600), (1, 2, 4, 8, 16, 32), 16_384
+WIDTHS, TEXTS, OUTPUTS = (384, 768, 1600), (1, 2, 4, 6, 8, 16, 32), 16_384
 LAYOUTS = {
     torch.float32: (InferenceLinear, SlicedLinear, PackedLinear),
     torch.bfloat16: (InferenceLinear, PackedLinear),

@@ -32,6 +32,7 @@ from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.config import GenerationBenchmark
 from gpt2.errors import UserError, one_line
 from gpt2.generation.decode import CompiledDecoding
+from gpt2.generation.prompt_lookup import MAX_ROWS
 from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
 from gpt2.runtime.device import choose_device
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 LEGEND = """\
 ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
 allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
-weights: their layout, see gpt2/ops/cpu_inference.py"""
+weights: their layout, see gpt2/ops/cpu_inference.py. prompt lookup: greedy text from random weights repeats itself,
+so most drafts are accepted; other texts gain less by inference.speculate."""
 
 
 @dataclass
@@ -96,21 +98,30 @@ class GenerationComparison:
         compile_config._compile_all_devices = True  # on a CPU too
         static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
         result = [Contestant("transformers", theirs(self.twin)), Contestant("transformers, static, compiled", static)]
-
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            model = copy.deepcopy(self.model).to(self.device, dtype)
-            layout = pack_linears(model, batch_size).__name__
+            model, layout = self.packed(dtype, batch_size)
             result.append(Contestant(f"gpt2, {name}", ours(model), dtype.itemsize, layout))
             if self.device.type == "cuda":
                 compiled = ours(model, CompiledDecoding())
                 result.append(Contestant(f"gpt2, {name}, compiled", compiled, dtype.itemsize, layout))
+            if batch_size == 1:
+                model, layout = self.packed(dtype, MAX_ROWS)
+                result.append(self.with_lookup(name, model, dtype.itemsize, layout))
         try:
             refuse_int8(self.device)
         except UserError:
             return result
         model = copy.deepcopy(self.model)
         layout = quantize(model).__name__
-        return [*result, Contestant("gpt2, int8", ours(model), 1, layout)]
+        result.append(Contestant("gpt2, int8", ours(model), 1, layout))
+        return [*result, *([self.with_lookup("int8", model, 1, layout)] if batch_size == 1 else [])]
+
+    def packed(self, dtype: torch.dtype, rows: int) -> tuple[GPT2Model, str]:
+        model = copy.deepcopy(self.model).to(self.device, dtype)
+        return model, pack_linears(model, rows).__name__
+
+    def with_lookup(self, name: str, model: GPT2Model, weight_bytes: int, layout: str) -> Contestant:
+        return Contestant(f"gpt2, {name}, prompt lookup", ours(model, speculates=True), weight_bytes, layout)
 
     def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:
         """The contestants after a first run, which compiles. Those that fail are left out, except the reference."""

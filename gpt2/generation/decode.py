@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt2.config import GPT2Config
 from gpt2.generation.kv_cache import KVCache
+from gpt2.generation.prompt_lookup import Drafts, PromptLookup, draft_length
 from gpt2.ops.attention import PastKeyValues
 
 TokenSampler = Callable[[Tensor, Tensor], Tensor]  # (logits (b, v), text so far (b, t)) -> next tokens (b,)
@@ -48,17 +49,20 @@ def window_start(length: int, context_length: int) -> int:
 def decode_step(
     model: LanguageModel, cache: KVCache, tokens: Tensor, columns: Tensor, visible: int, is_last: bool = False
 ) -> Tensor:
-    """Logits (b, v) after one more token (b,) of each text, which is stored at its column (b,) of the cache.
+    """Logits (b, t, v) after each of the next tokens (b, t) of each text, which are stored in the cache.
 
     Args:
-        visible: Number of columns that attention reads; each text sees those up to its own.
-        is_last: Whether all columns are the last visible one, so that attention needs no mask.
+        columns: Of the cache, where the first of these tokens is stored, (b,).
+        visible: Number of columns that attention reads; each token sees those up to its own.
+        is_last: Whether the tokens of all texts are stored in the last visible columns.
     """
+    t = tokens.size(1)
+    positions = rearrange(columns, "b -> b 1") + torch.arange(t, device=columns.device)
     mask = None
-    if not is_last:
-        mask = torch.arange(visible, device=columns.device) <= rearrange(columns, "b -> b 1 1 1")
+    if not is_last or t > 1:  # a single token in the last visible column sees all of them
+        mask = torch.arange(visible, device=columns.device) <= rearrange(positions, "b t -> b 1 t 1")
     past = [partial(layer.append, visible=visible, columns=None if is_last else columns) for layer in cache.layers]
-    return model.last_logits(rearrange(tokens, "b -> b 1"), past, mask, positions=rearrange(columns, "b -> b 1"))
+    return model.last_logits(tokens, past, mask, positions, each=True)
 
 
 class CompiledDecoding:
@@ -87,7 +91,7 @@ class CompiledDecoding:
         return self.cache
 
     def __call__(self, model: LanguageModel, tokens: Tensor, columns: Tensor) -> Tensor:
-        """Logits (b, v), which the next call overwrites."""
+        """Logits (b, t, v), which the next call overwrites."""
         assert self.cache is not None
         torch.compiler.cudagraph_mark_step_begin()
         return self.step(model, self.cache, tokens, columns, self.cache.length)
@@ -104,6 +108,7 @@ class Decoder:
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
         compiled: CompiledDecoding | None = None,
+        drafts: Drafts | None = None,
     ):
         """See `decode`."""
         b, t = input_ids.shape
@@ -123,6 +128,12 @@ class Decoder:
         self.starts = [-1] * b  # of each text's window; -1: not read yet
         self.columns = torch.zeros(b, dtype=torch.long, device=input_ids.device)  # of each text's latest token
         self.compiled = compiled if use_cache else None
+        self.remaining = max_new_tokens
+        self.lookup: PromptLookup | None = None
+        if drafts and use_cache and draft_length(b):
+            texts = [row[t - n :].tolist() for row, n in zip(input_ids, lengths, strict=True)]
+            self.lookup = PromptLookup(texts, drafts)
+        self.ahead: list[tuple[Tensor, Tensor]] = []  # tokens (b,) of the draft, and the logits (b, v) after them
         self.identity = object()  # not `self`, for a cycle of references would keep the cache in memory
         self.cache: KVCache | None = None
         length = min(max(lengths) + max_new_tokens, model.config.context_length)
@@ -136,30 +147,67 @@ class Decoder:
         self.tokens = tokens
         self.text = torch.cat((self.text, rearrange(tokens, "b -> b 1")), dim=1)
         self.lengths = [length + 1 for length in self.lengths]
+        self.remaining -= 1
+        if self.lookup:
+            for row, token in enumerate(tokens.tolist()):
+                self.lookup.append(row, token)
 
     def next_logits(self) -> Tensor:
-        """Logits (b, v) of the token after each text.
+        """Logits (b, v) of the token after each text, known already if the texts continue as in the latest draft."""
+        if self.lookup and self.ahead:
+            drafted, logits = self.ahead.pop(0)
+            if torch.equal(drafted, self.tokens):
+                self.columns = self.columns + 1
+                self.lookup.drafts.accepted += len(drafted)
+                return logits
+            self.ahead = []
+        return self._computed_logits()
 
-        Texts whose window has moved are read from the start of their window; the others take one step.
-        """
+    def _computed_logits(self) -> Tensor:
+        """Texts whose window has moved are read from the start of their window; the others take one step."""
         starts = [window_start(length, self.model.config.context_length) for length in self.lengths]
         is_valid = self.cache is not None and self.cache.owner is self.identity
         stale = [row for row, start in enumerate(starts) if not is_valid or start != self.starts[row]]
         self.starts = starts
         sizes = [length - start for length, start in zip(self.lengths, starts, strict=True)]
         self.columns = torch.tensor(sizes, device=self.text.device) - 1 if stale else self.columns + 1
+        if self.lookup:
+            self.lookup.drafts.passes += 1
         if len(stale) == len(starts):
             return self._read_windows(stale, sizes)
-        logits = self._step(sizes)
+        logits = self._step(sizes, None if stale else self._draft(max(sizes)))
         if stale:  # their rows of the step are meaningless
             logits[stale] = self._read_windows(stale, sizes)
         return logits
 
-    def _step(self, sizes: list[int]) -> Tensor:
+    def _draft(self, size: int) -> Tensor | None:
+        """What is likely to follow each text, (b, k), inside the context and the requested number of tokens.
+
+        A compiled step always takes the full length or none, because it is compiled for each number of tokens.
+        """
+        if not self.lookup:
+            return None
+        full = draft_length(len(self.lengths))
+        length = min(full, self.model.config.context_length - size, self.remaining - 1)
+        if length < (full if self.compiled else 1):
+            return None
+        draft = self.lookup.draft(length)
+        return None if draft is None else torch.tensor(draft, device=self.text.device)
+
+    def _step(self, sizes: list[int], draft: Tensor | None) -> Tensor:
         assert self.cache is not None
+        tokens, visible = rearrange(self.tokens, "b -> b 1"), max(sizes)
+        if draft is not None:
+            tokens, visible = torch.cat((tokens, draft), dim=1), visible + draft.size(1)
         if self.compiled:
-            return self.compiled(self.model, self.tokens, self.columns)
-        return decode_step(self.model, self.cache, self.tokens, self.columns, max(sizes), min(sizes) == max(sizes))
+            logits = self.compiled(self.model, tokens, self.columns)
+        else:
+            logits = decode_step(self.model, self.cache, tokens, self.columns, visible, min(sizes) == max(sizes))
+        if self.lookup and draft is not None:
+            logits = logits.clone() if self.compiled else logits  # other texts may step before these are used
+            self.lookup.drafts.drafted += draft.numel()
+            self.ahead = list(zip(draft.unbind(1), logits[:, 1:].unbind(1), strict=True))
+        return logits[:, 0]
 
     def _read_windows(self, rows: list[int], sizes: list[int]) -> Tensor:
         """Read the windows of some texts in one pass, padded on the right, where causal attention ignores padding."""
@@ -193,6 +241,7 @@ def decode(
     attention_mask: Tensor | None = None,
     use_cache: bool = True,
     compiled: CompiledDecoding | None = None,
+    drafts: Drafts | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Continue texts token by token, without dropout.
 
@@ -202,6 +251,7 @@ def decode(
         attention_mask: (b, t), 1 for a real token and 0 for padding, on either side. None is no padding.
         use_cache: If False, the whole window is read again for each token.
         compiled: Take the steps by a compiled function over its static cache.
+        drafts: Decode speculatively, see `gpt2.generation.prompt_lookup`, and count here. Needs the cache.
 
     Yields:
         The next token of each text (b,), and the logits (b, v) it was chosen from, valid until the next step.
@@ -209,7 +259,7 @@ def decode(
     Raises:
         ValueError: A text has no token, or the mask has another shape than the texts.
     """
-    decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, compiled)
+    decoder = Decoder(model, input_ids, max_new_tokens, attention_mask, use_cache, compiled, drafts)
     for _ in range(max_new_tokens):
         was_training = model.training  # dropout is off only during the step: between two tokens, the caller may train
         if was_training:

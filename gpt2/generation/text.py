@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gpt2.config import InferenceConfig, TrainRun
 from gpt2.errors import UserError
 from gpt2.generation.decode import CompiledDecoding, LanguageModel, decode, window_start
+from gpt2.generation.prompt_lookup import Drafts
 from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.validation import validate
@@ -27,13 +28,15 @@ class Speed:
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0  # after the first new token of each text
+    drafts: Drafts | None = None  # of speculative decoding
 
     def __str__(self) -> str:
         prefill = self.prompt_tokens / max(self.prefill_seconds, 1e-9)
         text = f"read {self.prompt_tokens:,} tokens at {prefill:,.0f} tokens/s, generated {self.new_tokens:,}"
         if self.new_tokens <= self.texts:
             return text
-        return f"{text} at {(self.new_tokens - self.texts) / max(self.decode_seconds, 1e-9):,.1f} tokens/s"
+        text += f" at {(self.new_tokens - self.texts) / max(self.decode_seconds, 1e-9):,.1f} tokens/s"
+        return f"{text}; {self.drafts}" if self.drafts and self.drafts.passes else text
 
 
 class TextBatch:
@@ -58,7 +61,7 @@ class TextBatch:
         Args:
             prompts: Token ids of each text.
             seeds: Of each text's generator; None is random.
-            speed: Counters to add to.
+            speed: Counters to add to. If it has `drafts`, decoding is speculative.
 
         Raises:
             UserError: `config` is invalid.
@@ -78,7 +81,15 @@ class TextBatch:
         input_ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         attention_mask = torch.arange(input_ids.size(1), device=device) < rearrange(lengths, "b -> b 1")
-        steps = decode(model, input_ids, config.max_new_tokens, sampler, attention_mask, compiled=compiled)
+        steps = decode(
+            model,
+            input_ids,
+            config.max_new_tokens,
+            sampler,
+            attention_mask,
+            compiled=compiled,
+            drafts=self.speed.drafts,
+        )
         self.steps = (with_log_probability(*step) if with_log_probabilities else step[:1] for step in steps)
         self.results: list[list[list[float]]] = []  # of each step: token ids and, if requested, log-probabilities
         self.rows = len(prompts)

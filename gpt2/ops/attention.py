@@ -43,7 +43,7 @@ def attend(
     Args:
         qkv: Queries, keys and values side by side, each (b, t, c).
         attention_mask: Boolean (b, 1, t, T), see `causal_mask`. None is causal attention without padding.
-        past: A key-value cache, see `PastKeyValues`.
+        past: A key-value cache, see `PastKeyValues`. It may keep another number format, which attention then has.
         dropout: Probability of dropping an attention weight.
     """
     q, kv = rearrange(qkv, "b t (qkv h d) -> qkv b h t d", qkv=3, h=num_heads).split((1, 2))
@@ -51,8 +51,8 @@ def attend(
     if past is None and attention_mask is None and _explicit_is_faster(q[0]):
         return rearrange(_explicit_attention(q[0], k, v, dropout), "b h t d -> b t (h d)")
     is_causal = attention_mask is None and qkv.size(1) > 1  # a single token attends to everything before it
-    mixed = F.scaled_dot_product_attention(q[0], k, v, attention_mask, dropout, is_causal)
-    return rearrange(mixed, "b h t d -> b t (h d)")
+    mixed = F.scaled_dot_product_attention(q[0].to(k.dtype), k, v, attention_mask, dropout, is_causal)
+    return rearrange(mixed, "b h t d -> b t (h d)").to(qkv.dtype)
 
 
 def _explicit_is_faster(q: Tensor) -> bool:

@@ -8,12 +8,24 @@ import torch
 from gpt2.benchmarks.generation import Contestant, GenerationComparison, Timing, ours, read_bandwidth, table, theirs
 from gpt2.config import GenerationBenchmark
 from tests.conftest import Workspace
-from tests.helpers import random_ids, tiny_config
+from tests.helpers import ROOT, random_ids, tiny_config
 
 
 def test_timing_of_the_first_token_and_the_median_later_one():
     timing = Timing([10.0, 13.0, 13.5, 14.0, 19.0], torch.zeros(1, 4))
     assert (timing.prefill_seconds, timing.step_seconds) == (3.0, 0.5)
+    assert Timing(timing.clock, timing.tokens, is_even=False).step_seconds == 2.0  # a pass yields several tokens
+
+
+def test_a_single_text_is_generated_with_prompt_lookup_too():
+    comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
+    contestants = {contestant.name: contestant for contestant in comparison.contestants(batch_size=1)}
+    names = [f"gpt2, {name}{how}" for name in ("fp32", "bf16", "int8") for how in ("", ", prompt lookup")]
+    assert list(contestants)[2:] == names
+    input_ids = random_ids(comparison.model.config, 1, 5)
+    plain, speculative = (contestants[name].generate(input_ids, 10) for name in names[:2])
+    assert torch.equal(plain.tokens, speculative.tokens)
+    assert len(speculative.clock) == len(plain.clock) == 11
 
 
 def test_both_generate_the_same_tokens_from_the_same_weights():
@@ -97,6 +109,33 @@ def test_benchmarks_are_listed_and_invalid_options_reported(workspace: Workspace
     done = workspace.module("gpt2.main", "benchmark", "generation", "new_tokens=1", "batch_sizes=[0]")
     assert done.returncode == 2
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [" new_tokens", " batch_sizes"]
+
+
+def test_tables_of_the_documentation_show_the_recorded_figures():
+    """A line that is missing is in the message, ready to be pasted."""
+    record = json.loads((ROOT / "experiments" / "generation" / "cpu.json").read_text())
+    rows = {(row["contestant"], row["batch_size"]): row for row in record["results"]}
+    names = {name: name.replace("gpt2", "this repository").replace("static,", "static cache,") for name, _ in rows}
+    study = (ROOT / "experiments" / "generation" / "README.md").read_text()
+    for (name, _), row in rows.items():
+        speeds = row["tokens_per_second_of_each"]
+        cells = [names[name], f"{row['tokens_per_second']:.1f}", f"{min(speeds):.1f} - {max(speeds):.1f}"]
+        cells += [f"{row['ratio']:.2f}", f"{row['share_of_floor']:.0%}", f"{row['prefill_seconds'] * 1e3:.0f}"]
+        cells += [f"{row['same_tokens']:.0%}", row["layout"]]
+        assert f"| {' | '.join(cells)} |\n" in study
+    for row in json.loads((ROOT / "experiments" / "generation" / "speculation.json").read_text())["results"]:
+        cells = [row["format"], row["sampling"]]
+        cells += [f"{row[f'tokens_per_second{how}']:,.0f}" for how in ("", "_with_lookup")]
+        cells += [f"{row['ratio']:.2f}", f"{row['tokens_per_pass']:.2f}", f"{row['accepted'] / row['drafted']:.0%}"]
+        assert f"| {' | '.join(cells)} |\n" in study
+        assert row["same_texts"]
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for name in names:
+        cells = [names[name]]
+        for batch_size, digits in ((1, 1), (8, 0)):
+            row = rows.get((name, batch_size))
+            cells += [f"{row['tokens_per_second']:.{digits}f}", f"{row['ratio']:.2f}"] if row else ["", ""]
+        assert f"| {' | '.join(cells)} |\n".replace("|  |  |", "| | |") in page
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
-from gpt2.generation.decode import CompiledDecoding, align_right, decode, window_start
+from gpt2.generation.decode import CompiledDecoding, Decoder, align_right, decode, window_start
 from gpt2.generation.kv_cache import KVCache
 from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.model import GPT2Model
@@ -77,6 +77,22 @@ def test_the_cache_has_the_number_format_of_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tokens, _ = finish(model.generate(random_ids(model.config, 2, 5), 4, do_sample=False))
     assert len(tokens) == 4
+
+
+def test_the_cache_of_a_bf16_model_is_in_fp32_on_a_cpu():
+    """Where attention to bf16 is several times slower."""
+    model = noisy_model(tiny_config()).to(torch.bfloat16).eval()
+    texts, real = padded(texts_of_lengths(model, 3, 9, 23), "left")
+    decoder = Decoder(model, texts, 9, real)
+    with torch.no_grad():
+        for _ in range(9):
+            logits = decoder.next_logits()
+            decoder.append(logits.argmax(-1))
+    assert (logits.dtype, decoder.cache.layers[0].memory.dtype) == (torch.bfloat16, torch.float32)
+    for row, text in enumerate(decoder.text):
+        n = decoder.lengths[row] - 1  # all but the last choice
+        window = text[-n - 1 : -1][window_start(n, 16) :]
+        assert_close(logits[row], model(window[None])[0][0, -1], atol=0.1, rtol=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
