@@ -173,10 +173,21 @@ def test_pieces_stops_and_probabilities_are_the_same(model, stop, count):
 
 
 def test_the_end_of_a_text_inside_an_accepted_draft(model):
-    end = BYTES.eos_token_id
-    config = InferenceConfig(max_new_tokens=9, do_sample=False, repetition_penalty=1.0)
-    drafts = Drafts()
-    batch = TextBatch(model, BYTES, [[50, 51, end, 50, 51, end]], config, [1], Speed(drafts=drafts))
-    (text,) = batch.texts()
-    assert ("".join(text), text.tokens) == ("23", 3)
-    assert (drafts.passes, drafts.drafted, drafts.accepted) == (2, 5, 1)
+    """For each token of a text that repeats itself, as if it were the end."""
+    config = InferenceConfig(max_new_tokens=30, do_sample=False, repetition_penalty=1.0)
+    accepted = []
+
+    def written(prompt: list[int], end: int | None, drafts: Drafts | None = None) -> list[int]:
+        batch = TextBatch(model, BYTES, [prompt], config, [1], Speed(drafts=drafts))
+        batch.ends = {end}
+        for text in batch.texts():
+            list(text)
+        return [int(step[0][0]) for step in batch.results]
+
+    prompt = [50, 51, 50, 51]
+    tokens = written(prompt, end=None)
+    for end in set(tokens[10:]):
+        drafts, rest = Drafts(), tokens[10 : 11 + tokens[10:].index(end)]
+        assert written(prompt + tokens[:10], end, drafts) == rest
+        accepted.append(drafts.accepted)
+    assert max(accepted) or len(accepted) == 1
