@@ -149,8 +149,7 @@ class InferenceConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 on newer GPUs, else fp32
     quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
-    # prompt_lookup: check several tokens in a pass, as they followed before in the text; the same text, sooner if it
-    # repeats itself.
+    # prompt_lookup: draft what followed the same tokens before, check it in one pass; same text, sooner if repetitive
     speculate: Literal["prompt_lookup"] | None = None
 
 

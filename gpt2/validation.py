@@ -25,7 +25,6 @@ from gpt2.config import (
     WHEN_LOADED,
     DataConfig,
     DistributedConfig,
-    DoctorRun,
     EvaluateRun,
     ExportRun,
     GenerateRun,
@@ -441,11 +440,6 @@ def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]
         yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
 
 
-def _doctor(config: DoctorRun, prefix: str) -> Iterator[str]:
-    if config.json is not None and not (folder := Path(config.json).parent).is_dir():
-        yield f"json: there is no folder {folder}; name a file in one that exists"
-
-
 def _optuna(config: OptunaConfig, prefix: str) -> Iterator[str]:
     if config.direction not in ("minimize", "maximize"):
         yield f"{prefix}direction: {config.direction!r} is none of minimize, maximize"
@@ -464,5 +458,4 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     ExportRun: _export_run,
     GenerationBenchmark: _generation_benchmark,
     TrainingBenchmark: _training_benchmark,
-    DoctorRun: _doctor,
 }

@@ -78,7 +78,7 @@ def import_wandb() -> None:
 
 
 def without_painting(savefig: Callable[..., None]) -> Callable[..., None]:
-    """`Figure.savefig` that writes one pixel of four channels as PNG: painting takes a fifth of the time of a small run.
+    """`Figure.savefig` that writes one pixel of four channels as PNG: painting takes a fifth of a small run's time.
 
     The figures are made as always, and tests of pictures paint them in their own process.
     """

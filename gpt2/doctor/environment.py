@@ -149,9 +149,10 @@ def gpus(_machine: Machine) -> Row:
         return Row("Apple's GPU (mps)")
     if not torch.cuda.is_available():
         if nvidia_smi():
-            status = WRONG if torch.backends.cuda.is_built() else MISSING
+            on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+            status = MISSING if on_purpose or not torch.backends.cuda.is_built() else WRONG
             return Row(f"PyTorch cannot use {nvidia_smi()[0]}", status, why_no_cuda(), figures={"driver": nvidia_smi()})
-        return Row("none", MISSING, "nothing, for small models (docs/training.md: recipes); GPT-2 124M needs one")
+        return Row("none", MISSING, "small models need none; GPT-2 124M does (docs/training.md: recipes)")
     return cuda_gpus([torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())])
 
 
@@ -238,7 +239,8 @@ def place(folder: Path, wanted: float, advice: str) -> Row:
         return Row(str(error), WRONG, "give this user the right to write there, or start in another folder")
     except OSError as error:
         return Row(f"{folder}: {reason(error)}", WRONG, "free some space, or start in another folder")
-    value = f"{in_bytes(free)} free, written at {in_bytes(round(rate))}/s ({folder})"
+    shown = str(folder).replace(str(Path.home()), "~")  # the file of a bug report names no user
+    value = f"{in_bytes(free)} free, written at {in_bytes(round(rate))}/s ({shown})"
     figures = {"free_bytes": free, "bytes_per_second": rate}
     if free < wanted:
         return Row(value, MISSING, f"free some space: {advice}", f"{in_bytes(round(wanted))} free", figures)

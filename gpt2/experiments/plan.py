@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult
-from gpt2.cli.complete import resolve
+from gpt2.cli.complete import LOADING, resolve
 from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, escaped, in_hydras_grammar
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan
@@ -21,8 +21,10 @@ from gpt2.tracking.loggers import flat
 
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
-# Settings in which a run may differ from its plan. The tokenizer determines the size of the vocabulary.
-NOT_PLANNED = WITHOUT_EFFECT | {"started_with", "study.name", "study.trial", "study.claim", "model.vocab_size"}
+# Settings in which a run may differ from its plan: those without effect on training, and the size of the vocabulary,
+# which the tokenizer determines.
+OF_STUDIES = ("started_with", "study.name", "study.trial", "study.claim")
+NOT_PLANNED = {*WITHOUT_EFFECT, *LOADING, *OF_STUDIES, "model.vocab_size"}
 
 
 @dataclass(frozen=True)

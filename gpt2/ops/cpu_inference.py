@@ -133,10 +133,10 @@ def kind_for(dtype: torch.dtype, texts: int) -> type[InferenceLinear]:
     """The fastest layout for weights of a number format and a number of texts.
 
     It is a rule and no measurement, which on a busy machine could choose another layout, and other last bits, for the
-    same command. On an AMD EPYC, at widths of 384, 768 and 1600, one text takes 0.69 to 0.89 of `F.linear`'s time by
-    `SlicedLinear` in fp32; 2 to 32 texts take 0.34 to 0.57 of it by `PackedLinear`, in bf16 1 to 32 texts 0.50 to 0.97.
-    The other layouts are slower, but for two texts in fp32 at the two larger widths, by 8 and 9 %
-    (experiments/generation, layouts.json).
+    same command. On an AMD EPYC, at widths of 384, 768 and 1600, one text takes 0.59 to 0.89 of `F.linear`'s time by
+    `SlicedLinear` in fp32; 2 to 32 texts take 0.33 to 0.59 of it by `PackedLinear`, in bf16 1 to 32 texts 0.41 to 0.83.
+    The other layouts are slower in 40 of 42 cases, and in the others faster by 2 and 6 % (experiments/generation,
+    layouts.json).
     """
     has_packed = onednn.is_available() and dtype in (torch.float32, torch.bfloat16)
     if dtype == torch.float32 and (texts == 1 or not has_packed):

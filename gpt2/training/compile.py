@@ -67,22 +67,23 @@ def choose_plan(
         compiled = saved["compiled"]
     else:
         compiled = compile_is_worthwhile(precision, flops, config.max_training_hours * 3600)
-    chunk_bytes = None
-    if device.type == "cuda":
-        chunk_bytes = saved.get("chunk_bytes")
-        if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
-            chunk_bytes = _chunk_bytes(device)
+    chunk_bytes = chunk_bytes_of(device)
+    if chunk_bytes and isinstance(used := saved.get("chunk_bytes"), int) and 0 < used < chunk_bytes:
+        chunk_bytes = used
     return ComputePlan(device, precision, *group.broadcast_object((linear, compiled, chunk_bytes)))
 
 
-def _chunk_bytes(device: torch.device) -> int:
-    """A 64th of the free memory, rounded down to a power of two; without compilation, logits take three times as much.
+def chunk_bytes_of(device: torch.device) -> int | None:
+    """The size of a chunk of logits on a GPU: a 64th of its memory, rounded down to a power of two.
 
-    After each chunk the gradient of the whole head is added up. With 256 MB that is seven times in a pass of GPT-2 124M
-    over 16 blocks of 1,024 tokens, in all 3 GB to read and write.
+    Not of its free memory, which other programs change: the order of sums, and so the last bits of the loss, depend on
+    the chunks. After each chunk the gradient of the head is added up: with 256 MB seven times in a pass of
+    GPT-2 124M over 16 blocks of 1,024 tokens, in all 3 GB to read and write.
     """
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(CHUNK_BYTES["cuda"], 1 << (free // 64).bit_length() - 1)
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(CHUNK_BYTES["cuda"], 1 << (memory // 64).bit_length() - 1)
 
 
 def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Precision:
@@ -127,11 +128,12 @@ class Compiled:
             shape: (b, t) of full batches. The smaller last batch of an epoch would need a second compilation.
             linear: The matrix product to use if nothing can be compiled here.
         """
-        self.model, self.shape = model, shape
+        self.model, self.shape, self.linear = model, shape, linear
         self.parts: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}
-        self.works = compiler_works(device)
-        if not self.works:
-            model.use_linear(linear)
+        torch._dynamo.config.optimize_ddp = False  # it would divide a block into the buckets of DDP
+        x = torch.ones(2, device=device, requires_grad=True)
+        self.works = True
+        self.run(torch.sin, x).sum().backward()  # finds a missing compiler before the first step
 
     def __call__(self, **inputs: Any) -> tuple[Tensor | None, Tensor | None]:
         """Arguments and result as those of the model."""
@@ -139,22 +141,23 @@ class Compiled:
         return self.model(**inputs, run=self.run) if fits and self.works else self.model(**inputs)
 
     def run(self, part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Call a part, compiled at its first call. If that fails, a warning is logged and nothing more is compiled."""
+        if not self.works:
+            return part(*arguments)
         if part in self.parts:
             return self.parts[part](*arguments)
-        if not self.parts:
+        if len(self.parts) == 1:  # the trial of the constructor
             log.info("Compiling: the first step takes about a minute longer")
-        self.parts[part] = torch.compile(part, fullgraph=True, dynamic=False)
-        with torch._dynamo.config.patch(optimize_ddp=False):  # which would divide a block into the buckets of DDP
-            return self.parts[part](*arguments)
-
-
-def compiler_works(device: torch.device) -> bool:
-    """Whether `torch.compile` can compile anything for this device; a warning says why not."""
-    x = torch.ones(2, device=device, requires_grad=True)
-    try:
-        torch.compile(torch.sin, fullgraph=True)(x).sum().backward()
-    except (RuntimeError, ImportError, OSError, SubprocessError) as error:
-        reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
-        log.warning("Not compiled, training continues more slowly: %s", reason)
-        return False
-    return True
+        compiled = torch.compile(part, fullgraph=True, dynamic=False)
+        try:
+            result = compiled(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ImportError, OSError, SubprocessError) as error:
+            reason = next(line for line in [*str(error).splitlines(), type(error).__name__] if line.strip())
+            log.warning("Not compiled, training continues more slowly: %s", reason)
+            self.works = False
+            self.model.use_linear(self.linear)
+            return part(*arguments)
+        self.parts[part] = compiled
+        return result

@@ -59,7 +59,6 @@ RANGES = [
     ("no such device", "train train.device=gpu", "train.device: 'gpu' is none of auto, cuda"),
     ("no such device to examine", "doctor device=gpu", "device: 'gpu' is none of auto, cuda"),
     ("a device that is not here", "doctor device=cuda:99", "device: there is no cuda:99 here; ... would do; "),
-    ("a file in no folder", "doctor json=nowhere/x.json", "json: there is no folder nowhere; name a file"),
     ("a folder as a file", "doctor json=outputs", "json: outputs is a folder; name a file"),
     ("no such key of a machine", "doctor network=false", "network=false: Key 'network' not in 'DoctorRun'"),
     ("a folder of checkpoints elsewhere", "train train.checkpoint_dir=../x", "train.checkpoint_dir: '../x' must be"),

@@ -157,6 +157,7 @@ def test_gpu_that_pytorch_cannot_use(machine, monkeypatch):
     assert "driver may be too old" in row(machine, "GPUs").advice
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES= hides GPUs" in row(machine, "GPUs").advice
+    assert row(machine, "GPUs").status == MISSING  # hidden on purpose
     monkeypatch.setattr(environment, "nvidia_smi", list)
     assert "driver does not answer" in environment.why_no_cuda()
 

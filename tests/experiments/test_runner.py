@@ -143,12 +143,12 @@ def test_runs_of_an_earlier_plan_are_refused(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     run = RecordedStudy(folder).runs[0]
-    make_run(run.folder, **{"train.max_steps": 9, "train.precision": "fp32"})
+    make_run(run.folder, **{"train.max_steps": 9, "train.precision": "fp32", "inference.precision": "fp32"})
     about = json.loads((run.folder / "run.json").read_text())
     (run.folder / "run.json").write_text(json.dumps({**about, "machine": {"precision": "bf16"}}))
     with pytest.raises(UserError, match=r"was started with train.max_steps=9, the study now has 8") as refused:
         RecordedStudy(folder)
-    assert "train.precision" not in str(refused.value)  # what the machine made of it is no setting of the plan
+    assert "precision" not in str(refused.value)  # neither what the machine made of it nor what training does not use
 
 
 def test_plan_is_data(tmp_path):

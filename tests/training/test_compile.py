@@ -1,6 +1,7 @@
 """When a model is compiled, and the fallback if compilation fails."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,9 +69,10 @@ def test_plan_follows_the_configuration_then_the_checkpoint_then_the_machine(opt
     assert (plan.device, plan.precision.name, plan.linear, plan.compiled) == (CPU, *expected)
 
 
-def test_chunks_of_logits_grow_with_the_free_memory_of_a_gpu(monkeypatch):
+def test_chunks_of_logits_grow_with_the_memory_of_a_gpu(monkeypatch):
     def chunk_bytes(gigabytes: float, saved: dict | None = None) -> int | None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 1e9), int(141e9)))
+        properties = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         config = TrainingConfig(precision="bf16", compile=False)
         return choose_plan(config, CUDA, 1e18, ProcessGroup(), saved).chunk_bytes
 
@@ -78,6 +80,7 @@ def test_chunks_of_logits_grow_with_the_free_memory_of_a_gpu(monkeypatch):
     assert [size >> 20 for size in sizes.values()] == [256, 256, 256, 512, 1024, 2048]
     machine = {"device": "cuda", "precision": "bf16", "linear": "PyTorch", "compiled": False}
     assert chunk_bytes(139, {**machine, "chunk_bytes": 3 << 20}) == 3 << 20  # so that a resumed run computes the same
+    assert chunk_bytes(23.2, {**machine, "chunk_bytes": 2 << 30}) == 256 << 20  # of a larger GPU
     assert (
         chunk_bytes(139, {**machine, "chunk_bytes": "many"})
         == chunk_bytes(139, {**machine, "device": "cpu"})
@@ -88,28 +91,35 @@ def test_chunks_of_logits_grow_with_the_free_memory_of_a_gpu(monkeypatch):
 def test_batches_of_other_shapes_run_uncompiled(problem, monkeypatch):
     """Each further shape would take another minute to compile."""
     model, inputs = problem
-    monkeypatch.setattr(compilation, "compiler_works", lambda device: True)
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not for this shape"))
+    monkeypatch.setattr(torch, "compile", aot_eager(torch.compile))
     compiled = Compiled(model.eval(), CPU, (4, 8))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("not for this shape"))
     for t in range(1, 9):
         batch = {key: tensor[:, :t] for key, tensor in inputs.items()}
         assert compiled(**batch, return_logits=False)[1] == model(**batch, return_logits=False)[1]
-    mask = torch.ones(2, 8)
-    Compiled(model, CPU, (2, 8))(**inputs, attention_mask=mask)
+    compiled.shape = (2, 8)
+    compiled(**inputs, attention_mask=torch.ones(2, 8))
 
 
-def test_missing_compiler_falls_back_with_warning(problem, monkeypatch, caplog):
+@pytest.mark.parametrize("compiled_before", [0, 1, 2])  # nothing, a trial, and a block
+def test_failed_compilation_falls_back_with_warning(compiled_before, problem, monkeypatch, caplog):
     model, inputs = problem
+    graphs = []
 
-    def no_compiler(graph, example_inputs):
-        raise RuntimeError("\nno C++ compiler found\nand so on")
+    def backend(graph, example_inputs):
+        if len(graphs) == compiled_before:
+            raise RuntimeError("\nno C++ compiler found\nand so on")
+        graphs.append(graph)
+        return graph.forward
 
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=no_compiler, **options))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend=backend, **options))
     with caplog.at_level(logging.WARNING):
         compiled = Compiled(model.eval(), CPU, (2, 8), onednn.LINEARS["PyTorch"])
-    assert compiled(**inputs, return_logits=False)[1] == model(**inputs, return_logits=False)[1]
-    assert "Not compiled" in caplog.text
-    compiled(**inputs)
-    assert len(caplog.records) == 1
+        assert compiled(**inputs, return_logits=False)[1] == model(**inputs, return_logits=False)[1]
+        compiled(**inputs)
+    assert [record.message for record in caplog.records] == [
+        "Not compiled, training continues more slowly: " + caplog.records[0].message.partition(": ")[2]
+    ]
+    assert len(graphs) == compiled_before
     torch.compiler.reset()
