@@ -36,7 +36,7 @@ def main(config: EvaluateRun) -> None:
     from gpt2.analysis.tables import as_text
     from gpt2.checkpoint.pretrained import open_model
     from gpt2.distributed.process_group import init_distributed
-    from gpt2.ops.cpu_inference import quantize, refuse_int8
+    from gpt2.ops.cpu_inference import quantize, refuse_quantization
     from gpt2.runtime.device import choose_device, keep_freed_memory
     from gpt2.tracking.loggers import LoggedRun, start_loggers
     from gpt2.tracking.tracker import ExternalLogger, Tracker, now
@@ -45,14 +45,14 @@ def main(config: EvaluateRun) -> None:
     configs, results, titles, external = [config, *config.others], list[Figures](), list[str](), ExternalLogger()
     with init_distributed(DistributedConfig().timeout, config.device, "device") as group, ExitStack() as tracked:
         if config.quantization:
-            refuse_int8(choose_device(config.device), "quantization")
+            refuse_quantization(config.quantization, choose_device(config.device), "quantization")
         for one in configs:
             earlier_results(Path(str(one.output)))  # whatever is no result file is refused before anything is computed
         for one in configs:
             trained = open_model(one.checkpoint)
             model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
             if config.quantization:
-                quantize(model)
+                quantize(model, config.quantization)
             evaluation = (on_tasks if config.tasks else on_corpus)(one, model, group)
             if one is config:
                 if group.is_main:

@@ -147,7 +147,9 @@ class InferenceConfig:
 
     # How the model is loaded; not for samples during training.
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 on newer GPUs, else fp32
-    quantization: Literal["int8"] | None = None  # 8-bit weights on a CPU: a quarter of the bytes, nearly the same loss
+    # Of the weights, on a CPU. int8: a quarter of the bytes, nearly the same loss; int4: an eighth, a little more loss,
+    # for one text at a time.
+    quantization: Literal["int8", "int4"] | None = None
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
     # prompt_lookup: draft what followed the same tokens before, check it in one pass; same text, sooner if repetitive
     speculate: Literal["prompt_lookup"] | None = None
@@ -297,7 +299,7 @@ class EvaluateRun:
     batch_size: int = 8  # windows, or documents of a task, in a forward pass
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: as train.precision on CUDA, fp32 elsewhere
-    quantization: Literal["int8"] | None = None  # 8-bit weights, on a CPU: what quantization costs in loss
+    quantization: Literal["int8", "int4"] | None = None  # of the weights, on a CPU: what it costs in loss
     loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)

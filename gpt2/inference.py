@@ -26,7 +26,7 @@ from gpt2.generation.decode import CompiledDecoding
 from gpt2.generation.prompt_lookup import Drafts, draft_length
 from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
-from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
+from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_quantization
 from gpt2.runtime.device import auto_without_training, choose_precision, cuda_or_fallback
 from gpt2.validation import validate
 
@@ -77,12 +77,12 @@ class TextGenerator:
         dtype = torch.bfloat16 if chosen == "bf16" else torch.float32  # no weights in fp16, which may overflow
         self.format = quantization or ("bf16" if chosen == "bf16" else "fp32")
         if quantization:
-            refuse_int8(self.device)
+            refuse_quantization(quantization, self.device)
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
         self.model = self.trained.build().to(self.device, dtype).eval()
         if quantization:
-            quantize(self.model)
+            quantize(self.model, quantization)
         else:
             pack_linears(self.model, texts * (1 + draft_length(texts)) if speculate else texts)
         self.compiled = CompiledDecoding() if compile and self.device.type == "cuda" else None

@@ -60,16 +60,21 @@ def test_precision_quantization_and_special_tokens(trained):
     assert other.encode("a<|endoftext|>") == [*plain.encode("a"), end]
     assert end not in plain.encode("a<|endoftext|>")
     assert plain.encode("") == [end]
-    (line,) = TextGenerator(trained, "cpu", quantization="int8").continuations(
-        ["ab"], InferenceConfig(max_new_tokens=4, stop_at_end_of_text=False)
-    )
-    assert (line.prompt, line.tokens) == ("ab", 4)
+    config = InferenceConfig(max_new_tokens=12, stop_at_end_of_text=False, do_sample=False)
+    for quantization in ("int8", "int4"):
+        texts = []
+        for speculate in (None, "prompt_lookup"):
+            generator = TextGenerator(trained, "cpu", quantization=quantization, speculate=speculate)
+            (line,) = generator.continuations(["ababab"], config)
+            assert (line.prompt, line.tokens) == ("ababab", 12)
+            texts.append(line.text)
+        assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
     ("act", "complaint"),
     [
-        (lambda path: TextGenerator(path, quantization="int4"), "quantization: 'int4' is none of int8, null"),
+        (lambda path: TextGenerator(path, quantization="int3"), "quantization: 'int3' is none of int8, int4, null"),
         (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of auto, fp32, bf16"),
         (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
         (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),

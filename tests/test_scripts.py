@@ -159,9 +159,9 @@ def test_output_errors_without_traceback(trained, tmp_path):
     assert full.stderr.splitlines()[-1] == "error: No space left on device"
 
 
-@pytest.mark.parametrize("form", ["inference.precision=bf16", "inference.quantization=int8"])
+@pytest.mark.parametrize("form", ["precision=bf16", "quantization=int8", "quantization=int4"])
 def test_generation_in_other_formats(trained, form):
-    done = trained.run("generate.py", "prompt=def f", "inference=greedy", form)
+    done = trained.run("generate.py", "prompt=def f", "inference=greedy", f"inference.{form}")
     assert done.stdout.startswith("def f")
     assert f"on cpu in {form.split('=')[1]}\n" in done.stderr
 

@@ -34,7 +34,7 @@ from gpt2.errors import UserError, one_line
 from gpt2.generation.decode import CompiledDecoding
 from gpt2.generation.prompt_lookup import MAX_ROWS
 from gpt2.model import GPT2Model
-from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_int8
+from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_quantization
 from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ so most drafts are accepted; other texts gain less by inference.speculate."""
 class Contestant:
     name: str
     generate: Generate
-    weight_bytes: int = 4
+    weight_bytes: float = 4
     layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
     first_seconds: float = 0.0  # of the first run
 
@@ -107,20 +107,23 @@ class GenerationComparison:
             if batch_size == 1:
                 model, layout = self.packed(dtype, MAX_ROWS)
                 result.append(self.with_lookup(name, model, dtype.itemsize, layout))
-        try:
-            refuse_int8(self.device)
-        except UserError:
-            return result
-        model = copy.deepcopy(self.model)
-        layout = quantize(model).__name__
-        result.append(Contestant("gpt2, int8", ours(model), 1, layout))
-        return [*result, *([self.with_lookup("int8", model, 1, layout)] if batch_size == 1 else [])]
+        for name, weight_bytes in (("int8", 1), ("int4", 0.5 + 4 / 128)):  # int4: with the scales of its groups
+            try:
+                refuse_quantization(name, self.device)
+            except UserError:
+                continue
+            model = copy.deepcopy(self.model)
+            layout = quantize(model, name).__name__
+            result.append(Contestant(f"gpt2, {name}", ours(model), weight_bytes, layout))
+            if batch_size == 1:
+                result.append(self.with_lookup(name, model, weight_bytes, layout))
+        return result
 
     def packed(self, dtype: torch.dtype, rows: int) -> tuple[GPT2Model, str]:
         model = copy.deepcopy(self.model).to(self.device, dtype)
         return model, pack_linears(model, rows).__name__
 
-    def with_lookup(self, name: str, model: GPT2Model, weight_bytes: int, layout: str) -> Contestant:
+    def with_lookup(self, name: str, model: GPT2Model, weight_bytes: float, layout: str) -> Contestant:
         return Contestant(f"gpt2, {name}, prompt lookup", ours(model, speculates=True), weight_bytes, layout)
 
     def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:

@@ -35,7 +35,7 @@ OPTIONS = [
     ("stop=['']", "an empty text matches everywhere"),
     ("stop=null", "inference.stop"),
     ("precision=int8", "['auto', 'fp32', 'bf16']"),
-    ("quantization=int4", "['int8']"),
+    ("quantization=int3", "['int8', 'int4']"),
     ("heat=1", "Key 'heat'"),
 ]
 

@@ -20,7 +20,7 @@ def test_timing_of_the_first_token_and_the_median_later_one():
 def test_a_single_text_is_generated_with_prompt_lookup_too():
     comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
     contestants = {contestant.name: contestant for contestant in comparison.contestants(batch_size=1)}
-    names = [f"gpt2, {name}{how}" for name in ("fp32", "bf16", "int8") for how in ("", ", prompt lookup")]
+    names = [f"gpt2, {name}{how}" for name in ("fp32", "bf16", "int8", "int4") for how in ("", ", prompt lookup")]
     assert list(contestants)[2:] == names
     input_ids = random_ids(comparison.model.config, 1, 5)
     plain, speculative = (contestants[name].generate(input_ids, 10) for name in names[:2])
@@ -54,12 +54,13 @@ def test_a_contestant_that_fails_is_left_out_with_a_warning(monkeypatch, caplog)
 
     monkeypatch.setattr(comparison, "contestants", contestants)
     rows = comparison.compare(batch_size=2)
-    assert [row["contestant"] for row in rows] == ["transformers", "gpt2, fp32", "gpt2, bf16", "gpt2, int8"]
+    ours = [f"gpt2, {name}" for name in ("fp32", "bf16", "int8", "int4")]
+    assert [row["contestant"] for row in rows] == ["transformers", *ours]
     assert "transformers, static, compiled is left out: no compiler" in caplog.text
     assert all(len(row["tokens_per_second_of_each"]) == 2 for row in rows)
     assert rows[0]["ratio"] == rows[0]["same_tokens"] == 1
-    weights, share = comparison.weights, rows[-1]["share_of_floor"]
-    assert share == pytest.approx(weights / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
+    bytes_read, share = comparison.weights * (0.5 + 4 / 128), rows[-1]["share_of_floor"]
+    assert share == pytest.approx(bytes_read / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
     assert len(table(rows).splitlines()) == 1 + len(rows)
 
 
@@ -136,6 +137,10 @@ def test_tables_of_the_documentation_show_the_recorded_figures():
             row = rows.get((name, batch_size))
             cells += [f"{row['tokens_per_second']:.{digits}f}", f"{row['ratio']:.2f}"] if row else ["", ""]
         assert f"| {' | '.join(cells)} |\n".replace("|  |  |", "| | |") in page
+    records = (ROOT / "experiments" / "generation" / f"quickstart_{name}.json" for name in ("fp32", "int8", "int4"))
+    fp32, int8, int4 = (json.loads(record.read_text())["perplexity"] for record in records)
+    assert f"perplexity from {fp32:.3f} to {int8:.3f}, int4 to {int4:.3f}" in page
+    assert int4 < 1.02 * fp32
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_sweep_is_validated_in_combinations():
         ("benchmark_training", ["precisions=[fp8]"], "expected one of"),
         ("train", ["inference.quantization=int8"], "inference.quantization: only for generate.py"),
         ("generate", ["batch_size=0"], "batch_size: 0 is not a whole number of at least 1"),
-        ("generate", ["inference.quantization=int4"], r"expected one of \['int8'\]"),
+        ("generate", ["inference.quantization=int3"], r"expected one of \['int8', 'int4'\]"),
         ("generate", ["inference.quantization=int8", "inference.precision=bf16"], "contradicts inference.quantization"),
         ("evaluate", ["quantization=int8", "precision=bf16"], "precision: bf16 contradicts quantization=int8"),
         ("train", ["--config-name", "other"], "a preset goes to conf/experiment"),

@@ -1,5 +1,6 @@
 """Linear layers for CPU inference equal `F.linear`, exactly or nearly."""
 
+import copy
 import json
 import time
 from math import exp
@@ -15,7 +16,9 @@ from gpt2.evaluate import score
 from gpt2.model import GPT2Model
 from gpt2.ops import linear as onednn
 from gpt2.ops.cpu_inference import (
+    QUANTIZED,
     InferenceLinear,
+    Int4Linear,
     Int8Linear,
     PackedLinear,
     SlicedLinear,
@@ -102,7 +105,7 @@ def test_layout_is_chosen_by_a_rule_and_never_by_time(monkeypatch, has_onednn, d
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# int8
+# int8 and int4
 
 
 def test_private_int8_operations_are_where_they_were():
@@ -113,6 +116,17 @@ def test_private_int8_operations_are_where_they_were():
         f"PyTorch {torch.__version__} has moved torch.ops.quantized.{missing}, which int8 inference uses"
     )
     assert hasattr(torch.cpu, "_is_vnni_supported"), "PyTorch has moved torch.cpu._is_vnni_supported, which int8 uses"
+
+
+def test_private_int4_operations_are_where_they_were():
+    """If this fails after an update of PyTorch, find the new names for `gpt2.ops.cpu_inference`, or int4 is gone."""
+    for name, arguments in {
+        "_convert_weight_to_int4pack_for_cpu": "Tensor self, int innerKTiles",
+        "_weight_int4pack_mm_for_cpu": "Tensor self, Tensor mat2, int qGroupSize, Tensor qScaleAndZeros",
+    }.items():
+        where = f"PyTorch {torch.__version__} has moved torch.ops.aten.{name}, which int4 inference uses"
+        assert hasattr(torch.ops.aten, name), where
+        assert f"({arguments}) -> Tensor" in str(getattr(torch.ops.aten, name).default._schema), where
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +144,50 @@ def learned() -> GPT2Model:
     return model.eval()
 
 
-def test_an_int8_model_has_nearly_the_same_perplexity(learned):
+@pytest.mark.parametrize(("quantization", "change"), [("int8", 0.01), ("int4", 0.02)])
+def test_a_quantized_model_has_nearly_the_same_perplexity(learned, quantization, change):
+    learned = copy.deepcopy(learned)
     text = torch.tensor(list(CORPUS.encode()[: 33 * 60])).view(60, 33)
     batches = [{"input_ids": text[:, :-1], "targets": text[:, 1:]}]
     before = exp(score(learned, batches, torch.device("cpu")).loss)
     assert before < 8, "the model should have learned something"
-    quantize(learned)
+    assert quantize(learned, quantization) is QUANTIZED[quantization]
     after = exp(score(learned, batches, torch.device("cpu")).loss)
     assert after != before
-    assert after == pytest.approx(before, rel=0.01)
+    assert after == pytest.approx(before, rel=change)
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """What the 4-bit integers of a weight stand for."""
+    return Int4Linear(weight)(torch.eye(weight.size(1))).T
+
+
+@pytest.mark.parametrize("inputs", [128, 200])  # one group; two, of which the second is filled up
+def test_an_int4_layer_is_the_plain_layer_of_weights_within_half_a_step(inputs):
+    torch.manual_seed(0)
+    weight, x, offset = torch.randn(50, inputs), torch.randn(3, 5, inputs).bfloat16().float(), torch.randn(50)
+    weight[7] *= 1e4
+    weight[8] = 0.0
+    groups = F.pad(weight, (0, -inputs % 128)).unflatten(1, (-1, 128))
+    step = (groups.amax(-1) - groups.amin(-1)).repeat_interleave(128, 1)[:, :inputs] / 15
+    assert ((rounded(weight) - weight).abs() <= 0.56 * step + 1e-9).all()  # scales, offsets and results are in bf16
+    layer = Int4Linear(weight, offset)
+    expected = F.linear(x, rounded(weight), offset)
+    assert (layer(x) - expected).norm(dim=(0, 1)).div(expected.norm(dim=(0, 1))).max() < 0.01
+    assert torch.equal(layer(x)[1, 2], layer(x[1:2, 2:3])[0, 0])  # a token does not depend on the others
+
+
+def test_an_int4_model_has_the_logits_of_its_rounded_weights(learned):
+    plain, changed = (copy.deepcopy(learned) for _ in range(2))
+    quantize(changed, "int4")
+    input_ids = random_ids(plain.config, 3, 9)
+    with torch.no_grad():
+        for layer in plain.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(rounded(layer.weight))
+        plain.head = InferenceLinear(rounded(plain.token_embedding.weight))
+        logits, expected = changed(input_ids)[0], plain(input_ids)[0]
+    assert (logits - expected).norm() < 0.02 * expected.norm()
 
 
 @shapes
@@ -175,6 +224,10 @@ def test_int8_outputs_are_independent():
     assert torch.equal(changed[:, 8], torch.zeros(3))
 
 
-def test_int8_needs_a_cpu():
-    with pytest.raises(UserError, match=r"inference.quantization: int8 needs device=cpu"):
-        quantize(noisy_model(tiny_config()).to("meta"))
+@pytest.mark.parametrize("quantization", QUANTIZED)
+def test_quantization_needs_a_cpu_and_its_operations(monkeypatch, quantization):
+    with pytest.raises(UserError, match=f"inference.quantization: {quantization} needs device=cpu; on meta, take null"):
+        quantize(noisy_model(tiny_config()).to("meta"), quantization)
+    monkeypatch.setattr(QUANTIZED[quantization], "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"inference.quantization: this PyTorch has no {quantization} products"):
+        quantize(noisy_model(tiny_config()), quantization)
