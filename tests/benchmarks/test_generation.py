@@ -150,7 +150,8 @@ def test_the_command_prints_tables_and_writes_json(workspace: Workspace):
     done = workspace.module("gpt2.main", "benchmark", "generation", *shape, *work)
     assert done.returncode == 0, done.stderr
     result = json.loads((workspace.folder / "speed" / "result.json").read_text())
-    contestants = ("transformers", "transformers, static, compiled", "gpt2, fp32", "gpt2, bf16", "gpt2, int8")
+    formats = ("fp32", "bf16", "int8", "int4")
+    contestants = ("transformers", "transformers, static, compiled", *(f"gpt2, {name}" for name in formats))
     assert [(row["batch_size"], row["contestant"]) for row in result["results"]] == [(3, name) for name in contestants]
     for row in result["results"]:
         assert f"{row['tokens_per_second']:,.1f}" in done.stdout
