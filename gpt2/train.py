@@ -23,7 +23,7 @@ from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, sc
 from gpt2.model import Forward, GPT2Model
 from gpt2.ops.linear import LINEARS, name_of
 from gpt2.runtime.console import progress_shown
-from gpt2.runtime.device import choose_device, keep_freed_memory, peak_flops
+from gpt2.runtime.device import choose_device, keep_freed_memory
 from gpt2.runtime.dist_env import division
 from gpt2.runtime.rng import RandomState, make_deterministic, seed_of_rank, versions
 from gpt2.runtime.signals import defer_signals
@@ -311,13 +311,14 @@ class Trainer:
         """Record mean loss and throughput since the previous record."""
         self.guard.poll()
         tokens_per_second = self.throughput.tokens_per_second(self.progress.tokens)
+        flops_per_second = tokens_per_second * self.model.flops_per_token(self.block_length) / self.group.size
         metrics = {
             **self._counters(),
             "train/loss": self.losses_since_log.compute(),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/grad_norm": float(gradient_norm),
             "train/tokens_per_second": tokens_per_second,
-            "train/mfu": self._model_flops_utilization(tokens_per_second),
+            "train/mfu": self.plan.utilization(flops_per_second),
             "train/epoch": self.progress.epoch + self.progress.position / len(self.train_loader),
             **({"train/steps_left_out": self.guard.total} if self.guard.total else {}),
         }
@@ -362,12 +363,6 @@ class Trainer:
         self.progress.seconds = self.throughput.seconds
         seconds = round(self.progress.seconds, 3)
         return {"step": self.progress.step, "tokens": self.progress.tokens, "seconds": seconds}
-
-    def _model_flops_utilization(self, tokens_per_second: float) -> float | None:
-        """The model's FLOPs as a fraction of the hardware's peak; None where the peak is unknown."""
-        peak = peak_flops(self.plan.precision)
-        flops_per_second = tokens_per_second * self.model.flops_per_token(self.block_length)
-        return peak and flops_per_second / (peak * self.group.size)
 
     def _save(self) -> None:
         """Save a checkpoint of this step, unless there is one already, and remove old ones."""

@@ -173,10 +173,12 @@ def test_mfu_is_the_share_of_the_peak_of_all_chips(blocks, tmp_path, monkeypatch
     trainer = make_trainer(blocks, tmp_path, tracker=Tracker(tmp_path), max_steps=3, log_every=1)
     trainer.train()
     assert {record.get("train/mfu") for record in read_metrics(tmp_path / "metrics.jsonl")} == {None}  # on a CPU
-    monkeypatch.setattr(train, "peak_flops", lambda precision: 5e9)
+    monkeypatch.setattr("gpt2.training.compile.peak_flops", lambda precision: 5e9)
+    monkeypatch.setattr(trainer.throughput, "tokens_per_second", lambda tokens: 700.0)
     trainer.group.size = ranks
-    flops = trainer.model.flops_per_token(LENGTH)
-    assert trainer._model_flops_utilization(700.0) == pytest.approx(700 * flops / 5e9 / ranks)
+    trainer._log(torch.tensor(1.0))
+    share = 700 * trainer.model.flops_per_token(LENGTH) / 5e9 / ranks
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["train/mfu"] == pytest.approx(share)
 
 
 # Stops

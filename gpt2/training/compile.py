@@ -16,7 +16,7 @@ from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.ops.cross_entropy import CHUNK_BYTES
 from gpt2.ops.linear import LINEARS, LinearFunction, faster_linear
-from gpt2.runtime.device import Precision, choose_precision, known_peak, requested_precision
+from gpt2.runtime.device import Precision, choose_precision, known_peak, peak_flops, requested_precision
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,11 @@ class ComputePlan:
     linear: str  # key of `LINEARS`
     compiled: bool
     chunk_bytes: int | None = None  # of the logits that exist at a time, see `gpt2.ops.cross_entropy`
+
+    def utilization(self, flops_per_second: float) -> float | None:
+        """MFU: the model's FLOPs on one device as a fraction of its peak; None where the peak is unknown."""
+        peak = peak_flops(self.precision)
+        return peak and flops_per_second / peak
 
 
 def choose_plan(

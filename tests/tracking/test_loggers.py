@@ -1,4 +1,4 @@
-"""Loggers side by side: each gets everything, and whatever one of them does, the run and the others go on."""
+"""Loggers side by side: each gets everything, and a failure of one changes neither the run nor the others."""
 
 import csv
 import json
@@ -35,15 +35,15 @@ def record(step: int, **values: float) -> dict[str, Any]:
 
 
 class Listener(ExternalLogger):
-    """Remembers what it was told."""
+    """Remembers the calls of its methods."""
 
     def __init__(self):
-        self.told: list[Any] = []
+        self.calls: list[Any] = []
 
     def __getattribute__(self, name: str) -> Any:
         if name not in METHODS:
             return super().__getattribute__(name)
-        return lambda *arguments: self.told.append((name, *arguments)) or []
+        return lambda *arguments: self.calls.append((name, *arguments)) or []
 
 
 class Faulty(Listener):
@@ -88,7 +88,7 @@ def test_no_fault_of_a_logger_reaches_the_run_or_another_logger(tmp_path, caplog
     assert time.monotonic() - began < 60  # the limits are far shorter; this ends a hang
     assert read_about(tmp_path)["state"] == "finished"
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2 * steps
-    names = [name for name, *_ in good.told if name != "flush"]
+    names = [name for name, *_ in good.calls if name != "flush"]
     assert names == ["start", *["log", "log", "show_table"] * steps, "summarize", "finish", "where"]
     warnings = [entry.getMessage() for entry in caplog.records]
     assert len(warnings) == (method != "where" or fault == "hangs"), warnings
@@ -107,11 +107,11 @@ def test_second_interruption_ends_the_waiting(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         log_a_run(tmp_path, Loggers([hanging]))
     released.set()
-    assert ("abandon", Ended("finished")) in hanging.told
+    assert ("abandon", Ended("finished")) in hanging.calls
 
 
 def test_slow_start_delays_nothing_and_loses_nothing(tmp_path):
-    started, told = threading.Event(), []
+    started, calls = threading.Event(), []
 
     class Slow(Listener):
         def __getattribute__(self, name: str) -> Any:
@@ -123,27 +123,27 @@ def test_slow_start_delays_nothing_and_loses_nothing(tmp_path):
     with Tracker(tmp_path, Loggers([logger])) as tracker:
         for step in range(3):
             tracker.log(record(step))
-        told += logger.told
+        calls += logger.calls
         started.set()
-    assert told == []
-    assert [entry[1]["step"] for entry in logger.told if entry[0] == "log"] == [0, 1, 2]
+    assert calls == []
+    assert [entry[1]["step"] for entry in logger.calls if entry[0] == "log"] == [0, 1, 2]
 
 
 def test_secrets_are_redacted_for_all_loggers(monkeypatch):
     class Recording(Listener):
         def __init__(self, run: LoggedRun):
             super().__init__()
-            told.append(run)
+            calls.append(run)
 
-    told: list[Any] = []
+    calls: list[Any] = []
     monkeypatch.setitem(LOGGERS, "csv", lambda _config, run: Recording(run) and listener)
     listener = Listener()
     run = LoggedRun("https://me:word@host", "postgresql://me:word@host", "train", {"a": ["https://word@host"]})
     external = start_loggers(TrainRun(loggers=["csv", "csv"]), run)
     external.finish(Ended("failed", 1, "no answer of https://me:word@host/x?token=word"), None)
-    assert len(told) == 1
-    assert "word" not in f"{told} {listener.told}"
-    assert (told[0].name, told[0].config) == ("https://***@host", {"a": ["https://***@host"]})
+    assert len(calls) == 1
+    assert "word" not in f"{calls} {listener.calls}"
+    assert (calls[0].name, calls[0].config) == ("https://***@host", {"a": ["https://***@host"]})
 
 
 def test_package_that_is_missing_is_one_line(monkeypatch):

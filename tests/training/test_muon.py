@@ -1,4 +1,4 @@
-"""Muon in batches equals Muon on each matrix alone, and skips a step where it is told to."""
+"""Muon in batches equals Muon on each matrix alone, and skips a step where `found_inf` is 1."""
 
 from collections import Counter
 
@@ -80,11 +80,11 @@ def test_step_is_skipped_without_the_host(value, first):
     optimizers = [build_optimizer(model, CONFIG) for model in models]
     for step in range(4):
         is_skipped = step == (0 if first else 2)
-        for model, optimizer, told in zip(models, optimizers, (True, False), strict=True):
+        for model, optimizer, on_device in zip(models, optimizers, (True, False), strict=True):
             give_gradients(list(model.parameters()), step, value if is_skipped else None)
-            if told:
+            if on_device:
                 optimizer.found_inf = torch.tensor(float(is_skipped))
-            if told or not is_skipped:
+            if on_device or not is_skipped:
                 optimizer.step()
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
