@@ -121,8 +121,7 @@ class Compiled:
 
     In one graph of the whole model, all gradients would be ready at the very end of the backward pass, and DDP could
     not exchange any of them before. Block by block they are ready as without compilation, FSDP gathers one block at a
-    time, and since the blocks are alike only one is compiled. On a CPU in bf16, a step of GPT-2 124M takes 1.03 times
-    as long as in one graph, and the first step 41 s instead of 65.
+    time, and since the blocks are alike only one is compiled, which takes less time than the whole graph.
     """
 
     def __init__(
