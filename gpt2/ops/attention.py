@@ -1,7 +1,7 @@
 """Causal self-attention: PyTorch's fused kernel, or explicit matrices where those train faster on a CPU.
 
-Gain of the explicit matrices (experiments/performance, levers_small.json): with the fused kernel, a training step of a
-16-million-weight model takes 4 % longer in bf16.
+The gain of the explicit matrices depends on the processor. In the latest record (experiments/performance,
+levers_small.json) it is within the noise of a training step of a 16-million-weight model.
 
 Axes: b batch, t time, h head, d head dimension, T all tokens that are attended to.
 """

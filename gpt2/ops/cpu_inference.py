@@ -1,8 +1,8 @@
 """Linear layers for text generation on a CPU, where reading the weights takes nearly all the time of a token.
 
 The floor is the bytes of the weights over the memory bandwidth. On two cores of an EPYC, GPT-2 124M in fp32 generates
-one text at 71 % of the floor's speed, `transformers` at 28 %: 2.5 times as many tokens per second, in int8 4.3 times
-(experiments/generation, cpu.json).
+one text at 80 % of the floor's speed, `transformers` at 47 %: 1.7 times as many tokens per second, in int8 3.6 and in
+int4 4.5 times (experiments/generation, cpu.json).
 
 Which layout is fastest depends on the number format and on the number of texts, see `kind_for`.
 

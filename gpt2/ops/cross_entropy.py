@@ -3,7 +3,7 @@
 Logits are by far the largest activations: 200 KB a token with GPT-2's vocabulary, times several copies. Here a chunk of
 them is computed, turned into its own gradient in place, and freed. Gain (experiments/performance): with 16 sequences
 of 256 tokens, a training step of a 16-million-weight model peaks at 1,240 MB in fp32 instead of nanoGPT's 4,175
-(small_batch_16.json); with the logits of 4 sequences at once, a step in bf16 takes 5 % longer (levers_small.json).
+(small_batch_16.json); with the logits of 4 sequences at once, a step in bf16 takes 8 % longer (levers_small.json).
 """
 
 from collections.abc import Callable, Iterator
@@ -203,7 +203,7 @@ def _loss_and_gradients(
 def softmax_(logits: Tensor) -> Tensor:
     """Turn logits (m, v) into probabilities in place. Returns the log of the sum of their exponentials (m, 1) in fp32.
 
-    On a CPU a few rows at a time: with all at once, a step of a 16-million-weight model in bf16 takes 4 to 8 % longer.
+    On a CPU a few rows at a time: with all at once, a step of a 16-million-weight model in bf16 takes 3 % longer.
     """
     by_rows = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     rows = max(1, SOFTMAX_BYTES // (4 * logits.size(1))) if by_rows else len(logits)

@@ -1,7 +1,7 @@
 """Products of fp32 matrices by oneDNN on a CPU, with gradients.
 
 PyTorch multiplies fp32 matrices by MKL, which on processors of other makers may be slower than oneDNN: on two Zen 4
-cores a training step of a 16-million-weight model takes 1.20 times as long by MKL (levers_small.json in
+cores a training step of a 16-million-weight model takes 1.09 times as long by MKL (levers_small.json in
 experiments/performance).
 
 This is the only module that uses PyTorch's private oneDNN operations (`torch.ops.mkldnn`), which its compiler emits.

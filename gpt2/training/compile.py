@@ -99,7 +99,7 @@ def agreed_precision(name: str, device: torch.device, group: ProcessGroup) -> Pr
 def compile_is_worthwhile(precision: Precision, flops: float, seconds: float) -> bool:
     """Whether compilation saves more time than it takes: on CUDA with Triton, if the training is long enough.
 
-    On a CPU it saves 6 % of a step in bf16 and makes one in fp32 slower, see experiments/performance.
+    On a CPU it saves 2 to 5 % of a step in bf16 and makes one in fp32 slower, see experiments/performance.
 
     Args:
         flops: FLOPs of the whole training.
