@@ -6,6 +6,7 @@ heavy, so that a mistake is reported before torch is loaded.
 """
 
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any, ClassVar, Literal
 
 
@@ -27,6 +28,19 @@ class GPT2Config:
         0.02  # standard deviation of initial weights; residual projections: / sqrt(2 * num_layers)
     )
     use_bias: bool = True  # in the linear layers
+    parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate stays when the width grows
+    mup_base_width: int = 256  # d_model at which mup has GPT-2's initialization, rates and logits
+    mup_base_head_width: int = 64  # d_model / num_heads at which mup has GPT-2's attention
+
+    @property
+    def width_ratio(self) -> float:
+        """Of the base to this model: with mup the logits, the variance of initial hidden matrices, and their rate."""
+        return self.mup_base_width / self.d_model if self.parametrization == "mup" else 1.0
+
+    @property
+    def query_ratio(self) -> float:
+        """With mup, attention's scores in proportion to GPT-2's: 1 / head width instead of 1 / sqrt(head width)."""
+        return sqrt(self.mup_base_head_width * self.num_heads / self.d_model) if self.parametrization == "mup" else 1.0
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Linear(nn.Linear):
 class MultiHeadAttention(nn.Module):
     """Causal self-attention. `dropout` acts on the attention weights."""
 
+    scale: float | None = None  # see `attend`
+
     def __init__(self, d_model: int, num_heads: int, dropout: float, use_bias: bool):
         super().__init__()
         self.num_heads = num_heads
@@ -75,7 +77,7 @@ class MultiHeadAttention(nn.Module):
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = causal_mask(attention_mask)
         dropout = self.dropout if self.training else 0.0
-        return self.out(attend(self.qkv(hidden_states), self.num_heads, attention_mask, past, dropout))
+        return self.out(attend(self.qkv(hidden_states), self.num_heads, attention_mask, past, dropout, self.scale))
 
 
 class FeedForward(nn.Module):
@@ -121,8 +123,30 @@ class DecoderBlock(nn.Module):
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
 
 
+class ScaledLayerNorm(nn.LayerNorm):
+    """LayerNorm times `scale`, by which it multiplies gain and bias: no tokens, so it costs nothing."""
+
+    def __init__(self, d_model: int, epsilon: float, scale: float):
+        super().__init__(d_model, epsilon)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., c) -> (..., c)."""
+        return F.layer_norm(x, self.normalized_shape, self.weight * self.scale, self.bias * self.scale, self.eps)
+
+
 class GPT2Model(nn.Module):
     """The language model: token ids in, logits of the next token out.
+
+    With `parametrization="mup"` it has the maximal update parametrization for Adam of Yang et al. (2022, "Tensor
+    Programs V", table 8): initial hidden matrices have a variance and a learning rate of base width / width (see
+    `gpt2.training.optimizer`), attention's scores are divided by the head width instead of its root, and the logits are
+    multiplied by base width / width. Embeddings, biases and gains have the initialization and rate of any width.
+
+    The head is the token embedding, and table 8 is the form in which one matrix can be both: input and output weights
+    have the same initialization and rate, which do not depend on the width. What an output needs besides is that
+    multiplier: after some steps the hidden states correlate with the embedding, and a sum over the width of correlated
+    products grows in proportion to it. The final norm applies it, so that every path to the logits has it.
 
     Raises:
         ValueError: `config` is invalid, for example because num_heads does not divide d_model.
@@ -153,19 +177,27 @@ class GPT2Model(nn.Module):
             for _ in range(config.num_layers)
         )
         self.final_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        if config.parametrization == "mup":
+            self.final_norm = ScaledLayerNorm(config.d_model, config.layer_norm_epsilon, config.width_ratio)
+            for module in self.modules():
+                if isinstance(module, MultiHeadAttention):
+                    module.scale = config.query_ratio / sqrt(config.d_model // config.num_heads)
         self.head: nn.Module | None = None  # None: the token embedding; see gpt2.ops.cpu_inference
         self._initialize()
 
     def _initialize(self) -> None:
         """Normal weights; those of projections into the residual stream shrink by sqrt(2 * num_layers) (GPT-2, 2.3)."""
         std = self.config.initializer_range
-        residual_std = std / sqrt(2 * self.config.num_layers)
+        hidden_std = std * sqrt(self.config.width_ratio)
+        residual_std = hidden_std / sqrt(2 * self.config.num_layers)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear):
                 is_residual = name.endswith(("attention.out", "feed_forward.down"))
-                nn.init.normal_(module.weight, std=residual_std if is_residual else std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.normal_(module.weight, std=residual_std if is_residual else hidden_std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def use_linear(self, linear: LinearFunction) -> None:
         """Multiply by weights with this function, a drop-in replacement of `F.linear`."""

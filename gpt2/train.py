@@ -188,7 +188,7 @@ class Trainer:
         targets = sum(count_targets(batch) for batch in micro_batches)
         rate = learning_rate(self.progress.step, self.total_steps, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_factor", 1.0)
 
         loss = self._accumulate_gradients(micro_batches, targets)
         if loss is None:
@@ -315,7 +315,7 @@ class Trainer:
         metrics = {
             **self._counters(),
             "train/loss": self.losses_since_log.compute(),
-            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/learning_rate": self.progress.learning_rate,
             "train/grad_norm": float(gradient_norm),
             "train/tokens_per_second": tokens_per_second,
             "train/mfu": self.plan.utilization(flops_per_second),

@@ -65,7 +65,8 @@ HOLDS_ANY_TEXT = ("prompt", "sample_prompt", "stop", "document_start", "started_
 BOUNDS: dict[type, Bounds] = {
     GPT2Config: {
         **dict.fromkeys(
-            ("vocab_size", "context_length", "d_model", "num_heads", "d_ff"), (1, 10**7, "between 1 and 10^7")
+            ("vocab_size", "context_length", "d_model", "num_heads", "d_ff", "mup_base_width", "mup_base_head_width"),
+            (1, 10**7, "between 1 and 10^7"),
         ),
         "num_layers": (1, 1000, "between 1 and 1000"),
         **dict.fromkeys(("dropout", "attention_dropout", "residual_dropout"), PROBABILITY),

@@ -9,7 +9,7 @@ import logging
 import re
 import reprlib
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,6 +259,8 @@ def write_folder(
         tensors: By the names of `GPT2Model`.
         card: The model card, written as README.md.
     """
+    if config.parametrization == "mup":
+        tensors = _in_standard(tensors, config)
     if not config.use_bias:
         tensors = _with_zero_biases(tensors, config)
     weights = {f"transformer.{hf_name(name)}": hf_layout(name, tensor) for name, tensor in tensors.items()}
@@ -269,7 +271,7 @@ def write_folder(
     description = {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in _REQUIRED.items()},
-        **{_FIELDS[name]: value for name, value in asdict(config).items()},
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         "n_ctx": config.context_length,  # as in OpenAI's files; the converter to GGUF reads it
         **tokens,
         "dtype": "float32",
@@ -279,6 +281,18 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.to_folder(folder, config.context_length)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _in_standard(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
+    """Multiply the factors of mup into the weights: that of the scores into queries, of the logits into the norm."""
+    folded = dict(tensors)
+    for name, tensor in tensors.items():
+        if ".qkv." in name:
+            folded[name] = tensor.clone()
+            folded[name][: config.d_model] *= config.query_ratio
+        elif name.startswith("final_norm."):
+            folded[name] = tensor * config.width_ratio
+    return folded
 
 
 def _with_zero_biases(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":

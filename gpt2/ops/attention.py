@@ -37,6 +37,7 @@ def attend(
     attention_mask: Tensor | None = None,
     past: PastKeyValues | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Multi-head causal attention, (b, t, 3 * c) -> (b, t, c).
 
@@ -45,13 +46,14 @@ def attend(
         attention_mask: Boolean (b, 1, t, T), see `causal_mask`. None is causal attention without padding.
         past: A key-value cache, see `PastKeyValues`. It may keep another number format, which attention then has.
         dropout: Probability of dropping an attention weight.
+        scale: Of the scores; 1 / sqrt(d) by default.
     """
     q, kv = rearrange(qkv, "b t (qkv h d) -> qkv b h t d", qkv=3, h=num_heads).split((1, 2))
     k, v = kv if past is None else past(kv)
     if past is None and attention_mask is None and _explicit_is_faster(q[0]):
-        return rearrange(_explicit_attention(q[0], k, v, dropout), "b h t d -> b t (h d)")
+        return rearrange(_explicit_attention(q[0], k, v, dropout, scale), "b h t d -> b t (h d)")
     is_causal = attention_mask is None and qkv.size(1) > 1  # a single token attends to everything before it
-    mixed = F.scaled_dot_product_attention(q[0].to(k.dtype), k, v, attention_mask, dropout, is_causal)
+    mixed = F.scaled_dot_product_attention(q[0].to(k.dtype), k, v, attention_mask, dropout, is_causal, scale=scale)
     return rearrange(mixed, "b h t d -> b t (h d)").to(qkv.dtype)
 
 
@@ -65,11 +67,11 @@ def _explicit_is_faster(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.requires_grad and fits and (q.element_size() == 2 or t <= MAX_FP32_TOKENS)
 
 
-def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (b, h, t, d). In 16 bits the scores are rounded before the softmax."""
+def _explicit_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v of (b, h, t, d). In 16 bits the scores are rounded before the softmax."""
     b, t, d = q.size(0), q.size(2), q.size(3)
     q, k, v = (rearrange(x, "b h t d -> (b h) t d") for x in (q, k, v))
     future = torch.full((t, t), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(future, q, rearrange(k, "n t d -> n d t"), alpha=d**-0.5)
+    scores = torch.baddbmm(future, q, rearrange(k, "n t d -> n d t"), alpha=scale or d**-0.5)
     mixed = F.dropout(torch.softmax(scores, dim=-1), dropout) @ v
     return rearrange(mixed, "(b h) t d -> b h t d", b=b)

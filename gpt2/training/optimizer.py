@@ -1,10 +1,13 @@
 """Optimizers, their parameter groups, and the learning rate schedule.
 
+The rate of a group is the schedule's times its `rate_factor`, if it has one. With `model.parametrization=mup` the
+matrices of the blocks have one, by the width; `hidden_group` says which.
+
 To add an optimizer, add a builder to `BUILDERS` and what it supports to `gpt2.config.OPTIMIZERS`.
 """
 
-from collections.abc import Callable, Iterable
-from math import cos, pi
+from collections.abc import Callable
+from math import cos, pi, sqrt
 from typing import Any
 
 import torch
@@ -60,28 +63,44 @@ def trained(model: GPT2Model) -> dict[str, nn.Parameter]:
 
 def build_adamw(model: GPT2Model, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; biases and normalisation gains do not decay."""
-    return _adamw(trained(model).values(), config)
+    return _adamw(trained(model), model, config)
+
+
+def hidden_group(rate_factor: float, config: TrainingConfig) -> dict[str, float]:
+    """Rate and decay of the matrices of the blocks in a model that is wider than the base of mup.
+
+    The sizes that matter are those of matrices as operators (the spectral condition of Yang, Simon and Bernstein,
+    2023): an update may neither vanish nor grow with the width. One of Adam, of equally large elements and few
+    directions, is a matrix of norm rate * width, hence a factor of base / width. An orthogonal one of `Muon`, scaled to
+    the same elements, has norm rate * sqrt(width), hence a factor of sqrt(base / width). The product of rate and decay
+    does not depend on the width, as in the code of Yang et al. (2022): else the widest models would not decay.
+    """
+    rate, decay = config.learning_rate * rate_factor, config.weight_decay / rate_factor
+    return {"lr": rate, "rate_factor": rate_factor, "weight_decay": decay}
 
 
 def build_muon(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:
     """Muon for the matrices of the blocks, in groups of one shape, and AdamW for the rest."""
     rest, groups = trained(model), dict[Any, dict[str, Any]]()
+    shared = hidden_group(sqrt(model.config.width_ratio), config)
     for name, stacked in model.matrices().items():
         if (matrix := rest.pop(name, None)) is not None:
-            group = groups.setdefault((matrix.shape, stacked), {"params": [], "stacked": stacked})
+            group = groups.setdefault((matrix.shape, stacked), {"params": [], "stacked": stacked, **shared})
             group["params"].append(matrix)
     if not groups:
         return build_adamw(model, config)
-    rate, decay, momentum = config.learning_rate, config.weight_decay, config.muon_momentum
-    muon = Muon(groups.values(), lr=rate, weight_decay=decay, momentum=momentum)
-    return MuonWithAdamW(muon, _adamw(rest.values(), config))
+    muon = Muon(groups.values(), momentum=config.muon_momentum)
+    return MuonWithAdamW(muon, _adamw(rest, model, config))
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    tensors = list(parameters)
+def _adamw(parameters: dict[str, nn.Parameter], model: GPT2Model, config: TrainingConfig) -> torch.optim.AdamW:
+    ratio, tensors = model.config.width_ratio, list(parameters.values())
+    hidden = [parameters.pop(name) for name in model.matrices() if name in parameters] if ratio != 1 else []
+    others = parameters.values()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in tensors if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in tensors if p.dim() < 2], "weight_decay": 0.0},
+        {"params": hidden, **hidden_group(ratio, config)},
+        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
     ]
     return AdamW(
         [group for group in groups if group["params"]],

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
 LIKE_WEIGHTS = ("exp_avg/", "exp_avg_sq/", "momentum_buffer/")  # state of AdamW and Muon with the shape of the weight
-SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # fixed by weights
+SHAPE = (  # fixed by weights
+    *("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias"),
+    *("parametrization", "mup_base_width", "mup_base_head_width"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
