@@ -105,20 +105,34 @@ def compare() -> None:
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)
 
 
-STUDY = """usage: python -m gpt2.main study experiments/STUDY [jobs=N]
+STUDY = """usage: python -m gpt2.main study experiments/STUDY [OPTIONS]
 
-Run the missing runs of a recorded study, and write its table and plots.
+Run the missing runs of a recorded study, and write its table and picture. Ctrl-C stops it, the same command resumes it.
 
-  jobs=N  runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results"""
+  jobs=N      runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
+  threads=N   threads of each run; default: the cores divided by the runs at a time
+  --plan      only print what is missing and what it costs here: tokens, FLOPs, hours, disk
+  --redraw    only write table and picture again, from results.csv"""
 
 
 def study() -> None:
     paths, options = split_arguments(STUDY)
     if len(paths) != 1 or not options.get("jobs", "1").isdecimal():
         raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
-    from gpt2.experiments.runner import run_study
+    if not options.get("threads", "1").isdecimal() or options.get("threads") == "0":
+        raise UserError(f"threads: {options['threads']} is not a whole number above 0")
+    folder, jobs, threads = (
+        Path(paths[0]),
+        *(int(options[key]) if key in options else None for key in ("jobs", "threads")),
+    )
+    if "redraw" in options:
+        from gpt2.experiments.results import redraw
 
-    run_study(Path(paths[0]), int(options["jobs"]) if "jobs" in options else None)
+        redraw(folder)
+        return
+    from gpt2.experiments.runner import print_plan, run_study
+
+    (print_plan if "plan" in options else run_study)(folder, jobs, threads)
 
 
 def main() -> None:

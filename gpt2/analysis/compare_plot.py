@@ -10,65 +10,54 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from gpt2.analysis.compare import Comparison
-from gpt2.analysis.plotting import as_label, new_figure, plain
+from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
 
-MOST_NAMED = 12  # groups in the legend; the others are grey
-GREY = "#c9c9c9"
+MOST_NAMED = 12  # groups with a name; the others are grey
+GREY, OTHERS = "#c9c9c9", "#7f7f7f"  # lines, and letters
 
 
 def colours(values: Sequence[Any]) -> list[str]:
     """A colour for each distinct value: along a scale for three or more numbers, which have an order."""
     if len(values) > 2 and all(isinstance(value, int | float) for value in values):
         order = sorted(values)
-        return [to_hex(colormaps["viridis"](0.9 * order.index(value) / (len(values) - 1))) for value in values]
+        return [to_hex(colormaps["viridis"](0.85 * order.index(value) / (len(values) - 1))) for value in values]
     scale = colormaps["tab10" if len(values) <= 10 else "tab20"]
     return [to_hex(scale(place % scale.N)) for place in range(len(values))]
 
 
-def curves(
-    comparison: Comparison,
-    cost: str = "seconds",
-    identify: Callable[[RunResult], str] | None = None,
-    palette: dict[str, str] | None = None,
-    group_of: Callable[[RunResult], str] | None = None,
-) -> Figure:
-    """Plot all runs. Runs that differ only in their seed share a colour and a line of the legend.
+def curves(comparison: Comparison, cost: str = "seconds", identify: Callable[[RunResult], str] | None = None) -> Figure:
+    """Plot all runs. Runs that differ only in their seed share a colour and a name.
 
     Args:
         cost: The x axis of the right half: seconds or flops.
         identify: The id of a run's lines in SVG.
-        palette: A colour for each group.
-        group_of: The group of a run, as the legend shows it; default: `Comparison.group`.
     """
     groups: dict[str, list[RunResult]] = {}
     for run in comparison.runs:
-        groups.setdefault((group_of or comparison.group)(run), []).append(run)
+        groups.setdefault(comparison.group(run), []).append(run)
     named = list(groups)[:MOST_NAMED]
-    if palette is None:
-        palette = dict(zip(named, colours(_values(comparison, [groups[label][0] for label in named])), strict=True))
+    palette = dict(zip(named, colours(_values(comparison, [groups[label][0] for label in named])), strict=True))
 
     key, y_label = _metric(comparison)
     x_label, scale = _unit_of_time(comparison.runs) if cost == "seconds" else (UNITS[cost], 1.0)
-    figure = new_figure(11, 4.8)
+    figure = new_figure(8.5, 4)
     by_tokens, by_cost = figure.subplots(1, 2, sharey=True)
+    ends: dict[str, tuple[float, float, str, str]] = {}
     for label, runs in groups.items():
-        style: dict[str, Any] = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
-        if label in palette:
-            style["label"] = as_label(label + _count(runs))
+        style = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
+        name = label + _count(runs) if label in palette else f"{len(groups) - len(named)} others"
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_cost, cost, scale)):
-                _line(axes, [(place / factor, y) for place, y in run.curve(key, x)], style, identify and identify(run))
-            style.pop("label", None)  # only the first run of a group is in the legend
+                points = [(place / factor, y) for place, y in run.curve(key, x)]
+                _line(axes, points, style, identify and identify(run))
+            if points:
+                ends.setdefault(name, (*points[-1], name, palette.get(label, OTHERS)))
 
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(by_tokens, xlabel="tokens", ylabel=y_label)
     plain(by_cost, xlabel=x_label)
-    if len(groups) > len(named):
-        by_tokens.plot([], [], color=GREY, label=f"{len(groups) - len(named)} others")
-    handles, _ = by_tokens.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize="small")
+    label_ends(by_cost, list(ends.values()))
     return figure
 
 

@@ -69,7 +69,7 @@ def write_curve(results: list[Result]) -> Path | None:
     Returns:
         The picture's path; None if no run has two steps.
     """
-    from gpt2.analysis.plotting import as_label, new_figure, picture, plain  # matplotlib, which a table needs not load
+    from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # matplotlib: a table needs none
 
     runs: dict[Path, list[Result]] = {}
     for result in results:
@@ -79,21 +79,23 @@ def write_curve(results: list[Result]) -> Path | None:
     if not lines:
         return None
     figure = new_figure()
-    axes = figure.subplots()
+    axes, ends = figure.subplots(), []
     tasks = {task: metrics_of(figures)[0] for task, figures in results[0].get("results", {}).items()}
     for run, found in lines.items():
         steps = [result["step"] for result in found]
         prefix = f"{run.parent.name}/{run.name} " if len(lines) > 1 else ""
         if not tasks:
-            axes.plot(steps, [result["loss"] for result in found], "o-", label=as_label(prefix.strip()))
+            (line,) = axes.plot(steps, losses := [result["loss"] for result in found], "o-")
+            ends.append((steps[-1], losses[-1], prefix.strip(), str(line.get_color())))
         for task, metric in tasks.items():
             values, errors = (
                 [result["results"][task][name] for result in found] for name in (metric, f"{metric}_stderr")
             )
-            axes.errorbar(steps, values, errors, fmt="o-", capsize=3, label=as_label(f"{prefix}{task} {metric}"))
+            line = axes.errorbar(steps, values, errors, fmt="o-", capsize=3)[0]
+            ends.append((steps[-1], values[-1], f"{prefix}{task} {metric}", str(line.get_color())))
     plain(axes, xlabel="step", ylabel="accuracy ± standard error" if tasks else "loss (nats per token)")
     if tasks or len(lines) > 1:
-        axes.legend(frameon=False)
+        label_ends(axes, ends)
     path = Path(results[0]["output"])
     path = path.with_name(f"{path.stem}{'_tasks' if tasks else ''}.png")
     path.write_bytes(picture(figure))

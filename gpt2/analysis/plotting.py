@@ -1,6 +1,7 @@
 """The style of all plots, and the loss curves of a single run."""
 
 import io
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from gpt2.analysis.runs import RunResult
 from gpt2.runtime.console import printable
 
 BEST, FAINT = "#c8502d", "#9db4d0"
+LINE_HEIGHT = 0.22  # inches, of figures whose axes take most of the height
 
 
-def new_figure(width: float = 8, height: float = 4.5) -> Figure:
-    """A figure without pyplot's global state; sizes in inches."""
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+def new_figure(width: float = 6.5, height: float = 4) -> Figure:
+    """A figure without pyplot's global state; sizes in inches. Shown 600 pixels wide, its letters have 13 pixels."""
+    return Figure(figsize=(width, height), dpi=180, layout="constrained")
 
 
 def plain(axes: Axes, **labels: Any) -> None:
@@ -24,6 +26,38 @@ def plain(axes: Axes, **labels: Any) -> None:
     axes.set(**labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name lines at the right edge of the axes, in their colours, instead of in a legend.
+
+    Names that would overlap are moved apart; a thin line leads from each to its point. To be called last, because it
+    reads the limits of the axes.
+
+    Args:
+        ends: The last point of each line, its name and its colour: (x, y, name, colour).
+    """
+    axes.autoscale_view()  # otherwise the limits are those of an empty plot until it is drawn
+    figure, to_axes = axes.get_figure(root=True), axes.transScale + axes.transLimits
+    assert figure
+    heights = list[float]()
+    named = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends)
+    gap = LINE_HEIGHT / figure.get_figheight()
+    for height, *_ in named:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    highest = 1.0
+    for place in reversed(range(len(heights))):
+        heights[place] = highest = min(heights[place], highest)
+        highest -= gap
+    for height, (_, x, y, name, colour) in zip(heights, named, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3}
+        axes.annotate(
+            *(as_label(name), (x, y), (1.03, height)),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            arrowprops=line,
+        )
 
 
 def as_label(text: str) -> str:
@@ -34,30 +68,34 @@ def as_label(text: str) -> str:
     return ("\u200b" if text.startswith("_") else "") + printable(text).replace("$", r"\$")
 
 
-def picture(figure: Figure, kind: str = "png") -> bytes:
-    """The content of a png, svg or pdf file."""
+def picture(figure: Figure, kind: str = "png", source: bytes | None = None) -> bytes:
+    """The content of a png, svg or pdf file.
+
+    Args:
+        source: The content of the file that a png was drawn from, whose SHA-256 becomes its `Source`.
+    """
     content = io.BytesIO()
-    figure.savefig(content, format=kind)
+    figure.savefig(content, format=kind, metadata={"Source": sha256(source).hexdigest()} if source else None)
     return content.getvalue()
 
 
-def draw_curves(metrics: Path, picture: Path) -> None:
+def draw_curves(metrics: Path, target: Path) -> None:
     """Plot the training and validation loss of a run over tokens."""
-    loss_curves(RunResult(metrics.parent)).savefig(picture)
+    source = metrics.read_bytes() if metrics.exists() else None
+    target.write_bytes(picture(loss_curves(RunResult(metrics.parent)), source=source))
 
 
 def loss_curves(run: RunResult) -> Figure:
-    """The legend is above the axes, where it covers no curve of any shape."""
-    figure = new_figure()
-    axes = figure.subplots()
+    axes = (figure := new_figure()).subplots()
     training, validation = (run.curve(key, "tokens") for key in ("train/loss", "val/loss"))
+    ends = []
     if training:
-        axes.plot(*zip(*training, strict=True), color=FAINT, linewidth=1.2, label="training")
+        axes.plot(*zip(*training, strict=True), color=FAINT, linewidth=1.2)
+        ends.append((*training[-1], "training", FAINT))
     if validation:
-        label = f"validation, best {min(loss for _, loss in validation):.3f}"
-        axes.plot(*zip(*validation, strict=True), "o-", color=BEST, linewidth=2, markersize=4, label=label)
+        axes.plot(*zip(*validation, strict=True), "o-", color=BEST, linewidth=2, markersize=4)
+        ends.append((*validation[-1], f"validation, best {min(loss for _, loss in validation):.3f}", BEST))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(axes, xlabel="tokens", ylabel="loss (nats per token)")
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    label_ends(axes, ends)
     return figure

@@ -14,7 +14,7 @@ COMMANDS = {  # of `python -m gpt2.main`
     "benchmark": "measure speed: benchmark generation|training|data",
     "doctor": "examine this machine: what it has, whether it computes right, how fast: device=cuda json=FILE",
     "compare": "compare runs in a table and a plot: compare RUN ...",
-    "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N]",
+    "study": "run the missing runs of a recorded study and write its results: experiments/STUDY [jobs=N] [--plan]",
     "export": "write a trained model as a Hugging Face folder: checkpoint=RUN_OR_FILE to=FOLDER push=OWNER/NAME",
 }
 

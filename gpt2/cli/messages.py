@@ -124,19 +124,31 @@ def print_plan(config: TrainRun) -> None:
         UserError: There is no such device.
     """
     keep_freed_memory()  # as a run does
-    train, env = config.train, dist_env()
-    model = meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
-    is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1
-    work = Work(model, train, config.data.max_length, env.world_size, is_sharded)
+    train, work = config.train, planned_work(config)
     done = read_record(Path(config.resume))["progress"]["step"] if config.resume else 0
     steps = None if train.max_steps is None else train.max_steps - done
-    flops = (steps or math.inf) * work.flops_per_step / work.ranks
-    device = choose_device(train.device, "train.device")
-    plan = choose_plan(train, device, flops, ProcessGroup(), None)
+    plan = planned_computation(work, steps)
     limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
     print("\n".join(size_of_run(work, plan, config.distributed.strategy, steps, limit)), flush=True)
     waiting_for("measuring the speed")
     print(time_of_run(work, plan, steps))
+
+
+def planned_work(config: TrainRun) -> Work:
+    """What a configuration trains, without its data."""
+    env, model = dist_env(), meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
+    is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1
+    return Work(model, config.train, config.data.max_length, env.world_size, is_sharded)
+
+
+def planned_computation(work: Work, steps: int | None) -> ComputePlan:
+    """How a number of steps would be computed here.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    flops = (steps or math.inf) * work.flops_per_step / work.ranks
+    return choose_plan(work.train, choose_device(work.train.device, "train.device"), flops, ProcessGroup(), None)
 
 
 def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:

@@ -15,9 +15,10 @@ from gpt2.analysis.runs import COLUMNS, SEED, RunResult
 from gpt2.cli.complete import LOADING, resolve
 from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, escaped, in_hydras_grammar
 from gpt2.cli.preflight import validate_command_line, with_values
-from gpt2.config import StudyPlan
+from gpt2.config import StudyPlan, TrainRun
 from gpt2.errors import UserError, one_line
 from gpt2.tracking.loggers import flat
+from gpt2.tracking.tracker import DIVERGED, FINISHED
 
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
@@ -43,6 +44,11 @@ class PlannedRun:
     @property
     def folder(self) -> Path:
         return RUNS / self.study / re.sub(r"[^\w=.+-]+", ",", self.name)
+
+    @property
+    def is_done(self) -> bool:
+        result = RunResult(self.folder)
+        return result.problem is None and result.state in (FINISHED, DIVERGED)
 
     @property
     def overrides(self) -> list[str]:
@@ -92,8 +98,12 @@ def read_plan(folder: Path) -> StudyPlan:
     return plan
 
 
-def validate_plan(plan: StudyPlan, folder: Path) -> list[str]:
-    """All problems of a plan, of the command line of any of its runs, and of runs that exist already."""
+def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
+    """All runs of a plan with their configurations.
+
+    Raises:
+        UserError: With all problems: of the plan, of the command line of each run, and of runs that exist already.
+    """
     path = folder / PLAN
     problems = [
         f"{path}: variants: there is no {name}.yaml beside it"
@@ -110,17 +120,18 @@ def validate_plan(plan: StudyPlan, folder: Path) -> list[str]:
     if len({run.folder for run in runs}) < len(runs):
         problems.append(f"{path}: a run is planned twice")
     if problems:
-        return problems
-    settings: dict[PlannedRun, dict[str, Any]] = {}
+        raise UserError(*dict.fromkeys(problems))
+    configs: dict[PlannedRun, TrainRun] = {}
     for variant in plan.variants:
-        problems += _validate_runs(
-            folder / f"{variant}.yaml", [run for run in runs if run.variant == variant], settings
-        )
-    return problems or [f"{path}: {problem}" for problem in _validate_axes(plan, settings)]
+        own = [run for run in runs if run.variant == variant]
+        problems += _validate_runs(folder / f"{variant}.yaml", own, configs)
+    if problems := problems or [f"{path}: {problem}" for problem in _validate_axes(plan, configs)]:
+        raise UserError(*dict.fromkeys(problems))
+    return {run: configs[run] for run in runs}
 
 
-def _validate_runs(variant: Path, runs: list[PlannedRun], settings: dict[PlannedRun, dict[str, Any]]) -> list[str]:
-    """The problems of the runs of one variant. The configurations of valid runs are added to `settings`."""
+def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedRun, TrainRun]) -> list[str]:
+    """The problems of the runs of one variant. The configurations of valid runs are added to `configs`."""
     try:
         composed = compose("train", runs[0].overrides[:1])
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
@@ -132,11 +143,13 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], settings: dict[Planned
             path = variant.with_name(PLAN)
             return [f"{path}: sweep: {problem}" for problem in validate_command_line("train", run.overrides)]
         try:
-            settings[run] = flat(asdict(resolve("train", changed, run.overrides)))
+            config = resolve("train", changed, run.overrides)
         except UserError as error:
             problems += [f"{run.name}: {problem}" for problem in error.problems]
         else:
-            problems += _changed_settings(run, settings[run])
+            assert isinstance(config, TrainRun)
+            configs[run] = config
+            problems += _changed_settings(run, flat(asdict(config)))
     return problems
 
 
@@ -152,8 +165,9 @@ def _changed_settings(run: PlannedRun, planned: dict[str, Any]) -> Iterator[str]
             )
 
 
-def _validate_axes(plan: StudyPlan, settings: dict[PlannedRun, dict[str, Any]]) -> list[str]:
+def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list[str]:
     """Whether `x` and `lines` exist, and a row and a column of the table identify a setting."""
+    settings = {run: flat(asdict(config)) for run, config in configs.items()}
     known = {"variant", *next(iter(settings.values()))}
     problems = [
         f"{name}: there is no {key} to draw by; use variant or a key such as train.learning_rate"

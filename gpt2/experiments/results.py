@@ -1,10 +1,12 @@
-"""The results of a recorded study: `results.csv`, and a table and pictures in its `README.md`."""
+"""The results of a recorded study: `results.csv`, and what is computed from it: a picture and a part of `README.md`."""
 
 import csv
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -14,47 +16,84 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gpt2.analysis.compare import Comparison, shown_value
-from gpt2.analysis.compare_plot import colours, curves
-from gpt2.analysis.plotting import as_label, new_figure, picture, plain
-from gpt2.analysis.runs import COLUMNS, UNITS, RunResult
+from gpt2.analysis.compare import shown_value
+from gpt2.analysis.compare_plot import colours
+from gpt2.analysis.plotting import as_label, label_ends, new_figure, picture, plain
+from gpt2.analysis.runs import COLUMNS, SEED, UNITS, RunResult
 from gpt2.analysis.tables import as_markdown
+from gpt2.cli.compose import ROOT
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError
-from gpt2.experiments.plan import PlannedRun, column_key
+from gpt2.experiments.plan import PlannedRun, column_key, planned_runs, read_plan
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.tracking.tracker import DIVERGED
 
-RESULTS, README = "results.csv", "README.md"
+RESULTS, PICTURE, README = "results.csv", "results.png", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
 FIGURES = (
     *("steps", "tokens", "flops", "parameters"),
     *("loss", "best", "bits_per_byte", "tokens_per_second"),
 )
+Row = dict[str, Any]  # a run: a line of `results.csv`
+
+
+def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
+    """The `results.csv` of a study: one line a run, with everything that table, picture and README are made of."""
+    keys = [key for key in (plan.x, plan.lines) if key not in (*plan.sweep, *COLUMNS, "variant", SEED)]
+    figures = dict.fromkeys([*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    for number, (planned, run) in enumerate((planned, RunResult(planned.folder)) for planned in runs):
+        if number == 0:
+            writer.writerow(["variant", *keys, *planned.values, "state", *figures, "seconds", "machine"])
+        values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
+        settings = map(shown_value, [*map(run.config.get, keys), *planned.values.values()])
+        shown = ("" if value is None else value for value in values)
+        writer.writerow([planned.variant, *settings, run.state, *shown, _machine(run)])
+    return file.getvalue()
+
+
+def redraw(folder: Path) -> None:
+    """Write picture and README of a study again, from its `results.csv`.
+
+    Raises:
+        UserError: It has none, or the folder cannot be written to.
+    """
+    if not (folder / RESULTS).is_file():
+        raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
+    print(Results(folder, read_plan(folder)).write())
+
+
+def rows_of(text: str) -> list[Row]:
+    """The lines of a table with commas, such as `results.csv`: numbers as numbers, and None where nothing stands."""
+    return [{key: _value(word) for key, word in row.items()} for row in csv.DictReader(io.StringIO(text))]
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word.replace("_", "?"))  # 1_2 is a name
+    return word or None
 
 
 @dataclass
 class Cell:
     """A cell of the table: the runs of one setting, which differ in their seed."""
 
-    variant: str
     metric: str
-    runs: list[RunResult] = field(default_factory=list)
+    runs: list[Row] = field(default_factory=list)
 
     def value_of(self, key: str) -> Any:
-        """The variant, the mean of a column, or the value of a key of the configuration."""
-        if key == "variant":
-            return self.variant
-        if key in COLUMNS:
-            values = [value for run in self.runs if (value := COLUMNS[key].of(run)) is not None]
-            return mean(values) if values else None
-        return self.runs[0].config.get(key)
+        """A setting, or the mean of a figure."""
+        if key not in COLUMNS:
+            return self.runs[0].get(key)
+        values = [run[key] for run in self.runs if run.get(key) is not None]
+        return mean(values) if values else None
 
     @property
     def results(self) -> list[float]:
         """The metric of each run that did not diverge."""
-        values = (COLUMNS[self.metric].of(run) for run in self.runs if run.state != DIVERGED)
-        return [value for value in values if value is not None]
+        return [run[self.metric] for run in self.runs if run["state"] != DIVERGED and run[self.metric] is not None]
 
     @property
     def loss(self) -> float:
@@ -64,7 +103,7 @@ class Cell:
         return mean(self.results) if COLUMNS[self.metric].is_less_better else -mean(self.results)
 
     def shown(self) -> str:
-        diverged = sum(run.state == DIVERGED for run in self.runs)
+        diverged = sum(run["state"] == DIVERGED for run in self.runs)
         if not self.results:
             return "diverged" if diverged else "n/a"
         spread = f" ± {(max(self.results) - min(self.results)) / 2:.3f}" if len(self.results) > 1 else ""
@@ -77,15 +116,20 @@ def best_of(cells: list[Cell]) -> Cell:
 
 
 class Results:
-    """The results of a complete study."""
+    """The results of a complete study, computed from its `results.csv` alone."""
 
-    def __init__(self, name: str, plan: StudyPlan, runs: Iterable[PlannedRun]):
-        self.name, self.plan = name, plan
-        self.runs = [(run, RunResult(run.folder)) for run in runs]
+    def __init__(self, folder: Path, plan: StudyPlan, text: str | None = None):
+        """
+        Args:
+            folder: The study.
+            text: Instead of the `results.csv` in the folder.
+        """
+        self.folder, self.plan = folder.resolve(), plan
+        self.text = (folder / RESULTS).read_text(encoding="utf-8") if text is None else text
+        self.rows = rows_of(self.text)
         cells: dict[str, Cell] = {}
-        for planned, run in self.runs:
-            setting = [planned.variant, *(value for key, value in planned.values.items() if key in plan.sweep)]
-            cells.setdefault(repr(setting), Cell(planned.variant, plan.metric)).runs.append(run)
+        for row in self.rows:
+            cells.setdefault(repr(_setting(row, plan)), Cell(plan.metric)).runs.append(row)
         self.cells = list(cells.values())
 
     def lines(self) -> dict[Any, list[Cell]]:
@@ -94,18 +138,6 @@ class Results:
         for cell in self.cells:
             lines[cell.value_of(self.plan.lines)].append(cell)
         return lines
-
-    def csv(self) -> str:
-        """One line a run."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        figures = dict.fromkeys([*FIGURES, self.plan.metric])
-        writer.writerow(["variant", *self.runs[0][0].values, "state", *figures, "seconds"])
-        for planned, run in self.runs:
-            values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
-            shown = ("" if value is None else value for value in values)
-            writer.writerow([planned.variant, *map(shown_value, planned.values.values()), run.state, *shown])
-        return file.getvalue()
 
     def table(self) -> str:
         """A row for each line of the picture and a column for each value of its x axis. The best of a row is bold."""
@@ -119,34 +151,44 @@ class Results:
         return as_markdown(rows)
 
     def section(self) -> str:
-        """The generated part of the README."""
-        seeds = len(self.plan.seeds)
+        """The generated part of the README: picture, table, command and cost."""
+        seeds, name = len(self.plan.seeds), self.folder.name
         metric = UNITS.get(self.plan.metric, COLUMNS[self.plan.metric].header)
         spread = f", mean of {seeds} seeds ± half the distance between the best and the worst" if seeds > 1 else ""
-        hours = sum(run.last("seconds") or 0 for _, run in self.runs) / 3600
-        machines = dict.fromkeys(_machine(run) for _, run in self.runs)
+        place = "experiments" if self.folder.parent == ROOT / "experiments" else "outputs/sweeps"
+        one = " ".join(["python train.py", *planned_runs(self.plan, name)[0].overrides])
+        tokens, flops, seconds = (sum(row[key] or 0 for row in self.rows) for key in ("tokens", "flops", "seconds"))
+        machines = dict.fromkeys(row["machine"] for row in self.rows)
         return "\n\n".join(
             [
+                f"![{metric} over {_short(self.plan.x)}]({PICTURE})",
                 f"{metric[0].upper()}{metric[1:]} at the end of training{spread}. The best of each row is bold.",
                 self.table(),
-                f"![{metric} over {_short(self.plan.x)}](results.png)",
-                "![loss curves of the best setting of each variant](curves.png)",
-                f"{len(self.runs)} runs, {hours:.1f} hours of training in total, on {'; '.join(machines)}.",
+                f"## Command\n\nAll runs, or one of them:\n\n```\npython -m gpt2.main study {place}/{name}\n{one}\n```",
+                f"## Cost\n\n{len(self.rows)} runs, {tokens / 1e6:,.3g} million tokens, {flops:.2g} FLOPs, "
+                f"{seconds / 3600:.1f} hours of training if one run follows the other, on {'; '.join(machines)}.",
             ]
         )
 
+    def picture(self) -> bytes:
+        return picture(self.over_x(), source=self.text.encode())
+
     def over_x(self) -> Figure:
         """The metric over `plan.x`: means, the range over seeds, and a ring around the best of each line."""
-        figure = new_figure(8, 5)
-        axes = figure.subplots()
+        axes = (figure := new_figure()).subplots()
         lines, x = self.lines(), self.plan.x
         names = list(dict.fromkeys(cell.value_of(x) for cell in self.cells))
         is_number = all(isinstance(name, int | float) for name in names)
         places = {name: name if is_number else place for place, name in enumerate(names)}
+        ends = []
         for (line, cells), colour in zip(lines.items(), colours(list(lines)), strict=True):
-            drawn = [(places[cell.value_of(x)], cell) for cell in cells if cell.results]
+            drawn = sorted(
+                ((places[cell.value_of(x)], cell) for cell in cells if cell.results), key=lambda item: item[0]
+            )
             if drawn:
-                _plot_line(axes, sorted(drawn, key=lambda item: item[0]), colour, as_label(shown_value(line)))
+                _plot_line(axes, drawn, colour)
+                name = f"{_short(self.plan.lines)} " if isinstance(line, int | float) else ""
+                ends.append((drawn[-1][0], mean(drawn[-1][1].results), f"{name}{shown_value(line)}", colour))
         if is_number and min(names) > 0 and max(names) >= 8 * min(names):
             axes.set_xscale("log")
         if x not in COLUMNS:
@@ -154,39 +196,32 @@ class Results:
             axes.minorticks_off()
         metric = self.plan.metric
         plain(axes, xlabel=UNITS.get(x, _short(x)), ylabel=UNITS.get(metric, COLUMNS[metric].header))
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(title=_short(self.plan.lines), frameon=False)
+        if self.plan.lines != x:
+            label_ends(axes, ends)
         return figure
 
-    def curves(self) -> Figure:
-        """Loss curves of the best setting of each variant, over compute: run time depends on what runs beside it."""
-        best = {v: best_of([cell for cell in self.cells if cell.variant == v]) for v in self.plan.variants}
-        variants = {run.folder: variant for variant, cell in best.items() for run in cell.runs}
-        lines = list(self.lines())
-        palette = dict(zip(best, colours(lines if len(lines) == len(best) else list(best)), strict=True))
-        runs = [run for cell in best.values() for run in cell.runs]
-        return curves(Comparison(runs), "flops", palette=palette, group_of=lambda run: variants[run.folder])
+    def write(self) -> str:
+        """Write all files. Returns a line that says so.
 
-    def write(self, folder: Path) -> list[str]:
-        """Write all files. Returns their names."""
-        readme = folder / README
-        with exclusive_change(folder):
-            text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.name}\n"
-            contents = {
-                RESULTS: self.csv().encode(),
-                "results.png": picture(self.over_x()),
-                "curves.png": picture(self.curves()),
-                README: with_section(text, self.section()).encode(),
-            }
-            for name, content in contents.items():
-                with atomic_write(folder / name) as file:
-                    file.write(content)
-        return list(contents)
+        Raises:
+            UserError: The folder cannot be written to.
+        """
+        readme, contents = self.folder / README, {RESULTS: self.text.encode(), PICTURE: self.picture()}
+        try:
+            with exclusive_change(self.folder):
+                text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.folder.name}\n"
+                contents[README] = with_section(text, self.section()).encode()
+                for name, content in contents.items():
+                    with atomic_write(self.folder / name) as file:
+                        file.write(content)
+        except OSError as error:
+            raise UserError(f"cannot write {error.filename or self.folder}: {error.strerror}") from error
+        return f"Written to {os.path.relpath(self.folder)}: {', '.join(contents)}"
 
-    def compare_with_recorded(self, folder: Path) -> list[str]:
+    def compare_with_recorded(self) -> list[str]:
         """How these results compare with those that the folder has, in one line; empty without any."""
-        path = folder / RESULTS
-        now = _results_by_setting(self.csv(), self.plan)
+        path = self.folder / RESULTS
+        now = _results_by_setting(self.text, self.plan)
         then = _results_by_setting(path.read_text(encoding="utf-8") if path.exists() else "", self.plan)
         both = now.keys() & then.keys()
         if not both:
@@ -199,9 +234,9 @@ class Results:
         ]
 
 
-def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str, label: str) -> None:
+def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:
     x, results = [place for place, _ in cells], [cell.results for _, cell in cells]
-    axes.plot(x, list(map(mean, results)), "-", color=colour, linewidth=1.6, label=label)
+    axes.plot(x, list(map(mean, results)), "-", color=colour, linewidth=1.6)
     axes.vlines(x, list(map(min, results)), list(map(max, results)), color=colour, linewidth=1)
     for place, values in zip(x, results, strict=True):
         axes.plot([place] * len(values), values, ".", color=colour, markersize=5)
@@ -209,12 +244,17 @@ def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str, label: st
     axes.plot(place, mean(best.results), "o", markersize=11, markerfacecolor="none", color=colour)
 
 
+def _setting(row: Row, plan: StudyPlan) -> tuple[Any, ...]:
+    """Variant and swept values of a run."""
+    return row.get("variant"), *(row.get(name) for name in plan.sweep)
+
+
 def _results_by_setting(text: str, plan: StudyPlan) -> dict[tuple[Any, ...], list[float]]:
-    """The metric of the runs in a `results.csv`, by variant and swept values."""
+    """The metric of the runs in a `results.csv`."""
     results = defaultdict(list)
-    for row in csv.DictReader(io.StringIO(text)):
-        if row.get(plan.metric) and row.get("state") != DIVERGED:
-            results[row.get("variant"), *(row.get(name) for name in plan.sweep)].append(float(row[plan.metric]))
+    for row in rows_of(text):
+        if row.get(plan.metric) is not None and row.get("state") != DIVERGED:
+            results[_setting(row, plan)].append(row[plan.metric])
     return results
 
 

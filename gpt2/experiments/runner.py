@@ -1,7 +1,7 @@
 """Recorded studies: `python -m gpt2.main study experiments/<study>` runs what is missing and writes the results.
 
-The folder has `study.yaml` (a `StudyPlan`), its variants as presets, and a `README.md` in which the table and pictures
-between two markers are generated. The folder of each run in `outputs/studies/<study>/` follows from its settings, so
+The folder has `study.yaml` (a `StudyPlan`), its variants as presets, and a `README.md` in which the part between
+two markers is generated. The folder of each run in `outputs/studies/<study>/` follows from its settings, so
 the same command resumes the study.
 """
 
@@ -11,28 +11,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, TextColumn
 
 from gpt2.analysis.runs import COLUMNS, RunResult
 from gpt2.cli.compose import ROOT
-from gpt2.errors import ResourceError, UserError
-from gpt2.experiments.plan import RUNS, PlannedRun, planned_runs, read_plan, validate_plan
-from gpt2.runtime.console import ConsoleHandler, time_left
-from gpt2.runtime.files import writable_folder
-from gpt2.tracking.tracker import DIVERGED, FINISHED
+from gpt2.config import TrainRun
+from gpt2.errors import ResourceError
+from gpt2.experiments.plan import RUNS, PlannedRun, read_plan, validated_runs
+from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
+from gpt2.runtime.files import run_lock, writable_folder
+from gpt2.runtime.waiting import waiting_for
+from gpt2.tracking.tracker import FINISHED
 from gpt2.tracking.wandb_logger import lacking
 
 log = logging.getLogger(__name__)
 
+NICE = 10  # the priority of runs: 19 is the lowest, programs usually have 0
+SECONDS_BETWEEN_LOOKS = 2.0  # into the folders of runs
 
-def run_study(folder: Path, jobs: int | None) -> None:
+
+def run_study(folder: Path, jobs: int | None, threads: int | None = None) -> None:
     """Run what a study lacks; if it is complete then, write its results.
 
     Args:
         jobs: Runs at a time; 0 runs nothing, None is one per core on a CPU and one on a GPU.
+        threads: Of each run; None divides the cores.
 
     Raises:
-        UserError: The study has problems.
+        UserError: The study has problems, or another process runs it.
         ResourceError: Some runs failed. Nothing was written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
@@ -42,8 +52,8 @@ def run_study(folder: Path, jobs: int | None) -> None:
             print(f"{problem}; this run counts as missing", file=sys.stderr)
     with writable_folder(folder, "study"):
         pass  # checked before the runs
-    problems = study.run(default_jobs() if jobs is None else jobs) if jobs != 0 else []
-    missing = sum(not is_done(run) for run in study.runs)
+    problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
+    missing = sum(not run.is_done for run in study.runs)
     if missing:
         log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
     else:
@@ -54,11 +64,35 @@ def run_study(folder: Path, jobs: int | None) -> None:
         raise ResourceError(*problems)
 
 
+def print_plan(folder: Path, jobs: int | None, threads: int | None) -> None:
+    """Print what the missing runs of a study cost here. Nothing is written.
+
+    Raises:
+        UserError: The study has problems.
+    """
+    study = RecordedStudy(folder)
+    from gpt2.experiments.cost import StudyCost  # here, because it imports torch
+
+    jobs = jobs or default_jobs()
+    threads = threads or default_threads(jobs)
+    print("\n".join(study.header(jobs, threads)), flush=True)
+    cost = StudyCost(study.configs)
+    waiting_for("measuring the speed")
+    cost.measure(threads)
+    print(cost.plan(jobs))
+
+
 def default_jobs() -> int:
     """One per core, because small models do not use a second thread; one on a GPU."""
     import torch
 
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+
+
+def default_threads(jobs: int) -> int:
+    """The cores divided by the runs at a time, unless the environment says otherwise."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else max(1, (os.cpu_count() or 1) // jobs)
 
 
 class RecordedStudy:
@@ -71,38 +105,48 @@ class RecordedStudy:
         """
         self.folder, self.name = folder, folder.resolve().name
         self.plan = read_plan(folder)
-        if problems := validate_plan(self.plan, folder):
-            raise UserError(*dict.fromkeys(problems))
-        self.runs = planned_runs(self.plan, self.name)
+        self.configs = validated_runs(self.plan, folder)
+        self.runs = list(self.configs)
 
-    def run(self, jobs: int) -> list[str]:
-        """Run what is not done, `jobs` at a time. Returns the problems of runs that failed."""
-        missing = [run for run in self.runs if not is_done(run)]
-        done = len(self.runs) - len(missing)
-        log.info(f"Study   {self.name}: {len(self.runs)} runs" + (f", {done} of them done" if done else ""))
-        log.info(f"In      {RUNS / self.name}, {jobs} at a time\n")
-        started, problems = time.monotonic(), []
-        running: list[RunProcess] = []
-        try:
-            while missing or running:
-                while missing and len(running) < jobs:
-                    running.append(RunProcess(missing.pop(0), jobs))
-                for process in [process for process in running if process.has_ended()]:
-                    running.remove(process)
-                    problem = process.problem()
-                    problems += [problem] if problem else []
-                    left = len(missing) + len(running)
-                    ended = len(self.runs) - left
-                    clock = f"{time_left((time.monotonic() - started) / (ended - done) * left)} left" if left else ""
-                    line = f"{ended:>4} of {len(self.runs)}  {problem or self.line(process.run)}  {clock}"
-                    log.info(line.rstrip())
-                time.sleep(0.2)
-        except (KeyboardInterrupt, SystemExit):
-            log.info(f"{sum(map(is_done, self.runs))} of {len(self.runs)} runs are done. Resume with the same command.")
-            raise
-        finally:
-            for process in running:
-                process.end()
+    def header(self, jobs: int, threads: int) -> list[str]:
+        done = sum(run.is_done for run in self.runs)
+        return [
+            f"Study   {self.name}: {len(self.runs)} runs" + (f", {done} of them done" if done else ""),
+            f"In      {RUNS / self.name}, {jobs} at a time, {threads} thread{'s' * (threads > 1)} each, "
+            f"at a low priority (nice {NICE})\n",
+        ]
+
+    def run(self, jobs: int, threads: int | None = None) -> list[str]:
+        """Run what is not done, `jobs` at a time. Returns the problems of runs that failed.
+
+        Raises:
+            RunLockedError: Another process does so.
+        """
+        threads, missing = threads or default_threads(jobs), [run for run in self.runs if not run.is_done]
+        (RUNS / self.name).mkdir(parents=True, exist_ok=True)
+        problems, running = list[str](), list[RunProcess]()
+        with run_lock(RUNS / self.name), StudyProgress(self.configs, jobs) as progress:
+            log.info("\n".join(self.header(jobs, threads)))
+            try:
+                while missing or running:
+                    while missing and len(running) < jobs:
+                        running.append(RunProcess(missing.pop(0), threads))
+                    progress.show([process.run for process in running])
+                    for process in [process for process in running if process.has_ended()]:
+                        running.remove(process)
+                        problem = process.problem()
+                        problems += [problem] if problem else []
+                        progress.count(process.run, problem or self.line(process.run))
+                    time.sleep(0.2)
+            except (KeyboardInterrupt, SystemExit):
+                done = sum(run.is_done for run in self.runs)
+                log.info(f"{done} of {len(self.runs)} runs are done. Resume with the same command.")
+                raise
+            finally:
+                for process in running:
+                    process.process.terminate()  # it saves its state
+                for process in running:
+                    process.process.wait()
         return problems
 
     def line(self, planned: PlannedRun) -> str:
@@ -113,53 +157,84 @@ class RecordedStudy:
         return f"{planned.name:<44} {result}  {time_left(run.last('seconds'))}"
 
     def write(self) -> None:
-        """Write results, table and pictures, and log how they compare with the recorded ones.
+        """Write results, table and picture, and log how they compare with the recorded ones.
 
         Raises:
             UserError: The folder cannot be written to.
         """
-        from gpt2.experiments.results import Results  # here, because it imports matplotlib
+        from gpt2.experiments.results import Results, recorded  # here, because it imports matplotlib
 
-        results = Results(self.name, self.plan, self.runs)
-        comparison = results.compare_with_recorded(self.folder)
-        try:
-            files = ", ".join(results.write(self.folder))
-        except OSError as error:
-            raise UserError(f"cannot write {error.filename or self.folder}: {error.strerror}") from error
-        log.info("\n".join(["", results.table(), "", *comparison, f"Written to {self.folder}: {files}"]))
+        results = Results(self.folder, self.plan, recorded(self.plan, self.runs))
+        comparison = results.compare_with_recorded()
+        log.info("\n".join(["", results.table(), "", *comparison, results.write()]))
+
+
+class StudyProgress:
+    """How far a study is, by the FLOPs of its runs: a bar on a terminal, and a line for each run that ends."""
+
+    def __init__(self, configs: dict[PlannedRun, TrainRun], jobs: int):
+        from gpt2.experiments.cost import StudyCost  # here, because it imports torch
+
+        self.cost, self.jobs, self.next_look = StudyCost(configs), jobs, 0.0
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
+        self.bar = LiveProgress(*columns)
+        self.task = self.bar.add_task("", total=1.0, left="")
+
+    def __enter__(self) -> "StudyProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.stop()
+
+    @property
+    def ended(self) -> int:
+        return sum(not left for left in self.cost.left.values())
+
+    @property
+    def left(self) -> str:
+        return f"{time_left(self.cost.seconds_left(self.jobs))} left"
+
+    def show(self, running: list[PlannedRun]) -> None:
+        """Read how far the runs are, if it is time."""
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+        for run in running:
+            self.cost.update(run)
+        share, count = self.cost.share_done, f"{self.ended} of {len(self.cost.left)} runs, {len(running)} running"
+        self.bar.update(self.task, completed=share, description=count, left=f"{share:.0%}  {self.left}")
+
+    def count(self, run: PlannedRun, line: str) -> None:
+        """Log how a run ended."""
+        self.cost.update(run)
+        self.cost.left[run] = 0.0  # also if it failed
+        clock = self.left if self.ended < len(self.cost.left) else ""
+        log.info(f"{self.ended:>4} of {len(self.cost.left)}  {line}  {clock}".rstrip())
 
 
 class RunProcess:
-    """A process of `train.py` for one run."""
+    """A process of `train.py` for one run, at a low priority: who works at this machine comes first."""
 
-    def __init__(self, run: PlannedRun, jobs: int):
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    def __init__(self, run: PlannedRun, threads: int):
         self.run, self.errors = run, tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with this object
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *run.arguments],
-            env={"OMP_NUM_THREADS": threads, **os.environ},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self.errors,
         )
+        with suppress(OSError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def end(self) -> None:
-        """Let it save its state and end."""
-        self.process.terminate()
-        self.process.wait()
-
     def problem(self) -> str | None:
         """Why the run failed: the last line of its errors. Divergence is a result."""
-        if is_done(self.run):
+        if self.run.is_done:
             return None
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines() or [RunResult(self.run.folder).problem or "no error message"]
         return f"{self.run.name}: exit code {self.process.returncode}, {lines[-1].removeprefix('error: ')}"
-
-
-def is_done(run: PlannedRun) -> bool:
-    result = RunResult(run.folder)
-    return result.problem is None and result.state in (FINISHED, DIVERGED)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def format_of(kv: Tensor) -> torch.dtype:
     """The number format in which keys and values are kept: on a CPU fp32 instead of bf16, unless autocast is on.
 
-    Attention of a single token takes 2.7 to 6.8 times as long in bf16 (experiments/generation, attention.json).
+    Attention of a single token takes 2.5 to 6.3 times as long in bf16 (experiments/generation, attention.json).
     """
     is_slow = kv.device.type == "cpu" and kv.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
     return torch.float32 if is_slow else kv.dtype

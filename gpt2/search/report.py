@@ -26,11 +26,12 @@ def write(study: optuna.Study, folder: Path) -> None:
     Of several processes that end at once, the last one to read the trials is the last one to write.
     """
     with exclusive_change(folder):
-        pictures = draw(study)
+        trials = csv_of(study).encode()
+        pictures = draw(study, trials)
         images = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in pictures)
         parts = [f"# Study {study.study_name}", summary(study), images, table(study)]
         text = "\n\n".join(filter(None, parts)) + "\n"
-        for name, content in {**pictures, "trials.csv": csv_of(study).encode(), "study.md": text.encode()}.items():
+        for name, content in {**pictures, "trials.csv": trials, "study.md": text.encode()}.items():
             with atomic_write(folder / name) as file:
                 file.write(content)
 

@@ -292,13 +292,12 @@ def test_colours_of_numbers_and_names():
     assert len(set(colours(["a", "b"]))) == 2
 
 
-def test_seeds_share_a_legend_entry(tmp_path):
+def test_seeds_share_a_name(tmp_path):
     for rate in (1e-3, 3e-3):
         for seed in (1, 2):
             make_run(tmp_path / f"{rate}-{seed}", **{"train.learning_rate": rate, "train.seed": seed})
     figure = curves(Comparison(find_runs([str(tmp_path)])))
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [
+    assert [text.get_text() for text in figure.axes[1].texts] == [
         *("learning_rate=0.001 (2 seeds)", "learning_rate=0.003 (2 seeds)")
     ]
     by_tokens, by_time = figure.axes
@@ -307,18 +306,18 @@ def test_seeds_share_a_legend_entry(tmp_path):
     assert list(by_time.lines[0].get_xdata()) == [36, 72]
 
 
-def test_legend_counts_seeds_and_repetitions(tmp_path):
+def test_name_counts_seeds_and_repetitions(tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / "seeds" / str(seed), **{"train.seed": seed})
     for number in range(2):
         make_run(tmp_path / "again" / str(number), **{"train.learning_rate": 1.0})
     make_run(tmp_path / "again" / "other", **{"train.learning_rate": 2.0})
 
-    def legend(place: str) -> list[str]:
-        return [t.get_text() for t in curves(Comparison(find_runs([str(tmp_path / place)]))).legends[0].get_texts()]
+    def names(place: str) -> list[str]:
+        return [text.get_text() for text in curves(Comparison(find_runs([str(tmp_path / place)]))).axes[1].texts]
 
-    assert legend("seeds") == ["tiny (2 seeds)"]
-    assert sorted(legend("again")) == ["learning_rate=1 (2 runs)", "learning_rate=2"]
+    assert names("seeds") == ["tiny (2 seeds)"]
+    assert sorted(names("again")) == ["learning_rate=1 (2 runs)", "learning_rate=2"]
 
 
 def test_labels_are_escaped(tmp_path):
@@ -327,8 +326,8 @@ def test_labels_are_escaped(tmp_path):
     found = Comparison(find_runs([str(tmp_path)]))
     picture(curves(found))
     assert "1.2.3" in page(found)
-    (legend,) = curves(found).legends
-    assert {text.get_text().strip("\u200b").replace("\\$", "$") for text in legend.get_texts()} == {r"$\foo$ a", "_b"}
+    names = {text.get_text().strip("\u200b").replace("\\$", "$") for text in curves(found).axes[1].texts}
+    assert names == {r"$\foo$ a", "_b"}
 
 
 def test_folder_names_with_pattern_characters(tmp_path, monkeypatch):
@@ -340,8 +339,9 @@ def test_folder_names_with_pattern_characters(tmp_path, monkeypatch):
 def test_many_groups_are_grey_and_counted(tmp_path):
     for number in range(15):
         make_run(tmp_path / str(number), (3.0 + number / 10,), **{"train.weight_decay": number / 100})
-    (legend,) = curves(Comparison(find_runs([str(tmp_path)]))).legends
-    assert [text.get_text() for text in legend.get_texts()][-1] == "3 others"
+    names = [text.get_text() for text in curves(Comparison(find_runs([str(tmp_path)]))).axes[1].texts]
+    assert len(names) == 13
+    assert names[-1] == "3 others"
 
 
 def test_different_tokenizers_are_plotted_in_bits_per_byte(tmp_path):

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,11 +13,10 @@ import pytest
 import yaml
 
 from gpt2.cli.compose import ROOT, compose
-from gpt2.config import StudyPlan
 from gpt2.errors import UserError
-from gpt2.experiments.plan import PlannedRun, read_plan
-from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
-from gpt2.experiments.runner import RecordedStudy, run_study
+from gpt2.experiments.plan import PlannedRun, planned_runs, read_plan
+from gpt2.experiments.results import CLOSING, OPENING, Results, recorded, redraw, rows_of, with_section
+from gpt2.experiments.runner import NICE, RecordedStudy, run_study
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
 
@@ -47,20 +49,23 @@ def write_study(folder: Path, plan: str = PLAN) -> Path:
     return study
 
 
-def finished(study: str, plan: StudyPlan, folder: Path, monkeypatch) -> Results:
+def finished(folder: Path, monkeypatch, plan: str = PLAN) -> tuple[Results, list[PlannedRun]]:
     """Results of runs as a finished study has them: the loss depends on learning rate, width and seed."""
+    study = write_study(folder, plan)
     monkeypatch.chdir(folder)
-    runs = []
-    for variant, width in zip(plan.variants, (16, 32, 64), strict=False):
-        for rate in plan.sweep["train.learning_rate"]:
-            for seed in plan.seeds:
-                run = PlannedRun(study, variant, {"train.learning_rate": rate, "train.seed": seed})
-                loss = round(2 - 100 * rate + seed / 10 + width / 100, 4)
-                config = {"model.d_model": width, "train.learning_rate": rate, "train.seed": seed}
-                state = "diverged" if rate > 0.1 else "finished"
-                make_run(run.folder, (3.0, loss), state, **config)
-                runs.append(run)
-    return Results(study, plan, runs)
+    runs = planned_runs(read_plan(study), "tiny")
+    for run in runs:
+        rate, seed = run.values["train.learning_rate"], run.values["train.seed"]
+        width = {"narrow": 16, "wide": 32}[run.variant]
+        loss = round(2 - 100 * rate + seed / 10 + width / 100, 4)
+        config = {"model.d_model": width, "train.learning_rate": rate, "train.seed": seed}
+        make_run(run.folder, (3.0, loss), "diverged" if rate > 0.1 else "finished", **config)
+    return results_of(study, runs), runs
+
+
+def results_of(study: Path, runs: list[PlannedRun]) -> Results:
+    plan = read_plan(study)
+    return Results(study, plan, recorded(plan, runs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,51 +172,48 @@ def test_numbers_in_scientific_notation(tmp_path):
 
 
 def test_table_of_means_and_spreads_with_the_best_in_bold(tmp_path, monkeypatch):
-    plan = read_plan(write_study(tmp_path))
-    results = finished("tiny", plan, tmp_path, monkeypatch)
+    results, _ = finished(tmp_path, monkeypatch)
     assert results.table().splitlines() == [
         "| d model \\ learning rate | 0.001 | 0.003 |",
         "| ---: | ---: | ---: |",
         "| 16 | 2.2100 ± 0.050 | **2.0100 ± 0.050** |",
         "| 32 | 2.3700 ± 0.050 | **2.1700 ± 0.050** |",
     ]
-    rows = list(csv.DictReader(results.csv().splitlines()))
-    assert [(row["variant"], row["train.learning_rate"], row["loss"]) for row in rows[:2]] == [
-        *(("narrow", "0.001", "2.16"), ("narrow", "0.001", "2.26"))
-    ]
+    rows = [(row["variant"], row["model.d_model"], row["train.learning_rate"], row["loss"]) for row in results.rows]
+    assert rows[:2] == [("narrow", 16, 0.001, 2.16), ("narrow", 16, 0.003, 1.96)]
+    assert [text.get_text() for text in results.over_x().axes[0].texts] == ["d model 16", "d model 32"]
 
 
 def test_diverged_setting_is_never_the_best(tmp_path, monkeypatch):
-    plan = read_plan(write_study(tmp_path, PLAN.replace("3e-3", "1.0")))
-    results = finished("tiny", plan, tmp_path, monkeypatch)
+    results, _ = finished(tmp_path, monkeypatch, PLAN.replace("3e-3", "1.0"))
     assert "| 16 | **2.2100 ± 0.050** | diverged |" in results.table()
     assert results.over_x().axes[0].lines
 
 
 def test_study_that_diverged_has_no_best(tmp_path, monkeypatch):
-    plan = read_plan(write_study(tmp_path, PLAN.replace("[1e-3, 3e-3]", "[1.0, 2.0]")))
-    results = finished("tiny", plan, tmp_path, monkeypatch)
+    results, _ = finished(tmp_path, monkeypatch, PLAN.replace("[1e-3, 3e-3]", "[1.0, 2.0]"))
     assert "| 16 | diverged | diverged |" in results.table()
-    results.write(tmp_path)
+    results.write()
 
 
 def test_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypatch):
-    plan = read_plan(write_study(tmp_path))
-    results = finished("tiny", plan, tmp_path, monkeypatch)
-    run = next(r for p, r in results.runs if p.values["train.learning_rate"] == 3e-3)
-    about = run.folder / "run.json"
+    results, runs = finished(tmp_path, monkeypatch)
+    about = next(run for run in runs if run.values["train.learning_rate"] == 3e-3).folder / "run.json"
     about.write_text(about.read_text().replace('"finished"', '"diverged"'))
-    table = Results("tiny", plan, [p for p, _ in results.runs]).table()
-    assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in table
+    assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in results_of(results.folder, runs).table()
 
 
 def test_csv_has_full_precision(tmp_path, monkeypatch):
-    results = finished("tiny", read_plan(write_study(tmp_path)), tmp_path, monkeypatch)
-    folder = results.runs[0][0].folder
+    results, runs = finished(tmp_path, monkeypatch)
     line = {"step": 90, "tokens": 12_345_678, "seconds": 1.0, "val/loss": 2.123456789012}
-    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    row = next(csv.DictReader(Results("tiny", results.plan, [p for p, _ in results.runs]).csv().splitlines()))
+    (runs[0].folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    row = next(csv.DictReader(results_of(results.folder, runs).text.splitlines()))
     assert (row["tokens"], row["loss"]) == ("12345678", "2.123456789012")
+
+
+def test_values_of_a_csv_are_numbers_or_texts():
+    (row,) = rows_of("a,b,c,d,e\n1,0.001,bpe_1k,,1_2\n")
+    assert row == {"a": 1, "b": 0.001, "c": "bpe_1k", "d": None, "e": "1_2"}
 
 
 def test_nearly_equal_values_are_different_runs():
@@ -233,21 +235,35 @@ def test_readme_keeps_its_other_parts():
 
 
 def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
-    plan = read_plan(write_study(tmp_path))
-    results = finished("tiny", plan, tmp_path, monkeypatch)
-    assert results.compare_with_recorded(tmp_path) == []
-    files = results.write(tmp_path)
-    assert all((tmp_path / name).stat().st_size for name in files)
-    (line,) = results.compare_with_recorded(tmp_path)
+    results, _ = finished(tmp_path, monkeypatch)
+    assert results.compare_with_recorded() == []
+    assert "results.csv, results.png, README.md" in results.write()
+    (line,) = results.compare_with_recorded()
     assert "4 of 4 means are within" in line
     assert "largest difference is 0.0000" in line
-    recorded = tmp_path / "results.csv"
-    recorded.write_text(recorded.read_text().replace(",2.16,", ",2.96,"))
-    assert "4 of 4 means are within" in results.compare_with_recorded(tmp_path)[0]  # the range has grown too
-    recorded.write_text(recorded.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
-    (line,) = results.compare_with_recorded(tmp_path)
+    path = results.folder / "results.csv"
+    path.write_text(path.read_text().replace(",2.16,", ",2.96,"))
+    assert "4 of 4 means are within" in results.compare_with_recorded()[0]  # the range has grown too
+    path.write_text(path.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
+    (line,) = results.compare_with_recorded()
     assert "3 of 4 means are within" in line
     assert "largest difference is 0.1500" in line
+
+
+def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
+    results, _ = finished(tmp_path, monkeypatch)
+    results.write()
+    readme = (results.folder / "README.md").read_text()
+    shutil.rmtree(tmp_path / "outputs" / "studies")
+    for name in ("README.md", "results.png"):
+        (results.folder / name).unlink()
+    redraw(results.folder)
+    assert (results.folder / "README.md").read_text() == readme
+    assert (results.folder / "results.png").stat().st_size
+    assert "Written to outputs/sweeps/tiny" in capsys.readouterr().out
+    (results.folder / "results.csv").unlink()
+    with pytest.raises(UserError, match=r"no results.csv to draw from"):
+        redraw(results.folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,29 +277,41 @@ def test_variant_is_found_from_any_folder(workspace: Workspace):
 
 @pytest.mark.slow
 def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
+    """Stopped by Ctrl-C and by SIGTERM; meanwhile its runs have a low priority, and a second process is refused."""
     folder = write_study(workspace.folder, PLAN.replace("seeds: [1, 2]", "seeds: [1]"))
-    place = "outputs/sweeps/tiny"
-    running = workspace.start("-m", "gpt2.main", "study", place, "jobs=1", errors_in_output=True)
-    while not list(workspace.folder.glob("outputs/studies/tiny/*0.003*/.hydra")):  # the second run has begun
-        time.sleep(0.05)
-        assert running.poll() is None
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=120)
-    assert running.returncode == 130, output
-    assert "Traceback" not in output
-    assert not (folder / "results.csv").exists()
+    command = ("gpt2.main", "study", "outputs/sweeps/tiny")
+    for number, (sent, rate) in enumerate([(signal.SIGINT, "0.003"), (signal.SIGTERM, "0.001")]):
+        running = workspace.start("-m", *command, "jobs=1", "threads=1", errors_in_output=True)
+        name = f"{('narrow', 'wide')[number]},learning_rate={rate},seed=1"
+        lock = workspace.folder / "outputs" / "studies" / "tiny" / name / ".lock"
+        while not (lock.exists() and lock.read_text()):  # this run has begun
+            time.sleep(0.05)
+            assert running.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, int(lock.read_text().split()[1])) == NICE
+        if sent == signal.SIGINT:
+            second = workspace.module(*command)
+            assert second.returncode == 2
+            assert second.stderr.startswith("error: outputs/studies/tiny is being written by process ")
+            assert len(second.stderr.splitlines()) == 1
+        running.send_signal(sent)
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == 128 + sent, output
+        assert "Resume with the same command." in output
+        assert "1 thread each" in output
+        assert "Traceback" not in output
+        assert "\x1b" not in output
+        assert not (folder / "results.csv").exists()
 
-    collected = workspace.module("gpt2.main", "study", place, "jobs=0")
+    collected = workspace.module(*command, "jobs=0")
     assert "runs are missing" in collected.stdout, collected.stderr
-    done = workspace.module("gpt2.main", "study", place)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "of them done" in done.stdout
-    assert "4 of 4" in done.stdout
+    output = workspace.on_terminal("-m", *command)
+    assert "of them done" in output
+    assert re.search(r"of 4 runs, \d running.*%  \S+ left", output)
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     assert len(rows) == 4
     assert {row["state"] for row in rows} == {"finished"}
     assert (folder / "results.png").exists()
-    again = workspace.module("gpt2.main", "study", place)
+    again = workspace.module(*command)
     assert "4 of them done" in again.stdout
     assert "largest difference is 0.0000" in again.stdout
 
@@ -305,6 +333,7 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
         ([], "error: study: one folder"),
         (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
         (["experiments/learning_rate", "jobs=two"], "error: study: one folder"),
+        (["experiments/learning_rate", "threads=0"], "error: threads: 0 is not a whole number above 0"),
     ],
 )
 def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):

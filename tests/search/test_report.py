@@ -105,7 +105,7 @@ def test_evaluations_show_every_trial_and_the_best(direction):
     pruned = [trial for trial in with_value if trial.state == TrialState.PRUNED]
     assert len(axes.lines) == len(with_value)
     assert sum(line.get_marker() == "x" for line in axes.lines) == len(pruned)
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in axes.texts]
     assert sorted(labels) == ["complete", "pruned", f"trial {study.best_trial.number}, the best"]
     low, high = axes.get_ylim()
     assert low < study.best_value < high
@@ -124,7 +124,7 @@ def test_report_of_the_process_that_ends_last_has_all_trials(tmp_path, monkeypat
         return content
 
     monkeypatch.setattr(report, "csv_of", csv_while_another_process_ends)
-    monkeypatch.setattr(report, "draw", lambda _: {})
+    monkeypatch.setattr(report, "draw", lambda *_: {})
     report.write(study, tmp_path)
     others[0].join()
     assert len((tmp_path / "trials.csv").read_text().splitlines()) == 1 + 4

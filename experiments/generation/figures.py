@@ -1,0 +1,89 @@
+"""The figures of README.md; tests/experiments/test_figures.py compares."""
+
+import json
+from pathlib import Path
+
+from gpt2.benchmarks.common import from_to
+
+FOLDER = Path(__file__).parent
+
+
+def recorded(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def of_cpu(row):
+    cells = [
+        row["contestant"].replace("gpt2, ", "this repository, ").replace("static,", "static cache,"),
+        f"{row['tokens_per_second']:,.1f}",
+        from_to(row["tokens_per_second_of_each"], 1),
+        f"{row['ratio']:.2f}",
+        f"{row['share_of_floor']:.0%}",
+        f"{1e3 * row['prefill_seconds']:,.0f}",
+        f"{row['same_tokens']:.0%}",
+        row["layout"],
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def of_lookup(row):
+    speeds = row["tokens_per_second"], row["tokens_per_second_with_lookup"]
+    cells = [row["format"], row["sampling"], *(f"{speed:,.0f}" for speed in speeds), f"{row['ratio']:.2f}"]
+    cells += [f"{row['tokens_per_pass']:.2f}", f"{row['accepted'] / row['drafted']:.0%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+cpu = recorded("cpu")["results"]
+ratio = {(row["contestant"], row["batch_size"]): row["ratio"] for row in cpu}
+one = {row["contestant"]: row for row in cpu if row["batch_size"] == 1}
+floor = {name: f"{100 * row['share_of_floor']:.0f} %" for name, row in one.items()}
+pairs = {name: [f"{ratio[f'gpt2, {name}', size]:.1f}" for size in (1, 8)] for name in ("fp32", "bf16", "int8", "int4")}
+attention = [row["ratio"] for row in recorded("attention")["results"]]
+layouts = recorded("layouts")["results"]
+slower = [row["of_best"] for row in layouts if row["of_best"] > 1]
+lookups = recorded("speculation")["results"]
+perplexity = {name: recorded(f"quickstart_{name}")["perplexity"] for name in ("fp32", "int8", "int4")}
+assert all(row["same_texts"] for row in lookups)
+assert min(row["ratio"] for row in lookups if row["sampling"].startswith("temperature 1,")) > 1 - 1 / 5.5
+assert recorded("layouts")["threads"] == 1
+
+FIGURES = [
+    f"is {pairs['fp32'][0]} times as fast for one text and {pairs['fp32'][1]} times for eight. bf16 is "
+    f"{pairs['bf16'][0]} and {pairs['bf16'][1]} times as fast, int8 {pairs['int8'][0]} and {pairs['int8'][1]} times, "
+    f"int4 {pairs['int4'][0]} and {pairs['int4'][1]} times",
+    f"in fp32 one text is at {floor['gpt2, fp32']} of what reading the weights allows, where `transformers` is at "
+    f"{floor['transformers, static, compiled']}",
+    *map(of_cpu, cpu),
+    *(
+        f"Batch {size}, memory bandwidth measured at {speed / 1e9:.1f} GB/s:"
+        for size, speed in {row["batch_size"]: row["read_bytes_per_second"] for row in cpu}.items()
+    ),
+    f"the fastest for one text in fp32: {floor['gpt2, fp32']} of the floor",
+    f"attention of a new token takes {min(attention):.1f} to {max(attention):.1f} times as long in bf16",
+    f"{ratio['gpt2, int8', 1] / ratio['gpt2, fp32', 1]:.1f} times the speed of fp32 for one text; perplexity of the "
+    f"quickstart's whole validation split {perplexity['fp32']:.3f} -> {perplexity['int8']:.3f}",
+    f"perplexity {perplexity['fp32']:.3f} -> {perplexity['int4']:.3f}, "
+    f"{100 * (perplexity['int4'] / perplexity['fp32'] - 1):.1f} % more",
+    *map(of_lookup, lookups),
+    f"the fastest in {len(layouts) - len(slower)} of {len(layouts)} cases, and within "
+    f"{100 * (max(slower) - 1):.0f} % of the fastest in the other {len(slower)}".replace("other 2", "other two"),
+]
+GIVEN = [
+    "124M",
+    "prompts of 64 tokens, 128 new tokens, greedy, medians of 5 repetitions",
+    "slices of 32 outputs",
+    "an offset per 128 inputs",
+    "30 November 2026",
+    "(2 layers, width 128, context 128) continues four beginnings of Python files by 200 tokens",
+    "2 threads",
+    "at a temperature of 1 hardly",
+    "2 cores of an AMD EPYC (AVX-512, bf16, VNNI)",
+    "PyTorch 2.13.0 (CPU), transformers 5.24.0, Python 3.11.7",
+]
+ELSEWHERE = {
+    "gpt2/generation/kv_cache.py": [f"{min(attention):.1f} to {max(attention):.1f} times as long in bf16"],
+    "gpt2/ops/cpu_inference.py": [f"slower in {len(layouts) - len(slower)} of {len(layouts)} cases"],
+    "docs/performance.md": [
+        f"from {perplexity['fp32']:.3f} to {perplexity['int8']:.3f}, int4 to {perplexity['int4']:.3f}",
+    ],
+}
