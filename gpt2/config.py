@@ -49,11 +49,15 @@ class OptimizerTraits:
 
     sharded: bool = True  # by FSDP, which leaves each rank only a part of each matrix
     skips_nonfinite: bool = False  # on CUDA, its kernels skip the step where its `found_inf` is 1
+    decays: bool = True  # the learning rate follows train.lr_schedule after the warm-up, otherwise it is constant
+    package: str = "torch"  # that has it
 
 
 OPTIMIZERS = {
     "adamw": OptimizerTraits(skips_nonfinite=True),
     "muon": OptimizerTraits(sharded=False, skips_nonfinite=True),
+    "adafactor": OptimizerTraits(sharded=False),
+    "schedule_free": OptimizerTraits(sharded=False, decays=False, package="schedulefree"),
 }
 
 
@@ -102,7 +106,8 @@ class TrainingConfig:
     min_learning_rate: float | None = None  # end of the schedule; null: a tenth of learning_rate
     lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # decay after the warm-up; wsd: warm-up, stable, decay
     decay_fraction: float = 0.2  # share of the steps, at the end, in which wsd decays
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the other weights
+    # muon: for the matrices of the blocks, AdamW for the other weights; schedule_free: AdamW without a schedule.
+    optimizer: Literal["adamw", "muon", "adafactor", "schedule_free"] = "adamw"
     muon_momentum: float = 0.95
     eval_batches: int | None = None  # batches of a validation; null: the whole split
     # Tasks that each validation scores too: hellaswag, lambada, piqa, arc_easy, winogrande.

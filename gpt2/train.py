@@ -33,7 +33,7 @@ from gpt2.training import state as states
 from gpt2.training.callbacks import Callback, ConsoleLog
 from gpt2.training.compile import Compiled, ComputePlan, choose_plan
 from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, clip_gradients, gradient_norms
-from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, stepping
 from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
 from gpt2.validation import validate, validate_distributed
@@ -190,16 +190,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_factor", 1.0)
 
-        loss = self._accumulate_gradients(micro_batches, targets)
-        if loss is None:
-            return None
-
-        self.scaler.unscale_(self.optimizer)
-        norms = self.parallel.full_norms(gradient_norms(self.model))
-        gradient_norm = torch.linalg.vector_norm(norms)
-        clip_gradients(self.model, gradient_norm, self.config.gradient_clip)
-        if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
-            self.scaler.step(self.optimizer)
+        with stepping(self.optimizer):
+            loss = self._accumulate_gradients(micro_batches, targets)
+            if loss is None:
+                return None
+            self.scaler.unscale_(self.optimizer)
+            norms = self.parallel.full_norms(gradient_norms(self.model))
+            gradient_norm = torch.linalg.vector_norm(norms)
+            clip_gradients(self.model, gradient_norm, self.config.gradient_clip)
+            if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
+                self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -300,6 +300,11 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
         )
     if not isinstance(config.compile, bool) and config.compile != "auto":
         yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
+    if (traits := OPTIMIZERS.get(config.optimizer)) and find_spec(traits.package) is None:
+        needed = f"needs `pip install {traits.package}`, which is not installed"
+        yield f"{prefix}optimizer: {config.optimizer} {needed}; adamw and muon need nothing more"
+    if config.optimizer == "schedule_free" and not config.beta1:
+        yield f"{prefix}beta1: 0 leaves schedule_free nothing to average, a value above 0 would do"
     yield from _tasks(f"{prefix}eval_tasks", config.eval_tasks, config.eval_tasks_folder)
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         yield f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"

@@ -11,19 +11,18 @@ from torch.testing import assert_close
 from gpt2.checkpoint.format import read_tensors
 from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
 from gpt2.checkpoint.run_folder import BEST, LAST
-from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.config import OPTIMIZERS, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import SlicedLinear, pack_linears
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking.tracker import read_metrics
-from gpt2.training.optimizer import build_optimizer, learning_rate
+from gpt2.training.optimizer import build_optimizer, learning_rate, stepping
 from tests.checkpoint.test_export import save_checkpoint
 from tests.conftest import TINY, Workspace
 from tests.helpers import finish, noisy_model, random_ids, tiny_config
 
 BASE = {"mup_base_width": 32, "mup_base_head_width": 8}
-OPTIMIZERS = ["adamw", "muon"]
 
 
 def mup(width: int = 32, heads: int = 4, parametrization: str = "mup", **fields) -> GPT2Config:
@@ -36,12 +35,14 @@ def trained(config: GPT2Config, steps: int = 4, **train) -> GPT2Model:
     """A model after some steps on one batch, at a rate that matters."""
     torch.manual_seed(0)
     model = GPT2Model(config)
-    optimizer = build_optimizer(model, TrainingConfig(learning_rate=1e-2, weight_decay=0.1, **train))
+    rate = 0.2 if train.get("optimizer") == "adafactor" else 1e-2  # its rate is relative to the weights, of size 0.02
+    optimizer = build_optimizer(model, TrainingConfig(learning_rate=rate, weight_decay=0.1, **train))
     ids = random_ids(config, 8, config.context_length)
     for _ in range(steps):
         optimizer.zero_grad()
-        model(ids, labels=ids)[1].backward()
-        optimizer.step()
+        with stepping(optimizer):
+            model(ids, labels=ids)[1].backward()
+            optimizer.step()
     return model
 
 
@@ -91,7 +92,9 @@ def test_mup_is_standard_at_its_base(optimizer):
     assert_close(ours.state_dict(), standard.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("optimizer", "factor"), [("adamw", 1 / 4), ("muon", 1 / 2)])
+@pytest.mark.parametrize(
+    ("optimizer", "factor"), [("adamw", 1 / 4), ("muon", 1 / 2), ("adafactor", 1 / 2), ("schedule_free", 1 / 4)]
+)
 def test_matrices_of_blocks_have_a_rate_by_width_and_all_matrices_the_same_decay(optimizer, factor):
     model = GPT2Model(mup(128))
     config = TrainingConfig(learning_rate=1e-2, weight_decay=0.1, optimizer=optimizer)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpt2 import train
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
-from gpt2.config import DataConfig, GPT2Config, InferenceConfig, TrainingConfig
+from gpt2.config import OPTIMIZERS, DataConfig, GPT2Config, InferenceConfig, TrainingConfig
 from gpt2.data_loader import TokenDataset, get_dataloaders, load_text_data
 from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Evaluator, score
@@ -377,7 +377,9 @@ def test_library_without_hydra(tmp_path, capsys):
 # The compute plan
 
 
-@pytest.mark.parametrize("option", [{"optimizer": "muon"}, {"precision": "bf16"}, {"lr_schedule": "wsd"}])
+@pytest.mark.parametrize(
+    "option", [*({"optimizer": name} for name in OPTIMIZERS), {"precision": "bf16"}, {"lr_schedule": "wsd"}], ids=str
+)
 def test_resumed_run_matches_uninterrupted_with(option, blocks, tmp_path):
     whole = make_trainer(blocks, tmp_path / "whole", max_steps=6, **option)
     whole.train()

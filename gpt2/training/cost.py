@@ -16,7 +16,7 @@ from gpt2.runtime.device import container_limit, fastest_seconds
 from gpt2.runtime.dist_env import division
 from gpt2.training.compile import ComputePlan
 from gpt2.training.nonfinite import clip_gradients, gradient_norms
-from gpt2.training.optimizer import build_optimizer
+from gpt2.training.optimizer import build_optimizer, stepping
 
 FIRST_TOKENS = 256  # of the shortest pass: with fewer, reading the weights takes longer than multiplying by them
 LONG = 1.0  # seconds: nothing larger than a pass and an update that take as long is timed
@@ -65,7 +65,8 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     weights, head = model.num_parameters(), model.token_embedding.weight.numel()
     matrices = sum(model.get_parameter(name).numel() for name in model.matrices())
     state: float = 16 * weights  # weight, gradient and two averages
-    state -= 4 * matrices * (train.optimizer == "muon")  # it has one average
+    # Muon has one average, Adafactor hardly any, and schedule-free AdamW in addition a copy of the weights.
+    state += {"muon": -4 * matrices, "adafactor": -8 * weights, "schedule_free": 4 * weights}.get(train.optimizer, 0)
     is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
@@ -177,7 +178,8 @@ def _time_part(part: Work, plan: ComputePlan) -> tuple[float, float]:
     def update() -> None:
         norm = torch.linalg.vector_norm(gradient_norms(model))
         clip_gradients(model, norm, part.train.gradient_clip)
-        optimizer.step()
+        with stepping(optimizer):
+            optimizer.step()
         model.final_norm.weight[0].item()
 
     a_pass, an_update = fastest_seconds([forward_backward, update], repetitions=2)

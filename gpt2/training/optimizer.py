@@ -6,14 +6,15 @@ matrices of the blocks have one, by the width; `hidden_group` says which.
 To add an optimizer, add a builder to `BUILDERS` and what it supports to `gpt2.config.OPTIMIZERS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import cos, pi, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gpt2.config import TrainingConfig
+from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.model import GPT2Model
 from gpt2.training.adamw import AdamW, start_without_dynamo
 from gpt2.training.muon import Muon
@@ -93,28 +94,64 @@ def build_muon(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimize
     return MuonWithAdamW(muon, _adamw(rest, model, config))
 
 
+def build_adafactor(model: GPT2Model, config: TrainingConfig) -> torch.optim.Adafactor:
+    """Adafactor (Shazeer and Stern, 2018): mean squares of rows and columns instead of averages of each number."""
+    # The updates are in proportion to the weights, and mup makes these smaller by the root of the ratio already.
+    groups = _groups(trained(model), model, config, sqrt(model.config.width_ratio))
+    return torch.optim.Adafactor(groups, lr=config.learning_rate)
+
+
+def build_schedule_free(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Schedule-free AdamW (Defazio et al., 2024)."""
+    from gpt2.training.schedule_free import ScheduleFree  # here, because its package is optional
+
+    groups, betas = _groups(trained(model), model, config, model.config.width_ratio), (config.beta1, config.beta2)
+    return ScheduleFree(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+
+
 def _adamw(parameters: dict[str, nn.Parameter], model: GPT2Model, config: TrainingConfig) -> torch.optim.AdamW:
-    ratio, tensors = model.config.width_ratio, list(parameters.values())
-    hidden = [parameters.pop(name) for name in model.matrices() if name in parameters] if ratio != 1 else []
-    others = parameters.values()
-    groups: list[dict[str, Any]] = [
-        {"params": hidden, **hidden_group(ratio, config)},
-        {"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0},
-    ]
     return AdamW(
-        [group for group in groups if group["params"]],
+        _groups(parameters, model, config, model.config.width_ratio),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=all(parameter.device.type in ("cuda", "cpu") for parameter in tensors),
+        fused=all(parameter.device.type in ("cuda", "cpu") for parameter in parameters.values()),
     )
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], model: GPT2Model, config: TrainingConfig, rate_factor: float
+) -> list[dict[str, Any]]:
+    """The matrices of the blocks, if their rate has a factor; other matrices; and vectors, which do not decay."""
+    rest = dict(parameters)
+    hidden = [rest.pop(name) for name in model.matrices() if name in rest] if rate_factor != 1 else []
+    groups: list[dict[str, Any]] = [
+        {"params": hidden, **hidden_group(rate_factor, config)},
+        {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 BUILDERS: dict[str, Callable[[GPT2Model, TrainingConfig], torch.optim.Optimizer]] = {
     "adamw": build_adamw,
     "muon": build_muon,
+    "adafactor": build_adafactor,
+    "schedule_free": build_schedule_free,
 }
+
+
+@contextmanager
+def stepping(optimizer: Any) -> Iterator[None]:
+    """Inside, the weights are those whose gradient the optimizer needs; a schedule-free one has others in between."""
+    if not hasattr(optimizer, "eval"):
+        yield
+        return
+    optimizer.train()
+    try:
+        yield
+    finally:
+        optimizer.eval()
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -122,10 +159,12 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 
     `cosine`: half a cosine (Loshchilov and Hutter, 2017). `linear`: a straight line. `wsd`: warm-up, stable, decay
     (Hu et al., 2024), a straight line over the last `decay_fraction` of the run. If the warm-up is longer than the run,
-    the rate never reaches its peak.
+    the rate never reaches its peak. With a schedule-free optimizer it stays there.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    if not OPTIMIZERS[config.optimizer].decays:
+        return config.learning_rate
     lowest = config.min_learning_rate if config.min_learning_rate is not None else config.learning_rate / 10
     decay_start = config.warmup_steps
     if config.lr_schedule == "wsd":

@@ -22,7 +22,8 @@ from gpt2.training.optimizer import learning_rate
 log = logging.getLogger(__name__)
 
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
-LIKE_WEIGHTS = ("exp_avg/", "exp_avg_sq/", "momentum_buffer/")  # state of AdamW and Muon with the shape of the weight
+LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "variance")  # optimizer state shaped as the weight
+MEANS_OVER = {"row_var": -1, "col_var": -2}  # state of Adafactor, of length 1 in this dimension of the weight
 SHAPE = (  # fixed by weights
     *("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias"),
     *("parametrization", "mup_base_width", "mup_base_head_width"),
@@ -94,9 +95,18 @@ def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], model: torch.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     checkpoint.check_tensor_shapes(source, without_prefix("model/", stored), shapes)
-    moments = {name: s for name, s in without_prefix("optimizer/", stored).items() if name.startswith(LIKE_WEIGHTS)}
-    checkpoint.check_tensor_shapes(source, moments, {name: shapes.get(name.partition("/")[2], ()) for name in moments})
+    has_shape, entries = {*LIKE_WEIGHTS, *MEANS_OVER}, without_prefix("optimizer/", stored)
+    moments = {name: shape for name, shape in entries.items() if name.partition("/")[0] in has_shape}
+    checkpoint.check_tensor_shapes(source, moments, {name: _state_shape(name, shapes) for name in moments})
     checkpoint.check_weights(source, dict(tensors))
+
+
+def _state_shape(name: str, weights: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    kind, _, weight = name.partition("/")
+    shape = list(weights.get(weight, ()))
+    if kind in MEANS_OVER and len(shape) > 1:
+        shape[MEANS_OVER[kind]] = 1
+    return tuple(shape)
 
 
 def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

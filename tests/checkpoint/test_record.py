@@ -170,6 +170,12 @@ NAN = torch.full((32,), torch.nan)
         (lambda record: record, {"model/final_norm.bias": NAN}, "NaN or infinity .* in model/final_norm.bias$"),
         (lambda record: record, {"optimizer/exp_avg/final_norm.bias": NAN}, "in optimizer/exp_avg/final_norm.bias$"),
         (lambda record: record, {"optimizer/exp_avg/nothing": torch.zeros(3)}, "exp_avg/nothing"),
+        (lambda record: record, {"optimizer/z/final_norm.bias": torch.zeros(1)}, "z/final_norm.bias"),
+        (
+            lambda record: record,
+            {"optimizer/row_var/token_embedding.weight": torch.zeros(1, 1)},
+            r"row_var/token_embedding.weight \(1, 1\) instead of \(\d+, 1\)",
+        ),
         (lambda record: record, {"optimizer/new/nothing": torch.zeros(3)}, "'nothing'"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gpt2.config import GPT2Config, TrainingConfig
+from gpt2.config import OPTIMIZERS, GPT2Config, TrainingConfig
 from gpt2.model import meta_model
 from gpt2.ops import attention, cross_entropy
 from gpt2.runtime.device import Precision
@@ -47,6 +47,8 @@ def test_memory_is_that_of_the_table_in_docs_scale():
     assert gigabytes(XL, 8, 8, ranks=8, is_sharded=True)[0] == 3.3  # 3.1 of a shard, and what is gathered
     assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # whole gradients
     assert gigabytes(XL, train={"optimizer": "muon"})[0] == 28.0 - 5.9  # one average less for 1.47 billion weights
+    assert gigabytes(XL, train={"optimizer": "adafactor"})[0] == 28.0 - 12.4  # no averages
+    assert gigabytes(XL, train={"optimizer": "schedule_free"})[0] == 28.0 + 6.3  # a copy of the weights
     assert gigabytes(replace(XL, **NO_DROPOUT))[1] == 23.3
     assert gigabytes(XL)[2] == 1.0
     assert gigabytes(replace(XL, vocab_size=257))[2] == 0.2  # all logits are smaller than a chunk
@@ -103,7 +105,7 @@ def test_nothing_is_timed_that_does_not_fit(monkeypatch):
     assert time_step(work(tiny_config()), planned()) is None
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_passes_and_updates_really_run(optimizer):
     config = work(tiny_config(), 2, train={"optimizer": optimizer, "gradient_checkpointing": True})
     timing = time_step(config, planned("fp32"))

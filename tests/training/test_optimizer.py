@@ -11,7 +11,14 @@ import torch
 from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.model import GPT2Model
 from gpt2.training.muon import Muon
-from gpt2.training.optimizer import BUILDERS, build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from gpt2.training.optimizer import (
+    BUILDERS,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    stepping,
+)
 from tests.helpers import tiny_config
 
 
@@ -23,15 +30,16 @@ def tiny_model(**fields) -> GPT2Model:
 def update(model: GPT2Model, optimizer: torch.optim.Optimizer, seed: int) -> None:
     batch = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(seed))
     optimizer.zero_grad()
-    model(batch, labels=batch)[1].backward()
-    optimizer.step()
+    with stepping(optimizer):
+        model(batch, labels=batch)[1].backward()
+        optimizer.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # AdamW
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_only_matrices_decay(use_bias, kind):
     model = tiny_model(use_bias=use_bias)
@@ -42,7 +50,7 @@ def test_only_matrices_decay(use_bias, kind):
         assert decay[id(parameter)] == (0.0 if is_vector else 0.3), name
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_parameter_is_in_one_group(kind):
     model = tiny_model()
     optimizer = build_optimizer(model, TrainingConfig(optimizer=kind))
@@ -94,9 +102,10 @@ def test_parts_update_as_separate_optimizers():
         torch.testing.assert_close(parameter, parts[is_matrix].get_parameter(name), rtol=0, atol=1e-5, msg=name)
 
 
-def test_copy_updates_identically():
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_copy_updates_identically(kind):
     model = tiny_model()
-    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon", learning_rate=1e-2))
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=kind, learning_rate=1e-2))
     update(model, optimizer, 0)
     other, copied = copy.deepcopy((model, optimizer))
     update(model, optimizer, 1)
@@ -110,14 +119,31 @@ def test_muon_without_matrices_is_adamw():
     assert isinstance(build_optimizer(model, TrainingConfig(optimizer="muon")), torch.optim.AdamW)
 
 
-def test_learning_rate_of_every_group_can_be_set():
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_learning_rate_of_every_group_can_be_set(kind):
     model = tiny_model()
-    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"))
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=kind))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     update(model, optimizer, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adafactor
+
+
+def test_adafactor_is_that_of_pytorch():
+    config = TrainingConfig(optimizer="adafactor", learning_rate=0.1, weight_decay=0.3)
+    model, other = tiny_model(), tiny_model()
+    vectors, matrices = ([p for p in other.parameters() if (p.dim() > 1) is is_matrix] for is_matrix in (False, True))
+    theirs = torch.optim.Adafactor([{"params": vectors}, {"params": matrices, "weight_decay": 0.3}], lr=0.1)
+    ours = build_optimizer(model, config)
+    for seed in range(3):
+        update(model, ours, seed)
+        update(other, theirs, seed)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +191,11 @@ def test_wsd_decays_over_one_step_at_least():
     assert [learning_rate(step, 10, wsd) for step in (2, 8, 9, 10)] == pytest.approx([1, 1, 1, 0.1])
 
 
+def test_schedule_free_keeps_the_peak():
+    config = TrainingConfig(learning_rate=1.0, warmup_steps=20, min_learning_rate=0.0, optimizer="schedule_free")
+    assert [learning_rate(step, 120, config) for step in (9, 19, 20, 119)] == [0.5, 1.0, 1.0, 1.0]
+
+
 def test_warmup_longer_than_run_never_peaks():
     config = TrainingConfig(learning_rate=1.0, warmup_steps=2000)
     rates = [learning_rate(step, 100, config) for step in range(100)]
@@ -176,7 +207,7 @@ def test_warmup_longer_than_run_never_peaks():
 # State
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_restored_optimizer_updates_identically(kind):
     config = TrainingConfig(learning_rate=1e-2, optimizer=kind)
     model = tiny_model()
