@@ -117,22 +117,21 @@ Run the missing runs of a recorded study, and write its table and picture. Ctrl-
 
 def study() -> None:
     paths, options = split_arguments(STUDY)
-    if len(paths) != 1 or not options.get("jobs", "1").isdecimal():
-        raise UserError("study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number")
-    if not options.get("threads", "1").isdecimal() or options.get("threads") == "0":
-        raise UserError(f"threads: {options['threads']} is not a whole number above 0")
-    folder, jobs, threads = (
-        Path(paths[0]),
-        *(int(options[key]) if key in options else None for key in ("jobs", "threads")),
-    )
+    numbers = {key: int(value) for key, value in options.items() if value.isdecimal()}
+    if len(paths) != 1 or {"jobs", "threads"} & options.keys() - numbers.keys() or numbers.get("threads") == 0:
+        raise UserError(
+            "study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number, and threads=N, "
+            "one above 0"
+        )
     if "redraw" in options:
         from gpt2.experiments.results import redraw
 
-        redraw(folder)
-        return
-    from gpt2.experiments.runner import print_plan, run_study
+        redraw(Path(paths[0]))
+    else:
+        from gpt2.experiments.runner import print_plan, run_study
 
-    (print_plan if "plan" in options else run_study)(folder, jobs, threads)
+        act = print_plan if "plan" in options else run_study
+        act(Path(paths[0]), numbers.get("jobs"), numbers.get("threads"))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ FIGURES = [
     f"| nanoGPT, unmodified, fp32, {theirs['steps']:,} steps | {theirs['tokens']:,} | {theirs['user_seconds']:.0f} s | "
     f"{theirs['loss']:.3f} |",
     f"| `shakespeare_fast`, seeds 1, 2, 3 | {ours[0]['tokens']:,} | {', '.join(seconds[:2])} and {seconds[2]} s | "
-    f"{', '.join(f'{each:.3f}' for each in losses)} |".replace(f"{seconds[0]}, ", f"{seconds[0]}, "),
+    f"{', '.join(f'{each:.3f}' for each in losses)} |",
     f"differ by {max(losses) - min(losses):.2f}",
     "it ends above 2.5",
 ]
@@ -34,3 +34,4 @@ GIVEN = [
     "300 steps of 24 blocks, 20 steps of warm-up, a linear decay to zero, and bf16",
     "2 cores of an AMD EPYC, PyTorch 2.13.0, Python 3.11.7, 30 November 2026",
 ]
+ELSEWHERE = {"docs/training.md": [f"| `shakespeare_fast` | {mean(losses):.2f} |"]}

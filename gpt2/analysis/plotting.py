@@ -57,6 +57,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             va="center",
             color=colour,
             arrowprops=line,
+            annotation_clip=False,
         )
 
 

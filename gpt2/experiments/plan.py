@@ -137,6 +137,7 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
         return [f"{variant}: {composition_error(error)}"]
     problems: list[str] = []
+    first: dict[str, str] = {}  # the run that has a problem first: the others would repeat it
     for run in runs:
         changed = with_values(composed, run.overrides[1:])
         if changed is None:
@@ -145,12 +146,12 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
         try:
             config = resolve("train", changed, run.overrides)
         except UserError as error:
-            problems += [f"{run.name}: {problem}" for problem in error.problems]
+            first = {**dict.fromkeys(error.problems, run.name), **first}
         else:
             assert isinstance(config, TrainRun)
             configs[run] = config
             problems += _changed_settings(run, flat(asdict(config)))
-    return problems
+    return [*(f"{name}: {problem}" for problem, name in first.items()), *problems]
 
 
 def _changed_settings(run: PlannedRun, planned: dict[str, Any]) -> Iterator[str]:

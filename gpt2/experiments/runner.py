@@ -13,7 +13,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from rich.progress import BarColumn, TextColumn
 
@@ -125,7 +124,8 @@ class RecordedStudy:
         threads, missing = threads or default_threads(jobs), [run for run in self.runs if not run.is_done]
         (RUNS / self.name).mkdir(parents=True, exist_ok=True)
         problems, running = list[str](), list[RunProcess]()
-        with run_lock(RUNS / self.name), StudyProgress(self.configs, jobs) as progress:
+        progress = StudyProgress(self.configs, jobs)
+        with run_lock(RUNS / self.name), progress.bar:
             log.info("\n".join(self.header(jobs, threads)))
             try:
                 while missing or running:
@@ -180,37 +180,23 @@ class StudyProgress:
         self.bar = LiveProgress(*columns)
         self.task = self.bar.add_task("", total=1.0, left="")
 
-    def __enter__(self) -> "StudyProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.stop()
-
-    @property
-    def ended(self) -> int:
-        return sum(not left for left in self.cost.left.values())
-
-    @property
-    def left(self) -> str:
-        return f"{time_left(self.cost.seconds_left(self.jobs))} left"
-
     def show(self, running: list[PlannedRun]) -> None:
         """Read how far the runs are, if it is time."""
-        if time.monotonic() < self.next_look:
-            return
-        self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-        for run in running:
-            self.cost.update(run)
-        share, count = self.cost.share_done, f"{self.ended} of {len(self.cost.left)} runs, {len(running)} running"
-        self.bar.update(self.task, completed=share, description=count, left=f"{share:.0%}  {self.left}")
+        if time.monotonic() > self.next_look:
+            for run in running:
+                self.cost.update(run)
+            share, left = self.cost.share_done, time_left(self.cost.seconds_left(self.jobs))
+            count = f"{self.cost.ended} of {len(self.cost.left)} runs, {len(running)} running"
+            self.bar.update(self.task, completed=share, description=count, left=f"{share:.0%}  {left} left")
+            self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
 
     def count(self, run: PlannedRun, line: str) -> None:
         """Log how a run ended."""
         self.cost.update(run)
         self.cost.left[run] = 0.0  # also if it failed
-        clock = self.left if self.ended < len(self.cost.left) else ""
-        log.info(f"{self.ended:>4} of {len(self.cost.left)}  {line}  {clock}".rstrip())
+        ended, runs = self.cost.ended, len(self.cost.left)
+        clock = f"{time_left(self.cost.seconds_left(self.jobs))} left" if ended < runs else ""
+        log.info(f"{ended:>4} of {runs}  {line}  {clock}".rstrip())
 
 
 class RunProcess:

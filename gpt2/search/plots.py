@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -59,7 +58,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
         return None
     axes = (figure := new_figure()).subplots()
     best, ends = best_of(study), dict[str, tuple[float, float, str, str]]()
-    style: dict[str, Any]
+    sign, style = 1 if study.direction == StudyDirection.MINIMIZE else -1, dict[str, Any]()
     for trial in trials:
         numbers, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
         points = [number + 1 for number in numbers], values
@@ -70,7 +69,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
         else:
             name, style = "complete", {"color": FAINT, "linewidth": 1}
         axes.plot(*points, **style)
-        if values[-1] <= ends.get(name, (0, inf))[1]:  # the lowest is in the picture
+        if name not in ends or sign * values[-1] < sign * ends[name][1]:  # the best of each kind is in the picture
             ends[name] = points[0][-1], values[-1], name, style["color"]
     losses = [loss for trial in trials for loss in trial.intermediate_values.values()]
     # The worst tenth, such as trials that diverged, is cut off.

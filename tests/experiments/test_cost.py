@@ -59,13 +59,17 @@ def test_time_left_is_that_of_the_flops_left(study):
     assert StudyCost(study.configs).share_done < cost.share_done  # it counts as missing
 
 
-def test_variant_without_runs_is_measured(study):
+def test_size_without_runs_is_measured(study):
     logged(study.runs[0], 8, 4, "finished")
+    logged(study.runs[3], 0, 1)  # an evaluation before the first step
     cost = StudyCost(study.configs)
-    assert cost.seconds_per_flop("wide") == cost.seconds_per_flop("narrow")
+    narrow, wide = (cost.works[run].flops_per_step for run in study.runs[::2])
+    assert cost.seconds_per_flop(wide) == pytest.approx(cost.seconds_per_flop(narrow) * 5 / 4)
+    shutil.rmtree(study.runs[3].folder)
+    cost = StudyCost(study.configs)
     cost.measure(threads=1)
-    assert set(cost.measured) == {"wide"}
-    assert cost.seconds_per_flop("wide") == cost.measured["wide"]
+    assert set(cost.measured) == {wide}
+    assert cost.seconds_per_flop(wide) == cost.measured[wide]
 
 
 def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
@@ -79,8 +83,8 @@ def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
     assert ["narrow", "2", "0", f"{tokens:,}"] in [line[:4] for line in lines]
     assert ["all", "4", "0", f"{2 * tokens:,}"] in [line[:4] for line in lines]
     assert "2 at a time, 1 thread each, at a low priority (nice 10)" in done.stdout
-    assert "measured alone, and without evaluations" in done.stdout
-    assert "Disk    about" in done.stdout
+    assert "by a step measured alone, without evaluations" in done.stdout
+    assert "Disk    at most" in done.stdout
     assert sorted(folder.iterdir()) == before
     assert not (workspace.folder / "outputs" / "studies").exists()
 

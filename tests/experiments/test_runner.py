@@ -16,7 +16,7 @@ from gpt2.cli.compose import ROOT, compose
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, planned_runs, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, recorded, redraw, rows_of, with_section
-from gpt2.experiments.runner import NICE, RecordedStudy, run_study
+from gpt2.experiments.runner import NICE, RecordedStudy, RunProcess, run_study
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
 
@@ -135,6 +135,16 @@ def test_problem_of_a_plan_is_reported_before_any_run(tmp_path, monkeypatch, pla
         RecordedStudy(folder)
     assert problem in str(refused.value)
     assert not (tmp_path / "outputs" / "studies").exists()
+
+
+def test_problem_of_many_runs_is_reported_once(tmp_path, monkeypatch):
+    folder = write_study(tmp_path, PLAN.replace("sweep: {", "sweep: {train.batch_size: [0], "))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        RecordedStudy(folder)
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == [
+        f"{variant} batch_size=0 learning_rate=0.001 seed=1" for variant in ("narrow", "wide")
+    ]
 
 
 def test_study_outside_the_search_path_is_refused(tmp_path, monkeypatch):
@@ -277,7 +287,7 @@ def test_variant_is_found_from_any_folder(workspace: Workspace):
 
 @pytest.mark.slow
 def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
-    """Stopped by Ctrl-C and by SIGTERM; meanwhile its runs have a low priority, and a second process is refused."""
+    """Stopped by Ctrl-C and by SIGTERM; meanwhile a second process is refused."""
     folder = write_study(workspace.folder, PLAN.replace("seeds: [1, 2]", "seeds: [1]"))
     command = ("gpt2.main", "study", "outputs/sweeps/tiny")
     for number, (sent, rate) in enumerate([(signal.SIGINT, "0.003"), (signal.SIGTERM, "0.001")]):
@@ -287,7 +297,6 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
         while not (lock.exists() and lock.read_text()):  # this run has begun
             time.sleep(0.05)
             assert running.poll() is None
-        assert os.getpriority(os.PRIO_PROCESS, int(lock.read_text().split()[1])) == NICE
         if sent == signal.SIGINT:
             second = workspace.module(*command)
             assert second.returncode == 2
@@ -316,6 +325,17 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     assert "largest difference is 0.0000" in again.stdout
 
 
+def test_run_has_a_low_priority_and_its_threads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunProcess(PlannedRun("tiny", "narrow", {}), threads=3)
+    try:
+        assert os.getpriority(os.PRIO_PROCESS, run.process.pid) == max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
+        assert b"\0OMP_NUM_THREADS=3\0" in b"\0" + Path(f"/proc/{run.process.pid}/environ").read_bytes()
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
 @pytest.mark.slow
 def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     folder = write_study(workspace.folder, "variants: [narrow, wide]")
@@ -333,7 +353,7 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
         ([], "error: study: one folder"),
         (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
         (["experiments/learning_rate", "jobs=two"], "error: study: one folder"),
-        (["experiments/learning_rate", "threads=0"], "error: threads: 0 is not a whole number above 0"),
+        (["experiments/learning_rate", "threads=0"], "error: study: one folder"),
     ],
 )
 def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
