@@ -387,6 +387,7 @@ class StudyPlan:
     metric: str = "loss"  # what is compared: a column of gpt2/analysis/runs.py
     x: str = "variant"  # x axis of the plot: a key or a column
     lines: str = "variant"  # key whose values are the lines of the plot
+    panels: str | None = None  # key whose values are panels of the plot, one below the other
 
 
 # Keys of a TrainRun that a file never decides: accounts, places, devices and workers of the user who runs it.

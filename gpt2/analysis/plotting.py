@@ -28,7 +28,7 @@ def plain(axes: Axes, **labels: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: int = 1) -> None:
     """Name lines at the right edge of the axes, in their colours, instead of in a legend.
 
     Names that would overlap are moved apart; a thin line leads from each to its point. To be called last, because it
@@ -36,13 +36,14 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
     Args:
         ends: The last point of each line, its name and its colour: (x, y, name, colour).
+        panels: How many axes the figure has one below the other.
     """
     axes.autoscale_view()  # otherwise the limits are those of an empty plot until it is drawn
     figure, to_axes = axes.get_figure(root=True), axes.transScale + axes.transLimits
     assert figure
     heights = list[float]()
     named = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends)
-    gap = LINE_HEIGHT / figure.get_figheight()
+    gap = LINE_HEIGHT * panels / figure.get_figheight()
     for height, *_ in named:
         heights.append(max(height, heights[-1] + gap) if heights else height)
     highest = 1.0

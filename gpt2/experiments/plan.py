@@ -172,11 +172,14 @@ def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list
     known = {"variant", *next(iter(settings.values()))}
     problems = [
         f"{name}: there is no {key} to draw by; use variant or a key such as train.learning_rate"
-        for name, key, allowed in (("x", plan.x, {*known, *COLUMNS}), ("lines", plan.lines, known))
+        for name, key, allowed in (
+            ("x", plan.x, {*known, *COLUMNS}),
+            *((name, key, known) for name, key in (("lines", plan.lines), ("panels", plan.panels)) if key),
+        )
         if key not in allowed
     ]
     if not problems:
-        axes = (plan.lines, column_key(plan))
+        axes = tuple(filter(None, (plan.panels, plan.lines, column_key(plan))))
         cells = {repr([{**values, "variant": run.variant}[key] for key in axes]) for run, values in settings.items()}
         if len(cells) * len(plan.seeds) < len(settings):
             problems.append(f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or use more variants")

@@ -39,7 +39,8 @@ Row = dict[str, Any]  # a run: a line of `results.csv`
 
 def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
     """The `results.csv` of a study: one line a run, with everything that table, picture and README are made of."""
-    keys = [key for key in (plan.x, plan.lines) if key not in (*plan.sweep, *COLUMNS, "variant", SEED)]
+    known = {*plan.sweep, *COLUMNS, "variant", SEED}
+    keys = [key for key in (plan.panels, plan.x, plan.lines) if key and key not in known]
     figures = dict.fromkeys([*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())])
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -132,22 +133,25 @@ class Results:
             cells.setdefault(repr(_setting(row, plan)), Cell(plan.metric)).runs.append(row)
         self.cells = list(cells.values())
 
-    def lines(self) -> dict[Any, list[Cell]]:
-        """The cells of each line of the picture, which is a row of the table, in the order of the plan."""
-        lines = defaultdict(list)
+    def panels(self) -> dict[Any, dict[Any, list[Cell]]]:
+        """The cells of each line of the picture, which is a row of the table, by panel, in the order of the plan."""
+        panels: dict[Any, dict[Any, list[Cell]]] = defaultdict(lambda: defaultdict(list))
         for cell in self.cells:
-            lines[cell.value_of(self.plan.lines)].append(cell)
-        return lines
+            panels[cell.value_of(self.plan.panels or "")][cell.value_of(self.plan.lines)].append(cell)
+        return panels
 
     def table(self) -> str:
         """A row for each line of the picture and a column for each value of its x axis. The best of a row is bold."""
         key = column_key(self.plan)
         heads = list(dict.fromkeys(cell.value_of(key) for cell in self.cells))
-        rows = [[f"{_short(self.plan.lines)} \\ {_short(key)}", *map(shown_value, heads)]]
-        for line, cells in self.lines().items():
+        names = ", ".join(_short(name) for name in (self.plan.panels, self.plan.lines) if name)
+        rows = [[f"{names} \\ {_short(key)}", *map(shown_value, heads)]]
+        lines = {(panel, line): cells for panel, lines in self.panels().items() for line, cells in lines.items()}
+        for name, cells in lines.items():
             best = best_of(cells)
             shown = {c.value_of(key): f"**{c.shown()}**" if c is best and c.loss < inf else c.shown() for c in cells}
-            rows.append([shown_value(line), *(shown.get(head, "") for head in heads)])
+            words = ", ".join(map(shown_value, name[0 if self.plan.panels else 1 :]))
+            rows.append([words, *(shown.get(head, "") for head in heads)])
         return as_markdown(rows)
 
     def section(self) -> str:
@@ -175,8 +179,22 @@ class Results:
 
     def over_x(self) -> Figure:
         """The metric over `plan.x`: means, the range over seeds, and a ring around the best of each line."""
-        axes = (figure := new_figure()).subplots()
-        lines, x = self.lines(), self.plan.x
+        panels, ends = self.panels(), []
+        figure = new_figure(height=4 if len(panels) == 1 else 3.4 * len(panels))
+        column = figure.subplots(len(panels), squeeze=False, sharex=True, sharey=True)[:, 0]
+        for axes, (panel, lines) in zip(column, panels.items(), strict=True):
+            ends.append(self._draw(axes, lines))
+            if self.plan.panels:
+                axes.set_title(as_label(shown_value(panel)))
+        for axes, named in zip(column, ends, strict=True):
+            axes.label_outer()
+            if self.plan.lines != self.plan.x:
+                label_ends(axes, named, len(panels))
+        return figure
+
+    def _draw(self, axes: Axes, lines: dict[Any, list[Cell]]) -> list[tuple[float, float, str, str]]:
+        """Draw the lines of a panel. Returns their ends, see `label_ends`."""
+        x = self.plan.x
         names = list(dict.fromkeys(cell.value_of(x) for cell in self.cells))
         is_number = all(isinstance(name, int | float) for name in names)
         places = {name: name if is_number else place for place, name in enumerate(names)}
@@ -196,9 +214,7 @@ class Results:
             axes.minorticks_off()
         metric = self.plan.metric
         plain(axes, xlabel=UNITS.get(x, _short(x)), ylabel=UNITS.get(metric, COLUMNS[metric].header))
-        if self.plan.lines != x:
-            label_ends(axes, ends)
-        return figure
+        return ends
 
     def write(self) -> str:
         """Write all files. Returns a line that says so.

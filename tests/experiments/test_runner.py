@@ -118,6 +118,7 @@ def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
         ("variants: [narrow]\nsweep: [a]", "study.yaml: "),
         ("variants: [narrow]\nx: nonsense", "x: there is no nonsense to draw by"),
         ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
+        ("variants: [narrow]\npanels: loss", "panels: there is no loss to draw by"),
         ("variants: [narrow, wide]\nx: train.seed\nlines: train.seed", "do not distinguish"),
         (
             "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
@@ -192,6 +193,16 @@ def test_table_of_means_and_spreads_with_the_best_in_bold(tmp_path, monkeypatch)
     rows = [(row["variant"], row["model.d_model"], row["train.learning_rate"], row["loss"]) for row in results.rows]
     assert rows[:2] == [("narrow", 16, 0.001, 2.16), ("narrow", 16, 0.003, 1.96)]
     assert [text.get_text() for text in results.over_x().axes[0].texts] == ["d model 16", "d model 32"]
+
+
+def test_panels_divide_the_picture_and_the_table(tmp_path, monkeypatch):
+    plan = PLAN.replace("lines: model.d_model", "lines: variant\npanels: model.d_model")
+    results, _ = finished(tmp_path, monkeypatch, plan)
+    assert [row.split("|")[1].strip() for row in results.table().splitlines()] == [
+        *("d model, variant \\ learning rate", "---", "16, narrow", "32, wide")
+    ]
+    assert [axes.get_title() for axes in results.over_x().axes] == ["16", "32"]
+    assert [text.get_text() for axes in results.over_x().axes for text in axes.texts] == ["narrow", "wide"]
 
 
 def test_diverged_setting_is_never_the_best(tmp_path, monkeypatch):
