@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gpt2.benchmarks.common import from_to
+from gpt2.analysis.tables import from_to
 
 FOLDER = Path(__file__).parent
 

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 
 import gpt2.ops.attention
 import gpt2.ops.cross_entropy
-from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, write_json
+from gpt2.analysis.tables import as_text, from_to
+from gpt2.benchmarks.common import circumstances, headline, interleaved, write_json
 from gpt2.benchmarks.contestants import Workload, in_precision, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark

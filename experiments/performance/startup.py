@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, write_json
+from gpt2.analysis.tables import as_text, from_to
+from gpt2.benchmarks.common import circumstances, headline, interleaved, spread, write_json
 
 TRAIN = str(Path(__file__).resolve().parents[2] / "train.py")
 FIRST_STEP = re.compile(r"\s*step 1/")

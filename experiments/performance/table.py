@@ -7,7 +7,7 @@ tests/benchmarks/test_scripts.py checks that the pages have them.
 import json
 from pathlib import Path
 
-from gpt2.benchmarks.common import from_to
+from gpt2.analysis.tables import from_to
 
 FOLDER = Path(__file__).parent
 SHAPES = {

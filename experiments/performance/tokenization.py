@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2.analysis.tables import as_text
-from gpt2.benchmarks.common import circumstances, from_to, headline, interleaved, spread, write_json
+from gpt2.analysis.tables import as_text, from_to
+from gpt2.benchmarks.common import circumstances, headline, interleaved, spread, write_json
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose

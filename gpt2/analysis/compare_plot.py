@@ -1,4 +1,4 @@
-"""A comparison as a figure: validation loss over tokens, and over time or compute."""
+"""A comparison as a figure: validation loss over tokens and over time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,11 +26,10 @@ def colours(values: Sequence[Any]) -> list[str]:
     return [to_hex(scale(place % scale.N)) for place in range(len(values))]
 
 
-def curves(comparison: Comparison, cost: str = "seconds", identify: Callable[[RunResult], str] | None = None) -> Figure:
-    """Plot all runs. Runs that differ only in their seed share a colour and a name.
+def curves(comparison: Comparison, identify: Callable[[RunResult], str] | None = None) -> Figure:
+    """Plot all runs over tokens and over time. Runs that differ only in their seed share a colour and a name.
 
     Args:
-        cost: The x axis of the right half: seconds or flops.
         identify: The id of a run's lines in SVG.
     """
     groups: dict[str, list[RunResult]] = {}
@@ -40,15 +39,15 @@ def curves(comparison: Comparison, cost: str = "seconds", identify: Callable[[Ru
     palette = dict(zip(named, colours(_values(comparison, [groups[label][0] for label in named])), strict=True))
 
     key, y_label = _metric(comparison)
-    x_label, scale = _unit_of_time(comparison.runs) if cost == "seconds" else (UNITS[cost], 1.0)
+    x_label, scale = _unit_of_time(comparison.runs)
     figure = new_figure(8.5, 4)
-    by_tokens, by_cost = figure.subplots(1, 2, sharey=True)
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
     ends: dict[str, tuple[float, float, str, str]] = {}
     for label, runs in groups.items():
         style = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
         name = label + _count(runs) if label in palette else f"{len(groups) - len(named)} others"
         for run in runs:
-            for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_cost, cost, scale)):
+            for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_time, "seconds", scale)):
                 points = [(place / factor, y) for place, y in run.curve(key, x)]
                 _line(axes, points, style, identify and identify(run))
             if points:
@@ -56,8 +55,8 @@ def curves(comparison: Comparison, cost: str = "seconds", identify: Callable[[Ru
 
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(by_tokens, xlabel="tokens", ylabel=y_label)
-    plain(by_cost, xlabel=x_label)
-    label_ends(by_cost, list(ends.values()))
+    plain(by_time, xlabel=x_label)
+    label_ends(by_time, list(ends.values()))
     return figure
 
 

@@ -232,12 +232,8 @@ class RunResult:
         return tokens * loss / logarithm(2) / bits if loss and bits and tokens else None
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
-        """Points (x, y) of the records that have both keys; `flops` is computed from `tokens`."""
-        factor = self.fact("flops_per_token") if x == "flops" else 1.0
-        key = "tokens" if x == "flops" else x
-        if factor is None:
-            return []
-        return [(r[key] * factor, r[y]) for r in self.records if is_finite(r.get(y)) and is_finite(r.get(key))]
+        """Points (x, y) of the records that have both keys."""
+        return [(r[x], r[y]) for r in self.records if is_finite(r.get(y)) and is_finite(r.get(x))]
 
 
 @dataclass

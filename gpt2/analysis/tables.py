@@ -1,6 +1,7 @@
 """Tables as text and as Markdown. A table is a list of rows of cells; the first row is the head."""
 
 import re
+from collections.abc import Sequence
 
 # Such as 12,500 or 31.2% or 1.5 - 1.7 or **2.38 ± 0.01**.
 NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a))?\**")
@@ -9,6 +10,10 @@ NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a
 def is_number(cell: str) -> bool:
     """Whether a cell is a number, or stands for a missing one."""
     return cell in ("n/a", "null", "") or NUMBER.fullmatch(cell) is not None
+
+
+def from_to(values: Sequence[float], digits: int = 0) -> str:
+    return f"{min(values):,.{digits}f} - {max(values):,.{digits}f}"
 
 
 def numeric_columns(rows: list[list[str]]) -> list[bool]:

@@ -51,10 +51,6 @@ def spread(name: str, values: Sequence[float]) -> Row:
     return {name: median(values), f"{name}_of_each": list(values)}
 
 
-def from_to(values: Sequence[float], digits: int = 0) -> str:
-    return f"{min(values):,.{digits}f} - {max(values):,.{digits}f}"
-
-
 def circumstances(device: torch.device) -> Row:
     """What the figures depend on besides the configuration: hardware, load, commit and versions."""
     return {

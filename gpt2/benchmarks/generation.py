@@ -16,12 +16,11 @@ import transformers
 from torch import Tensor
 from transformers import CompileConfig, GPT2LMHeadModel
 
-from gpt2.analysis.tables import as_text
+from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import (
     READ_BYTES,
     Row,
     circumstances,
-    from_to,
     headline,
     interleaved,
     read_bandwidth,

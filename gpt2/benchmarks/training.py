@@ -9,12 +9,11 @@ from pathlib import Path
 
 import transformers
 
-from gpt2.analysis.tables import as_text
+from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import (
     MATRIX,
     Row,
     circumstances,
-    from_to,
     headline,
     interleaved,
     matmul_flops,

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from gpt2.benchmarks.common import from_to, interleaved, peak_bytes, reset_peak, spread, write_json
+from gpt2.analysis.tables import from_to
+from gpt2.benchmarks.common import interleaved, peak_bytes, reset_peak, spread, write_json
 
 
 def test_interleaved_turns_rotate():

@@ -7,6 +7,7 @@ every number of the README outside code, links and the generated part.
 
 import re
 import runpy
+import shutil
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_changed_figure_is_found():
     text = "A loss of 1.25 after\n400 steps, see [x](a_2.md) and `seed=3`.\n```\n17\n```\n"
     assert not problems(text, ["loss of 1.25"], ["400 steps"])
     assert problems(text, ["loss of 1.26"], ["400 steps"]) == ["lacks: loss of 1.26", "not computed: 1.25"]
+
+
+def test_changed_data_are_found(tmp_path):
+    """A loss in `results.csv` changes: the sentence, the generated part and the picture are no longer its own."""
+    folder = shutil.copytree(ROOT / "experiments" / "depth_or_width", tmp_path / "depth_or_width")
+    data, readme = (folder / "results.csv"), (folder / "README.md").read_text()
+    data.write_text(data.read_text().replace(",1.79", ",1.78"))
+    figures = runpy.run_path(str(folder / "figures.py"))
+    assert "not computed: 1.790," in problems(readme, figures["FIGURES"], figures["GIVEN"])
+    assert with_section(readme, Results(folder, read_plan(folder)).section()) != readme
+    assert Image.open(folder / "results.png").text["Source"] != sha256(data.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=of_folder)

@@ -341,7 +341,9 @@ def test_run_has_a_low_priority_and_its_threads(tmp_path, monkeypatch):
     run = RunProcess(PlannedRun("tiny", "narrow", {}), threads=3)
     try:
         assert os.getpriority(os.PRIO_PROCESS, run.process.pid) == max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
-        assert b"\0OMP_NUM_THREADS=3\0" in b"\0" + Path(f"/proc/{run.process.pid}/environ").read_bytes()
+        while not (environment := Path(f"/proc/{run.process.pid}/environ").read_bytes()):  # it is just starting
+            assert not run.has_ended()
+        assert b"\0OMP_NUM_THREADS=3\0" in b"\0" + environment
     finally:
         run.process.kill()
         run.process.wait()
