@@ -43,7 +43,7 @@ _MODULES = {
 }
 _MODULE = re.compile("|".join(map(re.escape, _MODULES)))
 
-_FIELDS = {
+FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
     "d_model": "n_embd",
@@ -120,7 +120,7 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     ]:
         raise UserError(f"{source}: its {CONFIG} does not describe OpenAI's GPT-2: {'; '.join(wrong)}")
 
-    values = {ours: stored[theirs] for ours, theirs in _FIELDS.items() if theirs in stored}
+    values = {ours: stored[theirs] for ours, theirs in FIELDS.items() if theirs in stored}
     width = values.get("d_model", GPT2Config.d_model)
     if values.get("d_ff") is None:
         values["d_ff"] = 4 * width if isinstance(width, int) else GPT2Config.d_ff  # the default of transformers
@@ -271,7 +271,7 @@ def write_folder(
     description = {
         "architectures": ["GPT2LMHeadModel"],
         **{key: values[0] for key, values in _REQUIRED.items()},
-        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in FIELDS.items()},
         "n_ctx": config.context_length,  # as in OpenAI's files; the converter to GGUF reads it
         **tokens,
         "dtype": "float32",

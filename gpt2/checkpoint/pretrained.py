@@ -310,7 +310,7 @@ print(write("Once upon a time", max_new_tokens=50)[0]["generated_text"])
 
 ## Architecture
 
-{_table(asdict(trained.config))}
+{_table({name: value for name, value in asdict(trained.config).items() if name in hugging_face.FIELDS})}
 """
 
 
@@ -329,6 +329,7 @@ def _training(record: dict[str, Any]) -> str:
             "validation loss": loss,
             "started from": _public_name(train["init_from"]) if train.get("init_from") else "random weights",
             **{name: train[name] for name in settings},
+            "parametrization": record["model"]["parametrization"],  # the weights are those of a standard model
             "PyTorch": record["versions"].get("torch"),
         }
     )

@@ -207,10 +207,11 @@ def test_warmup_longer_than_run_never_peaks():
 # State
 
 
+@pytest.mark.parametrize("parametrization", ["standard", "mup"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_restored_optimizer_updates_identically(kind):
+def test_restored_optimizer_updates_identically(kind, parametrization):
     config = TrainingConfig(learning_rate=1e-2, optimizer=kind)
-    model = tiny_model()
+    model = tiny_model(parametrization=parametrization)
     optimizer = build_optimizer(model, config)
     for seed in range(3):
         update(model, optimizer, seed)
