@@ -150,14 +150,15 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
         else:
             assert isinstance(config, TrainRun)
             configs[run] = config
-            problems += _changed_settings(run, flat(asdict(config)))
+            problems += _changed_settings(run, config)
     return [*(f"{name}: {problem}" for problem, name in first.items()), *problems]
 
 
-def _changed_settings(run: PlannedRun, planned: dict[str, Any]) -> Iterator[str]:
+def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
     """The settings of a run that exists already, where the plan has changed since."""
     result = RunResult(run.folder)
     saved = {} if result.problem else result.requested  # a damaged run is not done, so it is started again
+    planned = flat(asdict(config)) if saved else {}
     for key in sorted(saved.keys() & planned.keys() - NOT_PLANNED):
         if saved[key] != planned[key]:
             yield (
