@@ -109,10 +109,11 @@ STUDY = """usage: python -m gpt2.main study experiments/STUDY [OPTIONS]
 
 Run the missing runs of a recorded study, and write its table and picture. Ctrl-C stops it, the same command resumes it.
 
-  jobs=N      runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
-  threads=N   threads of each run; default: the cores divided by the runs at a time
-  --plan      only print what is missing and what it costs here: tokens, FLOPs, hours, disk
-  --redraw    only write table and picture again, from results.csv"""
+  variants=NAME,...  only the runs of these variants; table and picture are not written then
+  jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
+  threads=N          threads of each run; default: the cores divided by the runs at a time
+  --plan             only print what is missing and what it costs here: tokens, FLOPs, hours, disk
+  --redraw           only write table and picture again, from results.csv"""
 
 
 def study() -> None:
@@ -131,7 +132,8 @@ def study() -> None:
         from gpt2.experiments.runner import print_plan, run_study
 
         act = print_plan if "plan" in options else run_study
-        act(Path(paths[0]), numbers.get("jobs"), numbers.get("threads"))
+        variants = options["variants"].split(",") if "variants" in options else None
+        act(Path(paths[0]), numbers.get("jobs"), numbers.get("threads"), variants)
 
 
 def main() -> None:

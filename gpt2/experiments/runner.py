@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TextColumn
 from gpt2.analysis.runs import COLUMNS, RunResult
 from gpt2.cli.compose import ROOT
 from gpt2.config import TrainRun
-from gpt2.errors import ResourceError
+from gpt2.errors import ResourceError, UserError
 from gpt2.experiments.plan import RUNS, PlannedRun, read_plan, validated_runs
 from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
 from gpt2.runtime.files import run_lock, writable_folder
@@ -33,19 +33,20 @@ NICE = 10  # the priority of runs: 19 is the lowest, programs usually have 0
 SECONDS_BETWEEN_LOOKS = 2.0  # into the folders of runs
 
 
-def run_study(folder: Path, jobs: int | None, threads: int | None = None) -> None:
+def run_study(folder: Path, jobs: int | None, threads: int | None = None, variants: list[str] | None = None) -> None:
     """Run what a study lacks; if it is complete then, write its results.
 
     Args:
         jobs: Runs at a time; 0 runs nothing, None is one per core on a CPU and one on a GPU.
         threads: Of each run; None divides the cores.
+        variants: Only their runs; then no results are written.
 
     Raises:
         UserError: The study has problems, or another process runs it.
         ResourceError: Some runs failed. Nothing was written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
-    study = RecordedStudy(folder)
+    study = RecordedStudy(folder, variants)
     for run in study.runs:
         if problem := RunResult(run.folder).problem:
             print(f"{problem}; this run counts as missing", file=sys.stderr)
@@ -53,7 +54,7 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None) -> Non
         pass  # checked before the runs
     problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
     missing = sum(not run.is_done for run in study.runs)
-    if missing:
+    if missing or variants:
         log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
     else:
         study.write()
@@ -63,13 +64,13 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None) -> Non
         raise ResourceError(*problems)
 
 
-def print_plan(folder: Path, jobs: int | None, threads: int | None) -> None:
+def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: list[str] | None = None) -> None:
     """Print what the missing runs of a study cost here. Nothing is written.
 
     Raises:
         UserError: The study has problems.
     """
-    study = RecordedStudy(folder)
+    study = RecordedStudy(folder, variants)
     from gpt2.experiments.cost import StudyCost  # here, because it imports torch
 
     jobs = jobs or default_jobs()
@@ -97,14 +98,20 @@ def default_threads(jobs: int) -> int:
 class RecordedStudy:
     """A folder with a plan, and the runs of the plan."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, variants: list[str] | None = None):
         """
+        Args:
+            variants: Only the runs of these; None: all.
+
         Raises:
-            UserError: The folder has no plan, or the plan has problems.
+            UserError: The folder has no plan, the plan has problems, or it lacks a variant.
         """
         self.folder, self.name = folder, folder.resolve().name
         self.plan = read_plan(folder)
-        self.configs = validated_runs(self.plan, folder)
+        if unknown := set(variants or ()) - set(self.plan.variants):
+            raise UserError(f"variants: {min(unknown)} is none of {', '.join(self.plan.variants)}")
+        chosen = variants or self.plan.variants
+        self.configs = {run: c for run, c in validated_runs(self.plan, folder).items() if run.variant in chosen}
         self.runs = list(self.configs)
 
     def header(self, jobs: int, threads: int) -> list[str]:

@@ -388,3 +388,14 @@ def test_damaged_run_is_named_and_counts_as_missing(tmp_path, monkeypatch, capsy
     assert line.startswith(f"{run}/run.json: ")
     assert line.endswith("; this run counts as missing")
     assert "results.csv" not in {path.name for path in folder.iterdir()}
+
+
+def test_chosen_variants_leave_the_folder_as_it_is(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert {run.variant for run in RecordedStudy(folder, ["wide"]).runs} == {"wide"}
+    monkeypatch.setattr(PlannedRun, "is_done", True)
+    run_study(folder, jobs=0, variants=["wide"])
+    assert "results.csv" not in {path.name for path in folder.iterdir()}
+    with pytest.raises(UserError, match="variants: wider is none of narrow, wide"):
+        RecordedStudy(folder, ["wide", "wider"])
