@@ -1,4 +1,5 @@
-"""Write nanogpt.json: the loss of nanoGPT's last checkpoint over the whole validation split, in blocks as here.
+"""Write nanogpt.json, or another file: the loss of nanoGPT's last checkpoint over the whole validation split, in blocks
+as here.
 
 In a clone of https://github.com/karpathy/nanoGPT, then in this repository:
 
@@ -41,5 +42,6 @@ result = {
     "torch": torch.__version__,
     "hardware": hardware(torch.device("cpu")),
 }
-Path(__file__).with_name("nanogpt.json").write_text(json.dumps(result, indent=1) + "\n")
+written = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).with_name("nanogpt.json")
+written.write_text(json.dumps(result, indent=1) + "\n")
 print(f"step {result['step']:,}: {result['loss']:.4f} nats a character")
