@@ -58,11 +58,15 @@ def redraw(folder: Path) -> None:
     """Write picture and README of a study again, from its `results.csv`.
 
     Raises:
-        UserError: It has none, or the folder cannot be written to.
+        UserError: It has none or one of another plan, or the folder cannot be written to.
     """
     if not (folder / RESULTS).is_file():
         raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
-    print(Results(folder, read_plan(folder)).write())
+    results = Results(folder, plan := read_plan(folder))
+    needed = dict.fromkeys(["variant", *plan.sweep, "state", "tokens", "flops", plan.metric, "seconds", "machine"])
+    if lacking := [key for key in needed if not results.rows or key not in results.rows[0]]:
+        raise UserError(f"{folder / RESULTS}: has no {', '.join(lacking)}; the study writes it when its runs are done")
+    print(results.write())
 
 
 def rows_of(text: str) -> list[Row]:

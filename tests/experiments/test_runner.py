@@ -282,6 +282,9 @@ def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
     assert (results.folder / "README.md").read_text() == readme
     assert (results.folder / "results.png").stat().st_size
     assert "Written to outputs/sweeps/tiny" in capsys.readouterr().out
+    (results.folder / "results.csv").write_text(results.text.replace("machine", "computer"))
+    with pytest.raises(UserError, match=r"results.csv: has no machine; the study writes it"):
+        redraw(results.folder)
     (results.folder / "results.csv").unlink()
     with pytest.raises(UserError, match=r"no results.csv to draw from"):
         redraw(results.folder)
