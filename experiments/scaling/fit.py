@@ -101,7 +101,8 @@ class Fit:
         return {
             "runs": len(self.runs.n),
             "runs_in_fit": int(self.runs.in_fit.sum()),
-            "rms_residual": float(np.sqrt(np.mean(self.residuals**2))),
+            "median_residual": float(np.median(np.abs(self.residuals))),
+            "largest_residual": float(np.max(np.abs(self.residuals))),
             "largest_flops": float(largest),
             **{name: [float(of(self.law)), *interval([of(law) for law in self.laws])] for name, of in figures.items()},
         }
@@ -266,8 +267,9 @@ def section(folder: Path) -> str:
             f"The law is L(N, D) = E + A / N^α + B / D^β (Hoffmann et al., 2022, approach 3), N in millions of "
             f"parameters without embeddings, D in millions of bytes. It is fitted to the {record['runs_in_fit']} of "
             f"{record['runs']} runs that have {FEWEST_STEPS} steps or more; the others, hollow in the pictures, have "
-            f"hardly left their warm-up. The root mean square of the residuals is {100 * record['rms_residual']:.1f} % "
-            f"of the loss, the standard deviation between seeds {100 * seed_noise(folder):.1f} %.",
+            f"hardly left their warm-up. Half of the losses are within {100 * record['median_residual']:.1f} % "
+            f"of the law, the farthest is {100 * record['largest_residual']:.1f} % off; the standard deviation between "
+            f"seeds is {100 * seed_noise(folder):.1f} %.",
             table(record),
             f"The prediction was made {predicted['made']}, for width {predicted['width']}: "
             f"{predicted['size']:.2f} million parameters, {predicted['tokens'] / 1e6:.1f} million bytes, "
