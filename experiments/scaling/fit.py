@@ -212,7 +212,7 @@ def over_size(result: Fit) -> Figure:
 
 def _points(axes: Axes, x: NDArray, runs: Runs, mask: NDArray, colour: str, line: str) -> None:
     """The runs in the fit are filled, the others hollow."""
-    axes.plot(x[mask], runs.losses[mask], line, color=colour, linewidth=0.8, alpha=0.6)
+    axes.plot(x[mask], runs.losses[mask], linestyle=line, color=colour, linewidth=0.8, alpha=0.6)
     for is_fitted, filling in ((True, colour), (False, "none")):
         chosen = mask & (runs.in_fit == is_fitted)
         axes.plot(x[chosen], runs.losses[chosen], "o", color=colour, markersize=5, markerfacecolor=filling)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 
 DELTA = 1e-3  # where the Huber loss of the logarithms turns from a square into a line, as in Hoffmann et al.
-STARTS = [*product((-1.0, 0.0), (-2.0, -0.5, 0.5), (-2.0, -0.5, 0.5), (0.2, 0.6), (0.2, 0.6))]  # e, a, b in logarithms
+STARTS = [*product((-1.0, 0.0), (-2.0, 0.0), (-1.0, 0.5), (0.2, 0.6), (0.2, 0.6))]  # e, a, b in logarithms
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def bootstrap(n: ArrayLike, d: ArrayLike, losses: ArrayLike, law: Law, samples: 
     """The laws of samples of the runs, drawn with replacement. Each fit starts from `law` and three other points."""
     table = np.array([n, d, losses], float)
     random = np.random.default_rng(0)
-    starts = [parameters(law), *STARTS[:: len(STARTS) // 3]]
+    starts = [parameters(law), *STARTS[5::10]]
     return [fit(*table[:, random.integers(table.shape[1], size=table.shape[1])], starts) for _ in range(samples)]
 
 

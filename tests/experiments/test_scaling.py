@@ -40,7 +40,7 @@ def write_results(folder: Path, loss_of) -> study.Runs:
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> study.Fit:
     """A fit to data of the law TRUE."""
-    return study.Fit(write_results(tmp_path_factory.mktemp("known"), TRUE.loss), samples=40)
+    return study.Fit(write_results(tmp_path_factory.mktemp("known"), TRUE.loss), samples=30)
 
 
 @pytest.mark.parametrize("name", ["e", "a", "b", "alpha", "beta", "size_exponent"])
