@@ -69,6 +69,11 @@ def few(names: Collection[str], separator: str = ", ") -> str:
     return separator.join(shortened(name, 700) for name in list(names)[:3]) + more
 
 
+def counted(number: float, unit: str) -> str:
+    """A number with its unit, such as `1 layer` or `2,000 steps`."""
+    return f"{number:{',g' if isinstance(number, float) else ','}} {unit}{'s' * (number != 1)}"
+
+
 def shortened(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 

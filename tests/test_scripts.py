@@ -46,7 +46,7 @@ def test_output_of_a_training_run(trained):
     (run,) = trained.runs()
     for expected in (
         *(
-            "parameters: 1 layers, width 32",
+            "parameters: 1 layer, width 32",
             "8 steps of 128 tokens",
             "Cost    1,024 tokens and ",
             "step 8/8  loss ",

@@ -68,8 +68,9 @@ FIGURES = [
     ),
     f"the fastest for one text in fp32: {floor['gpt2, fp32']} of the floor",
     f"attention of a new token takes {min(attention):.1f} to {max(attention):.1f} times as long in bf16",
-    f"{ratio['gpt2, int8', 1] / ratio['gpt2, fp32', 1]:.1f} times the speed of fp32 for one text; perplexity of the "
-    f"quickstart's whole validation split {perplexity['fp32']:.3f} -> {perplexity['int8']:.3f}",
+    f"{ratio['gpt2, int8', 1] / ratio['gpt2, fp32', 1]:.1f} times the speed of fp32 for one text; perplexity of a "
+    f"model of half a million parameters on the whole validation split {perplexity['fp32']:.3f} -> "
+    f"{perplexity['int8']:.3f}",
     f"perplexity {perplexity['fp32']:.3f} -> {perplexity['int4']:.3f}, "
     f"{100 * (perplexity['int4'] / perplexity['fp32'] - 1):.1f} % more",
     *map(of_lookup, lookups),
@@ -82,7 +83,8 @@ GIVEN = [
     "slices of 32 outputs",
     "an offset per 128 inputs",
     "30 November 2026",
-    "(2 layers, width 128, context 128) continues four beginnings of Python files by 200 tokens",
+    "(2 layers, width 128, context 128, the quickstart of commit `2c6ccda`) continues four beginnings "
+    "of Python files by 200 tokens",
     "2 threads",
     "at a temperature of 1 hardly",
     "2 cores of an AMD EPYC (AVX-512, bf16, VNNI)",

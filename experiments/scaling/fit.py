@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
+from hashlib import sha256
 from math import ceil, log
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,6 +33,7 @@ from gpt2.analysis.runs import RunResult
 from gpt2.analysis.tables import as_markdown
 from gpt2.experiments.plan import planned_runs, read_plan
 from gpt2.experiments.results import recorded, rows_of
+from gpt2.tracking.tracker import FINISHED
 
 FEWEST_STEPS = 100  # of a run in the fit: a shorter one has hardly left its warm-up, and follows no law
 TIMES = 5  # compute of the held-out run, as a multiple of the largest budget
@@ -57,9 +59,10 @@ class Runs:
         self.budgets = [row["variant"] for row in rows]
         self.n = np.array([size(row["model.d_model"]) for row in rows])
         self.d = np.array([row["tokens"] for row in rows]) / 1e6
-        self.losses = np.array([row["loss"] for row in rows])
+        self.losses = np.array([row["loss"] for row in rows], float)
         self.flops = 6e12 * self.n * self.d
-        self.in_fit = np.array([row["steps"] for row in rows]) >= FEWEST_STEPS
+        is_long = np.array([row["steps"] for row in rows]) >= FEWEST_STEPS
+        self.in_fit = is_long & np.array([row["state"] == FINISHED for row in rows])  # a diverged run follows no law
         self.fitted = (self.n[self.in_fit], self.d[self.in_fit], self.losses[self.in_fit])
 
     def groups(self, keys: Any) -> Iterator[tuple[Any, NDArray]]:
@@ -69,7 +72,7 @@ class Runs:
 
 
 class Fit:
-    """The law of a study, and how sure it is."""
+    """The fitted law, and the laws of the bootstrap samples."""
 
     def __init__(self, runs: Runs, samples: int):
         self.runs = runs
@@ -130,8 +133,15 @@ def prediction(result: Fit) -> dict[str, Any]:
     }
 
 
-def held_out(run: RunResult) -> dict[str, Any]:
-    """The result of the run that was predicted."""
+def held_out(run: RunResult, predicted: dict[str, Any]) -> dict[str, Any]:
+    """The result of the run that was predicted. Another run, or one from before the prediction, is refused."""
+    when = [datetime.fromisoformat(text).astimezone() for text in (predicted["made"], run.about["started"])]
+    found = {"width": run.config["model.d_model"], "tokens": run.last("tokens"), "state": run.state}
+    wanted = {"width": predicted["width"], "tokens": predicted["tokens"], "state": FINISHED}
+    if found != wanted:
+        raise SystemExit(f"error: {run.folder} has {found}, the prediction is for {wanted}")
+    if when[0] >= when[1]:
+        raise SystemExit(f"error: {run.folder} started before the prediction was made, {predicted['made']}")
     return {
         "started": run.about["started"],
         "state": run.state,
@@ -229,7 +239,7 @@ def _log_axes(axes: Axes, xlabel: str) -> None:
 
 
 SHOWN = (  # name in fit.json, what it is, format
-    ("e", "E, nats that neither size nor text removes", "{:.3f}"),
+    ("e", "E, irreducible loss (nats)", "{:.3f}"),
     ("a", "A, nats at a million parameters", "{:.3f}"),
     ("alpha", "α, exponent of the size", "{:.3f}"),
     ("b", "B, nats at a million bytes", "{:.3f}"),
@@ -319,11 +329,13 @@ def main() -> None:
     result = Fit(Runs(text), SAMPLES)
     _write(folder / "fit.json", result.record())
     if not (folder / "prediction.json").exists():
-        _write(folder / "prediction.json", prediction(result))
-    if options.held_out:
-        _write(folder / "held_out.json", held_out(RunResult(options.held_out)))
-    predicted, measured = read(folder / "prediction.json"), read(folder / "held_out.json")
+        checksum = sha256(text.encode()).hexdigest()
+        _write(folder / "prediction.json", {**prediction(result), "sha256_of_results": checksum})
+    predicted = read(folder / "prediction.json")
     assert predicted is not None
+    if options.held_out:
+        _write(folder / "held_out.json", held_out(RunResult(options.held_out), predicted))
+    measured = read(folder / "held_out.json")
     (folder / "compute.png").write_bytes(picture(over_compute(result, predicted, measured), source=text.encode()))
     (folder / "sizes.png").write_bytes(picture(over_size(result), source=text.encode()))
     write_section(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult, differences
-from gpt2.errors import UserError, few
+from gpt2.errors import UserError, counted, few
 from gpt2.tracking.tracker import FINISHED
 
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
@@ -199,7 +199,7 @@ class Comparison:
 
     @property
     def headline(self) -> str:
-        return f"{len(self.runs)} run{'s' * (len(self.runs) != 1)} in {os.path.relpath(self.parent)}"
+        return f"{counted(len(self.runs), 'run')} in {os.path.relpath(self.parent)}"
 
     def place(self, run: RunResult) -> str:
         return str(run.folder.absolute().relative_to(self.parent))

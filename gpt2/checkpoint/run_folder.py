@@ -16,7 +16,7 @@ from pathlib import Path
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.record import Progress, check_progress, read_record
 from gpt2.config import TrainingConfig
-from gpt2.errors import UserError, few
+from gpt2.errors import UserError, counted, few
 from gpt2.runtime.files import atomic_write, fsync, temporary_name
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def ago(seconds: float) -> str:
     """A duration until now in its largest unit, such as `3 minutes ago`."""
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, number = next(((unit, int(seconds // size)) for unit, size in units if seconds >= size), ("second", 0))
-    return f"{number} {unit}{'s' * (number != 1)} ago"
+    return f"{counted(number, unit)} ago"
 
 
 def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:

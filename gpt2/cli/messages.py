@@ -21,6 +21,7 @@ from gpt2.errors import (
     LostRankError,
     ResourceError,
     UserError,
+    counted,
     is_full_disk,
     is_out_of_memory,
     machine_error,
@@ -106,10 +107,12 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     less = "; train.gradient_checkpointing=true and a smaller train.batch_size take less"
     parts = ", ".join(f"{what} {size / 1e9:.2g}" for what, size in memory.items())
     return [
-        f"Model   {work.model.num_parameters():,} parameters: {model.num_layers} layers, width {model.d_model}, "
-        f"{model.num_heads} heads, context {model.context_length}, vocabulary {model.vocab_size:,}",
-        f"Run     {'' if steps is None else f'{steps:,} '}steps of {work.tokens_per_step:,} tokens "
-        f"({train.batch_size * train.accumulation_steps} blocks), {limit}, at most {train.max_training_hours:,g} hours",
+        f"Model   {work.model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')}, "
+        f"width {model.d_model}, {counted(model.num_heads, 'head')}, context {model.context_length}, "
+        f"vocabulary {model.vocab_size:,}",
+        f"Run     {'steps' if steps is None else counted(steps, 'step')} of {work.tokens_per_step:,} tokens "
+        f"({counted(train.batch_size * train.accumulation_steps, 'block')}), {limit}, "
+        f"at most {counted(train.max_training_hours, 'hour')}",
         f"On      {ranks}{describe(plan.device)}, {precision}{why}",
         f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}",
         f"Memory  about {sum(memory.values()) / 1e9:.2g} GB {'' if work.ranks == 1 else 'for each rank '}({parts}); "

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, TextColumn
 from gpt2.analysis.runs import COLUMNS, RunResult
 from gpt2.cli.compose import ROOT
 from gpt2.config import TrainRun
-from gpt2.errors import ResourceError, UserError
+from gpt2.errors import ResourceError, UserError, counted
 from gpt2.experiments.plan import RUNS, PlannedRun, read_plan, validated_runs
 from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
 from gpt2.runtime.files import run_lock, writable_folder
@@ -117,8 +117,8 @@ class RecordedStudy:
     def header(self, jobs: int, threads: int) -> list[str]:
         done = sum(run.is_done for run in self.runs)
         return [
-            f"Study   {self.name}: {len(self.runs)} runs" + (f", {done} of them done" if done else ""),
-            f"In      {RUNS / self.name}, {jobs} at a time, {threads} thread{'s' * (threads > 1)} each, "
+            f"Study   {self.name}: {counted(len(self.runs), 'run')}" + (f", {done} of them done" if done else ""),
+            f"In      {RUNS / self.name}, {jobs} at a time, {counted(threads, 'thread')} each, "
             f"at a low priority (nice {NICE})\n",
         ]
 

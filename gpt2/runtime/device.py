@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from gpt2.config import TrainingConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, counted
 from gpt2.runtime.dist_env import dist_env
 
 log = logging.getLogger(__name__)
@@ -194,7 +194,7 @@ def container_limit(name: str) -> str:
 def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else device.type
 
 
 def keep_freed_memory() -> None:

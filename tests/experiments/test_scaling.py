@@ -25,14 +25,14 @@ NOISE = 0.004
 def write_results(folder: Path, loss_of) -> study.Runs:
     """A results.csv as the study writes it, of made-up losses with the noise of seeds."""
     random = np.random.default_rng(0)
-    lines = ["variant,model.d_model,steps,tokens,loss,seconds"]
+    lines = ["variant,model.d_model,state,steps,tokens,loss,seconds"]
     for number, flops in enumerate(BUDGETS, 1):
         for width in WIDTHS:
             steps = round(flops / (6e6 * study.size(width)) / study.tokens_per_step(width))
             tokens = steps * study.tokens_per_step(width)
             loss = loss_of(study.size(width), tokens / 1e6) * np.exp(random.normal(0, NOISE))
             loss += 0.5 * (steps < study.FEWEST_STEPS)  # runs that the fit leaves out
-            lines.append(f"budget_{number},{width},{steps},{tokens},{loss},60")
+            lines.append(f"budget_{number},{width},finished,{steps},{tokens},{loss},60")
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
     return study.Runs((folder / "results.csv").read_text())
 
@@ -76,6 +76,16 @@ def test_gradient_agrees_with_differences(known):
         assert gradient[i] == pytest.approx(difference / 2e-6, rel=1e-4)
 
 
+def test_a_run_that_diverged_is_not_in_the_fit(tmp_path):
+    write_results(tmp_path, TRUE.loss)
+    text = (tmp_path / "results.csv").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("budget_5,64"))
+    variant, width, _, steps, tokens, _, seconds = line.split(",")
+    lost = study.Runs(text.replace(line, f"{variant},{width},diverged,{steps},{tokens},,{seconds}"))
+    assert lost.in_fit.sum() == study.Runs(text).in_fit.sum() - 1
+    assert np.isfinite(lost.fitted[2]).all()
+
+
 def test_best_size_has_the_lowest_loss_of_its_compute():
     for flops in (1e12, 5e13):
         sizes = np.geomspace(0.01, 10, 20_000)
@@ -104,9 +114,21 @@ def test_prediction_is_made_once_and_compared_with_the_run(tmp_path, monkeypatch
 
     run = make_run(tmp_path / "run", (3.0, 1.23), **{"model.d_model": first["width"]})
     about = json.loads((run.folder / "run.json").read_text())
-    (run.folder / "run.json").write_text(json.dumps({**about, "started": "2100-01-01T00:00:00"}))
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     monkeypatch.setattr(sys, "argv", ["fit.py", str(tmp_path), "--held-out", str(run.folder)])
-    study.main()
+    for started, tokens, refusal in (
+        ("2100-01-01T00:00:00", 7, "the prediction is for"),
+        ("2000-01-01T00:00:00", first["tokens"], "started before the prediction"),
+        ("2100-01-01T00:00:00", first["tokens"], None),
+    ):
+        (run.folder / "run.json").write_text(json.dumps({**about, "started": started}))
+        text = "".join(json.dumps({**record, "tokens": tokens}) + "\n" for record in records)
+        (run.folder / "metrics.jsonl").write_text(text)
+        if refusal:
+            with pytest.raises(SystemExit, match=refusal):
+                study.main()
+        else:
+            study.main()
     assert json.loads((tmp_path / "prediction.json").read_text()) == first
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("Before.")
