@@ -79,7 +79,7 @@ def column_key(plan: StudyPlan) -> str:
 def read_plan(folder: Path) -> StudyPlan:
     """
     Raises:
-        UserError: The folder has no plan, or one that is not a `StudyPlan`.
+        UserError: The folder has no plan, or one that is not a `StudyPlan` or plans no runs, or one twice.
     """
     path = folder / PLAN
     if not path.is_file():
@@ -95,6 +95,16 @@ def read_plan(folder: Path) -> StudyPlan:
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     assert isinstance(plan, StudyPlan)
+    problems = []
+    if plan.metric not in COLUMNS:
+        problems.append(f"{path}: metric: {plan.metric!r} is none of {', '.join(COLUMNS)}")
+    if not plan.variants or not plan.seeds or not all(plan.sweep.values()):
+        problems.append(f"{path}: variants, seeds and each key of sweep need at least one value")
+    runs = planned_runs(plan, folder.resolve().name)
+    if len({run.folder for run in runs}) < len(runs):
+        problems.append(f"{path}: a run is planned twice")
+    if problems:
+        raise UserError(*problems)
     return plan
 
 
@@ -112,15 +122,9 @@ def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
     ]
     if (parent := folder.resolve().parent) not in (ROOT / "experiments", Path("outputs/sweeps").resolve()):
         problems.append(f"study: {folder} is in {parent}; presets are found in experiments/ and outputs/sweeps/")
-    if plan.metric not in COLUMNS:
-        problems.append(f"{path}: metric: {plan.metric!r} is none of {', '.join(COLUMNS)}")
-    if not plan.variants or not plan.seeds or not all(plan.sweep.values()):
-        problems.append(f"{path}: variants, seeds and each key of sweep need at least one value")
-    runs = planned_runs(plan, folder.resolve().name)
-    if len({run.folder for run in runs}) < len(runs):
-        problems.append(f"{path}: a run is planned twice")
     if problems:
         raise UserError(*dict.fromkeys(problems))
+    runs = planned_runs(plan, folder.resolve().name)
     configs: dict[PlannedRun, TrainRun] = {}
     for variant in plan.variants:
         own = [run for run in runs if run.variant == variant]

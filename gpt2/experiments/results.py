@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ from gpt2.analysis.runs import COLUMNS, SEED, UNITS, RunResult
 from gpt2.analysis.tables import as_markdown
 from gpt2.cli.compose import ROOT
 from gpt2.config import StudyPlan
-from gpt2.errors import UserError
-from gpt2.experiments.plan import PlannedRun, column_key, planned_runs, read_plan
+from gpt2.errors import UserError, few, one_line
+from gpt2.experiments.plan import PLAN, PlannedRun, column_key, planned_runs, read_plan
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.tracking.tracker import DIVERGED
 
@@ -37,20 +37,25 @@ FIGURES = (
 Row = dict[str, Any]  # a run: a line of `results.csv`
 
 
+def columns_of(plan: StudyPlan) -> tuple[list[str], list[str]]:
+    """The settings and the figures in the `results.csv` of a study."""
+    drawn = (key for key in (plan.panels, plan.x, plan.lines) if key and key not in {*plan.sweep, SEED})
+    figures = dict.fromkeys([*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())])
+    settings = dict.fromkeys(["variant", *drawn, *plan.sweep, SEED])
+    return [key for key in settings if key not in COLUMNS], list(figures)
+
+
 def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
     """The `results.csv` of a study: one line a run, with everything that table, picture and README are made of."""
-    known = {*plan.sweep, *COLUMNS, "variant", SEED}
-    keys = [key for key in (plan.panels, plan.x, plan.lines) if key and key not in known]
-    figures = dict.fromkeys([*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())])
+    settings, figures = columns_of(plan)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    for number, (planned, run) in enumerate((planned, RunResult(planned.folder)) for planned in runs):
-        if number == 0:
-            writer.writerow(["variant", *keys, *planned.values, "state", *figures, "seconds", "machine"])
+    writer.writerow([*settings, "state", *figures, "seconds", "machine"])
+    for planned, run in ((planned, RunResult(planned.folder)) for planned in runs):
+        known = {**run.config, **planned.values, "variant": planned.variant}
         values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
-        settings = map(shown_value, [*map(run.config.get, keys), *planned.values.values()])
         shown = ("" if value is None else value for value in values)
-        writer.writerow([planned.variant, *settings, run.state, *shown, _machine(run)])
+        writer.writerow([*(shown_value(known.get(key)) for key in settings), run.state, *shown, _machine(run)])
     return file.getvalue()
 
 
@@ -63,21 +68,68 @@ def redraw(folder: Path) -> None:
     if not (folder / RESULTS).is_file():
         raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
     results = Results(folder, plan := read_plan(folder))
-    needed = dict.fromkeys(["variant", *plan.sweep, "state", "tokens", "flops", plan.metric, "seconds", "machine"])
-    if lacking := [key for key in needed if not results.rows or key not in results.rows[0]]:
-        raise UserError(f"{folder / RESULTS}: has no {', '.join(lacking)}; the study writes it when its runs are done")
+    if problem := _difference(results.rows, plan):
+        raise UserError(f"{folder / RESULTS}: has {problem}; the study writes it when its runs are done")
     print(results.write())
 
 
-def rows_of(text: str) -> list[Row]:
-    """The lines of a table with commas, such as `results.csv`: numbers as numbers, and None where nothing stands."""
-    return [{key: _value(word) for key, word in row.items()} for row in csv.DictReader(io.StringIO(text))]
+def _difference(rows: list[Row], plan: StudyPlan) -> str | None:
+    """What rows have or lack, unlike those of a plan."""
+    settings, figures = columns_of(plan)
+    needed = [*settings, "state", *figures, "seconds", "machine"]
+    if lacking := [key for key in needed if not rows or key not in rows[0]]:
+        return f"no {few(lacking)}"
+    values = ({**run.values, "variant": run.variant} for run in planned_runs(plan, ""))
+    keys = ["variant", *plan.sweep, SEED]
+    planned = Counter(tuple(_value(key, shown_value(run[key])) for key in keys) for run in values)
+    found = Counter(tuple(row[key] for key in keys) for row in rows)
+    for run in planned - found:
+        return f"no run {' '.join(map(shown_value, run))}, which {PLAN} plans"
+    for run in found - planned:
+        return f"the run {' '.join(map(shown_value, run))}, which {PLAN} does not plan"
+    return None
 
 
-def _value(word: str) -> Any:
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(word.replace("_", "?"))  # 1_2 is a name
+def read_results(folder: Path) -> list[Row]:
+    """The lines of the `results.csv` of a study; none without the file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    return rows_of(_text(folder / RESULTS), folder / RESULTS)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def rows_of(text: str, path: str | Path = RESULTS) -> list[Row]:
+    """The lines of a table with commas, such as `results.csv`: numbers as numbers, and None where nothing stands.
+
+    Raises:
+        UserError: A line has too few or too many fields, or a figure is no number.
+    """
+    reader = csv.reader(io.StringIO(text))
+    header, rows = next(reader, []), list[Row]()
+    for words in filter(None, reader):
+        problem = f"{len(words)} instead of {len(header)} fields" if len(words) != len(header) else ""
+        row = {key: _value(key, word) for key, word in zip(header, words, strict=False)}
+        for key in COLUMNS.keys() & row.keys():
+            problem = problem or (f"{key}: {row[key]} is no number" if isinstance(row[key], str) else "")
+        if problem:
+            raise UserError(f"{path}: line {reader.line_num}: {problem}; correct or delete the file")
+        rows.append(row)
+    return rows
+
+
+def _value(key: str, word: str) -> Any:
+    if key != "variant" and word[-1:].isdigit() and "_" not in word:  # nan, bpe_1k and 1_2 are names
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(word)
     return word or None
 
 
@@ -130,8 +182,8 @@ class Results:
             text: Instead of the `results.csv` in the folder.
         """
         self.folder, self.plan = folder.resolve(), plan
-        self.text = (folder / RESULTS).read_text(encoding="utf-8") if text is None else text
-        self.rows = rows_of(self.text)
+        self.text = _text(folder / RESULTS) if text is None else text
+        self.rows = rows_of(self.text, folder / RESULTS)
         cells: dict[str, Cell] = {}
         for row in self.rows:
             cells.setdefault(repr(_setting(row, plan)), Cell(plan.metric)).runs.append(row)
@@ -240,9 +292,7 @@ class Results:
 
     def compare_with_recorded(self) -> list[str]:
         """How these results compare with those that the folder has, in one line; empty without any."""
-        path = self.folder / RESULTS
-        now = _results_by_setting(self.text, self.plan)
-        then = _results_by_setting(path.read_text(encoding="utf-8") if path.exists() else "", self.plan)
+        now, then = (_results_by_setting(rows, self.plan) for rows in (self.rows, read_results(self.folder)))
         both = now.keys() & then.keys()
         if not both:
             return []
@@ -269,10 +319,10 @@ def _setting(row: Row, plan: StudyPlan) -> tuple[Any, ...]:
     return row.get("variant"), *(row.get(name) for name in plan.sweep)
 
 
-def _results_by_setting(text: str, plan: StudyPlan) -> dict[tuple[Any, ...], list[float]]:
+def _results_by_setting(rows: list[Row], plan: StudyPlan) -> dict[tuple[Any, ...], list[float]]:
     """The metric of the runs in a `results.csv`."""
     results = defaultdict(list)
-    for row in rows_of(text):
+    for row in rows:
         if row.get(plan.metric) is not None and row.get("state") != DIVERGED:
             results[_setting(row, plan)].append(row[plan.metric])
     return results

@@ -233,8 +233,8 @@ def test_csv_has_full_precision(tmp_path, monkeypatch):
 
 
 def test_values_of_a_csv_are_numbers_or_texts():
-    (row,) = rows_of("a,b,c,d,e\n1,0.001,bpe_1k,,1_2\n")
-    assert row == {"a": 1, "b": 0.001, "c": "bpe_1k", "d": None, "e": "1_2"}
+    (row,) = rows_of("a,b,c,d,e,f,variant\n1,0.001,bpe_1k,,1_2,nan,12\n")
+    assert row == {"a": 1, "b": 0.001, "c": "bpe_1k", "d": None, "e": "1_2", "f": "nan", "variant": "12"}
 
 
 def test_nearly_equal_values_are_different_runs():
@@ -282,12 +282,42 @@ def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
     assert (results.folder / "README.md").read_text() == readme
     assert (results.folder / "results.png").stat().st_size
     assert "Written to outputs/sweeps/tiny" in capsys.readouterr().out
-    (results.folder / "results.csv").write_text(results.text.replace("machine", "computer"))
-    with pytest.raises(UserError, match=r"results.csv: has no machine; the study writes it"):
+    first, last = results.text.index("\n") + 1, results.text.rindex("narrow")
+    for text, problem in [
+        (results.text.replace("machine", "computer"), "has no machine; the study writes it"),
+        (results.text.replace("model.d_model", "d_model"), "has no model.d_model;"),
+        (results.text[:last], "has no run narrow 0.003 2, which study.yaml plans"),
+        (results.text.replace("wide", "wider"), "has no run wide 0.001 1, which"),
+        (results.text + results.text[first : results.text.index("\n", first)], "has the run narrow 0.001 1, which"),
+    ]:
+        (results.folder / "results.csv").write_text(text)
+        with pytest.raises(UserError, match=f"results.csv: {problem}"):
+            redraw(results.folder)
+    (results.folder / "study.yaml").write_text("variants: []")
+    with pytest.raises(UserError, match="at least one value"):
         redraw(results.folder)
+    (results.folder / "study.yaml").write_text(PLAN)
     (results.folder / "results.csv").unlink()
     with pytest.raises(UserError, match=r"no results.csv to draw from"):
         redraw(results.folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"<<<<<<< HEAD\n", "line 3: 1 instead of 2 fields; correct"),
+        (b"wide,1,2\n", "line 3: 3 instead of 2 fields"),
+        (b"wide,1.2x\n", "line 3: loss: 1.2x is no number"),
+        (b"\xff", "can't decode byte 0xff"),
+    ],
+)
+def test_damaged_results_are_refused_before_the_runs(tmp_path, monkeypatch, text, problem):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (folder / "results.csv").write_bytes(b"variant,loss\nnarrow,1.5\n" + text)
+    with pytest.raises(UserError, match=f"^outputs/sweeps/tiny/results.csv: .*{problem}"):
+        run_study(Path("outputs/sweeps/tiny"), jobs=1)
+    assert not (tmp_path / "outputs" / "studies").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
