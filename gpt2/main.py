@@ -13,7 +13,7 @@ from gpt2.cli.compose import ROOT
 from gpt2.cli.help import study_help
 from gpt2.cli.script import errors_as_lines, script
 from gpt2.config import ExportRun
-from gpt2.errors import UserError
+from gpt2.errors import UserError, few
 from gpt2.runtime.console import protect_output
 from gpt2.runtime.files import writable_file
 from gpt2.runtime.signals import exit_on_signals
@@ -119,11 +119,18 @@ Run the missing runs of a recorded study, and write its table and picture. Ctrl-
 def study() -> None:
     paths, options = split_arguments(STUDY)
     numbers = {key: int(value) for key, value in options.items() if value.isdecimal()}
-    if len(paths) != 1 or {"jobs", "threads"} & options.keys() - numbers.keys() or numbers.get("threads") == 0:
-        raise UserError(
-            "study: one folder, such as experiments/learning_rate, and perhaps jobs=N, a whole number, and threads=N, "
-            "one above 0"
-        )
+    problems = []
+    if len(paths) != 1:
+        problems.append(f"study: one folder is needed, such as experiments/learning_rate, not {few(paths) or 'none'}")
+    problems += [
+        f"{key}: {options[key]!r} is not a whole number from {least}"
+        for key, least in (("jobs", 0), ("threads", 1))
+        if key in options and numbers.get(key, -1) < least
+    ]
+    if "redraw" in options and (others := few([key for key in options if key != "redraw"])):
+        problems.append(f"--redraw: it runs nothing, so leave out {others}")
+    if problems:
+        raise UserError(*problems)
     if "redraw" in options:
         from gpt2.experiments.results import redraw
 

@@ -398,8 +398,14 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     [
         ([], "error: study: one folder"),
         (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
-        (["experiments/learning_rate", "jobs=two"], "error: study: one folder"),
-        (["experiments/learning_rate", "threads=0"], "error: study: one folder"),
+        (
+            ["experiments/learning_rate", "experiments/tokenizer"],
+            "error: study: one folder is needed, such as experiments/learning_rate, not experiments/l",
+        ),
+        (["experiments/learning_rate", "jobs=-1"], "error: jobs: '-1' is not a whole number from 0"),
+        (["experiments/learning_rate", "threads=0"], "error: threads: '0' is not a whole number from 1"),
+        (["experiments/learning_rate", "--plan=false"], "error: --plan=false: there is no such option"),
+        (["experiments/learning_rate", "--redraw", "--plan"], "error: --redraw: it runs nothing, so leave out plan"),
     ],
 )
 def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
