@@ -34,7 +34,10 @@ class GPT2Config:
 
     @property
     def width_ratio(self) -> float:
-        """Of the base to this model: with mup the logits, the variance of initial hidden matrices, and their rate."""
+        """mup_base_width / d_model with mup, else 1.
+
+        Multiplies the logits, and the initial variance and learning rate of hidden matrices.
+        """
         return self.mup_base_width / self.d_model if self.parametrization == "mup" else 1.0
 
     @property
@@ -49,15 +52,20 @@ class OptimizerTraits:
 
     sharded: bool = True  # by FSDP, which leaves each rank only a part of each matrix
     skips_nonfinite: bool = False  # on CUDA, its kernels skip the step where its `found_inf` is 1
-    decays: bool = True  # the learning rate follows train.lr_schedule after the warm-up, otherwise it is constant
-    package: str = "torch"  # that has it
+    scales: bool = True  # its rate by the width, as model.parametrization=mup needs
+    package: str = "torch"  # pip package that provides it
+    ignores: tuple[str, ...] = ("muon_momentum",)  # fields of TrainingConfig; with lr_schedule, the rate is constant
 
 
 OPTIMIZERS = {
     "adamw": OptimizerTraits(skips_nonfinite=True),
-    "muon": OptimizerTraits(sharded=False, skips_nonfinite=True),
-    "adafactor": OptimizerTraits(sharded=False),
-    "schedule_free": OptimizerTraits(sharded=False, decays=False, package="schedulefree"),
+    "muon": OptimizerTraits(sharded=False, skips_nonfinite=True, ignores=()),
+    "adafactor": OptimizerTraits(sharded=False, scales=False, ignores=("beta1", "beta2", "epsilon", "muon_momentum")),
+    "schedule_free": OptimizerTraits(
+        sharded=False,
+        package="schedulefree",
+        ignores=("min_learning_rate", "lr_schedule", "decay_fraction", "muon_momentum"),
+    ),
 }
 
 

@@ -124,7 +124,7 @@ class DecoderBlock(nn.Module):
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm times `scale`, by which it multiplies gain and bias: no tokens, so it costs nothing."""
+    """LayerNorm times `scale`, which multiplies gain and bias instead of the activations, because that is cheaper."""
 
     def __init__(self, d_model: int, epsilon: float, scale: float):
         super().__init__(d_model, epsilon)

@@ -36,7 +36,7 @@ from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, clip_gradi
 from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, stepping
 from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
-from gpt2.validation import validate, validate_distributed
+from gpt2.validation import validate, validate_distributed, validate_parametrization
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Trainer:
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
         problems += validate_distributed(distributed, config, group.env)
+        problems += validate_parametrization(model.config, config)
         if problems:
             raise UserError(*problems)
         if config.deterministic:

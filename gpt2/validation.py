@@ -301,8 +301,9 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
     if not isinstance(config.compile, bool) and config.compile != "auto":
         yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
     if (traits := OPTIMIZERS.get(config.optimizer)) and find_spec(traits.package) is None:
-        needed = f"needs `pip install {traits.package}`, which is not installed"
-        yield f"{prefix}optimizer: {config.optimizer} {needed}; adamw and muon need nothing more"
+        included = ", ".join(name for name, others in OPTIMIZERS.items() if others.package == "torch")
+        needed = f"needs the package {traits.package}, pip install -e '.[{config.optimizer}]'"
+        yield f"{prefix}optimizer: {config.optimizer} {needed}; {included} need nothing more"
     if config.optimizer == "schedule_free" and not config.beta1:
         yield f"{prefix}beta1: 0 leaves schedule_free nothing to average, a value above 0 would do"
     yield from _tasks(f"{prefix}eval_tasks", config.eval_tasks, config.eval_tasks_folder)
@@ -350,6 +351,15 @@ def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problem
     return [f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"]
 
 
+def validate_parametrization(model: GPT2Config, train: TrainingConfig) -> Problems:
+    if model.parametrization != "mup" or train.optimizer not in OPTIMIZERS or OPTIMIZERS[train.optimizer].scales:
+        return []
+    scaling = ", ".join(name for name, traits in OPTIMIZERS.items() if traits.scales)
+    return [
+        f"train.optimizer: {train.optimizer} has no rate by width, as model.parametrization=mup needs; use {scaling}"
+    ]
+
+
 def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, started: DistEnv) -> Problems:
     problems = validate_fields(distributed, "distributed.")
     fsdp = "distributed.strategy: fsdp"
@@ -383,6 +393,7 @@ def _loggers(config: TrainRun | EvaluateRun | GenerateRun, prefix: str = "") -> 
 def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     yield from _loggers(config)
     yield from validate_distributed(config.distributed, config.train, dist_env())
+    yield from validate_parametrization(config.model, config.train)
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
             yield f"inference.{key}: only for generate.py; samples during training use the model as it is trained"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
+import tests.test_train as training
 from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
 from gpt2.config import OPTIMIZERS, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
@@ -14,11 +16,14 @@ from gpt2.model import GPT2Model
 from gpt2.ops.cpu_inference import SlicedLinear, pack_linears
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking.tracker import read_metrics
+from gpt2.train import Trainer
 from gpt2.training.optimizer import build_optimizer, learning_rate, stepping
 from tests.checkpoint.test_export import save_checkpoint
 from tests.conftest import TINY, Workspace
 from tests.helpers import finish, noisy_model, random_ids, tiny_config
 
+blocks = training.blocks  # the fixture
+SCALED = [name for name, traits in OPTIMIZERS.items() if traits.scales]
 BASE = {"mup_base_width": 32, "mup_base_head_width": 8}
 
 
@@ -32,8 +37,7 @@ def trained(config: GPT2Config, steps: int = 4, **train) -> GPT2Model:
     """A model after some steps on one batch, at a rate that matters."""
     torch.manual_seed(0)
     model = GPT2Model(config)
-    rate = 0.2 if train.get("optimizer") == "adafactor" else 1e-2  # its rate is relative to the weights, of size 0.02
-    optimizer = build_optimizer(model, TrainingConfig(learning_rate=rate, weight_decay=0.1, **train))
+    optimizer = build_optimizer(model, TrainingConfig(learning_rate=1e-2, weight_decay=0.1, **train))
     ids = random_ids(config, 8, config.context_length)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -75,7 +79,7 @@ def growth(optimizer: str, parametrization: str, heads: int) -> dict[str, float]
 
 
 @pytest.mark.parametrize("heads", [4, 0], ids=["wider heads", "more heads"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", SCALED)
 def test_steps_change_activations_by_the_same_amount_at_any_width_with_mup_alone(optimizer, heads):
     grown = growth(optimizer, "mup", heads)
     assert 1 / 4 < grown.pop("scores") < 1.5, "those of narrow heads begin with more noise"
@@ -83,15 +87,13 @@ def test_steps_change_activations_by_the_same_amount_at_any_width_with_mup_alone
     assert min(growth(optimizer, "standard", heads).values()) > 2.5
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", SCALED)
 def test_mup_is_standard_at_its_base(optimizer):
     ours, standard = (trained(mup(parametrization=name), optimizer=optimizer) for name in ("mup", "standard"))
     assert_close(ours.state_dict(), standard.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "factor"), [("adamw", 1 / 4), ("muon", 1 / 2), ("adafactor", 1 / 2), ("schedule_free", 1 / 4)]
-)
+@pytest.mark.parametrize(("optimizer", "factor"), [("adamw", 1 / 4), ("muon", 1 / 2), ("schedule_free", 1 / 4)])
 def test_matrices_of_blocks_have_a_rate_by_width_and_all_matrices_the_same_decay(optimizer, factor):
     model = GPT2Model(mup(128))
     config = TrainingConfig(learning_rate=1e-2, weight_decay=0.1, optimizer=optimizer)
@@ -102,6 +104,16 @@ def test_matrices_of_blocks_have_a_rate_by_width_and_all_matrices_the_same_decay
         assert group["lr"] == 1e-2 * group.get("rate_factor", 1), name
         assert group["lr"] == pytest.approx(1e-2 * (factor if is_hidden else 1)), name
         assert group["lr"] * group["weight_decay"] == pytest.approx(1e-3 if parameter.dim() == 2 else 0), name
+
+
+def test_adafactor_is_refused_because_it_bounds_its_rate_at_any_width(workspace: Workspace, blocks):
+    arguments = ("model.parametrization=mup", "train.optimizer=adafactor")
+    refused = workspace.run("train.py", *TINY, *arguments, expect=2).stderr
+    assert "train.optimizer: adafactor has no rate by width, as model.parametrization=mup needs" in refused
+    assert "use adamw, muon, schedule_free" in refused
+    loaders = (DataLoader(blocks),) * 2
+    with pytest.raises(UserError, match="adafactor has no rate by width"):  # as in fine-tuning of a model with mup
+        Trainer(GPT2Model(mup()), *loaders, TrainingConfig(optimizer="adafactor"))
 
 
 @pytest.mark.parametrize(("width", "heads", "scale"), [(32, 4, 8**-0.5), (64, 8, 8**-0.5), (64, 4, 8**0.5 / 16)])

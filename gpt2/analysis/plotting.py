@@ -43,7 +43,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
     assert figure
     heights = list[float]()
     named = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends)
-    gap = LINE_HEIGHT * panels / figure.get_figheight()
+    gap = min(LINE_HEIGHT * panels / figure.get_figheight(), 1 / max(1, len(ends) - 1))  # all within the axes
     for height, *_ in named:
         heights.append(max(height, heights[-1] + gap) if heights else height)
     highest = 1.0

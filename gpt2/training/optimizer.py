@@ -6,6 +6,7 @@ matrices of the blocks have one, by the width; `hidden_group` says which.
 To add an optimizer, add a builder to `BUILDERS` and what it supports to `gpt2.config.OPTIMIZERS`.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import cos, pi, sqrt
@@ -18,6 +19,8 @@ from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.model import GPT2Model
 from gpt2.training.adamw import AdamW, start_without_dynamo
 from gpt2.training.muon import Muon
+
+log = logging.getLogger(__name__)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -54,6 +57,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def build_optimizer(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer of `config.optimizer` for the parameters that require gradients."""
     start_without_dynamo()
+    for name in OPTIMIZERS[config.optimizer].ignores:
+        if (value := getattr(config, name)) != getattr(TrainingConfig(), name):
+            log.warning("train.%s=%s has no effect with train.optimizer=%s", name, value, config.optimizer)
     return BUILDERS[config.optimizer](model, config)
 
 
@@ -96,8 +102,8 @@ def build_muon(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimize
 
 def build_adafactor(model: GPT2Model, config: TrainingConfig) -> torch.optim.Adafactor:
     """Adafactor (Shazeer and Stern, 2018): mean squares of rows and columns instead of averages of each number."""
-    # The updates are in proportion to the weights, and mup makes these smaller by the root of the ratio already.
-    groups = _groups(trained(model), model, config, sqrt(model.config.width_ratio))
+    # A factor of the rate would have no effect once PyTorch bounds it by 1 / sqrt(step): `scales` is False.
+    groups = _groups(trained(model), model, config, rate_factor=1)
     return torch.optim.Adafactor(groups, lr=config.learning_rate)
 
 
@@ -123,10 +129,11 @@ def _groups(
     parameters: dict[str, nn.Parameter], model: GPT2Model, config: TrainingConfig, rate_factor: float
 ) -> list[dict[str, Any]]:
     """The matrices of the blocks, if their rate has a factor; other matrices; and vectors, which do not decay."""
-    rest = dict(parameters)
-    hidden = [rest.pop(name) for name in model.matrices() if name in rest] if rate_factor != 1 else []
-    groups: list[dict[str, Any]] = [
-        {"params": hidden, **hidden_group(rate_factor, config)},
+    rest, groups = dict(parameters), list[dict[str, Any]]()
+    if rate_factor != 1:
+        hidden = [rest.pop(name) for name in model.matrices() if name in rest]
+        groups.append({"params": hidden, **hidden_group(rate_factor, config)})
+    groups += [
         {"params": [p for p in rest.values() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest.values() if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -143,7 +150,10 @@ BUILDERS: dict[str, Callable[[GPT2Model, TrainingConfig], torch.optim.Optimizer]
 
 @contextmanager
 def stepping(optimizer: Any) -> Iterator[None]:
-    """Inside, the weights are those whose gradient the optimizer needs; a schedule-free one has others in between."""
+    """Switch a schedule-free optimizer to its training weights for one step, then back to the averages.
+
+    Other optimizers are unchanged.
+    """
     if not hasattr(optimizer, "eval"):
         yield
         return
@@ -163,7 +173,7 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if not OPTIMIZERS[config.optimizer].decays:
+    if "lr_schedule" in OPTIMIZERS[config.optimizer].ignores:
         return config.learning_rate
     lowest = config.min_learning_rate if config.min_learning_rate is not None else config.learning_rate / 10
     decay_start = config.warmup_steps

@@ -10,10 +10,10 @@ COUNTERS = ("k", "weight_sum", "lr_max")  # of the package's parameter groups: s
 
 
 class ScheduleFree(AdamWScheduleFree):
-    """`schedulefree.AdamWScheduleFree` whose state is in its tensors, and whose weights are whole between steps.
+    """`schedulefree.AdamWScheduleFree` that keeps its counters in state tensors, so checkpoints hold them.
 
-    `train` and `eval` surround each step. Between steps the weights are the averages, which are evaluated and saved, so
-    it makes no difference when that happens. Without a step between `train` and `eval` no bit of them changes.
+    `train` and `eval` surround each step. Between steps the model has the averaged weights, which are evaluated and
+    saved. Without a step between `train` and `eval` no bit of them changes.
     """
 
     averages: dict[Tensor, Tensor] = {}  # noqa: RUF012  # copies of the weights before the step, none after it
@@ -32,7 +32,7 @@ class ScheduleFree(AdamWScheduleFree):
     @torch.no_grad()
     def eval(self) -> None:
         super().eval()
-        for weight, average in self.averages.items():  # extrapolated, they would be rounded
+        for weight, average in self.averages.items():  # super().eval() recomputes them with rounding errors
             weight.copy_(average)
         self.averages = {}
         for group in self.param_groups:

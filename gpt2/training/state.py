@@ -24,10 +24,8 @@ log = logging.getLogger(__name__)
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
 LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "variance")  # optimizer state shaped as the weight
 MEANS_OVER = {"row_var": -1, "col_var": -2}  # state of Adafactor, of length 1 in this dimension of the weight
-SHAPE = (  # fixed by weights
-    *("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias"),
-    *("parametrization", "mup_base_width", "mup_base_head_width"),
-)
+SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # of the weights
+PARAMETRIZATION = ("parametrization", "mup_base_width", "mup_base_head_width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,11 +71,13 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
     """Compare the descriptions of the saved and of the current run.
 
     Raises:
-        UserError: The model has another shape, or the data are others and are not accepted.
+        UserError: The model has another shape or parametrization, or the data are others and are not accepted.
     """
     model, other = saved["model"], current["model"]
-    if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in SHAPE if model.get(key) != other[key]]:
-        raise UserError(f"checkpoint: {path} holds a model of another shape: {', '.join(problems)}")
+    scaling = PARAMETRIZATION if other["parametrization"] == "mup" else PARAMETRIZATION[:1]  # only mup has a base
+    for kind, keys in (("shape", SHAPE), ("parametrization", scaling)):
+        if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in keys if model.get(key) != other[key]]:
+            raise UserError(f"checkpoint: {path} holds a model of another {kind}: {', '.join(problems)}")
     if saved["data"] != current["data"] and not accept_other_data:
         raise UserError(
             f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from gpt2.analysis.plotting import draw_curves, loss_curves
+from gpt2.analysis.plotting import draw_curves, label_ends, loss_curves, new_figure
 from gpt2.analysis.runs import RunResult
 from gpt2.tracking.tracker import Tracker
 from tests.tracking.test_tracker import record
@@ -49,3 +49,15 @@ def test_names_cover_no_curve(tmp_path, losses):
         assert figure.bbox.fully_containsy(box.y1 - 1)
         assert not box.overlaps(axes.bbox)  # to which the curves are clipped
     assert not boxes[0].overlaps(boxes[1])
+
+
+@pytest.mark.parametrize("lines", [1, 18, 60])
+def test_names_of_many_lines_stay_beside_the_axes(lines):
+    axes = new_figure().subplots()
+    ends = [(1.0, float(number), str(number), "black") for number in range(lines)]
+    for x, y, *_ in ends:
+        axes.plot([0, x], [0, y])
+    label_ends(axes, ends)
+    heights = [text.xyann[1] for text in axes.texts]
+    assert heights == sorted(set(heights))
+    assert heights[0] > -1e-9 and heights[-1] <= 1

@@ -147,6 +147,30 @@ def test_adafactor_is_that_of_pytorch():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ignored settings
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ignored"),
+    [
+        ("adamw", ["muon_momentum"]),
+        ("muon", []),
+        ("adafactor", ["beta1", "muon_momentum"]),
+        ("schedule_free", ["min_learning_rate", "lr_schedule", "muon_momentum"]),
+    ],
+)
+def test_settings_without_effect_are_named(optimizer, ignored, caplog):
+    changed = {"beta1": 0.8, "min_learning_rate": 0.0, "lr_schedule": "wsd", "muon_momentum": 0.9}
+    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer, **changed))
+    assert caplog.messages == [
+        f"train.{k}={changed[k]} has no effect with train.optimizer={optimizer}" for k in ignored
+    ]
+    caplog.clear()
+    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer))
+    assert not caplog.messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The learning rate
 
 

@@ -12,7 +12,7 @@ from gpt2.checkpoint import run_folder
 from gpt2.errors import UserError
 from gpt2.evaluate import Score
 from gpt2.training.optimizer import learning_rate
-from gpt2.training.state import SHAPE, Progress, check_compatible, restored_progress
+from gpt2.training.state import PARAMETRIZATION, SHAPE, Progress, check_compatible, restored_progress
 from tests.helpers import tiny_config
 from tests.test_train import make_trainer
 
@@ -100,6 +100,16 @@ def test_other_data_must_be_accepted_and_another_shape_never_is():
         other = {**SAVED, "model": {**SAVED["model"], key: 7}}
         with pytest.raises(UserError, match=f"another shape: {key}={SAVED['model'][key]}, not 7"):
             check_compatible(Path("x"), SAVED, other, accept_other_data=True)
+
+
+def test_another_parametrization_is_refused_and_the_base_matters_with_mup_alone():
+    mup = {**SAVED, "model": {**SAVED["model"], "parametrization": "mup"}}
+    for key in PARAMETRIZATION:
+        other = {**mup, "model": {**mup["model"], key: "mup" if key == "parametrization" else 7}}
+        saved = SAVED if key == "parametrization" else mup
+        with pytest.raises(UserError, match=f"another parametrization: {key}={saved['model'][key]}, not"):
+            check_compatible(Path("x"), saved, other, accept_other_data=False)
+    check_compatible(Path("x"), SAVED, {**SAVED, "model": {**SAVED["model"], "mup_base_width": 7}}, False)
 
 
 def test_the_end_of_an_epoch_is_position_0_of_the_next():
