@@ -22,6 +22,7 @@ from gpt2.tracking.tracker import DIVERGED, FINISHED
 
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
+ENDED = (FINISHED, DIVERGED)  # states of runs that are done
 # Settings in which a run may differ from its plan: those without effect on training, and the size of the vocabulary,
 # which the tokenizer determines.
 OF_STUDIES = ("started_with", "study.name", "study.trial", "study.claim")
@@ -48,7 +49,7 @@ class PlannedRun:
     @property
     def is_done(self) -> bool:
         result = RunResult(self.folder)
-        return result.problem is None and result.state in (FINISHED, DIVERGED)
+        return result.problem is None and result.state in ENDED
 
     @property
     def overrides(self) -> list[str]:

@@ -59,14 +59,19 @@ def memory_of(device: torch.device) -> int:
     return min(installed, int(limit)) if limit.isdecimal() else installed
 
 
+def optimizer_bytes(model: GPT2Model, train: TrainingConfig) -> int:
+    """The averages of an optimizer, also in a checkpoint: two; Muon has one of matrices, Adafactor hardly any."""
+    matrices = sum(model.get_parameter(name).numel() for name in model.matrices())
+    averages = 2 * model.num_parameters()
+    return 4 * {"muon": averages - matrices, "adafactor": 0}.get(train.optimizer, averages)
+
+
 def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     """The bytes that a rank needs, by what they hold. docs/scale.md derives and checks the formulas."""
     model, train, tokens = work.model, work.train, work.rows * work.length
     weights, head = model.num_parameters(), model.token_embedding.weight.numel()
-    matrices = sum(model.get_parameter(name).numel() for name in model.matrices())
-    state: float = 16 * weights  # weight, gradient and two averages
-    # Muon has one average, Adafactor hardly any, and schedule-free AdamW in addition a copy of the weights.
-    state += {"muon": -4 * matrices, "adafactor": -8 * weights, "schedule_free": 4 * weights}.get(train.optimizer, 0)
+    state: float = 8 * weights + optimizer_bytes(model, train)  # weight, gradient and averages
+    state += 4 * weights if train.optimizer == "schedule_free" else 0  # a copy of the weights during the step
     is_fp32, itemsize = plan.precision.name == "fp32", plan.precision.dtype.itemsize
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])

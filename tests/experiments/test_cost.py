@@ -63,13 +63,38 @@ def test_size_without_runs_is_measured(study):
     logged(study.runs[0], 8, 4, "finished")
     logged(study.runs[3], 0, 1)  # an evaluation before the first step
     cost = StudyCost(study.configs)
-    narrow, wide = (cost.works[run].flops_per_step for run in study.runs[::2])
+    narrow, wide = (cost.kinds[run] for run in study.runs[::2])
     assert cost.seconds_per_flop(wide) == pytest.approx(cost.seconds_per_flop(narrow) * 5 / 4)
     shutil.rmtree(study.runs[3].folder)
     cost = StudyCost(study.configs)
     cost.measure(threads=1)
     assert set(cost.measured) == {wide}
     assert cost.seconds_per_flop(wide) == cost.measured[wide]
+
+
+def test_optimizers_differ_in_speed(tmp_path, monkeypatch):
+    plan = "variants: [narrow]\nsweep: {train.optimizer: [adamw, muon]}\nseeds: [1, 2]\nx: train.optimizer"
+    folder = write_study(tmp_path, plan)
+    monkeypatch.chdir(tmp_path)
+    study = RecordedStudy(folder)
+    logged(study.runs[0], 8, 4, "finished")
+    logged(study.runs[1], 8, 8, "finished")
+    cost = StudyCost(study.configs)
+    assert cost.seconds_left(jobs=1) == pytest.approx(4 + 8 + 2 * SECONDS_BESIDE)
+    assert cost.seconds_left(jobs=2) == pytest.approx(8 + SECONDS_BESIDE)
+
+
+def test_plan_is_of_what_is_missing_within_the_hours_of_a_run(tmp_path, monkeypatch):
+    key = "train.max_training_hours"
+    folder = write_study(tmp_path, f"variants: [narrow]\nsweep: {{{key}: [1e-3, 1]}}\nseeds: [1, 2]\nx: {key}")
+    monkeypatch.chdir(tmp_path)
+    study = RecordedStudy(folder)
+    logged(study.runs[1], 8, 4, "finished")
+    logged(study.runs[2], 4, 3)
+    cost = StudyCost(study.configs)
+    assert cost.seconds_left(1) == pytest.approx(3.6 + 0.6 + 56 / 12 + 3 * SECONDS_BESIDE)
+    (row,) = [line.split() for line in cost.plan(1).splitlines() if line.startswith("narrow")]
+    assert row[1:4] == ["4", "1", f"{20 * 4 * 32:,}"]
 
 
 def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):

@@ -7,12 +7,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpt2.config import OPTIMIZERS, GPT2Config, TrainingConfig
-from gpt2.model import meta_model
+from gpt2.model import GPT2Model, meta_model
 from gpt2.ops import attention, cross_entropy
 from gpt2.runtime.device import Precision
 from gpt2.training import cost
 from gpt2.training.compile import ComputePlan
-from gpt2.training.cost import Work, largest_batch_size, memory_needed, time_step
+from gpt2.training.cost import Work, largest_batch_size, memory_needed, optimizer_bytes, time_step
+from gpt2.training.optimizer import build_optimizer, optimizer_tensors
 from tests.helpers import NO_DROPOUT, PeakMemory, tiny_config, without_numbers
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -52,6 +53,18 @@ def test_memory_is_that_of_the_table_in_docs_scale():
     assert gigabytes(replace(XL, **NO_DROPOUT))[1] == 23.3
     assert gigabytes(XL)[2] == 1.0
     assert gigabytes(replace(XL, vocab_size=257))[2] == 0.2  # all logits are smaller than a chunk
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_bytes_of_an_optimizer_are_those_of_its_tensors(name):
+    train = TrainingConfig(optimizer=name)
+    model = GPT2Model(tiny_config())
+    optimizer = build_optimizer(model, train)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = optimizer_tensors(optimizer, model).values()
+    assert optimizer_bytes(model, train) == sum(tensor.nbytes for tensor in tensors if tensor.dim())
 
 
 @pytest.mark.parametrize(
