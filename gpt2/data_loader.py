@@ -7,7 +7,6 @@ rank-agnostic: every rank reads the global batch and computes its share.
 
 import logging
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from gpt2.data.token_files import TokenFile, Tokens, count_tokens
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
 from gpt2.runtime.console import progress_shown
+from gpt2.runtime.device import available_cores
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.signals import ignore_signals
 from gpt2.tokenizer import GPT2Tokenizer
@@ -173,7 +173,7 @@ def get_dataloaders(
     config = training_config
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     # On a CPU, workers take cores from training.
-    cores = (os.cpu_count() or 1) // dist_env().local_world_size
+    cores = available_cores() // dist_env().local_world_size
     workers = max(0, min(config.num_workers, cores - (0 if on_cuda else torch.get_num_threads())))
     is_joblib = multiprocessing.get_start_method() == "loky"  # a start method that PyTorch does not support
     common: dict[str, Any] = {

@@ -12,7 +12,6 @@ import tomllib
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from packaging.requirements import Requirement
 from gpt2.cli.compose import ROOT
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, messages
 from gpt2.errors import UserError, few
-from gpt2.runtime.device import container_limit, hardware
+from gpt2.runtime.device import available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
 from gpt2.tracking.loggers import within
@@ -87,7 +86,7 @@ def is_satisfied(requirement: Requirement) -> bool:
 
 def processor(machine: Machine) -> Row:
     """The CPU, and whether PyTorch computes with as many threads as there are cores for it."""
-    about, cores = hardware(torch.device("cpu")), usable_cores()
+    about, cores = hardware(torch.device("cpu")), available_cores()
     has = torch.cpu.get_capabilities()
     features = [name for name in FEATURES if has.get(name)]
     load, threads = os.getloadavg()[0], about["threads"]
@@ -101,13 +100,6 @@ def processor(machine: Machine) -> Row:
     elif "x86" in platform.machine() and not has.get("avx2"):
         advice = "without AVX2, matrix products take several times as long; nothing but another processor helps"
     return Row(value, SLOW if advice else OK, advice, "as many threads as cores", figures)
-
-
-def usable_cores() -> int:
-    """Those that this process may use, by its affinity and by the quota of its container."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = container_limit("cpu.max").split()
-    return min(cores, ceil(int(quota[0]) / int(quota[1]))) if quota and quota[0].isdecimal() else cores
 
 
 def memory(_machine: Machine) -> Row:

@@ -38,7 +38,7 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
 
     Args:
         jobs: Runs at a time; 0 runs nothing, None is one per core on a CPU and one on a GPU.
-        threads: Of each run; None divides the cores.
+        threads: Of each run; None: cores / jobs.
         variants: Only their runs; then no results are written.
 
     Raises:
@@ -57,8 +57,11 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
     read_results(folder)  # the same
     problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
     missing = sum(not run.is_done for run in study.runs)
-    if missing or variants:
+    if missing:
         log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
+    elif variants:
+        done = f"All {len(study.runs)} runs of {', '.join(variants)} are done"
+        log.info(f"\n{done}. Without variants= the study writes its results.")
     else:
         study.write()
     if jobs != 0 and (runs := lacking(run.folder for run in study.runs)):
@@ -89,13 +92,19 @@ def default_jobs() -> int:
     """One per core, because small models do not use a second thread; one on a GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() else _cores()
+
+
+def _cores() -> int:
+    from gpt2.runtime.device import available_cores  # here, because it imports torch
+
+    return available_cores()
 
 
 def default_threads(jobs: int) -> int:
     """The cores divided by the runs at a time, unless the environment says otherwise."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() else max(1, (os.cpu_count() or 1) // jobs)
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, _cores() // jobs)
 
 
 class RecordedStudy:
@@ -210,7 +219,7 @@ class StudyProgress:
 
 
 class RunProcess:
-    """A process of `train.py` for one run, at a low priority: who works at this machine comes first."""
+    """A process of `train.py` for one run, at a low priority, so that interactive work is not slowed down."""
 
     def __init__(self, run: PlannedRun, threads: int):
         self.run, self.errors = run, tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with this object

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,13 @@ def _cpu_name() -> str:
     file = Path("/proc/cpuinfo")  # of Linux
     match = re.search(r"model name\s*: (.+)", file.read_text() if file.exists() else "")
     return match[1] if match else platform.processor() or platform.machine()
+
+
+def available_cores() -> int:
+    """Those that this process may use, by its affinity and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = container_limit("cpu.max").split()
+    return min(cores, ceil(int(quota[0]) / int(quota[1]))) if quota and quota[0].isdecimal() else cores
 
 
 def container_limit(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from gpt2.doctor import environment
 from gpt2.doctor.environment import CHECKS
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Machine, Row
-from gpt2.runtime import hub
+from gpt2.runtime import device, hub
 
 CPU = torch.device("cpu")
 
@@ -129,8 +129,8 @@ def test_cache_that_cannot_be_written(machine, monkeypatch):
     ],
 )
 def test_threads_and_cores(machine, monkeypatch, quota, threads, status, advice):
-    monkeypatch.setattr(environment, "container_limit", lambda _: quota)
-    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(device, "container_limit", lambda _: quota)
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     found = row(machine, "processor")

@@ -14,9 +14,11 @@ import yaml
 
 from gpt2.cli.compose import ROOT, compose
 from gpt2.errors import UserError
+from gpt2.experiments import runner
 from gpt2.experiments.plan import PlannedRun, planned_runs, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, recorded, redraw, rows_of, with_section
-from gpt2.experiments.runner import NICE, RecordedStudy, RunProcess, run_study
+from gpt2.experiments.runner import RecordedStudy, RunProcess, default_jobs, default_threads, run_study
+from gpt2.runtime import device
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
 
@@ -371,9 +373,11 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
 
 def test_run_has_a_low_priority_and_its_threads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + 1)
+    monkeypatch.setattr(runner, "NICE", lower)
     run = RunProcess(PlannedRun("tiny", "narrow", {}), threads=3)
     try:
-        assert os.getpriority(os.PRIO_PROCESS, run.process.pid) == max(NICE, os.getpriority(os.PRIO_PROCESS, 0))
+        assert os.getpriority(os.PRIO_PROCESS, run.process.pid) == lower
         while not (environment := Path(f"/proc/{run.process.pid}/environ").read_bytes()):  # it is just starting
             assert not run.has_ended()
         assert b"\0OMP_NUM_THREADS=3\0" in b"\0" + environment
@@ -429,12 +433,22 @@ def test_damaged_run_is_named_and_counts_as_missing(tmp_path, monkeypatch, capsy
     assert "results.csv" not in {path.name for path in folder.iterdir()}
 
 
-def test_chosen_variants_leave_the_folder_as_it_is(tmp_path, monkeypatch):
+def test_default_jobs_and_threads_are_those_of_the_container(monkeypatch):
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(device, "container_limit", lambda _: "400000 100000")
+    monkeypatch.setattr(device.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert (default_jobs(), default_threads(2)) == (4, 2)
+
+
+def test_chosen_variants_leave_the_folder_as_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert {run.variant for run in RecordedStudy(folder, ["wide"]).runs} == {"wide"}
     monkeypatch.setattr(PlannedRun, "is_done", True)
     run_study(folder, jobs=0, variants=["wide"])
+    assert "All 4 runs of wide are done. Without variants= the study writes its results." in caplog.text
     assert "results.csv" not in {path.name for path in folder.iterdir()}
     with pytest.raises(UserError, match="variants: wider is none of narrow, wide"):
         RecordedStudy(folder, ["wide", "wider"])
