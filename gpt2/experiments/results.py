@@ -90,6 +90,16 @@ def _difference(rows: list[Row], plan: StudyPlan) -> str | None:
     return None
 
 
+def validate_recorded(folder: Path) -> None:
+    """Check the files that `Results.write` will change.
+
+    Raises:
+        UserError: One of them is damaged.
+    """
+    read_results(folder)
+    with_section(_text(folder / README), "")
+
+
 def read_results(folder: Path) -> list[Row]:
     """The lines of the `results.csv` of a study; none without the file.
 
@@ -281,7 +291,7 @@ class Results:
         readme, contents = self.folder / README, {RESULTS: self.text.encode(), PICTURE: self.picture()}
         try:
             with exclusive_change(self.folder):
-                text = readme.read_text(encoding="utf-8") if readme.exists() else f"# {self.folder.name}\n"
+                text = _text(readme) or f"# {self.folder.name}\n"
                 contents[README] = with_section(text, self.section()).encode()
                 for name, content in contents.items():
                     with atomic_write(self.folder / name) as file:

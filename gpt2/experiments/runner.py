@@ -52,9 +52,10 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
             print(f"{problem}; this run counts as missing", file=sys.stderr)
     with writable_folder(folder, "study"):
         pass  # checked before the runs
-    from gpt2.experiments.results import read_results  # here, because it imports matplotlib
+    if not variants:
+        from gpt2.experiments.results import validate_recorded  # here, because it imports matplotlib
 
-    read_results(folder)  # the same
+        validate_recorded(folder)  # the same
     problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
     missing = sum(not run.is_done for run in study.runs)
     if missing:

@@ -319,6 +319,10 @@ def test_damaged_results_are_refused_before_the_runs(tmp_path, monkeypatch, text
     (folder / "results.csv").write_bytes(b"variant,loss\nnarrow,1.5\n" + text)
     with pytest.raises(UserError, match=f"^outputs/sweeps/tiny/results.csv: .*{problem}"):
         run_study(Path("outputs/sweeps/tiny"), jobs=1)
+    (folder / "results.csv").unlink()
+    (folder / "README.md").write_text(OPENING)
+    with pytest.raises(UserError, match="is missing, which ends the generated part"):
+        run_study(Path("outputs/sweeps/tiny"), jobs=1)
     assert not (tmp_path / "outputs" / "studies").exists()
 
 
