@@ -51,7 +51,8 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
         heights[place] = highest = min(heights[place], highest)
         highest -= gap
     for height, (_, x, y, name, colour) in zip(heights, named, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3}
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "color": colour, "linewidth": 0.7, "alpha": 0.6}
+        line |= {"shrinkA": 1, "shrinkB": 3}
         axes.annotate(
             *(as_label(name), (x, y), (1.03, height)),
             textcoords="axes fraction",

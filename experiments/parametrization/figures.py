@@ -1,0 +1,71 @@
+"""The figures of README.md; tests/experiments/test_figures.py compares.
+
+`python experiments/parametrization/figures.py` prints the best rates.
+"""
+
+from math import log2
+from pathlib import Path
+from statistics import mean
+
+from gpt2.experiments.plan import read_plan
+from gpt2.experiments.results import Results
+
+FOLDER = Path(__file__).parent
+KEYS = ("model.parametrization", "model.d_model", "train.learning_rate")
+cells = Results(FOLDER, read_plan(FOLDER)).cells
+runs = {tuple(map(cell.value_of, KEYS)): cell.results for cell in cells}
+loss = {setting: mean(losses) for setting, losses in runs.items()}
+widths, rates = (sorted({setting[place] for setting in runs}) for place in (1, 2))
+best = {pair: min(rates, key=lambda rate: loss[*pair, rate]) for pair in {setting[:2] for setting in runs}}
+lowest = {pair: loss[*pair, rate] for pair, rate in best.items()}
+assert best["mup", 32] == best["mup", 64] and best["mup", 128] == best["mup", 256] == best["mup", 512]
+assert all(rates[0] < rate < rates[-1] for rate in best.values()), "a best rate is at the edge of the grid"
+
+
+def optimum(way, width):
+    """The lowest point of a parabola over the logarithm of the rate, through the best rate and its two neighbours."""
+    rate = best[way, width]
+    left, middle, right = (loss[way, width, each] for each in (rate / 2, rate, rate * 2))
+    return rate * 2 ** ((left - right) / 2 / (left - 2 * middle + right))
+
+
+def falls(way, narrow, wide=512):
+    """By which factor the optimum falls from a narrow model to a wide one."""
+    return optimum(way, narrow) / optimum(way, wide)
+
+
+def costs(way, narrow, wide=512):
+    """What the best rate of a narrow model costs a wide one, in nats."""
+    return loss[way, wide, best[way, narrow]] - lowest[way, wide]
+
+
+if __name__ == "__main__":
+    for way in ("standard", "mup"):
+        for width in widths:
+            print(
+                f"{way:>8} {width:>3}  best {best[way, width]:<7} optimum {optimum(way, width):.2e}  "
+                f"loss {lowest[way, width]:.3f}  its rate costs width 512 {costs(way, width):.3f}"
+            )
+        exponent = log2(falls(way, 32)) / 4
+        print(f"{way}: optimum ~ width^-{exponent:.2f}, from 128 width^-{log2(falls(way, 128)) / 2:.2f}")
+
+FIGURES = [
+    f"with `standard`, the best of the seven rates falls from {best['standard', 32]} at width 32 to "
+    f"{best['standard', 512]} at width 512; with `mup` it is {best['mup', 32]} up to width 64 and "
+    f"{best['mup', 512]} from 128 on",
+    "the lowest point of a parabola through the best rate and its neighbours falls by a factor of "
+    f"{falls('standard', 32):.1f} with `standard` and rises by {1 / falls('mup', 32):.1f} with `mup`",
+    f"The best rate of width 128 costs the model of width 512 {costs('standard', 128):.2f} nats with `standard` and "
+    f"{costs('mup', 128):.2f} with `mup`; that of width 32 costs it {costs('standard', 32):.2f} and "
+    f"{costs('mup', 32):.2f}",
+    f"at its best rate the widest model ends at {lowest['mup', 512]:.3f} with `mup` and at "
+    f"{lowest['standard', 512]:.3f} with `standard`",
+]
+GIVEN = [
+    "Two layers with four heads, of width 32 to 512",
+    "150 steps of 8 blocks of 64 bytes, AdamW, 15 steps of warm-up",
+    "the first 32 batches of the validation split (2 % of the files)",
+    "2022, table 8",
+    "The base of `mup` is width 128, with heads of 32",
+    "150 steps are few",
+]
