@@ -36,7 +36,7 @@ GOOD |= {"train.batch_size": 8, "model.dropout": 0.15}
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Pictures take a second and have their own tests."""
-    monkeypatch.setattr(report, "draw", lambda study: {})
+    monkeypatch.setattr(report, "draw", lambda study, source: {})
 
 
 def make_optimizer(folder: Path, blocks=BLOCKS, training=None, **study) -> OptunaOptimizer:

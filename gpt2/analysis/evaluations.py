@@ -69,6 +69,8 @@ def write_curve(results: list[Result]) -> Path | None:
     Returns:
         The picture's path; None if no run has two steps.
     """
+    from matplotlib.colors import to_hex
+
     from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # matplotlib: a table needs none
 
     runs: dict[Path, list[Result]] = {}
@@ -86,13 +88,13 @@ def write_curve(results: list[Result]) -> Path | None:
         prefix = f"{run.parent.name}/{run.name} " if len(lines) > 1 else ""
         if not tasks:
             (line,) = axes.plot(steps, losses := [result["loss"] for result in found], "o-")
-            ends.append((steps[-1], losses[-1], prefix.strip(), str(line.get_color())))
+            ends.append((steps[-1], losses[-1], prefix.strip(), to_hex(line.get_color())))
         for task, metric in tasks.items():
             values, errors = (
                 [result["results"][task][name] for result in found] for name in (metric, f"{metric}_stderr")
             )
             line = axes.errorbar(steps, values, errors, fmt="o-", capsize=3)[0]
-            ends.append((steps[-1], values[-1], f"{prefix}{task} {metric}", str(line.get_color())))
+            ends.append((steps[-1], values[-1], f"{prefix}{task} {metric}", to_hex(line.get_color())))
     plain(axes, xlabel="step", ylabel="accuracy ± standard error" if tasks else "loss (nats per token)")
     if tasks or len(lines) > 1:
         label_ends(axes, ends)

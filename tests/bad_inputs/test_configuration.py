@@ -68,7 +68,7 @@ RANGES = [
     ("a stride beyond the window", "evaluate stride=33", "stride: 33 is not between 1 and data.max_length=32"),
     ("no batch sizes", "benchmark generation batch_sizes=[]", "batch_sizes: [] are not"),
     ("no precisions", "benchmark training precisions=[]", "precisions: [] are not"),
-    ("a negative number of jobs", "study experiments/x jobs=-1", "study: ... jobs=N, a whole number"),
+    ("a negative number of jobs", "study experiments/x jobs=-1", "jobs: ... is not a whole number"),
 ]
 
 CONTRADICTIONS = [
@@ -125,7 +125,7 @@ UNKNOWN = [
     ("a run that is not there", "compare nowhere", "nowhere does not exist; a run is a folder with"),
     ("a folder without a run", "compare folder", "folder contains no run"),
     ("a study that is not there", "study nowhere", "study: nowhere has no study.yaml"),
-    ("a study without a name", "study", "study: one folder, such as"),
+    ("a study without a name", "study", "study: one folder is needed, such as"),
     ("a target for an export that is there", "export to=folder", "to: folder exists already"),
     ("an export to nowhere", "export", "to: the folder to write is missing"),
     ("a push to no repository", "export push=mine", "push: 'mine' is not OWNER/NAME"),
