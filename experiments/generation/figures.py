@@ -52,6 +52,7 @@ slower = [row["of_best"] for row in layouts if row["of_best"] > 1]
 lookups = recorded("speculation")["results"]
 perplexity = {name: recorded(f"quickstart_{name}")["perplexity"] for name in ("fp32", "int8", "int4")}
 assert all(row["same_texts"] for row in lookups)
+assert perplexity["int4"] < 1.02 * perplexity["fp32"]
 assert min(row["ratio"] for row in lookups if row["sampling"].startswith("temperature 1,")) > 1 - 1 / 5.5
 assert recorded("layouts")["threads"] == 1
 

@@ -315,7 +315,7 @@ def test_latest_run_saved_last(tmp_path, caplog):
             run_folder.name_if_latest(tmp_path / "a/1")
             run_folder.name_if_latest(tmp_path / "b/0")
     (message,) = caplog.messages
-    assert re.fullmatch(rf"latest run: {tmp_path / 'b/0'}, \d+ days ago", message)
+    assert re.fullmatch(rf"latest run: {tmp_path / 'b/0'}, [\d,]+ days ago", message)
 
 
 def test_unfinished_first_checkpoint_does_not_count(tmp_path, monkeypatch):
