@@ -187,7 +187,7 @@ def test_error_that_all_trials_share_stops_the_study_until_it_is_fixed(workspace
 
 def test_with_values_equals_a_new_composition():
     line = ["experiment=quickstart", "hparams_search=optuna"]
-    values = ["train.batch_size=16", "model.dropout=0.25", "train.learning_rate=1e-3", "sample_prompt='a b'"]
+    values = ["train.batch_size=32", "model.dropout=0.25", "train.learning_rate=1e-3", "sample_prompt='a b'"]
     changed = with_values(compose("train", line), values[:3])
     assert changed == compose("train", [*line, *values[:3]])
     assert changed.train.max_steps == pytest.approx(compose("train", line).train.max_steps / 2, abs=1)
