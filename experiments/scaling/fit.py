@@ -136,8 +136,8 @@ def prediction(result: Fit) -> dict[str, Any]:
 def held_out(run: RunResult, predicted: dict[str, Any]) -> dict[str, Any]:
     """The result of the run that was predicted. Another run, or one from before the prediction, is refused."""
     when = [datetime.fromisoformat(text).astimezone() for text in (predicted["made"], run.about["started"])]
-    found = {"width": run.config["model.d_model"], "tokens": run.last("tokens"), "state": run.state}
-    wanted = {"width": predicted["width"], "tokens": predicted["tokens"], "state": FINISHED}
+    found = {"width": run.config["model.d_model"], "steps": run.last("step"), "state": run.state}
+    wanted = {"width": predicted["width"], "steps": predicted["steps"], "state": FINISHED}
     if found != wanted:
         raise SystemExit(f"error: {run.folder} has {found}, the prediction is for {wanted}")
     if when[0] >= when[1]:

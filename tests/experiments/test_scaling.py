@@ -116,13 +116,13 @@ def test_prediction_is_made_once_and_compared_with_the_run(tmp_path, monkeypatch
     about = json.loads((run.folder / "run.json").read_text())
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     monkeypatch.setattr(sys, "argv", ["fit.py", str(tmp_path), "--held-out", str(run.folder)])
-    for started, tokens, refusal in (
+    for started, steps, refusal in (
         ("2100-01-01T00:00:00", 7, "the prediction is for"),
-        ("2000-01-01T00:00:00", first["tokens"], "started before the prediction"),
-        ("2100-01-01T00:00:00", first["tokens"], None),
+        ("2000-01-01T00:00:00", first["steps"], "started before the prediction"),
+        ("2100-01-01T00:00:00", first["steps"], None),
     ):
         (run.folder / "run.json").write_text(json.dumps({**about, "started": started}))
-        text = "".join(json.dumps({**record, "tokens": tokens}) + "\n" for record in records)
+        text = "".join(json.dumps({**record, "step": steps}) + "\n" for record in records)
         (run.folder / "metrics.jsonl").write_text(text)
         if refusal:
             with pytest.raises(SystemExit, match=refusal):
