@@ -40,7 +40,8 @@ def _shown(metric: str, value: float) -> str:
 def names_of_models(results: list[Result]) -> str:
     """How many models there are, the folder that holds all of them, and which of their losses compare."""
     folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
-    tokenizers = {result["data"]["tokenizer"] for result in results if "data" in result}
+    names = {Path(result["data"]["tokenizer"]) for result in results if "data" in result}
+    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}  # a run's checkpoints share theirs
     note = "; their tokenizers differ: only bits per byte compare" if len(tokenizers) > 1 else ""
     return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}{note}"
 
