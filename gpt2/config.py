@@ -341,7 +341,7 @@ class ExportRun:
     checkpoint: str | None = None  # run folder or checkpoint file; null: the best checkpoint of the latest run
     to: str | None = None  # folder to create
     push: str | None = None  # OWNER/NAME: upload the exported files to this repository of the Hugging Face Hub
-    private: bool = True  # a repository that push creates is private; one that exists stays as it is
+    private: bool = True  # a repository that push creates is private; one that exists keeps its visibility
     license: str = "unknown"  # for the model card, as the Hub names it: mit, apache-2.0, cc-by-sa-4.0, other, ...
     language: str | None = None  # of the text, for the model card: en; several: 'en de'
 

@@ -396,7 +396,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     yield from validate_parametrization(config.model, config.train)
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
-            yield f"inference.{key}: only for generate.py; samples during training use the model as it is trained"
+            yield f"inference.{key}: only for generate.py; samples during training use the weights that are trained"
     if config.data.max_length > config.model.context_length:
         yield (
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "

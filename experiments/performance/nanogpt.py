@@ -22,7 +22,7 @@ from gpt2.checkpoint.hugging_face import hf_name
 
 
 def nanogpt(config, state, train):
-    """As it is."""
+    """Unmodified."""
     kind = torch.device(train.device).type
     if kind == "cpu" and train.precision != "fp32":
         raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")

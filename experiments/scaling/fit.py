@@ -11,7 +11,6 @@ outputs/studies/scaling has, and writes nothing.
 
 import argparse
 import json
-import re
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
@@ -32,7 +31,7 @@ from gpt2.analysis.plotting import BEST, new_figure, picture, plain
 from gpt2.analysis.runs import RunResult
 from gpt2.analysis.tables import as_markdown
 from gpt2.experiments.plan import planned_runs, read_plan
-from gpt2.experiments.results import recorded, rows_of
+from gpt2.experiments.results import recorded, rows_of, with_section
 from gpt2.tracking.tracker import FINISHED
 
 FEWEST_STEPS = 100  # of a run in the fit: a shorter one has hardly left its warm-up, and follows no law
@@ -301,13 +300,6 @@ def verdict(predicted: dict[str, Any], measured: dict[str, Any], noise: float) -
     )
 
 
-def write_section(folder: Path) -> None:
-    readme = folder / "README.md"
-    marked = f"{OPENING}\n\n{section(folder)}\n\n{CLOSING}"
-    pattern = re.compile(re.escape(OPENING) + ".*?" + re.escape(CLOSING), re.DOTALL)
-    readme.write_text(pattern.sub(lambda _: marked, readme.read_text()))
-
-
 def so_far(folder: Path) -> None:
     """Print the law of the runs that are done."""
     plan = read_plan(folder)
@@ -338,7 +330,8 @@ def main() -> None:
     measured = read(folder / "held_out.json")
     (folder / "compute.png").write_bytes(picture(over_compute(result, predicted, measured), source=text.encode()))
     (folder / "sizes.png").write_bytes(picture(over_size(result), source=text.encode()))
-    write_section(folder)
+    readme = folder / "README.md"
+    readme.write_text(with_section(readme.read_text(), section(folder), OPENING, CLOSING))
     return print(section(folder))
 
 

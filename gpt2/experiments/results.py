@@ -338,14 +338,14 @@ def _results_by_setting(rows: list[Row], plan: StudyPlan) -> dict[tuple[Any, ...
     return results
 
 
-def with_section(text: str, section: str) -> str:
-    """A README with its generated part replaced, or appended if it has none."""
-    marked = f"{OPENING}\n\n{section}\n\n{CLOSING}"
-    pattern = re.escape(OPENING) + ".*?" + re.escape(CLOSING)
+def with_section(text: str, section: str, opening: str = OPENING, closing: str = CLOSING) -> str:
+    """A README with its generated part, between two lines, replaced; or appended if it has none."""
+    marked = f"{opening}\n\n{section}\n\n{closing}"
+    pattern = re.escape(opening) + ".*?" + re.escape(closing)
     if re.search(pattern, text, re.DOTALL):
         return re.sub(pattern, lambda _: marked, text, flags=re.DOTALL)
-    if OPENING in text:
-        raise UserError(f"{README}: the line {CLOSING} is missing, which ends the generated part")
+    if opening in text:
+        raise UserError(f"{README}: the line {closing} is missing, which ends the generated part")
     return f"{text.rstrip()}\n\n{marked}\n"
 
 

@@ -38,7 +38,7 @@ class Muon(torch.optim.Muon):
         skip = None if self.found_inf is None else self.found_inf.bool()
         momenta = [self._momentum(weight) for weight in weights]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if skip is not None:  # with itself as the gradient, a momentum stays as it is
+        if skip is not None:  # with itself as the gradient, a momentum does not change
             gradients = [torch.where(skip, *both) for both in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's

@@ -98,4 +98,6 @@ def test_picture_is_drawn_from_a_file_beside_it(path):
 
 
 def test_every_study_has_its_figures():
+    folders = {path.parent for path in (ROOT / "experiments").glob("*/*.*") if path.parent.name != "__pycache__"}
     assert {path.parent for path in (ROOT / "experiments").glob("**/README.md")} == {*FOLDERS}
+    assert {*folders, ROOT / "experiments"} == {*FOLDERS}

@@ -445,7 +445,7 @@ def test_default_jobs_and_threads_are_those_of_the_container(monkeypatch):
     assert (default_jobs(), default_threads(2)) == (4, 2)
 
 
-def test_chosen_variants_leave_the_folder_as_it_is(tmp_path, monkeypatch, caplog):
+def test_chosen_variants_do_not_change_the_folder(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)

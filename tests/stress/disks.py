@@ -92,7 +92,7 @@ def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
         elif taken != before:
             not_back.append(f"{message}: {taken}")
         if newest.exists() and kind != damage.exchange_files and is_read(newest):
-            accepted.append(f"{message}, as it is named")
+            accepted.append(f"{message}, under its own name")
         damage.mend()
     newest.write_bytes(damage.good[:-1])
     resumed = place.run("train.py", *SMALL, *options)
