@@ -81,15 +81,20 @@ class StudyCost:
     def _most_seconds(self, run: PlannedRun) -> float:
         return max(0.0, self.configs[run].train.max_training_hours * 3600 - self.spent[run][1])
 
+    @property
+    def unknown(self) -> dict[Hashable, PlannedRun]:
+        """Of each kind of missing runs whose speed is unknown, one run."""
+        known = {*self.measured, *(self.kinds[run] for run, (_, seconds) in self.spent.items() if seconds)}
+        return {kind: run for run, kind in self.kinds.items() if self.left[run] and kind not in known}
+
     def measure(self, threads: int) -> None:
-        """Time the steps of missing runs of which none alike was made yet, alone on this machine."""
+        """Time a step of each unknown kind of runs, alone on this machine."""
         keep_freed_memory()  # as a run does
         torch.set_num_threads(threads)
-        timed = {self.kinds[run] for run, (_, seconds) in self.spent.items() if seconds}
-        for run, work in self.works.items():
-            if self.left[run] and (kind := self.kinds[run]) not in {*timed, *self.measured}:
-                timing = time_step(work, planned_computation(work, self.steps[run]))
-                self.measured[kind] = timing.step / work.flops_per_step if timing else nan
+        for kind, run in self.unknown.items():
+            work = self.works[run]
+            timing = time_step(work, planned_computation(work, self.steps[run]))
+            self.measured[kind] = timing.step / work.flops_per_step if timing else nan
 
     def plan(self, jobs: int) -> str:
         """What the missing runs cost, by variant and together."""

@@ -148,6 +148,7 @@ class RecordedStudy:
         with run_lock(RUNS / self.name), progress.bar:
             log.info("\n".join(self.header(jobs, threads)))
             try:
+                progress.measure(threads)
                 while missing or running:
                     while missing and len(running) < jobs:
                         running.append(RunProcess(missing.pop(0), threads))
@@ -199,6 +200,17 @@ class StudyProgress:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
         self.bar = LiveProgress(*columns)
         self.task = self.bar.add_task("", total=1.0, left="")
+
+    def measure(self, threads: int) -> None:
+        """Time a step of each kind of runs, because small models need more seconds per FLOP than large ones.
+
+        Not on a GPU, which this process would keep a part of.
+        """
+        import torch
+
+        if len(self.cost.unknown) > 1 and not torch.cuda.is_available():
+            self.bar.update(self.task, description="measuring the speed")
+            self.cost.measure(threads)
 
     def show(self, running: list[PlannedRun]) -> None:
         """Read how far the runs are, if it is time."""

@@ -6,7 +6,7 @@ from math import isnan
 import pytest
 
 from gpt2.experiments.cost import SECONDS_BESIDE, StudyCost
-from gpt2.experiments.runner import RecordedStudy
+from gpt2.experiments.runner import RecordedStudy, StudyProgress
 from tests.analysis.test_compare import make_run
 from tests.conftest import Workspace
 from tests.experiments.test_runner import write_study
@@ -70,6 +70,13 @@ def test_size_without_runs_is_measured(study):
     cost.measure(threads=1)
     assert set(cost.measured) == {wide}
     assert cost.seconds_per_flop(wide) == cost.measured[wide]
+
+
+def test_time_left_is_known_before_the_first_run_ends(study):
+    progress = StudyProgress(study.configs, jobs=1)
+    progress.measure(threads=1)
+    assert progress.cost.measured.keys() == set(progress.cost.kinds.values())
+    assert progress.cost.seconds_left(jobs=1) > 4 * SECONDS_BESIDE
 
 
 def test_optimizers_differ_in_speed(tmp_path, monkeypatch):
