@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests import fault_injection, warm
+from tests import fault_injection, no_sync, warm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-fault_injection.enable()  # in this process; `Workspace` enables it in the scripts
+fault_injection.enable()  # in this process; `tests/site` does both in the scripts that a `Workspace` runs
+no_sync.skip_disk_sync()
 
 if "GPT2_TESTS" not in os.environ:  # the workers of pytest-xdist inherit it
     os.environ["GPT2_TESTS"] = tempfile.mkdtemp()

@@ -26,11 +26,6 @@ def test_nothing_is_wrong_here(tmp_path, name):
     assert found(tmp_path, name).status == OK
 
 
-@pytest.mark.slow
-def test_compiled_model_is_right(tmp_path):
-    assert found(tmp_path, "torch.compile").status == OK
-
-
 def test_compilation_without_a_compiler_and_one_that_fails(tmp_path, monkeypatch):
     def broken(*_args, **_kwargs):
         raise RuntimeError("no backend")

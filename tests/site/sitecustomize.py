@@ -1,9 +1,8 @@
-"""Python runs this file when it starts with this folder on PYTHONPATH: it enables `tests/fault_injection.py`."""
+"""Python runs this file when it starts with this folder on PYTHONPATH: it prepares the scripts that tests start."""
 
-from importlib.util import module_from_spec, spec_from_file_location
+import runpy
 from pathlib import Path
 
-spec = spec_from_file_location("fault_injection", Path(__file__).parents[1] / "fault_injection.py")
-fault_injection = module_from_spec(spec)
-spec.loader.exec_module(fault_injection)
-fault_injection.enable()
+TESTS = Path(__file__).parents[1]
+runpy.run_path(str(TESTS / "fault_injection.py"))["enable"]()
+runpy.run_path(str(TESTS / "no_sync.py"))["skip_disk_sync"]()
