@@ -1,8 +1,8 @@
 """From files of tokens to batches.
 
 The token files of `gpt2.data.corpus` are memory-mapped and divided into blocks. The order of the blocks is a pure
-function of (seed, epoch, position), so a place in the data is two integers and resuming is arithmetic. Data loading is
-rank-agnostic: every rank reads the global batch and computes its share.
+function of (seed, epoch, position), so resuming is arithmetic. Data loading is rank-agnostic: every rank reads the
+global batch and computes its share.
 """
 
 import logging
@@ -70,7 +70,7 @@ class TokenDataset(Dataset):
         return self.files[0].map(self.dtype) if len(self.files) == 1 else Tokens(self.files, self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: without the memory map, which they open themselves, and without the tokenizer."""
+        """The state for worker processes: without the memory map, which they open themselves, and the tokenizer."""
         return {**{key: value for key, value in vars(self).items() if key != "tokens"}, "tokenizer": None}
 
     def __len__(self) -> int:
@@ -178,11 +178,11 @@ def get_dataloaders(
     is_joblib = multiprocessing.get_start_method() == "loky"  # a start method that PyTorch does not support
     common: dict[str, Any] = {
         "num_workers": workers,
-        # Not persistent: workers ignore SIGTERM, so a program that still has the loader would wait for them at exit.
+        # Not persistent: workers ignore SIGTERM, so a program that still holds the loader would wait for them at exit.
         "multiprocessing_context": "fork" if workers and is_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": _start_worker,
-        # A loader draws a seed for its workers at each start, which must not advance the generator of dropout.
+        # A loader draws a seed for its workers at each start. Without its own generator, this would change dropout.
         "generator": torch.Generator(),
     }
     if isinstance(train_dataset, TokenDataset):
@@ -212,7 +212,7 @@ def batch_size_of(loader: DataLoader) -> int | None:
 
 
 def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
-    """A loader of the same data in the same order with another batch size; the given loader if that is None."""
+    """A loader of the same data in the same order with another batch size; the loader itself if that is None."""
     if batch_size is None:
         return loader
     names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")

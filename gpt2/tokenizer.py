@@ -2,7 +2,7 @@
 
 A text is divided into words by `PATTERN`, each word into its UTF-8 bytes, and the bytes are merged into tokens by a
 list of merges, which is learned from a corpus. The merges are OpenAI's (`gpt2`), those of a folder, none (`bytes`), or
-learned from a text (`train`).
+learned from the training text (`train`).
 """
 
 import codecs
@@ -25,10 +25,11 @@ log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
-ADDED_FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]  # of transformers, beside them
+# Files of `transformers` with added tokens, beside those of the tokenizer.
+ADDED_FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 ADDED_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
-MAX_LEARNED_WORD = 1000
-# OpenAI's, for tiktoken; the `tokenizers` library has it built into ByteLevel.
+MAX_LEARNED_WORD = 1000  # bytes
+# OpenAI's pattern, for tiktoken. The ByteLevel of the `tokenizers` library has it built in.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -53,7 +54,7 @@ def _make_backend(model: "tokenizers.models.Model", added: Iterable[dict[str, An
 
 
 def _check_kind(description: dict[str, Any], folder: Path) -> None:
-    """Refuse a `tokenizer.json` that describes anything but the BPE of `_make_backend`, which has other tokens."""
+    """Refuse a `tokenizer.json` whose tokens are not those of the BPE that `_make_backend` makes."""
     model, words = description["model"], description.get("pre_tokenizer") or {}
     other_options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     reasons = {
@@ -73,12 +74,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_added(folder: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens of a folder, from the files in which the versions of `transformers` keep them.
+    """The added tokens of a folder. Versions of `transformers` keep them in different files.
 
-    Those that have a name, such as `pad_token`, are special, and `<|endoftext|>` always is.
+    Tokens that have a name, such as `pad_token`, are special, and so is `<|endoftext|>`.
 
     Args:
-        description: `tokenizer.json`, if there is one.
+        description: The content of `tokenizer.json`; empty if there is none.
     """
     config, names, ids = (_read_json(folder / name) if (folder / name).is_file() else {} for name in ADDED_FILES)
     if config.get("add_prefix_space"):
@@ -100,9 +101,9 @@ def _read_added(folder: Path, description: dict[str, Any]) -> list[dict[str, Any
 class GPT2Tokenizer:
     """GPT-2's byte-level BPE. It encodes every text, and decoding returns the text.
 
-    `<|endoftext|>` in a text is encoded as thirteen ordinary characters. The special token exists only as the number
-    `eos_token_id`, so no corpus or prompt can contain it, unless `encode` is called with `allow_special_tokens`. Other
-    special tokens are treated alike. Words that were added to a tokenizer as ordinary tokens are found in every text.
+    `<|endoftext|>` in a text is encoded as thirteen ordinary characters. No corpus or prompt can contain the special
+    token `eos_token_id`, unless `encode` is called with `allow_special_tokens`. The same holds for other special
+    tokens. Words that were added to a tokenizer as ordinary tokens are found in every text.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class GPT2Tokenizer:
         Args:
             vocabulary: The id of each token, in characters of `byte_alphabet`. Ids are 0..n-1.
             merges: Pairs of tokens to merge, by falling priority.
-            added: Tokens that are looked for in the text itself, before it is divided into words: their `content` and
-                the flags of `tokenizers.AddedToken`. None: those that no merge makes, as special tokens.
+            added: Tokens that are searched for in a text before it is divided into words: their `content` and the
+                flags of `tokenizers.AddedToken`. None: the tokens that no merge produces, as special tokens.
 
         Raises:
             UserError: The vocabulary lacks a byte or `<|endoftext|>`, has other ids, or does not fit the merges.
@@ -122,8 +123,7 @@ class GPT2Tokenizer:
 
         if sorted(vocabulary.values()) != list(range(len(vocabulary))):
             raise UserError(f"tokenizer: the ids of its {len(vocabulary)} tokens are not 0..{len(vocabulary) - 1}")
-        missing = [token for token in (*byte_alphabet(), END_OF_TEXT) if token not in vocabulary]
-        if missing:
+        if missing := [token for token in (*byte_alphabet(), END_OF_TEXT) if token not in vocabulary]:
             raise UserError(f"tokenizer: its vocabulary lacks {missing[0]!r}, so it is not GPT-2's byte-level BPE")
         declared = {token["content"] for token in added or []}
         if foreign := set("".join(vocabulary.keys() - declared)) - set(byte_alphabet()):
@@ -142,9 +142,6 @@ class GPT2Tokenizer:
             self.backend.encode_special_tokens = True  # as text
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise UserError(f"tokenizer: its merges or added tokens do not fit its vocabulary: {error}") from error
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Making, loading and saving
 
     @classmethod
     def of_bytes(cls) -> "GPT2Tokenizer":
@@ -257,9 +254,6 @@ class GPT2Tokenizer:
         """Equal for tokenizers with equal vocabularies, merges and added tokens."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Encoding
-
     @property
     def vocab_size(self) -> int:
         return len(self.vocabulary)
@@ -269,7 +263,7 @@ class GPT2Tokenizer:
 
     @cached_property
     def _text_tokens(self) -> dict[str, int]:
-        """The vocabulary without the tokens that no merge makes: `<|endoftext|>`, and any that were added later."""
+        """The vocabulary without the tokens that no merge produces: `<|endoftext|>`, and any that were added later."""
         from_text = {*byte_alphabet(), *("".join(pair) for pair in self.merges)} - {END_OF_TEXT}
         return {token: i for token, i in self.vocabulary.items() if token in from_text}
 
@@ -280,12 +274,12 @@ class GPT2Tokenizer:
 
     @cached_property
     def added_words(self) -> list[str]:
-        """The added tokens that are found in every text."""
+        """The added tokens that are not special, which are found in every text."""
         return [token["content"] for token in self.added if not token["special"]]
 
     @cached_property
     def ids_in_use(self) -> int:
-        """The vocabulary that a model needs: one more than the largest id that occurs in a tokenized corpus."""
+        """The size of the vocabulary that a model needs: one more than the largest id in a tokenized corpus."""
         return 1 + max(self.vocabulary[token] for token in (END_OF_TEXT, *self._text_tokens, *self.added_words))
 
     def encode(self, text: str, allow_special_tokens: bool = False) -> list[int]:
@@ -308,19 +302,15 @@ class GPT2Tokenizer:
     @cached_property
     def _batch_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
         """The fastest exact encoder of many texts. Making it takes longer than encoding a prompt."""
+        import numpy as np
+
         if not self.merges and not self.added_words:
-            return self._byte_encoder()
+            ids = np.array([self.vocabulary[token] for token in byte_alphabet()], dtype=np.uint32)
+            return lambda texts: [ids[np.frombuffer(text.encode("utf-8", "replace"), np.uint8)] for text in texts]
         if reason := self._reason_against_tiktoken():
             log.warning("Note: tokenizing with tokenizers, not several times faster with tiktoken: %s.", reason)
             return self._encode_with_tokenizers
         return self._tiktoken_encoder()
-
-    def _byte_encoder(self) -> "Callable[[list[str]], list[np.ndarray]]":
-        """For a tokenizer without merges: a table of 256 ids."""
-        import numpy as np
-
-        ids = np.array([self.vocabulary[token] for token in byte_alphabet()], dtype=np.uint32)
-        return lambda texts: [ids[np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8)] for text in texts]
 
     def _encode_with_tokenizers(self, texts: list[str]) -> "list[np.ndarray]":
         import numpy as np
@@ -349,9 +339,9 @@ class GPT2Tokenizer:
 
         tiktoken has no list of merges. Of all neighbors that form a token it merges those with the lowest id, and it
         never splits a word that is a token. It gives the same tokens if (1) ids rise in the order of the merges and
-        (2) the merges turn the bytes of each token into that token. Proof by induction over the ids: the neighbors that
-        form a token in a text are those that form it from its own bytes, because a merge across its borders would have
-        come earlier, and then the token would not lie there in two parts.
+        (2) the merges turn the bytes of each token into that token. Proof by induction over the ids: neighbors form a
+        token in a text by the merges that form it from its own bytes, since a merge across its borders would have been
+        earlier and would have left no such neighbors.
         """
         from tokenizers import Tokenizer, pre_tokenizers
 
@@ -360,7 +350,7 @@ class GPT2Tokenizer:
         merged = [self.vocabulary["".join(pair)] for pair in self.merges]
         if not all(earlier < later for earlier, later in pairwise(merged)):
             return "its ids do not rise in the order of its merges"
-        words = Tokenizer(self.backend.model)  # of tokens separated by a space, which stands for no byte
+        words = Tokenizer(self.backend.model)  # its words are separated by a space, which stands for no byte
         words.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
         tokens = list(self._text_tokens)
         lines = [" ".join(tokens[start : start + 500]) for start in range(0, len(tokens), 500)]
@@ -368,9 +358,6 @@ class GPT2Tokenizer:
         if [i for encoding in encodings for i in encoding.ids] != list(self._text_tokens.values()):
             return "its merges do not reach every token of its vocabulary"
         return None
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Decoding
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -398,9 +385,9 @@ class GPT2Tokenizer:
 
 
 def _with_all_flags(added: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Added tokens with each of their flags, equal for lists that mean the same.
+    """Added tokens with all of their flags. The results for lists of the same meaning are equal.
 
-    GPT-2 normalizes no text: `normalized` says only which tokens are looked for after the others.
+    GPT-2 normalizes no text: `normalized` only decides which tokens are searched for after the others.
     """
     differ = len({token.get("normalized", False) for token in added}) > 1
     tokens = [

@@ -1,7 +1,7 @@
 """The checkpoint format: one safetensors file, with everything that is not a tensor as JSON in its header.
 
 There is no pickle, so loading a checkpoint never runs code. The file holds all that generation and resuming need. Every
-byte is covered by a checksum: each tensor has its own, and the header has one for the rest.
+byte is covered by a checksum: each tensor has its own, and the header has one of itself.
 """
 
 import hashlib
@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError, few
-from gpt2.runtime.files import atomic_write, fsync
+from gpt2.runtime.files import atomic_write, fsync, sha256_of_next
 from gpt2.validation import brief
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is com
 MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SAFETENSORS_DTYPES |= {"int64": "I64", "uint8": "U8"}
-# A string, or the part of one at the end of a text that was cut off.
+# A string of JSON, or the beginning of one at the end of a truncated text.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -59,7 +59,11 @@ def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str,
     text = json.dumps({"format": FORMAT, **record})
     with atomic_write(path) as file:
         file.write(_checked_header(tensors, text, dict.fromkeys(tensors, NO_SUM)))
-        sums = {name: hashlib.sha256(_write_tensor(file, tensors[name])).hexdigest() for name in _layout(tensors)}
+        sums = {}
+        for name in _layout(tensors):
+            content = _bytes_of(tensors[name])
+            file.write(content)
+            sums[name] = hashlib.sha256(content).hexdigest()
         file.seek(0)
         file.write(_checked_header(tensors, text, sums))
 
@@ -72,21 +76,14 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, s
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
         for name in _layout(tensors):
-            _write_tensor(file, tensors[name])
-
-
-def _write_tensor(file: BinaryIO, tensor: "Tensor") -> memoryview:
-    """Write the bytes of a tensor, and return them."""
-    content = _bytes_of(tensor.detach().cpu().contiguous())
-    file.write(content)
-    return content
+            file.write(_bytes_of(tensors[name]))
 
 
 def _bytes_of(tensor: "Tensor") -> memoryview:
-    """A view of the bytes of a contiguous tensor on the CPU."""
+    """The bytes of a tensor, without a copy if it is contiguous and on the CPU."""
     import torch
 
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _checked_header(tensors: "dict[str, Tensor]", record: str, sums: dict[str, str]) -> bytes:
@@ -124,12 +121,12 @@ def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
 
 
 class NewerVersionError(UserError):
-    """A checkpoint has a format that did not exist yet when this version was made."""
+    """A checkpoint was written by a newer version of this program, in a format that this version does not know."""
 
 
 @dataclass
 class StoredTensor:
-    """Where a tensor lies in a file, in bytes from its beginning, and its checksum."""
+    """The place of a tensor in a file, in bytes from the beginning of the file, and its checksum."""
 
     begin: int
     end: int
@@ -168,18 +165,9 @@ def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
         for name, stored in tensors.items():
             if name.startswith(prefix):
                 file.seek(stored.begin)
-                sums[name] = _sum_of(file, stored.end - stored.begin)
+                sums[name] = sha256_of_next(file, stored.end - stored.begin).hexdigest()
     _compare_sums(path, sums, tensors)
     return record
-
-
-def _sum_of(file: BinaryIO, length: int) -> str:
-    """The checksum of the next `length` bytes of a file, read in blocks of 1 MiB."""
-    digest = hashlib.sha256()
-    while length and (block := file.read(min(length, 2**20))):
-        digest.update(block)
-        length -= len(block)
-    return digest.hexdigest()
 
 
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
@@ -208,7 +196,7 @@ def _compare_sums(path: Path, sums: dict[str, str], stored: dict[str, StoredTens
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The record and where each tensor lies, after checking the header's checksum and the size of the file."""
+    """The record and the place of each tensor, after checking the header's checksum and the size of the file."""
     if path.exists() and not path.is_file():  # opening a pipe would block
         raise UserError(f"checkpoint: cannot read {path}: it is not a file")
     try:
@@ -253,7 +241,8 @@ def _parse_header(text: bytes, file_size: int, path: Path) -> tuple[dict[str, An
 def _parse_json(text: bytes, file_size: int) -> Any:
     """Parse JSON, but refuse text that would take much more memory than the file has bytes.
 
-    Strings do not, but many small values do: `[[],[],...]` takes 20 times its size. A good header is mostly strings.
+    Many small values do, such as `[[],[],...]`, which takes 20 times its size; strings do not. A header that this
+    program wrote is mostly strings.
     """
     outside_strings = len(text) - sum(match.end() - match.start() for match in JSON_STRING.finditer(text))
     if outside_strings > 2**18 + file_size // 64:

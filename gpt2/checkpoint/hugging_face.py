@@ -28,7 +28,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 MAX_JSON_BYTES = 4 * 2**20
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # patterns
 
-# Names of ours -> names of `transformers`.
+# Names of modules of `GPT2Model` -> of `transformers`.
 _MODULES = {
     "token_embedding": "wte",
     "position_embedding": "wpe",
@@ -43,6 +43,7 @@ _MODULES = {
 }
 _MODULE = re.compile("|".join(map(re.escape, _MODULES)))
 
+# Fields of `GPT2Config` -> of `transformers`.
 FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -58,7 +59,7 @@ FIELDS = {
     "use_bias": "use_bias",  # unknown to transformers, whose GPT-2 always has biases; it preserves the field
 }
 
-# Other names that `GPT2Config` of transformers takes (its `attribute_map`).
+# Other names that the `GPT2Config` of `transformers` accepts (its `attribute_map`).
 _ALIASES = {
     "hidden_size": "n_embd",
     "num_attention_heads": "n_head",
@@ -66,10 +67,10 @@ _ALIASES = {
     "max_position_embeddings": "n_positions",
 }
 
-# The values in `config.json` that make a model of `transformers` the GPT-2 of OpenAI; any other value is refused.
+# The values in `config.json` of a GPT-2 as OpenAI built it. Other values are refused.
 _REQUIRED = {
     "model_type": ("gpt2",),
-    # five names of one function
+    # Five names of one function.
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -77,7 +78,7 @@ _REQUIRED = {
     "tie_word_embeddings": (True,),
 }
 
-# Heads beside the language model: of the GPT2For... and GPT2DoubleHeadsModel of transformers, and a value head of TRL.
+# Heads for other tasks: of the GPT2For... and GPT2DoubleHeadsModel of `transformers`, and the value head of TRL.
 _OTHER_HEAD = re.compile(r"(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
 
 
@@ -87,7 +88,7 @@ def hf_name(name: str) -> str:
 
 
 def hf_layout(name: str, tensor: "Tensor") -> "Tensor":
-    """Convert the tensor of that name (one of ours) to the layout of `transformers`, or back.
+    """Convert a tensor of `GPT2Model` to the layout of `transformers`, or back.
 
     Weights of linear layers are transposed: (out, in) <-> (in, out).
     """
@@ -141,7 +142,7 @@ def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Te
     shapes = shapes_of(replace(config, use_bias=True))
     with ExitStack() as files:
         stored = _open(files, _weight_files(folder, source), source)
-        if "wte.weight" not in stored and "lm_head.weight" in stored:  # one tensor, which some tools store by this name
+        if "wte.weight" not in stored and "lm_head.weight" in stored:  # some tools store the tied tensor by this name
             stored["wte.weight"] = stored.pop("lm_head.weight")
         expected = {hf_name(name): shape[::-1] if _is_linear(name) else shape for name, shape in shapes.items()}
         head = stored.get("lm_head.weight")
@@ -167,9 +168,9 @@ def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: st
 
 
 def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
-    """The stored tensors as safetensors slices, not read yet, by the names that they have in `GPT2Model`.
+    """The stored tensors as safetensors slices, which are not read yet, by their names without a prefix.
 
-    The causal masks that old files hold beside the weights are left out, and so are other heads, with a warning.
+    Causal masks, which old files hold, are left out, and so are heads for other tasks, with a warning.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -201,13 +202,13 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
 def _without_prefix(names: list[str]) -> list[str]:
     """`transformer.h.0.ln_1.bias` -> `h.0.ln_1.bias`.
 
-    Modules around the model, such as those of DDP and PEFT, make the prefix longer. Those of torch.compile, FSDP and
-    checkpointing may also be around a part of it.
+    Modules that wrap the model, such as those of DDP and PEFT, make the prefix longer. Those of torch.compile, FSDP and
+    checkpointing may also wrap parts of the model.
     """
     names = [re.sub(r"_(orig_mod|\w+_wrapped_module)\.", "", name) for name in names]
     prefix = next((name.removesuffix("wpe.weight") for name in names if name.endswith("wpe.weight")), "transformer.")
-    around = prefix.removesuffix("transformer.")  # of what is beside the transformer: lm_head
-    return [name.removeprefix(prefix if name.startswith(prefix) else around) for name in names]
+    outer_prefix = prefix.removesuffix("transformer.")  # of lm_head, which is not part of the transformer
+    return [name.removeprefix(prefix if name.startswith(prefix) else outer_prefix) for name in names]
 
 
 def _weight_files(folder: Path, source: str) -> list[Path]:
@@ -216,13 +217,10 @@ def _weight_files(folder: Path, source: str) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX, source).get("weight_map")
-        if (
-            not weight_map
-            or not isinstance(weight_map, dict)
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
             raise UserError(f"{source}: the weight_map of its {INDEX} names no files")
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(names))
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
             raise UserError(f"{source}: files named in {INDEX} are missing: {few(missing)}")
         return [folder / name for name in names]
@@ -284,7 +282,7 @@ def write_folder(
 
 
 def _in_standard(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
-    """Multiply the factors of mup into the weights: that of the scores into queries, of the logits into the norm."""
+    """Multiply the factors of mup into weights: that of the scores into the queries, of the logits into the norm."""
     folded = dict(tensors)
     for name, tensor in tensors.items():
         if ".qkv." in name:

@@ -4,7 +4,7 @@ A name is a run folder (its best checkpoint), a checkpoint file, a folder writte
 `transformers`, or a model on the Hugging Face Hub: one of OpenAI's (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`) or
 OWNER/NAME. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`, can run code.
 
-Opening a model reads its configuration only; its weights, and torch, are loaded when they are needed.
+Opening a model reads its configuration only. Its weights, and torch, are loaded when they are needed.
 """
 
 import logging
@@ -120,16 +120,13 @@ class CheckpointModel(TrainedModel):
     """A checkpoint written by `Trainer.save_checkpoint`."""
 
     def __init__(self, path: Path):
-        self.path = path
-        record = read_record(path)
+        self.path, record = path, read_record(path)
         super().__init__(str(path), GPT2Config(**record["model"]), record)
         self.saved_tokenizer: str | None = record["tokenizer"]
 
     def read_tokenizer(self) -> GPT2Tokenizer | None:
-        if self.saved_tokenizer is None:
-            return None
         try:
-            return GPT2Tokenizer.from_json(self.saved_tokenizer)
+            return None if self.saved_tokenizer is None else GPT2Tokenizer.from_json(self.saved_tokenizer)
         except UserError as error:
             raise UserError(f"checkpoint: {self.path}: {error}") from error
 
@@ -164,7 +161,7 @@ class HuggingFaceModel(TrainedModel):
 
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
-    """Open a trained model by its name, see the top of this file. None is the best checkpoint of the latest run.
+    """Open a trained model by its name, see the top of this file; None: the best checkpoint of the latest run.
 
     Args:
         key: The option by which the user named it, for the error message.
@@ -216,7 +213,7 @@ CHANGEABLE = ("dropout", "attention_dropout", "residual_dropout", "initializer_r
 def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: set[str]) -> GPT2Config:
     """The configuration of a model that is initialized from trained weights.
 
-    It is that of the weights, except for dropout rates and a shorter context, which may be requested.
+    It is the configuration of the weights, except for dropout rates and a shorter context, which may be requested.
 
     Args:
         explicit: Fields that the user set. Other fields count as requested if they differ from their default.
@@ -272,7 +269,7 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
 def model_card(trained: TrainedModel, about: ExportRun | None = None) -> str:
     """The README of an exported folder: how to use the model, how it was trained, its loss and its shape.
 
-    It names no folder of this machine.
+    It contains no path of this machine.
     """
     from huggingface_hub import ModelCardData
 
@@ -355,7 +352,7 @@ def _repository(source: str) -> str | None:
 
 
 def _is_dataset_on_hub(name: str) -> bool:
-    """Whether the name of a dataset is not a folder's. A few old ones have no owner, such as `wikitext`."""
+    """Whether a name is that of a dataset on the Hub, not of a folder. Old names, such as `wikitext`, have no owner."""
     return is_on_hub(name) or (re.fullmatch(r"[\w-]+", name) is not None and not Path(name).exists())
 
 

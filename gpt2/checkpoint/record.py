@@ -1,7 +1,7 @@
-"""The record of a checkpoint that `Trainer` wrote: what it must hold, and of which types.
+"""The record of a checkpoint that `Trainer` wrote: its entries and their types.
 
 Checksums prove that a checkpoint is complete, not that it can be trusted: its author may have written any value.
-All readers get its values from here, with types that are checked once; they stay plain data.
+All readers get the values from here, as plain data whose types are checked once.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ class Progress:
     evaluated_at: int = 0  # step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
-    best_at: int = 0  # step of that evaluation; of equal ones the first
-    learning_rate: float = 0.0  # of the newest step
+    best_at: int = 0  # step of the best evaluation; the first of equal ones
+    learning_rate: float = 0.0  # at the newest step
 
     def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
         """Count a step. The end of an epoch is stored as position 0 of the next one."""
@@ -79,7 +79,7 @@ def read_record(path: Path) -> dict[str, Any]:
     record = checkpoint.read_record(path)
     with wrong_values(path):
         known = {key: value for key, value in record.items() if key in Record.__dataclass_fields__}
-        if isinstance(run := known.get("run"), dict):  # runs from before there was MLflow
+        if isinstance(run := known.get("run"), dict):  # runs from before MLflow was added
             known["run"] = {"mlflow": {}, **run}
         checked: Record = from_plain(Record, known)
         if problems := validate(checked.model, "model."):
@@ -88,7 +88,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_progress(path: Path, record: dict[str, Any]) -> Progress:
-    """The progress in a record, which alone decides whether a checkpoint belongs under its name."""
+    """The progress in a record: all that is needed to see whether a checkpoint has the right name."""
     with wrong_values(path):
         values = record.get("progress")
         if isinstance(values, dict):
@@ -101,7 +101,7 @@ def check_progress(path: Path, record: dict[str, Any]) -> Progress:
 
 @contextmanager
 def wrong_values(path: Path) -> Iterator[None]:
-    """Name the file of a record with wrong values, in one line."""
+    """Turn errors about values of a record into one line that names its file."""
     try:
         yield
     except UserError as error:

@@ -22,8 +22,10 @@ from gpt2.runtime.files import atomic_write, fsync, temporary_name
 log = logging.getLogger(__name__)
 
 BEST, LAST = "best_model.pth", "last.pth"  # safetensors files, despite their names
-_found: dict[Path, float | None] = {}  # what `latest_run` returned: the time of the last checkpoint, None when named
 STEP_NAME = re.compile(r"step_(\d{8,})\.pth")
+
+# The folders that `latest_run` returned, with the times of their checkpoints; None: `name_if_latest` has logged it.
+_found: dict[Path, float | None] = {}
 
 
 def step_name(step: int) -> str:
@@ -42,9 +44,9 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def add_name(path: Path, name: str) -> None:
-    """Make `name`, in the same folder, another name of a checkpoint: a hard link, or a copy where there are none.
+    """Give a checkpoint the additional name `name` in its folder: a hard link, or a copy on a filesystem without links.
 
-    A link is safe because checkpoints are only ever replaced, never changed in place.
+    A link is safe because checkpoints are replaced, never changed in place.
     """
     target = path.with_name(name)
     try:
@@ -70,7 +72,7 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
         if path not in retained:
             try:
                 path.unlink(missing_ok=True)
-            except OSError as error:  # no reason to end a run
+            except OSError as error:
                 log.warning("Cannot delete the old checkpoint %s: %s", path, error.strerror)
 
 
@@ -92,7 +94,7 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
             continue
         try:
             progress = check_progress(path, checkpoint.verify(path, prefix))
-        except checkpoint.NewerVersionError:  # a run that continues from an older checkpoint would delete it
+        except checkpoint.NewerVersionError:  # resuming from an older checkpoint would delete this one
             raise
         except UserError as error:
             damaged.append(path)
@@ -112,7 +114,7 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
 
 
 def _wrong_name(path: Path, progress: Progress) -> str | None:
-    """Why an intact checkpoint does not belong under its name; None if it does."""
+    """Why an intact checkpoint should not have its name; None if the name is right."""
     number = step_of(path)
     if number is not None and number != progress.step:
         return f"checkpoint: {path} is not that of step {number}, but of step {progress.step}"
@@ -177,23 +179,23 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
 
 
 def name_if_latest(folder: Path) -> None:
-    """Log which run is used and its age, once, if `latest_run` found it: the user may expect another one."""
+    """Log which run is used and its age, once, if `latest_run` chose it: the user may expect another one."""
     if (saved := _found.get(folder)) is not None:
         log.info("latest run: %s, %s", folder, ago(time.time() - saved))
         _found[folder] = None
 
 
 def ago(seconds: float) -> str:
-    """A duration until now in its largest unit, such as `3 minutes ago`."""
+    """A duration in its largest unit, such as `3 minutes ago`."""
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, number = next(((unit, int(seconds // size)) for unit, size in units if seconds >= size), ("second", 0))
     return f"{counted(number, unit)} ago"
 
 
 def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:
-    """The checkpoint that a user names: a file, or the best one of a run folder; None is the latest run.
+    """The checkpoint that a user names: a file, or the best one of a run folder; None: that of the latest run.
 
-    A run without an intact best checkpoint is represented by its newest; a warning says so if the best is damaged.
+    If a run has no best checkpoint, its newest is used; if the best is damaged, with a warning.
 
     Args:
         key: The option by which the user named it, for the error message.

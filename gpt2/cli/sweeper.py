@@ -198,8 +198,8 @@ class StudySweeper(Sweeper):
             f"  best.yaml, {where}\n\n"
             f"Train the best trial again:  {again}" + (f"\n{generate}" if is_here else "")
         )
-        if trials := lacking(path for path in self.folder.iterdir() if path.name.isdigit()):
-            log.info(f"\nW&B lacks trials {trials}")
+        if line := lacking((path for path in self.folder.iterdir() if path.name.isdigit()), "trial"):
+            log.info(f"\n{line}")
 
     def _write_best(self, best: "FrozenTrial") -> str:
         """Write `best.yaml`, the best trial as a preset. Returns the command that trains it."""

@@ -35,13 +35,13 @@ from gpt2.data.token_writer import (
 )
 from gpt2.errors import UserError
 from gpt2.runtime.console import track
-from gpt2.runtime.files import atomic_write, damaged_file, fsync, in_bytes, remove, require_free_space
+from gpt2.runtime.files import atomic_write, damaged_file, in_bytes, remove, rename_to_disk, require_free_space
 from gpt2.runtime.signals import interruptibly
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the cached files; a new number invalidates every cached corpus
+FORMAT = 2  # version of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
@@ -79,7 +79,7 @@ def cuts_documents(source: Source, config: DataConfig) -> bool:
 
 
 def validation_sample(count: int, fraction: float) -> set[int] | None:
-    """The numbers of the documents used for validation, drawn with a fixed seed; None if they would be too few."""
+    """The numbers of the documents that are used for validation, drawn with a fixed seed; None if they are too few."""
     size = round(count * fraction)
     if size < MIN_VALIDATION_DOCUMENTS:
         return None
@@ -95,7 +95,7 @@ class PreparedData:
     """A tokenized corpus on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json` and `about.json`.
 
     Attributes:
-        in_place: The files of each split, if another program wrote them, in place of those in the folder.
+        in_place: The token files of each split that another program wrote; the folder then holds no `.bin` files.
     """
 
     folder: Path
@@ -103,12 +103,12 @@ class PreparedData:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What determines it, `tokens` of each split, their `dtype`, `sha256` of each file, and its fingerprint.
+        """The content of `about.json`: what determines the corpus, `tokens` of each split, `sha256` of each file, ...
 
-        The fingerprint is that of the files: other tokens, or another tokenizer, have another one.
+        Its `fingerprint` is made of these checksums: other tokens, or another tokenizer, have another one.
 
         Raises:
-            OSError, ValueError: It cannot be read, or is damaged.
+            OSError, ValueError: The file cannot be read, or is damaged.
         """
         about = _read_checked(self.folder / ABOUT)
         if about["key"] != self.folder.name:
@@ -117,11 +117,11 @@ class PreparedData:
 
     @property
     def unfinished(self) -> Path:
-        """The folder in which it is made."""
+        """The folder in which the corpus is made."""
         return self.folder.with_suffix(".unfinished")
 
     def damage(self) -> str | None:
-        """What is wrong with the files; None if they have their checksums."""
+        """What is wrong with the files of the folder; None if they are intact."""
         try:
             return damaged_file(self.folder, self.about["sha256"])
         except OSError as error:
@@ -148,7 +148,7 @@ def _with_checksum(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    """What `_with_checksum` made, without the checksum.
+    """Read a JSON file that holds the result of `_with_checksum`, and verify and remove its checksum.
 
     Raises:
         OSError, ValueError: It cannot be read, or is damaged.
@@ -224,10 +224,10 @@ def files_in_place(source: Source, splits: tuple[str, ...], config: DataConfig) 
 
 @contextmanager
 def unfinished_corpus(prepared: PreparedData) -> Iterator[Path]:
-    """Yield the folder in which a corpus is made, which gets its name at the end of the block.
+    """Yield the folder in which a corpus is made. It gets its final name at the end of the block.
 
-    If it ends earlier and something is committed, the folder stays, and the next preparation of the corpus continues
-    it. Only a mistake in the text, after whose correction it is another corpus, removes it.
+    If the block raises, a folder in which something is committed stays, and the next preparation of the corpus
+    continues there. A mistake in the text removes it: the corrected text is another corpus.
     """
     unfinished = prepared.unfinished
     if not unfinished.is_dir():
@@ -235,10 +235,7 @@ def unfinished_corpus(prepared: PreparedData) -> Iterator[Path]:
     unfinished.mkdir(exist_ok=True)
     try:
         yield unfinished
-        for path in [*unfinished.iterdir(), unfinished]:
-            fsync(path)
-        unfinished.rename(prepared.folder)
-        fsync(prepared.folder.parent)
+        rename_to_disk(unfinished, prepared.folder)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename = error.filename or str(prepared.folder)  # a failed write does not name its file
@@ -251,7 +248,7 @@ def unfinished_corpus(prepared: PreparedData) -> Iterator[Path]:
 
 
 def require_space(source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, folder: Path) -> None:
-    """Say how much space the tokens of a large text need, estimated from the first of it.
+    """Check that there is space for the tokens of a text, estimated from its beginning.
 
     Raises:
         UserError: Less is free.
@@ -276,11 +273,10 @@ def write_corpus(
     identity: dict[str, Any],
     in_place: dict[str, list[TokenFile]] | None = None,
 ) -> None:
-    """Tokenize the splits into files of a folder, with a tokenizer that is learned if it is None.
-
-    What an earlier, interrupted call has written there is kept.
+    """Tokenize the splits into files of a folder, from where an earlier call was interrupted.
 
     Args:
+        tokenizer: None: it is trained on the text.
         in_place: Files of each split that hold its tokens already.
 
     Raises:
@@ -301,7 +297,7 @@ def write_corpus(
         else:
             written = _write_split(folder, source, split, tokenizer, config)
             tokens[split], sums[f"{split}.bin"] = written.tokens, written.sha256
-        if not tokens[split] and (split != "test" or len(splits) == 1):  # otherwise validation replaces an empty test
+        if not tokens[split] and (split != "test" or len(splits) == 1):  # validation can replace an empty test split
             raise UserError(f"data: there is no text in the {split} split")
     about = {
         **identity,

@@ -1,4 +1,4 @@
-"""What a source of text offers: documents of each split, and a fingerprint of their contents."""
+"""The interface of a source of text: documents of each split, and a fingerprint of their contents."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ class Document(Protocol):
 
 
 class Documents(Protocol):
-    """Documents that can be counted, and iterated over any number of times in the same order."""
+    """Documents that can be counted and iterated over repeatedly, always in the same order."""
 
     def __len__(self) -> int: ...
 
@@ -71,12 +71,12 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def fingerprint_of(paths: Sequence[Path], config: DataConfig) -> str:
-    """Equal for equal contents in the same order."""
+    """A fingerprint of files, which is equal for equal contents in the same order."""
     return hashlib.sha256(b"".join(digests_of(paths, cache_folder(config)))).hexdigest()
 
 
 def digests_of(paths: Sequence[Path], cache: Path) -> Iterator[bytes]:
-    """The SHA-256 of each file. If they are large, it is remembered."""
+    """The SHA-256 of each file. That of large files is remembered."""
     task = "Reading the files"
     if sum(path.stat().st_size for path in paths) < MANY_BYTES:
         return map(bytes.fromhex, sha256_of_each(paths, task))

@@ -5,7 +5,7 @@ import json
 import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# In pyarrow's errors about files that do not form one table.
-WORDS_OF_ARROW = ("Couldn't cast", "Schema at index", "Failed to parse string", "changed from")
-SECONDS_TO_MATCH = 1  # `data.document_start` with one row
-MAX_PREAMBLE_ROWS = 10_000  # before the first document; with more, document_start is taken to be wrong
+# Parts of pyarrow's errors about files that do not form one table.
+SIGNS_OF_DIFFERENT_COLUMNS = ("Couldn't cast", "Schema at index", "Failed to parse string", "changed from")
+SECONDS_TO_MATCH = 1  # limit for matching `data.document_start` with one row
+MAX_PREAMBLE_ROWS = 10_000  # rows before the first document; more mean that `data.document_start` is wrong
 
 
 class TableDocuments:
@@ -56,7 +56,7 @@ class TableDocuments:
         assert self.starts_document is not None
         document: list[str] = []
         any_start = False
-        # Without a repetition, none is needed, and measuring the time takes as long as matching.
+        # An expression without a repetition needs no limit, and measuring the time takes as long as matching.
         limit = SECONDS_TO_MATCH if set(self.document_start or "") & set("*+?{") else None
         for row in rows:
             try:
@@ -92,10 +92,8 @@ def open_dataset(config: DataConfig) -> Source:
     column, pattern = config.text_column, config.document_start
     tables, identity = load_tables(config.dataset_name, config.dataset_config, splits, config.cache_dir, column)
     documents = [None if table is None else TableDocuments(table, column, pattern) for table in tables]
-    about = [
-        identity or [table and table._fingerprint for table in tables],
-        *(config.dataset_config, splits, column, pattern),
-    ]
+    fingerprints = [table and table._fingerprint for table in tables]
+    about = [identity or fingerprints, config.dataset_config, splits, column, pattern]
     text_bytes = sum(table.data[column].nbytes for table in tables if table)
     return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
 
@@ -112,40 +110,38 @@ def load_tables(
 
     Args:
         splits: Their names; None is no split.
-        column: One that must be text.
-        key: The option by which the user named it, for the error message.
+        column: A column that must hold text.
+        key: The option by which the user named the dataset, for the error message.
 
     Raises:
         UserError: It cannot be reached or read, or has no such configuration, split or column.
     """
-    identity = None
-    with ExitStack() as verified:
-        if Path(name).is_dir():
-            # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
-            cache = Path(cache_dir) if cache_dir else caches()
-            identity = _folder_fingerprint(Path(name), cache)
-            tables = cache / "datasets" / identity[:16]
-            verified.enter_context(verified_cache(tables))
-            cache_dir = str(tables)
-        else:
-            connect()
-        return _load_tables(name, configuration, splits, cache_dir, column, key), identity
+    if not Path(name).is_dir():
+        connect()
+        return _load_tables(name, configuration, splits, cache_dir, column, key), None
+    # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
+    cache = Path(cache_dir) if cache_dir else caches()
+    identity = _folder_fingerprint(Path(name), cache)
+    tables = cache / "datasets" / identity[:16]
+    with verified_cache(tables):
+        return _load_tables(name, configuration, splits, str(tables), column, key), identity
 
 
 @contextmanager
 def verified_cache(folder: Path) -> Iterator[None]:
-    """Inside the block `datasets` writes or reads its files in `folder`; changed bytes, which it ignores, are detected.
+    """Verify the files that `datasets` reads from its cache `folder` in this block: it does not notice changed bytes.
 
-    Their checksums are stored beside the folder. A damaged folder is removed first.
+    The checksums of what it writes there are stored beside the folder. A damaged folder is removed first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".json")
     with FileLock(folder.with_suffix(".lock")):
-        sums = read_dict(file)
-        problem = (damaged_file(folder, sums) if sums else "its checksums are missing") if folder.exists() else None
-        if problem:
+        sums = read_dict(file) if folder.exists() else {}
+        problem = damaged_file(folder, sums) if sums else "its checksums are missing"
+        if folder.exists() and problem:
             log.warning("data: the cache %s is damaged (%s), it is made again", folder, problem)
             remove(folder)
+            sums = {}
         try:
             yield
         finally:
@@ -153,13 +149,11 @@ def verified_cache(folder: Path) -> Iterator[None]:
             names = [str(path.relative_to(folder)) for path in made if ".incomplete" not in str(path)]
             if not names:
                 remove(folder)
-            known = {name: sums[name] for name in names if name in sums and not problem}
-            new = [name for name in names if name not in known]
-            known |= zip(
-                new, sha256_of_each([folder / name for name in new], "Reading the cached dataset"), strict=True
-            )
+            new = [name for name in names if name not in sums]
+            new_sums = sha256_of_each([folder / name for name in new], "Reading the cached dataset")
+            sums |= zip(new, new_sums, strict=True)
             with atomic_write(file) as stored:
-                stored.write(json.dumps(known).encode())
+                stored.write(json.dumps({name: sums[name] for name in names}).encode())
 
 
 def _load_tables(
@@ -193,7 +187,7 @@ def _load_tables(
         ) from error
     except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
         reason = " ".join(str(error.__cause__ or error).split())
-        if any(words in reason for words in WORDS_OF_ARROW):
+        if any(sign in reason for sign in SIGNS_OF_DIFFERENT_COLUMNS):
             example = f", such as text as {column!r}" if column else ""
             reason = f"its files do not have the same columns with values of the same types{example}"
         raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
@@ -212,10 +206,12 @@ def _require_text(table: "datasets.Dataset", column: str) -> None:
 
 
 def _require_space(builder: "datasets.DatasetBuilder") -> None:
-    """Check that the disk can hold what `datasets` makes of a dataset's files, and the tokens, if they are local.
+    """Check that the disk has room for the table that `datasets` makes of a dataset's files, and for the download.
+
+    For local files it also needs room for the tokens.
 
     Raises:
-        UserError: It cannot.
+        UserError: It has not.
     """
     import fsspec
     from pyarrow import parquet

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from os.path import isfile, realpath, split
 from pathlib import Path
@@ -24,9 +24,9 @@ from gpt2.runtime.patterns import as_pattern, files_matching, no_file
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20  # of a file, read at a time
+CHUNK_BYTES = 1 << 20  # read at a time
 INSTEAD = "convert it or leave it out (data.exclude)"
-# Files that are recognized by their first bytes.
+# The first bytes of files that are not UTF-8 text.
 OTHER_KINDS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -82,7 +82,7 @@ class TextFile:
 
 
 def _next_character(file: BinaryIO, first: int, place: int) -> int:
-    """The first place from `place` on where a character begins. Places are counted from byte `first` of the file."""
+    """The first place at or after `place` where a character begins. Places are counted from byte `first` of a file."""
     if place == 0:
         return 0  # if the text begins with an invalid byte, it must be read and reported
     file.seek(first + place)
@@ -92,7 +92,7 @@ def _next_character(file: BinaryIO, first: int, place: int) -> int:
 
 @dataclass
 class FileDocuments:
-    """Each text file is a document, and each record of a file of JSON lines or CSV, which has it in one column."""
+    """Each text file is a document. So is each record of a file of JSON lines or CSV, whose text is in one column."""
 
     paths: list[Path]
     column: str
@@ -128,7 +128,7 @@ class FileDocuments:
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
-    begun: list[str] = []  # joined at its end only: a line may have many parts
+    begun: list[str] = []  # the parts of a line, joined at its end only: there may be many
     for part in parts:
         *ends, rest = part.split("\n")
         for end in ends:
@@ -191,13 +191,13 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """The files that match any pattern and no exclusion, each once, sorted by path.
 
-    A link of another name than its file's, as in the cache of the Hub, stays: the name says what is in the file.
+    A link is resolved unless its file has another name, as in the cache of the Hub: the link's name tells the format.
     """
-    resolve, here = _resolver(), Path.cwd()
+    here = Path.cwd()
     files: dict[str, set[str]] = {}
     named: dict[str, Path] = {}
     for name in sorted(filter(isfile, chain.from_iterable(map(files_matching, patterns)))):
-        path = resolve(name)
+        path = realpath(name)
         files.setdefault(path, set()).update((name, str(here / name), path))
         named[path] = Path(path) if split(path)[1] == split(name)[1] else here / name
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
@@ -206,20 +206,8 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     return sorted(named[path] for path in files.keys() - set().union(*excluded.values()))
 
 
-def _resolver() -> Callable[[str], str]:
-    """`realpath` that resolves each folder once: a standard library may hold 10,000 files of installed packages."""
-    resolve_folder = cache(realpath)
-
-    def resolve(name: str) -> str:
-        folder, file = split(name)
-        path = Path(resolve_folder(folder), file)
-        return realpath(path) if path.is_symlink() else str(path)
-
-    return resolve
-
-
 def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
-    """The files, given with their names, that match a pattern; `*` also stands for any number of folders."""
+    """Those of `files`, a dictionary of each file's names, that match a pattern. `*` also matches `/`."""
     named = set(map(realpath, files_matching(pattern)))
     patterns = {as_pattern(pattern), as_pattern(realpath(pattern))}
     is_like = re.compile("|".join(map(translate, patterns))).match

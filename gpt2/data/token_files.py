@@ -20,7 +20,7 @@ DTYPE = np.dtype("uint16")
 MAGIC, VERSION = 20240520, 1  # the first two numbers of a header; the third is the number of tokens
 HEADER_BYTES = 256 * 4
 SPLITS_BY_NAME = {"val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-TOKENS_AT_ONCE = 1 << 24  # when they are checked
+TOKENS_AT_ONCE = 1 << 24  # checked at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def is_token_file(path: Path) -> bool:
 
 
 def open_token_files(paths: Sequence[Path]) -> dict[str, list[TokenFile]]:
-    """The files of each split, by their names: `val.bin` and `fineweb_val_000000.bin` are for validation.
+    """The files of each split. Their names decide: `val.bin` and `fineweb_val_000000.bin` are for validation.
 
     Raises:
         UserError: Files are damaged, or of another kind.
@@ -78,10 +78,10 @@ def open_token_files(paths: Sequence[Path]) -> dict[str, list[TokenFile]]:
 
 
 def _open_token_file(path: Path) -> TokenFile:
-    """The tokens of a file, behind its header if it has one.
+    """The tokens of a file, after its header if it has one.
 
     Raises:
-        ValueError: What is wrong with it.
+        ValueError: The file is damaged or of another kind.
     """
     with path.open("rb") as file:
         head, size = file.read(HEADER_BYTES), file.seek(0, os.SEEK_END)
@@ -89,7 +89,7 @@ def _open_token_file(path: Path) -> TokenFile:
         raise ValueError(f"has {size:,} bytes, which is no whole number of 16-bit tokens")
     header = np.frombuffer(head[: size // 4 * 4], "<i4")
     magic, version, count = [*header[:3].tolist(), 0, 0, 0][:3]
-    if magic != MAGIC and (size < HEADER_BYTES or header[3:].any()):  # such a number is no pair of GPT-2's tokens
+    if magic != MAGIC and (size < HEADER_BYTES or header[3:].any()):  # two tokens of GPT-2 cannot form MAGIC
         if path.with_name("meta.pkl").exists():
             raise ValueError("has tokens of the characters in meta.pkl beside it, not of a tokenizer; use its text")
         header_bytes, count = 0, size // DTYPE.itemsize
@@ -108,7 +108,7 @@ def _open_token_file(path: Path) -> TokenFile:
 
 
 def split_end(files: Sequence[TokenFile], fraction: float) -> tuple[list[TokenFile], list[TokenFile]]:
-    """Divide the tokens of files: the last fraction of them is the second part."""
+    """Divide the tokens of files into two parts, of which the second is the last `fraction`."""
     left = count_tokens(files) - round(count_tokens(files) * fraction)
     first, second = [], []
     for file in files:
@@ -122,10 +122,10 @@ def split_end(files: Sequence[TokenFile], fraction: float) -> tuple[list[TokenFi
 
 
 def check_vocabulary(files: Sequence[TokenFile], tokenizer: GPT2Tokenizer) -> None:
-    """Read all tokens once.
+    """Check that the tokenizer has every token of some files.
 
     Raises:
-        UserError: One of them is none of the tokenizer's.
+        UserError: It lacks one.
     """
     total, done = count_tokens(files), 0
     with track("Checking the tokens", unit="tokens") as advance:

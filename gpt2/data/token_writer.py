@@ -13,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from gpt2.runtime.console import track
+from gpt2.runtime.files import sha256_of_next
 from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
@@ -27,17 +28,17 @@ Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
 # Lengths in characters.
-PIECE_LENGTH = 1 << 16  # of the strings that are encoded: the tokenizer slows down on longer ones
-MAX_PIECE_LENGTH = 1 << 20  # if no boundary follows: bounds memory
-BATCH_LENGTH = 1 << 18  # encoded by a thread at a time: bounds memory, and outweighs the cost of a hand-over
+PIECE_LENGTH = 1 << 16  # of a string that is encoded: the tokenizer slows down on longer ones
+MAX_PIECE_LENGTH = 1 << 20  # of a string without a boundary: bounds memory
+BATCH_LENGTH = 1 << 18  # of the strings that a thread encodes at a time: bounds memory, and amortizes the hand-over
 BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
 
-TOKENS_PER_COMMIT = 1 << 24  # what a kill loses at most: a few seconds
+TOKENS_PER_COMMIT = 1 << 24  # the most that a kill loses: a few seconds of work
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a file of tokens holds for good: the tokens of the first pieces of its split."""
+    """What is safely on disk in a file of tokens: those of the first pieces of its split."""
 
     pieces: int = 0
     tokens: int = 0
@@ -59,12 +60,12 @@ def write_tokens(
     Blank documents are left out. The tokens do not depend on where an earlier, interrupted call stopped.
 
     Args:
-        written: What such a call passed to `commit` last; the file is continued from there.
-        commit: Called now and then, and at the end, with what is on disk by then.
+        written: What an interrupted call passed to `commit` last; the file is continued from there.
+        commit: Called after every TOKENS_PER_COMMIT tokens, and at the end, with what is on disk.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
-    tokenizer.encode_batch([])  # builds its encoder once, not in each thread
+    tokenizer.encode_batch([])  # makes its encoder once, not in each thread
     words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
 
     def encode(batch: list[tuple[str, bool]]) -> tuple[int, np.ndarray]:
@@ -73,10 +74,11 @@ def write_tokens(
         return len(batch), np.concatenate([*chain.from_iterable(arrays)], dtype=dtype, casting="unsafe")
 
     with path.open("r+b" if path.exists() else "w+b") as file, track(description, unit="tokens") as advance:
-        digest = digest_of_start(file, written.tokens * dtype.itemsize)
+        digest = sha256_of_next(file, written.tokens * dtype.itemsize)
         if digest.hexdigest() != written.sha256:
             log.warning("data: %s is damaged, it is written anew", path)
-            digest, written = digest_of_start(file, 0), Written()
+            digest, written = hashlib.sha256(), Written()
+            file.seek(0)
         file.truncate()
         pieces = total = committed = 0
 
@@ -97,22 +99,13 @@ def write_tokens(
     return result
 
 
-def digest_of_start(file: BinaryIO, size: int) -> "hashlib._Hash":
-    """The SHA-256 of the first bytes of a file, which is then at their end."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    for block in iter(lambda: file.read(min(size - file.tell(), 1 << 20)), b""):
-        digest.update(block)
-    return digest
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smallest integer type that holds the vocabulary."""
     return np.min_scalar_type(vocab_size - 1)
 
 
 def batched(documents: Iterable[Parts], words: Sequence[str], skip: int = 0) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of about BATCH_LENGTH characters of the pieces, after the first ones, of the documents with text."""
+    """The pieces of documents, without blank documents and the first `skip` pieces, in batches of BATCH_LENGTH."""
     batch: list[tuple[str, bool]] = []
     size = 0
     pieces = chain.from_iterable(split_into_pieces(document, words) for document in without_blanks(documents))
@@ -127,7 +120,7 @@ def batched(documents: Iterable[Parts], words: Sequence[str], skip: int = 0) -> 
 
 
 def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
-    """The documents that are not blank, each read no further than to its first character that is not a space."""
+    """The documents that are not blank. Of each, only the parts up to the first with text are read here."""
     for document in documents:
         parts, seen = iter(document), []
         for part in parts:
@@ -138,13 +131,13 @@ def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
 
 
 def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:
-    """Pieces of about PIECE_LENGTH characters that together are the document, each with whether it is the last.
+    """Divide a document into pieces of about PIECE_LENGTH characters, each with whether it is the last.
 
     Pieces begin at white space after another character. GPT-2's pattern always separates tokens there, so the pieces
-    have the tokens of the whole. Only where MAX_PIECE_LENGTH characters contain no such place is the text cut anywhere.
+    have the tokens of the whole. Only a text of MAX_PIECE_LENGTH characters without such a place is cut anywhere.
 
     Args:
-        words: Those that were added to the tokenizer: no piece begins within one or, at white space, next to one.
+        words: Words that were added to the tokenizer: no piece begins within one or, at white space, next to one.
     """
     rest = ""
     for part in document:
@@ -158,7 +151,7 @@ def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tu
 
 
 def _end_of_piece(text: str, start: int, words: Sequence[str]) -> int | None:
-    """The end of the piece that begins at `start`; None if that depends on what follows the text."""
+    """The end of the piece that begins at `start`; None if it depends on text that is not read yet."""
     longest, last = max(map(len, words), default=0), start + MAX_PIECE_LENGTH
     for boundary in BOUNDARY.finditer(text, start + PIECE_LENGTH, min(last, len(text) - longest)):
         if not _meets(text, boundary.start(), words, margin=1):
@@ -186,4 +179,4 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], th
         while pending:
             yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)  # an interruption waits for what is running only
+        pool.shutdown(cancel_futures=True)  # an interruption waits only for the items that are being worked on

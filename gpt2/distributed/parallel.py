@@ -1,5 +1,6 @@
-"""Strategies for training a model on several ranks: DDP, where each rank holds all of it, and FSDP2, where each holds a
-shard. The trainer calls them through one interface, which does nothing on a single device.
+"""Strategies for training a model on several ranks: with DDP each rank holds the whole model, with FSDP2 a shard of it.
+
+The trainer calls them through one interface, which does nothing on a single device.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from gpt2.runtime.device import Precision
 
 
 class SingleDevice:
-    """A single process with the whole model. The other strategies override what they do differently."""
+    """A single process with the whole model. The other strategies override what differs."""
 
     is_sharded = False  # whether a rank holds only a part of each tensor
 
@@ -32,7 +33,7 @@ class SingleDevice:
         return nullcontext()
 
     def gathered(self) -> AbstractContextManager[None]:
-        """In this context a rank has the whole model and may run it alone, without gradients."""
+        """In this context each rank has the whole model and may run it alone, without gradients."""
         return nullcontext()
 
     def full_norms(self, local: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class DataParallel(SingleDevice):
         )
 
     def forward(self, compute: Forward) -> Forward:
-        self.module.compute = partial(compute)  # not a module: the weights would be registered twice
+        self.module.compute = partial(compute)  # a module as attribute would register the weights twice
         return self.ddp
 
     def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -70,7 +71,7 @@ class DataParallel(SingleDevice):
 
 
 class _DDPModule(nn.Module):
-    """The module that DDP wraps. It can run another function with the weights of the model, such as a compiled one."""
+    """The module that DDP wraps. Its forward pass can be another function of the weights, such as a compiled one."""
 
     def __init__(self, model: GPT2Model):
         super().__init__()
@@ -139,7 +140,7 @@ class FullySharded(SingleDevice):
 
         def part(tensor: Tensor, like: Any) -> Tensor:
             tensor = tensor.to(like.device)
-            if tensor.shape != like.shape:  # a count of steps, in the state of the optimizer
+            if tensor.shape != like.shape:  # a count of steps in the optimizer's state, which is not sharded
                 return tensor
             return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 

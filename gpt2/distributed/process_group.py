@@ -26,8 +26,8 @@ Batch = dict[str, Tensor]
 
 SECONDS_TO_RECEIVE = 60.0
 
-# Keeps groups alive until the process ends. DDP would free one that it owns alone, and wait, with the lock of the
-# interpreter, for threads that may need that lock.
+# Keeps groups alive until the process ends. Otherwise DDP frees the group, and while it holds the interpreter lock, it
+# waits for threads that may need this lock.
 _groups: list[Any] = []
 
 
@@ -40,10 +40,10 @@ class ProcessGroup:
 
     @contextmanager
     def local_main_first(self, what: str) -> Iterator[None]:
-        """Run a block on the first rank of each machine, then on the others of it; all leave it together.
+        """Run a block on the first rank of each machine, then on its other ranks. All ranks leave it together.
 
         Preparing data may take hours, so no rank waits in a collective, which `distributed.timeout` would end. The
-        ranks poll the store instead: unlike a blocking wait, that also lets a signal end them.
+        ranks poll the store instead, because signals do not interrupt a blocking wait.
         """
         is_local_main = self.env.local_rank == 0
         if not is_local_main:
@@ -58,10 +58,10 @@ class ProcessGroup:
             time.sleep(0.1)
 
     def shard(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
-        """This rank's share of a step, as evenly divided as rows allow.
+        """This rank's share of a step, divided as evenly as possible.
 
-        Every rank gets the same number of micro-batches, because they wait for each other in each pass. A rank for
-        which no rows are left, at the end of an epoch, gets one row without targets.
+        Every rank gets the same number of micro-batches, because ranks wait for each other in each pass. A rank for
+        which no rows are left at the end of an epoch gets one row without targets.
 
         Args:
             micro_batches: Of the whole step, each a dictionary of tensors (b, t).
@@ -116,7 +116,7 @@ class ProcessGroup:
 def broadcast_from_main(value: Any) -> Any:
     """The JSON value of rank 0, on each rank. For use before `init_distributed`, once per process.
 
-    Rank 0 may serve the store and end right after this, so it waits, at most `SECONDS_TO_RECEIVE`, until all have it.
+    Rank 0 may serve the store and end right after this, so it waits at most SECONDS_TO_RECEIVE until all have read it.
     """
     store, env = _store(), dist_env()
     if not env.is_main:
@@ -166,7 +166,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
 
 
 def _lost_rank(error: RuntimeError) -> LostRankError | None:
-    """What an error of torch.distributed says about another rank; None for any other error."""
+    """The LostRankError for an error of torch.distributed about another rank; None for any other error."""
     text = str(error)
     if "Timed out waiting" in text:
         return RankTimeoutError("another rank did not answer within distributed.timeout: it hangs, or needs more time")
@@ -182,8 +182,8 @@ def _store() -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    # This store is torchrun's and outlives the ranks that it restarts, so the keys of each attempt need a prefix. It
-    # cannot be the count of restarts on several machines, since a machine whose ranks did not fail does not count one.
+    # torchrun's store outlives the ranks that it restarts, so the keys of each attempt need a prefix. The count of
+    # restarts is none on several machines: a machine whose ranks did not fail does not count the restart.
     restarts, machines = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]), int(os.environ["GROUP_WORLD_SIZE"])
     if restarts and machines > 1:
         raise UserError("torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

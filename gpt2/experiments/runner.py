@@ -65,8 +65,8 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
         log.info(f"\n{done}. Without variants= the study writes its results.")
     else:
         study.write()
-    if jobs != 0 and (runs := lacking(run.folder for run in study.runs)):
-        log.info(f"\nW&B lacks {runs}")
+    if jobs != 0 and (line := lacking((run.folder for run in study.runs), "run")):
+        log.info(f"\n{line}")
     if problems:
         raise ResourceError(*problems)
 

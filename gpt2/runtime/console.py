@@ -20,25 +20,25 @@ from gpt2.runtime.waiting import end_waiting
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0  # of the log about a long task
-SECONDS_BETWEEN_UPDATES = 0.5  # of a notebook's output, each of which is a message to the browser
+SECONDS_BETWEEN_LINES = 10.0  # between log lines about a long task
+SECONDS_BETWEEN_UPDATES = 0.5  # between updates of a notebook's output, each of which is a message to the browser
 
-# What a terminal may obey instead of showing it: control characters except tab and newline, marks that change the
-# direction of text or end a line, and halves of characters, which stand for bytes that are not UTF-8.
+# Characters that a terminal may act on instead of showing them: control characters except tab and newline, marks that
+# change the direction of text or end a line, and lone surrogates, which stand for bytes that are not UTF-8.
 UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MOVES_OF_TQDM = re.compile(r"\r|(\n|\x1b\[A)*")
 
 
 def printable(text: str) -> str:
-    """A text with U+FFFD in place of each character that a terminal may obey."""
+    """A text with U+FFFD in place of each character that a terminal may act on."""
     return UNSAFE.sub("\ufffd", text)
 
 
 class TerminalText:
     """A text stream that writes only what is `printable`.
 
-    Texts of models, names and files come from anyone. Progress bars are the only output with escape sequences: rich
-    writes to `unfiltered`, and those of tqdm, which libraries use, are recognized by their module.
+    Generated text, names and files may contain anything. Only progress bars may write escape sequences: rich writes to
+    `unfiltered`, and bars of tqdm, which libraries use, are recognized by the module that calls `write`.
     """
 
     def __init__(self, stream: TextIO):
@@ -56,7 +56,7 @@ class TerminalText:
 
 
 class WithoutPasswords:
-    """A text stream that stars the credentials in each text that is written to it."""
+    """A text stream that replaces credentials with stars in each text that is written to it."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -70,7 +70,7 @@ class WithoutPasswords:
 
 
 class LogRecord(logging.LogRecord):
-    """A log record, of any library, without passwords, unless its attribute `is_sample` says that a model wrote it."""
+    """A log record, of any library, without passwords. A record with the attribute `is_sample` is text of a model."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -83,10 +83,9 @@ class LogRecord(logging.LogRecord):
 
 
 def protect_output() -> None:
-    """For scripts: no passwords in log lines and on standard error (tracebacks, warnings), and no control characters on
-    a terminal.
+    """For scripts: keep passwords out of log lines and standard error, and control characters from a terminal.
 
-    Where a stream lacks a character, it prints a question mark.
+    Standard error includes tracebacks and warnings. A character that a stream cannot encode becomes a question mark.
     """
     logging.setLogRecordFactory(LogRecord)
     sys.excepthook = sys.__excepthook__
@@ -102,8 +101,8 @@ class ConsoleHandler(logging.StreamHandler):
     """Prints log records on standard output, above the progress line.
 
     `sys.stdout` is looked up each time, because rich replaces it while a progress line is shown. Records with the
-    attribute `on_progress_line` are skipped where that line shows them, on a terminal and in a notebook; those with
-    `in_file_only` always.
+    attribute `in_file_only` are skipped, and those with `on_progress_line` where a progress line shows the same: on a
+    terminal and in a notebook.
     """
 
     def __init__(self) -> None:
@@ -119,7 +118,7 @@ class ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Continue without output if the reader has gone, as after `| head` or when the terminal was closed."""
+        """Continue without output if nobody reads it any more, as after `| head` or when the terminal was closed."""
         _raise_full_disk()
         if isinstance(sys.exc_info()[1], OSError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
@@ -128,7 +127,7 @@ class ConsoleHandler(logging.StreamHandler):
 
 
 class ProgressHandler(ConsoleHandler):
-    """Prints what is no warning, and leaves warnings to the handlers of the root logger."""
+    """Prints records below the level of warnings, and passes warnings to the handlers of the root logger."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < logging.WARNING:
@@ -141,8 +140,8 @@ class ProgressHandler(ConsoleHandler):
 def progress_shown() -> Iterator[None]:
     """For the Python API: print the log lines of this package while a function runs, unless logging is configured.
 
-    It is configured if INFO reaches a handler, if the logger `gpt2` has a level, or if only errors are wanted. Of
-    several ranks, the first prints.
+    Logging counts as configured if records of level INFO reach a handler, if the logger `gpt2` has a level, or if the
+    effective level is above WARNING. Of several ranks, only the first prints.
     """
     logger = logging.getLogger("gpt2")
     reaches_handler = logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
@@ -152,7 +151,7 @@ def progress_shown() -> Iterator[None]:
     handler = ProgressHandler()
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False  # a handler of the root logger may be there for warnings only
+    logger.propagate = False  # the handlers of the root logger may be meant for warnings only
     try:
         yield
     finally:
@@ -187,7 +186,7 @@ def is_terminal() -> bool:
 class LiveProgress(Progress):
     """A display of rich on standard output, if that is a terminal.
 
-    Meanwhile rich prints what others print, above the display. It would obey colours in it.
+    Other output appears above the display, printed by rich. It is filtered first, since rich obeys escape sequences.
     """
 
     def __init__(self, *columns: ProgressColumn):
@@ -267,7 +266,7 @@ class ProgressLine:
 
 
 class NotebookLine(ProgressLine):
-    """The same in a Jupyter notebook, as one output that is updated: rich would print a line for each state."""
+    """A `ProgressLine` for Jupyter: one output that is updated. rich would print a line for each state."""
 
     def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         self.total_steps, self.label, self.at, self.figures = total_steps, printable(label), step, ""

@@ -22,8 +22,8 @@ from gpt2.runtime.dist_env import dist_env
 
 log = logging.getLogger(__name__)
 
-# Peak TFLOP/s of dense 16-bit matrix products (bf16; fp16 on V100 and T4) with sums in fp32, of one chip. From NVIDIA's
-# documents, which mostly give twice this, for sparse matrices. By words of the name that PyTorch gives.
+# Peak TFLOP/s of one chip for dense 16-bit matrix products (bf16; fp16 on V100 and T4) with sums in fp32, by words of
+# the chip's name in PyTorch. From NVIDIA's documents, most of which state twice as much, for sparse matrices.
 PEAK_TERAFLOPS = {
     "GB300": 2500.0,  # GB300 NVL72, data sheet: 72 chips
     "GB200": 2500.0,  # GB200 NVL72, data sheet: 72 chips
@@ -57,21 +57,20 @@ PEAK_TERAFLOPS = {
     "V100": 125.0,  # the same: SXM2
     "T4": 65.0,  # T4, data sheet
 }
-OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}  # words that make a name that of another chip, or a part
+OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}  # with these words, a name is that of another chip or a part
 
-
-# Names of PyTorch's `get_capabilities`: of x86, of ARM.
+# Names in PyTorch's `get_capabilities`, first of x86, then of ARM.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def choose_device(name: str, key: str = "device") -> torch.device:
-    """The device of a name. `auto` is CUDA, else Apple's GPU, else the CPU; a rank of torchrun gets its own GPU.
+    """The device with a name. `auto` is CUDA, else Apple's GPU, else the CPU. A rank of torchrun gets its own GPU.
 
     Args:
         key: The configuration key of the name, for error messages.
 
     Raises:
-        UserError: There is no such device here.
+        UserError: This machine has no such device.
     """
     if name == "auto":
         if not torch.cuda.is_available():
@@ -132,7 +131,7 @@ def requested_precision(config: TrainingConfig) -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision of a name. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
+    """The precision with a name. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
     if name != "auto":
         return Precision(name, device)
     if device.type == "cpu":
@@ -144,18 +143,17 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def auto_without_training(name: str, device: torch.device) -> str:
-    """The precision of a name for evaluation and generation: `auto` is fp32, which is exact, except on CUDA.
+    """The name of the precision for evaluation and generation: `auto` is fp32, which is exact, except on CUDA.
 
-    There PyTorch multiplies fp32 matrices without tensor cores: 19.5 TFLOP/s on an A100, of 312 in 16 bits.
+    On CUDA, PyTorch multiplies fp32 matrices without tensor cores: an A100 reaches 19.5 TFLOP/s, instead of 312.
     """
     return "fp32" if name == "auto" and device.type != "cuda" else name
 
 
 def computes_in_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products. Others emulate them, which is slower than fp32.
+    """Whether this CPU has instructions for bf16 products. Other CPUs emulate them, which is slower than fp32.
 
-    It is decided by what the processor says: a measurement on a busy machine could choose another precision for the
-    same command.
+    This is not measured, because on a busy machine the same command could then get another precision.
     """
     return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
@@ -172,7 +170,7 @@ def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> 
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """What the speed of a run depends on: device, its memory in GB, CPU, cores and threads of PyTorch."""
+    """The hardware that decides the speed of a run: device, its memory in GB, CPU, cores and threads of PyTorch."""
     about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -187,14 +185,14 @@ def _cpu_name() -> str:
 
 
 def available_cores() -> int:
-    """Those that this process may use, by its affinity and by the quota of its container."""
+    """The number of cores that this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = container_limit("cpu.max").split()
     return min(cores, ceil(int(quota[0]) / int(quota[1]))) if quota and quota[0].isdecimal() else cores
 
 
 def container_limit(name: str) -> str:
-    """A limit of the control group, which a container sees as its root, such as `memory.max`; empty if it has none."""
+    """A limit of the control group that a container sees as its root, such as `memory.max`; empty if there is none."""
     file = Path("/sys/fs/cgroup", name)
     return file.read_text().strip() if file.exists() else ""
 
@@ -238,9 +236,9 @@ def peak_flops(precision: Precision) -> float | None:
 
 
 def known_peak(name: str) -> float | None:
-    """Peak FLOP/s by a device's name: the first entry of `PEAK_TERAFLOPS` whose words are all in it.
+    """Peak FLOP/s by a device's name: the first entry of `PEAK_TERAFLOPS` whose words are all in the name.
 
-    An A1000 is no A100, and what a laptop calls RTX 4090 is another chip.
+    Whole words count, because an A1000 is not an A100. The RTX 4090 of a laptop is another chip than the RTX 4090.
     """
     words = set(re.split(r"[\s-]+", name))
     for chip, teraflops in PEAK_TERAFLOPS.items():

@@ -18,7 +18,7 @@ from gpt2.errors import UserError, without_password
 
 @dataclass(frozen=True)
 class DistEnv:
-    """The place of this process among those that torchrun started; by default a single process without torchrun."""
+    """This process among those that torchrun started; by default a single process without torchrun."""
 
     rank: int = 0
     world_size: int = 1
@@ -32,7 +32,7 @@ class DistEnv:
         return self.rank == 0
 
     def command(self) -> str:
-        """The words before a script's name in a command that starts it the same way."""
+        """The beginning of a command that starts a script with the same number of processes."""
         if not self.by_torchrun:
             return "python"
         machines = self.world_size // self.local_world_size
@@ -64,7 +64,7 @@ def silence_unless_main() -> None:
 
 
 def report_to_torchrun(error: BaseException) -> None:
-    """Show the exception that is being handled in the report that torchrun prints at its end, without passwords."""
+    """Write an exception, without passwords, to the report that torchrun prints at its end."""
     if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -78,10 +78,11 @@ def report_to_torchrun(error: BaseException) -> None:
 
 @contextmanager
 def exit_without_finalization() -> Iterator[None]:
-    """In a rank, end the process when its exit handlers have run, before Python takes the interpreter apart.
+    """In a rank, end the process after its exit handlers, before Python finalizes the interpreter.
 
-    A thread of gloo may release its last tensor only then, which aborts the process (pytorch/pytorch#190489), and
-    torchrun reports a run that is complete as failed. Exit handlers that exist before the block do not run.
+    A thread of gloo may release its last tensor during finalization, which aborts the process
+    (pytorch/pytorch#190489), so torchrun reports a complete run as failed. Exit handlers that were registered before
+    the block do not run.
     """
     code = 1  # of an exception that is not caught
 
@@ -105,9 +106,11 @@ def exit_without_finalization() -> Iterator[None]:
 def division(accumulation_steps: int, world_size: int) -> tuple[int, int]:
     """How the micro-batches of a step are divided over the ranks.
 
+    Each group of ranks gets some of the micro-batches, and each rank of the group a slice of these. There are as many
+    groups as possible, since large passes are faster.
+
     Returns:
-        The number of groups of ranks that the micro-batches are dealt out to, and the number of ranks in a group, which
-        each take a slice of its micro-batches. There are as many groups as possible, since large passes are faster.
+        The number of groups, and the number of ranks in a group.
     """
     groups = gcd(accumulation_steps, world_size)
     return groups, world_size // groups

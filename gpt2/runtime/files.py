@@ -21,33 +21,33 @@ from gpt2.runtime.console import track
 
 log = logging.getLogger(__name__)
 
-TEMPORARY_PREFIX = ".saving-"  # of the name under which something is written until it is complete
+TEMPORARY_PREFIX = ".saving-"  # begins the name of an incomplete file or folder
 LOCK = ".lock"
-MANY_BYTES = 2**28  # to read: takes a second on a slow disk
-TIME_RESOLUTION = 2 * 10**9  # nanoseconds; that of the times of files, at worst
+MANY_BYTES = 2**28  # reading as many takes a second on a slow disk
+TIME_RESOLUTION = 2 * 10**9  # of the times of files, at worst, in nanoseconds
 
 
 @contextmanager
 def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """Create the replacement of `target` under a name that no other process uses, and at the end remove that name.
 
-    It is locked (`flock`) until the block ends: the lock shows `remove_unfinished` that its process is alive. Leftovers
-    of dead processes, for the same target, are removed first.
+    It is locked (`flock`) until the block ends, so `remove_unfinished` can tell that its process is alive. What dead
+    processes left behind for the same target is removed first.
 
     Args:
-        create: Makes a file, a folder or a link of a path.
+        create: Makes a file, a folder or a link at a path.
     """
-    name = os.fsdecode(os.fsencode(target.name)[:200])  # the whole may have 255 bytes
+    name = os.fsdecode(os.fsencode(target.name)[:200])  # with prefix and suffix, a name may have 255 bytes
     remove_unfinished(target.parent, name)
     while True:
         path = target.with_name(f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(8)}")
         create(path)
         try:
             descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # another process took it for unfinished before it was locked
+        except FileNotFoundError:  # another process removed it as unfinished before it was locked
             continue
         try:
-            with suppress(OSError):  # a filesystem without locks, where nothing is taken for unfinished
+            with suppress(OSError):  # a filesystem without locks, where `remove_unfinished` removes nothing
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if path.exists():
                 yield path
@@ -58,7 +58,7 @@ def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[P
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Delete what killed processes left of unfinished writes in a folder; `name`: only of what begins with it."""
+    """Delete what killed processes left of unfinished writes in a folder. `name`: only those of targets named so."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}{glob.escape(name)}*"):
         with suppress(OSError):  # it is locked by the process that writes it, gone, or of another user
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -109,13 +109,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     with temporary_name(folder, Path.mkdir) as temporary:
         try:
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                fsync(path)
-            temporary.rename(folder)
-            fsync(folder.parent)
+            rename_to_disk(temporary, folder)
         except OSError as error:
             error.filename = error.filename or str(folder)  # a failed write does not name its file
             raise
+
+
+def rename_to_disk(folder: Path, target: Path) -> None:
+    """Rename a folder when its content is on disk, so that after a crash it is complete under its new name."""
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
+    folder.rename(target)
+    fsync(target.parent)
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterato
 
 @contextmanager
 def writable_file(path: Path, key: str) -> Iterator[None]:
-    """The same for a file that the block will write, or a folder that it will make."""
+    """`writable_folder` for a file that the block will write, or a folder that it will make."""
     with writable_folder(path.parent, key, path):
         if not path.name or os.path.isdir(path):  # noqa: PTH112  # `Path.is_dir` raises for a name that is too long
             raise UserError(f"{key}: {path} is a folder; name a file")
@@ -158,7 +163,7 @@ def writable_file(path: Path, key: str) -> Iterator[None]:
 
 
 def require_free_space(folder: Path, needed: int, task: str) -> None:
-    """Log how much space a task needs in a folder of the cache, if that is much.
+    """Check that a task has enough disk space in a folder of the cache, and log how much it needs if that is much.
 
     Raises:
         UserError: Less is free.
@@ -177,8 +182,8 @@ def in_bytes(size: int) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be written, without the path."""
-    if isinstance(error, FileExistsError):  # where a folder is to be
+    """Why a file or a folder could not be written, without its path."""
+    if isinstance(error, FileExistsError):  # a file in place of the folder
         return "not a folder"
     return getattr(error, "strerror", None) or one_line(error)
 
@@ -194,9 +199,9 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def exclusive_change(folder: Path) -> Iterator[None]:
-    """Read, change and write files of a folder inside this block: other processes that want to change them wait.
+    """Lock a folder while its files are read, changed and written: only one process at a time is inside this block.
 
-    The lock is on the folder itself, so no lock file stays behind among the results.
+    The lock is on the folder itself, so no lock file stays among the results.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -209,8 +214,17 @@ def exclusive_change(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def sha256_of_next(file: BinaryIO, size: int) -> "hashlib._Hash":
+    """The SHA-256 of the next `size` bytes of a file, or of as many as it has."""
+    digest = hashlib.sha256()
+    while block := file.read(min(size, 2**20)):
+        digest.update(block)
+        size -= len(block)
+    return digest
+
+
 def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
-    """The SHA-256 of each file. If they are large, progress is shown under the name of a task.
+    """The SHA-256 of each file. If they are large, progress is shown under the name of the task.
 
     Raises:
         OSError: With the name of the file that cannot be read.
@@ -232,41 +246,43 @@ def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
 
 
 def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]:
-    """The SHA-256 of each file. Those that are unchanged since an earlier call are not read again.
+    """The SHA-256 of each file. Files that are unchanged since an earlier call are not read again.
 
     Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. A file counts as unchanged while
     its inode, size and times are the same. A file that was just written is not remembered yet: within the resolution of
     its times it could change once more.
 
     Args:
-        memory: The file that remembers.
+        memory: The JSON file that holds the checksums of earlier calls.
 
     Raises:
         OSError: With the name of the file that cannot be read.
     """
     known, now = read_dict(memory), time.time_ns()
-    entries: dict[str, list[Any]] = {}
+    sums: dict[Path, str] = {}
+    versions: dict[Path, list[int]] = {}
     for path in paths:
         status = path.stat()
-        version = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        entry = known.get(str(path))
-        entries[str(path)] = [entry[0] if isinstance(entry, list) and entry[1:] == version else None, *version]
-    new = [path for path in paths if not isinstance(entries[str(path)][0], str)]
-    for path, sha256 in zip(new, sha256_of_each(new, task), strict=True):
-        entries[str(path)][0] = sha256
-    settled = {name: entry for name, entry in entries.items() if now - max(entry[-2:]) > TIME_RESOLUTION}
+        versions[path] = [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        match known.get(str(path)):
+            case [str(sha256), *version] if version == versions[path]:
+                sums[path] = sha256
+    new = [path for path in paths if path not in sums]
+    sums |= zip(new, sha256_of_each(new, task), strict=True)
+    unsettled = now - TIME_RESOLUTION
+    settled = {str(path): [sums[path], *version] for path, version in versions.items() if max(version[2:]) < unsettled}
     if settled != known:
-        with suppress(OSError):  # it is no loss where the folder is read-only
+        with suppress(OSError):  # a read-only folder
             memory.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(memory) as file:
                 file.write(json.dumps(settled).encode())
-    return [entries[str(path)][0] for path in paths]
+    return [sums[path] for path in paths]
 
 
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
-    """What is wrong with the files of a folder whose checksums are `sums`, by their names; None if they are intact.
+    """What is wrong with the files of a folder, whose checksums by name are `sums`; None if they are intact.
 
-    What was verified is remembered in a file beside the folder, see `remembered_sums`.
+    Checksums are remembered in a file beside the folder, see `remembered_sums`.
     """
     paths = [folder / name for name in sums]
     try:
@@ -292,11 +308,11 @@ class RunLockedError(UserError):
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock file of a run folder, which also says which process holds it.
+    """Hold the lock of a run folder. The lock file also names the process that holds it.
 
     This is a POSIX record lock (`lockf`), which belongs to one process: the kernel releases it when that process is
-    killed, even if forked data workers outlive it. `filelock` uses `flock`, which those workers would inherit and
-    keep, so that a killed run could not be resumed until they end.
+    killed, even if forked data workers outlive it. `filelock` uses `flock`, which these workers would inherit, so a
+    killed run could not be resumed until they end.
 
     Raises:
         RunLockedError: Another process holds the lock; the message names it.
@@ -321,11 +337,11 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def is_locked(lock: Path) -> bool | None:
-    """Whether another process holds the lock file of a run folder.
+    """Whether another process holds the lock file of a run folder; None if unknown.
 
-    None if this cannot be seen: the file is missing, its filesystem has no locks, or its last holder was on another
-    machine, whose locks a network filesystem may not show. Do not call it for a lock that this process holds: closing
-    the file would release it.
+    It is unknown if the file is missing, its filesystem has no locks, or its last holder was on another machine, whose
+    locks a network filesystem may not show. Do not call it for a lock that this process holds: closing the file would
+    release it.
     """
     try:
         with open(lock, errors="replace", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads if it answers within seconds, otherwise its local cache; uploads."""
+"""The Hugging Face Hub: downloads, or its local cache if the Hub does not answer within seconds; uploads."""
 
 import logging
 import os
@@ -21,8 +21,8 @@ WITHOUT_NETWORK = (
     "train, experiment=quickstart (this Python's own source) and data.tokenizer=train or bytes"
 )
 
-
-ADDRESSES = ("HF_ENDPOINT", *(f"{kind}_PROXY" for kind in ("HTTPS", "HTTP", "ALL")), "https_proxy", "http_proxy")
+# Environment variables that hold the URL of a server.
+ADDRESSES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy")
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the names of OpenAI's models
 
@@ -32,15 +32,15 @@ def is_on_hub(name: str) -> bool:
 
     A name that may be a local path is a path, except for OpenAI's: the package of this repository is a folder `gpt2`.
     """
-    is_named_like_it = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+    is_owner_and_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
     is_path = Path(name).parent.exists() or Path(name).suffix == ".pth"
-    return name in OPENAI or (is_named_like_it and not is_path)
+    return name in OPENAI or (is_owner_and_name and not is_path)
 
 
 def caches() -> Path:
-    """The folder for files that can be computed again, unless `data.cache_dir` names another.
+    """The default of `data.cache_dir`, for files that can be computed again.
 
-    A temporary one if the home directory cannot be written to.
+    It is a temporary folder if the home directory cannot be written to.
     """
     return _writable_cache(_home() / "gpt2")
 
@@ -71,10 +71,7 @@ def _writable_cache(folder: Path) -> Path:
             instead.mkdir(mode=0o700)
         if instead.lstat().st_uid != os.getuid() or not instead.is_dir():  # another user could change what is in it
             instead = Path(tempfile.mkdtemp(prefix="gpt2-cache-"))
-        log.warning(
-            "The cache %s cannot be written to (%s): %s is used instead.",
-            *(folder, error.strerror, instead),
-        )
+        log.warning("The cache %s cannot be written to (%s): %s is used instead.", folder, error.strerror, instead)
         return instead
 
 
@@ -85,7 +82,7 @@ def connect(seconds: float = 3.0) -> None:
     Otherwise they would retry for half a minute.
 
     Raises:
-        UserError: An environment variable that holds a URL is invalid; the libraries would fail on it.
+        UserError: An environment variable does not hold a valid URL; the libraries would fail with another error.
     """
     address = _address_of_hub()
     move_hub_cache()
@@ -102,19 +99,19 @@ def connect(seconds: float = 3.0) -> None:
 
 
 def _address_of_hub() -> tuple[str, int]:
-    """Host and port of the Hub, or of the proxy on the way there."""
+    """Host and port of the Hub, or of the proxy to it."""
     addresses = {name: _address(name) for name in ADDRESSES if os.environ.get(name)}
     names = ("HTTPS_PROXY", "https_proxy", "HF_ENDPOINT")
     return next((addresses[name] for name in names if name in addresses), ("huggingface.co", 443))
 
 
 def _address(name: str) -> tuple[str, int]:
-    """Host and port in a variable of the environment."""
+    """Host and port of the URL in an environment variable."""
     value = os.environ[name]
     try:
         url = urlsplit(value if "://" in value else f"http://{value}")
         return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    except ValueError:  # whose message may have a part of the password
+    except ValueError:  # its message may contain a part of the password
         hint = "in a password, /, @ and : are written %2F, %40 and %3A"
         raise UserError(f"{name}: not the URL of a server, such as http://USER:PASSWORD@HOST:3128; {hint}") from None
 
@@ -122,7 +119,7 @@ def _address(name: str) -> tuple[str, int]:
 def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     """A local folder with the files of a model repository that match the patterns, downloaded unless cached.
 
-    OpenAI's models may be cached with or without their owner's name, which they did not have at first.
+    OpenAI's models may be cached without the name of their owner, which the Hub added later.
 
     Args:
         instead: Advice for the error message.
@@ -153,7 +150,7 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
 
 
 def create_repository(name: str, private: bool) -> None:
-    """Create the repository of a model on the Hub, unless it exists. Call it before what is uploaded is made.
+    """Create the repository of a model on the Hub, unless it exists. Call it before the files for it are made.
 
     Raises:
         UserError: No account is logged in, or the account may not create or write it.

@@ -13,11 +13,11 @@ import regex
 
 from gpt2.errors import one_line
 
-MOST_REPETITIONS = 10_000  # in a regular expression
+MAX_REPETITIONS = 10_000  # in a regular expression
 
 
 def as_pattern(name: str) -> str:
-    """A pattern in which names of existing folders and files, as in `draft[1]/*.txt`, stand for themselves."""
+    """A pattern in which names of existing folders and files are literal, such as `draft[1]` in `draft[1]/*.txt`."""
     path, parts = Path(), []
     for part in Path(name).parts:
         path /= part
@@ -31,7 +31,7 @@ def files_matching(pattern: str) -> Iterator[str]:
 
 
 def no_file(pattern: str) -> str | None:
-    """Why a pattern stands for no file; None if it stands for some."""
+    """Why a pattern matches no file; None if it matches one."""
     if any(map(isfile, files_matching(pattern))):  # the first is enough: a folder may hold a hundred thousand
         return None
     paths = list(files_matching(pattern))
@@ -48,13 +48,13 @@ def no_file(pattern: str) -> str | None:
 
 
 def no_expression(pattern: str) -> str | None:
-    """Why a text is not a regular expression of Python's that the library `regex` can take as well; None if it is one.
+    """Why a text is not a regular expression for both Python's `re` and the library `regex`; None if it is one.
 
-    So it has none of `regex`'s additions, such as recursion, which can fill the memory.
+    `re` excludes the additions of `regex`, such as recursion, which can exhaust the memory.
     """
     times = (max(1, int(number)) for number in re.findall(r"\{\s*(\d{1,9})", pattern))
-    if prod(times) > MOST_REPETITIONS:  # `regex` writes them out
-        return f"repetitions such as {{9}} may multiply to {MOST_REPETITIONS:,} at most"
+    if prod(times) > MAX_REPETITIONS:  # `regex` compiles one copy for each
+        return f"repetitions such as {{9}} may multiply to {MAX_REPETITIONS:,} at most"
     try:
         re.compile(pattern)
         regex.compile(pattern)

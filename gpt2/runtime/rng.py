@@ -19,7 +19,7 @@ class RandomState:
 
     device: torch.device
     tensors: dict[str, Tensor]  # PyTorch's, by device type
-    elsewhere: dict[str, Any] = field(default_factory=dict)  # Python's and NumPy's, as JSON values
+    elsewhere: dict[str, Any] = field(default_factory=dict)  # the states of Python and NumPy, as JSON values
 
     @classmethod
     def of_torch(cls, device: torch.device) -> "RandomState":

@@ -58,13 +58,13 @@ def reraise_interruption() -> Iterator[None]:
 
 @contextmanager
 def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
-    """Pass the first signal to `on_signal` instead of interrupting the block. A second Ctrl-C acts as it did before.
+    """Pass the first signal to `on_signal` instead of interrupting the block. A second Ctrl-C interrupts the block.
 
-    Only Ctrl-C acts twice, because schedulers routinely send two signals. A terminal may deliver one Ctrl-C twice,
-    through the process group and through a parent process, so two within half a second count as one.
+    A second signal of another kind is ignored, because schedulers routinely send two. A terminal may deliver one
+    Ctrl-C twice, through the process group and through a parent process, so two within half a second count as one.
 
-    `on_signal` also receives a signal from before the block, whose exception may have been lost: Python ignores those
-    raised in `__del__`, for example. Off the main thread this does nothing.
+    `on_signal` also receives a signal from before the block, whose exception may have been lost: Python ignores
+    exceptions that are raised in `__del__`, for example. Outside the main thread this function does nothing.
     """
     first: float | None = None
     before: dict[int, Any] = {}
@@ -81,7 +81,7 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
             _print("Interrupted: finishing this step, then saving. Press Ctrl-C again to stop at once.")
         elif number == signal.SIGINT and time.monotonic() - first > SECONDS_OF_ONE_CTRL_C:
             restore()
-            os.kill(os.getpid(), number)  # to any thread: this one may block signals
+            os.kill(os.getpid(), number)  # any thread may receive it; this one may block signals
 
     try:
         for number in SIGNALS:
@@ -95,7 +95,7 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
             on_signal(_received)
         yield
     except Exception:
-        if dist_env().by_torchrun:  # it sends SIGTERM when a rank fails, which must not interrupt the error handling
+        if dist_env().by_torchrun:  # its SIGTERM to all ranks when one fails must not interrupt the error handling
             before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
@@ -104,10 +104,10 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def blocked_in_children() -> Iterator[None]:
-    """Let processes that are started in the block start with signals blocked: their imports would print tracebacks.
+    """Start processes in the block with signals blocked: a signal during their imports would print tracebacks.
 
-    They unblock them with `admitted`. This process receives signals as before, though in another thread: a new process
-    inherits the mask of the thread that starts it. Python calls the handlers in the main thread anyway.
+    They unblock signals with `admitted`. A new process inherits the mask of the thread that starts it, so this thread
+    blocks signals. Another thread receives them for this process, and Python calls the handlers in the main thread.
     """
     from multiprocessing.resource_tracker import ensure_running
 
@@ -124,7 +124,7 @@ def blocked_in_children() -> Iterator[None]:
 
 @contextmanager
 def admitted() -> Iterator[None]:
-    """Receive signals inside the block; outside, in a process that was started with them blocked, they wait."""
+    """Receive signals inside the block, in a process that `blocked_in_children` started; outside it, signals wait."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if not before.issuperset(SIGNALS):
         yield
@@ -141,8 +141,8 @@ def admitted() -> Iterator[None]:
 def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
     """The result of a function that may compute for minutes in C or Rust, where no signal reaches Python's handlers.
 
-    It runs in a thread, which ends with the process. Signals interrupt the caller, who also calls `meanwhile` now and
-    then.
+    The function runs in a thread, which ends with the process, so signals interrupt the caller at once. The caller
+    calls `meanwhile` twice a second.
     """
     result: Future[Result] = Future()
 
@@ -159,7 +159,7 @@ def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None])
 
 
 def _print(text: str) -> None:
-    """Print on rank 0, past Python's buffers: the signal may have interrupted code that was using them."""
+    """Print on rank 0 without Python's buffers, because the signal may have interrupted code that uses them."""
     if dist_env().is_main:
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

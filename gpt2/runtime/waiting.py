@@ -1,4 +1,4 @@
-"""A line on a terminal that says what a script waits for, until it prints something. Imports nothing that is slow."""
+"""A line on a terminal that says what a script waits for, until the script prints something. Imports nothing slow."""
 
 import os
 import sys

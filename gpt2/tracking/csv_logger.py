@@ -22,7 +22,7 @@ class CsvLogger(ExternalLogger):
         self._read = 0  # bytes of the source that are in the table
 
     def log(self, record: Record) -> None:
-        """Add what is new in the source. A new key makes a column, for which the table is written anew."""
+        """Add the new records of the source. A new key becomes a column, for which the table is written again."""
         records = self._new_records()
         if any(key not in self.columns for record in records for key in record):
             self._read = 0

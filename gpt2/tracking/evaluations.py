@@ -14,10 +14,10 @@ from gpt2.runtime.files import atomic_write, exclusive_change
 
 
 def earlier_results(path: Path) -> list[dict[str, Any]]:
-    """The results that a result file contains, oldest first.
+    """The results in a result file, oldest first.
 
     Raises:
-        UserError: It cannot be read, or is another kind of file.
+        UserError: The file cannot be read, or is of another kind.
     """
     if not path.exists():
         return []
@@ -34,7 +34,7 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
 
 
 def add_result(path: Path, result: dict[str, Any]) -> None:
-    """Add a result to a result file, in front of those that are in it by then; other processes may add theirs.
+    """Add a result to a result file, as the newest. Other processes may add theirs at the same time.
 
     NaN and infinity, which JSON does not have, become null.
     """
@@ -57,7 +57,7 @@ def settings_of(config: EvaluateRun) -> dict[str, Any]:
 
 
 def default_output(source: str) -> Path:
-    """evaluation.json in the run folder of a trained model, or in outputs/evaluations if it is in none."""
+    """`evaluation.json` in the run folder of a trained model, or in outputs/evaluations if the model has none."""
     run = Path(source).absolute().parent.parent
     if (run / "metrics.jsonl").is_file():
         refuse_links(run, "output")

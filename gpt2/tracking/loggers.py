@@ -1,8 +1,8 @@
-"""External loggers: which there are, and how a run is protected from them.
+"""The table of external loggers, and the protection of a run from their failures.
 
-Each logger works in a thread of its own, so one that raises or hangs does not stop the run. Its first error is a
-warning and disables it, and the end of a run waits for it for a limited time. Nothing secret reaches a logger: the
-facts of a run are redacted here.
+Each logger works in a thread of its own, so a logger that raises or hangs does not stop the run. Its first error is a
+warning and disables it. The end of a run waits for a limited time. The facts of a run are redacted here, so no secrets
+reach a logger.
 """
 
 import logging
@@ -24,7 +24,7 @@ from gpt2.tracking.tracker import Ended, ExternalLogger, Record
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all limits, for slow networks and busy machines
+PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all time limits, for slow networks and machines
 ABANDON_SECONDS = 2.0
 NOT_LOGGED = ("loggers", "wandb", "mlflow", "started_with", "resume", "resume_changes")  # keys of a configuration
 
@@ -33,7 +33,7 @@ Config = TrainRun | EvaluateRun | GenerateRun
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """The facts of a run that a logger gets."""
+    """What a logger gets to know about a run."""
 
     name: str
     group: str  # the experiment or the study
@@ -41,8 +41,8 @@ class LoggedRun:
     config: Record = field(default_factory=dict)  # nested
     tags: list[str] = field(default_factory=list)
     folder: Path | None = None  # the run folder, where a logger keeps what it needs to continue a resumed run
-    step: int = 0  # from which a run is resumed
-    wandb_id: str | None = None  # in its checkpoint
+    step: int = 0  # of the checkpoint from which the run is resumed
+    wandb_id: str | None = None  # in that checkpoint
 
 
 def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
@@ -83,7 +83,7 @@ def start_run_loggers(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One module for each logger; each imports its library when it is chosen
+# One module for each logger, which imports its library when it is chosen
 
 
 def _wandb(config: Config, run: LoggedRun) -> ExternalLogger | None:
@@ -158,7 +158,7 @@ class Loggers(ExternalLogger):
 
 
 class _Isolated:
-    """A logger whose methods are called in a thread, in order. After an error only `finish` is."""
+    """A logger whose methods are called in order in a thread. After an error, only `finish` is called."""
 
     def __init__(self, logger: ExternalLogger):
         self.logger, self.where = logger, list[str]()
@@ -193,7 +193,7 @@ class _Isolated:
             log.warning("%s failed and gets nothing more of this run; metrics.jsonl has all: %s", title, problem)
 
     def wait(self, began: float) -> None:
-        """Wait for the end of `finish`, which was called at the time `began`, for a limited time."""
+        """Wait a limited time, from `began` on, until `finish` has returned."""
         seconds = limit(self.logger.seconds)
         if not self._done.wait(max(0.0, began + seconds - time.monotonic())):
             self._disable(f"no answer within {seconds:g} s")
@@ -214,7 +214,7 @@ def limit(seconds: float) -> float:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Return or raise what `call` does, if that takes less than `limit(seconds)`.
+    """Call a function in a thread, and return or raise its result if it takes less than `limit(seconds)`.
 
     Raises:
         TimeoutError: It takes longer. Its thread keeps running and is ignored.
@@ -237,11 +237,11 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The facts that loggers get
+# What loggers get to know about a run
 
 
 def comparable(config: Record) -> Record:
-    """A nested configuration without the keys that do not matter when runs are compared."""
+    """A nested configuration without the keys that are irrelevant when runs are compared."""
     values = {key: value for key, value in config.items() if key not in NOT_LOGGED}
     if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
@@ -249,7 +249,7 @@ def comparable(config: Record) -> Record:
 
 
 def redact(value: Any) -> Any:
-    """Replace what may be secret in URLs, in all strings of nested dictionaries and lists."""
+    """Replace possible secrets in all strings of nested dictionaries and lists, see `without_secrets`."""
     if isinstance(value, dict):
         return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 ID = "mlflow_id"  # file in a run folder
 STORE = Path("outputs/mlruns")
 ARTIFACTS = Path("outputs/mlartifacts")  # files of runs in a database on this machine; MLflow's default is ./mlruns
-STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # of other endings: FAILED
-LONGEST_KEY, LONGEST_VALUE, MOST_METRICS, MOST_PARAMS = 250, 6000, 1000, 100  # MLflow's limits, two for a request
+STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # other endings: FAILED
+MAX_KEY, MAX_VALUE = 250, 6000  # characters that MLflow accepts
+MAX_METRICS, MAX_PARAMS = 1000, 100  # of a request to MLflow
 
 
 class MlflowLogger(ExternalLogger):
     """Logs metrics over steps, the configuration as parameters and as a file, and the samples as a table.
 
-    MLflow's own retries take minutes. They do not delay a run, as they are in a thread, and its end only for `seconds`.
+    MLflow's own retries take minutes. As they are in a thread, they delay only the end of a run, by at most `seconds`.
     """
 
     title = "MLflow"
@@ -67,10 +68,10 @@ class MlflowLogger(ExternalLogger):
             run_id = resumed.info.run_id
             self.client.update_run(run_id, status="RUNNING")
         self.run_id, known = run_id, resumed.data.params if resumed else {}  # parameters cannot be changed
-        values = {re.sub(r"[^\w. /:-]", "_", key)[:LONGEST_KEY]: value for key, value in flat(self.run.config).items()}
-        params = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in values.items() if key not in known]
-        for first in range(0, len(params), MOST_PARAMS):
-            self.client.log_batch(run_id, params=params[first : first + MOST_PARAMS])
+        values = {re.sub(r"[^\w. /:-]", "_", key)[:MAX_KEY]: value for key, value in flat(self.run.config).items()}
+        params = [Param(key, str(value)[:MAX_VALUE]) for key, value in values.items() if key not in known]
+        for first in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(run_id, params=params[first : first + MAX_PARAMS])
         self.client.log_text(run_id, json.dumps(self.run.config, indent=2, default=str), "config.json")
 
     def _resumed(self) -> "Run | None":
@@ -82,12 +83,12 @@ class MlflowLogger(ExternalLogger):
         try:
             return self.client.get_run(path.read_text(errors="replace"))
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # that of another server
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # it is on another server
                 return None
             raise
 
     def _experiment_id(self) -> str:
-        """That of the experiment, which is created if need be, by one process: a folder would get two of a name."""
+        """The id of the experiment, which one process creates if it is missing: a folder would get two of a name."""
         STORE.parent.mkdir(exist_ok=True)
         with exclusive_change(STORE.parent) if self.is_folder or self.is_database else nullcontext():
             if known := self.client.get_experiment_by_name(self.experiment):
@@ -105,11 +106,11 @@ class MlflowLogger(ExternalLogger):
         now = int(time.time() * 1000)
         numbers = {key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
         self._pending += [Metric(key, value, now, self.step) for key, value in numbers.items()]
-        if len(self._pending) > MOST_METRICS // 2:
+        if len(self._pending) > MAX_METRICS // 2:
             self.flush()
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """In the format that MLflow shows. It is stored whole each time, so only if it grew by a tenth, and at last."""
+        """Log a table if it grew by a tenth, as MLflow stores each version whole; `finish` logs the last one anyway."""
         self._table = f"{name}.json", {"columns": columns, "data": rows}
         if len(rows) >= 1.1 * self._rows_logged:
             self._rows_logged = len(rows)
@@ -122,7 +123,7 @@ class MlflowLogger(ExternalLogger):
             self._table = None
 
     def flush(self) -> None:
-        """Send what has been waiting in one request: a slow server gets fewer of them."""
+        """Send all pending metrics in one request, so a slow server gets fewer requests."""
         if self._pending:
             metrics, self._pending = self._pending, []
             self.client.log_batch(self.run_id, metrics=metrics)
@@ -135,7 +136,7 @@ class MlflowLogger(ExternalLogger):
         if folder and (picture := folder / "curves.png").exists():
             self.client.log_artifact(self.run_id, str(picture))
         self.client.set_tag(self.run_id, "state", ended.state)
-        self.client.set_tag(self.run_id, "reason", ended.reason or "")  # empty: not that of an earlier end
+        self.client.set_tag(self.run_id, "reason", ended.reason or "")  # empty, to replace that of an earlier end
         self.client.set_terminated(self.run_id, STATUS.get(ended.state, "FAILED"))
 
     def where(self) -> list[str]:

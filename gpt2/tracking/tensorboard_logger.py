@@ -13,7 +13,7 @@ _report = threading.excepthook
 
 
 def _report_unless_of_writer(failed: "threading.ExceptHookArgs") -> None:
-    """TensorBoard's thread leaves its error to the next call, from which comes our warning, and raises it as well."""
+    """Do not print errors of TensorBoard's thread: its next call raises them again, which becomes our warning."""
     if not failed.thread or not type(failed.thread).__module__.startswith("tensorboard."):
         _report(failed)
 
@@ -51,12 +51,12 @@ class TensorBoardLogger(ExternalLogger):
                 self.writer.add_scalar(key, value, self.step)
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """Add the last row, a step and a text: the table of samples grows by one row a call."""
+        """Add the last row, a step and a text. The table of samples grows by one row with each call."""
         step, text = rows[-1]
         self._add_text(name, text, step)
 
     def _add_text(self, tag: str, text: str, step: int | None = None) -> None:
-        """A text with its line breaks and spaces: TensorBoard reads Markdown."""
+        """Add a text as a block of code: TensorBoard renders Markdown, which would drop line breaks and spaces."""
         self.writer.add_text(tag, "".join(f"    {line}\n" for line in text.split("\n")), step or self.step)
 
     def _add_summary(self, summary: Any) -> None:

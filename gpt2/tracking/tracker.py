@@ -1,6 +1,6 @@
 """The files that record a run (`metrics.jsonl`, `run.json`, `samples.md`), and the interface of external loggers.
 
-`gpt2.tracking.loggers` sees to it that no error of an external logger ends a run.
+`gpt2.tracking.loggers` keeps errors of external loggers from ending a run.
 """
 
 import json
@@ -25,14 +25,14 @@ Record = dict[str, Any]
 Sample = tuple[int, str]  # step and text
 
 METRICS, SAMPLES, ABOUT = "metrics.jsonl", "samples.md", "run.json"
-KINDS = ("training records", "evaluations", "samples")  # of what is logged
+KINDS = ("training records", "evaluations", "samples")
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
-PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # of trials
+PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # only of trials
 ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME))
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, without damaged lines, such as a last one that a crash cut short."""
+    """The records of a `metrics.jsonl`, without damaged lines, such as a last line that a crash left incomplete."""
     return metrics_in(path.read_bytes()) if path.exists() else []
 
 
@@ -50,12 +50,12 @@ def metrics_in(content: bytes) -> list[Record]:
 
 
 def read_about(folder: Path) -> Record:
-    """The `run.json` of a run folder; empty if it is missing or cannot be read."""
+    """The content of a run folder's `run.json`; empty if it is missing or damaged."""
     return read_dict(folder / ABOUT)
 
 
 def record_failure(folder: Path, error: Exception) -> None:
-    """Write to `run.json` that a run failed before it began; one that began has its own record."""
+    """Write to `run.json` that a run failed before it began; a run that began has written how it ended."""
     about = read_about(folder)
     if about.get("state", FAILED) == FAILED and not (folder / METRICS).exists():
         ended = {"started": now(), **about, **vars(Ended.by(error)), "ended": now()}
@@ -64,7 +64,7 @@ def record_failure(folder: Path, error: Exception) -> None:
 
 @dataclass
 class Ended:
-    """How a run ended. For a trial of a study, the exit code is that of the same run by itself."""
+    """How a run ended. The exit code of a trial is the one that the run would have outside of its study."""
 
     state: str
     exit_code: int = 0
@@ -84,11 +84,11 @@ class ExternalLogger:
     """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in a thread of its own."""
 
     title = "This logger"  # in messages
-    seconds = 30.0  # that the end of a run waits for what is not logged yet
+    seconds = 30.0  # how long the end of a run waits until everything is logged
     id: str | None = None  # stored in checkpoints
 
     def start(self) -> None:
-        """Called first. What takes time, such as a connection, belongs here; the import of a library to `__init__`."""
+        """Called first. Slow work, such as connecting, belongs here; importing a library belongs in `__init__`."""
 
     def log(self, record: Record) -> None:
         """Log one record of `metrics.jsonl`."""
@@ -100,7 +100,7 @@ class ExternalLogger:
         """Log figures of the run as a whole."""
 
     def flush(self) -> None:
-        """Called when no other call is waiting: write out what was logged."""
+        """Write out what was logged. Called when no other call is waiting."""
 
     def finish(self, ended: Ended, folder: Path | None) -> None:
         """End the run; `folder` is the run folder with its files. Called even after an error."""
@@ -116,7 +116,7 @@ class ExternalLogger:
 class LoggedSteps:
     """The steps at which training records, evaluations and samples were logged, as ranges [first, last, interval].
 
-    A checkpoint stores them, so that a resumed run notices what its files have lost.
+    A checkpoint stores them, so that a resumed run notices what is missing from its files.
     """
 
     def __init__(self, saved: Any = None):
@@ -136,7 +136,7 @@ class LoggedSteps:
         return any(step in steps for steps in self._steps(kind))
 
     def missing_from(self, present: dict[str, set[int]]) -> str:
-        """The steps that are not present, in words; empty if there are none. Does not enumerate the ranges."""
+        """The logged steps that are not present, in words; empty if there are none. Does not enumerate the ranges."""
         parts = []
         for kind in KINDS:
             steps = self._steps(kind)
@@ -153,9 +153,9 @@ class LoggedSteps:
 
 
 class Tracker:
-    """Writes a run's records to its files and to an external logger; without both, nowhere.
+    """Writes a run's records to the files of its folder, if it has one, and to an external logger, if there is one.
 
-    As a context manager it writes to `run.json` that the run is running, and at the end how it ended.
+    As a context manager, it writes to `run.json` that the run is running, and at the end how it ended.
     """
 
     def __init__(self, folder: Path | None = None, external: ExternalLogger | None = None, about: Record | None = None):
@@ -177,8 +177,8 @@ class Tracker:
     def rewind(self, step: int, evaluated_at: int, logged: LoggedSteps | None = None) -> None:
         """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them.
 
-        Samples that only one of the two files has are kept. What else is missing of `logged`, which is what the
-        checkpoint knows, is reported.
+        Samples that are in only one of `metrics.jsonl` and `samples.md` are kept. A warning names steps of `logged`,
+        which the checkpoint stores, that are in neither.
 
         Raises:
             UserError: A file cannot be read or replaced.
@@ -193,7 +193,7 @@ class Tracker:
     def _rewind(self, path: Path, samples_file: Path, step: int, evaluated_at: int, logged: LoggedSteps) -> None:
         records = read_metrics(path)
         damaged = len(path.read_bytes().splitlines()) - len(records) if path.exists() else 0
-        if damaged > 1:  # a crash leaves one line unfinished
+        if damaged > 1:  # a crash leaves one incomplete line
             log.warning("%s: %s damaged lines are removed", path, damaged)
         remaining = [r for r in records if r["step"] <= (evaluated_at if "val/loss" in r else step)]
         samples = {r["step"]: r["sample"] for r in remaining if isinstance(r.get("sample"), str)}

@@ -9,12 +9,12 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.config import WandbConfig
-from gpt2.errors import UserError, one_line
+from gpt2.errors import UserError, counted, one_line
 from gpt2.runtime.files import remove
 from gpt2.tracking.loggers import LoggedRun, limit, within
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Table = tuple[str, list[str], list[Any]]  # name, columns, rows
-
 ID = "wandb_id"  # file in a run folder
 ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
-SYNCED = ".wandb.synced"  # end of the name of an empty file by which `wandb sync` knows what the server has
 
 
 def resolve_mode(mode: str) -> str:
@@ -49,48 +46,56 @@ def read_id(run_folder: Path) -> str | None:
     return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
 
 
-def stored_id(run_folder: Path, known_id: str | None) -> str:
-    """The W&B id in a run folder, to which it is written if it is missing: the same W&B run then continues.
+def stored_id(run_folder: Path | None, known_id: str | None) -> str:
+    """The W&B id in a run folder; without one there, `known_id` or a new id, which is written to the folder.
 
-    Args:
-        known_id: The id in a checkpoint.
+    With the same id, a resumed run continues its W&B run.
     """
-    run_id = read_id(run_folder)
-    if run_id is None:
-        run_id = known_id or new_id()
+    if run_folder and (run_id := read_id(run_folder)):
+        return run_id
+    run_id = known_id or uuid.uuid4().hex[:12]
+    if run_folder:
         remove(run_folder / ID)
         (run_folder / ID).write_text(run_id)
     return run_id
 
 
-def new_id() -> str:
-    return uuid.uuid4().hex[:12]
+def not_uploaded(run_id: str) -> list[str]:
+    """The names of the folders of a W&B run that are not uploaded completely: there is one for each start of a run."""
+    folders = (ROOT / "wandb").glob(f"*run-*-{run_id}")
+    return [folder.name for folder in folders if not any(folder.glob("*.wandb.synced"))]  # a file of `wandb sync`
 
 
-def not_uploaded(run_id: str) -> list[Path]:
-    """The folders of a W&B run that the server does not have completely, oldest first: one for each start of a run."""
-    folders = sorted((ROOT / "wandb").glob(f"*run-*-{run_id}"), key=lambda path: path.name.removeprefix("offline-"))
-    return [folder for folder in folders if not any(folder.glob(f"*{SYNCED}"))]
+def upload_command(run_ids: Collection[str]) -> str | None:
+    """The command that uploads what the server lacks of some W&B runs; None if it lacks nothing.
+
+    For several runs it is a pattern, which may match other runs too. `wandb sync` skips what was uploaded before.
+    """
+    names = [name for run_id in run_ids for name in not_uploaded(run_id)]
+    if not names:
+        return None
+    is_offline = all(name.startswith("offline") for name in names)
+    if len(names) == 1:
+        pattern = names[0]
+    elif len(run_ids) == 1:
+        pattern = f"{'offline-' if is_offline else '*'}run-*-{next(iter(run_ids))}"
+    else:
+        begin = os.path.commonprefix(names)  # noqa: RUF071  # of names, not of paths: they begin with kind and time
+        pattern = f"{begin or '*run-'}*"
+    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}"
 
 
-def upload_command(run_ids: Iterable[str]) -> str | None:
-    """What uploads the rest of some W&B runs; None if they are complete. W&B puts the folders of a run in order."""
-    places, folders = [], []
-    for run_id in run_ids:
-        if found := not_uploaded(run_id):
-            kind = "offline-run-*" if all(folder.name.startswith("offline") for folder in found) else "*run-*"
-            places.append(str(found[0] if len(found) == 1 else ROOT / "wandb" / f"{kind}-{run_id}"))
-            folders += found
-    option = "" if all(folder.name.startswith("offline") for folder in folders) else "--include-online "
-    return f"wandb sync {option}{' '.join(places)}" if places else None
+def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
+    """How many of some runs W&B lacks, because they are offline or their upload failed, in a line; None if it has all.
 
-
-def lacking(run_folders: Iterable[Path]) -> str | None:
-    """Which runs W&B lacks, because they are offline or their upload failed, and how to upload them, in a line."""
+    The line names the first two and the command that uploads all. `unit` is what a run is called, such as `trial`.
+    """
     ids = {folder.name: run_id for folder in run_folders if (run_id := read_id(folder)) and not_uploaded(run_id)}
+    if not ids:
+        return None
     names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order
-    command = upload_command(ids[name] for name in names)
-    return f"{', '.join(names)}; upload with `{command}`" if command else None
+    first = ", ".join([*names[:2], "..."] if len(names) > 2 else names)
+    return f"W&B lacks {counted(len(names), unit)} ({first}); upload with `{upload_command(ids.values())}`"
 
 
 class WandbLogger(ExternalLogger):
@@ -102,16 +107,16 @@ class WandbLogger(ExternalLogger):
         from gpt2.tracking import wandb_service as service
 
         self.config, self.logged = config, run
-        self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # started by `wandb agent`, which chose the id
+        self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # `wandb agent` started the run and chose its id
         known_id = os.environ.get("WANDB_RUN_ID") if self.is_of_sweep else run.wandb_id
-        self.id = stored_id(run.folder, known_id) if run.folder else known_id or new_id()
+        self.id = stored_id(run.folder, known_id)
         self.is_online = resolve_mode(config.mode) == "online"
         self.finish_seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
         self.seconds = self.finish_seconds + service.STAGING_SECONDS + 4 * service.LOCAL_SECONDS  # see wandb_service
         self.run: Any = None  # a wandb.Run, once it has started
         self.url: str | None = None
         self._takes_tables, self._is_uploaded = True, False
-        self._newest_table: Table | None = None
+        self._newest_table: tuple[str, list[str], list[Any]] | None = None  # name, columns, rows
         self._table_thread: threading.Thread | None = None
         self._rows_logged = 0
         service.prepare()
@@ -150,7 +155,7 @@ class WandbLogger(ExternalLogger):
         for name in ("tokens", "step", "seconds"):  # possible x axes, not curves
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
-        if self.is_of_sweep:  # which compares plain numbers
+        if self.is_of_sweep:  # the server of a sweep compares plain numbers
             return
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
@@ -165,7 +170,7 @@ class WandbLogger(ExternalLogger):
             self._log_newest_table()
 
     def _log_newest_table(self) -> None:
-        """In a thread: wandb contacts the server first, which blocks for 20 seconds if that does not answer."""
+        """Log it in a thread: wandb contacts the server first, which blocks for 20 s if the server does not answer."""
         is_busy = self._table_thread is not None and self._table_thread.is_alive()
         if is_busy or self._newest_table is None or not self._takes_tables:
             return
@@ -239,8 +244,7 @@ class WandbLogger(ExternalLogger):
     def where(self) -> list[str]:
         if self.run is None:
             return []
-        command = upload_command([str(self.id)])
-        rest = f"; upload with `{command}`" if command else ""
-        if self.url is None:
-            return [f"W&B: offline{rest}"]
-        return [f"W&B: {self.url}{', incomplete' if command else ''}{rest}"]
+        state = self.url or "offline"
+        if command := upload_command([str(self.id)]):
+            state += f"{', incomplete' if self.url else ''}; upload with `{command}`"
+        return [f"W&B: {state}"]

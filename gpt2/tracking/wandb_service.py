@@ -1,8 +1,8 @@
 """Start and stop wandb non-interactively, with a timeout on every call.
 
-It starts in the background, while the run trains. With a server that accepts connections and never answers, that takes
-8 seconds (3 for the login, 5 to create the run), and the end of a run 7 (1 for tables, 5 to finish and 1 to end wandb's
-process). wandb's own timeouts bound only a part of this, so each call runs in a thread with a time limit.
+wandb starts in the background, while the run trains. With a server that accepts connections and never answers, this
+takes 8 seconds (3 for the login, 5 to create the run), and the end of a run 7 (1 for tables, 5 to finish and 1 to end
+wandb's process). wandb's own timeouts bound only a part of this, so each call runs in a thread with a time limit.
 
 This module alone uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
 `service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they move.
@@ -25,15 +25,15 @@ log = logging.getLogger(__name__)
 
 LOGIN_SECONDS = 3.0  # one small request
 INIT_SECONDS = 4.0  # to create the run on the server
-TABLE_SECONDS = 0.5  # to hand over a table at the end of a run, twice
+TABLE_SECONDS = 0.5  # to hand over a table at the end of a run, which happens twice
 FINISH_SECONDS = 4.0  # to upload the rest
 UPLOAD_SECONDS = 600.0  # to upload the rest with a checkpoint
 STAGING_SECONDS = 60.0  # to copy a checkpoint to where it is uploaded from
 GRACE_SECONDS = 1.0  # by which wandb may exceed its own timeouts
-LOCAL_SECONDS = 60.0  # to start wandb's process, and for all calls offline: only a defect or a busy machine delays them
-RETRY_SECONDS = 600.0
+LOCAL_SECONDS = 60.0  # to start wandb's process, and for all calls offline, which are fast except on a busy machine
+RETRY_SECONDS = 600.0  # until a server that failed is contacted again
 
-_offline_until = 0.0  # the next runs of this process do not contact a server that failed
+_offline_until = 0.0  # until then, runs of this process are offline
 
 
 def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
@@ -65,7 +65,7 @@ def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
 
 
 def prepare() -> None:
-    """Set the environment for `start`, in the main thread: the C library may read it in another one meanwhile."""
+    """Set environment variables for `start`. In the main thread, as changing them is not thread-safe in C."""
     os.environ.pop("WANDB_SERVICE", None)  # set by a parent process, which may end before this one
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without network it delays the exit by 20 seconds
 
@@ -95,7 +95,7 @@ def _init(
     try:
         run = within(init_seconds + GRACE_SECONDS, init)
     except Exception:
-        end_service(0)  # it still uses the id, which the next attempt needs
+        end_service(0)  # wandb's process still uses the id, which the next attempt needs
         for empty in set(files.glob(pattern)) - before:
             shutil.rmtree(empty, ignore_errors=True)
         raise
@@ -116,7 +116,7 @@ def can_go_online(seconds: float = LOGIN_SECONDS) -> bool:
 
 
 def finish(run: Any, exit_code: int, seconds: float) -> bool:
-    """Finish a run. Returns whether all of it was uploaded, or written if offline; its files hold everything anyway."""
+    """Finish a run. Returns whether all of it was uploaded, or written if offline. Its files hold it in any case."""
     try:
         within(seconds + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
     except Exception as error:  # noqa: BLE001
@@ -128,7 +128,7 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
 
 
 def mark_as_synced(folder: Path) -> None:
-    """Leave the file by which `wandb sync` knows that the server has this folder of a run."""
+    """Make the file by which `wandb sync` knows that the server has this folder of a run."""
     for file in folder.glob("*.wandb"):
         file.with_name(f"{file.name}.synced").touch()
 

@@ -438,13 +438,16 @@ def test_runs_that_wandb_lacks_are_named(tmp_path, monkeypatch):
     for uploaded in ("run-5-id4", "offline-run-1-id11"):
         wandb_service.mark_as_synced(with_file(tmp_path / "outputs" / "wandb" / uploaded))
     folders = [path for path in tmp_path.iterdir() if path.name != "outputs"]
-    assert lacking(folders) == (
-        "2, 3, 11; upload with `wandb sync --include-online "
-        "outputs/wandb/offline-run-3-id2 outputs/wandb/run-4-id3 outputs/wandb/offline-run-2-id11`"
+    assert lacking(folders, "run") == (
+        "W&B lacks 3 runs (2, 3, ...); upload with `wandb sync --include-online outputs/wandb/*run-*`"
     )
-    (tmp_path / "outputs" / "wandb" / "offline-run-6-id11").mkdir()
+    assert upload_command(["id3"]) == "wandb sync --include-online outputs/wandb/run-4-id3"
+    (tmp_path / "outputs" / "wandb" / "offline-run-26-id11").mkdir()
     assert upload_command(["id11"]) == "wandb sync outputs/wandb/offline-run-*-id11"
-    assert (lacking([]), upload_command(["id4", "id7"])) == (None, None)
+    assert lacking([tmp_path / "11", tmp_path / "2"], "trial") == (
+        "W&B lacks 2 trials (2, 11); upload with `wandb sync outputs/wandb/offline-run-*`"
+    )
+    assert (lacking([], "run"), upload_command(["id4", "id7"])) == (None, None)
 
 
 def with_file(folder: Path) -> Path:
