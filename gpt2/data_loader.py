@@ -181,7 +181,7 @@ def get_dataloaders(
         # Not persistent: workers ignore SIGTERM, so a program that still holds the loader would wait for them at exit.
         "multiprocessing_context": "fork" if workers and is_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
-        "worker_init_fn": _start_worker,
+        "worker_init_fn": ignore_signals,
         # A loader draws a seed for its workers at each start. Without its own generator, this would change dropout.
         "generator": torch.Generator(),
     }
@@ -199,10 +199,6 @@ def get_dataloaders(
 def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Collate function for `TokenDataset`, whose `__getitems__` returns a batch."""
     return batch
-
-
-def _start_worker(_worker: int) -> None:
-    ignore_signals()
 
 
 def batch_size_of(loader: DataLoader) -> int | None:

@@ -180,7 +180,7 @@ class StudySweeper(Sweeper):
             StudyFailure: No trial gave a value.
         """
         from gpt2.search import report
-        from gpt2.tracking.wandb_logger import lacking
+        from gpt2.tracking.wandb_runs import lacking
 
         report.write(study.optuna, self.folder)
         with exclusive_change(self.folder):

@@ -115,11 +115,6 @@ class PreparedData:
             raise ValueError("it is another corpus")
         return about
 
-    @property
-    def unfinished(self) -> Path:
-        """The folder in which the corpus is made."""
-        return self.folder.with_suffix(".unfinished")
-
     def damage(self) -> str | None:
         """What is wrong with the files of the folder; None if they are intact."""
         try:
@@ -194,6 +189,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     identity["key"] = _sum_of(identity)[:16]
     in_place = files_in_place(source, splits, config)
     prepared = PreparedData(cache_folder(config) / "tokens" / identity["key"], in_place)
+    unfinished = prepared.folder.with_suffix(".unfinished")
     prepared.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(prepared.folder.with_suffix(".lock")):
         if os.path.lexists(prepared.folder):
@@ -204,9 +200,9 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
             log.warning("data: the cache %s is damaged (%s), the corpus is tokenized again", prepared.folder, problem)
             remove(prepared.folder)
         if source.text_bytes and only in (None, "all"):
-            require_space(source, tokenizer, config, prepared.unfinished)
-        with unfinished_corpus(prepared) as folder:
-            write_corpus(folder, source, tokenizer, config, splits, identity, in_place)
+            require_space(source, tokenizer, config, unfinished)
+        with finished_corpus(unfinished, prepared.folder):
+            write_corpus(unfinished, source, tokenizer, config, splits, identity, in_place)
         prepared = PreparedData(prepared.folder, in_place)
     log.info("Data: %s, %s", prepared, "read in place" if in_place else f"cached in {prepared.folder}")
     return prepared
@@ -223,22 +219,21 @@ def files_in_place(source: Source, splits: tuple[str, ...], config: DataConfig) 
 
 
 @contextmanager
-def unfinished_corpus(prepared: PreparedData) -> Iterator[Path]:
-    """Yield the folder in which a corpus is made. It gets its final name at the end of the block.
+def finished_corpus(unfinished: Path, folder: Path) -> Iterator[None]:
+    """Make the folder `unfinished`, in which the block makes a corpus, and rename it to `folder` at the end.
 
     If the block raises, a folder in which something is committed stays, and the next preparation of the corpus
     continues there. A mistake in the text removes it: the corrected text is another corpus.
     """
-    unfinished = prepared.unfinished
     if not unfinished.is_dir():
         remove(unfinished)
     unfinished.mkdir(exist_ok=True)
     try:
-        yield unfinished
-        rename_to_disk(unfinished, prepared.folder)
+        yield
+        rename_to_disk(unfinished, folder)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or str(prepared.folder)  # a failed write does not name its file
+            error.filename = error.filename or str(folder)  # a failed write does not name its file
         is_mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
         if is_mistake or not (unfinished / PROGRESS).exists():
             remove(unfinished)

@@ -24,7 +24,7 @@ from gpt2.runtime.device import available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
 from gpt2.tracking.loggers import within
-from gpt2.tracking.wandb_logger import resolve_mode
+from gpt2.tracking.wandb_runs import resolve_mode
 from gpt2.training.cost import memory_of
 
 FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # that PyTorch uses

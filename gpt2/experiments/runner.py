@@ -25,7 +25,7 @@ from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
 from gpt2.runtime.files import run_lock, writable_folder
 from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import FINISHED
-from gpt2.tracking.wandb_logger import lacking
+from gpt2.tracking.wandb_runs import lacking
 
 log = logging.getLogger(__name__)
 

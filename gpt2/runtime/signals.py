@@ -165,7 +165,7 @@ def _print(text: str) -> None:
             os.write(2, f"\n{text}\n".encode())
 
 
-def ignore_signals() -> None:
+def ignore_signals(_worker: int = 0) -> None:
     """For child processes: a terminal sends Ctrl-C to all of them, but the parent decides when they end."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -87,9 +87,13 @@ def start_run_loggers(
 
 
 def _wandb(config: Config, run: LoggedRun) -> ExternalLogger | None:
-    from gpt2.tracking.wandb_logger import WandbLogger, resolve_mode
+    from gpt2.tracking.wandb_runs import resolve_mode
 
-    return None if resolve_mode(config.wandb.mode) == "off" else WandbLogger(config.wandb, run)
+    if resolve_mode(config.wandb.mode) == "off":
+        return None
+    from gpt2.tracking.wandb_logger import WandbLogger
+
+    return WandbLogger(config.wandb, run)
 
 
 def _tensorboard(config: Config, run: LoggedRun) -> ExternalLogger | None:

@@ -6,96 +6,21 @@ No environment variables, command line, storage URL or terminal output are uploa
 
 import logging
 import os
-import re
 import threading
-import uuid
-from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import wandb
+
+from gpt2.checkpoint.run_folder import find_checkpoint
 from gpt2.config import WandbConfig
-from gpt2.errors import UserError, counted, one_line
-from gpt2.runtime.files import remove
+from gpt2.errors import UserError, one_line
+from gpt2.tracking import wandb_service as service
 from gpt2.tracking.loggers import LoggedRun, limit, within
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
-
-if TYPE_CHECKING:
-    import wandb
+from gpt2.tracking.wandb_runs import ROOT, resolve_mode, stored_id, upload_command
 
 log = logging.getLogger(__name__)
-
-ID = "wandb_id"  # file in a run folder
-ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
-
-
-def resolve_mode(mode: str) -> str:
-    """`online`, `offline` or `off`; `auto` follows the environment variable WANDB_MODE, as other programs do."""
-    if mode != "auto":
-        os.environ.pop("WANDB_MODE", None)  # wandb.login would follow it
-        return mode
-    variable = os.environ.get("WANDB_MODE", "online")
-    return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(variable, "online")
-
-
-def read_id(run_folder: Path) -> str | None:
-    """The W&B id in a run folder; None if it is missing or damaged."""
-    try:
-        text = (run_folder / ID).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
-    return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
-
-
-def stored_id(run_folder: Path | None, known_id: str | None) -> str:
-    """The W&B id in a run folder; without one there, `known_id` or a new id, which is written to the folder.
-
-    With the same id, a resumed run continues its W&B run.
-    """
-    if run_folder and (run_id := read_id(run_folder)):
-        return run_id
-    run_id = known_id or uuid.uuid4().hex[:12]
-    if run_folder:
-        remove(run_folder / ID)
-        (run_folder / ID).write_text(run_id)
-    return run_id
-
-
-def not_uploaded(run_id: str) -> list[str]:
-    """The names of the folders of a W&B run that are not uploaded completely: there is one for each start of a run."""
-    folders = (ROOT / "wandb").glob(f"*run-*-{run_id}")
-    return [folder.name for folder in folders if not any(folder.glob("*.wandb.synced"))]  # a file of `wandb sync`
-
-
-def upload_command(run_ids: Collection[str]) -> str | None:
-    """The command that uploads what the server lacks of some W&B runs; None if it lacks nothing.
-
-    For several runs it is a pattern, which may match other runs too. `wandb sync` skips what was uploaded before.
-    """
-    names = [name for run_id in run_ids for name in not_uploaded(run_id)]
-    if not names:
-        return None
-    is_offline = all(name.startswith("offline") for name in names)
-    if len(names) == 1:
-        pattern = names[0]
-    elif len(run_ids) == 1:
-        pattern = f"{'offline-' if is_offline else '*'}run-*-{next(iter(run_ids))}"
-    else:
-        begin = os.path.commonprefix(names)  # noqa: RUF071  # of names, not of paths: they begin with kind and time
-        pattern = f"{begin or '*run-'}*"
-    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}"
-
-
-def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
-    """How many of some runs W&B lacks, because they are offline or their upload failed, in a line; None if it has all.
-
-    The line names the first two and the command that uploads all. `unit` is what a run is called, such as `trial`.
-    """
-    ids = {folder.name: run_id for folder in run_folders if (run_id := read_id(folder)) and not_uploaded(run_id)}
-    if not ids:
-        return None
-    names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order
-    first = ", ".join([*names[:2], "..."] if len(names) > 2 else names)
-    return f"W&B lacks {counted(len(names), unit)} ({first}); upload with `{upload_command(ids.values())}`"
 
 
 class WandbLogger(ExternalLogger):
@@ -104,8 +29,6 @@ class WandbLogger(ExternalLogger):
     title = "W&B"
 
     def __init__(self, config: WandbConfig, run: LoggedRun):
-        from gpt2.tracking import wandb_service as service
-
         self.config, self.logged = config, run
         self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # `wandb agent` started the run and chose its id
         known_id = os.environ.get("WANDB_RUN_ID") if self.is_of_sweep else run.wandb_id
@@ -124,8 +47,6 @@ class WandbLogger(ExternalLogger):
 
     def start(self) -> None:
         """Start or resume the run without prompting."""
-        from gpt2.tracking import wandb_service as service
-
         ROOT.mkdir(parents=True, exist_ok=True)
         self.run = run = service.start(
             self.is_online,
@@ -151,7 +72,7 @@ class WandbLogger(ExternalLogger):
             log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
         self._define_metrics(run)
 
-    def _define_metrics(self, run: "wandb.Run") -> None:
+    def _define_metrics(self, run: wandb.Run) -> None:
         for name in ("tokens", "step", "seconds"):  # possible x axes, not curves
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
@@ -180,8 +101,6 @@ class WandbLogger(ExternalLogger):
         self._table_thread.start()
 
     def _log_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        import wandb
-
         try:
             self.run.log({name: wandb.Table(columns=[*columns], data=[list(row) for row in rows])})
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
@@ -193,8 +112,6 @@ class WandbLogger(ExternalLogger):
         self.run.summary.update(figures)
 
     def finish(self, ended: Ended, folder: Path | None) -> None:
-        from gpt2.tracking import wandb_service as service
-
         if self.run is None:  # it did not start
             return
         try:
@@ -210,13 +127,9 @@ class WandbLogger(ExternalLogger):
                 service.mark_as_synced(Path(self.run.dir).parent)
 
     def abandon(self, ended: Ended) -> None:
-        from gpt2.tracking import wandb_service as service
-
         service.end_service(ended.exit_code)  # otherwise wandb would report success when the interpreter exits
 
-    def _log_ending(self, run: "wandb.Run", ended: Ended, folder: Path | None) -> None:
-        import wandb
-
+    def _log_ending(self, run: wandb.Run, ended: Ended, folder: Path | None) -> None:
         run.summary.update({"state": ended.state, **({"reason": ended.reason} if ended.reason else {})})
         if run.job_type == "trial":
             run.tags = (*(tag for tag in run.tags or () if tag not in ENDINGS), ended.state)
@@ -226,12 +139,7 @@ class WandbLogger(ExternalLogger):
             self._upload_best(run, folder)
 
     @staticmethod
-    def _upload_best(run: "wandb.Run", folder: Path) -> None:
-        import wandb
-
-        from gpt2.checkpoint.run_folder import find_checkpoint
-        from gpt2.tracking import wandb_service as service
-
+    def _upload_best(run: wandb.Run, folder: Path) -> None:
         try:
             checkpoint = find_checkpoint(str(folder))
         except UserError:  # the run ended before its first checkpoint

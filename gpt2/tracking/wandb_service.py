@@ -81,8 +81,7 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: 
         try:
             return _init("online", INIT_SECONDS, finish_seconds, arguments)
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
-            log.warning("W&B is offline for this run: %s", one_line(error))
-            _stay_offline()
+            _stay_offline("is offline for this run", error)
     return _init("offline", LOCAL_SECONDS, LOCAL_SECONDS, arguments)
 
 
@@ -110,8 +109,7 @@ def can_go_online(seconds: float = LOGIN_SECONDS) -> bool:
     try:
         return within(seconds, lambda: wandb.login(prompt=False))
     except Exception as error:  # noqa: BLE001
-        log.warning("W&B is offline for this run: %s", one_line(error))
-        _stay_offline()
+        _stay_offline("is offline for this run", error)
         return False
 
 
@@ -120,8 +118,7 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
     try:
         within(seconds + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
     except Exception as error:  # noqa: BLE001
-        log.warning("W&B did not finish this run: %s", one_line(error))
-        _stay_offline()
+        _stay_offline("did not finish this run", error)
         end_service(exit_code)
         return False
     return True
@@ -149,6 +146,8 @@ def end_service(exit_code: int) -> None:
             process.kill()
 
 
-def _stay_offline() -> None:
+def _stay_offline(what: str, error: Exception) -> None:
+    """Log what an error of W&B means for a run, and contact no server for a while."""
     global _offline_until
+    log.warning("W&B %s: %s", what, one_line(error))
     _offline_until = time.monotonic() + RETRY_SECONDS

@@ -18,7 +18,8 @@ from gpt2.runtime.rng import commit
 from gpt2.tracking import wandb_service
 from gpt2.tracking.loggers import PATIENCE, LoggedRun, Loggers, comparable, redact, start_loggers, within
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_metrics
-from gpt2.tracking.wandb_logger import WandbLogger, lacking, read_id, resolve_mode, upload_command
+from gpt2.tracking.wandb_logger import WandbLogger
+from gpt2.tracking.wandb_runs import lacking, read_id, resolve_mode, upload_command
 from tests.conftest import TEXT, TINY, Workspace
 from tests.wandb_file import read_wandb
 from tests.wandb_server import KEY, WandbServer, black_hole

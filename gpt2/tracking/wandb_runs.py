@@ -1,0 +1,83 @@
+"""The W&B runs of this machine: their ids in run folders, and what the server lacks. Does not import wandb."""
+
+import os
+import re
+import uuid
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from gpt2.errors import counted
+from gpt2.runtime.files import remove
+
+ID = "wandb_id"  # file in a run folder
+ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
+
+
+def resolve_mode(mode: str) -> str:
+    """`online`, `offline` or `off`; `auto` follows the environment variable WANDB_MODE, as other programs do."""
+    if mode != "auto":
+        os.environ.pop("WANDB_MODE", None)  # wandb.login would follow it
+        return mode
+    variable = os.environ.get("WANDB_MODE", "online")
+    return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(variable, "online")
+
+
+def read_id(run_folder: Path) -> str | None:
+    """The W&B id in a run folder; None if it is missing or damaged."""
+    try:
+        text = (run_folder / ID).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return text if re.fullmatch(r"[\w-]{1,64}", text, re.ASCII) else None
+
+
+def stored_id(run_folder: Path | None, known_id: str | None) -> str:
+    """The W&B id in a run folder; without one there, `known_id` or a new id, which is written to the folder.
+
+    With the same id, a resumed run continues its W&B run.
+    """
+    if run_folder and (run_id := read_id(run_folder)):
+        return run_id
+    run_id = known_id or uuid.uuid4().hex[:12]
+    if run_folder:
+        remove(run_folder / ID)
+        (run_folder / ID).write_text(run_id)
+    return run_id
+
+
+def not_uploaded(run_id: str) -> list[str]:
+    """The names of the folders of a W&B run that are not uploaded completely: there is one for each start of a run."""
+    folders = (ROOT / "wandb").glob(f"*run-*-{run_id}")
+    return [folder.name for folder in folders if not any(folder.glob("*.wandb.synced"))]  # a file of `wandb sync`
+
+
+def upload_command(run_ids: Collection[str]) -> str | None:
+    """The command that uploads what the server lacks of some W&B runs; None if it lacks nothing.
+
+    For several runs it is a pattern, which may match other runs too. `wandb sync` skips what was uploaded before.
+    """
+    names = [name for run_id in run_ids for name in not_uploaded(run_id)]
+    if not names:
+        return None
+    is_offline = all(name.startswith("offline") for name in names)
+    if len(names) == 1:
+        pattern = names[0]
+    elif len(run_ids) == 1:
+        pattern = f"{'offline-' if is_offline else '*'}run-*-{next(iter(run_ids))}"
+    else:
+        begin = os.path.commonprefix(names)  # noqa: RUF071  # of names, not of paths: they begin with kind and time
+        pattern = f"{begin or '*run-'}*"
+    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}"
+
+
+def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
+    """How many of some runs W&B lacks, because they are offline or their upload failed, in a line; None if it has all.
+
+    The line names the first two and the command that uploads all. `unit` is what a run is called, such as `trial`.
+    """
+    ids = {folder.name: run_id for folder in run_folders if (run_id := read_id(folder)) and not_uploaded(run_id)}
+    if not ids:
+        return None
+    names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order
+    first = ", ".join([*names[:2], "..."] if len(names) > 2 else names)
+    return f"W&B lacks {counted(len(names), unit)} ({first}); upload with `{upload_command(ids.values())}`"
