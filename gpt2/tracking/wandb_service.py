@@ -77,7 +77,7 @@ def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: 
         Exception: Offline failed as well.
     """
     wandb.setup(wandb.Settings(silent=True, x_service_wait=limit(LOCAL_SECONDS)))  # silences the login too
-    if is_online and can_go_online():
+    if is_online and can_go_online(LOGIN_SECONDS):
         try:
             return _init("online", INIT_SECONDS, finish_seconds, arguments)
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
@@ -102,7 +102,7 @@ def _init(
     return run
 
 
-def can_go_online(seconds: float = LOGIN_SECONDS) -> bool:
+def can_go_online(seconds: float) -> bool:
     """Whether there is a key that a server accepts. Never prompts."""
     if time.monotonic() < _offline_until:
         return False

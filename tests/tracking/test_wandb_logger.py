@@ -397,7 +397,7 @@ def test_failed_start_removes_only_its_own_files(tmp_path, monkeypatch):
             ours.mkdir()
         raise ConnectionError
 
-    monkeypatch.setattr(wandb_service, "can_go_online", lambda: True)
+    monkeypatch.setattr(wandb_service, "can_go_online", lambda _seconds: True)
     monkeypatch.setattr(wandb_service, "end_service", lambda _code: None)
     monkeypatch.setattr(wandb_service, "_offline_until", 0.0)
     monkeypatch.setattr("wandb.init", fail)
