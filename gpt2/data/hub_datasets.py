@@ -5,7 +5,7 @@ import json
 import logging
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +92,7 @@ def open_dataset(config: DataConfig) -> Source:
     column, pattern = config.text_column, config.document_start
     tables, identity = load_tables(config.dataset_name, config.dataset_config, splits, config.cache_dir, column)
     documents = [None if table is None else TableDocuments(table, column, pattern) for table in tables]
-    fingerprints = [table and table._fingerprint for table in tables]
+    fingerprints = [None if table is None else table._fingerprint for table in tables]
     about = [identity or fingerprints, config.dataset_config, splits, column, pattern]
     text_bytes = sum(table.data[column].nbytes for table in tables if table)
     return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
@@ -116,15 +116,61 @@ def load_tables(
     Raises:
         UserError: It cannot be reached or read, or has no such configuration, split or column.
     """
-    if not Path(name).is_dir():
+    move_hub_cache()
+    identity: str | None = None
+    verified: AbstractContextManager[None] = nullcontext()
+    if Path(name).is_dir():
+        # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
+        cache = Path(cache_dir) if cache_dir else caches()
+        identity = _folder_fingerprint(Path(name), cache)
+        cache_dir = str(cache / "datasets" / identity[:16])
+        verified = verified_cache(Path(cache_dir))
+    else:
         connect()
-        return _load_tables(name, configuration, splits, cache_dir, column, key), None
-    # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
-    cache = Path(cache_dir) if cache_dir else caches()
-    identity = _folder_fingerprint(Path(name), cache)
-    tables = cache / "datasets" / identity[:16]
-    with verified_cache(tables):
-        return _load_tables(name, configuration, splits, str(tables), column, key), identity
+    import datasets
+
+    if not is_terminal():
+        datasets.disable_progress_bars()
+    with verified, _loading_errors(name, column, key):
+        builder = datasets.load_dataset_builder(name, configuration, cache_dir=cache_dir)
+        if not Path(builder.cache_dir).exists():
+            _require_space(builder)
+        _bound_memory(builder)
+        builder.download_and_prepare()
+        tables = [builder.as_dataset(split) if split else None for split in splits]
+    for table in tables:
+        if column and table is not None:
+            _require_text(table, column)
+    return tables, identity
+
+
+def _bound_memory(builder: "datasets.DatasetBuilder") -> None:
+    """Keep pyarrow from reading whole files of parquet into memory."""
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    if hasattr(builder.config, "fragment_scan_options"):
+        options = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
+        builder.config.fragment_scan_options = options
+
+
+@contextmanager
+def _loading_errors(name: str, column: str | None, key: str) -> Iterator[None]:
+    """Turn errors of `datasets` into UserErrors."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    try:
+        yield
+    except (ConnectionError, DatasetNotFoundError) as error:
+        instead = WITHOUT_NETWORK if column else f"without a network: {key}_folder=FOLDER with {name} in it"
+        raise UserError(
+            f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {instead}"
+        ) from error
+    except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
+        reason = " ".join(str(error.__cause__ or error).split())
+        if any(sign in reason for sign in SIGNS_OF_DIFFERENT_COLUMNS):
+            example = f", such as text as {column!r}" if column else ""
+            reason = f"its files do not have the same columns with values of the same types{example}"
+        raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
 
 
 @contextmanager
@@ -154,47 +200,6 @@ def verified_cache(folder: Path) -> Iterator[None]:
             sums |= zip(new, new_sums, strict=True)
             with atomic_write(file) as stored:
                 stored.write(json.dumps({name: sums[name] for name in names}).encode())
-
-
-def _load_tables(
-    name: str,
-    configuration: str | None,
-    splits: Sequence[str | None],
-    cache_dir: str | None,
-    column: str | None,
-    key: str,
-) -> "list[datasets.Dataset | None]":
-    move_hub_cache()
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    if not is_terminal():
-        datasets.disable_progress_bars()
-    try:
-        builder = datasets.load_dataset_builder(name, configuration, cache_dir=cache_dir)
-        if not Path(builder.cache_dir).exists():
-            _require_space(builder)
-        if hasattr(builder.config, "fragment_scan_options"):  # of parquet: do not read whole files into memory
-            options = ParquetFragmentScanOptions(pre_buffer=False, use_buffered_stream=True)
-            builder.config.fragment_scan_options = options
-        builder.download_and_prepare()
-        tables = [builder.as_dataset(split) if split else None for split in splits]
-    except (ConnectionError, DatasetNotFoundError) as error:
-        instead = WITHOUT_NETWORK if column else f"without a network: {key}_folder=FOLDER with {name} in it"
-        raise UserError(
-            f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {instead}"
-        ) from error
-    except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
-        reason = " ".join(str(error.__cause__ or error).split())
-        if any(sign in reason for sign in SIGNS_OF_DIFFERENT_COLUMNS):
-            example = f", such as text as {column!r}" if column else ""
-            reason = f"its files do not have the same columns with values of the same types{example}"
-        raise UserError(f"{key}: cannot load {name!r}: {reason}") from error
-    for table in tables if column else []:
-        if table is not None:
-            _require_text(table, str(column))
-    return tables
 
 
 def _require_text(table: "datasets.Dataset", column: str) -> None:
