@@ -213,7 +213,7 @@ def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
         return loader
     names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
     common: dict[str, Any] = {name: getattr(loader, name) for name in names}
-    common["generator"] = loader.generator or torch.Generator()  # as in `get_dataloaders`
+    common["generator"] = loader.generator or torch.Generator()  # its own generator, as in `get_dataloaders`
     sampler = loader.batch_sampler
     if isinstance(sampler, ShuffledBatches):
         batches = ShuffledBatches(sampler.number_of_blocks, batch_size, sampler.seed)

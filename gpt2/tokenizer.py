@@ -27,7 +27,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.json", "merges.txt"]
 # Files of `transformers` with added tokens, beside those of the tokenizer.
 ADDED_FILES = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-ADDED_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
+ADDED_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # fields of an added token
 MAX_LEARNED_WORD = 1000  # bytes
 # OpenAI's pattern, for tiktoken. The ByteLevel of the `tokenizers` library has it built in.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -139,7 +139,7 @@ class GPT2Tokenizer:
         self.added = _with_all_flags(sorted(known, key=lambda token: vocabulary[token["content"]]))
         try:
             self.backend = _make_backend(models.BPE(vocab=vocabulary, merges=merges), self.added)
-            self.backend.encode_special_tokens = True  # as text
+            self.backend.encode_special_tokens = True  # encode their names as text
         except Exception as error:  # the tokenizers library raises nothing more specific
             raise UserError(f"tokenizer: its merges or added tokens do not fit its vocabulary: {error}") from error
 

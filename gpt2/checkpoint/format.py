@@ -22,11 +22,11 @@ from gpt2.validation import brief
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]  # by the name of the tensor
+Shapes = dict[str, tuple[int, ...]]  # shapes by the names of tensors
 
 FORMAT = 2
 
-# Keys of `__metadata__` in the header of the file; safetensors wants every value to be a string.
+# Keys of `__metadata__` in the header of the file. In safetensors every value is a string.
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
 NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
 MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
@@ -171,7 +171,7 @@ def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
-    """The tensors whose names begin with `prefix`, by the rest of their names; checked against their checksums.
+    """The tensors whose names begin with `prefix`, verified, by their names without it.
 
     Raises:
         UserError: The tensors are damaged, or the file is not a checkpoint.

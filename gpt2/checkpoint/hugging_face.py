@@ -56,7 +56,7 @@ FIELDS = {
     "residual_dropout": "resid_pdrop",
     "layer_norm_epsilon": "layer_norm_epsilon",
     "initializer_range": "initializer_range",
-    "use_bias": "use_bias",  # unknown to transformers, whose GPT-2 always has biases; it preserves the field
+    "use_bias": "use_bias",  # transformers preserves this field, though its GPT-2 always has biases
 }
 
 # Other names that the `GPT2Config` of `transformers` accepts (its `attribute_map`).
@@ -163,7 +163,7 @@ def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: st
     """Drop the zero biases with which `write_folder` exports a model that has none."""
     biases = tensors.keys() - shapes_of(config).keys()
     if nonzero := sorted(name for name in biases if tensors[name].any()):
-        raise UserError(f"{source}: its {CONFIG} says use_bias=false, but these are not zero: {few(nonzero)}")
+        raise UserError(f"{source}: its {CONFIG} has use_bias=false, but these are not zero: {few(nonzero)}")
     return {name: tensor for name, tensor in tensors.items() if name not in biases}
 
 

@@ -244,7 +244,7 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load, completely or not at all.
 
     Args:
-        about: What the model card says about licence, language and repository.
+        about: Licence, language and repository for the model card.
 
     Raises:
         UserError: The model cannot be read, or the folder exists or cannot be written.
@@ -326,7 +326,7 @@ def _training(record: dict[str, Any]) -> str:
             "validation loss": loss,
             "started from": _public_name(train["init_from"]) if train.get("init_from") else "random weights",
             **{name: train[name] for name in settings},
-            "parametrization": record["model"]["parametrization"],  # the weights are those of a standard model
+            "parametrization": record["model"]["parametrization"],  # of the training; the exported weights are standard
             "PyTorch": record["versions"].get("torch"),
         }
     )

@@ -24,12 +24,12 @@ class Progress:
     epoch: int = 0
     position: int = 0  # batches of this epoch that were trained on
     tokens: int = 0  # predicted
-    seconds: float = 0.0  # in `train`, over all resumptions
+    seconds: float = 0.0  # spent in `train`, over all resumptions
     evaluated_at: int = 0  # step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
     best_at: int = 0  # step of the best evaluation; the first of equal ones
-    learning_rate: float = 0.0  # at the newest step
+    learning_rate: float = 0.0  # that of the newest step
 
     def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
         """Count a step. The end of an epoch is stored as position 0 of the next one."""
@@ -61,7 +61,7 @@ class Record:
     train: TrainingConfig
     progress: Progress
     run: TrainRun | None  # null: not trained by train.py
-    tokenizer: str | None  # as `GPT2Tokenizer.to_json` writes it
+    tokenizer: str | None  # the JSON of `GPT2Tokenizer.to_json`
     versions: dict[str, str | None]
     data: Any = None  # fingerprint
     machine: dict[str, str | int | bool | None] = field(default_factory=dict)

@@ -142,7 +142,7 @@ def every_step(folder: Path) -> list[Path]:
         UserError: One is damaged.
     """
     by_step: dict[int, Path] = {}
-    for path in newest_first(folder):  # the best may be older than those that are named by step
+    for path in newest_first(folder):  # the best one may have no file that is named by its step
         by_step.setdefault(read_record(path)["progress"]["step"], path)
     return [path for _, path in sorted(by_step.items())]
 

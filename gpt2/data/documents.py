@@ -12,7 +12,7 @@ from gpt2.data.token_files import TokenFile
 from gpt2.runtime.files import MANY_BYTES, remembered_sums, sha256_of_each
 from gpt2.runtime.hub import caches
 
-BYTES_PER_TOKEN = 4.4  # of English, with GPT-2's tokenizer
+BYTES_PER_TOKEN = 4.4  # for English text and GPT-2's tokenizer
 
 
 class Document(Protocol):
@@ -46,8 +46,8 @@ class Source:
     validation: Documents | None = None
     test: Documents | None = None
     length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
-    text_bytes: int = 0  # of all splits together; 0: unknown
-    token_files: dict[str, list[TokenFile]] | None = None  # of each split, in place of its documents
+    text_bytes: int = 0  # size of all splits together; 0: unknown
+    token_files: dict[str, list[TokenFile]] | None = None  # files of each split, in place of its documents
 
     @cached_property
     def count(self) -> int:

@@ -49,7 +49,7 @@ class TableDocuments:
         try:
             for batch in self.table.iter(1000):
                 yield from (text or "" for text in batch[self.column])
-        except (ValueError, OSError, SystemError) as error:  # of pyarrow
+        except (ValueError, OSError, SystemError) as error:  # pyarrow raises them
             raise UserError(f"data.dataset_name: its cached table is damaged: {one_line(error)}") from error
 
     def _join(self, rows: Iterable[str]) -> Iterator[str]:
@@ -228,7 +228,7 @@ def _require_space(builder: "datasets.DatasetBuilder") -> None:
                 needed += 2 * (fsspec.url_to_fs(file)[0].size(file) or 0)  # the download, and a table at least as large
                 continue
             table = Path(file).stat().st_size
-            if file.endswith(".parquet"):  # which is compressed
+            if file.endswith(".parquet"):  # the file is compressed
                 footer = parquet.read_metadata(file)
                 table = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
             needed += table * (1 + 2 / BYTES_PER_TOKEN)

@@ -84,7 +84,7 @@ class TextFile:
 def _next_character(file: BinaryIO, first: int, place: int) -> int:
     """The first place at or after `place` where a character begins. Places are counted from byte `first` of a file."""
     if place == 0:
-        return 0  # if the text begins with an invalid byte, it must be read and reported
+        return 0  # an invalid byte at the beginning of the text must be read, to be reported
     file.seek(first + place)
     data = file.read(3)  # at most three bytes of a character follow its first one
     return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))

@@ -28,9 +28,9 @@ Result = TypeVar("Result")
 Parts = Iterable[str]  # a document: its text, in parts
 
 # Lengths in characters.
-PIECE_LENGTH = 1 << 16  # of a string that is encoded: the tokenizer slows down on longer ones
-MAX_PIECE_LENGTH = 1 << 20  # of a string without a boundary: bounds memory
-BATCH_LENGTH = 1 << 18  # of the strings that a thread encodes at a time: bounds memory, and amortizes the hand-over
+PIECE_LENGTH = 1 << 16  # length of an encoded string: the tokenizer slows down on longer ones
+MAX_PIECE_LENGTH = 1 << 20  # length of a string without a boundary: bounds memory
+BATCH_LENGTH = 1 << 18  # length of the strings that a thread encodes at a time: bounds memory, amortizes the hand-over
 BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
 
 TOKENS_PER_COMMIT = 1 << 24  # the most that a kill loses: a few seconds of work
@@ -76,7 +76,7 @@ def write_tokens(
     with path.open("r+b" if path.exists() else "w+b") as file, track(description, unit="tokens") as advance:
         digest = sha256_of_next(file, written.tokens * dtype.itemsize)
         if digest.hexdigest() != written.sha256:
-            log.warning("data: %s is damaged, it is written anew", path)
+            log.warning("data: %s is damaged, it is written again", path)
             digest, written = hashlib.sha256(), Written()
             file.seek(0)
         file.truncate()

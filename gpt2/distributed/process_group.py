@@ -183,7 +183,7 @@ def _store() -> dist.Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
     # torchrun's store outlives the ranks that it restarts, so the keys of each attempt need a prefix. The count of
-    # restarts is none on several machines: a machine whose ranks did not fail does not count the restart.
+    # restarts cannot be the prefix on several machines: a machine without a failed rank does not count the restart.
     restarts, machines = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]), int(os.environ["GROUP_WORLD_SIZE"])
     if restarts and machines > 1:
         raise UserError("torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

@@ -57,7 +57,8 @@ PEAK_TERAFLOPS = {
     "V100": 125.0,  # the same: SXM2
     "T4": 65.0,  # T4, data sheet
 }
-OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}  # with these words, a name is that of another chip or a part
+# A name with one of these words in addition is that of another chip, or of a part of one.
+OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}
 
 # Names in PyTorch's `get_capabilities`, first of x86, then of ARM.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -166,7 +167,7 @@ def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> 
             began = time.perf_counter()
             way()
             taken.append(time.perf_counter() - began)
-    return [min(taken[1:]) for taken in seconds]  # the first run also sets things up
+    return [min(taken[1:]) for taken in seconds]  # without the first run, which may compile or allocate
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")  # of Linux
+    file = Path("/proc/cpuinfo")  # on Linux
     match = re.search(r"model name\s*: (.+)", file.read_text() if file.exists() else "")
     return match[1] if match else platform.processor() or platform.machine()
 

@@ -84,7 +84,7 @@ def exit_without_finalization() -> Iterator[None]:
     (pytorch/pytorch#190489), so torchrun reports a complete run as failed. Exit handlers that were registered before
     the block do not run.
     """
-    code = 1  # of an exception that is not caught
+    code = 1  # the exit code after an uncaught exception
 
     def end() -> None:
         logging.shutdown()

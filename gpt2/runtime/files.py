@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 TEMPORARY_PREFIX = ".saving-"  # begins the name of an incomplete file or folder
 LOCK = ".lock"
 MANY_BYTES = 2**28  # reading as many takes a second on a slow disk
-TIME_RESOLUTION = 2 * 10**9  # of the times of files, at worst, in nanoseconds
+TIME_RESOLUTION = 2 * 10**9  # nanoseconds by which a file's times may be inexact
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def rename_to_disk(folder: Path, target: Path) -> None:
 
 @contextmanager
 def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterator[None]:
-    """Check that a folder can be written to, before the work whose results it will hold.
+    """Check that a folder can be written to, before the work whose results go there.
 
     The folder and its parents are created. Those that are still empty at the end of the block are removed.
 
@@ -280,7 +280,7 @@ def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]
 
 
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
-    """What is wrong with the files of a folder, whose checksums by name are `sums`; None if they are intact.
+    """What is wrong with the files of a folder, of which `sums` are the checksums by name; None if they are intact.
 
     Checksums are remembered in a file beside the folder, see `remembered_sums`.
     """

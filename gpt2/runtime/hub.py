@@ -24,7 +24,7 @@ WITHOUT_NETWORK = (
 # Environment variables that hold the URL of a server.
 ADDRESSES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_proxy")
 
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # the names of OpenAI's models
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's models
 
 
 def is_on_hub(name: str) -> bool:
@@ -111,7 +111,7 @@ def _address(name: str) -> tuple[str, int]:
     try:
         url = urlsplit(value if "://" in value else f"http://{value}")
         return url.hostname or "", url.port or (80 if url.scheme == "http" else 443)
-    except ValueError:  # its message may contain a part of the password
+    except ValueError:  # the message may contain a part of the password
         hint = "in a password, /, @ and : are written %2F, %40 and %3A"
         raise UserError(f"{name}: not the URL of a server, such as http://USER:PASSWORD@HOST:3128; {hint}") from None
 
@@ -138,14 +138,14 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
     for name in names:
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:  # the bases of huggingface_hub's errors
+        except (OSError, ValueError) as error:  # the base classes of the errors of huggingface_hub
             reason = error
             continue
         if any(any(folder.glob(pattern)) for pattern in patterns):  # offline, the cached snapshot may be incomplete
             return folder
     raise UserError(
-        f"{repository}: there is no such folder here, and {patterns[0]} is not to be had from the Hugging Face Hub "
-        f"or its cache; {instead}"
+        f"{repository}: there is no such folder here, and neither the Hugging Face Hub nor its cache provides "
+        f"{patterns[0]}; {instead}"
     ) from reason
 
 

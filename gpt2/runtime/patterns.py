@@ -32,14 +32,14 @@ def files_matching(pattern: str) -> Iterator[str]:
 
 def no_file(pattern: str) -> str | None:
     """Why a pattern matches no file; None if it matches one."""
-    if any(map(isfile, files_matching(pattern))):  # the first is enough: a folder may hold a hundred thousand
+    if any(map(isfile, files_matching(pattern))):  # stops at the first: a folder may hold a hundred thousand files
         return None
     paths = list(files_matching(pattern))
     if not paths:
         return f"no file matches {pattern!r} (looked from {Path.cwd()})"
     try:
         is_folder = S_ISDIR(Path(paths[0]).stat().st_mode)
-    except OSError as error:  # of a link to nothing or to itself
+    except OSError as error:  # a link to nothing or to itself
         return f"{paths[0]!r} leads to no file ({error.strerror})"
     if is_folder:
         like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"

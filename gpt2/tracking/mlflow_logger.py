@@ -23,7 +23,7 @@ STORE = Path("outputs/mlruns")
 ARTIFACTS = Path("outputs/mlartifacts")  # files of runs in a database on this machine; MLflow's default is ./mlruns
 STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # other endings: FAILED
 MAX_KEY, MAX_VALUE = 250, 6000  # characters that MLflow accepts
-MAX_METRICS, MAX_PARAMS = 1000, 100  # of a request to MLflow
+MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in a request
 
 
 class MlflowLogger(ExternalLogger):
@@ -40,8 +40,8 @@ class MlflowLogger(ExternalLogger):
         self.is_folder = "://" not in self.uri.removeprefix("file://")
         self.is_database = self.uri.startswith("sqlite:")  # on this machine
         if self.is_folder:
-            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for a database otherwise
-        import mlflow  # noqa: F401  # in the main thread
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # otherwise MLflow 3 requires a database
+        import mlflow  # noqa: F401  # imported in the main thread
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it prints to standard error
         self.seconds = 30.0 if self.is_folder or self.is_database else 5.0  # creating the tables takes several

@@ -83,7 +83,7 @@ class Ended:
 class ExternalLogger:
     """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in a thread of its own."""
 
-    title = "This logger"  # in messages
+    title = "This logger"  # its name in messages
     seconds = 30.0  # how long the end of a run waits until everything is logged
     id: str | None = None  # stored in checkpoints
 

@@ -65,7 +65,7 @@ def upload_command(run_ids: Collection[str]) -> str | None:
     elif len(run_ids) == 1:
         pattern = f"{'offline-' if is_offline else '*'}run-*-{next(iter(run_ids))}"
     else:
-        begin = os.path.commonprefix(names)  # noqa: RUF071  # of names, not of paths: they begin with kind and time
+        begin = os.path.commonprefix(names)  # noqa: RUF071  # names begin with kind and time
         pattern = f"{begin or '*run-'}*"
     return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}"
 

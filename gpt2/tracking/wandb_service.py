@@ -24,16 +24,16 @@ from gpt2.tracking.loggers import limit, within
 log = logging.getLogger(__name__)
 
 LOGIN_SECONDS = 3.0  # one small request
-INIT_SECONDS = 4.0  # to create the run on the server
-TABLE_SECONDS = 0.5  # to hand over a table at the end of a run, which happens twice
-FINISH_SECONDS = 4.0  # to upload the rest
-UPLOAD_SECONDS = 600.0  # to upload the rest with a checkpoint
-STAGING_SECONDS = 60.0  # to copy a checkpoint to where it is uploaded from
-GRACE_SECONDS = 1.0  # by which wandb may exceed its own timeouts
-LOCAL_SECONDS = 60.0  # to start wandb's process, and for all calls offline, which are fast except on a busy machine
-RETRY_SECONDS = 600.0  # until a server that failed is contacted again
+INIT_SECONDS = 4.0  # time to create the run on the server
+TABLE_SECONDS = 0.5  # time to hand over a table at the end of a run, which happens twice
+FINISH_SECONDS = 4.0  # time to upload the rest at the end
+UPLOAD_SECONDS = 600.0  # the same if a checkpoint is uploaded
+STAGING_SECONDS = 60.0  # time to copy a checkpoint into the folder of uploads
+GRACE_SECONDS = 1.0  # excess of wandb over its own timeouts that is allowed
+LOCAL_SECONDS = 60.0  # time to start wandb's process, and for each offline call; only a busy machine needs so much
+RETRY_SECONDS = 600.0  # time after which a server that failed is contacted again
 
-_offline_until = 0.0  # until then, runs of this process are offline
+_offline_until = 0.0  # time.monotonic() until which the runs of this process are offline
 
 
 def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
@@ -67,7 +67,7 @@ def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
 def prepare() -> None:
     """Set environment variables for `start`. In the main thread, as changing them is not thread-safe in C."""
     os.environ.pop("WANDB_SERVICE", None)  # set by a parent process, which may end before this one
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without network it delays the exit by 20 seconds
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without a network, reports delay the exit by 20 s
 
 
 def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: Any) -> Any:
@@ -125,7 +125,7 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
 
 
 def mark_as_synced(folder: Path) -> None:
-    """Make the file by which `wandb sync` knows that the server has this folder of a run."""
+    """Make the file that tells `wandb sync` that this folder of a run is uploaded."""
     for file in folder.glob("*.wandb"):
         file.with_name(f"{file.name}.synced").touch()
 

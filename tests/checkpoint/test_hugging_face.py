@@ -356,7 +356,7 @@ REFUSED = [
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
     (lambda folder: describe(folder, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
-    (lambda folder: describe(folder, use_bias=False), "says use_bias=false, but"),
+    (lambda folder: describe(folder, use_bias=False), "has use_bias=false, but"),
 ]
 
 

@@ -162,7 +162,7 @@ def test_damaged_or_foreign_remains_are_written_anew(text, monkeypatch, caplog):
         caplog.clear()
         prepared = prepare(config)
         assert contents(prepared.folder) == whole
-        assert ("train.bin is damaged, it is written anew" in caplog.text) == (damage in (flip, *damages[2:4]))
+        assert ("train.bin is damaged, it is written again" in caplog.text) == (damage in (flip, *damages[2:4]))
         files.remove(prepared.folder)
 
 
