@@ -24,7 +24,7 @@ class Evaluation:
     evaluator: "Evaluator | TaskEvaluator"
     what: str  # the split, or the names of the tasks
     title: str
-    about: Figures  # what its result says beside the figures
+    about: Figures  # further entries of its result
 
 
 @script("evaluate")  # for shell completion, Hydra looks here for the text @hydra.main
@@ -47,7 +47,7 @@ def main(config: EvaluateRun) -> None:
         if config.quantization:
             refuse_quantization(config.quantization, choose_device(config.device), "quantization")
         for one in configs:
-            earlier_results(Path(str(one.output)))  # whatever is no result file is refused before anything is computed
+            earlier_results(Path(str(one.output)))  # refuses a file that holds no results, before anything is computed
         for one in configs:
             trained = open_model(one.checkpoint)
             model = trained.build()  # before the data, whose preparation takes time: the file may be damaged

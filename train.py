@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from gpt2.cli.job import output_folder
 from gpt2.cli.resume import saved_settings
-from gpt2.cli.script import output_folder, script
+from gpt2.cli.script import script
 from gpt2.config import GPT2Config, TrainRun
 from gpt2.errors import UserError
 from gpt2.runtime.signals import Interrupted

@@ -24,25 +24,21 @@ class GPT2Config:
     attention_dropout: float = 0.1  # on the attention weights
     residual_dropout: float = 0.1  # before each residual addition
     layer_norm_epsilon: float = 1e-5  # added to the variance
-    initializer_range: float = (
-        0.02  # standard deviation of initial weights; residual projections: / sqrt(2 * num_layers)
-    )
+    # Standard deviation of initial weights; that of residual projections is divided by sqrt(2 * num_layers).
+    initializer_range: float = 0.02
     use_bias: bool = True  # in the linear layers
-    parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate stays when the width grows
+    parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate is the same for all widths
     mup_base_width: int = 256  # d_model at which mup has GPT-2's initialization, rates and logits
     mup_base_head_width: int = 64  # d_model / num_heads at which mup has GPT-2's attention
 
     @property
     def width_ratio(self) -> float:
-        """mup_base_width / d_model with mup, else 1.
-
-        Multiplies the logits, and the initial variance and learning rate of hidden matrices.
-        """
+        """With mup, the factor on the logits and on the initial variance and learning rate of hidden matrices."""
         return self.mup_base_width / self.d_model if self.parametrization == "mup" else 1.0
 
     @property
     def query_ratio(self) -> float:
-        """With mup, attention's scores in proportion to GPT-2's: 1 / head width instead of 1 / sqrt(head width)."""
+        """With mup, the factor that makes attention divide by the head width instead of its square root."""
         return sqrt(self.mup_base_head_width * self.num_heads / self.d_model) if self.parametrization == "mup" else 1.0
 
 
@@ -68,8 +64,7 @@ OPTIMIZERS = {
     ),
 }
 
-
-# The tasks of the field that a model can be evaluated on, and their datasets; see `gpt2.tasks.table`.
+# Benchmarks that a model can be evaluated on, and their datasets on the Hub; see `gpt2.tasks.table`.
 TASKS = {
     "hellaswag": "Rowan/hellaswag",
     "lambada": "EleutherAI/lambada_openai",
@@ -102,9 +97,8 @@ class TrainingConfig:
     num_workers: int = 4  # processes that load data, at most one for each core that does not train
     pin_memory: bool = True  # load batches into page-locked memory, from which copies to a GPU are faster
     mixed_precision: bool = True  # false: fp32, regardless of precision
-    gradient_checkpointing: bool = (
-        False  # recompute activations in the backward pass: less memory, a third more compute
-    )
+    # Recompute activations in the backward pass: less memory, a third more compute.
+    gradient_checkpointing: bool = False
 
     init_from: str | None = None  # start from the weights of a trained model, named as checkpoint= of generate.py
     max_steps: int | None = None  # null: max_epochs decides
@@ -182,12 +176,8 @@ class InferenceConfig:
     speculate: Literal["prompt_lookup"] | None = None
 
 
-WHEN_LOADED = (
-    "precision",
-    "quantization",
-    "compile",
-    "speculate",
-)  # fields of InferenceConfig that are fixed once a model is loaded
+# Fields of InferenceConfig that are fixed once a model is loaded.
+WHEN_LOADED = ("precision", "quantization", "compile", "speculate")
 
 
 @dataclass
@@ -198,7 +188,7 @@ class OptunaConfig:
     timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
     study_name: str = "gpt2_optimization"
     storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
-    direction: str = "minimize"  # or maximize
+    direction: Literal["minimize", "maximize"] = "minimize"
     sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
     pruner: str = "MedianPruner"  # likewise, or Optuna's name: median, asha, hyperband, none
     n_startup_trials: int = 10  # drawn at random before TPE, CMA-ES or GP; completed before the median pruner starts
@@ -256,7 +246,7 @@ class DistributedConfig:
 
 @dataclass
 class StudyOfRun:
-    """The trial of a study that a run is; all null for other runs. Set by the study."""
+    """The trial that a run of a study trains; all null for other runs. Set by the study."""
 
     name: str | None = None
     trial: int | None = None  # number
@@ -398,12 +388,11 @@ class StudyPlan:
     panels: str | None = None  # key whose values are panels of the plot, one below the other
 
 
-# Keys of a TrainRun that a file never decides: accounts, places, devices and workers of the user who runs it.
-OF_THE_USER = (
+# Keys of a TrainRun that are never taken from a checkpoint: accounts, places, devices and workers of its user.
+USER_KEYS = (
     *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints"),
     *("mlflow.tracking_uri", "mlflow.experiment"),
     *("data.cache_dir", "data.preprocessing_num_workers", "train.device", "train.num_workers"),
 )
 
-Benchmark = GenerationBenchmark | TrainingBenchmark
-Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | Benchmark | DoctorRun
+Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark | TrainingBenchmark | DoctorRun

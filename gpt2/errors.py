@@ -1,9 +1,10 @@
-"""Exceptions that a user may see as one line, what recognizes a full disk or memory, and stars for credentials."""
+"""Exceptions that a user sees as one line; detection of a full disk and exhausted memory; masking of credentials."""
 
 import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EFBIG, EIO, EISDIR, ELOOP, ENAMETOOLONG, ENOMEM, ENOSPC, ENOTDIR, EPERM, EROFS, ESTALE
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -23,6 +24,15 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return "\n".join(self.problems)
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Add the problems of a UserError to a list instead of raising it."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
 
 
 class ResourceError(UserError):
@@ -64,7 +74,7 @@ def machine_error(error: BaseException) -> str | None:
 
 
 def few(names: Collection[str], separator: str = ", ") -> str:
-    """The first three of some names, and how many more there are: a damaged file may have thousands, or long ones."""
+    """The first three names, shortened, and how many more there are: a damaged file may have thousands."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return separator.join(shortened(name, 700) for name in list(names)[:3]) + more
 
@@ -93,20 +103,20 @@ def _as_written(character: str) -> str:
 
 
 _COLON, _SLASH, _AT = map(_as_written, ":/@")
-# A URL up to the last @ before a space, since a password may contain @, / and :. It may have a slash too few, which
-# pathlib drops, or `--` for each, which the cache of the Hub writes.
+# A URL up to the last @ before a space, since a password may contain @, / and :. pathlib drops one of the two slashes,
+# and the cache of the Hub writes `--` for each.
 _IN_URL = re.compile(
     rf"(?<!\S)(?>(?P<start>\S*?(?:(?<!sqlite)(?<!journal)(?<!file){_COLON}{_SLASH}|https?{_COLON}(?:--)*"
     rf"|(?P<no_scheme>(?<![:/]){_SLASH}{_SLASH})){_SLASH}*))(?P<rest>\S+){_AT}",
     re.IGNORECASE,
 )
-# Credentials come before the first slash, so `host/a@b` and `host:8080/a@b` have none. A colon behind the slash is
-# that of a password with a slash in it, or of another URL.
+# Credentials come before the first slash, so `host/a@b` and `host:8080/a@b` have none. A colon behind the slash belongs
+# to a password that contains a slash, or to another URL.
 _HOST_AND_PATH = re.compile(
     rf"(?:\[[\da-f:.]+\]|(?:(?!{_COLON}|{_SLASH}|{_AT})[^\s?#])+)(?:{_COLON}\d+)?(?:{_SLASH}|[?#])(?:(?!{_COLON})\S)*",
     re.IGNORECASE,
 )
-_WITHOUT_SCHEME = re.compile(  # if a host with a port follows
+_WITHOUT_SCHEME = re.compile(  # `user:password@` before a host with a port
     rf"(?<!\S)(?>(\S*?)(?<![\w:/@.+-])[\w.+-]++{_COLON}(?=[^\s/:@'\"]))\S+{_AT}(?=\[[\da-f:]|[\w.-]+:\d)", re.IGNORECASE
 )
 _OF_DATABASE = re.compile(r"(postgres|mysql|mariadb|redis)[\w+]*:/+$", re.IGNORECASE)
@@ -123,11 +133,11 @@ _NAMED = re.compile(
 
 
 def without_password(text: str, url: str | None = None) -> str:
-    """A text with stars for the credentials in it, in any form into which libraries rewrite them.
+    """Replace the credentials in a text by stars, also where a library has escaped or percent-encoded them.
 
-    These are users and passwords in URLs (the user of a database remains), values of keys such as `password`, those of
-    `token` and the like in a query or if they look random, and what is known to be secret, wherever it occurs: tokens
-    and passwords in environment variables, and the password of `url`.
+    Credentials are: users and passwords in URLs (the user of a database remains); values of keys such as `password`;
+    values of keys such as `token` in a query, or that look random; and, wherever they occur, tokens and passwords in
+    environment variables and the password of `url`.
     """
     for secret in {*_secrets_of_environment(), *_passwords_of(url or "")}:
         text = text.replace(secret, "***")
@@ -160,7 +170,7 @@ def _passwords_of(url: str) -> set[str]:
 
 
 def without_secrets(text: str) -> str:
-    """The same also without users of databases and values in queries of URLs, for what is uploaded."""
+    """Replace also users of databases and values in queries of URLs by stars, for texts that are uploaded."""
     text = re.sub(r"(://)[^/@\s]*@", r"\1***@", without_password(text))
     return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
 

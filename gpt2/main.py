@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gpt2.cli.arguments import COMMANDS, split_arguments, take_subcommand
 from gpt2.cli.compose import ROOT
+from gpt2.cli.error_lines import errors_as_lines
 from gpt2.cli.help import study_help
-from gpt2.cli.script import errors_as_lines, script
+from gpt2.cli.script import script
 from gpt2.config import ExportRun
 from gpt2.errors import UserError, few
 from gpt2.runtime.console import protect_output
@@ -48,20 +49,19 @@ def export(config: ExportRun) -> None:
     print(f"\nIn Python:  transformers.pipeline('text-generation', {config.push or config.to!r})")
 
 
-COMPARE = """usage: python -m gpt2.main compare [RUN ...] [OPTIONS]
-
-Compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs.
-
-  sort=KEY          a column, such as loss (the default) or tokens_per_second, or a setting: learning_rate
-  html=FILE         write everything into this one HTML file
-  picture=FILE      write the plot into this file; default: outputs/comparison.png
-  columns=KEY,...   the settings to show, instead of the six that say most; also columns, such as steps
-  --json            for programs, instead of the table
-  --markdown        for documents, instead of the table"""
-
-
 def compare() -> None:
-    paths, options = split_arguments(COMPARE)
+    """usage: python -m gpt2.main compare [RUN ...] [OPTIONS]
+
+    Compare runs: run folders, folders that contain runs, or patterns; default: outputs/runs.
+
+      sort=KEY          a column, such as loss (the default) or tokens_per_second, or a setting: learning_rate
+      html=FILE         write everything into this one HTML file
+      picture=FILE      write the plot into this file; default: outputs/comparison.png
+      columns=KEY,...   the settings to show, instead of the six that say most; also columns, such as steps
+      --json            for programs, instead of the table
+      --markdown        for documents, instead of the table
+    """
+    paths, options = split_arguments(compare)
     picture_file = options.get("picture") or "outputs/comparison.png"
     kind = Path(picture_file).suffix.removeprefix(".")
     if kind not in ("png", "svg", "pdf"):
@@ -105,19 +105,18 @@ def compare() -> None:
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)
 
 
-STUDY = """usage: python -m gpt2.main study experiments/STUDY [OPTIONS]
-
-Run the missing runs of a recorded study, and write its table and picture. Ctrl-C stops it, the same command resumes it.
-
-  variants=NAME,...  only the runs of these variants; table and picture are not written then
-  jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
-  threads=N          threads of each run; default: the cores divided by the runs at a time
-  --plan             only print what is missing and what it costs here: tokens, FLOPs, hours, disk
-  --redraw           only write table and picture again, from results.csv"""
-
-
 def study() -> None:
-    paths, options = split_arguments(STUDY)
+    """usage: python -m gpt2.main study experiments/STUDY [OPTIONS]
+
+    Run the missing runs of a recorded study, and write its table and picture. After Ctrl-C the same command resumes.
+
+      variants=NAME,...  only the runs of these variants; table and picture are not written then
+      jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
+      threads=N          threads of each run; default: the cores divided by the runs at a time
+      --plan             only print what is missing and what it costs here: tokens, FLOPs, hours, disk
+      --redraw           only write table and picture again, from results.csv
+    """
+    paths, options = split_arguments(study)
     numbers = {key: int(value) for key, value in options.items() if value.isdecimal()}
     problems = []
     if len(paths) != 1:

@@ -8,15 +8,13 @@ import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
 from math import inf
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from gpt2.config import (
     EXTRA_LOGGERS,
@@ -32,7 +30,6 @@ from gpt2.config import (
     GPT2Config,
     InferenceConfig,
     OptunaConfig,
-    StudyConfig,
     TrainingBenchmark,
     TrainingConfig,
     TrainRun,
@@ -41,6 +38,7 @@ from gpt2.errors import UserError, without_password
 from gpt2.runtime.dist_env import DistEnv, dist_env, division
 from gpt2.runtime.hub import is_on_hub
 from gpt2.runtime.patterns import no_expression, no_file
+from gpt2.runtime.plain_values import brief, choices_of, from_plain, options_of, shown
 
 Problems = list[str]
 Bounds = Mapping[str, tuple[float, float, str]]  # key: smallest value, largest value, both in words
@@ -56,11 +54,10 @@ COUNT_OR_ZERO = (0, inf, "a whole number of at least 0")
 POSITIVE = (_TINY, inf, "a finite number above 0")
 NOT_NEGATIVE = (0, inf, "a finite number of at least 0")
 PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
-FRACTION = (_TINY, _BELOW_ONE, "above 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
-MOST_WEIGHTS = 10**12  # of a model: 4 terabytes
-NO_PASSWORD = "a URL with a user or a password; it would be in all files of the run"
-HOLDS_ANY_TEXT = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
+MAX_WEIGHTS = 10**12  # of a model: 4 terabytes
+PASSWORD_REFUSED = "a URL with a user or a password; it would be in all files of the run"
+FREE_TEXT_KEYS = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
 BOUNDS: dict[type, Bounds] = {
     GPT2Config: {
@@ -86,7 +83,7 @@ BOUNDS: dict[type, Bounds] = {
     DataConfig: {
         **dict.fromkeys(("max_length", "preprocessing_num_workers"), COUNT),
         "vocab_size": (257, 2**31 - 1, "at least 257 (the 256 bytes and <|endoftext|>)"),
-        "validation_fraction": FRACTION,
+        "validation_fraction": (_TINY, _BELOW_ONE, "above 0 and below 1"),
     },
     InferenceConfig: {
         **dict.fromkeys(("max_new_tokens", "num_return_sequences", "top_k"), COUNT),
@@ -121,28 +118,28 @@ def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Pro
 
 
 def validate_lists(config: Any, prefix: str) -> Problems:
-    """Problems of lists: OmegaConf accepts a list or a mapping inside a list, and Python accepts everything."""
+    """Problems of lists whose items have a wrong type: OmegaConf accepts lists and mappings in any list."""
     problems, words = [], {str: "texts", int: "whole numbers"}
     for key, hint in get_type_hints(type(config)).items():
-        items = [get_args(option)[0] for option in _options(hint) if get_origin(option) is list]
-        kind = next((words_of for words_of in (str, int) if words_of in items), None)
         value = getattr(config, key)
-        if kind and value is not None and not (isinstance(value, list) and all(type(item) is kind for item in value)):
-            problems.append(f"{prefix}{key}: {value!r} is not a list of {words[kind]}")
+        for kind in [get_args(option)[0] for option in options_of(hint) if get_origin(option) is list]:
+            is_right = value is None or (isinstance(value, list) and all(type(item) is kind for item in value))
+            if kind in words and not is_right:
+                problems.append(f"{prefix}{key}: {value!r} is not a list of {words[kind]}")
     return problems
 
 
 def validate_fields(config: Any, prefix: str) -> Problems:
-    """Problems of single fields: numbers out of bounds, values that are not among the choices, names of no device."""
+    """Problems of single fields: numbers out of bounds, values that are no choice, unknown devices, passwords."""
     problems = out_of_bounds(vars(config), BOUNDS.get(type(config), {}), prefix)
     for key, hint in get_type_hints(type(config)).items():
         value, choices = getattr(config, key), choices_of(hint)
         if choices and value not in choices:
-            problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(map(_shown, choices))}")
+            problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(map(shown, choices))}")
         elif key == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             problems.append(f"{prefix}{key}: {value!r} is none of auto, cuda, cuda:N, mps, cpu")
-        elif key not in HOLDS_ANY_TEXT and has_password(value):
-            problems.append(f"{prefix}{key}: {NO_PASSWORD}")
+        elif key not in FREE_TEXT_KEYS and has_password(value):
+            problems.append(f"{prefix}{key}: {PASSWORD_REFUSED}")
     return problems
 
 
@@ -150,27 +147,6 @@ def has_password(value: Any) -> bool:
     """Whether there is a URL with a user or a password in a text or a list of texts."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     return any(":/" in text and without_password(text) != text for text in texts)
-
-
-def choices_of(hint: Any) -> tuple[Any, ...]:
-    """The values of `Literal[...]`, and None where it is optional; empty for other types."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    inner = [choice for option in _options(hint) if option is not hint for choice in choices_of(option)]
-    return (*inner, None) if inner else ()
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; otherwise the type alone."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _shown(choice: Any) -> str:
-    return "null" if choice is None else str(choice)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values from files and from a session
 
 
 def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
@@ -183,81 +159,6 @@ def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
     if problems := validate(result):
         raise UserError(*problems)
     return result
-
-
-NO_SUCH_KEY = "there is no such key"
-
-
-def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
-    """An instance of a dataclass from the plain values of a file, whose keys and types may be wrong. Ranges may be too.
-
-    A value that is missing is the default of its field; a dataclass inside must not be missing.
-
-    Raises:
-        UserError: With all problems.
-    """
-    problems: Problems = []
-    result = _instance(kind, values, prefix, problems)
-    if problems:
-        raise UserError(*problems)
-    return result
-
-
-def _instance(kind: type, values: Any, prefix: str, problems: Problems) -> Any:
-    """See `from_plain`; None if anything was added to `problems`."""
-    if not isinstance(values, dict):
-        problems.append(f"{prefix.rstrip('.')}: {brief(values)} is not a group of keys and values")
-        return None
-    hints, arguments = get_type_hints(kind), {}
-    unknown = [key for key in values if key not in hints]
-    problems += [f"{prefix}{key}: {NO_SUCH_KEY}; there are {', '.join(hints)}" for key in map(brief, unknown)]
-    for field in fields(kind):
-        key, options = field.name, _options(hints[field.name])
-        nested = next(filter(is_dataclass, options), None)
-        if key not in values:
-            if nested or field.default is field.default_factory is MISSING:
-                problems.append(f"{prefix}{key}: missing")
-        elif nested and not (values[key] is None and NoneType in options):
-            arguments[key] = _instance(nested, values[key], f"{prefix}{key}.", problems)  # type: ignore[arg-type]
-        else:
-            try:
-                arguments[key] = _as_type(values[key], hints[key])
-            except ValueError as error:
-                problems.append(f"{prefix}{key}: {error}")
-    return None if problems else kind(**arguments)
-
-
-def brief(value: Any) -> str:
-    """A value of a file in a message: short, in one line, and a name without quotes."""
-    return value if isinstance(value, str) and value.isidentifier() and len(value) < 30 else reprlib.repr(value)
-
-
-_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-_IN_WORDS |= {list: "a list", dict: "a group of keys and values"}
-
-
-def _as_type(value: Any, hint: Any) -> Any:
-    """A value as an instance of a field's type. A text that is a number counts: YAML reads 1e-3 as a text.
-
-    Raises:
-        ValueError: It has another type; the message says in words which one is expected.
-    """
-    for option in _options(hint):
-        kind, inner = get_origin(option), get_args(option)
-        if option is Any or type(value) is option or value in choices_of(option):
-            return value
-        if kind is list and isinstance(value, list):
-            return [_as_type(item, inner[0]) for item in value]
-        if kind is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {key: _as_type(item, inner[1]) for key, item in value.items()}
-        if option is float and type(value) in (int, str):
-            with suppress(ValueError, OverflowError):
-                return float(value)
-    words = (
-        _IN_WORDS.get(option) or ", ".join(map(_shown, choices_of(option))) or _IN_WORDS[get_origin(option)]
-        for option in _options(hint)
-    )
-    raise ValueError(f"{reprlib.repr(value)} is not {' or '.join(words)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,19 +177,16 @@ def validate(config: Any, prefix: str = "") -> Problems:
     return list(dict.fromkeys(problems))
 
 
-def _model(config: GPT2Config, prefix: str) -> Problems:
+def _model(config: GPT2Config, prefix: str) -> Iterator[str]:
     width, heads = config.d_model, min(config.num_heads, config.d_model)
     if out_of_bounds(vars(config), BOUNDS[GPT2Config], prefix):
-        return []
+        return
     tables, block = (config.vocab_size + config.context_length) * width, width * (4 * width + 2 * config.d_ff)
-    if (weights := tables + config.num_layers * block) > MOST_WEIGHTS:
-        return [
-            f"{prefix}d_model: {width} makes a model of {weights:.0e} weights, at most {MOST_WEIGHTS:.0e} are allowed"
-        ]
-    if width % config.num_heads == 0:
-        return []
-    nearest = next(n for away in count() for n in (heads - away, heads + away) if n > 0 and width % n == 0)
-    return [f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={width}, {nearest} would"]
+    if (weights := tables + config.num_layers * block) > MAX_WEIGHTS:
+        yield f"{prefix}d_model: {width} makes a model of {weights:.0e} weights, at most {MAX_WEIGHTS:.0e} are allowed"
+    elif width % config.num_heads:
+        nearest = next(n for away in count() for n in (heads - away, heads + away) if n > 0 and width % n == 0)
+        yield f"{prefix}num_heads: {config.num_heads} heads do not divide {prefix}d_model={width}, {nearest} would"
 
 
 def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
@@ -337,18 +235,15 @@ def _data(config: DataConfig, prefix: str) -> Iterator[str]:
 
 
 def _inference(config: InferenceConfig, prefix: str) -> Iterator[str]:
-    if isinstance(config.stop, str):
-        yield f"{prefix}stop: a list of texts is wanted, not {config.stop!r}"
-    elif "" in config.stop:
+    if "" in config.stop:
         yield f"{prefix}stop: an empty text matches everywhere, so nothing would be generated"
     yield from _quantization(config, prefix)
 
 
-def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Problems:
-    if not config.quantization or config.precision in ("auto", "fp32"):
-        return []
-    quantization = f"{prefix}quantization={config.quantization}"
-    return [f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"]
+def _quantization(config: InferenceConfig | EvaluateRun, prefix: str) -> Iterator[str]:
+    if config.quantization and config.precision not in ("auto", "fp32"):
+        quantization = f"{prefix}quantization={config.quantization}"
+        yield f"{prefix}precision: {config.precision} contradicts {quantization}, drop one of the two"
 
 
 def validate_parametrization(model: GPT2Config, train: TrainingConfig) -> Problems:
@@ -457,18 +352,11 @@ def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]
         yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
 
 
-def _optuna(config: OptunaConfig, prefix: str) -> Iterator[str]:
-    if config.direction not in ("minimize", "maximize"):
-        yield f"{prefix}direction: {config.direction!r} is none of minimize, maximize"
-
-
 RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     GPT2Config: _model,
     TrainingConfig: _training,
     DataConfig: _data,
     InferenceConfig: _inference,
-    OptunaConfig: _optuna,
-    StudyConfig: _optuna,
     TrainRun: _train_run,
     EvaluateRun: _evaluate_run,
     GenerateRun: _loggers,

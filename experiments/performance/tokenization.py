@@ -21,7 +21,7 @@ from gpt2.benchmarks.common import circumstances, headline, interleaved, spread,
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
-from gpt2.cli.script import errors_as_lines
+from gpt2.cli.error_lines import errors_as_lines
 from gpt2.data import corpus
 from gpt2.data.sources import open_source
 from gpt2.data.token_writer import token_dtype

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import atomic_write, fsync, sha256_of_next
-from gpt2.validation import brief
+from gpt2.runtime.plain_values import brief
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,8 @@ from typing import Any
 from gpt2.checkpoint import format as checkpoint
 from gpt2.config import GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import UserError, few
-from gpt2.validation import NO_SUCH_KEY, NOT_NEGATIVE, SEED, from_plain, out_of_bounds, validate
+from gpt2.runtime.plain_values import NO_SUCH_KEY, from_plain
+from gpt2.validation import NOT_NEGATIVE, SEED, out_of_bounds, validate
 
 
 @dataclass

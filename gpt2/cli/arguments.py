@@ -1,7 +1,9 @@
 """Command lines of commands without a configuration: a subcommand, paths, and options."""
 
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt2.errors import UserError, without_password
@@ -33,15 +35,17 @@ def take_subcommand(kind: str, usage: str, choices: dict[str, str]) -> str:
     sys.exit(0 if wants_help else 2)
 
 
-def split_arguments(usage: str) -> tuple[list[str], dict[str, str]]:
+def split_arguments(command: Callable[[], None]) -> tuple[list[str], dict[str, str]]:
     """Split the command line into paths, and options by name.
 
     Args:
-        usage: The text of `--help`. An indented line that begins with `name=` or `--name` describes an option.
+        command: Its docstring is the text of `--help`, in which indented lines that begin with `name=` or `--name`
+            describe the options.
 
     Raises:
         UserError: There are unknown options.
     """
+    usage = inspect.getdoc(command) or ""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
         sys.exit(0)

@@ -21,26 +21,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.cli.compose import CONF, WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
+from gpt2.cli.compose import CONF, KEYS_WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
-from gpt2.config import OF_THE_USER, WHEN_LOADED, EvaluateRun, GenerateRun, GPT2Config, Run, TrainRun
-from gpt2.errors import UserError
+from gpt2.config import USER_KEYS, WHEN_LOADED, EvaluateRun, GenerateRun, GPT2Config, Run, TrainRun
+from gpt2.errors import UserError, collecting
 from gpt2.runtime.hub import OPENAI
+from gpt2.runtime.plain_values import brief
 from gpt2.tracking.evaluations import default_output
-from gpt2.validation import brief, validate
+from gpt2.validation import validate
 
 log = logging.getLogger("gpt2")
 
 Values = dict[str, Any]  # plain values of a file by key
 
-# What the configuration in a checkpoint may decide, except for the keys OF_THE_USER.
+# What the configuration in a checkpoint may decide, except for the keys USER_KEYS.
 SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
 SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "choices")
-LOADING = tuple(f"inference.{key}" for key in WHEN_LOADED)  # which train.py refuses
-CORPUS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that say on which text
+LOADING_KEYS = tuple(f"inference.{key}" for key in WHEN_LOADED)  # train.py refuses them
+CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that choose the text
 
 # The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
-CHANGEABLE = WITHOUT_EFFECT | {
+CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
 }
@@ -69,7 +70,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
 
 
 def completed(composed: DictConfig, values: Values) -> Run:
-    """A composed configuration in which some values, of a checkpoint, replace others."""
+    """The dataclass of a composed configuration, in which values of a checkpoint replace composed ones."""
     composed = deepcopy(composed)
     for key, value in values.items():
         if isinstance(value, int | float):  # interpolations of the command line may refer to it
@@ -83,7 +84,7 @@ def completed(composed: DictConfig, values: Values) -> Run:
 
 
 def typed(name: str, composed: DictConfig) -> DictConfig:
-    """What Hydra composed, in a script's schema and without the `hydra` node: no other keys, no missing values."""
+    """A composed configuration without the `hydra` node, merged into its schema: no unknown keys, no missing values."""
     plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"})  # type: ignore
     if missing := sorted(OmegaConf.missing_keys(plain)):
         raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
@@ -94,11 +95,11 @@ def saved_values(run: Mapping[str, Any]) -> Values:
     """What the configuration of a run, read from a file, may decide."""
     values = {f"{group}.{key}": value for group in SAVED_GROUPS for key, value in run[group].items()}
     values |= {key: run[key] for key in SAVED_KEYS}
-    return {key: value for key, value in values.items() if key not in (*OF_THE_USER, *LOADING)}
+    return {key: value for key, value in values.items() if key not in (*USER_KEYS, *LOADING_KEYS)}
 
 
 def saved_group(trained: TrainedModel, group: str, keys: set[str]) -> Values:
-    """The same of one group, if the command line chooses no file of that group, without the keys that it sets."""
+    """The saved values of a group that the command line does not set; none if it chooses a file of the group."""
     if not trained.run or group in keys:
         return {}
     values = saved_values(trained.run)
@@ -113,23 +114,20 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
 
 
 def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> list[Values]:
-    """For each model: its tokenizer, windows as long as the blocks that it was trained on, the place of its result.
+    """For each model: its tokenizer, windows as long as its training blocks, and the file for its result.
 
     The data are those that the first was trained on, so that the losses compare. Tasks need none.
     """
     keys, filled = keys_of(overrides), list[Values]()
-    of_corpus = sorted(key for key in keys if CORPUS.match(key)) if composed.tasks else []
-    problems = [f"{key}: of a corpus, which tasks=[...] stand in for; drop one of the two" for key in of_corpus]
-    for name in checkpoints_named(composed):
-        trained = open_model(name)
-        if not filled:
-            data = {} if composed.tasks else saved_group(trained, "data", keys)
+    of_corpus = sorted(key for key in keys if CORPUS_KEYS.match(key)) if composed.tasks else []
+    problems = [f"{key}: is for a corpus, which tasks=[...] replace; drop one of the two" for key in of_corpus]
+    models = [open_model(name) for name in checkpoints_named(composed)]
+    data = {} if composed.tasks else saved_group(models[0], "data", keys)
+    for trained in models:
         values = {**data, "checkpoint": trained.source, "all_checkpoints": False}
         values["output"] = composed.output or str(default_output(trained.source))
-        try:
+        with collecting(problems):
             values["data.tokenizer"] = tokenizer_name(trained, "checkpoint", composed, keys)
-        except UserError as error:
-            problems += error.problems
         length = context = trained.config.context_length
         if "data.max_length" in keys:
             length = composed.data.max_length
@@ -180,7 +178,7 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
     values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
         return values
-    keys, problems = keys_of(overrides), []
+    keys, problems = keys_of(overrides), list[str]()
     if composed.plan and composed.train.init_from in OPENAI:  # no download for a known shape
         known = OmegaConf.load(CONF / "model" / f"{composed.train.init_from.replace('-', '_')}.yaml")
         values |= {f"model.{key!s}": value for key, value in known.items() if f"model.{key!s}" not in keys}
@@ -193,15 +191,11 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
             chosen |= set(map(str, OmegaConf.load(CONF / "model" / f"{override.value()}.yaml")))
     requested = OmegaConf.to_object(composed.model)
     assert isinstance(requested, GPT2Config)
-    try:
+    with collecting(problems):
         values["data.tokenizer"] = tokenizer_name(trained, "train.init_from", composed, keys)
-    except UserError as error:
-        problems += error.problems
-    try:
+    with collecting(problems):
         shape = finetuning_config(trained, requested, chosen)
         values |= {f"model.{key}": value for key, value in vars(shape).items()}
-    except UserError as error:
-        problems += error.problems
     if problems:
         raise UserError(*problems)
     return {**values, "train.init_from": trained.source}
@@ -263,7 +257,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     requested = requested_changes(composed, overrides, set(values["started_with"]))
     problems: list[str] = []
     for key, new in requested.items():
-        old = values.get(key, new)  # it has none that are OF_THE_USER
+        old = values.get(key, new)  # it has none that are USER_KEYS
         if new != old and (key in CHANGEABLE or composed.resume_changes):
             values[key] = new
         elif new != old:
@@ -279,7 +273,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
 
 
 def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Values) -> Values:
-    """The settings OF_THE_USER of a resumed run that the command line does not set; logs those that are not taken.
+    """The settings USER_KEYS of a resumed run that the command line does not set; logs those that are not taken.
 
     A checkpoint may keep W&B from being contacted, but not have it contacted.
     """
@@ -288,19 +282,16 @@ def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Va
         return values
     if run["wandb"]["mode"] in ("off", "offline") and "wandb.mode" not in requested:
         values["wandb.mode"] = run["wandb"]["mode"]
-    saved = {key: run[group][name] for key in OF_THE_USER for group, _, name in [key.partition(".")]}
+    saved = {key: run[group][name] for key in USER_KEYS for group, _, name in [key.partition(".")]}
     unused = [
         key
-        for key in OF_THE_USER
+        for key in USER_KEYS
         if not key.endswith("workers")  # which change nothing but the speed
         and key not in requested
         and saved[key] != values.get(key, OmegaConf.select(composed, key))
     ]
     if unused:
-        log.info(
-            f"Note    not taken from the checkpoint: {', '.join(unused)}. A file decides no account, place or device; "
-            f"repeat them on the command line"
-        )
+        log.info(f"Note    not taken from the checkpoint: {', '.join(unused)}. Repeat them on the command line.")
     return values
 
 

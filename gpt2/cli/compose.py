@@ -19,16 +19,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from gpt2.cli.schema import SCHEMAS  # which registers the schemas and resolvers
-from gpt2.errors import UserError, one_line, without_secrets
+from gpt2.errors import UserError, one_line, shortened, without_secrets
 
-# outputs/sweeps, where presets of studies lie, need not exist.
+# outputs/sweeps, which holds the presets of studies, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
 # Keys, or groups, without effect on a run's result.
-WITHOUT_EFFECT = {
+KEYS_WITHOUT_EFFECT = {
     *("sample_prompt", "plan", "profile", "train.detect_anomaly"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
     *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
@@ -46,10 +46,7 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
     Args:
         with_hydra: Keep Hydra's own node.
     """
-    cached = _composed(name, tuple(overrides), Path.cwd())
-    if isinstance(cached, Exception):
-        raise cached
-    composed = deepcopy(cached)
+    composed = deepcopy(_composed(name, tuple(overrides), Path.cwd()))
     if not with_hydra:
         with open_dict(composed):
             del composed["hydra"]
@@ -67,17 +64,15 @@ def hydra_of(name: str) -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig | Exception:
-    """The composition, or why there is none. Hydra takes 0.1 s, and checking a command line composes it repeatedly."""
+def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
+    """Cached, because Hydra takes 0.1 s and checking a command line composes it repeatedly."""
     with hydra_of(name):
         try:
             return hydra.compose(name, list(overrides), return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            return error
-        except Exception as error:  # noqa: BLE001  # a file that is no YAML, for example: there is no common class
-            unexpected = ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
-            unexpected.__cause__ = error
-            return unexpected
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except Exception as error:  # a file that is no YAML, for example: there is no common class
+            raise ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}") from error
 
 
 def group_options(name: str, group: str) -> list[str]:
@@ -88,9 +83,10 @@ def group_options(name: str, group: str) -> list[str]:
 
 @cache
 def compose_defaults(name: str, with_hydra: bool = False) -> DictConfig:
-    """The configuration without overrides, so that an error lies in a file of `conf/`. All share it: do not change it.
+    """The configuration without overrides. The callers share it and must not change it.
 
-    It does not depend on the current folder, but for what Hydra's own node says about that.
+    Raises:
+        UserError: A file of `conf/` is wrong.
     """
     try:
         return compose(name, [], with_hydra)
@@ -103,7 +99,7 @@ def composition_error(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
-        if isinstance(cause, ConfigAttributeError) and (hint := meant(cause.object_type, str(cause.key))):
+        if isinstance(cause, ConfigAttributeError) and (hint := did_you_mean(cause.object_type, str(cause.key))):
             return f"{first.partition('. Did you mean')[0]}{hint}"
         return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
     text = str(error).split("Config search path")[0]
@@ -118,7 +114,7 @@ def composition_error(error: Exception) -> str:
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 
-def meant(schema: Any, key: str) -> str:
+def did_you_mean(schema: Any, key: str) -> str:
     """A hint at the keys of groups that have the name of a key without its group, such as `max_steps`."""
     if schema not in SCHEMAS.values():
         return ""
@@ -128,7 +124,7 @@ def meant(schema: Any, key: str) -> str:
 
 
 def keyed_error(error: Exception, key: str | None = None) -> str:
-    """`composition_error` behind the key of the value, which OmegaConf knows for most errors."""
+    """`key: composition_error`, with the key of the wrong value, which OmegaConf knows for most errors."""
     key = key or getattr(error, "full_key", None)
     return f"{key}: {composition_error(error)}" if key else composition_error(error)
 
@@ -137,8 +133,12 @@ def parsed(overrides: list[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(overrides)
 
 
+def without_sweeps(overrides: list[str]) -> list[str]:
+    return [str(override.input_line) for override in parsed(overrides) if not override.is_sweep_override()]
+
+
 def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
-    """The overrides in Hydra's node, as they were given: reading them from the node would resolve interpolations."""
+    """The overrides in Hydra's node as typed. (Reading them one by one would resolve interpolations.)"""
     plain = OmegaConf.to_container(hydra_node.overrides)
     assert isinstance(plain, dict)
     return plain[kind]
@@ -147,14 +147,14 @@ def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
 _defaults_of = cache(OmegaConf.structured)
 
 
-def merged(schema: type, *layers: Any) -> DictConfig:
-    """Merge layers into a schema's defaults. OmegaConf checks each key and type."""
-    return OmegaConf.merge(_defaults_of(schema), *layers)  # type: ignore[return-value]  # which copies the defaults
+def merged(schema: type, values: Any) -> DictConfig:
+    """Merge values into a schema's defaults. OmegaConf checks each key and type."""
+    return OmegaConf.merge(_defaults_of(schema), values)  # type: ignore[return-value]  # which copies the defaults
 
 
 def as_argument(key: str, value: Any) -> str:
     """`key=value` quoted for the shell and for Hydra's grammar."""
-    return shlex.quote(f"{key}={in_hydras_grammar(value)}")
+    return shlex.quote(f"{key}={hydra_syntax(value)}")
 
 
 def escaped(value: Any) -> Any:
@@ -171,9 +171,10 @@ def to_yaml(values: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(escaped(values)))
 
 
-def in_hydras_grammar(value: Any) -> str:
+def hydra_syntax(value: Any) -> str:
+    """A value as an argument has it, which Hydra's grammar reads back unchanged."""
     if isinstance(value, list):
-        return f"[{','.join(map(in_hydras_grammar, value))}]"
+        return f"[{','.join(map(hydra_syntax, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value).lower()
     is_plain = re.fullmatch(r"[\w./:-]+", value) and parsed([f"key={value}"])[0].value() == value  # not `null` or `1e3`
@@ -197,7 +198,7 @@ def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dic
     return choices, {key: v for key, v in leaves(compose("train", overrides)).items() if v != before.get(key)}
 
 
-def title(overrides: list[str], longest: int = 100) -> str:
+def title(overrides: list[str]) -> str:
     """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
     Keys without effect on the result and long values are left out.
@@ -205,16 +206,15 @@ def title(overrides: list[str], longest: int = 100) -> str:
     words: dict[str, str] = {}  # if a key is repeated, the last one counts
     try:
         arguments = parsed(overrides)
-    except HydraException:  # they are those of a checkpoint, in which may be anything
+    except HydraException:  # those of a checkpoint may be anything
         return ""
     for override in arguments:
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
-        if key in WITHOUT_EFFECT or key.startswith("hydra.") or key == "wandb":
+        if key in KEYS_WITHOUT_EFFECT or key.startswith("hydra.") or key == "wandb":
             continue
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
-    text = without_secrets(" ".join(words.values()))
-    return text if len(text) <= longest else f"{text[: longest - 1].rstrip()}…"
+    return shortened(without_secrets(" ".join(words.values())), 100)
 
 
 def keys_of(overrides: list[str]) -> set[str]:

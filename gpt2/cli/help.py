@@ -7,7 +7,7 @@ import ast
 import inspect
 import re
 import textwrap
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -15,11 +15,11 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gpt2.config
-from gpt2.cli.compose import CONF, in_hydras_grammar
+from gpt2.cli.compose import CONF, hydra_syntax
 from gpt2.cli.schema import SCHEMAS
 
 WIDTH, INDENT = 120, 44  # of a line, and of the column of comments
-SET_BY_US = "set by"  # how the comment of a field begins that no command line may set
+SET_BY_US = "set by"  # the comment of a field begins with this if no command line may set it
 
 
 def help_text(name: str) -> str:
@@ -80,7 +80,8 @@ def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):"
             about = inspect.cleandoc(hint.__doc__ or "").splitlines()[0]
             inner += sections_of(hint, f"{prefix}{field.name}.", f"{field.name}: {about}")  # type: ignore[arg-type]
         else:
-            lines += lines_of(f"  {prefix}{field.name}={default_of(field)}", choices_of(hint), comment)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            lines += lines_of(f"  {prefix}{field.name}={hydra_syntax(default)}", choices_of(hint), comment)
     return [lines, *inner]
 
 
@@ -89,10 +90,6 @@ def lines_of(key: str, choices: str, comment: str) -> list[str]:
     if len(key) >= INDENT - 1:
         return [key, *(" " * INDENT + text for text in texts)]
     return [f"{key:<{INDENT}}{texts[0]}".rstrip(), *(" " * INDENT + text for text in texts[1:])]
-
-
-def default_of(field: Field[Any]) -> str:
-    return in_hydras_grammar(field.default if field.default_factory is MISSING else field.default_factory())
 
 
 def choices_of(hint: Any) -> str:
@@ -110,10 +107,8 @@ def comments(schema: type) -> dict[str, str]:
     """The comment of each field of a dataclass of `gpt2.config`: behind it, or else in the lines above it."""
     source = inspect.getsource(gpt2.config)
     lines, result = source.splitlines(), {}
-    (node,) = (
-        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == schema.__name__
-    )
-    for field in node.body:
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    for field in classes[schema.__name__].body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             behind = [line for line in lines[field.lineno - 1 : field.end_lineno] if "  # " in line]
             above = takewhile(lambda line: line.strip().startswith("#"), reversed(lines[: field.lineno - 1]))

@@ -14,7 +14,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -27,11 +27,9 @@ from gpt2.errors import ResourceError
 from gpt2.runtime.console import ConsoleHandler
 from gpt2.runtime.signals import Interrupted, blocked_in_children, defer_signals
 
-T = TypeVar("T")
-
 KEY = "hydra.launcher."
-STOP = ".interrupted"  # with this file in the folder of a sweep, joblib's processes begin no further job
-REQUEUING = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster may warn with either
+STOP_FILE = ".interrupted"  # with this file in the folder of a sweep, joblib's processes begin no further job
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # with which a cluster warns
 
 
 def uses_submitit(launcher: DictConfig) -> bool:
@@ -54,7 +52,7 @@ def log_submissions(enabled: bool = True) -> None:
 
 @contextmanager
 def wait_for_all_jobs() -> Iterator[None]:
-    """Make submitit's launcher wait for all jobs; by itself it gives up at the first lost one."""
+    """Make submitit's launcher wait for all jobs. Without this it stops at the first one that is lost."""
     if find_spec("submitit") is None:
         yield
         return
@@ -79,9 +77,9 @@ def wait_for_all_jobs() -> Iterator[None]:
 def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
     """Let the processes of joblib save their runs when a signal arrives, before it ends the sweep in `folder`.
 
-    By itself, joblib kills them as soon as this process raises an exception.
+    Without this, joblib kills them as soon as this process raises an exception.
     """
-    (folder / STOP).unlink(missing_ok=True)
+    (folder / STOP_FILE).unlink(missing_ok=True)
     if getattr(launcher, "joblib", {}).get("backend") != "loky":
         yield
         return
@@ -94,7 +92,7 @@ def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
         if not children:
             raise Interrupted.by(number)
         received.append(number)
-        (folder / STOP).touch()
+        (folder / STOP_FILE).touch()
         for child in children:
             with suppress(ProcessLookupError):
                 os.kill(child.pid or 0, number)
@@ -103,7 +101,7 @@ def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / STOP).unlink(missing_ok=True)
+            (folder / STOP_FILE).unlink(missing_ok=True)
             if received:
                 raise Interrupted.by(received[0])
 
@@ -158,7 +156,7 @@ def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
 # Inside a job
 
 
-def resumable_job(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]:
+def resumable_job(composed: DictConfig, run: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap a job so that, inside a multirun with `train.auto_resume`, it resumes from its own checkpoint.
 
     Other jobs are returned as they are; a trial is resumed by its study.
@@ -176,8 +174,8 @@ def resumable_job(composed: DictConfig, run: Callable[[], T]) -> Callable[[], T]
 
 def requeue_on_both_signals() -> None:
     """Let SIGUSR1 and SIGUSR2 both requeue. submitit handles one; the other would kill a job before it trains."""
-    handlers = [handler for number in REQUEUING if callable(handler := signal.getsignal(number))]
-    for number in REQUEUING:
+    handlers = [handler for number in REQUEUE_SIGNALS if callable(handler := signal.getsignal(number))]
+    for number in REQUEUE_SIGNALS:
         if handlers and not callable(signal.getsignal(number)):
             signal.signal(number, handlers[0])
 

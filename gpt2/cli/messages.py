@@ -14,7 +14,7 @@ from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.checkpoint.record import read_record
 from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
-from gpt2.config import OF_THE_USER, GPT2Config, TrainRun
+from gpt2.config import USER_KEYS, GPT2Config, TrainRun
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import (
     DivergenceError,
@@ -76,7 +76,7 @@ def announce(trainer: Trainer) -> None:
     length = trainer.train_loader.dataset.length  # type: ignore[attr-defined]
     work = Work(trainer.model, config, length, group.size, trainer.parallel.is_sharded)
     epoch = f"{trainer.steps_per_epoch:,} steps an epoch"
-    log.info("\n".join(size_of_run(work, trainer.plan, strategy, trainer.total_steps, epoch)))
+    log.info(size_of_run(work, trainer.plan, strategy, trainer.total_steps, epoch))
     if strategy == "fsdp" and group.size == 1:
         log.info("Note    distributed.strategy=fsdp has no effect in a single process")
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
@@ -84,14 +84,12 @@ def announce(trainer: Trainer) -> None:
     if trainer.progress.step:
         log.info(f"Resuming after step {trainer.progress.step:,}")
     if config.warmup_steps > trainer.total_steps:
-        log.info(
-            f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: "
-            f"the learning rate never reaches its peak"
-        )
+        peak = "the learning rate never reaches its peak"
+        log.info(f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: {peak}")
     log.info("")
 
 
-def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None, limit: str) -> list[str]:
+def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None, limit: str) -> str:
     """The lines that describe a run before it begins: its model, its steps, its hardware and what it costs.
 
     Args:
@@ -106,18 +104,18 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     memory, available = memory_needed(work, plan), memory_of(plan.device)
     less = "; train.gradient_checkpointing=true and a smaller train.batch_size take less"
     parts = ", ".join(f"{what} {size / 1e9:.2g}" for what, size in memory.items())
-    return [
+    return (
         f"Model   {work.model.num_parameters():,} parameters: {counted(model.num_layers, 'layer')}, "
         f"width {model.d_model}, {counted(model.num_heads, 'head')}, context {model.context_length}, "
-        f"vocabulary {model.vocab_size:,}",
+        f"vocabulary {model.vocab_size:,}\n"
         f"Run     {'steps' if steps is None else counted(steps, 'step')} of {work.tokens_per_step:,} tokens "
         f"({counted(train.batch_size * train.accumulation_steps, 'block')}), {limit}, "
-        f"at most {counted(train.max_training_hours, 'hour')}",
-        f"On      {ranks}{describe(plan.device)}, {precision}{why}",
-        f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}",
+        f"at most {counted(train.max_training_hours, 'hour')}\n"
+        f"On      {ranks}{describe(plan.device)}, {precision}{why}\n"
+        f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}\n"
         f"Memory  about {sum(memory.values()) / 1e9:.2g} GB {'' if work.ranks == 1 else 'for each rank '}({parts}); "
-        f"there are {available / 1e9:.2g} GB{less if sum(memory.values()) > available else ''}",
-    ]
+        f"there are {available / 1e9:.2g} GB{less if sum(memory.values()) > available else ''}"
+    )
 
 
 def print_plan(config: TrainRun) -> None:
@@ -132,7 +130,7 @@ def print_plan(config: TrainRun) -> None:
     steps = None if train.max_steps is None else train.max_steps - done
     plan = planned_computation(work, steps)
     limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
-    print("\n".join(size_of_run(work, plan, config.distributed.strategy, steps, limit)), flush=True)
+    print(size_of_run(work, plan, config.distributed.strategy, steps, limit), flush=True)
     waiting_for("measuring the speed")
     print(time_of_run(work, plan, steps))
 
@@ -218,7 +216,7 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
 def resume_command(folder: Path, config: TrainRun) -> str:
     """What resumes a run, with the settings that no checkpoint decides."""
     words, usual = [as_argument("resume", os.path.relpath(folder))], TrainRun()
-    for key in OF_THE_USER:
+    for key in USER_KEYS:
         group, _, name = key.partition(".")
         value = getattr(getattr(config, group), name)
         if value != getattr(getattr(usual, group), name):

@@ -5,12 +5,13 @@ a study both ends of each range.
 """
 
 import os
+import re
 from argparse import Namespace
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -21,10 +22,10 @@ from gpt2.cli.compose import (
     compose,
     compose_defaults,
     composition_error,
+    did_you_mean,
     group_options,
-    in_hydras_grammar,
+    hydra_syntax,
     keyed_error,
-    meant,
     parsed,
 )
 from gpt2.cli.launchers import validate_launcher
@@ -37,9 +38,9 @@ from gpt2.cli.search_space import (
     validate_study,
     validate_sweeper,
 )
-from gpt2.errors import UserError
+from gpt2.errors import UserError, collecting
 from gpt2.search.pairwise import combined
-from gpt2.validation import HOLDS_ANY_TEXT, NO_PASSWORD, has_password
+from gpt2.validation import FREE_TEXT_KEYS, PASSWORD_REFUSED, has_password
 
 
 def asks_for_information(options: Namespace) -> bool:
@@ -73,7 +74,7 @@ def check_run(name: str, options: Namespace) -> DictConfig:
         problems += validate_composed(name, composed, "run")
         if not problems:
             return composed
-    raise UserError(*dict.fromkeys(problems + validate_rest(name, fixed, problems)))
+    raise UserError(*dict.fromkeys(problems + validate_command_line(name, fixed, problems)))
 
 
 def check_sweep(name: str, options: Namespace) -> None:
@@ -83,7 +84,7 @@ def check_sweep(name: str, options: Namespace) -> None:
         UserError: With all problems.
     """
     fixed, swept, problems = check_overrides(name, options)
-    problems += validate_rest(name, fixed, problems) if problems else validate_sweep(fixed, swept)
+    problems += validate_command_line(name, fixed, problems) if problems else validate_sweep(fixed, swept)
     if problems:
         raise UserError(*dict.fromkeys(problems))
 
@@ -106,7 +107,7 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
             problems.append(f"{shown(text)}: is not UTF-8; rename the file, or match it by a pattern, such as *.txt")
             continue
         try:
-            override = OverridesParser.create().parse_override(text)
+            (override,) = parsed([text])
         except HydraException as error:
             problems.append(f"{text}: {grammar_error(error)}")
             continue
@@ -130,8 +131,8 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     text, key = override.input_line, override.key_or_group
     if override.is_delete():
         return f"{text}: keys cannot be deleted; null switches an optional value off"
-    if key.rpartition(".")[2] not in HOLDS_ANY_TEXT and has_password(text):
-        return f"{key}: {NO_PASSWORD}"
+    if key.rpartition(".")[2] not in FREE_TEXT_KEYS and has_password(text):
+        return f"{key}: {PASSWORD_REFUSED}"
     if key.split(".")[0] == "study":
         return f"{text}: only a study sets that"
     if key.startswith(("hydra.runtime", "hydra.overrides")):
@@ -152,13 +153,13 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
         remedy = "add -m" if name == "train" and not asks_for_information(options) else "give one value"
         return f"{text} is a sweep: {remedy}; as one value, a list needs brackets and a text with a comma quotes"
     if isinstance(value, dict) and "." not in key.removeprefix("hydra."):
-        single = [f"{key}.{inner}={in_hydras_grammar(inner_value)}" for inner, inner_value in value.items()]
+        single = [f"{key}.{inner}={hydra_syntax(inner_value)}" for inner, inner_value in value.items()]
         return f"{key}: one key at a time, such as {single[0]}" if single else f"{text}: no value"
     return problem_of_choice(name, override)
 
 
 def problem_of_choice(name: str, override: Override) -> str | None:
-    """Why a group cannot be chosen so; None if the value is a word, or the key is no group.
+    """Why a value names no file of its group; None if it may be a name, or the key is no group.
 
     Hydra takes only strings as names: a word that its grammar reads as a bool, null or a number ends in a ValueError.
     """
@@ -173,9 +174,9 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"
     if not (is_new or is_chosen or "/" in group):  # the presets of a study, such as learning_rate
-        return f"{override.input_line}: there is no such group here{meant(SCHEMAS[name], group)}"
+        return f"{override.input_line}: there is no such group here{did_you_mean(SCHEMAS[name], group)}"
     for choice in no_words:
-        word = in_hydras_grammar(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
+        word = hydra_syntax(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
         off = [option for option in options if choice in (None, False) and option in ("off", "none")]
         if off:
             hint = f"; {group}={off[0]} switches it off"
@@ -186,9 +187,9 @@ def problem_of_choice(name: str, override: Override) -> str | None:
 
 
 def validate_composed(name: str, composed: DictConfig, kind: str) -> list[str]:
-    """Keys and values that the schema does not allow, interpolations that lead nowhere; or else `validate_hydra`.
+    """Problems of the schema and of interpolations; if there are none, those of Hydra's own node.
 
-    Hydra's own node names folders after our keys: what is wrong with those would be reported twice.
+    That node names folders after our keys, so a problem with a key would be reported twice.
     """
     try:
         OmegaConf.to_object(typed(name, composed))
@@ -249,23 +250,21 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     except UserError as error:
         return problems + error.problems
     composed = compose("train", fixed)
-    misfits = {value: problem for value in chain(*choices) if (problem := misfit(composed, fixed, value))}
-    problems += misfits.values()
-    choices = [[value for value in values if value not in misfits] for values in choices]
-    for combination in combined(list(filter(None, choices))):  # a misfit would be found again in each
+    rejected = {value: problem for value in chain(*choices) if (problem := problem_of_value(composed, fixed, value))}
+    problems += rejected.values()
+    choices = [[value for value in values if value not in rejected] for values in choices]
+    for combination in combined(list(filter(None, choices))):
         overrides = [*fixed, *combination]
         changed = with_values(composed, list(combination))
-        try:
-            if changed is None:
-                problems += validate_command_line("train", overrides)
-            else:
+        if changed is None:
+            problems += validate_command_line("train", overrides)
+        else:
+            with collecting(problems):
                 resolve("train", changed, overrides)
-        except UserError as error:
-            problems += error.problems
     return problems
 
 
-def misfit(composed: DictConfig, fixed: list[str], override: str) -> str | None:
+def problem_of_value(composed: DictConfig, fixed: list[str], override: str) -> str | None:
     """Why a value of a sweep does not compose; None if it does."""
     if with_values(composed, [override]) is not None:
         return None
@@ -294,31 +293,30 @@ def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None
     return result
 
 
-def validate_rest(name: str, overrides: list[str], problems: list[str]) -> list[str]:
-    """Problems of a single run, except for the keys of arguments that have a problem already."""
-    refused = {problem.partition(":")[0].partition("=")[0].lstrip("+") for problem in problems}
-    others = validate_command_line(name, overrides)
-    return [problem for problem in others if problem.partition(":")[0] not in refused]
+def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str] = ()) -> list[str]:
+    """Problems of a single run: each override that does not compose, and the problems of the others together.
 
-
-def validate_command_line(name: str, overrides: list[str]) -> list[str]:
-    """Problems of a single run: each override that does not compose, and the problems of the others together."""
-    accepted: list[str] = []
-    problems: list[str] = []
+    Args:
+        earlier: Problems that are known already, whose keys have no second one.
+    """
+    problems, accepted = list[str](), overrides
     try:
         composed = compose(name, overrides)
-        accepted = overrides
     except (HydraException, OmegaConfBaseException):
-        composed = compose_defaults(name)
+        composed, accepted = compose_defaults(name), []
         for override in overrides:
             try:
                 composed = compose(name, [*accepted, override])
                 accepted.append(override)
             except (HydraException, OmegaConfBaseException) as error:
                 problems.append(f"{override}: {composition_error(error)}")
-    try:
+    refused = {key_of(text) for text in (*earlier, *problems)}
+    of_values: list[str] = []
+    with collecting(of_values):
         resolve(name, composed, accepted)
-    except UserError as error:
-        refused = {override.lstrip("+").split("=")[0] for override in overrides if override not in accepted}
-        problems += [problem for problem in error.problems if problem.split(":")[0] not in refused]
-    return problems
+    return problems + [problem for problem in of_values if key_of(problem) not in refused]
+
+
+def key_of(text: str) -> str:
+    """The key of an argument or of a problem, `key: what is wrong`."""
+    return re.split("[:=]", text.lstrip("+"), maxsplit=1)[0]

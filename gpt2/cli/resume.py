@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from gpt2.checkpoint.record import read_record
 from gpt2.checkpoint.run_folder import refuse_links
 from gpt2.cli.complete import resumed_checkpoint
-from gpt2.cli.compose import compose, escaped, in_hydras_grammar, parsed
+from gpt2.cli.compose import compose, escaped, hydra_syntax, parsed, without_sweeps
 from gpt2.cli.launchers import requeues, uses_submitit
 from gpt2.config import StudyConfig, TrainRun
 from gpt2.errors import UserError
@@ -37,9 +37,7 @@ class RunFolder:
         composed.hydra.run.dir = self.path
         if "resume" in composed:
             if "${" in str(Path(self.path).absolute()):
-                raise UserError(
-                    f"hydra.run.dir: {self.path}: Hydra would interpolate ${{ in its name; rename the folder"
-                )
+                raise UserError(f"hydra.run.dir: {self.path}: Hydra would interpolate ${{ in its name; rename it")
             composed.resume = escaped(self.resume)
         if not self.is_new:
             composed.hydra.output_subdir = None
@@ -57,12 +55,10 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
         return RunFolder(str(composed.hydra.run.dir))
     if chosen and resume is not None:
         raise UserError("hydra.run.dir: a resumed run writes to its own folder; drop one of the two")
-    if resume is None:
-        resume = (
-            plain_name("hydra.run.dir", chosen[-1])
-            if chosen
-            else folder_of_command_line("runs", composed.name, overrides)
-        )
+    if resume is None and chosen:
+        resume = plain_name("hydra.run.dir", chosen[-1])
+    elif resume is None:
+        resume = folder_of_command_line("runs", composed.name, overrides)
     path = resumed_checkpoint(str(resume))
     if path:
         refuse_links(path.parent.parent, "resume")
@@ -74,16 +70,17 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
 
     A launcher that requeues jobs implies `train.auto_resume`. A study has its own way to resume.
     """
-    fixed = [override for override in parsed(overrides) if not override.is_sweep_override()]
-    composed = compose("train", [str(override.input_line) for override in fixed], with_hydra=True)
-    launcher, given = composed.hydra.launcher, {override.key_or_group: override.value() for override in fixed}
+    fixed = without_sweeps(overrides)
+    composed = compose("train", fixed, with_hydra=True)
+    launcher = composed.hydra.launcher
+    given = {override.key_or_group: override.value() for override in parsed(fixed)}
     if composed.hydra.sweeper._target_ == StudyConfig._target_:
         return []
     if not composed.train.auto_resume and not requeues(launcher):
         if not uses_submitit(launcher) or "hydra.sweep.dir" in given:
             return []
         folder = composed.hydra.sweep.dir  # resolved here once: each job would resolve another random suffix
-        return [f"hydra.sweep.dir={in_hydras_grammar(folder)}"]
+        return [f"hydra.sweep.dir={hydra_syntax(folder)}"]
     if given.get("train.auto_resume") is False:
         requeueing = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
         raise UserError(f"train.auto_resume: {requeueing} restarts jobs, which then resume; drop one of the two")
@@ -91,7 +88,7 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
         folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
     else:
         folder = folder_of_command_line("sweeps", composed.name, overrides)
-    return ["train.auto_resume=true", f"hydra.sweep.dir={in_hydras_grammar(folder)}"]
+    return ["train.auto_resume=true", f"hydra.sweep.dir={hydra_syntax(folder)}"]
 
 
 def plain_name(key: str, folder: Any) -> str:

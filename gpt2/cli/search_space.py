@@ -25,7 +25,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt2.cli.compose import CONF, ROOT, WITHOUT_EFFECT, compose, in_hydras_grammar, keyed_error, leaves, parsed
+from gpt2.cli.compose import (
+    CONF,
+    KEYS_WITHOUT_EFFECT,
+    compose,
+    group_options,
+    hydra_syntax,
+    keyed_error,
+    leaves,
+    parsed,
+)
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
 from gpt2.validation import COUNT, Problems, out_of_bounds, validate
@@ -36,8 +45,8 @@ if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from gpt2.search.algorithms import Algorithms
 
 KEY = "hydra.sweeper."
-MOST_RUNS = 1_000  # of a sweep, each of which is checked first
-WITHOUT_EFFECT_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
+MAX_RUNS = 1_000  # of a sweep, each of which is checked first
+KEYS_WITHOUT_EFFECT_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,10 +79,10 @@ def validate_sweeper(fixed: list[str]) -> Problems:
     if "hydra/sweeper" not in values or chosen == "study" or (chosen == "basic" and search is None):
         return []
     remedy = f"hparams_search={search} has its own" if search else "a study is hparams_search=NAME"
-    return [f"hydra/sweeper={in_hydras_grammar(chosen)}: {remedy}; leave it out"]
+    return [f"hydra/sweeper={hydra_syntax(chosen)}: {remedy}; leave it out"]
 
 
-def settings_of(sweeper: DictConfig) -> OptunaConfig:
+def study_settings(sweeper: DictConfig) -> OptunaConfig:
     values = {field.name: sweeper[field.name] for field in fields(OptunaConfig)}
     names = {key: str(sweeper[key].get("name")) for key in ("sampler", "pruner")}
     return OptunaConfig(**values | names)
@@ -87,7 +96,7 @@ def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
     """The sampler and the pruner. The seed is an interpolation that a job cannot resolve and does not need."""
     from gpt2.search.algorithms import Algorithms
 
-    return Algorithms(settings_of(sweeper), seed, _options(sweeper.sampler), _options(sweeper.pruner))
+    return Algorithms(study_settings(sweeper), seed, _options(sweeper.sampler), _options(sweeper.pruner))
 
 
 def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
@@ -98,8 +107,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
     """
     from gpt2.search.storage import validate_storage
 
-    settings = settings_of(sweeper)
-    problems = validate(settings, KEY)
+    problems = validate(study_settings(sweeper), KEY)
     problems += out_of_bounds(sweeper, {"n_jobs": COUNT}, KEY)
     if sweeper.n_jobs > 1 and "BasicLauncher" in launcher:
         problems.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
@@ -136,24 +144,18 @@ def swept_values(swept: list[Override]) -> list[list[str]]:
         elif problem := problem_of_range(override):
             problems.append(problem)
         elif isinstance(value, Glob):
-            values = value.filter(files_of_group(override.key_or_group))
+            values = value.filter(group_options("train", override.key_or_group))
             if not values:
                 problems.append(f"{line}: no file of that group has such a name")
         else:
             every = override.sweep_iterator(transformer=_as_text)
-            values = list(map(str, islice(every, MOST_RUNS + 1)))
+            values = list(map(str, islice(every, MAX_RUNS + 1)))
         choices.append([f"{key}={text}" for text in values])
-    if prod(map(len, choices)) > MOST_RUNS:
-        problems.append(f"-m: more than {MOST_RUNS:,} runs; a search tries some of them, hparams_search=NAME")
+    if prod(map(len, choices)) > MAX_RUNS:
+        problems.append(f"-m: more than {MAX_RUNS:,} runs; a search tries some of them, hparams_search=NAME")
     if problems:
         raise UserError(*problems)
     return choices
-
-
-def files_of_group(group: str) -> list[str]:
-    """The files in a group, where a composition looks for them."""
-    places = (CONF, ROOT / "experiments", Path("outputs/sweeps"))
-    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
 
 
 def with_choices_listed(override: Override) -> str:
@@ -206,7 +208,7 @@ def _extremes(distribution: "BaseDistribution") -> Sequence[Any]:
 def _problem_of_sweep(override: Override) -> str | None:
     line, value = override.input_line, override.value()
     if not override.is_sweep_override():
-        return f"{KEY}params: {line} is not a sweep, it has one value"
+        return f"{KEY}params: {line} has one value, a search needs a sweep"
     if tags := set(getattr(value, "tags", ())) - {"log"}:
         return f"{line}: there is no tag {', '.join(sorted(map(str, tags)))}, only log"
     if isinstance(value, Glob):
@@ -221,7 +223,7 @@ def _problem_of_sweep(override: Override) -> str | None:
     if len(set(choices)) == 1 or not space:
         return f"{line}: has one value; {override.key_or_group}=VALUE fixes it, a search needs two"
     if twice := {str(choice) for choice in choices if choices.count(choice) > 1}:
-        return f"{line}: {', '.join(sorted(twice))} is there more than once"
+        return f"{line}: {', '.join(sorted(twice))} is repeated"
     return None
 
 
@@ -241,7 +243,7 @@ def problem_of_range(override: Override) -> str | None:
     if value.step == 0:
         return f"{override.input_line}: the step is 0, a range needs another"
     if next(iter(value.range()), None) is None:
-        return f"{override.input_line}: no number is from {value.start} to below {value.stop} in steps of {value.step}"
+        return f"{override.input_line}: no number from {value.start} to below {value.stop} in steps of {value.step}"
     return None
 
 
@@ -257,8 +259,5 @@ def distributions(overrides: list[str]) -> "tuple[dict[str, BaseDistribution], d
 def shared_settings(fixed: list[str], searched: set[str]) -> dict[str, Any]:
     """The configuration that all trials have in common. Interpolations are not resolved: some depend on the space."""
     composed = leaves(compose("train", fixed), resolve=False)
-    return {
-        key: value
-        for key, value in composed.items()
-        if key not in WITHOUT_EFFECT and {key, key.split(".")[0]}.isdisjoint({*searched, *WITHOUT_EFFECT_IN_STUDY})
-    }
+    ignored = {*searched, *KEYS_WITHOUT_EFFECT, *KEYS_WITHOUT_EFFECT_IN_STUDY}
+    return {key: value for key, value in composed.items() if {key, key.split(".")[0]}.isdisjoint(ignored)}

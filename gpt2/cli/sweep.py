@@ -43,7 +43,7 @@ class RunSweeper(BasicSweeper):
     config: DictConfig  # what `setup` sets
     hydra_context: HydraContext
     launcher: Launcher
-    began: Path  # a file from the beginning of this sweep: what is older is of an earlier one in the same folder
+    start_marker: Path  # written when this sweep starts; older files are of an earlier sweep in the same folder
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every combination.
@@ -61,15 +61,15 @@ class RunSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
         self._refuse_folders(jobs)
         folder.mkdir(parents=True, exist_ok=True)
-        self.began = folder / "multirun.yaml"
-        OmegaConf.save(self.config, self.began)
+        self.start_marker = folder / "multirun.yaml"
+        OmegaConf.save(self.config, self.start_marker)
         ends: list[Any] = []
         try:
             for batch in batches:
                 ends += self._launch(batch, len(ends))
         finally:
-            if [*folder.iterdir()] == [self.began]:  # no run began
-                self.began.unlink()
+            if [*folder.iterdir()] == [self.start_marker]:  # no run started
+                self.start_marker.unlink()
         failed = {number: end for number, end in enumerate(ends) if isinstance(end, UserError)}
         if not failed:
             return
@@ -112,7 +112,7 @@ class RunSweeper(BasicSweeper):
         If the process of a job is killed, joblib gives up all jobs. Those that had not started are launched again.
         """
         try:
-            with wait_for_all_jobs(), jobs_save_first(self.launcher, self.began.parent):
+            with wait_for_all_jobs(), jobs_save_first(self.launcher, self.start_marker.parent):
                 return [_end_of(job) for job in self.launcher.launch(jobs, initial_job_idx=first)]
         except Exception as error:
             folders = [self._folder_of(overrides, first + n) for n, overrides in enumerate(jobs)]
@@ -127,7 +127,7 @@ class RunSweeper(BasicSweeper):
 
     def _wrote(self, file: Path) -> bool:
         """Whether a job of this sweep wrote a file, and not one of an earlier sweep in the same folder."""
-        return file.exists() and file.stat().st_mtime_ns >= self.began.stat().st_mtime_ns
+        return file.exists() and file.stat().st_mtime_ns >= self.start_marker.stat().st_mtime_ns
 
     def _end_in(self, folder: Path, lost: UserError) -> UserError | None:
         """How the run in a folder ended; `lost` if it was killed, None if it is finished."""

@@ -25,18 +25,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of
-from gpt2.cli.compose import (
-    as_argument,
-    compose,
-    escaped,
-    leaves,
-    overrides_of,
-    parsed,
-    preset,
-    to_yaml,
-)
+from gpt2.cli.compose import as_argument, compose, escaped, leaves, overrides_of, preset, to_yaml, without_sweeps
 from gpt2.cli.launchers import jobs_save_first, log_submissions
-from gpt2.cli.search_space import KEY, algorithms_of, distributions, settings_of, shared_settings, study_sweeper
+from gpt2.cli.search_space import KEY, algorithms_of, distributions, shared_settings, study_settings, study_sweeper
 from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
 from gpt2.runtime.files import atomic_write, exclusive_change
@@ -50,7 +41,8 @@ if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
 
 log = logging.getLogger("study")
 
-ENVIRONMENT = "GPT2_STUDY"  # carries to the jobs what no file may contain: the storage, whose URL may have a password
+# Tells jobs the storage. It is in no file, because its URL may have a password.
+STUDY_VARIABLE = "GPT2_STUDY"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +56,7 @@ class StudySweeper(Sweeper):
         """`setup` reads the settings from the whole configuration."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        overrides = parsed([*overrides_of(config.hydra, "hydra"), *overrides_of(config.hydra)])
-        sweeper = study_sweeper([str(o.input_line) for o in overrides if not o.is_sweep_override()])
+        sweeper = study_sweeper(without_sweeps([*overrides_of(config.hydra, "hydra"), *overrides_of(config.hydra)]))
         assert sweeper is not None
         self.sweeper, self.folder = sweeper, Path(config.hydra.sweep.dir)
         hide_storage(config)
@@ -87,7 +78,7 @@ class StudySweeper(Sweeper):
         with quiet_optuna(), storage_errors(self.sweeper.storage):
             study = self._open(arguments)
             context = {"storage": study.config.storage, "deadline": study.deadline, "sweeper": os.getpid()}
-            os.environ[ENVIRONMENT] = json.dumps(context)
+            os.environ[STUDY_VARIABLE] = json.dumps(context)
             with study_log(self.folder):
                 try:
                     self._run(study)
@@ -97,7 +88,7 @@ class StudySweeper(Sweeper):
                     )
                     raise
                 finally:
-                    del os.environ[ENVIRONMENT]
+                    del os.environ[STUDY_VARIABLE]
 
     def _open(self, arguments: list[str]) -> "Study":
         from gpt2.search.algorithms import grid
@@ -107,13 +98,13 @@ class StudySweeper(Sweeper):
         params = [f"{key}={value}" for key, value in self.sweeper.params.items() if value is not None]
         space, fixed = distributions([*params, *arguments])
         self.fixed = [f"{key}={value}" for key, value in fixed.items()]
-        settings = settings_of(self.sweeper)
+        settings = study_settings(self.sweeper)
         if settings.sampler == "grid":
             settings.n_trials = min(settings.n_trials, prod(map(len, grid(space).values())))
 
         lost = f"{self.folder} has runs of a study that is not in the storage; move the folder away"
         folders = [path for path in self.folder.glob("*") if path.name.isdigit()]
-        if folders and (file := file_of(settings.storage)) and not file.exists():  # nor shall it be made
+        if folders and (file := file_of(settings.storage)) and not file.exists():  # and must not be created
             raise UserError(lost)
         study = Study(
             settings,
@@ -258,9 +249,9 @@ def run_trial(composed: DictConfig, run: "Callable[[RunningTrial], float | None]
     from gpt2.search.trial import RunningTrial, quiet_optuna
 
     job = HydraConfig.get()
-    context = json.loads(os.environ[ENVIRONMENT])
+    context = json.loads(os.environ[STUDY_VARIABLE])
     is_sweeper = os.getpid() == context["sweeper"]
-    settings = settings_of(job.sweeper)
+    settings = study_settings(job.sweeper)
     settings.storage = context["storage"]
     with quiet_optuna():
         trial = RunningTrial(

@@ -19,7 +19,7 @@ from gpt2.errors import UserError, one_line
 from gpt2.runtime.console import is_terminal
 from gpt2.runtime.files import atomic_write, damaged_file, read_dict, remove, require_free_space, sha256_of_each
 from gpt2.runtime.hub import WITHOUT_NETWORK, caches, connect, move_hub_cache
-from gpt2.validation import brief
+from gpt2.runtime.plain_values import brief
 
 if TYPE_CHECKING:
     import datasets

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult
-from gpt2.cli.complete import LOADING, resolve
-from gpt2.cli.compose import ROOT, WITHOUT_EFFECT, compose, composition_error, escaped, in_hydras_grammar
+from gpt2.cli.complete import LOADING_KEYS, resolve
+from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, ROOT, compose, composition_error, escaped, hydra_syntax
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan, TrainRun
 from gpt2.errors import UserError, one_line
@@ -26,7 +26,7 @@ ENDED = (FINISHED, DIVERGED)  # states of runs that are done
 # Settings in which a run may differ from its plan: those without effect on training, and the size of the vocabulary,
 # which the tokenizer determines.
 OF_STUDIES = ("started_with", "study.name", "study.trial", "study.claim")
-NOT_PLANNED = {*WITHOUT_EFFECT, *LOADING, *OF_STUDIES, "model.vocab_size"}
+NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *OF_STUDIES, "model.vocab_size"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        words = [f"{key.rpartition('.')[2]}={in_hydras_grammar(value)}" for key, value in self.values.items()]
+        words = [f"{key.rpartition('.')[2]}={hydra_syntax(value)}" for key, value in self.values.items()]
         return " ".join([self.variant, *words])
 
     @property
@@ -53,7 +53,7 @@ class PlannedRun:
 
     @property
     def overrides(self) -> list[str]:
-        values = (f"{key}={in_hydras_grammar(value)}" for key, value in self.values.items())
+        values = (f"{key}={hydra_syntax(value)}" for key, value in self.values.items())
         return [f"+{self.study}={self.variant}", *values]
 
     @property

@@ -28,7 +28,7 @@ from gpt2.analysis.tables import as_text
 from gpt2.checkpoint.format import read_record
 from gpt2.checkpoint.pretrained import model_card, open_model
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import compose, in_hydras_grammar, leaves
+from gpt2.cli.compose import compose, hydra_syntax, leaves
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run
 from gpt2.cli.script import take_prompt
@@ -106,7 +106,7 @@ def commands(name: str) -> st.SearchStrategy[tuple[str, list[str]]]:
     cut, by = st.integers(0, 40), st.sampled_from(["", "x", ".", "/"])
     misspelt = st.builds(lambda key, cut, by: key[:cut] + by + key[cut + 1 :], key, cut, by)
     value = st.sampled_from(WORDS) | TYPED | (st.integers() | st.floats() | st.integers(0, 9)).map(str)
-    good = st.sampled_from([f"{key}={in_hydras_grammar(value)}" for key, value in defaults.items()])
+    good = st.sampled_from([f"{key}={hydra_syntax(value)}" for key, value in defaults.items()])
     changed = st.builds("{}{}={}".format, st.sampled_from(["", "", "", "+", "++"]), key | key | key | misspelt, value)
     return st.tuples(st.just(name), st.lists(good | good | changed | changed | changed | TYPED, min_size=1, max_size=2))
 

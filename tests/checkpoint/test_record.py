@@ -11,10 +11,10 @@ import torch
 
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint.pretrained import export, open_model
-from gpt2.cli.complete import LOADING, resolve, saved_values
+from gpt2.cli.complete import LOADING_KEYS, resolve, saved_values
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
-from gpt2.config import OF_THE_USER, DataConfig, GPT2Config, TrainingConfig, TrainRun
+from gpt2.config import USER_KEYS, DataConfig, GPT2Config, TrainingConfig, TrainRun
 from gpt2.data_loader import get_dataloaders, load_text_data
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
@@ -224,8 +224,8 @@ def test_list_of_what_a_checkpoint_decides():
     }
     decided = saved_values(asdict(TrainRun())).keys()
     assert everything - decided == {
-        *OF_THE_USER,
-        *LOADING,
+        *USER_KEYS,
+        *LOADING_KEYS,
         "plan",
         "resume",
         "resume_changes",

@@ -24,8 +24,8 @@ def problem(*arguments: str, study: bool = True) -> str:
 @pytest.mark.parametrize(
     ("sweep", "reason"),
     [
-        ("train.seed=range(10,1)", "no number is from 10 to below 1 in steps of 1"),
-        ("train.seed=range(1,10,-1)", "no number is from 1 to below 10 in steps of -1"),
+        ("train.seed=range(10,1)", "no number from 10 to below 1 in steps of 1"),
+        ("train.seed=range(1,10,-1)", "no number from 1 to below 10 in steps of -1"),
         ("train.seed=range(1,10,0)", "the step is 0, a range needs another"),
         ("train.learning_rate=range(0.1,0.2,0.0)", "the step is 0, a range needs another"),
         ("train.min_learning_rate=choice(null,1e-5)", "Hydra's functions take no null; key=null,1e-5 does"),
@@ -44,8 +44,8 @@ def test_sweep_without_values_is_refused(sweep, reason, study):
         ("train.seed=choice(1,1)", "has one value; train.seed=VALUE fixes it, a search needs two"),
         ("train.beta2=interval(0.9,0.9)", "has one value; train.beta2=VALUE fixes it, a search needs two"),
         ("train.seed=range(3,4)", "has one value; train.seed=VALUE fixes it, a search needs two"),
-        ("model=gpt2,gpt2_nano,gpt2", "gpt2 is there more than once"),
-        ("train.seed=2,1,1,2", "1, 2 is there more than once"),
+        ("model=gpt2,gpt2_nano,gpt2", "gpt2 is repeated"),
+        ("train.seed=2,1,1,2", "1, 2 is repeated"),
         ("train.learning_rate=interval(1,0)", "`low <= high` must hold"),
         ("train.learning_rate=tag(log,interval(0,1))", "`low > 0` must hold for `log=True`"),
         ("train.learning_rate=tag(b,a,interval(1e-4,1))", "there is no tag a, b, only log"),

@@ -22,7 +22,7 @@ from gpt2.cli.compose import CONF, compose
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, with_values
 from gpt2.cli.schema import steps_of_compute
-from gpt2.cli.search_space import distributions, settings_of, study_sweeper
+from gpt2.cli.search_space import distributions, study_settings, study_sweeper
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
@@ -250,7 +250,7 @@ def test_every_sampler_and_pruner_can_be_chosen(sampler, pruner):
         (["train.learning_rat=interval(1e-4, 1e-2)"], r"Key 'learning_rat' not in 'TrainingConfig'"),
         (["hydra.sweeper.study_name=model"], r"hydra.sweeper.study_name: 'model' must be letters"),
         (["hydra.sweeper.study_name=a/b"], r"hydra.sweeper.study_name: 'a/b' must be letters"),
-        (["hydra.sweeper.direction=up"], r"direction: 'up' is none of minimize, maximize"),
+        (["hydra.sweeper.direction=up"], r"hydra.sweeper.direction=up: Invalid value .up., expected one of .*minimize"),
         (["hydra.sweeper.storage=study.db"], r"hydra.sweeper.storage: 'study.db' is none of sqlite:///FILE"),
         (["hydra.sweeper.storage='redis://me:secret@host'"], r"'redis://me:\*\*\*@host' is none of"),
         (["hydra/sweeper/pruner=medain"], r"Could not find 'hydra/sweeper/pruner/medain'. Available options.* median"),
@@ -341,7 +341,7 @@ def composed_study(*line: str) -> DictConfig:
 
 
 def test_settings_of_a_study_have_the_defaults_of_the_python_api():
-    default = replace(settings_of(composed_study()), storage=None)
+    default = replace(study_settings(composed_study()), storage=None)
     assert default == OptunaConfig(sampler="tpe", pruner="median")
 
 

@@ -1,0 +1,169 @@
+"""One job of Hydra: a script's function on its complete configuration, in the output folder of a run."""
+
+import gc
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from gpt2.cli.complete import resolve
+from gpt2.cli.compose import overrides_of, to_yaml
+from gpt2.cli.error_lines import errors_as_lines, print_problems
+from gpt2.cli.launchers import STOP_FILE, resumable_job
+from gpt2.cli.resume import refuse_second_run
+from gpt2.cli.sweep import named
+from gpt2.cli.sweeper import run_trial
+from gpt2.config import Run, TrainRun
+from gpt2.errors import ResourceError, UserError, machine_error, one_line
+from gpt2.runtime.console import protect_output
+from gpt2.runtime.files import LOCK, RunLockedError, run_lock, writable_file, writable_folder
+from gpt2.runtime.signals import Interrupted, admitted, reraise_interruption
+from gpt2.runtime.waiting import waiting_for
+from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
+
+log = logging.getLogger(__name__)
+
+Task = Callable[..., Any]
+
+
+def run_task(task: Task, config: Run) -> Any:
+    """Run a script's function in the current job of Hydra; `.hydra/config.yaml` gets its complete configuration."""
+    job = HydraConfig.get()
+    if isinstance(config, TrainRun) and config.resume is None:
+        config.choices = {group: file for group, file in job.runtime.choices.items() if distinguishes_runs(group, file)}
+        if config.train.init_from is not None:  # whose shape replaces that of the group `model`
+            config.choices["model"] = Path(config.train.init_from).name
+    if job.output_subdir is not None:
+        (output_folder() / job.output_subdir / "config.yaml").write_text(to_yaml(asdict(config)), encoding="utf-8")
+    load_torch()
+    return task(config)
+
+
+def distinguishes_runs(group: str, file: str | None) -> bool:
+    """Whether the file chosen in a group of `conf/` is a tag of the run."""
+    return file not in (None, "default") and group not in ("wandb", "hparams_search") and not group.startswith("hydra/")
+
+
+def load_torch() -> None:
+    """Import PyTorch without garbage collection, which takes a fifth of the time and finds nothing to free."""
+    if "torch" in sys.modules:
+        return
+    waiting_for("loading PyTorch")
+    gc.disable()
+    import torch  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
+def output_folder() -> Path:
+    """The folder of the current run."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def require_writable_places(config: Any, places: ExitStack) -> None:
+    """Refuse folders and files of a configuration that cannot be written to."""
+    if (data := getattr(config, "data", None)) and data.cache_dir:
+        places.enter_context(writable_folder(Path(data.cache_dir), "data.cache_dir"))
+    for key in ("output", "to", "json"):  # the result of evaluate, of export, of a benchmark
+        for file in filter(None, {getattr(one, key, None) for one in (config, *getattr(config, "others", []))}):
+            places.enter_context(writable_file(Path(file), key))
+
+
+@contextmanager
+def clean_up_on_error(is_new: bool = True) -> Iterator[None]:
+    """Write a user's mistake to train.log as well, and remove the folder of a new run that did not begin."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, UserError):
+            log.error("error: %s", error, extra={"in_file_only": True})  # `errors_as_lines` prints it
+        if is_new and not isinstance(error, RunLockedError):
+            remove_if_nothing_happened(output_folder(), HydraConfig.get())
+        raise
+
+
+def remove_if_nothing_happened(folder: Path, hydra_node: Any) -> None:
+    """Remove the folder of a run that ended before it began: only Hydra has written to it.
+
+    A run may also be interrupted after `run.json` was written, for example while W&B starts.
+    """
+    subdir = hydra_node.output_subdir
+    of_hydra = {folder / LOCK, folder / f"{hydra_node.job.name}.log", *((folder / subdir).glob("*") if subdir else ())}
+    if read_about(folder).get("state") == INTERRUPTED:
+        of_hydra.add(folder / ABOUT)
+    if all(path in of_hydra for path in folder.rglob("*") if not path.is_dir()):
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs of a sweep
+
+
+def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
+    """One job of a sweep, in this process or in one of the launcher's.
+
+    Args:
+        swept: The keys that the sweep is over.
+
+    Returns:
+        Its loss, or the UserError that ended it: the other runs continue. In a process of joblib also the interruption
+        that ended it: raised, it would kill the other processes.
+    """
+    protect_output()  # the launcher may have started this process
+    is_worker = parent_process() is not None
+    try:
+        with clean_up_on_error(), admitted():
+            if is_worker and Path(HydraConfig.get().sweep.dir, STOP_FILE).exists():
+                raise Interrupted.by(signal.SIGINT)
+            run = resumable_job(composed, partial(run_locked, task, composed))
+            if composed.study.trial is not None:
+                return run_trial(composed, lambda trial: run_locked(partial(task, trial=trial), composed))
+            with errors_as_lines():
+                return loss_or_error(run, swept)
+    except Interrupted as interruption:
+        if is_worker:
+            return interruption
+        raise
+
+
+def loss_or_error(run: Callable[[], Any], swept: set[str]) -> Any:
+    """The loss of a run, or the error that ended it, which is printed and recorded."""
+    try:
+        with reraise_interruption():
+            return run()
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # the other runs continue
+        job, problem = HydraConfig.get(), error
+        if not isinstance(problem, UserError):
+            file = os.path.relpath(output_folder() / f"{job.job.name}.log")
+            bug = f"{type(error).__name__}: {one_line(error)}; the traceback is in {file}"
+            problem = ResourceError(machine_error(error) or bug)
+        log.error("error: %s", problem, extra={"in_file_only": True}, exc_info=None if problem is error else error)
+        print_problems(named(problem, job.job.num, overrides_of(job), swept))
+        if not isinstance(error, RunLockedError):  # the folder is another process's
+            with suppress(OSError):
+                record_failure(output_folder(), problem)
+        return problem
+
+
+def run_locked(task: Task, composed: DictConfig) -> Any:
+    """Complete, validate and run a job, as the only process that writes to its folder."""
+    with run_lock(output_folder()), ExitStack() as places:
+        config = resolve("train", composed, overrides_of(HydraConfig.get()))
+        assert isinstance(config, TrainRun)
+        refuse_second_run(config, output_folder())
+        require_writable_places(config, places)
+        return run_task(task, config)
