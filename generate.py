@@ -57,7 +57,7 @@ def main(config: GenerateRun) -> None:
     with Tracker(external=external):
         try:
             rows.extend(map(list, generate(config, records, generator)))
-        finally:  # also what was generated before an interruption
+        finally:  # logs also the texts before an interruption
             external.show_table("texts", ["prompt", "text"], rows)
     report(config, generator.speed)
     for line in external.where():

@@ -20,13 +20,13 @@ class GPT2Config:
     num_heads: int = 12  # attention heads of a block
     num_layers: int = 12  # decoder blocks
     d_ff: int = 3072  # width of the feed-forward layer
-    dropout: float = 0.1  # after the embeddings
-    attention_dropout: float = 0.1  # on the attention weights
-    residual_dropout: float = 0.1  # before each residual addition
-    layer_norm_epsilon: float = 1e-5  # added to the variance
+    dropout: float = 0.1  # rate after the embeddings
+    attention_dropout: float = 0.1  # rate on the attention weights
+    residual_dropout: float = 0.1  # rate before each residual addition
+    layer_norm_epsilon: float = 1e-5  # is added to the variance
     # Standard deviation of initial weights; that of residual projections is divided by sqrt(2 * num_layers).
     initializer_range: float = 0.02
-    use_bias: bool = True  # in the linear layers
+    use_bias: bool = True  # whether linear layers have a bias
     parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate is the same for all widths
     mup_base_width: int = 256  # d_model at which mup has GPT-2's initialization, rates and logits
     mup_base_head_width: int = 64  # d_model / num_heads at which mup has GPT-2's attention
@@ -46,11 +46,11 @@ class GPT2Config:
 class OptimizerTraits:
     """What an optimizer supports; see `gpt2.training.optimizer.BUILDERS` for how it is built."""
 
-    sharded: bool = True  # by FSDP, which leaves each rank only a part of each matrix
-    skips_nonfinite: bool = False  # on CUDA, its kernels skip the step where its `found_inf` is 1
-    scales: bool = True  # its rate by the width, as model.parametrization=mup needs
+    sharded: bool = True  # works under FSDP, which leaves each rank only a part of each matrix
+    skips_nonfinite: bool = False  # its CUDA kernels skip the step if `found_inf` is 1
+    scales: bool = True  # scales its learning rate by the width, as model.parametrization=mup needs
     package: str = "torch"  # pip package that provides it
-    ignores: tuple[str, ...] = ("muon_momentum",)  # fields of TrainingConfig; with lr_schedule, the rate is constant
+    ignores: tuple[str, ...] = ("muon_momentum",)  # fields of TrainingConfig; without lr_schedule the rate is constant
 
 
 OPTIMIZERS = {
@@ -80,12 +80,12 @@ class TrainingConfig:
 
     batch_size: int = 8  # blocks in a forward pass
     learning_rate: float = 3e-4  # peak of the schedule
-    weight_decay: float = 0.01  # of matrices; biases and layer norms have none
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    epsilon: float = 1e-8  # AdamW
+    weight_decay: float = 0.01  # applies to matrices, not to biases and layer norms
+    beta1: float = 0.9  # decay rate of AdamW's first moment
+    beta2: float = 0.95  # decay rate of AdamW's second moment
+    epsilon: float = 1e-8  # is added to AdamW's denominator
     max_epochs: int = 10  # training ends at max_epochs, max_steps or max_training_hours, whichever comes first
-    max_training_hours: float = 12.0  # over all resumed parts of a run
+    max_training_hours: float = 12.0  # limit for all resumed parts of a run together
     warmup_steps: int = 2000  # steps in which the learning rate rises linearly
     gradient_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     accumulation_steps: int = 1  # forward passes in an optimizer step
@@ -102,12 +102,12 @@ class TrainingConfig:
 
     init_from: str | None = None  # start from the weights of a trained model, named as checkpoint= of generate.py
     max_steps: int | None = None  # null: max_epochs decides
-    seed: int = 1  # of initial weights, dropout and the order of the data
+    seed: int = 1  # determines initial weights, dropout and the order of the data
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast, fp16 on older GPUs
     compile: bool | str = "auto"  # torch.compile: true, false or auto (on CUDA, for runs long enough to gain from it)
     min_learning_rate: float | None = None  # end of the schedule; null: a tenth of learning_rate
     lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # decay after the warm-up; wsd: warm-up, stable, decay
-    decay_fraction: float = 0.2  # share of the steps, at the end, in which wsd decays
+    decay_fraction: float = 0.2  # share of the steps in which wsd decays, at the end of the run
     # muon: for the matrices of the blocks, AdamW for the other weights; schedule_free: AdamW without a schedule.
     optimizer: Literal["adamw", "muon", "adafactor", "schedule_free"] = "adamw"
     muon_momentum: float = 0.95
@@ -167,9 +167,9 @@ class InferenceConfig:
     seed: int | None = None  # null: random
 
     # How the model is loaded; not for samples during training.
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of weights and products; auto: bf16 on newer GPUs, else fp32
-    # Of the weights, on a CPU. int8: a quarter of the bytes, nearly the same loss; int4: an eighth, a little more loss,
-    # for one text at a time.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # weights and products; auto: bf16 on newer GPUs, else fp32
+    # Quantize the weights, on a CPU. int8: a quarter of the bytes, nearly the same loss; int4: an eighth, a little more
+    # loss, for one text at a time.
     quantization: Literal["int8", "int4"] | None = None
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
     # prompt_lookup: draft what followed the same tokens before, check it in one pass; same text, sooner if repetitive
@@ -184,15 +184,15 @@ WHEN_LOADED = ("precision", "quantization", "compile", "speculate")
 class OptunaConfig:
     """A hyperparameter study. For each trial, the objective is its lowest validation loss."""
 
-    n_trials: int = 50  # in all: a study that the storage holds already is filled up to this number
+    n_trials: int = 50  # total number; a study that is in the storage already is filled up to it
     timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
     study_name: str = "gpt2_optimization"
     storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
     direction: Literal["minimize", "maximize"] = "minimize"
     sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
-    pruner: str = "MedianPruner"  # likewise, or Optuna's name: median, asha, hyperband, none
-    n_startup_trials: int = 10  # drawn at random before TPE, CMA-ES or GP; completed before the median pruner starts
-    n_warmup_steps: int = 5  # evaluations at the start of each trial that the median pruner and asha do not judge
+    pruner: str = "MedianPruner"  # a name in the same file, or Optuna's: median, asha, hyperband, none
+    n_startup_trials: int = 10  # random trials before TPE, CMA-ES or GP; trials before the median pruner starts
+    n_warmup_steps: int = 5  # first evaluations of a trial, after which the median pruner and asha do not prune
 
     trial_timeout: int | None = None  # seconds of training after which a trial is stopped and counts as pruned
     keep: Literal["best", "all"] = "best"  # trials whose checkpoints are not deleted
@@ -210,7 +210,7 @@ class StudyConfig(OptunaConfig):
     sampler: Any = "???"  # a file of conf/hydra/sweeper/sampler
     pruner: Any = "???"  # a file of conf/hydra/sweeper/pruner
     n_jobs: int = 1  # trials that the launcher runs at a time
-    params: dict[str, str | None] = field(default_factory=dict)  # the space, key: sweep; null: not searched
+    params: dict[str, str | None] = field(default_factory=dict)  # search space, key: sweep; null: not searched
 
 
 @dataclass
@@ -228,12 +228,12 @@ class MlflowConfig:
     """Tracking with MLflow, if `loggers` has it."""
 
     tracking_uri: str | None = None  # a folder or an address; null: MLFLOW_TRACKING_URI, or else outputs/mlruns
-    experiment: str = "gpt2"  # the experiment of all runs; those of a study or of a name share the tag `group`
+    experiment: str = "gpt2"  # name for all runs; the runs of a study, or of a name, share the tag `group`
 
 
 Logger = Literal["wandb", "tensorboard", "mlflow", "csv"]
-ServerLogger = Literal["wandb", "mlflow"]  # the others write to a run folder, which only train.py has
-EXTRA_LOGGERS = ("tensorboard", "mlflow")  # whose packages, of the same names, come with an extra of pyproject.toml
+ServerLogger = Literal["wandb", "mlflow"]  # loggers that need no run folder, which only train.py has
+EXTRA_LOGGERS = ("tensorboard", "mlflow")  # loggers with a package and an extra of the same name in pyproject.toml
 
 
 @dataclass
@@ -249,7 +249,7 @@ class StudyOfRun:
     """The trial that a run of a study trains; all null for other runs. Set by the study."""
 
     name: str | None = None
-    trial: int | None = None  # number
+    trial: int | None = None  # number of the trial
     claim: str | None = None  # identifies this attempt at the trial; a job with an older claim may not report
 
 
@@ -262,7 +262,7 @@ class TrainRun:
     train: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # for the samples written during training
-    loggers: list[Logger] = field(default_factory=lambda: ["wandb"])  # of wandb, tensorboard, mlflow, csv; []: none
+    loggers: list[Logger] = field(default_factory=lambda: ["wandb"])  # any of wandb, tensorboard, mlflow, csv; []: none
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -289,9 +289,9 @@ class GenerateRun:
     # OWNER/NAME); null: the best checkpoint of the latest run.
     checkpoint: str | None = None
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    inference: InferenceConfig = field(default_factory=InferenceConfig)  # default: as the run of the checkpoint sampled
+    inference: InferenceConfig = field(default_factory=InferenceConfig)  # default: as in the run of the checkpoint
     quiet: bool = False  # print nothing about the model and its speed on standard error
-    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow; they get the texts
+    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # any of wandb, mlflow; they get the texts
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
@@ -303,7 +303,7 @@ class EvaluateRun:
     # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # OWNER/NAME); null: the best checkpoint of the latest run. A list, [A,B], is evaluated on the data of the first.
     checkpoint: Any = None
-    all_checkpoints: bool = False  # every checkpoint that the run of `checkpoint` keeps: a table and a curve
+    all_checkpoints: bool = False  # evaluate every checkpoint of the run: a table and a curve
     data: DataConfig = field(default_factory=DataConfig)  # default: the data that the model was trained on
     split: Literal["test", "validation", "train", "all"] = "test"
     stride: int | None = None  # tokens between the starts of two windows; null: windows do not overlap
@@ -316,12 +316,12 @@ class EvaluateRun:
     batch_size: int = 8  # windows, or documents of a task, in a forward pass
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: as train.precision on CUDA, fp32 elsewhere
-    quantization: Literal["int8", "int4"] | None = None  # of the weights, on a CPU: what it costs in loss
-    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # of wandb, mlflow
+    quantization: Literal["int8", "int4"] | None = None  # quantize the weights, on a CPU
+    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # any of wandb, mlflow
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
-    others: ClassVar[list["EvaluateRun"]] = []  # of an instance: the same for the other checkpoints of a list; no key
+    others: ClassVar[list["EvaluateRun"]] = []  # set on an instance: the same for the other checkpoints; no key
 
 
 @dataclass
@@ -332,8 +332,8 @@ class ExportRun:
     to: str | None = None  # folder to create
     push: str | None = None  # OWNER/NAME: upload the exported files to this repository of the Hugging Face Hub
     private: bool = True  # a repository that push creates is private; one that exists keeps its visibility
-    license: str = "unknown"  # for the model card, as the Hub names it: mit, apache-2.0, cc-by-sa-4.0, other, ...
-    language: str | None = None  # of the text, for the model card: en; several: 'en de'
+    license: str = "unknown"  # name for the model card, as on the Hub: mit, apache-2.0, cc-by-sa-4.0, other, ...
+    language: str | None = None  # language of the text, for the model card: en; several: 'en de'
 
 
 @dataclass

@@ -60,7 +60,7 @@ class RankTimeoutError(LostRankError):
 def machine_error(error: BaseException) -> str | None:
     """A full or inaccessible disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
     if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
-        message = " ".join(str(error).splitlines()[:2])  # which job, the file of its result, and its state
+        message = " ".join(str(error).splitlines()[:2])  # names the job, the file of its result, and its state
         return f"{message}; what it printed is in that folder"
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
@@ -150,7 +150,7 @@ def _starred(match: re.Match[str]) -> str:
     is_path = not re.search(_COLON, rest) if match["no_scheme"] else _HOST_AND_PATH.fullmatch(rest)
     user, colon, _ = rest.partition(":")
     is_database = _OF_DATABASE.search(start)
-    if is_path or rest == "USER:PASSWORD" or (is_database and not colon):  # of a message that says how a URL is written
+    if is_path or rest == "USER:PASSWORD" or (is_database and not colon):  # USER:PASSWORD is an example in a message
         return match[0]
     return f"{start}{user}:***@" if is_database else f"{start}***@"
 
@@ -159,7 +159,7 @@ def _secrets_of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if name.upper().endswith(("TOKEN", "KEY", "PASSWORD", "SECRET")) and len(value) >= 8:
             yield value
-        if "://" in value or name.upper().endswith(("_PROXY", "_ENDPOINT")):  # which may lack the scheme
+        if "://" in value or name.upper().endswith(("_PROXY", "_ENDPOINT")):  # these may lack the scheme
             yield from (password for password in _passwords_of(value) if len(password) >= 4)
 
 

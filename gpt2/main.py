@@ -19,7 +19,7 @@ from gpt2.runtime.console import protect_output
 from gpt2.runtime.files import writable_file
 from gpt2.runtime.signals import exit_on_signals
 
-PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # of commands, in layers above this one
+PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # packages of commands in layers above this one
 
 
 def run_script(name: str, *arguments: str) -> None:

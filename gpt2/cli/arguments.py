@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gpt2.errors import UserError, without_password
 
-COMMANDS = {  # of `python -m gpt2.main`
+# The commands of `python -m gpt2.main`.
+COMMANDS = {
     "train": "train a model: train.py",
     "evaluate": "score trained models on a corpus or on tasks: evaluate.py",
     "generate": "generate text with a trained model: generate.py",

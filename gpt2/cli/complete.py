@@ -40,7 +40,7 @@ SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "ch
 LOADING_KEYS = tuple(f"inference.{key}" for key in WHEN_LOADED)  # train.py refuses them
 CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that choose the text
 
-# The keys that a resumed run may change: those without effect on its result, and those that say how long it trains.
+# The keys that a resumed run may change: those without effect on its result, and those that decide when it ends.
 CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
@@ -257,7 +257,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     requested = requested_changes(composed, overrides, set(values["started_with"]))
     problems: list[str] = []
     for key, new in requested.items():
-        old = values.get(key, new)  # it has none that are USER_KEYS
+        old = values.get(key, new)  # USER_KEYS have no old value
         if new != old and (key in CHANGEABLE or composed.resume_changes):
             values[key] = new
         elif new != old:
@@ -268,7 +268,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     if problems:
         raise UserError(*problems)
     if values["data.tokenizer"] not in ("train", "bytes") and "data.tokenizer" not in requested:
-        values["data.tokenizer"] = str(path)  # its folder may be gone, the checkpoint holds a copy
+        values["data.tokenizer"] = str(path)  # the checkpoint holds a copy; the tokenizer's folder may be gone
     return {**values, **settings_of_user(record["run"], composed, requested), "resume": str(path)}
 
 
@@ -278,7 +278,7 @@ def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Va
     A checkpoint may keep W&B from being contacted, but not have it contacted.
     """
     values: Values = {"resume_changes": requested.get("resume_changes", False)}
-    if composed.train.auto_resume:  # which repeats the whole command line
+    if composed.train.auto_resume:  # the command line repeats all settings
         return values
     if run["wandb"]["mode"] in ("off", "offline") and "wandb.mode" not in requested:
         values["wandb.mode"] = run["wandb"]["mode"]
@@ -286,7 +286,7 @@ def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Va
     unused = [
         key
         for key in USER_KEYS
-        if not key.endswith("workers")  # which change nothing but the speed
+        if not key.endswith("workers")  # their number affects only the speed
         and key not in requested
         and saved[key] != values.get(key, OmegaConf.select(composed, key))
     ]
@@ -318,7 +318,7 @@ def requested_changes(composed: DictConfig, overrides: list[str], known: set[str
     return requested
 
 
-# The values that complete a configuration; several, if it stands for several.
+# The values that complete a configuration; for evaluate.py one set for each checkpoint.
 COMPLETIONS: dict[str, Callable[[DictConfig, list[str]], list[Values]]] = {
     "train": lambda *composed: [fill_from_checkpoint_train(*composed)],
     "evaluate": fill_from_checkpoint_evaluate,

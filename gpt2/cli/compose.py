@@ -18,7 +18,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
-from gpt2.cli.schema import SCHEMAS  # which registers the schemas and resolvers
+from gpt2.cli.schema import SCHEMAS  # the import registers schemas and resolvers
 from gpt2.errors import UserError, one_line, shortened, without_secrets
 
 # outputs/sweeps, which holds the presets of studies, need not exist.
@@ -56,7 +56,7 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
 @contextmanager
 def hydra_of(name: str) -> Iterator[None]:
     """Hydra with `conf/` as its configuration."""
-    if GlobalHydra.instance().is_initialized():  # in a job of a sweep, with the same `conf/`
+    if GlobalHydra.instance().is_initialized():  # a job of a sweep, which uses the same `conf/`
         yield
     else:
         with hydra.initialize_config_dir(str(CONF), job_name=name):
@@ -149,7 +149,7 @@ _defaults_of = cache(OmegaConf.structured)
 
 def merged(schema: type, values: Any) -> DictConfig:
     """Merge values into a schema's defaults. OmegaConf checks each key and type."""
-    return OmegaConf.merge(_defaults_of(schema), values)  # type: ignore[return-value]  # which copies the defaults
+    return OmegaConf.merge(_defaults_of(schema), values)  # type: ignore[return-value]  # merge copies the defaults
 
 
 def as_argument(key: str, value: Any) -> str:
@@ -206,7 +206,7 @@ def title(overrides: list[str]) -> str:
     words: dict[str, str] = {}  # if a key is repeated, the last one counts
     try:
         arguments = parsed(overrides)
-    except HydraException:  # those of a checkpoint may be anything
+    except HydraException:  # overrides from a checkpoint may be anything
         return ""
     for override in arguments:
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]

@@ -18,7 +18,7 @@ import gpt2.config
 from gpt2.cli.compose import CONF, hydra_syntax
 from gpt2.cli.schema import SCHEMAS
 
-WIDTH, INDENT = 120, 44  # of a line, and of the column of comments
+WIDTH, INDENT = 120, 44  # characters in a line, and before a comment
 SET_BY_US = "set by"  # the comment of a field begins with this if no command line may set it
 
 

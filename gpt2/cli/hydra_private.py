@@ -13,7 +13,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.bash_completion import BashCompletion
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as BasicSweeper  # for -m without a study
 from hydra._internal.utils import get_args_parser
-from hydra.core.utils import run_job  # what Hydra's launchers call
+from hydra.core.utils import run_job  # Hydra's launchers call it
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         raise UserError(f"{message}; --help lists what there is")
 
     parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]  # it would print its usage in several lines
+    parser.error = refuse  # type: ignore[method-assign]  # the default prints the usage in several lines
     return parser.parse_intermixed_args(arguments)
 
 

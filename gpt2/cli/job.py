@@ -42,7 +42,7 @@ def run_task(task: Task, config: Run) -> Any:
     job = HydraConfig.get()
     if isinstance(config, TrainRun) and config.resume is None:
         config.choices = {group: file for group, file in job.runtime.choices.items() if distinguishes_runs(group, file)}
-        if config.train.init_from is not None:  # whose shape replaces that of the group `model`
+        if config.train.init_from is not None:  # its shape replaces that of the group `model`
             config.choices["model"] = Path(config.train.init_from).name
     if job.output_subdir is not None:
         (output_folder() / job.output_subdir / "config.yaml").write_text(to_yaml(asdict(config)), encoding="utf-8")

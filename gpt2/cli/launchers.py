@@ -29,7 +29,7 @@ from gpt2.runtime.signals import Interrupted, blocked_in_children, defer_signals
 
 KEY = "hydra.launcher."
 STOP_FILE = ".interrupted"  # with this file in the folder of a sweep, joblib's processes begin no further job
-REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # with which a cluster warns
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster warns with one of them
 
 
 def uses_submitit(launcher: DictConfig) -> bool:
@@ -140,7 +140,12 @@ def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
-    own = ("_target_", "submitit_folder", "max_num_timeout", "python")  # of the launcher, not of submitit's executor
+    own = (
+        "_target_",
+        "submitit_folder",
+        "max_num_timeout",
+        "python",
+    )  # submitit's executor has none of them
     parameters = {
         key if key in shared else f"{cluster}_{key}": value for key, value in settings.items() if key not in own
     }
@@ -195,6 +200,6 @@ def _run_until_requeued(run: Callable[[], Any]) -> Any:
                 raise
             try:
                 signal.raise_signal(number)
-            except RuntimeError as error:  # by submitit: the job was restarted max_num_timeout times
+            except RuntimeError as error:  # submitit raises it after max_num_timeout restarts
                 message = f"{error} A checkpoint was saved; the same command resumes."
                 raise ResourceError(message) from error

@@ -124,7 +124,7 @@ def print_plan(config: TrainRun) -> None:
     Raises:
         UserError: There is no such device.
     """
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()  # a run does so too
     train, work = config.train, planned_work(config)
     done = read_record(Path(config.resume))["progress"]["step"] if config.resume else 0
     steps = None if train.max_steps is None else train.max_steps - done
@@ -153,7 +153,7 @@ def planned_computation(work: Work, steps: int | None) -> ComputePlan:
 
 
 def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
-    """The line that says how long a run takes, by the measured time of a part of a step."""
+    """The line with the estimated duration of a run, from the measured time of a part of a step."""
     timing, hours = time_step(work, plan), work.train.max_training_hours
     if timing is None:
         return "Time    not measured: a layer and the head take more than half of the memory"
@@ -208,7 +208,7 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
     else:
         prompt = config.sample_prompt or "The"
         quoted = f'"{prompt}"' if not set(prompt) & set('"$`\\!\n') else shlex.quote(prompt)
-        is_default_place = folder.parent.parent == Path("outputs/runs").resolve()  # where generate.py searches
+        is_default_place = folder.parent.parent == Path("outputs/runs").resolve()  # generate.py searches there
         checkpoint = "" if is_default_place else " " + as_argument("checkpoint", place)
         log.info(f"\nNow try:  python generate.py prompt={quoted}{checkpoint}")
 

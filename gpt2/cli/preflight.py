@@ -69,7 +69,7 @@ def check_run(name: str, options: Namespace) -> DictConfig:
         UserError: With all problems.
     """
     fixed, _, problems = check_overrides(name, options)
-    with suppress(HydraException, OmegaConfBaseException):  # whose causes are found argument by argument
+    with suppress(HydraException, OmegaConfBaseException):  # `validate_command_line` finds the causes
         composed = compose(name, fixed, with_hydra=True)
         problems += validate_composed(name, composed, "run")
         if not problems:
@@ -242,7 +242,7 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     problems += validate_composed("train", whole, "sweep") + validate_launcher(launcher)
     if sweeper:
         found = validate_study(sweeper, launcher._target_)
-        if whole.hydra.sweeper.storage is None:  # it is a file in the folder of the sweep
+        if whole.hydra.sweeper.storage is None:  # the storage is a file in the folder of the sweep
             found = [problem.replace("hydra.sweeper.storage:", "hydra.sweep.dir:") for problem in found]
         problems += found
     try:

@@ -29,7 +29,7 @@ class RunFolder:
     """The folder of a single run."""
 
     path: str
-    resume: str | None = None  # what `resume` of the configuration becomes
+    resume: str | None = None  # new value of `resume` in the configuration
     is_new: bool = True  # false: `.hydra/` of the run that is resumed is left unchanged
 
     def apply(self, composed: DictConfig) -> None:
@@ -121,6 +121,6 @@ def saved_settings(config: TrainRun) -> tuple[dict[str, Any], str | None]:
     if not config.resume:
         return settings, None
     record = read_record(Path(config.resume))
-    if config.data.tokenizer == config.resume:  # it was read from the checkpoint; save where it came from originally
+    if config.data.tokenizer == config.resume:  # read from the checkpoint: save its original source
         settings["data"]["tokenizer"] = record["run"]["data"]["tokenizer"]
     return settings, record.get("wandb_id")

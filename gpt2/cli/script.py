@@ -47,7 +47,7 @@ from gpt2.runtime.dist_env import dist_env, exit_without_finalization, silence_u
 from gpt2.runtime.files import reason, run_lock, writable_folder
 from gpt2.runtime.signals import exit_on_signals
 
-EXECUTION_WHITELIST = ["gpt2.*"]  # what a configuration may instantiate
+EXECUTION_WHITELIST = ["gpt2.*"]  # patterns of classes that a configuration may instantiate
 OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
 
 
@@ -176,13 +176,13 @@ def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[D
         composed = check_run(name, options)
         folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
         folder.apply(composed)
-        is_plan = name == "train" and composed.plan  # which writes nothing and needs no other rank
+        is_plan = name == "train" and composed.plan  # a plan writes nothing and needs no other rank
         if not folder.is_new and not is_plan:  # locked before the checkpoint to resume from is chosen
             places.enter_context(run_lock(Path(folder.path)))
         config = resolve(name, composed, overrides_of(composed.hydra))
         if not is_plan:
             require_writable_places(config, places)
-            if isinstance(config, TrainRun) and folder.is_new:  # before Hydra writes to what may be another run's
+            if isinstance(config, TrainRun) and folder.is_new:  # before Hydra writes: it may be another run's
                 places.enter_context(writable_folder(Path(folder.path), "hydra.run.dir"))
                 places.enter_context(run_lock(Path(folder.path)))
                 refuse_second_run(config, Path(folder.path))
@@ -228,7 +228,7 @@ def collect_log() -> MemoryHandler:
 
 def replay(early_log: MemoryHandler) -> None:
     """Log the collected records, each message once: checkpoints are searched again when the run's folder is locked."""
-    logging.getLogger("gpt2").removeHandler(early_log)  # where Hydra configures no logging
+    logging.getLogger("gpt2").removeHandler(early_log)  # Hydra has removed it, unless it configures no logging
     for record in {record.getMessage(): record for record in early_log.buffer}.values():
         logging.getLogger(record.name).handle(record)
 

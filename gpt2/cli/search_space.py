@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from gpt2.search.algorithms import Algorithms
 
 KEY = "hydra.sweeper."
-MAX_RUNS = 1_000  # of a sweep, each of which is checked first
+MAX_RUNS = 1_000  # in a sweep; all are checked before the first one starts
 KEYS_WITHOUT_EFFECT_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
@@ -113,7 +113,7 @@ def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
         problems.append(f"{KEY}n_jobs: {sweeper.n_jobs} trials at a time need hydra/launcher=joblib")
     name = sweeper.study_name
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in groups:  # it becomes a group, +NAME=best
+    if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in groups:  # the name becomes a group: +NAME=best
         problems.append(
             f"{KEY}study_name: {name!r} must be letters, digits, '_' and '-', a letter first, and none of "
             f"{', '.join(groups)}"
@@ -231,7 +231,7 @@ def grammar_error(error: HydraException) -> str:
     """What is wrong with an argument that Hydra cannot parse."""
     if not isinstance(error.__cause__, TypeError | ValueError):
         return "not of the form key=value (a value with special characters needs quotes: key='a,b')"
-    reason = one_line(error.__cause__)  # of a function such as choice()
+    reason = one_line(error.__cause__)  # raised by a function such as choice()
     return "Hydra's functions take no null; key=null,1e-5 does" if "NoneType is incompatible" in reason else reason
 
 

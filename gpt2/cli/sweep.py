@@ -40,7 +40,7 @@ class LostRun(ResourceError):
 class RunSweeper(BasicSweeper):
     """Hydra's sweeper for `-m` without a study; at its end it names the runs that failed."""
 
-    config: DictConfig  # what `setup` sets
+    config: DictConfig  # `setup` sets this and the next two
     hydra_context: HydraContext
     launcher: Launcher
     start_marker: Path  # written when this sweep starts; older files are of an earlier sweep in the same folder
@@ -119,7 +119,7 @@ class RunSweeper(BasicSweeper):
             started = max((n for n, folder in enumerate(folders, start=1) if self._wrote(folder / LOCK)), default=0)
             if not started and isinstance(error, OSError):
                 raise
-            if not started:  # such as joblib, of its own settings
+            if not started:  # the launcher rejects its settings
                 raise UserError(f"hydra.launcher: no run can start: {shortened(one_line(error), 300)}") from error
             lost = LostRun.by(error)
         ends = [self._end_in(folder, lost) for folder in folders[:started]]
