@@ -181,21 +181,22 @@ def hydra_syntax(value: Any) -> str:
     return value if is_plain else QuotedString(escaped(value), Quote.double).with_quotes()
 
 
-def preset(overrides: list[str], without: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
+def preset(overrides: list[str], searched: set[str]) -> tuple[dict[str, str], dict[str, Any]]:
     """A command line as a preset: the groups it chooses, and the values that differ from those of the groups.
 
     Args:
-        without: Groups that the preset does not choose; their values are listed instead.
+        searched: Keys whose values are listed in any case.
     """
     composed, defaults = compose("train", overrides, with_hydra=True), compose_defaults("train", with_hydra=True)
     chosen, usual = (whole.hydra.runtime.choices for whole in (composed, defaults))
     choices = {
         str(group): str(choice)
         for group, choice in chosen.items()
-        if choice not in (None, usual.get(group)) and not str(group).startswith("hydra/") and group not in without
+        if choice not in (None, usual.get(group)) and group.split("/")[0] not in ("hydra", "hparams_search", "wandb")
     }
     before = leaves(compose("train", [f"{group}={choice}" for group, choice in choices.items()]))
-    return choices, {key: v for key, v in leaves(compose("train", overrides)).items() if v != before.get(key)}
+    values = leaves(compose("train", overrides)).items()
+    return choices, {key: value for key, value in values if key in searched or value != before.get(key)}
 
 
 def title(overrides: list[str]) -> str:

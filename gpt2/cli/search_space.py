@@ -88,15 +88,14 @@ def study_settings(sweeper: DictConfig) -> OptunaConfig:
     return OptunaConfig(**values | names)
 
 
-def _options(algorithm: DictConfig) -> dict[str, Any]:
-    return {str(key): algorithm[key] for key in algorithm if key not in ("name", "seed")}
-
-
 def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
     """The sampler and the pruner. The seed is an interpolation that a job cannot resolve and does not need."""
     from gpt2.search.algorithms import Algorithms
 
-    return Algorithms(study_settings(sweeper), seed, _options(sweeper.sampler), _options(sweeper.pruner))
+    def options(algorithm: DictConfig) -> dict[str, Any]:
+        return {str(key): algorithm[key] for key in algorithm if key not in ("name", "seed")}
+
+    return Algorithms(study_settings(sweeper), seed, options(sweeper.sampler), options(sweeper.pruner))
 
 
 def validate_study(sweeper: DictConfig, launcher: str) -> Problems:

@@ -25,7 +25,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict, read_write
 
 from gpt2.checkpoint.run_folder import checkpoint_folder_of
-from gpt2.cli.compose import as_argument, compose, escaped, leaves, overrides_of, preset, to_yaml, without_sweeps
+from gpt2.cli.compose import as_argument, escaped, overrides_of, preset, to_yaml, without_sweeps
 from gpt2.cli.launchers import jobs_save_first, log_submissions
 from gpt2.cli.search_space import KEY, algorithms_of, distributions, shared_settings, study_settings, study_sweeper
 from gpt2.errors import UserError, one_line
@@ -196,10 +196,9 @@ class StudySweeper(Sweeper):
         """Write `best.yaml`, the best trial as a preset. Returns the command that trains it."""
         name = self.sweeper.study_name
         overrides = [*self.fixed, *(f"{key}={value}" for key, value in best.params.items())]
-        choices, values = preset(overrides, without={"hparams_search", "wandb"})
-        searched = {key: value for key, value in leaves(compose("train", overrides)).items() if key in best.params}
+        choices, values = preset(overrides, searched=set(best.params))
         file: dict[str, Any] = {"defaults": [{f"override /{group}": choice} for group, choice in choices.items()]}
-        for key, value in {**searched, **values, "name": name}.items():
+        for key, value in {**values, "name": name}.items():
             group, _, field = key.rpartition(".")
             if (group or key) not in ("loggers", "wandb", "mlflow"):
                 (file.setdefault(group, {}) if group else file)[field] = value
