@@ -19,6 +19,8 @@ from omegaconf import DictConfig
 
 from gpt2.errors import UserError
 
+EXECUTION_WHITELIST = ["gpt2.*"]  # patterns of classes that a configuration may instantiate
+
 
 def parse_arguments(arguments: list[str]) -> Namespace:
     """Split a command line into overrides and Hydra's own flags, without composing anything.
@@ -63,19 +65,18 @@ def bash_completion(commands: Iterable[str]) -> str:
     return text.replace("COMP_LINE=$COMP_LINE $helper", 'COMP_LINE="python ${COMP_LINE#* }" $helper') + " python3"
 
 
-def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any], trusted: list[str]) -> Any:
+def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any]) -> Any:
     """Run a task as `hydra.main` does a single run, on a configuration that is composed already.
 
     Makes the output folder, configures logging and writes `.hydra/`. `hydra.main` would compose a second time.
 
     Args:
         composed: With the `hydra` node.
-        trusted: Patterns of what the configuration may instantiate.
     """
     context = HydraContext(
         config_loader=None,  # type: ignore[arg-type]  # only sweepers use it
         callbacks=Callbacks(composed),
-        execution_whitelist=trusted,
+        execution_whitelist=EXECUTION_WHITELIST,
     )
     done = run_job(
         task_function=task, config=composed, job_dir_key="hydra.run.dir", job_subdir_key=None, hydra_context=context

@@ -7,27 +7,31 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
+from logging.handlers import MemoryHandler
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import overrides_of, to_yaml
+from gpt2.cli.compose import keyed_error, overrides_of, to_yaml
 from gpt2.cli.error_lines import errors_as_lines, print_problems
+from gpt2.cli.hydra_private import run_composed
 from gpt2.cli.launchers import STOP_FILE, resumable_job
-from gpt2.cli.resume import refuse_second_run
+from gpt2.cli.resume import RunFolder, refuse_second_run
 from gpt2.cli.sweep import named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import Run, TrainRun
 from gpt2.errors import ResourceError, UserError, machine_error, one_line
 from gpt2.runtime.console import protect_output
-from gpt2.runtime.files import LOCK, RunLockedError, run_lock, writable_file, writable_folder
+from gpt2.runtime.dist_env import dist_env
+from gpt2.runtime.files import LOCK, RunLockedError, reason, run_lock, writable_file, writable_folder
 from gpt2.runtime.signals import Interrupted, admitted, reraise_interruption
 from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
@@ -105,6 +109,63 @@ def remove_if_nothing_happened(folder: Path, hydra_node: Any) -> None:
         of_hydra.add(folder / ABOUT)
     if all(path in of_hydra for path in folder.rglob("*") if not path.is_dir()):
         shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A single run
+
+
+def run_single(task: Task, composed: DictConfig, config: Run, folder: RunFolder, early_log: MemoryHandler) -> None:
+    """Run a script's function once, with a configuration and a folder that are checked already."""
+    began, is_writer = False, isinstance(config, TrainRun) and dist_env().is_main
+
+    def job(_composed: DictConfig) -> Any:
+        nonlocal began
+        began = True
+        replay(early_log)
+        with errors_as_lines(), clean_up_on_error(folder.is_new) if is_writer else nullcontext():
+            return run_task(task, config)
+
+    try:
+        run_composed(composed, job)
+    except Exception as error:
+        if began:
+            raise
+        if is_writer and folder.is_new:
+            remove_if_nothing_happened(Path(folder.path), composed.hydra)
+        raise UserError(setup_problem(error)) from error
+
+
+def setup_problem(error: BaseException) -> str:
+    """Why Hydra could not start a run: its folder or log cannot be created, or one of its own keys is invalid."""
+    if isinstance(error, OmegaConfBaseException):
+        return keyed_error(error)
+    texts = [one_line(error)]
+    while error.__cause__:
+        error = error.__cause__
+        texts.append(one_line(error))
+    if isinstance(error, OSError):
+        return f"hydra.run.dir: cannot write {error.filename}: {reason(error)}"
+    return f"hydra: {': '.join(texts)}"
+
+
+def collect_log() -> MemoryHandler:
+    """Collect log records, such as that of a skipped checkpoint, until Hydra has configured logging for train.log.
+
+    Hydra's configuration replaces this handler.
+    """
+    early_log = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
+    logger = logging.getLogger("gpt2")
+    logger.handlers = [early_log]
+    logger.setLevel(logging.INFO)
+    return early_log
+
+
+def replay(early_log: MemoryHandler) -> None:
+    """Log the collected records, each message once: checkpoints are searched again when the run's folder is locked."""
+    logging.getLogger("gpt2").removeHandler(early_log)  # Hydra has removed it, unless it configures no logging
+    for record in {record.getMessage(): record for record in early_log.buffer}.values():
+        logging.getLogger(record.name).handle(record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
-from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +26,18 @@ from gpt2.cli.complete import resolve
 from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, without_sweeps
 from gpt2.cli.error_lines import SECONDS_AFTER_FIRST_RANK, errors_as_lines
 from gpt2.cli.help import help_text
-from gpt2.cli.hydra_private import bash_completion, parse_arguments, run_composed
-from gpt2.cli.job import (
-    Task,
-    clean_up_on_error,
-    load_torch,
-    remove_if_nothing_happened,
-    require_writable_places,
-    run_sweep_job,
-    run_task,
-)
+from gpt2.cli.hydra_private import EXECUTION_WHITELIST, bash_completion, parse_arguments
+from gpt2.cli.job import Task, collect_log, load_torch, require_writable_places, run_single, run_sweep_job
 from gpt2.cli.launchers import log_submissions
 from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
 from gpt2.config import GenerateRun, Run, TrainRun
-from gpt2.errors import UserError, one_line
+from gpt2.errors import UserError
 from gpt2.runtime.console import WithoutPasswords, protect_output
 from gpt2.runtime.dist_env import dist_env, exit_without_finalization, silence_unless_main
-from gpt2.runtime.files import reason, run_lock, writable_folder
+from gpt2.runtime.files import run_lock, writable_folder
 from gpt2.runtime.signals import exit_on_signals
 
-EXECUTION_WHITELIST = ["gpt2.*"]  # patterns of classes that a configuration may instantiate
 OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
 
 
@@ -123,49 +113,21 @@ def print_information(name: str, task: Task, arguments: list[str], options: Name
 
 def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> None:
     """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
-    is_main, early_log = dist_env().is_main, collect_log()
+    early_log = collect_log()
     with ExitStack() as places:
-        if is_main:
+        if dist_env().is_main:
             composed, folder, config = prepare_on_main(name, options, places)
         else:
             composed, folder, config = prepare_on_rank(name, options)
+        if isinstance(config, GenerateRun):
+            config.prompt = prompt
         if isinstance(config, TrainRun) and config.plan:
             load_torch()
             from gpt2.cli.messages import print_plan
 
-            return print_plan(config)
-        if isinstance(config, GenerateRun):
-            config.prompt = prompt
-        began, is_writer = False, name == "train" and is_main
-
-        def job(_composed: DictConfig) -> Any:
-            nonlocal began
-            began = True
-            replay(early_log)
-            with errors_as_lines(), clean_up_on_error(folder.is_new) if is_writer else nullcontext():
-                return run_task(task, config)
-
-        try:
-            run_composed(composed, job, EXECUTION_WHITELIST)
-        except Exception as error:
-            if began:
-                raise
-            if is_writer and folder.is_new:
-                remove_if_nothing_happened(Path(folder.path), composed.hydra)
-            raise UserError(setup_problem(error)) from error
-
-
-def setup_problem(error: BaseException) -> str:
-    """Why Hydra could not start a run: its folder or log cannot be created, or one of its own keys is invalid."""
-    if isinstance(error, OmegaConfBaseException):
-        return keyed_error(error)
-    texts = [one_line(error)]
-    while error.__cause__:
-        error = error.__cause__
-        texts.append(one_line(error))
-    if isinstance(error, OSError):
-        return f"hydra.run.dir: cannot write {error.filename}: {reason(error)}"
-    return f"hydra: {': '.join(texts)}"
+            print_plan(config)
+        else:
+            run_single(task, composed, config, folder, early_log)
 
 
 def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
@@ -212,25 +174,6 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
     folder.apply(composed)
     return composed, folder, resolve(name, composed, overrides_of(composed.hydra))
-
-
-def collect_log() -> MemoryHandler:
-    """Collect log records, such as that of a skipped checkpoint, until Hydra has configured logging for train.log.
-
-    Hydra's configuration replaces this handler.
-    """
-    early_log = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
-    logger = logging.getLogger("gpt2")
-    logger.handlers = [early_log]
-    logger.setLevel(logging.INFO)
-    return early_log
-
-
-def replay(early_log: MemoryHandler) -> None:
-    """Log the collected records, each message once: checkpoints are searched again when the run's folder is locked."""
-    logging.getLogger("gpt2").removeHandler(early_log)  # Hydra has removed it, unless it configures no logging
-    for record in {record.getMessage(): record for record in early_log.buffer}.values():
-        logging.getLogger(record.name).handle(record)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def test_composed_configuration_is_run(tmp_path):
     assert list(inspect.signature(run_job).parameters) == parameters, MOVED.format("run_job has other parameters")
     composed = compose("export", [f"hydra.run.dir={tmp_path}/run", "hydra.output_subdir=.hydra"], with_hydra=True)
     seen: list[DictConfig] = []
-    assert run_composed(composed, lambda config: seen.append(config) or 7, []) == 7
+    assert run_composed(composed, lambda config: seen.append(config) or 7) == 7
     assert [config.keys() for config in seen] == [vars(ExportRun()).keys()], MOVED.format(
         "the task gets something else"
     )
