@@ -106,6 +106,7 @@ def test_openai_names_take_precedence_over_a_folder(workspace, folder):
 def test_model_missing_from_the_hub_cache_is_a_user_error(workspace):
     (line,) = workspace.run("evaluate.py", "checkpoint=gpt2-xl", expect=2).stderr.splitlines()
     assert "gpt2-xl: there is no such folder here, and neither the Hugging Face Hub nor" in line
+    assert "config.json; " in line
 
 
 def test_partially_cached_repository_is_a_user_error(workspace, folder):
@@ -113,7 +114,7 @@ def test_partially_cached_repository_is_a_user_error(workspace, folder):
     (folder / "config.json").unlink()
     workspace.cache_as_from_hub("openai-community/gpt2", folder)
     (line,) = workspace.run("generate.py", "checkpoint=gpt2", "prompt=x", expect=2).stderr.splitlines()
-    assert "neither the Hugging Face Hub nor" in line
+    assert "neither the Hugging Face Hub nor its cache provides config.json" in line
 
 
 @pytest.mark.parametrize("name", ["outputs/missing", "checkpoints/best_model.pth", ""])
