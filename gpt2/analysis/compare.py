@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from gpt2.errors import UserError, counted, few
 from gpt2.tracking.tracker import FINISHED
 
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
-FIRST, MISSING = COLUMNS[SHOWN[0]].header, "n/a"
-MOST_KEYS, LONGEST = 6, 24  # keys in a table, and characters of a value
-# Keys that influence neither the result nor the speed of a run; groups end in a dot.
+MAX_KEYS = 6  # in a table
+MAX_LENGTH = 24  # of a value in a table
+# Prefixes of the keys that influence neither the result nor the speed of a run.
 NOT_COMPARED = (
     *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
     *("inference.", "loggers", "wandb.", "mlflow.", "study.", "choices.experiment", "choices.inference"),
     *("plan", "train.detect_anomaly", "train.eval_tasks"),
 )
-# What says most about a run comes first, all other keys follow as they are declared, the seed is last.
+# The order of keys in a table. The other keys follow in the order of their declaration, the seed is last.
 IMPORTANT = (
     *("name", "train.init_from", "choices.data", "data.files", "data.dataset_name", "data.tokenizer"),
     *("choices.model", "model.num_layers", "model.d_model", "train.optimizer", "train.learning_rate"),
@@ -32,13 +33,13 @@ TOKENIZER = {"data.tokenizer", "data.vocab_size", "model.vocab_size"}
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """Keys without their group, where that is unambiguous."""
+    """Keys without their group, unless two keys would get the same name."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return {key: name if last[name := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def shown_value(value: Any) -> str:
-    """A value of a configuration, such as 0.003, gpt2, [a, b]."""
+    """A value of a configuration as text, such as 0.003, gpt2, [a, b] or null."""
     if isinstance(value, float):
         return f"{value:.10g}"
     if isinstance(value, list):
@@ -47,10 +48,9 @@ def shown_value(value: Any) -> str:
 
 
 def short_values(values: list[Any]) -> list[str]:
-    """Values of one key, for a column: numbers rounded, long texts cut, but different values stay different."""
+    """Values of one key for a column: numbers are rounded and long texts cut, but different values stay different."""
     exact = [shown_value(value) for value in values]
-    long = [text for text in dict.fromkeys(exact) if len(text) > LONGEST]
-    common = next((i for i, column in enumerate(zip(*long, strict=False)) if len({*column}) > 1), 0)
+    common = len(commonprefix([text for text in dict.fromkeys(exact) if len(text) > MAX_LENGTH]))  # noqa: RUF071
     for start, digits in ((0, 3), (common, 6)):
         short = [
             f"{value:.{digits}g}" if isinstance(value, float) else _cut(text, start)
@@ -62,26 +62,26 @@ def short_values(values: list[Any]) -> list[str]:
 
 
 def _cut(text: str, start: int) -> str:
-    """A long text without its first characters and without its middle: the end of a path says most."""
-    if len(text) <= LONGEST:
+    """A long text without its first characters and without its middle. Paths mostly differ near the end."""
+    if len(text) <= MAX_LENGTH:
         return text
-    head, rest = LONGEST // 3, text[start:]
-    if len(rest) <= LONGEST:
+    head, rest = MAX_LENGTH // 3, text[start:]
+    if len(rest) <= MAX_LENGTH:
         return f"…{rest}"
-    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - LONGEST :]}"
+    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - MAX_LENGTH :]}"
 
 
 @dataclass
 class Comparison:
     """Runs, sorted with the best first.
 
-    `sort` and `columns` are columns of `gpt2.analysis.runs`, or keys of the configuration, whose group may be left out
-    where that is unambiguous.
+    `sort` and `columns` are names of `gpt2.analysis.runs.COLUMNS` or keys of the configuration. The group of a key may
+    be left out if only one group has the key.
     """
 
     runs: list[RunResult]
-    sort: str = ""  # empty: the loss, or bits per byte where losses do not compare
-    columns: Sequence[str] = ()  # instead of the most telling keys
+    sort: str = ""  # empty: by loss, or by bits per byte if the tokenizers differ
+    columns: Sequence[str] = ()  # empty: the keys of `informative`
 
     def __post_init__(self) -> None:
         """
@@ -108,7 +108,7 @@ class Comparison:
         )
 
     def _sort_key(self, run: RunResult) -> tuple[Any, ...]:
-        """The better numbers first, then text, then missing values."""
+        """Sorts numbers from the best to the worst, then text, then missing values."""
         column = COLUMNS.get(self.sort)
         value = column.of(run) if column else run.config.get(self.sort)
         sign = 1 if column is None or column.is_less_better else -1
@@ -128,7 +128,7 @@ class Comparison:
 
     @cached_property
     def distinguishing(self) -> list[str]:
-        """A small subset of `keys` that distinguishes the same runs."""
+        """A small subset of `keys` that distinguishes as many runs as all of them."""
         return self._distinguishing_among(self.keys)
 
     def _distinguishing_among(self, keys: list[str]) -> list[str]:
@@ -142,35 +142,32 @@ class Comparison:
         return [repr([run.config.get(key) for key in keys]) for run in self.runs]
 
     @cached_property
-    def telling(self) -> list[str]:
-        """At most `MOST_KEYS` of `keys`: those that distinguish runs first, those that only follow another one last."""
-        keys = sorted(self.keys, key=lambda key: key == "name")  # which is in most folders' names
+    def informative(self) -> list[str]:
+        """At most `MAX_KEYS` of `keys`: first those that distinguish runs, last those with the values of others."""
+        keys = sorted(self.keys, key=lambda key: key == "name")  # last: most folders are named after it
         values = {key: self._values(key) for key in keys}
-        groups = {key: list(map(found.index, found)) for key, found in values.items()}  # of runs with equal values
-        fresh = [key for key in keys if groups[key] not in [groups[other] for other in keys[: keys.index(key)]]]
-        unequal = [key for key in keys if values[key] not in [values[other] for other in keys[: keys.index(key)]]]
-        order = dict.fromkeys([*self._distinguishing_among(keys), *fresh, *unequal, *keys])
-        return sorted([*order][:MOST_KEYS], key=lambda key: (key not in unequal, keys.index(key)))
+        unequal = [key for n, key in enumerate(keys) if values[key] not in [values[other] for other in keys[:n]]]
+        order = dict.fromkeys([*self._distinguishing_among(keys), *unequal, *keys])
+        return sorted([*order][:MAX_KEYS], key=lambda key: (key not in unequal, keys.index(key)))
 
     @property
     def table_keys(self) -> list[str]:
-        """The keys of the table."""
-        chosen = [key for key in self.columns if key not in COLUMNS] if self.columns else self.telling
-        return list(dict.fromkeys([*([] if self.sort in COLUMNS else [self.sort]), *chosen]))
+        """The keys of the table: the one that it is sorted by, and those of `columns`."""
+        return [key for key in dict.fromkeys([self.sort, *(self.columns or self.informative)]) if key not in COLUMNS]
 
     @property
     def other_keys(self) -> list[str]:
-        """The keys of `keys` that the table leaves out."""
+        """Those of `keys` that the table leaves out."""
         return [key for key in self.keys if key not in self.table_keys]
 
     def label(self, run: RunResult) -> str:
-        """The values that distinguish a run; its folder if its configuration does not."""
+        """The values that distinguish a run; its folder if no value does."""
         if not run.config or (not self.distinguishing and len(self.runs) > 1):
             return self.place(run)
         return self._shown(run, self.distinguishing) or run.title
 
     def group(self, run: RunResult) -> str:
-        """`label` without the seed; the experiment's name if the runs differ in the seed alone."""
+        """`label` without the seed; the name of the experiment if the runs differ in their seed only."""
         if not run.config:
             return self.place(run)
         keys = [key for key in self.distinguishing if key != SEED]
@@ -234,15 +231,15 @@ class Comparison:
 
     @property
     def rest(self) -> str:
-        """How many keys the table leaves out, with the first of them; empty if it has all."""
+        """How many keys the table leaves out, and the first of them; empty if it leaves out none."""
         names = [self.names[key] for key in self.other_keys]
         return f"{len(names)} more key{'s differ' if len(names) > 1 else ' differs'}: {few(names)}" if names else ""
 
     def rows(self, all_keys: bool = False) -> list[list[str]]:
-        """A table: the headers, then a row a run. Results come first; those that no run has are left out."""
+        """A table: the headers, then a row for each run. Results come first, without those that no run has."""
         names = dict.fromkeys([*SHOWN, *(name for name in (self.sort, *self.columns) if name in COLUMNS)])
-        figures = {COLUMNS[name].header: [_figure(run, name) for run in self.runs] for name in names}
-        figures = {head: cells for head, cells in figures.items() if {*cells} != {MISSING} or head == FIRST}
+        columns = {COLUMNS[name].header: [COLUMNS[name].text(run) for run in self.runs] for name in names}
+        figures = {head: cells for head, cells in columns.items() if {*cells} != {"n/a"} or head == "val loss"}
         if any(run.state != FINISHED for run in self.runs):
             figures["state"] = [run.state or "?" for run in self.runs]
         keys = [*self.table_keys, *(self.other_keys if all_keys else [])]
@@ -251,7 +248,7 @@ class Comparison:
         return [["run", *figures, *short_names(keys).values()], *map(list, rows)]
 
     def records(self) -> list[dict[str, Any]]:
-        """Everything, for JSON."""
+        """All facts and results of the runs, for JSON."""
         about = ("tags", "started", "ended", "repository", "machine", "versions")
         return [
             {
@@ -264,8 +261,3 @@ class Comparison:
             }
             for run in self.runs
         ]
-
-
-def _figure(run: RunResult, name: str) -> str:
-    value = COLUMNS[name].of(run)
-    return MISSING if value is None else COLUMNS[name].shown(value)

@@ -13,12 +13,12 @@ from gpt2.analysis.compare import Comparison
 from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
 
-MOST_NAMED = 12  # groups with a name; the others are grey
-GREY, OTHERS = "#c9c9c9", "#7f7f7f"  # lines, and letters
+MAX_NAMED = 12  # groups with a name and a colour; the others are grey
+GREY_LINE, GREY_TEXT = "#c9c9c9", "#7f7f7f"
 
 
 def colours(values: Sequence[Any]) -> list[str]:
-    """A colour for each distinct value: along a scale for three or more numbers, which have an order."""
+    """A colour for each of some distinct values. Three or more numbers get a scale of colours in their order."""
     if len(values) > 2 and all(isinstance(value, int | float) for value in values):
         order = sorted(values)
         return [to_hex(colormaps["viridis"](0.85 * order.index(value) / (len(values) - 1))) for value in values]
@@ -26,36 +26,35 @@ def colours(values: Sequence[Any]) -> list[str]:
     return [to_hex(scale(place % scale.N)) for place in range(len(values))]
 
 
-def curves(comparison: Comparison, identify: Callable[[RunResult], str] | None = None) -> Figure:
+def curves(comparison: Comparison, svg_id: Callable[[RunResult], str] | None = None) -> Figure:
     """Plot all runs over tokens and over time. Runs that differ only in their seed share a colour and a name.
 
     Args:
-        identify: The id of a run's lines in SVG.
+        svg_id: The id of a run's lines in SVG.
     """
     groups: dict[str, list[RunResult]] = {}
     for run in comparison.runs:
         groups.setdefault(comparison.group(run), []).append(run)
-    named = list(groups)[:MOST_NAMED]
+    named = list(groups)[:MAX_NAMED]
     palette = dict(zip(named, colours(_values(comparison, [groups[label][0] for label in named])), strict=True))
 
-    key, y_label = _metric(comparison)
-    x_label, scale = _unit_of_time(comparison.runs)
-    figure = new_figure(8.5, 4)
-    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    metric = "bits_per_byte" if comparison.in_bits else "loss"
+    time_label, scale = _unit_of_time(comparison.runs)
+    by_tokens, by_time = (figure := new_figure(8.5, 4)).subplots(1, 2, sharey=True)
     ends: dict[str, tuple[float, float, str, str]] = {}
     for label, runs in groups.items():
-        style = {"color": palette.get(label, GREY), "zorder": 2 + (label in palette)}
+        style = {"color": palette.get(label, GREY_LINE), "zorder": 2 + (label in palette)}
         name = label + _count(runs) if label in palette else f"{len(groups) - len(named)} others"
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_time, "seconds", scale)):
-                points = [(place / factor, y) for place, y in run.curve(key, x)]
-                _line(axes, points, style, identify and identify(run))
+                points = [(place / factor, y) for place, y in run.curve(f"val/{metric}", x)]
+                _line(axes, points, style, svg_id and svg_id(run))
             if points:
-                ends.setdefault(name, (*points[-1], name, palette.get(label, OTHERS)))
+                ends.setdefault(name, (*points[-1], name, palette.get(label, GREY_TEXT)))
 
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-    plain(by_tokens, xlabel="tokens", ylabel=y_label)
-    plain(by_time, xlabel=x_label)
+    plain(by_tokens, xlabel="tokens", ylabel=UNITS[metric])
+    plain(by_time, xlabel=time_label)
     label_ends(by_time, list(ends.values()))
     return figure
 
@@ -73,16 +72,9 @@ def _count(runs: list[RunResult]) -> str:
 
 
 def _values(comparison: Comparison, runs: list[RunResult]) -> list[Any]:
-    """The values of the one key that distinguishes runs, which may be numbers; with several keys, the groups."""
+    """What the colours of runs stand for: the values of the key that distinguishes them, or their groups."""
     keys = [key for key in comparison.distinguishing if key != SEED]
     return [run.config.get(keys[0]) if len(keys) == 1 else comparison.group(run) for run in runs]
-
-
-def _metric(comparison: Comparison) -> tuple[str, str]:
-    """The key of the y axis and its label."""
-    if comparison.in_bits:
-        return "val/bits_per_byte", UNITS["bits_per_byte"]
-    return "val/loss", UNITS["loss"]
 
 
 def _unit_of_time(runs: list[RunResult]) -> tuple[str, float]:

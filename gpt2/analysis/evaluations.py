@@ -1,22 +1,22 @@
-"""Results of `evaluate.py` side by side: a table with a row for each model, and a curve over the steps of a run."""
+"""Results of `evaluate.py` compared: a table with one row per model, and a curve over the steps of a run."""
 
 from math import isnan
 from pathlib import Path
 from typing import Any
 
-Result = dict[str, Any]  # as `evaluation.json` holds it
+Result = dict[str, Any]  # the content of `evaluation.json`
 OF_CORPUS = ("loss", "perplexity", "bits_per_byte")
 
 
 def by_name(figures: Result) -> dict[str, float]:
-    """The figures of a result by one name each, such as `hellaswag/acc_norm`."""
+    """The figures of a result in one flat dictionary, with names such as `hellaswag/acc_norm`."""
     tasks = figures.get("results", {})
     plain_figures = {name: value for name, value in figures.items() if name != "results"}
     return plain_figures | {f"{task}/{name}": value for task in tasks for name, value in tasks[task].items()}
 
 
 def task_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A table with a row for each figure of each task."""
+    """A table with one row per figure of each task."""
     rows = [["task", "documents", "metric", "value", "standard error"]]
     for task, figures in results.items():
         for metric in metrics_of(figures):
@@ -32,22 +32,22 @@ def metrics_of(figures: dict[str, float]) -> list[str]:
 def _shown(metric: str, value: float) -> str:
     if isnan(value):  # the standard error of one document
         return "n/a"
-    if value >= 1e6:  # the perplexity of a model that knows nothing
+    if value >= 1e6:  # the perplexity of an untrained model
         return f"{value:.2e}"
     return f"{value:,.2f}" if metric == "perplexity" else f"{value:.4f}"
 
 
 def names_of_models(results: list[Result]) -> str:
-    """How many models there are, the folder that holds all of them, and which of their losses compare."""
+    """A line with the number of models, the folder that has all of them, and whether their losses compare."""
     folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
     names = {Path(result["data"]["tokenizer"]) for result in results if "data" in result}
-    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}  # a run's checkpoints share theirs
+    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}  # a run has one for its checkpoints
     note = "; their tokenizers differ: only bits per byte compare" if len(tokenizers) > 1 else ""
     return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}{note}"
 
 
 def model_rows(results: list[Result]) -> list[list[str]]:
-    """A table with a row for each model: its name, its step, and the loss or the figures of tasks."""
+    """A table with one row per model: its name, its step, and the loss or the figures of tasks."""
     tasks = {task: metrics_of(figures) for task, figures in results[0].get("results", {}).items()}
     names = [f"{task} {metric}" for task, metrics in tasks.items() for metric in metrics]
     corpus = [] if tasks else [name for name in OF_CORPUS if name in results[0]]
@@ -65,10 +65,10 @@ def model_rows(results: list[Result]) -> list[list[str]]:
 
 
 def write_curve(results: list[Result]) -> Path | None:
-    """Draw the loss, or the headline figure of each task, over the steps of each run, beside the first result's file.
+    """Draw the loss, or the headline figure of each task, over the steps of each run.
 
     Returns:
-        The picture's path; None if no run has two steps.
+        The picture's path, beside the file of the first result; None if no run has two steps.
     """
     from matplotlib.colors import to_hex
 
@@ -83,19 +83,17 @@ def write_curve(results: list[Result]) -> Path | None:
         return None
     figure = new_figure()
     axes, ends = figure.subplots(), []
-    tasks = {task: metrics_of(figures)[0] for task, figures in results[0].get("results", {}).items()}
+    tasks = results[0].get("results", {})
+    names = [f"{task}/{metrics_of(figures)[0]}" for task, figures in tasks.items()] or ["loss"]
     for run, found in lines.items():
-        steps = [result["step"] for result in found]
+        steps, figures_of_each = [result["step"] for result in found], [by_name(result) for result in found]
         prefix = f"{run.parent.name}/{run.name} " if len(lines) > 1 else ""
-        if not tasks:
-            (line,) = axes.plot(steps, losses := [result["loss"] for result in found], "o-")
-            ends.append((steps[-1], losses[-1], prefix.strip(), to_hex(line.get_color())))
-        for task, metric in tasks.items():
-            values, errors = (
-                [result["results"][task][name] for result in found] for name in (metric, f"{metric}_stderr")
-            )
+        for name in names:
+            values = [figures[name] for figures in figures_of_each]
+            errors = [figures[f"{name}_stderr"] for figures in figures_of_each] if tasks else None
             line = axes.errorbar(steps, values, errors, fmt="o-", capsize=3)[0]
-            ends.append((steps[-1], values[-1], f"{prefix}{task} {metric}", to_hex(line.get_color())))
+            label = name.replace("/", " ") if tasks else ""
+            ends.append((steps[-1], values[-1], f"{prefix}{label}".strip(), to_hex(line.get_color())))
     plain(axes, xlabel="step", ylabel="accuracy ± standard error" if tasks else "loss (nats per token)")
     if tasks or len(lines) > 1:
         label_ends(axes, ends)

@@ -13,32 +13,32 @@ from gpt2.analysis.runs import RunResult
 from gpt2.runtime.console import printable
 
 BEST, FAINT = "#c8502d", "#9db4d0"
-LINE_HEIGHT = 0.22  # inches, of figures whose axes take most of the height
+LINE_HEIGHT = 0.22  # of a label, in inches
 
 
 def new_figure(width: float = 6.5, height: float = 4) -> Figure:
-    """A figure without pyplot's global state; sizes in inches. Shown 600 pixels wide, its letters have 13 pixels."""
+    """A figure without pyplot's global state; sizes in inches. Letters are 13 pixels high if it is shown 600 wide."""
     return Figure(figsize=(width, height), dpi=180, layout="constrained")
 
 
 def plain(axes: Axes, **labels: Any) -> None:
-    """Label axes, with a faint grid and no frame."""
+    """Set the labels of axes, and draw them with a faint grid and without a frame."""
     axes.set(**labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: int = 1) -> None:
-    """Name lines at the right edge of the axes, in their colours, instead of in a legend.
+    """Name lines at the right edge of the axes, in the colours of the lines, instead of in a legend.
 
-    Names that would overlap are moved apart; a thin line leads from each to its point. To be called last, because it
+    Names that would overlap are moved apart; a thin line connects each with its point. Call this last, because it
     reads the limits of the axes.
 
     Args:
         ends: The last point of each line, its name and its colour: (x, y, name, colour).
-        panels: How many axes the figure has one below the other.
+        panels: The number of axes below each other in the figure.
     """
-    axes.autoscale_view()  # otherwise the limits are those of an empty plot until it is drawn
+    axes.autoscale_view()  # matplotlib would compute the limits when it draws
     figure, to_axes = axes.get_figure(root=True), axes.transScale + axes.transLimits
     assert figure
     heights = list[float]()
@@ -64,18 +64,18 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
 
 
 def as_label(text: str) -> str:
-    """Escape a text for matplotlib, which sets text between dollars as formulas and hides labels that begin with _.
+    """Escape a text for matplotlib, which reads text between dollars as a formula and hides labels that begin with _.
 
-    Without control characters, which no font has, and which make an SVG file invalid.
+    Control characters are removed: no font has them, and they make an SVG file invalid.
     """
     return ("\u200b" if text.startswith("_") else "") + printable(text).replace("$", r"\$")
 
 
 def picture(figure: Figure, kind: str = "png", source: bytes | None = None) -> bytes:
-    """The content of a png, svg or pdf file.
+    """A figure as the content of a png, svg or pdf file.
 
     Args:
-        source: The content of the file that a png was drawn from, whose SHA-256 becomes its `Source`.
+        source: The content of the file that a png is drawn from. Its SHA-256 is written to the metadata as `Source`.
     """
     content = io.BytesIO()
     figure.savefig(content, format=kind, metadata={"Source": sha256(source).hexdigest()} if source else None)

@@ -6,10 +6,10 @@ A file of a run folder may hold anything: it is checked when it is read.
 import glob
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
-from math import inf, isfinite
+from math import isfinite
 from math import log as logarithm
 from pathlib import Path
 from statistics import median
@@ -20,23 +20,19 @@ from gpt2.errors import UserError, few
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.runtime.plain_values import brief, choices_of, from_plain
 from gpt2.tracking.loggers import flat
-from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, read_metrics
+from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, metrics_in
 
 log = logging.getLogger(__name__)
 
 SEED = "train.seed"
-# The states of runs that never recorded how they ended: their process is dead, or cannot be seen from this machine.
+# States of a run that did not record how it ended: its process is dead, or runs on another machine if at all.
 KILLED, UNSEEN = "killed", "running?"
 
 
-def is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and isfinite(value)
-
-
-DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
+DEFAULTS = flat(asdict(TrainRun()))  # for keys that did not exist yet when a run was started
 FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}  # of `machine` in run.json
 
-# What is read of run.json and of a line of metrics.jsonl. null is as good as no value.
+# Types of the keys of run.json and of a line of metrics.jsonl. null counts as missing.
 WORDS = {str: "a text", float: "a number", bool: "true or false", list: "a list", dict: "a group of keys and values"}
 OF_ABOUT = {
     **dict.fromkeys(("title", "state", "reason", "started", "ended"), str),
@@ -50,32 +46,33 @@ OF_RECORD = {
     **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
     "sample": str,
 }
-MOST_LEVELS = 20  # of values within values
-LARGEST = 10**100  # products of such numbers are still floats
+LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 
 
-def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> Iterator[str]:
-    """Problems of values: those of a wrong type, and those nested too deeply or too large for any run."""
-    for key, value in values.items():
-        kind = kinds.get(key)
-        is_kind = kind is None or value is None or isinstance(value, kind) or (kind is float and type(value) is int)
-        if not is_kind:
-            yield f"{prefix}{key}: {brief(value)} is not {WORDS[kind]}"  # type: ignore[index]
-        elif problem := _excess(value):
-            yield f"{prefix}{brief(key)}: {problem}"
+def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> list[str]:
+    """The values of a wrong type, and the numbers that are too large to compute with."""
+    problems = []
+    for key in values.keys() & kinds.keys():
+        value, kind = values[key], kinds[key]
+        is_number = kind is float and type(value) in (int, float)
+        if not is_number and not isinstance(value, kind):
+            problems.append(f"{prefix}{key}: {brief(value)} is not {WORDS[kind]}")
+        elif is_number and abs(value) > LARGEST:
+            problems.append(f"{prefix}{key}: a number beyond 10^100")
+    return problems
 
 
-def _excess(value: Any, levels: int = MOST_LEVELS) -> str | None:
-    if isinstance(value, int | float) and LARGEST < abs(value) < inf:
-        return "a number beyond 10^100"
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if inner and levels == 0:
-        return f"more than {MOST_LEVELS} levels of values within values"
-    return next(filter(None, (_excess(item, levels - 1) for item in inner)), None)
+def _present(values: Record) -> Record:
+    """Without null and numbers that are not finite."""
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not None and not (isinstance(value, float) and not isfinite(value))
+    }
 
 
 def _known(kind: type, values: Any) -> Any:
-    """The values of a configuration for keys and choices of this version; the run may be of another one."""
+    """A run's configuration without keys and choices that this version does not have: another version may have run."""
     if not isinstance(values, dict):
         return values
     known = {}
@@ -87,24 +84,41 @@ def _known(kind: type, values: Any) -> Any:
     return known
 
 
-def read_checked_about(path: Path) -> Record:
-    """A `run.json`; empty if there is none.
+def _content_of(path: Path) -> bytes | None:
+    """The content of a file; None if it does not exist.
 
     Raises:
-        UserError: It cannot be read, or holds what no run writes.
+        UserError: It cannot be read, or is not a regular file but, for example, a folder or a pipe.
     """
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
     try:
-        about = json.loads(path.read_bytes()) if _is_file(path) else {}
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise UserError(f"{path}: {reason}") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def read_checked_about(path: Path) -> Record:
+    """A `run.json`; empty if it does not exist.
+
+    Raises:
+        UserError: It cannot be read, or has values that no run writes.
+    """
+    content = _content_of(path)
+    try:
+        about = {} if content is None else json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON") from error
     if not isinstance(about, dict):
         raise UserError(f"{path}: {brief(about)} is not {WORDS[dict]}")
-    problems = [*_problems_of(about, OF_ABOUT)]
+    about = _present(about)
+    problems = _problems_of(about, OF_ABOUT)
     if not problems:
-        problems += _problems_of(about.get("repository") or {}, OF_REPOSITORY, "repository.")
+        problems += _problems_of(about.get("repository", {}), OF_REPOSITORY, "repository.")
         try:
-            from_plain(TrainRun, _known(TrainRun, about.get("config") or {}), "config.")
+            from_plain(TrainRun, _known(TrainRun, about.get("config", {})), "config.")
         except UserError as error:
             problems += error.problems
     if problems:
@@ -116,35 +130,22 @@ def read_checked_metrics(path: Path) -> list[Record]:
     """The records of a `metrics.jsonl`, without damaged lines.
 
     Raises:
-        UserError: It cannot be read, no line is a record, or one holds what no run writes.
+        UserError: It cannot be read, no line is a record, or a record has values that no run writes.
     """
-    try:
-        records = read_metrics(path) if _is_file(path) else []
-        if not records and path.exists() and path.read_bytes().strip():
-            raise UserError(f"{path}: no line is a record of a run")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    content = _content_of(path) or b""
+    records = [_present(record) for record in metrics_in(content)]
+    if content.strip() and not records:
+        raise UserError(f"{path}: no line is a record of a run")
     for record in records:
-        if problems := [*_problems_of(record, OF_RECORD)]:
+        if problems := _problems_of(record, OF_RECORD):
             raise UserError(f"{path}: step {brief(record['step'])}: {few(problems, '; ')}")
     return records
 
 
-def _is_file(path: Path) -> bool:
-    """Whether a path exists.
-
-    Raises:
-        UserError: It is not a regular file but, for example, a folder or a pipe.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a file")
-    return path.exists()
-
-
 class RunResult:
-    """One run. Its folder is read on first use. Missing values are None.
+    """One run. Its files are read on first use. Missing values are None.
 
-    All properties raise a UserError if the file that they need is damaged; `problem` says so beforehand.
+    A property raises a UserError if the file that it needs is damaged; `problem` is the error of either file.
     """
 
     def __init__(self, folder: Path):
@@ -170,16 +171,14 @@ class RunResult:
     def requested(self) -> dict[str, Any]:
         """The configuration by dotted key; empty for a run that was started from Python."""
         nested = self.about.get("config")
-        return {**DEFAULTS, **flat(nested)} if isinstance(nested, dict) else {}
+        return {} if nested is None else {**DEFAULTS, **flat(nested)}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """`requested`, with the precision and device that `auto` became, and the number of ranks."""
-        machine = self.about.get("machine") or {}
-        return self.requested and {
-            **self.requested,
-            **{key: machine[name] for key, name in FACTS.items() if name in machine},
-        }
+        machine = self.about.get("machine", {})
+        facts = {key: machine[name] for key, name in FACTS.items() if name in machine}
+        return self.requested and self.requested | facts
 
     @property
     def title(self) -> str:
@@ -190,23 +189,14 @@ class RunResult:
         state = self.about.get("state")
         if state == RUNNING:
             return {True: RUNNING, False: KILLED, None: UNSEEN}[is_locked(self.folder / LOCK)]
-        return state if isinstance(state, str) else None
+        return state
 
     def values(self, key: str) -> list[float]:
-        """All finite values that were logged under a key, in order."""
-        return [record[key] for record in self.records if is_finite(record.get(key))]
+        """All values that were logged under a key, in order."""
+        return [record[key] for record in self.records if key in record]
 
     def last(self, key: str) -> float | None:
-        return next((r[key] for r in reversed(self.records) if is_finite(r.get(key))), None)
-
-    def fact(self, key: str) -> float | None:
-        """A number of `run.json`."""
-        value = self.about.get(key)
-        return value if is_finite(value) else None
-
-    @property
-    def best_loss(self) -> float | None:
-        return min(self.values("val/loss"), default=None)
+        return next(reversed(self.values(key)), None)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -215,14 +205,9 @@ class RunResult:
         return median(speeds[1:] or speeds) if speeds else None
 
     @property
-    def hours(self) -> float | None:
-        seconds = self.last("seconds")
-        return None if seconds is None else seconds / 3600
-
-    @property
     def flops(self) -> float | None:
         """Floating point operations of training, without evaluation; see `GPT2Model.flops_per_token`."""
-        tokens, flops_per_token = self.last("tokens"), self.fact("flops_per_token")
+        tokens, flops_per_token = self.last("tokens"), self.about.get("flops_per_token")
         return None if tokens is None or flops_per_token is None else tokens * flops_per_token
 
     @property
@@ -233,31 +218,35 @@ class RunResult:
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
         """Points (x, y) of the records that have both keys."""
-        return [(r[x], r[y]) for r in self.records if is_finite(r.get(y)) and is_finite(r.get(x))]
+        return [(record[x], record[y]) for record in self.records if {x, y} <= record.keys()]
 
 
 @dataclass
 class Column:
-    """A column of a comparison."""
+    """A result of runs, as a column of a comparison."""
 
     header: str
     of: Callable[[RunResult], float | None]
     shown: Callable[[float], str]
     is_less_better: bool = True
 
+    def text(self, run: RunResult) -> str:
+        value = self.of(run)
+        return "n/a" if value is None else self.shown(value)
+
 
 COLUMNS = {
     "loss": Column("val loss", lambda run: run.last("val/loss"), "{:.4f}".format),
-    "best": Column("best", lambda run: run.best_loss, "{:.4f}".format),
+    "best": Column("best", lambda run: min(run.values("val/loss"), default=None), "{:.4f}".format),
     "bits_per_byte": Column("bits/byte", lambda run: run.last("val/bits_per_byte"), "{:.4f}".format),
     "steps": Column("steps", lambda run: run.last("step"), "{:,}".format, is_less_better=False),
     "tokens": Column("tokens", lambda run: run.last("tokens"), "{:,}".format, is_less_better=False),
     "text_bytes": Column("bytes of text", lambda run: run.text_bytes, "{:.3g}".format, is_less_better=False),
     "tokens_per_second": Column("tokens/s", lambda run: run.tokens_per_second, "{:,.0f}".format, is_less_better=False),
-    "hours": Column("hours", lambda run: run.hours, "{:.3g}".format),
+    "hours": Column("hours", lambda run: (s := run.last("seconds")) and s / 3600, "{:.3g}".format),
     "mfu": Column("MFU", lambda run: run.last("train/mfu"), "{:.1%}".format, is_less_better=False),
     "flops": Column("FLOPs", lambda run: run.flops, "{:.3g}".format),
-    "parameters": Column("parameters", lambda run: run.fact("parameters"), "{:,}".format),
+    "parameters": Column("parameters", lambda run: run.about.get("parameters"), "{:,}".format),
 }
 
 UNITS = {  # axis labels
@@ -270,9 +259,9 @@ UNITS = {  # axis labels
 
 
 def find_runs(places: Iterable[str]) -> list[RunResult]:
-    """The runs in run folders, in folders that contain runs, such as a sweep's, and in patterns of such.
+    """The runs in some places: run folders, folders that contain some, such as a sweep's, and glob patterns of both.
 
-    A run with a damaged file is left out, with a warning.
+    A run with a damaged file is left out with a warning.
 
     Raises:
         UserError: Some places contain no run, or no run can be read.

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 
-# Such as 12,500 or 31.2% or 1.5 - 1.7 or **2.38 ± 0.01**.
+# For example 12,500 or 31.2% or 1.5 - 1.7 or **2.38 ± 0.01**.
 NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a))?\**")
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a number, or stands for a missing one."""
+    """Whether a cell has a number or marks a missing one."""
     return cell in ("n/a", "null", "") or NUMBER.fullmatch(cell) is not None
 
 
@@ -22,7 +22,7 @@ def numeric_columns(rows: list[list[str]]) -> list[bool]:
 
 
 def as_text(rows: list[list[str]], width: int | None = None) -> str:
-    """Aligned text: numbers right, text left. What is wider than `width` continues below, with the first column."""
+    """Aligned text, numbers to the right. Columns beyond `width` follow in further tables that repeat the first one."""
     rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     first, *others = (
         [f"{cell:{'>' if numeric else '<'}{max(map(len, column))}}" for cell in column]

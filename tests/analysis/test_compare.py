@@ -72,7 +72,7 @@ def test_columns_of_a_run(tmp_path):
 def test_folder_with_only_metrics_is_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "seconds": 1.0, "train/loss": 3.0}\n{"st')
     (only,) = find_runs([str(tmp_path)])
-    assert (only.last("train/loss"), only.best_loss, only.config, only.state) == (3.0, None, {}, None)
+    assert (only.last("train/loss"), COLUMNS["best"].of(only), only.config, only.state) == (3.0, None, {}, None)
     assert "n/a" in as_text(Comparison([only]).rows())
 
 
@@ -164,7 +164,7 @@ def test_keys_of_a_study_are_its_search_space(tmp_path):
         config |= {"train.learning_rate": rate, "train.weight_decay": decay, "train.beta2": 1 - rate}
         make_run(tmp_path / str(rate), **config, **{"train.epsilon": decay / 1e6})
     found = Comparison(find_runs([str(tmp_path)]))
-    assert [found.names[key] for key in found.telling] == [
+    assert [found.names[key] for key in found.informative] == [
         *("learning_rate", "weight_decay", "dropout", "beta2", "epsilon", "attention_dropout")
     ]
 
@@ -379,7 +379,7 @@ def test_json_output(two, capsys, monkeypatch):
 
 
 def test_note_about_the_command_line_is_not_on_the_page(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gpt2.analysis.compare.MOST_KEYS", 0)
+    monkeypatch.setattr("gpt2.analysis.compare.MAX_KEYS", 0)
     run_compare(monkeypatch, str(two.parent), f"html={tmp_path}/page.html")
     note = "1 more key differs: learning_rate"
     assert f"{note}. columns=KEY,... shows others, html=FILE all of them." in capsys.readouterr().out
