@@ -49,11 +49,6 @@ def count_targets(batch: Batch) -> int:
     return int((batch["targets"] != IGNORE_INDEX).sum())
 
 
-def has_targets(loader: DataLoader, max_batches: int | None) -> bool:
-    """Whether any of the first batches has a token to predict; otherwise the loss would be NaN."""
-    return any(count_targets(as_inputs(batch)) for batch in islice(loader, max_batches))
-
-
 def validate_data(
     train_loader: DataLoader,
     val_loader: DataLoader,
@@ -65,8 +60,10 @@ def validate_data(
     problems = []
     if not len(train_loader):
         problems.append("data: the training split is empty")
-    is_ours = isinstance(val_loader.dataset, TokenDataset)  # each of its blocks has targets
-    if not (len(val_loader) if is_ours else has_targets(val_loader, config.eval_batches)):
+    has_targets = bool(len(val_loader))
+    if not isinstance(val_loader.dataset, TokenDataset):  # whose blocks all have targets
+        has_targets = any(count_targets(as_inputs(batch)) for batch in islice(val_loader, config.eval_batches))
+    if not has_targets:
         problems.append("data: the validation split has no token to predict")
     if config.eval_tasks and tokenizer is None:
         problems.append("train.eval_tasks: the data have no tokenizer for the documents of tasks")
@@ -77,21 +74,21 @@ def validate_data(
 
 
 def perplexity(loss: float) -> float:
-    """e to the loss; infinite where that is beyond a float."""
+    """e to the power of the loss; infinity if that is too large for a float."""
     return exp(loss) if loss < 700 else inf
 
 
 @dataclass
 class Score:
-    """Accumulated cross-entropy with token and byte counts; the sum is fp64, so that the batch size does not matter."""
+    """Accumulated cross-entropy, and the predicted tokens and bytes of text."""
 
     nats: float = 0.0
     tokens: int = 0
-    bytes: int = 0  # of text in these tokens; 0 without a tokenizer
+    bytes: int = 0  # 0 without a tokenizer
 
     @property
     def loss(self) -> float:
-        """Nats a token; NaN without tokens."""
+        """Nats per token; NaN without tokens."""
         return self.nats / self.tokens if self.tokens else nan
 
     @property
@@ -107,17 +104,20 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager | None = None,
     max_batches: int | None = None,
-    on_batch: Callable[[int, int], bool] = lambda batch, batches: True,
+    on_batch: Callable[[int, int], bool | None] = lambda batch, batches: None,
     tokenizer: GPT2Tokenizer | None = None,
     group: ProcessGroup | None = None,
 ) -> Score:
     """Sum the cross-entropy over a loader without dropout; every token has the same weight.
 
+    The sums are fp64, so that the result does not depend on the batch size.
+
     Args:
         on_batch: Called before each batch with its index and the number of batches; if it returns False on any rank,
             the score is empty.
-        tokenizer: To count the bytes of text that are predicted.
-        group: The ranks take turns at the batches. Each returns the score of all, bitwise equal to a single process's.
+        tokenizer: Counts the bytes of text that are predicted.
+        group: Rank r of n scores batches r, r + n, ... All ranks return the score of all batches, bitwise equal to that
+            of a single process.
     """
     group = group or ProcessGroup()
     token_bytes = bytes_of_tokens(tokenizer, model.config.vocab_size) if tokenizer else None
@@ -125,19 +125,19 @@ def score(
     model.eval()
     batches = min(len(loader), max_batches or len(loader))
     sums = torch.zeros(3, batches, dtype=torch.float64)  # nats, tokens, bytes
-    place = device if device.type == "cuda" else torch.device("cpu")  # of the sums of losses: MPS has no fp64
-    nats = torch.zeros(batches, dtype=torch.float64, device=place)  # copied once, for which the host has to wait
+    # On CUDA the sums of losses stay on the device until the end, because the host waits for a copy. MPS has no fp64.
+    nats = torch.zeros(batches, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     is_interrupted = False
     try:
         for number, batch in enumerate(map(as_inputs, islice(loader, batches))):
             if number % group.size != group.rank:
                 continue
-            if is_interrupted := not on_batch(number, batches):
+            if is_interrupted := on_batch(number, batches) is False:
                 break
             moved = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
             with autocast or nullcontext():
                 losses = model.token_losses(**moved)
-            nats[number] = losses.to(place).double().sum()
+            nats[number] = losses.to(nats.device).double().sum()
             sums[1, number] = count_targets(batch)
             if token_bytes is not None:
                 sums[2, number] = token_bytes[batch["targets"][batch["targets"] != IGNORE_INDEX]].sum()
@@ -154,7 +154,7 @@ def bytes_of_tokens(tokenizer: GPT2Tokenizer, vocab_size: int) -> Tensor:
     """The number of bytes of text of each token of a model's vocabulary, (v,); 0 for `<|endoftext|>`."""
     lengths = torch.zeros(vocab_size, dtype=torch.int64)
     known = torch.tensor([len(text) for text in tokenizer.token_bytes[:vocab_size]])
-    lengths[: len(known)] = known  # the sizes may differ: a padded output layer, or added tokens that no text has
+    lengths[: len(known)] = known  # an output layer may be padded, and a tokenizer may have added tokens
     lengths[tokenizer.eos_token_id] = 0
     return lengths
 
@@ -187,19 +187,21 @@ class Evaluator:
         """Score the whole test set.
 
         Returns:
-            `loss` in nats a token, `perplexity`, `tokens` predicted and `tokens_per_second`; if the test set has a
+            `loss` in nats per token, `perplexity`, `tokens` predicted and `tokens_per_second`; if the test set has a
             tokenizer, as those of `gpt2.data_loader` do, also `bits_per_byte` and `bytes`.
         """
         tokenizer = getattr(self.test_loader.dataset, "tokenizer", None)
         started = time.perf_counter()
         with track("Evaluating", unit="batches") as advance:
-
-            def on_batch(batch: int, batches: int) -> bool:
-                advance(batch + 1, batches)
-                return True
-
-            autocast = self.precision.autocast()
-            total = score(self.model, self.test_loader, self.device, autocast, None, on_batch, tokenizer, self.group)
+            total = score(
+                self.model,
+                self.test_loader,
+                self.device,
+                self.precision.autocast(),
+                on_batch=lambda batch, batches: advance(batch + 1, batches),
+                tokenizer=tokenizer,
+                group=self.group,
+            )
         metrics = {"loss": total.loss, "perplexity": perplexity(total.loss)}
         if tokenizer:
             metrics |= {"bits_per_byte": total.bits_per_byte, "bytes": total.bytes}

@@ -1,7 +1,8 @@
-"""Evaluation of a model on tasks, by itself or as a part of each validation of a training."""
+"""Evaluation of a model on tasks: a trained model, or one in training at each of its evaluations."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain, islice
 from typing import Any
 
 from gpt2.analysis.evaluations import task_rows
@@ -46,68 +47,59 @@ class Tasks:
         """
         self.group = group or ProcessGroup()
         with self.group.local_main_first(key):
-            questions = {name: load_questions(name, folder, limit, key) for name in names}
-        self.scorers = {
-            name: TaskScorer(found, tokenizer, context_length, batch_size) for name, found in questions.items()
-        }
+            self.questions = {name: load_questions(name, folder, limit, key) for name in names}
+        self.scorer = TaskScorer([*chain(*self.questions.values())], tokenizer, context_length, batch_size)
 
     def evaluate(
-        self, model: GPT2Model, autocast: AbstractContextManager, on_batch: Callable[[int, int], bool]
-    ) -> Figures | None:
-        """The figures of each task.
+        self, model: GPT2Model, autocast: AbstractContextManager, on_batch: Callable[[int, int], bool | None]
+    ) -> Figures:
+        """The figures of each task; empty if interrupted.
 
         Args:
-            on_batch: As in `TaskScorer.likelihoods`, but the batches of all tasks are counted.
+            on_batch: See `TaskScorer.likelihoods`.
         """
-        results: Figures = {}
-        done, total = 0, sum(len(scorer.batches) for scorer in self.scorers.values())
-
-        def on_batch_of_task(batch: int, _batches: int) -> bool:
-            return on_batch(done + batch, total)
-
-        for name, scorer in self.scorers.items():
-            likelihoods = scorer.likelihoods(model, autocast, on_batch_of_task, self.group)
-            if likelihoods is None:
-                return None
-            results[name] = figures(TASK_TABLE[name].metrics, scorer.questions, likelihoods)
-            done += len(scorer.batches)
-        return results
+        likelihoods = self.scorer.likelihoods(model, autocast, on_batch, self.group)
+        if likelihoods is None:
+            return {}
+        of_all = iter(likelihoods)
+        return {
+            name: figures(TASK_TABLE[name].metrics, questions, [*islice(of_all, len(questions))])
+            for name, questions in self.questions.items()
+        }
 
 
 class TaskEvaluator:
     """Figures of a model on tasks."""
 
     def __init__(self, model: GPT2Model, tasks: Tasks, device: str = "cuda", precision: str = "auto"):
-        """`device` and `precision` are as of `gpt2.evaluate.Evaluator`."""
+        """See `gpt2.evaluate.Evaluator` for `device` and `precision`."""
         self.device = cuda_or_fallback(device)
         self.precision = agreed_precision(auto_without_training(precision, self.device), self.device, tasks.group)
         self.model, self.tasks = model.to(self.device), tasks
 
     def evaluate(self) -> dict[str, Figures]:
-        """The figures of each task under `results`, and their progress on the way."""
+        """The figures of each task under `results`. Shows the progress."""
         with track("Evaluating", unit="batches") as advance:
-
-            def on_batch(batch: int, batches: int) -> bool:
-                advance(batch + 1, batches)
-                return True
-
-            return {"results": self.tasks.evaluate(self.model, self.precision.autocast(), on_batch) or {}}
+            autocast = self.precision.autocast()
+            results = self.tasks.evaluate(self.model, autocast, lambda batch, batches: advance(batch + 1, batches))
+        return {"results": results}
 
     def print_metrics(self, metrics: dict[str, Figures]) -> None:
-        """Print a table with a row for each figure."""
+        """Print a table with one row per figure."""
         print(as_text(task_rows(metrics["results"])))
 
 
 class TaskMetrics(Callback):
-    """Adds the figures of tasks to each evaluation: `val/hellaswag` is the headline, others `val/hellaswag_acc`.
+    """Adds the figures of tasks to each evaluation: the headline as `val/hellaswag`, others as `val/hellaswag_acc`.
 
-    Every rank has this callback, because they share the documents.
+    The ranks share the documents, so each of them needs this callback.
     """
 
     def __init__(self, config: TrainingConfig, tokenizer: GPT2Tokenizer, context_length: int, group: ProcessGroup):
-        names, folder, limit = config.eval_tasks, config.eval_tasks_folder, config.eval_tasks_limit
-        key = "train.eval_tasks"
-        self.tasks = Tasks(names, tokenizer, context_length, config.batch_size, folder, limit, group, key)
+        folder, limit = config.eval_tasks_folder, config.eval_tasks_limit
+        self.tasks = Tasks(
+            config.eval_tasks, tokenizer, context_length, config.batch_size, folder, limit, group, "train.eval_tasks"
+        )
 
     def extend_evaluation(self, trainer: Any, metrics: Metrics) -> None:
         def on_batch(batch: int, batches: int) -> bool:
@@ -115,7 +107,7 @@ class TaskMetrics(Callback):
                 callback.on_validation_batch(trainer, batch, batches)
             return trainer.interrupted_by is None
 
-        results = self.tasks.evaluate(trainer.model, trainer.plan.precision.autocast(), on_batch) or {}
+        results = self.tasks.evaluate(trainer.model, trainer.plan.precision.autocast(), on_batch)
         for name, result in results.items():
             headline, *others = TASK_TABLE[name].metrics
             metrics[f"val/{name}"] = result[headline]

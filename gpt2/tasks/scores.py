@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations, and figures of a task from them.
+"""Log-likelihoods of continuations, and the figures of a task that follow from them.
 
-The continuations of a document mostly share a context. The tokens that all begin with are computed once: a row of a
-batch is this beginning and then the rest of each continuation, which attends to the beginning and to itself alone, at
-the positions it would have without the others. Gain with four endings of 28 tokens after 70 tokens, as HellaSwag has:
-GPT-2 124M on two cores takes half the time of one row for each continuation.
+The continuations of a document mostly share a context. Its tokens are computed once: a row of a batch has the common
+prefix and then the rest of each continuation. Each rest attends to the prefix and to itself, and has the positions that
+follow the prefix. This halves the time of GPT-2 124M on two cores for documents as HellaSwag has, with four endings of
+28 tokens after 70 tokens, compared with a row for each continuation.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,50 +13,46 @@ from math import exp, inf, sqrt
 from os.path import commonprefix
 from statistics import fmean, stdev
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.model import GPT2Model
 from gpt2.tasks.table import Pair, Question
 from gpt2.tokenizer import GPT2Tokenizer
 
-Text = tuple[list[int], int]  # tokens, and how many of the last are scored
+Text = tuple[list[int], int]  # tokens, and how many at the end are scored
 
-PADDING = -1  # in place of a branch
+PADDING = -1  # the branch of a padding token
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation, given its context: its natural logarithm, and whether each token of it is the likeliest."""
+    """The likelihood of a continuation, given its context."""
 
-    log: float
-    is_greedy: bool
+    log: float  # natural logarithm
+    is_greedy: bool  # whether each of its tokens is the most likely one
 
 
 @dataclass
 class Row:
-    """Texts with the same beginning, packed. Of each token (t,): its id, its position, and the text that it belongs to.
+    """Texts with a common prefix, packed into one sequence of t tokens, of which s are scored."""
 
-    Attributes:
-        branches: 0 for the beginning, n for the rest of the n-th text.
-        places, targets, owners: Of each token that is scored: the place in the row of the token before it, its id, and
-            the number of its text among all.
-    """
-
-    ids: list[int]
-    positions: list[int]
-    branches: list[int]
-    places: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
+    ids: list[int]  # (t,)
+    positions: list[int]  # (t,)
+    branches: list[int]  # (t,): 0 for the prefix, n for the rest of the n-th text
+    places: list[int] = field(default_factory=list)  # (s,): the index of the token before, which predicts it
+    targets: list[int] = field(default_factory=list)  # (s,): ids
+    owners: list[int] = field(default_factory=list)  # (s,): the number of its text among those of all rows
 
 
 def encode_pairs(tokenizer: GPT2Tokenizer, pairs: Sequence[Pair], longest: int) -> list[Text]:
-    """The tokens of each context and continuation, and how many at the end are the continuation's.
+    """The tokens of each context and continuation together, and how many of them belong to the continuation.
 
-    White space between the two belongs to the continuation, and an empty context is `<|endoftext|>`. Of what is longer
-    than the model's context, the beginning is left out.
+    White space between the two belongs to the continuation, and an empty context becomes `<|endoftext|>`. The beginning
+    of a text that is longer than the model's context is cut off.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     wholes = [context + continuation for context, continuation in pairs]
@@ -74,10 +70,10 @@ def encode_pairs(tokenizer: GPT2Tokenizer, pairs: Sequence[Pair], longest: int) 
 
 
 def pack(texts: Sequence[Text], first: int, longest: int) -> list[Row]:
-    """Rows of at most `longest` tokens with the texts of one document, each with the number of its scored tokens.
+    """The texts of one document in rows of at most `longest` tokens.
 
     Args:
-        first: The number of the first text among all.
+        first: The number of the first text among those of all documents.
     """
     inputs = [tokens[:-1] for tokens, _ in texts]
     shared = list(commonprefix(inputs))  # noqa: RUF071  # of any sequences
@@ -99,30 +95,28 @@ def pack(texts: Sequence[Text], first: int, longest: int) -> list[Row]:
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """The arguments of `GPT2Model.score_tokens` for some rows, which are padded on the right."""
-    length = max(len(row.ids) for row in rows)
+    """The arguments of `GPT2Model.score_tokens` for some rows, padded on the right."""
 
-    def padded(lists: Sequence[list[int]], padding: int) -> Tensor:
-        return torch.tensor([[*values, *[padding] * (length - len(values))] for values in lists])
+    def padded(lists: list[list[int]], padding: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(values) for values in lists], batch_first=True, padding_value=padding)
 
     branches = padded([row.branches for row in rows], PADDING)
-    mask = None
-    if branches.max() > 1:  # otherwise each row is one text, and causal attention never sees the padding
+    length = branches.shape[1]
+    arguments = {
+        "input_ids": padded([row.ids for row in rows]),
+        "positions": padded([row.positions for row in rows]),
+        "places": torch.tensor([number * length + place for number, row in enumerate(rows) for place in row.places]),
+        "targets": torch.tensor([target for row in rows for target in row.targets]),
+    }
+    if branches.max() > 1:  # otherwise each row is one text, and the causal mask hides the padding behind it
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         keys, queries = branches[:, None, None, :], branches[:, None, :, None]
-        mask = causal & ((keys == 0) | (keys == queries))
-    places = [number * length + place for number, row in enumerate(rows) for place in row.places]
-    return {
-        "input_ids": padded([row.ids for row in rows], 0),
-        "positions": padded([row.positions for row in rows], 0),
-        "places": torch.tensor(places),
-        "targets": torch.tensor([target for row in rows for target in row.targets]),
-        **({} if mask is None else {"attention_mask": mask}),
-    }
+        arguments["attention_mask"] = causal & ((keys == 0) | (keys == queries))
+    return arguments
 
 
 class TaskScorer:
-    """The questions of a task as batches for a model: rows of similar length side by side, the longest first."""
+    """Questions as batches of rows of similar length, the longest first."""
 
     def __init__(self, questions: list[Question], tokenizer: GPT2Tokenizer, context_length: int, batch_size: int):
         self.questions, self.texts = questions, 0
@@ -139,26 +133,27 @@ class TaskScorer:
         self,
         model: GPT2Model,
         autocast: AbstractContextManager,
-        on_batch: Callable[[int, int], bool] = lambda batch, batches: True,
+        on_batch: Callable[[int, int], bool | None] = lambda batch, batches: None,
         group: ProcessGroup | None = None,
     ) -> list[list[Likelihood]] | None:
-        """Those of the pairs of each question, without dropout.
+        """The likelihoods of the pairs of each question, without dropout.
 
         Args:
             on_batch: Called before each batch with its index and the number of batches; if it returns False on any
-                rank, there is no result.
-            group: The ranks take turns at the batches. Each returns the result of all, equal to a single process's.
+                rank, the result is None.
+            group: Rank r of n scores batches r, r + n, ... All ranks return the result of all batches.
         """
         group = group or ProcessGroup()
         device, was_training = next(model.parameters()).device, model.training
-        found: list[tuple[list[int], Tensor, Tensor]] = []  # of each batch; copied at the end: the host waits once
+        # Copied to the host at the end, because it waits for each copy.
+        found: list[tuple[list[int], Tensor, Tensor]] = []
         is_interrupted = False
         model.eval()
         try:
             for number, rows in enumerate(self.batches):
                 if number % group.size != group.rank:
                     continue
-                if is_interrupted := not on_batch(number, len(self.batches)):
+                if is_interrupted := on_batch(number, len(self.batches)) is False:
                     break
                 with autocast:
                     inputs = {key: tensor.to(device) for key, tensor in collate(rows).items()}
@@ -168,7 +163,7 @@ class TaskScorer:
             model.train(was_training)
         if any(flag for (flag,) in group.all_gather([is_interrupted])):
             return None
-        sums = torch.zeros(2, self.texts, dtype=torch.float64)  # nats; tokens that are not the likeliest
+        sums = torch.zeros(2, self.texts, dtype=torch.float64)  # nats; tokens that are not the most likely ones
         for owners, losses, is_likeliest in found:
             values = torch.stack([losses, (~is_likeliest).float()]).cpu().double()
             sums.index_add_(1, torch.tensor(owners), values)
@@ -182,28 +177,23 @@ class TaskScorer:
 
 
 def acc(question: Question, likelihoods: list[Likelihood]) -> float:
-    """Whether the likeliest choice is the answer; of a single continuation, whether greedy decoding writes it."""
+    """Whether the most likely choice is the answer; for a single continuation, whether greedy decoding yields it."""
     if len(likelihoods) == 1:
         return float(likelihoods[0].is_greedy)
-    return float(_argmax([likelihood.log for likelihood in likelihoods]) == question.answer)
+    return float(np.argmax([likelihood.log for likelihood in likelihoods]) == question.answer)
 
 
 def acc_norm(question: Question, likelihoods: list[Likelihood]) -> float:
-    """The same by log-likelihood per character of the choice."""
+    """Whether the choice with the highest log-likelihood per character is the answer."""
     per_length = [
         likelihood.log / length if length else -inf
         for likelihood, length in zip(likelihoods, question.lengths, strict=True)
     ]
-    return float(_argmax(per_length) == question.answer)
-
-
-def _argmax(values: list[float]) -> int:
-    """The first index of the largest value."""
-    return values.index(max(values))
+    return float(np.argmax(per_length) == question.answer)
 
 
 def perplexity(question: Question, likelihoods: list[Likelihood]) -> float:
-    """The negative log-likelihood of the continuation; the perplexity of the task is e to the mean of these."""
+    """The negative log-likelihood of the continuation. `figures` takes e to the power of the mean."""
     return -likelihoods[question.answer].log
 
 
@@ -215,10 +205,10 @@ METRICS: dict[str, Callable[[Question, list[Likelihood]], float]] = {
 
 
 def figures(metrics: Sequence[str], questions: list[Question], likelihoods: list[list[Likelihood]]) -> dict[str, float]:
-    """The mean of each metric over the documents, its standard error as `<metric>_stderr`, and their number.
+    """The mean of each metric over the documents, its standard error as `<metric>_stderr`, and `documents`.
 
-    The standard error is the sample's standard deviation divided by the root of its size; that of a perplexity is
-    derived from it to the first order (delta method).
+    The standard error is the sample standard deviation divided by the square root of the sample size. That of a
+    perplexity follows by the delta method.
     """
     result: dict[str, float] = {}
     for name in metrics:
