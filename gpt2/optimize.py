@@ -1,6 +1,6 @@
-"""Hyperparameter search from Python, over dataclasses and loaders.
+"""Hyperparameter search from Python, with dataclasses and loaders as arguments.
 
-`python train.py -m hparams_search=optuna` searches the same space with the same trials, pruning and report.
+`python train.py -m hparams_search=optuna` searches the same space, with the same pruning and the same report.
 """
 
 import logging
@@ -11,7 +11,6 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from torch.utils.data import DataLoader
 
 from gpt2.checkpoint import run_folder
@@ -22,7 +21,7 @@ from gpt2.model import GPT2Model
 from gpt2.runtime.console import progress_shown
 from gpt2.runtime.device import choose_device
 from gpt2.search import report
-from gpt2.search.algorithms import Algorithms
+from gpt2.search.algorithms import Algorithms, extremes
 from gpt2.search.space import default_space
 from gpt2.search.storage import storage_errors
 from gpt2.search.study import Study
@@ -42,7 +41,8 @@ def with_parameters(
     """The configurations with the values of a trial, by key of `SPACE`.
 
     `model.dropout` sets all three dropouts. `train.batch_size` also scales `max_steps` and `eval_every`, so that all
-    trials train and evaluate after the same number of tokens. `conf/hparams_search/optuna.yaml` does the same.
+    trials train on the same number of tokens and evaluate equally often. `conf/hparams_search/optuna.yaml` does the
+    same.
     """
     model = {key.removeprefix("model."): value for key, value in parameters.items() if key.startswith("model.")}
     training = {key.removeprefix("train."): value for key, value in parameters.items() if key.startswith("train.")}
@@ -56,11 +56,11 @@ def with_parameters(
 
 
 class OptunaOptimizer:
-    """Searches `SPACE` for the lowest validation loss; the objective of a trial is the lowest that it reached.
+    """Searches `SPACE` for the lowest validation loss. The objective is the lowest loss of a trial's evaluations.
 
-    Trial N trains in `training_config.checkpoint_dir/trial_<N>`. Only the checkpoints of the best trial are kept,
-    unless `optuna_config.keep` is `all`; the report is written beside them. The batch size is searched if that of
-    `train_loader` can be changed. After `optimize`, `study` is the Optuna study.
+    Trial N trains in `training_config.checkpoint_dir/trial_<N>`, and the report is written to `checkpoint_dir`. Only
+    the checkpoints of the best trial are kept, unless `optuna_config.keep` is `all`. The batch size is searched if
+    that of `train_loader` can be changed. After `optimize`, `study` is the Optuna study.
     """
 
     study: optuna.Study
@@ -75,7 +75,7 @@ class OptunaOptimizer:
     ):
         """
         Raises:
-            UserError: A configuration is invalid, possibly at one end of the space only, or the device is not there.
+            UserError: A configuration is invalid, at an end of the space or everywhere, or there is no such device.
         """
         self.space = dict(SPACE)
         batch_size = batch_size_of(train_loader)
@@ -89,8 +89,8 @@ class OptunaOptimizer:
         with quiet_optuna():
             problems += self.algorithms.problems("optuna.", self.space)
         for end in (0, -1):
-            extreme = {key: _ends(distribution)[end] for key, distribution in self.space.items()}
-            model, training = with_parameters(extreme, base_config, training_config)
+            corner = {key: extremes(distribution)[end] for key, distribution in self.space.items()}
+            model, training = with_parameters(corner, base_config, training_config)
             problems += validate(model, "model.") + validate(training, "train.")
         if problems:
             raise UserError(*dict.fromkeys(problems))
@@ -101,15 +101,15 @@ class OptunaOptimizer:
 
     @progress_shown()
     def optimize(self) -> dict[str, Any]:
-        """Run the trials that the study lacks, until `timeout`. Returns the best values, by key of `SPACE`.
+        """Run the missing trials of the study, until `timeout`. Returns the best values, by key of `SPACE`.
 
         The study continues after a trial that diverges, fails or is pruned; the reason is in the trial's
         `user_attrs["reason"]`.
 
         Raises:
             ResourceError: The storage is unreachable, or the disk is full. Finished trials are saved.
-            UserError: The storage cannot be opened, has other settings for this study, or no trial gave a value.
-            Interrupted: Ctrl-C or SIGTERM. The running trial is saved and resumes when the study does.
+            UserError: The storage cannot be opened, its study has other settings, or no trial has a value.
+            Interrupted: Ctrl-C or SIGTERM. The running trial is saved, and the next call resumes it.
         """
         with quiet_optuna(), storage_errors(self.optuna_config.storage):
             study = self._open()
@@ -125,7 +125,7 @@ class OptunaOptimizer:
             return dict(best.params)
 
     def _open(self) -> Study:
-        config, folder = self.optuna_config, Path(self.training_config.checkpoint_dir)
+        folder = Path(self.training_config.checkpoint_dir)
         others = sorted(path.name for path in folder.glob("trial_*"))
         fixed = {
             f"{group}.{key}": value
@@ -133,14 +133,16 @@ class OptunaOptimizer:
             for key, value in asdict(values).items()
             if key not in ("checkpoint_dir", "device", "num_workers") and f"{group}.{key}" not in self.space
         }
-        study = Study(config, self.space, self.algorithms, self._folder, fixed)
-        if others and config.storage and not study.optuna.get_trials(deepcopy=False):
+        study = Study(self.optuna_config, self.space, self.algorithms, self._folder, fixed)
+        if others and self.optuna_config.storage and not study.optuna.get_trials(deepcopy=False):
             raise UserError(f"train.checkpoint_dir: {folder} has {others[0]} of another study")
         return study
 
     def _run(self, number: int, study: Study) -> None:
-        config, pruner, claim = self.optuna_config, self.algorithms.pruner(), study.claims[number]
-        trial = RunningTrial(number, study.storage, config, pruner, self._folder, claim, study.deadline)
+        pruner, claim = self.algorithms.pruner(), study.claims[number]
+        trial = RunningTrial(
+            number, study.storage, self.optuna_config, pruner, self._folder, claim, deadline=study.deadline
+        )
         outcome = trial.run(lambda: self._train(trial))
         if outcome.stops_study is not None:
             raise outcome.stops_study
@@ -164,10 +166,3 @@ class OptunaOptimizer:
 
     def _folder(self, number: int) -> Path:
         return Path(self.training_config.checkpoint_dir) / f"trial_{number}"
-
-
-def _ends(distribution: BaseDistribution) -> tuple[Any, ...]:
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return distribution.low, distribution.high

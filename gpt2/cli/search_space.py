@@ -4,7 +4,6 @@ Everything here is checked before anything runs. The notation is that of Hydra's
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 from math import prod
@@ -180,6 +179,7 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
     Raises:
         UserError: The space is empty or invalid, or not one for the sampler, or the sampler or pruner is invalid.
     """
+    from gpt2.search.algorithms import extremes
     from gpt2.search.trial import quiet_optuna
 
     try:
@@ -196,15 +196,12 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
         problems += algorithms_of(sweeper, sweeper.sampler.get("seed")).problems(KEY, drawn)
     if problems:
         raise UserError(*problems)
-    return [[f"{key}={value}" for value in _extremes(distribution)] for key, distribution in drawn.items()]
-
-
-def _extremes(distribution: "BaseDistribution") -> Sequence[Any]:
-    choices: Sequence[Any] | None = getattr(distribution, "choices", None)
-    return choices if choices is not None else (distribution.low, distribution.high)  # type: ignore[attr-defined]
+    return [[f"{key}={value}" for value in extremes(distribution)] for key, distribution in drawn.items()]
 
 
 def _problem_of_sweep(override: Override) -> str | None:
+    from gpt2.search.algorithms import extremes
+
     line, value = override.input_line, override.value()
     if not override.is_sweep_override():
         return f"{KEY}params: {line} has one value, a search needs a sweep"
@@ -218,7 +215,7 @@ def _problem_of_sweep(override: Override) -> str | None:
         space = distributions([str(line)])[0]
     except ValueError as error:
         return f"{line}: {one_line(error)}"
-    choices = [choice for distribution in space.values() for choice in _extremes(distribution)]
+    choices = [choice for distribution in space.values() for choice in extremes(distribution)]
     if len(set(choices)) == 1 or not space:
         return f"{line}: has one value; {override.key_or_group}=VALUE fixes it, a search needs two"
     if twice := {str(choice) for choice in choices if choices.count(choice) > 1}:

@@ -1,10 +1,10 @@
 """Samplers and pruners by name, for `OptunaOptimizer` and for `hydra/sweeper`.
 
-To add one, add an entry to a table here, and a file of the same name to `conf/hydra/sweeper/sampler` or `pruner` with
+To add one, add an entry to a table here, and to `conf/hydra/sweeper/sampler` or `pruner` a file of the same name with
 the options that a command line may change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -23,11 +23,11 @@ Space = dict[str, BaseDistribution]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A class of Optuna, and the options that are not Optuna's defaults."""
+    """A class of Optuna, and options that differ from its defaults."""
 
     cls: Callable[..., Any]
     options: Callable[[OptunaConfig], dict[str, Any]] = lambda _: {}
-    is_sequence: bool = False  # a sampler whose trials are points of one sequence, so all of them have the same seed
+    is_sequence: bool = False  # trials are points of one sequence, so all of them need the same seed
 
 
 def _random_first(config: OptunaConfig) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def _random_first(config: OptunaConfig) -> dict[str, Any]:
 SAMPLERS = {  # names are case-insensitive
     "tpe": Algorithm(samplers.TPESampler, lambda c: _random_first(c) | {"multivariate": True, "constant_liar": True}),
     "random": Algorithm(samplers.RandomSampler),
-    "cmaes": Algorithm(  # categorical parameters are drawn at random
+    "cmaes": Algorithm(  # draws categorical parameters at random
         samplers.CmaEsSampler,
         lambda c: _random_first(c) | {"consider_pruned_trials": True, "warn_independent_sampling": False},
     ),
@@ -57,7 +57,7 @@ PRUNERS = {
         pruners.SuccessiveHalvingPruner,
         lambda c: {"min_resource": max(1, c.n_warmup_steps), "reduction_factor": 3},
     ),
-    "hyperband": Algorithm(pruners.HyperbandPruner),  # has several warm-ups, so it takes no n_warmup_steps
+    "hyperband": Algorithm(pruners.HyperbandPruner),  # each of its brackets has another warm-up: no n_warmup_steps
     "none": Algorithm(pruners.NopPruner),
 }
 
@@ -67,8 +67,8 @@ class Algorithms:
     """The sampler and the pruner of a study."""
 
     config: OptunaConfig
-    seed: int | None  # None draws differently each time
-    sampler_options: dict[str, Any] = field(default_factory=dict)  # take the place of those in the table
+    seed: int | None  # None: draws differ each time
+    sampler_options: dict[str, Any] = field(default_factory=dict)  # override those of the table
     pruner_options: dict[str, Any] = field(default_factory=dict)
 
     def sampler(self, trial: int, space: Space) -> BaseSampler:
@@ -77,21 +77,20 @@ class Algorithms:
         Each trial has a sampler of its own, seeded by its number: a sampler that is seeded once per process would
         repeat its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
         """
-        algorithm, seed, options = find(SAMPLERS, self.config.sampler), self.seed, {}
-        if seed is not None:  # NumPy takes 32 bits
+        algorithm, seed = find(SAMPLERS, self.config.sampler), self.seed
+        if seed is not None:  # NumPy's limit is 32 bits
             seeds = np.random.SeedSequence([seed, trial])
             seed = seed % 2**32 if algorithm.is_sequence else int(seeds.generate_state(1)[0])
-        if algorithm.cls is samplers.GridSampler:
-            options["search_space"] = grid(space)
+        options = {"search_space": grid(space)} if algorithm.cls is samplers.GridSampler else {}
         return algorithm.cls(seed=seed, **options, **algorithm.options(self.config) | self.sampler_options)
 
     def pruner(self) -> BasePruner:
-        """The pruner; it counts the evaluations of a trial from 0."""
+        """The pruner. Its steps are the evaluations of a trial, counted from 0."""
         algorithm = find(PRUNERS, self.config.pruner)
         return algorithm.cls(**algorithm.options(self.config) | self.pruner_options)
 
     def problems(self, prefix: str, space: Space) -> list[str]:
-        """What Optuna rejects in the names and options."""
+        """The names and options that Optuna rejects."""
         problems = []
         for key, make in (("sampler", lambda: self.sampler(0, space)), ("pruner", self.pruner)):
             try:
@@ -102,10 +101,10 @@ class Algorithms:
 
 
 def find(table: dict[str, Algorithm], name: str) -> Algorithm:
-    """The entry of a name, or of the name of its class.
+    """The entry of a name in a table, or of the name of its class.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The table has no such entry.
     """
     for short, algorithm in table.items():
         if name.lower() in (short, algorithm.cls.__name__.lower()):
@@ -114,20 +113,29 @@ def find(table: dict[str, Algorithm], name: str) -> Algorithm:
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
-    """The values of each parameter.
+    """All values of each parameter.
 
     Raises:
         ValueError: A parameter is a continuous range.
     """
-    return {key: _values(key, distribution) for key, distribution in space.items()}
+    values: dict[str, list[Any]] = {}
+    for key, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            values[key] = list(distribution.choices)
+            continue
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        low, high, step = distribution.low, distribution.high, distribution.step
+        if step is None:
+            raise ValueError(f"a grid needs values, and {key} is a range from {low} to {high}")
+        count = round((high - low) / step) + 1
+        # In decimal, because 0.1 + 2 * 0.1 is not 0.3 in binary.
+        values[key] = [type(low)(Decimal(str(low)) + n * Decimal(str(step))) for n in range(count)]
+    return values
 
 
-def _values(key: str, distribution: BaseDistribution) -> list[Any]:
+def extremes(distribution: BaseDistribution) -> Sequence[Any]:
+    """All choices, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
+        return distribution.choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high, step = distribution.low, distribution.high, distribution.step
-    if step is None:
-        raise ValueError(f"a grid needs values, and {key} is a range from {low} to {high}")
-    values = (Decimal(str(low)) + n * Decimal(str(step)) for n in range(round((high - low) / step) + 1))
-    return [type(low)(value) for value in values]
+    return distribution.low, distribution.high

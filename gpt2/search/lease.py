@@ -1,7 +1,7 @@
-"""Which process works on a trial, and whether it is alive.
+"""Which process works on a trial, and whether that process is alive.
 
-A process writes its id and host into the trials that it claims, and a heartbeat, a time stamp, every 30 seconds. It is
-dead if it is not running any more, or if it is on another machine and its last heartbeat is old.
+A process writes its id, its host and every 30 seconds a heartbeat (a time stamp) into the trials that it claims. It is
+dead if its last heartbeat is old, or if no process on this machine has its id.
 """
 
 import logging
@@ -22,21 +22,21 @@ log = logging.getLogger(__name__)
 
 WORKER, HEARTBEAT = "worker", "heartbeat"  # user attributes of a trial
 HEARTBEAT_SECONDS = 30
-DEAD_AFTER_SECONDS = 300  # without a heartbeat; allows for clocks that differ
+DEAD_AFTER_SECONDS = 300  # without a heartbeat; long enough for machines whose clocks differ
 
 
 class Status(Enum):
     ALIVE = "a process works on the trial"
-    ORPHANED = "the process that trains it has lost its parent and will end soon"
-    DEAD = "no process works on it"
+    ORPHANED = "its worker is dead; a child process still trains it and will end soon"
+    DEAD = "no process works on the trial"
 
 
 class Worker:
-    """This process as a worker of a study. Use it as a context manager, inside which it sends heartbeats."""
+    """This process as a worker of a study. As a context manager it sends heartbeats."""
 
     def __init__(self, storage: BaseStorage):
         self.storage = storage
-        self.trials: set[int] = set()  # ids of the trials that it works on
+        self.trials: set[int] = set()  # Optuna's ids of the trials that this process works on
         self._is_over = threading.Event()
 
     def __enter__(self) -> "Worker":
@@ -47,7 +47,7 @@ class Worker:
         self._is_over.set()
 
     def acquire(self, trial_id: int) -> str:
-        """Record this worker in a trial. Returns an id of this claim: a trial may be claimed again after a crash."""
+        """Record this worker in a trial. Returns a new id: the trial may be claimed again after a crash."""
         claim = secrets.token_hex(4)
         worker = {"host": socket.gethostname(), "pid": os.getpid(), "claim": claim}
         self._send_heartbeat(trial_id)
@@ -56,7 +56,7 @@ class Worker:
         return claim
 
     def release(self, trial_id: int) -> None:
-        """Give up our claim; another process may still train the trial."""
+        """Remove our claim of a trial."""
         self.trials.discard(trial_id)
         self.storage.set_trial_user_attr(trial_id, WORKER, None)
 
@@ -65,7 +65,7 @@ class Worker:
             for trial_id in list(self.trials):
                 try:
                     self._send_heartbeat(trial_id)
-                except Exception as error:  # noqa: BLE001  # the trial has ended, or the database is unreachable
+                except Exception as error:  # noqa: BLE001  # the trial has ended, or the storage is unreachable
                     log.debug("No heartbeat for trial id %s: %s", trial_id, error)
 
     def _send_heartbeat(self, trial_id: int) -> None:
@@ -73,14 +73,14 @@ class Worker:
 
 
 def status(attributes: dict[str, Any], run_folder: Path) -> Status:
-    """Whether the worker of a running trial is alive.
+    """Whether a process works on a running trial.
 
     Args:
         attributes: User attributes of the trial.
-        run_folder: Of its training, which may be a child process that outlives the worker.
+        run_folder: Locked by the process that trains, which may be a child process that outlives the worker.
     """
     worker = attributes.get(WORKER)  # None: released, or killed before `acquire`
-    is_recent = time.time() - attributes.get(HEARTBEAT, 0) < DEAD_AFTER_SECONDS  # a process id may be in use again
+    is_recent = time.time() - attributes.get(HEARTBEAT, 0) < DEAD_AFTER_SECONDS  # a later process may have the same id
     if worker and is_recent and (worker["host"] != socket.gethostname() or _is_running(worker["pid"])):
         return Status.ALIVE
     return Status.ORPHANED if is_locked(run_folder / LOCK) else Status.DEAD
@@ -91,9 +91,9 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except PermissionError:  # a process of another user
         return True
-    try:  # Linux shows a killed process whose parent has not collected it
+    try:  # a killed process remains a zombie until its parent collects it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # another system, or the process has just ended: found at the next check
+    except OSError:  # not Linux, or the process has just ended, which the next check finds
         return True

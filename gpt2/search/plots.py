@@ -1,4 +1,4 @@
-"""The pictures of a study: those of Optuna, and the learning curves of its trials."""
+"""The pictures of a study: those that Optuna draws, and the learning curves of the trials."""
 
 import warnings
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from gpt2.analysis.plotting import BEST, FAINT, label_ends, new_figure, picture,
 from gpt2.search.trial import WITH_VALUE, best_of
 
 PRUNED = "#b9b9b9"
-MIN_TRIALS_FOR_IMPORTANCES = 10  # complete ones
+MIN_TRIALS_FOR_IMPORTANCES = 10  # complete trials
 LOSS = "validation loss (nats a token)"
 STYLE: dict[Any, Any] = {"figure.dpi": 150, "savefig.bbox": "tight", "axes.formatter.min_exponent": 4}
 
 
 def draw(study: optuna.Study, source: bytes) -> dict[str, bytes]:
-    """The pictures for which there is data, as PNG by file name; `source` as for `picture`."""
+    """The pictures for which there is data, as PNG by file name. See `picture` for `source`."""
     trials = study.get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     pictures = {}
@@ -39,11 +39,11 @@ def draw(study: optuna.Study, source: bytes) -> dict[str, bytes]:
 
 
 def _draw_with_optuna(plot: Callable[..., Any], study: optuna.Study, source: bytes) -> bytes:
-    with plt.rc_context(STYLE), warnings.catch_warnings():  # Optuna changes pyplot's style
+    with plt.rc_context(STYLE), warnings.catch_warnings():  # which also undoes Optuna's changes of the style
         warnings.simplefilter("ignore")
         figure = np.ravel(plot(study, target_name=LOSS))[0].figure
         for axes in figure.axes:
-            if (legend := axes.get_legend()) and len(legend.get_texts()) == 1:  # it repeats the label of an axis
+            if (legend := axes.get_legend()) and len(legend.get_texts()) == 1:  # it repeats the label of the y axis
                 legend.remove()
         try:
             return picture(figure, source=source)
@@ -69,7 +69,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
         else:
             name, style = "complete", {"color": FAINT, "linewidth": 1}
         axes.plot(*points, **style)
-        if name not in ends or sign * values[-1] < sign * ends[name][1]:  # the best of each kind is in the picture
+        if name not in ends or sign * values[-1] < sign * ends[name][1]:  # the best trial of each kind gets the label
             ends[name] = points[0][-1], values[-1], name, style["color"]
     losses = [loss for trial in trials for loss in trial.intermediate_values.values()]
     # The worst tenth, such as trials that diverged, is cut off.

@@ -1,4 +1,4 @@
-"""The report of a study: `study.md` with all trials, `trials.csv`, and pictures."""
+"""The report of a study: `study.md` with a table of all trials, `trials.csv`, and pictures."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ FIGURES = ("steps", "tokens", "seconds")  # of SPENT
 def write(study: optuna.Study, folder: Path) -> None:
     """Write `study.md`, `trials.csv` and the pictures for which there is data.
 
-    Of several processes that end at once, the last one to read the trials is the last one to write.
+    Processes that end at the same time write one after the other, and each reads the trials when it writes.
     """
     with exclusive_change(folder):
         trials = csv_of(study).encode()
@@ -37,7 +37,7 @@ def write(study: optuna.Study, folder: Path) -> None:
 
 
 def summary(study: optuna.Study) -> str:
-    """How many trials ended in which way, the best one, and the tokens that pruning saved."""
+    """The number of trials in each state, the best trial, and the tokens that pruning saved."""
     trials = study.get_trials(deepcopy=False)
     counts = Counter(map(state_name, trials))
     lines = [f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
@@ -54,7 +54,7 @@ def summary(study: optuna.Study) -> str:
 
 
 def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float]:
-    """Complete trials before pruned ones before those without a value; the better first."""
+    """Sort key: complete trials, then pruned ones, then the others; the better value first."""
     states = [TrialState.COMPLETE, TrialState.PRUNED]
     place = states.index(trial.state) if trial.state in states else len(states)
     return place, inf if trial.value is None else sign * trial.value
@@ -89,7 +89,7 @@ def _short(value: Any, digits: int) -> str:
 
 
 def csv_of(study: optuna.Study) -> str:
-    """One line a trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
+    """One line per trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
     trials = study.get_trials(deepcopy=False)
     evaluations = sorted({number for trial in trials for number in trial.intermediate_values})
     losses = [f"evaluation {number + 1}" for number in evaluations]

@@ -1,4 +1,4 @@
-"""The search space of `conf/hparams_search/optuna.yaml`, read without Hydra."""
+"""Reads the search space of `conf/hparams_search/optuna.yaml` without Hydra."""
 
 import ast
 from pathlib import Path
@@ -10,16 +10,16 @@ SEARCH = Path(__file__).resolve().parents[2] / "conf" / "hparams_search" / "optu
 
 
 def default_space() -> dict[str, BaseDistribution]:
-    """What `hparams_search=optuna` searches, by key of the configuration."""
+    """The search space of `hparams_search=optuna`, by key of the configuration."""
     params = yaml.safe_load(SEARCH.read_bytes())["hydra"]["sweeper"]["params"]
     return {key: distribution(ast.parse(sweep, mode="eval").body) for key, sweep in params.items()}
 
 
 def distribution(sweep: ast.expr, log: bool = False, integer: bool = False) -> BaseDistribution:
-    """A sweep in Hydra's notation, whose expressions are valid Python, such as `int(tag(log, interval(10, 500)))`.
+    """A sweep in Hydra's notation, such as `int(tag(log, interval(10, 500)))`, whose syntax is that of Python.
 
     Raises:
-        ValueError: It is none of choice, interval, and an interval in `int()` or `tag(log, ...)`.
+        ValueError: It is not a choice, an interval, or an interval in `int(...)` or `tag(log, ...)`.
     """
     match sweep:
         case ast.Call(ast.Name("tag"), [ast.Name("log"), inner]):

@@ -1,4 +1,4 @@
-"""The storage of a study: shared by several processes, changed by one at a time, its password never logged."""
+"""The storage of a study: shared by processes, locked for changes, and without its password in any message."""
 
 import json
 import logging
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import optuna
@@ -27,20 +26,20 @@ from gpt2.errors import ResourceError, UserError, one_line, without_password
 log = logging.getLogger(__name__)
 
 SQLITE, JOURNAL = "sqlite:///", "journal:///"
-APPEND_LOCK = ".append-lock"  # beside a journal
-ENTRY = b'{"op_code":'  # how an entry of a journal begins
-ADVISORY_LOCK = {  # locks of the server, released when the connection ends for any reason
-    "postgresql": ("SELECT pg_advisory_lock(20240)", "SELECT pg_advisory_unlock(20240)"),
-    "mysql": ("SELECT GET_LOCK('gpt2', -1)", "SELECT RELEASE_LOCK('gpt2')"),
+APPEND_LOCK = ".append-lock"  # suffix of the lock file beside a journal
+ENTRY = b'{"op_code":'  # the beginning of each entry of a journal
+ADVISORY_LOCK = {  # a server releases these locks when the connection ends for any reason
+    "postgresql": "SELECT pg_advisory_lock(20240)",
+    "mysql": "SELECT GET_LOCK('gpt2', -1)",
 }
-FAILURES = (StorageInternalError, SQLAlchemyError)  # of a server, or of the connection
-BUSY_SECONDS = 60  # how long a process waits for another one to write to a SQLite file
+FAILURES = (StorageInternalError, SQLAlchemyError)  # what Optuna raises if a storage does not answer
+BUSY_SECONDS = 60  # limit of waiting for another process that writes to a SQLite file
 
 
 def validate_storage(url: str | None) -> str | None:
-    """Why a storage cannot be opened, as far as that is visible without writing anything; None if it can.
+    """Why a storage cannot be opened, without its password; None if no problem is found.
 
-    Without its password. Whether a server answers is not tried.
+    Nothing is written, and servers are not contacted.
     """
     if url is None or _server_kind(url) is not None:
         return None
@@ -57,43 +56,43 @@ def validate_storage(url: str | None) -> str | None:
 
 
 def _problem_of_place(file: Path) -> str | None:
-    """Why a storage file cannot be created.
+    """Why a path cannot be a storage file.
 
     Raises:
-        OSError: It cannot be written, or its locks cannot be made beside it.
+        OSError: Its folder cannot be written to, or its name is too long.
     """
     if file.exists() and not file.is_file():
         return f"it is {'a folder' if file.is_dir() else 'no file'}"
-    Path(f"{file}{APPEND_LOCK}").exists()  # raises if the name is too long
+    Path(f"{file}{APPEND_LOCK}").exists()  # raises an OSError if the name of the lock is too long
     parent = next(folder for folder in file.absolute().parents if folder.exists())
     with tempfile.TemporaryFile(dir=parent):
         return None
 
 
 def _problem_of_content(file: Path, is_journal: bool) -> str | None:
-    """Why an existing file is no storage: it is damaged, or the file of another program.
+    """Why an existing file is not a storage: it is damaged or belongs to another program.
 
     Raises:
-        OSError: It cannot be read and written.
+        OSError: It cannot be read or written.
     """
     with file.open("r+b") as opened:
         if is_journal:
             *lines, last = opened.read().split(b"\n")
             wrong = next((n for n, line in enumerate(lines, 1) if not _is_entry(line)), None)
-            if not (last.startswith(ENTRY) or ENTRY.startswith(last)):  # a killed process leaves half an entry
+            if not (last.startswith(ENTRY) or ENTRY.startswith(last)):  # a killed process leaves an incomplete entry
                 wrong = wrong or len(lines) + 1
             return f"line {wrong} is no entry of Optuna's journal" if wrong else None
     try:
         with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as database:
             ((state,),) = database.execute("PRAGMA quick_check(1)")
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    except sqlite3.OperationalError:  # another process writes, or was killed while it did
+    except sqlite3.OperationalError:  # another process is writing, or was killed while writing
         return None
     except sqlite3.DatabaseError as error:
         return str(error)
     if state != "ok":
         return str(state)
-    is_ours = not tables or tables & {"studies", "version_info"}  # another process may be making the others
+    is_ours = not tables or tables & {"studies", "version_info"}  # another process may still be creating the others
     return None if is_ours else "it is the database of another program"
 
 
@@ -105,7 +104,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def file_of(url: str | None) -> Path | None:
-    """The file of a storage on this machine; None for a server and for memory."""
+    """The file of a SQLite or journal storage; None for any other storage."""
     for scheme in (SQLITE, JOURNAL):
         if url is not None and url.startswith(scheme) and "?" not in url:
             name = url.removeprefix(scheme)
@@ -119,9 +118,9 @@ def _server_kind(url: str) -> str | None:
 
 
 class _JournalLock:
-    """A lock for Optuna's journal that the kernel releases when its process is killed.
+    """A lock for Optuna's journal. The kernel releases it when the process is killed.
 
-    It also removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
+    When acquired, it removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
     """
 
     def __init__(self, file: Path):
@@ -141,7 +140,7 @@ class _JournalLock:
 
 
 def open_storage(url: str | None) -> BaseStorage:
-    """The storage of a URL, created if it does not exist; for None, a new one in memory.
+    """The storage of a URL, created if it does not exist; a new one in memory without a URL.
 
     Raises:
         UserError: It cannot be opened.
@@ -151,7 +150,7 @@ def open_storage(url: str | None) -> BaseStorage:
 
 @cache
 def _open(url: str) -> BaseStorage:
-    if problem := validate_storage(url):  # before a lock or a folder is made
+    if problem := validate_storage(url):  # before a lock or a folder is created
         raise UserError(f"storage: {problem}")
     file = file_of(url)
     try:
@@ -170,11 +169,7 @@ def _open(url: str) -> BaseStorage:
 
 @contextmanager
 def storage_errors(url: str | None) -> Iterator[None]:
-    """Turn an unreachable storage into a one-line error; the study can be resumed.
-
-    Raises:
-        ResourceError: The storage is unreachable.
-    """
+    """Turn the errors of an unreachable storage into a one-line ResourceError; the study can be resumed."""
     try:
         yield
     except FAILURES as error:
@@ -184,24 +179,15 @@ def storage_errors(url: str | None) -> Iterator[None]:
 
 @contextmanager
 def exclusive(url: str | None) -> Iterator[None]:
-    """Lock a study against changes by other processes. Do not train a model inside."""
-    file, kind = file_of(url), _server_kind(url or "")
-    if file is not None:
+    """Lock a storage against changes by other processes. Other processes wait, so do not train a model inside."""
+    if url is None:
+        yield
+    elif (file := file_of(url)) is not None:
         with FileLock(f"{file}.lock"):
             yield
-    elif kind is not None and url is not None:
-        lock, unlock = map(sqlalchemy.text, ADVISORY_LOCK[kind])
-        with _engine(url).connect() as connection:
-            connection.execute(lock)
-            try:
-                yield
-            finally:
-                connection.execute(unlock)
     else:
-        yield
-
-
-@cache
-def _engine(url: str) -> Any:
-    """An engine for the lock alone: Optuna returns its connections to a pool in between."""
-    return sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
+        # A connection of its own: Optuna's are returned to a pool after each query, and with them the lock.
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:  # closing it releases the lock
+            connection.execute(sqlalchemy.text(ADVISORY_LOCK[str(_server_kind(url))]))
+            yield

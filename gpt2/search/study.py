@@ -1,10 +1,8 @@
-"""A study that survives crashes: exactly its number of trials, in any number of processes.
+"""A study that any number of processes work on, and that has exactly its number of trials even if some are killed.
 
-`Study` hands out trials; `gpt2.search.trial.RunningTrial` runs one of them. The two may be in different processes and
+`Study` hands out trials; `gpt2.search.trial.RunningTrial` runs one of them. The two may be in different processes that
 share only the storage. An interrupted trial keeps its number, its parameters and its folder: it becomes WAITING, is
 handed out before any new trial, and resumes from its checkpoint.
-
-This module knows neither Hydra nor W&B.
 """
 
 import logging
@@ -30,18 +28,18 @@ from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
 
 log = logging.getLogger("study")  # not a child of gpt2's logger, which Hydra configures again for each trial
 
-FIXED = "fixed"  # user attribute of a study
-MAX_DEATHS = 3  # of processes of a trial, without an evaluation in between; then the trial counts as the cause
+FIXED = "fixed"  # user attribute of a study: the settings that all trials share
+MAX_DEATHS = 3  # a trial fails after this number of processes died in it without an evaluation in between
 
 
 class StudyFailure(UserError):
-    """No trial gave a value."""
+    """No trial has a value."""
 
     exit_code = 1
 
 
 class Study:
-    """A study in one of the processes that work on it. `claim` and `settle` are for use inside its context."""
+    """A study in one of the processes that work on it. Call `claim` and `settle` inside its context only."""
 
     def __init__(
         self,
@@ -54,11 +52,11 @@ class Study:
         """
         Args:
             space: By key of the configuration.
-            run_folder: Of a trial, given its number.
-            fixed: The configuration that all trials have in common. Resuming the study with another one is refused.
+            run_folder: The run folder of a trial, given its number.
+            fixed: The settings that all trials share. A study cannot be resumed with other ones.
 
         Raises:
-            UserError: The storage cannot be opened, or has a study of that name with another space or configuration.
+            UserError: The storage cannot be opened, or its study of that name has another space or other settings.
         """
         self.config, self.space, self.algorithms, self.run_folder = config, space, algorithms, run_folder
         self.deadline = time.time() + (config.timeout or inf)
@@ -73,18 +71,18 @@ class Study:
             )
             self._check_settings(fixed)
         self.worker = Worker(self.storage)
-        self.claims: dict[int, str] = {}  # the newest claim of each trial that this process claimed
+        self.claims: dict[int, str] = {}  # the newest claim of each trial that this process claimed, by number
         self._ended_here = 0
         self._started = time.time()
 
     def _check_settings(self, fixed: dict[str, Any]) -> None:
-        """Save what the study is about; if it has results already, refuse other settings."""
+        """Save space and settings; if the study has results already, refuse others."""
         config, trials = self.config, self._trials()
         requested = {**{key: f"a search {describe(distribution)}" for key, distribution in self.space.items()}, **fixed}
         saved = self.optuna.user_attrs.get(FIXED, requested)
         has_results = any(trial.state != TrialState.WAITING or trial.intermediate_values for trial in trials)
         if not has_results and all(trial.params.keys() <= self.space.keys() for trial in trials):
-            saved = requested  # the first command may have been a mistake
+            saved = requested  # without results the settings may still change
             self.optuna.set_user_attr(FIXED, requested)
         problems = [
             f"{key}: {requested.get(key, 'nothing')} was requested, the study has {saved.get(key, 'nothing')}"
@@ -111,29 +109,29 @@ class Study:
         self.worker.__exit__(*error)
 
     def _release(self, trial: FrozenTrial) -> bool:
-        """Release our lease; returns whether another process still trains the trial."""
+        """Release our claim. Returns whether another process still trains the trial."""
         self.worker.release(self._id(trial.number))
         return bool(is_locked(self.run_folder(trial.number) / LOCK))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Handing trials out
 
-    def claim(self, most: int = 1) -> list[Trial]:
-        """The next trials, at most `most`; empty if all are done or running elsewhere, or after the timeout."""
+    def claim(self, limit: int = 1) -> list[Trial]:
+        """At most `limit` next trials; empty if all are done or running elsewhere, or after the timeout."""
         while time.time() < self.deadline:
             with exclusive(self.config.storage):
                 has_orphans = self._requeue_dead_trials()
                 if any(DEATHS in trial.user_attrs for trial in self._trials(TrialState.WAITING)):
-                    most = 1  # such a trial may kill its process again, and with it the other trials of a launcher
+                    limit = 1  # it may kill its process again, and with it the other trials of a launcher
                 left = self.config.n_trials - len(self._trials(TrialState.RUNNING, *DONE))
-                claimed = [self._ask() for _ in range(min(most, left))]
+                claimed = [self._ask() for _ in range(min(limit, left))]
             if claimed or not has_orphans:
                 return claimed
             time.sleep(1)
         return []
 
     def _ask(self) -> Trial:
-        """A waiting trial, or a new one if there is none. Parameters that are drawn already are not drawn again."""
+        """A waiting trial, which keeps its parameters, or a new one if none waits."""
         waiting = self._trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self._trials())
         self.optuna.sampler = self.algorithms.sampler(number, self.space)
@@ -142,7 +140,7 @@ class Study:
         return trial
 
     def _requeue_dead_trials(self) -> bool:
-        """Requeue the trials whose process is dead. Returns whether any trial is orphaned and will be soon."""
+        """Requeue the trials whose process is dead. Returns whether a trial is orphaned, and so will be dead soon."""
         has_orphans = False
         for trial in self._trials(TrialState.RUNNING):
             now = status(trial.user_attrs, self.run_folder(trial.number))
@@ -152,7 +150,7 @@ class Study:
         return has_orphans
 
     def _requeue(self, trial: FrozenTrial, problem: str | None = None) -> None:
-        """Let a trial wait again after its process died; fail it if that happens repeatedly without progress."""
+        """Make a trial WAITING after its process died, or FAIL if that happened repeatedly without progress."""
         evaluations = len(trial.intermediate_values)
         deaths, earlier_evaluations = trial.user_attrs.get(DEATHS, (0, 0))
         deaths = deaths + 1 if evaluations == earlier_evaluations else 1
@@ -166,12 +164,12 @@ class Study:
         self.storage.set_trial_state_values(trial_id, state)
 
     def settle(self, trials: list[Trial], problem: str | None = None) -> None:
-        """Log how trials that were claimed here ended, and requeue those that did not end.
+        """Log how trials that this process claimed ended, and requeue those that did not end.
 
-        A trial whose process is alive is left to it: a launcher may give up a batch in which only one job died.
+        A trial is not requeued while another process trains it: a launcher may give up on a batch when one job dies.
 
         Args:
-            problem: The probable reason.
+            problem: The probable reason of an end that was not reported.
         """
         with exclusive(self.config.storage):
             for trial in trials:
@@ -200,27 +198,23 @@ class Study:
     def done(self) -> list[FrozenTrial]:
         return self._trials(*DONE)
 
-    def best(self) -> FrozenTrial | None:
-        return best_of(self.optuna)
-
     def best_or_failure(self) -> FrozenTrial:
         """
         Raises:
-            StudyFailure: No trial gave a value.
+            StudyFailure: No trial has a value.
         """
-        if best := self.best():
+        if best := best_of(self.optuna):
             return best
-        done = self.done()
-        reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
-        examples = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
-        problem = f"none of its {len(done)} trials gave a value ({examples})"
-        if not done:
-            problem = "no trial has ended yet; resume with the same command"
+        problem = "no trial has ended yet; resume with the same command"
+        if done := self.done():
+            reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
+            examples = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
+            problem = f"none of its {len(done)} trials gave a value ({examples})"
         raise StudyFailure(f"study {self.config.study_name}: {problem}")
 
     def line(self, trial: FrozenTrial) -> str:
         """A trial in one line: how it ended, the best trial so far, its parameters, and the time."""
-        best, left = self.best(), self.config.n_trials - len(self.done())
+        best, left = best_of(self.optuna), self.config.n_trials - len(self.done())
         comparison = f"best {best.value:.4f} (trial {best.number})" if best else "none complete so far"
         if best and best.number == trial.number:
             comparison = "the best so far"
@@ -240,13 +234,13 @@ def state_name(trial: FrozenTrial) -> str:
 
 
 def shown_value(trial: FrozenTrial) -> str:
-    """The value, and the number of evaluations for a pruned trial."""
+    """The value of a trial; of a pruned one also the number of evaluations."""
     value = "     -" if trial.value is None else f"{trial.value:.4f}"
     return f"{value} at {len(trial.intermediate_values)}" if trial.state == TrialState.PRUNED else value
 
 
 def shown_parameters(trial: FrozenTrial) -> str:
-    """Without the group in front of each, in three significant digits."""
+    """The parameters of a trial without their groups, with three significant digits."""
     values = {key.rpartition(".")[2]: value for key, value in trial.params.items()}
     return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in values.items())
 

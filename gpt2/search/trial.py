@@ -1,4 +1,4 @@
-"""A trial in the process that trains it: reports to the study, pruning, time limits, and the outcome."""
+"""A trial in the process that trains it: reports to the study, pruning, time limits, outcome."""
 
 import logging
 import os
@@ -58,14 +58,14 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def best_of(study: optuna.Study) -> FrozenTrial | None:
-    """The complete trial with the best value, the first of several; None without a complete trial."""
+    """The complete trial with the best value; None without a complete trial."""
     return study.best_trial if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) else None
 
 
 class Ending(Enum):
-    """How a trial ended: as the state of its run, as Optuna's state, and as the exit code of a single run.
+    """How a trial ended: the state of its run, its state in Optuna, and the exit code that a single run would have.
 
-    What the parameters caused is PRUNED for Optuna, because samplers learn nothing from FAIL.
+    Endings that the parameters caused are PRUNED in Optuna, because samplers ignore trials that are FAIL.
     """
 
     COMPLETE = tracking.FINISHED, TrialState.COMPLETE, 0
@@ -85,12 +85,12 @@ class Outcome:
     ending: Ending
     reason: str | None = None
     value: float | None = None
-    stops_study: BaseException | None = None  # why no other trial should start
+    stops_study: BaseException | None = None  # raised after this trial: no other one should start
     traceback: str | None = None
 
 
 class RunningTrial(Callback):
-    """A trial that this process trains; as a callback of its Trainer it reports evaluations and ends the training."""
+    """A trial that this process trains. As a callback of the Trainer it reports evaluations and ends the training."""
 
     def __init__(
         self,
@@ -105,29 +105,29 @@ class RunningTrial(Callback):
     ):
         """
         Args:
-            checkpoints: The checkpoint folder of a trial, given its number; removed unless the trial is the best.
-            claim: What `Worker.acquire` returned when the trial was claimed for this process.
-            deadline: When the study ends, in seconds since 1970.
-            ends_with_parent: Whether to save and end when the parent process is gone.
+            checkpoints: The checkpoint folder of a trial, given its number.
+            claim: The result of `Worker.acquire` when the trial was claimed for this process.
+            deadline: The end of the study in seconds since 1970.
+            ends_with_parent: Whether to save and end when the parent process has ended.
         """
         self.number, self.config, self.checkpoints, self.deadline = number, config, checkpoints, deadline
         self.parent = os.getppid() if ends_with_parent else None
         self.storage, self.claim = storage, claim
-        # The parameters are drawn already. Another sampler may act on load: a GridSampler would reserve a cell.
+        # A dummy: the parameters are drawn already, and a GridSampler would reserve a grid point when it is loaded.
         sampler = optuna.samplers.RandomSampler()
         self.study = optuna.load_study(study_name=config.study_name, storage=storage, sampler=sampler, pruner=pruner)
         study_id = storage.get_study_id_from_name(config.study_name)
         self.trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.trial = Trial(self.study, self.trial_id)
-        self.tracker: Tracker | None = None  # receives how the run ended
-        self._timed_out = False  # by trial_timeout, not by the study's deadline
-        self._interrupted_by: int | None = None  # SIGALRM: by a time limit
+        self.tracker: Tracker | None = None  # if set, it records how the run ended
+        self._timed_out = False  # whether trial_timeout ended it; False if the study's deadline did
+        self._interrupted_by: int | None = None  # a signal; SIGALRM for both time limits
         self._spent: dict[str, float] = {}
 
     def is_ours(self) -> bool:
         """Whether the trial is running and no other process has claimed it since."""
         trial = self.storage.get_trial(self.trial_id)
-        worker = trial.user_attrs.get(WORKER)  # None: released to the process that trains it
+        worker = trial.user_attrs.get(WORKER)  # None: the claim was released, and this process may continue
         return trial.state == TrialState.RUNNING and (worker is None or worker["claim"] == self.claim)
 
     def was_interrupted(self) -> bool:
@@ -136,7 +136,7 @@ class RunningTrial(Callback):
 
     @property
     def label(self) -> str:
-        """Shown in front of the progress line."""
+        """The beginning of each progress line."""
         return f"trial {self.number} of {self.config.n_trials}"
 
     def is_orphaned(self) -> bool:
@@ -146,10 +146,10 @@ class RunningTrial(Callback):
     # While it trains
 
     def on_train_start(self, trainer: Any) -> None:
-        self._report(trainer)  # of a resumed trial, whose process may have died between evaluation and report
+        self._report(trainer)  # an earlier process may have died after its evaluation and before the report
 
     def on_step_end(self, trainer: Any) -> None:
-        """Interrupt the training at a time limit, or when the parent process is gone, unless a signal has already."""
+        """Interrupt the training at a time limit, or when the parent process has ended."""
         if trainer.interrupted_by is not None:
             return
         if self.is_orphaned():
@@ -164,10 +164,10 @@ class RunningTrial(Callback):
         self.on_step_end(trainer)
 
     def on_evaluation_end(self, trainer: Any, metrics: Metrics) -> None:
-        """Report, and prune a trial that is behind, but not at its last step.
+        """Report the evaluation, and prune a trial that is worse than others, unless it was its last step.
 
         Raises:
-            optuna.TrialPruned: The other trials are better.
+            optuna.TrialPruned: The trial is pruned.
         """
         step = trainer.progress.step
         if self._report(trainer) and step < trainer.total_steps and self.trial.should_prune():
@@ -180,7 +180,7 @@ class RunningTrial(Callback):
         self._end(trainer, self._outcome_of_error(error))
 
     def _report(self, trainer: Any) -> bool:
-        """Report the newest evaluation, counted from 0 as pruners expect. False if a resumed run repeated it."""
+        """Report the newest evaluation, counted from 0 as pruners expect. Returns False if it was reported before."""
         number = (trainer.progress.evaluated_at - 1) // trainer.config.eval_every
         loss = trainer.progress.val_loss
         if loss is None or number in self.storage.get_trial(self.trial_id).intermediate_values:
@@ -207,7 +207,7 @@ class RunningTrial(Callback):
         Args:
             train: Returns the lowest validation loss; its Trainer has this trial as a callback.
         """
-        if not self.is_ours():  # this process was late and considered dead
+        if not self.is_ours():  # this process was considered dead
             return Outcome(Ending.INTERRUPTED, "claimed by another process")
         try:
             outcome = self._outcome(train(), self._interrupted_by)
@@ -215,7 +215,7 @@ class RunningTrial(Callback):
             outcome = self._outcome_of_error(error)
             if outcome.ending == Ending.FAILED:
                 outcome.traceback = without_password(traceback.format_exc())
-        if self._interrupted_by not in (None, SIGALRM):  # also if the trial was complete at that moment
+        if self._interrupted_by not in (None, SIGALRM):  # the signal may have come when the trial was complete
             outcome.stops_study = Interrupted.by(self._interrupted_by)
         from gpt2.runtime.device import free_memory  # here, because it imports torch
 
@@ -235,19 +235,19 @@ class RunningTrial(Callback):
         return Outcome(Ending.COMPLETE, value=value)
 
     def _outcome_of_error(self, error: BaseException) -> Outcome:
-        """What an exception that ended the training means for the study."""
+        """The outcome of a training that an exception ended."""
         text = one_line(error)
         if isinstance(error, optuna.TrialPruned):
             return Outcome(Ending.PRUNED, text)
         if isinstance(error, DivergenceError):
-            return Outcome(Ending.DIVERGED, text.partition(";")[0])  # without its advice for a single run
+            return Outcome(Ending.DIVERGED, text.partition(";")[0])  # without the advice, which is for a single run
         if isinstance(error, Interrupted) and error.code == Interrupted.by(SIGALRM).code:
             if self._timed_out:
                 return Outcome(Ending.TIMED_OUT, f"longer than trial_timeout={self.config.trial_timeout} seconds")
             return Outcome(Ending.INTERRUPTED, "the timeout of the study is over")
         if isinstance(error, Interrupted | KeyboardInterrupt):
             return Outcome(Ending.INTERRUPTED, "interrupted", stops_study=error)
-        if is_full_disk(error):  # other trials would need the same room
+        if is_full_disk(error):  # other trials would fail as well
             full = ResourceError(f"{machine_error(error)}; make room and resume with the same command")
             return Outcome(Ending.INTERRUPTED, "the disk is full", stops_study=full)
         if isinstance(error, FAILURES):
@@ -255,7 +255,7 @@ class RunningTrial(Callback):
         if is_out_of_memory(error):
             return Outcome(Ending.OUT_OF_MEMORY, machine_error(error))
         if isinstance(error, UserError) and not self.study.get_trials(deepcopy=False, states=WITH_VALUE):
-            return Outcome(Ending.INTERRUPTED, text, stops_study=error)  # all trials have it: a device, data, a file
+            return Outcome(Ending.INTERRUPTED, text, stops_study=error)  # all trials need the same device, data, files
         return Outcome(Ending.FAILED, f"{type(error).__name__}: {text}")
 
     def _tell(self, outcome: Outcome) -> None:
@@ -277,7 +277,7 @@ class RunningTrial(Callback):
                 self._remove_checkpoints()
 
     def _remove_checkpoints(self) -> None:
-        """Remove the checkpoints of all trials that are done, except the best one's."""
+        """Remove the checkpoints of all trials that are done, except those of the best one."""
         best = best_of(self.study)
         for trial in self.study.get_trials(deepcopy=False, states=DONE):
             folder = self.checkpoints(trial.number)
