@@ -1,4 +1,4 @@
-"""The plan of a recorded study: the runs that it consists of, and its validation before any of them starts."""
+"""The plan of a recorded study: its runs, and their validation before any of them starts."""
 
 import itertools
 import re
@@ -23,10 +23,9 @@ from gpt2.tracking.tracker import DIVERGED, FINISHED
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
 ENDED = (FINISHED, DIVERGED)  # states of runs that are done
-# Settings in which a run may differ from its plan: those without effect on training, and the size of the vocabulary,
-# which the tokenizer determines.
-OF_STUDIES = ("started_with", "study.name", "study.trial", "study.claim")
-NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *OF_STUDIES, "model.vocab_size"}
+# Settings in which a run may differ from its plan: they have no effect on training, or the tokenizer determines them.
+HYPERPARAMETER_STUDY = ("study.name", "study.trial", "study.claim")
+NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *HYPERPARAMETER_STUDY, "started_with", "model.vocab_size"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PlannedRun:
 
     study: str
     variant: str
-    values: dict[str, Any] = field(hash=False)  # of the sweep, and the seed
+    values: dict[str, Any] = field(hash=False)  # of the swept keys and of the seed
 
     @property
     def name(self) -> str:
@@ -58,12 +57,12 @@ class PlannedRun:
 
     @property
     def arguments(self) -> list[str]:
-        """Of `train.py`."""
+        """The arguments of `train.py`."""
         return [*self.overrides, "train.auto_resume=true", f"hydra.run.dir='{self.folder}'"]
 
 
 def planned_runs(plan: StudyPlan, study: str) -> list[PlannedRun]:
-    """All runs, seed by seed, so that an unfinished study has results for every setting."""
+    """All runs, ordered by seed, so that an unfinished study soon has results for every setting."""
     return [
         PlannedRun(study, variant, {**dict(zip(plan.sweep, values, strict=True)), SEED: seed})
         for seed in plan.seeds
@@ -73,14 +72,14 @@ def planned_runs(plan: StudyPlan, study: str) -> list[PlannedRun]:
 
 
 def column_key(plan: StudyPlan) -> str:
-    """The key that has a column of the table for each value: `x`, or the swept key if `x` is a figure."""
+    """The key whose values are the columns of the table: `x`, or the first swept key if `x` is a result."""
     return plan.x if plan.x not in COLUMNS else next(iter(plan.sweep), "variant")
 
 
 def read_plan(folder: Path) -> StudyPlan:
     """
     Raises:
-        UserError: The folder has no plan, or one that is not a `StudyPlan` or plans no runs, or one twice.
+        UserError: The folder has no plan, or it is not a `StudyPlan`, or it plans no run or the same run twice.
     """
     path = folder / PLAN
     if not path.is_file():
@@ -89,7 +88,7 @@ def read_plan(folder: Path) -> StudyPlan:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig) or not loaded:
             raise UserError(f"{path}: expected `key: value` lines, such as variants: [a, b]")
-        plain = escaped(OmegaConf.to_container(loaded))  # a plan is data: it refers to nothing
+        plain = escaped(OmegaConf.to_container(loaded))  # `${...}` in a plan is text, not an interpolation
         plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyPlan), plain))
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {composition_error(error)}") from error
@@ -113,7 +112,7 @@ def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
     """All runs of a plan with their configurations.
 
     Raises:
-        UserError: With all problems: of the plan, of the command line of each run, and of runs that exist already.
+        UserError: With all problems of the plan, of the command line of each run, and of runs that exist already.
     """
     path = folder / PLAN
     problems = [
@@ -136,13 +135,13 @@ def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
 
 
 def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedRun, TrainRun]) -> list[str]:
-    """The problems of the runs of one variant. The configurations of valid runs are added to `configs`."""
+    """The problems of the runs of one variant. Adds the configurations of valid runs to `configs`."""
     try:
         composed = compose("train", runs[0].overrides[:1])
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
         return [f"{variant}: {composition_error(error)}"]
     problems: list[str] = []
-    first: dict[str, str] = {}  # the run that has a problem first: the others would repeat it
+    first: dict[str, str] = {}  # the first run with each problem: the others would repeat it
     for run in runs:
         changed = with_values(composed, run.overrides[1:])
         if changed is None:
@@ -160,9 +159,9 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
 
 
 def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
-    """The settings of a run that exists already, where the plan has changed since."""
+    """The settings of an existing run that differ from the plan, which has changed since."""
     result = RunResult(run.folder)
-    saved = {} if result.problem else result.requested  # a damaged run is not done, so it is started again
+    saved = {} if result.problem else result.requested  # a damaged run counts as missing
     planned = flat(asdict(config)) if saved else {}
     for key in sorted(saved.keys() & planned.keys() - NOT_PLANNED):
         if saved[key] != planned[key]:
@@ -173,7 +172,7 @@ def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
 
 
 def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list[str]:
-    """Whether `x` and `lines` exist, and a row and a column of the table identify a setting."""
+    """Problems of `x`, `lines` and `panels`: keys that do not exist, or that do not tell all settings apart."""
     settings = {run: flat(asdict(config)) for run, config in configs.items()}
     known = {"variant", *next(iter(settings.values()))}
     problems = [

@@ -1,4 +1,4 @@
-"""The results of a recorded study: `results.csv`, and what is computed from it: a picture and a part of `README.md`."""
+"""The results of a recorded study: `results.csv`, and a picture and a part of `README.md` computed from it."""
 
 import csv
 import io
@@ -34,28 +34,27 @@ FIGURES = (
     *("steps", "tokens", "flops", "parameters"),
     *("loss", "best", "bits_per_byte", "tokens_per_second"),
 )
-Row = dict[str, Any]  # a run: a line of `results.csv`
+Row = dict[str, Any]  # a line of `results.csv`, which is a run
 
 
-def columns_of(plan: StudyPlan) -> tuple[list[str], list[str]]:
-    """The settings and the figures in the `results.csv` of a study."""
-    drawn = (key for key in (plan.panels, plan.x, plan.lines) if key and key not in {*plan.sweep, SEED})
-    figures = dict.fromkeys([*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())])
-    settings = dict.fromkeys(["variant", *drawn, *plan.sweep, SEED])
-    return [key for key in settings if key not in COLUMNS], list(figures)
+def columns_of(plan: StudyPlan) -> list[str]:
+    """The header of `results.csv`: settings, state, figures, cost."""
+    drawn = (key for key in (plan.panels, plan.x, plan.lines) if key and key not in {*plan.sweep, *COLUMNS, SEED})
+    figures = [*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())]
+    return list(dict.fromkeys(["variant", *drawn, *plan.sweep, SEED, "state", *figures, "seconds", "machine"]))
 
 
 def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
-    """The `results.csv` of a study: one line a run, with everything that table, picture and README are made of."""
-    settings, figures = columns_of(plan)
+    """The content of `results.csv`: one line per run, with all that table, picture and README need."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*settings, "state", *figures, "seconds", "machine"])
-    for planned, run in ((planned, RunResult(planned.folder)) for planned in runs):
-        known = {**run.config, **planned.values, "variant": planned.variant}
-        values = [*(COLUMNS[name].of(run) for name in figures), run.last("seconds")]
-        shown = ("" if value is None else value for value in values)
-        writer.writerow([*(shown_value(known.get(key)) for key in settings), run.state, *shown, _machine(run)])
+    writer = csv.DictWriter(file, columns_of(plan), restval="null", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for planned in runs:
+        run = RunResult(planned.folder)
+        settings = {**run.config, **planned.values, "variant": planned.variant}
+        figures = {name: column.of(run) for name, column in COLUMNS.items()}
+        cost = {"state": run.state, "seconds": run.last("seconds"), "machine": _machine(run)}
+        writer.writerow({**{key: shown_value(value) for key, value in settings.items()}, **figures, **cost})
     return file.getvalue()
 
 
@@ -63,7 +62,7 @@ def redraw(folder: Path) -> None:
     """Write picture and README of a study again, from its `results.csv`.
 
     Raises:
-        UserError: It has none or one of another plan, or the folder cannot be written to.
+        UserError: There is no such file, it does not match the plan, or the folder cannot be written to.
     """
     if not (folder / RESULTS).is_file():
         raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
@@ -74,10 +73,8 @@ def redraw(folder: Path) -> None:
 
 
 def _difference(rows: list[Row], plan: StudyPlan) -> str | None:
-    """What rows have or lack, unlike those of a plan."""
-    settings, figures = columns_of(plan)
-    needed = [*settings, "state", *figures, "seconds", "machine"]
-    if lacking := [key for key in needed if not rows or key not in rows[0]]:
+    """The first difference between rows and those that a plan needs; None if there is none."""
+    if lacking := [key for key in columns_of(plan) if not rows or key not in rows[0]]:
         return f"no {few(lacking)}"
     values = ({**run.values, "variant": run.variant} for run in planned_runs(plan, ""))
     keys = ["variant", *plan.sweep, SEED]
@@ -91,25 +88,17 @@ def _difference(rows: list[Row], plan: StudyPlan) -> str | None:
 
 
 def validate_recorded(folder: Path) -> None:
-    """Check the files that `Results.write` will change.
+    """Check the files that `Results.write` changes.
 
     Raises:
         UserError: One of them is damaged.
     """
-    read_results(folder)
+    rows_of(_text(folder / RESULTS), folder / RESULTS)
     with_section(_text(folder / README), "")
 
 
-def read_results(folder: Path) -> list[Row]:
-    """The lines of the `results.csv` of a study; none without the file.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    return rows_of(_text(folder / RESULTS), folder / RESULTS)
-
-
 def _text(path: Path) -> str:
+    """The content of a file; empty if it does not exist."""
     try:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, ValueError) as error:
@@ -117,10 +106,10 @@ def _text(path: Path) -> str:
 
 
 def rows_of(text: str, path: str | Path = RESULTS) -> list[Row]:
-    """The lines of a table with commas, such as `results.csv`: numbers as numbers, and None where nothing stands.
+    """The rows of a CSV file by column. Numbers are converted, and empty fields are None.
 
     Raises:
-        UserError: A line has too few or too many fields, or a figure is no number.
+        UserError: A line has too few or too many fields, or a result is not a number.
     """
     reader = csv.reader(io.StringIO(text))
     header, rows = next(reader, []), list[Row]()
@@ -136,7 +125,7 @@ def rows_of(text: str, path: str | Path = RESULTS) -> list[Row]:
 
 
 def _value(key: str, word: str) -> Any:
-    if key != "variant" and word[-1:].isdigit() and "_" not in word:  # nan, bpe_1k and 1_2 are names
+    if key != "variant" and word[-1:].isdigit() and "_" not in word:  # float() accepts nan and 1_2, which are names
         for kind in (int, float):
             with suppress(ValueError):
                 return kind(word)
@@ -147,6 +136,7 @@ def _value(key: str, word: str) -> Any:
 class Cell:
     """A cell of the table: the runs of one setting, which differ in their seed."""
 
+    setting: tuple[Any, ...]  # variant and swept values
     metric: str
     runs: list[Row] = field(default_factory=list)
 
@@ -160,11 +150,13 @@ class Cell:
     @property
     def results(self) -> list[float]:
         """The metric of each run that did not diverge."""
-        return [run[self.metric] for run in self.runs if run["state"] != DIVERGED and run[self.metric] is not None]
+        return [
+            run[self.metric] for run in self.runs if run.get("state") != DIVERGED and run.get(self.metric) is not None
+        ]
 
     @property
     def loss(self) -> float:
-        """The mean metric, with the sign that makes less better; infinite if a run diverged or has no metric."""
+        """The mean metric, negated if more is better; infinite if a run diverged or has no metric."""
         if len(self.results) < len(self.runs):
             return inf
         return mean(self.results) if COLUMNS[self.metric].is_less_better else -mean(self.results)
@@ -178,43 +170,40 @@ class Cell:
         return f"{COLUMNS[self.metric].shown(mean(self.results))}{spread}{lost}"
 
 
-def best_of(cells: list[Cell]) -> Cell:
-    return min(cells, key=lambda cell: cell.loss)
-
-
 class Results:
-    """The results of a complete study, computed from its `results.csv` alone."""
+    """The results of a complete study, computed from its `results.csv`."""
 
     def __init__(self, folder: Path, plan: StudyPlan, text: str | None = None):
         """
         Args:
-            folder: The study.
-            text: Instead of the `results.csv` in the folder.
+            folder: The folder of the study.
+            text: The content of `results.csv`; None: that of the file in the folder.
         """
         self.folder, self.plan = folder.resolve(), plan
         self.text = _text(folder / RESULTS) if text is None else text
         self.rows = rows_of(self.text, folder / RESULTS)
-        cells: dict[str, Cell] = {}
+        cells: dict[tuple[Any, ...], Cell] = {}
         for row in self.rows:
-            cells.setdefault(repr(_setting(row, plan)), Cell(plan.metric)).runs.append(row)
+            setting = tuple(map(row.get, ("variant", *plan.sweep)))
+            cells.setdefault(setting, Cell(setting, plan.metric)).runs.append(row)
         self.cells = list(cells.values())
 
     def panels(self) -> dict[Any, dict[Any, list[Cell]]]:
-        """The cells of each line of the picture, which is a row of the table, by panel, in the order of the plan."""
+        """The cells by panel and by line of the picture, in the order of the plan. Each line is a row of the table."""
         panels: dict[Any, dict[Any, list[Cell]]] = defaultdict(lambda: defaultdict(list))
         for cell in self.cells:
             panels[cell.value_of(self.plan.panels or "")][cell.value_of(self.plan.lines)].append(cell)
         return panels
 
     def table(self) -> str:
-        """A row for each line of the picture and a column for each value of its x axis. The best of a row is bold."""
+        """A row for each line of the picture, a column for each value of its x axis. The best cell of a row is bold."""
         key = column_key(self.plan)
         heads = list(dict.fromkeys(cell.value_of(key) for cell in self.cells))
         names = ", ".join(_short(name) for name in (self.plan.panels, self.plan.lines) if name)
         rows = [[f"{names} \\ {_short(key)}", *map(shown_value, heads)]]
         lines = {(panel, line): cells for panel, lines in self.panels().items() for line, cells in lines.items()}
         for name, cells in lines.items():
-            best = best_of(cells)
+            best = min(cells, key=lambda cell: cell.loss)
             shown = {c.value_of(key): f"**{c.shown()}**" if c is best and c.loss < inf else c.shown() for c in cells}
             words = ", ".join(map(shown_value, name[0 if self.plan.panels else 1 :]))
             rows.append([words, *(shown.get(head, "") for head in heads)])
@@ -244,7 +233,7 @@ class Results:
         return picture(self.over_x(), source=self.text.encode())
 
     def over_x(self) -> Figure:
-        """The metric over `plan.x`: means, the range over seeds, and a ring around the best of each line."""
+        """The metric over `plan.x`: means, the range over seeds, and a ring around the best mean of each line."""
         panels, ends = self.panels(), []
         figure = new_figure(height=4 if len(panels) == 1 else 3.4 * len(panels))
         column = figure.subplots(len(panels), squeeze=False, sharex=True, sharey=True)[:, 0]
@@ -301,16 +290,16 @@ class Results:
         return f"Written to {os.path.relpath(self.folder)}: {', '.join(contents)}"
 
     def compare_with_recorded(self) -> list[str]:
-        """How these results compare with those that the folder has, in one line; empty without any."""
-        now, then = (_results_by_setting(rows, self.plan) for rows in (self.rows, read_results(self.folder)))
-        both = now.keys() & then.keys()
-        if not both:
+        """A line that compares these results with the recorded ones in the folder; empty without common settings."""
+        recorded = {cell.setting: cell.results for cell in Results(self.folder, self.plan).cells}
+        both = [(cell.results, recorded.get(cell.setting)) for cell in self.cells]
+        means = [(abs(mean(new) - mean(old)), max(old) - min(old)) for new, old in both if new and old]
+        if not means:
             return []
-        differences = {key: abs(mean(now[key]) - mean(then[key])) for key in both}
-        within = sum(differences[key] <= max(then[key]) - min(then[key]) for key in both)
+        within = sum(difference <= spread for difference, spread in means)
         return [
-            f"Compared with the recorded results: {within} of {len(both)} means are within the recorded range over "
-            f"seeds; the largest difference is {max(differences.values()):.4f}"
+            f"Compared with the recorded results: {within} of {len(means)} means are within the recorded range over "
+            f"seeds; the largest difference is {max(means)[0]:.4f}"
         ]
 
 
@@ -324,22 +313,8 @@ def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:
     axes.plot(place, mean(best.results), "o", markersize=11, markerfacecolor="none", color=colour)
 
 
-def _setting(row: Row, plan: StudyPlan) -> tuple[Any, ...]:
-    """Variant and swept values of a run."""
-    return row.get("variant"), *(row.get(name) for name in plan.sweep)
-
-
-def _results_by_setting(rows: list[Row], plan: StudyPlan) -> dict[tuple[Any, ...], list[float]]:
-    """The metric of the runs in a `results.csv`."""
-    results = defaultdict(list)
-    for row in rows:
-        if row.get(plan.metric) is not None and row.get("state") != DIVERGED:
-            results[_setting(row, plan)].append(row[plan.metric])
-    return results
-
-
 def with_section(text: str, section: str, opening: str = OPENING, closing: str = CLOSING) -> str:
-    """A README with its generated part, between two lines, replaced; or appended if it has none."""
+    """A README whose generated part, between an opening and a closing line, is replaced; or appended if missing."""
     marked = f"{opening}\n\n{section}\n\n{closing}"
     pattern = re.escape(opening) + ".*?" + re.escape(closing)
     if re.search(pattern, text, re.DOTALL):
@@ -354,7 +329,7 @@ def _short(key: str) -> str:
 
 
 def _machine(run: RunResult) -> str:
-    machine, versions = run.about.get("machine") or {}, run.about.get("versions") or {}
+    machine, versions = run.about.get("machine", {}), run.about.get("versions", {})
     device = machine.get("device")
     place = f"{machine.get('cpu')} with {machine.get('cores')} cores" if device == "cpu" else device
     threads = f", {machine.get('threads')} of them per run" if device == "cpu" else ""

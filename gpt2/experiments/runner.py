@@ -1,8 +1,7 @@
-"""Recorded studies: `python -m gpt2.main study experiments/<study>` runs what is missing and writes the results.
+"""Recorded studies: `python -m gpt2.main study experiments/<study>` makes the missing runs and writes the results.
 
-The folder has `study.yaml` (a `StudyPlan`), its variants as presets, and a `README.md` in which the part between
-two markers is generated. The folder of each run in `outputs/studies/<study>/` follows from its settings, so
-the same command resumes the study.
+The folder of a study has `study.yaml` (a `StudyPlan`), a preset for each variant, and a `README.md` with a generated
+part. The settings of a run determine its folder in `outputs/studies/<study>/`, so the same command resumes the study.
 """
 
 import logging
@@ -29,17 +28,17 @@ from gpt2.tracking.wandb_runs import lacking
 
 log = logging.getLogger(__name__)
 
-NICE = 10  # the priority of runs: 19 is the lowest, programs usually have 0
+NICE = 10  # the niceness of runs: 19 is the lowest priority, programs usually have 0
 SECONDS_BETWEEN_LOOKS = 2.0  # into the folders of runs
 
 
 def run_study(folder: Path, jobs: int | None, threads: int | None = None, variants: list[str] | None = None) -> None:
-    """Run what a study lacks; if it is complete then, write its results.
+    """Make the missing runs of a study; if it is complete then, write its results.
 
     Args:
-        jobs: Runs at a time; 0 runs nothing, None is one per core on a CPU and one on a GPU.
-        threads: Of each run; None: cores / jobs.
-        variants: Only their runs; then no results are written.
+        jobs: Runs at a time; 0: none; None: one per core on a CPU, one on a GPU.
+        threads: Threads of each run; None: cores / jobs.
+        variants: Only the runs of these; no results are written. None: all.
 
     Raises:
         UserError: The study has problems, or another process runs it.
@@ -51,11 +50,11 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
         if problem := RunResult(run.folder).problem:
             print(f"{problem}; this run counts as missing", file=sys.stderr)
     with writable_folder(folder, "study"):
-        pass  # checked before the runs
+        pass  # a problem is reported before the runs and not after them
     if not variants:
         from gpt2.experiments.results import validate_recorded  # here, because it imports matplotlib
 
-        validate_recorded(folder)  # the same
+        validate_recorded(folder)
     problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
     missing = sum(not run.is_done for run in study.runs)
     if missing:
@@ -72,7 +71,7 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
 
 
 def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: list[str] | None = None) -> None:
-    """Print what the missing runs of a study cost here. Nothing is written.
+    """Print what the missing runs of a study cost on this machine. Nothing is written.
 
     Raises:
         UserError: The study has problems.
@@ -90,26 +89,24 @@ def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: li
 
 
 def default_jobs() -> int:
-    """One per core, because small models do not use a second thread; one on a GPU."""
+    """One run per core, because small models gain little from a second thread; one on a GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else _cores()
-
-
-def _cores() -> int:
     from gpt2.runtime.device import available_cores  # here, because it imports torch
 
-    return available_cores()
+    return 1 if torch.cuda.is_available() else available_cores()
 
 
 def default_threads(jobs: int) -> int:
-    """The cores divided by the runs at a time, unless the environment says otherwise."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdecimal() and int(asked) else max(1, _cores() // jobs)
+    """`OMP_NUM_THREADS`, or the cores divided by the runs at a time."""
+    from gpt2.runtime.device import available_cores  # here, because it imports torch
+
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    return int(requested) if requested.isdecimal() and int(requested) else max(1, available_cores() // jobs)
 
 
 class RecordedStudy:
-    """A folder with a plan, and the runs of the plan."""
+    """A folder of `experiments/` with a plan, and the runs of the plan."""
 
     def __init__(self, folder: Path, variants: list[str] | None = None):
         """
@@ -117,7 +114,7 @@ class RecordedStudy:
             variants: Only the runs of these; None: all.
 
         Raises:
-            UserError: The folder has no plan, the plan has problems, or it lacks a variant.
+            UserError: The folder has no plan, the plan has problems, or it has no variant of such a name.
         """
         self.folder, self.name = folder, folder.resolve().name
         self.plan = read_plan(folder)
@@ -136,10 +133,10 @@ class RecordedStudy:
         ]
 
     def run(self, jobs: int, threads: int | None = None) -> list[str]:
-        """Run what is not done, `jobs` at a time. Returns the problems of runs that failed.
+        """Make the missing runs, `jobs` at a time. Returns the problems of those that failed.
 
         Raises:
-            RunLockedError: Another process does so.
+            RunLockedError: Another process runs the study.
         """
         threads, missing = threads or default_threads(jobs), [run for run in self.runs if not run.is_done]
         (RUNS / self.name).mkdir(parents=True, exist_ok=True)
@@ -165,7 +162,7 @@ class RecordedStudy:
                 raise
             finally:
                 for process in running:
-                    process.process.terminate()  # it saves its state
+                    process.process.terminate()  # it writes a checkpoint before it ends
                 for process in running:
                     process.process.wait()
         return problems
@@ -173,8 +170,7 @@ class RecordedStudy:
     def line(self, planned: PlannedRun) -> str:
         """How a run ended, in one line."""
         run, column = RunResult(planned.folder), COLUMNS[self.plan.metric]
-        value = column.of(run)
-        result = run.state if value is None or run.state != FINISHED else f"{column.header} {column.shown(value)}"
+        result = f"{column.header} {column.text(run)}" if run.state == FINISHED else run.state
         return f"{planned.name:<44} {result}  {time_left(run.last('seconds'))}"
 
     def write(self) -> None:
@@ -232,7 +228,7 @@ class StudyProgress:
 
 
 class RunProcess:
-    """A process of `train.py` for one run, at a low priority, so that interactive work is not slowed down."""
+    """A process of `train.py` for one run, at a low priority, so that it does not slow down interactive work."""
 
     def __init__(self, run: PlannedRun, threads: int):
         self.run, self.errors = run, tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed with this object
@@ -250,7 +246,7 @@ class RunProcess:
         return self.process.poll() is not None
 
     def problem(self) -> str | None:
-        """Why the run failed: the last line of its errors. Divergence is a result."""
+        """Why the run failed, by the last line of its errors; None if it is done. A diverged run is done."""
         if self.run.is_done:
             return None
         self.errors.seek(0)
