@@ -1,4 +1,4 @@
-"""Time the layouts of a weight in `gpt2/ops/cpu_inference.py`: what `kind_for` takes against `F.linear` and the others.
+"""Time the layouts of a weight in `gpt2/ops/cpu_inference.py`: the choice of `kind_for`, `F.linear` and the others.
 
 python experiments/generation/layouts.py --json experiments/generation/layouts.json
 """
@@ -22,7 +22,7 @@ LAYOUTS = {
 
 @torch.no_grad()
 def measure(dtype: torch.dtype, width: int, texts: int, repetitions: int) -> dict:
-    """Seconds of a product by each layout, taken in turns, each the least of all."""
+    """The least seconds of a product in each layout, measured in turns."""
     weight, x = torch.randn(OUTPUTS, width, dtype=dtype), torch.randn(texts, 1, width, dtype=dtype)
     layers = [kind(weight) for kind in LAYOUTS[dtype]]
     seconds = fastest_seconds([partial(layer, x) for layer in layers], repetitions)

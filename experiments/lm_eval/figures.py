@@ -1,4 +1,4 @@
-"""The figures of README.md; tests/experiments/test_figures.py compares."""
+"""Computes the figures of README.md from the data. tests/experiments/test_figures.py compares the two."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def table(rows):
-    """One line a contestant: its time, and how much faster it is than nanoGPT unmodified and at its best."""
+    """One line per contestant: its time, and its speed relative to nanoGPT, unmodified and at its best."""
     seconds = {row["contestant"]: row["step_seconds"] for row in rows}
     theirs = {name: value for name, value in seconds.items() if name.lower().startswith("nanogpt")}
     lines = [

@@ -132,7 +132,7 @@ def main():
             [name, f"{speed:,.0f}", f"{megabytes:.1f}", f"{median(each):.3f}", from_to(each, 3), f"{ratio:.2f}"]
         )
     print(f"\n{as_text([['', 'tokens/s', 'MB/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
-    print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}; <|endoftext|>, which only ours writes, counts")
+    print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}, except for <|endoftext|>, which only gpt2 writes")
     record = {"benchmark": "data", "config": asdict(config), **about, **facts, "same_tokens": agree, "results": rows}
     write_json(options["json"] or None, record)
 

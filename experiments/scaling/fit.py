@@ -4,9 +4,9 @@
     python experiments/scaling/fit.py --held-out outputs/studies/scaling/held_out
     python experiments/scaling/fit.py --so-far
 
-The first writes prediction.json too, unless it exists: a prediction is made once, before the run. The second copies
-the result of the held-out run into held_out.json, and compares. The third prints the law of the runs that
-outputs/studies/scaling has, and writes nothing.
+The first also writes prediction.json, unless it exists: a prediction is made once, before the run. The second writes
+the result of the held-out run to held_out.json and compares it with the prediction. The third prints the law of the
+runs in outputs/studies/scaling, and writes nothing.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from gpt2.experiments.plan import planned_runs, read_plan
 from gpt2.experiments.results import recorded, rows_of, with_section
 from gpt2.tracking.tracker import FINISHED
 
-FEWEST_STEPS = 100  # of a run in the fit: a shorter one has hardly left its warm-up, and follows no law
-TIMES = 5  # compute of the held-out run, as a multiple of the largest budget
+MIN_STEPS = 100  # of a run in the fit: shorter ones have hardly left their warm-up
+FACTOR = 5  # compute of the held-out run over the largest budget
 SAMPLES = 300  # of the bootstrap
 OPENING, CLOSING = "<!-- fit: `python experiments/scaling/fit.py` writes this part -->", "<!-- end of fit -->"
 
@@ -60,8 +60,10 @@ class Runs:
         self.d = np.array([row["tokens"] for row in rows]) / 1e6
         self.losses = np.array([row["loss"] for row in rows], float)
         self.flops = 6e12 * self.n * self.d
-        is_long = np.array([row["steps"] for row in rows]) >= FEWEST_STEPS
-        self.in_fit = is_long & np.array([row["state"] == FINISHED for row in rows])  # a diverged run follows no law
+        is_long = np.array([row["steps"] for row in rows]) >= MIN_STEPS
+        self.in_fit = is_long & np.array(
+            [row["state"] == FINISHED for row in rows]
+        )  # a diverged run has no meaningful loss
         self.fitted = (self.n[self.in_fit], self.d[self.in_fit], self.losses[self.in_fit])
 
     def groups(self, keys: Any) -> Iterator[tuple[Any, NDArray]]:
@@ -85,7 +87,7 @@ class Fit:
         return np.log(losses / self.law.loss(n, d))
 
     def predict(self, n: float, d: float) -> tuple[float, tuple[float, float]]:
-        """The loss of another run, and its interval: the laws of all samples, each with a residual drawn at random."""
+        """The loss of another run, and its interval over all samples, each with a residual drawn at random."""
         drawn = np.random.default_rng(1).choice(self.residuals, len(self.laws))
         losses = [float(law.loss(n, d)) for law in self.laws]
         return float(self.law.loss(n, d)), interval(losses * np.exp(drawn))
@@ -111,8 +113,8 @@ class Fit:
 
 
 def prediction(result: Fit) -> dict[str, Any]:
-    """The held-out run: the best size among the widths that are multiples of a head, and what it should reach."""
-    flops = float(f"{TIMES * max(result.runs.flops):.2g}")  # steps are whole, so runs have nearly the same compute
+    """The held-out run: the width with the best size, among multiples of 32, and its predicted loss."""
+    flops = float(f"{FACTOR * max(result.runs.flops):.2g}")  # steps are whole, so runs have nearly the same compute
     best = float(result.law.best_size(flops))
     width = min(range(32, 1025, 32), key=lambda width: abs(log(size(width) / best)))
     steps = round(flops / (6e6 * size(width)) / tokens_per_step(width))
@@ -268,14 +270,14 @@ def section(folder: Path) -> str:
         [
             f"The best size grows as the compute to the power {power:.2f} (95 % of bootstrap samples: {at_least:.2f} "
             f"to {at_most:.2f}), the text as the power {1 - power:.2f}: at {record['largest_flops']:.1g} FLOPs, a "
-            f"model of {best:.2f} million parameters on {length:.0f} million bytes. Before the run of {TIMES} times "
+            f"model of {best:.2f} million parameters on {length:.0f} million bytes. Before the run of {FACTOR} times "
             f"that compute, the law predicted {predicted['loss']:.3f} nats a byte ({low:.3f} to {high:.3f}). "
             f"{verdict(predicted, measured, seed_noise(folder)) if measured else 'The run is not done yet.'}",
             "![loss over compute: each size, the best of all, and the prediction](compute.png)",
             "![loss over size at equal compute](sizes.png)",
             f"The law is L(N, D) = E + A / N^α + B / D^β (Hoffmann et al., 2022, approach 3), N in millions of "
             f"parameters without embeddings, D in millions of bytes. It is fitted to the {record['runs_in_fit']} of "
-            f"{record['runs']} runs that have {FEWEST_STEPS} steps or more; the others, hollow in the pictures, have "
+            f"{record['runs']} runs that have {MIN_STEPS} steps or more; the others, hollow in the pictures, have "
             f"hardly left their warm-up. Half of the losses are within {100 * record['median_residual']:.1f} % "
             f"of the law, the farthest is {100 * record['largest_residual']:.1f} % off; the standard deviation between "
             f"seeds is {100 * seed_noise(folder):.1f} %.",

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 
-DELTA = 1e-3  # where the Huber loss of the logarithms turns from a square into a line, as in Hoffmann et al.
+DELTA = 1e-3  # threshold of the Huber loss of the logarithms, as in Hoffmann et al.
 STARTS = [*product((-1.0, 0.0), (-2.0, 0.0), (-1.0, 0.5), (0.2, 0.6), (0.2, 0.6))]  # e, a, b in logarithms
 
 
 @dataclass(frozen=True)
 class Law:
-    e: float  # nats that no size and no text remove
+    e: float  # irreducible loss in nats
     a: float  # nats at a million parameters
     b: float  # nats at a million tokens
     alpha: float
@@ -27,7 +27,7 @@ class Law:
 
     @property
     def size_exponent(self) -> float:
-        """Of the best size over compute, at 6 N D FLOPs."""
+        """The exponent with which the best size grows with compute, at 6 N D FLOPs."""
         return self.beta / (self.alpha + self.beta)
 
     def best_size(self, flops: ArrayLike) -> NDArray:
@@ -71,7 +71,7 @@ def fit(n: ArrayLike, d: ArrayLike, losses: ArrayLike, starts: list = STARTS) ->
 
 
 def parameters(law: Law) -> tuple[float, ...]:
-    """Where a search starts that should find a similar law."""
+    """A law as a start of `fit`."""
     return (*np.log([law.e, law.a, law.b]), law.alpha, law.beta)
 
 
@@ -84,6 +84,6 @@ def bootstrap(n: ArrayLike, d: ArrayLike, losses: ArrayLike, law: Law, samples: 
 
 
 def interval(values: ArrayLike) -> tuple[float, float]:
-    """The middle 95 %."""
+    """The range of the middle 95 % of some values."""
     low, high = np.percentile(np.asarray(values, float), [2.5, 97.5])
     return float(low), float(high)

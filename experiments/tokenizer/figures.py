@@ -1,4 +1,4 @@
-"""The figures of README.md; tests/experiments/test_figures.py compares."""
+"""Computes the figures of README.md from the data. tests/experiments/test_figures.py compares the two."""
 
 from pathlib import Path
 from statistics import mean
@@ -14,7 +14,8 @@ flops = {setting: cell.value_of("flops") for setting, cell in cells.items()}
 read = {setting: cell.value_of("text_bytes") for setting, cell in cells.items()}
 of_token = [read[name, 800] / cells[name, 800].value_of("tokens") for name in ("bpe_1k", "bpe_4k", "bpe_16k")]
 good, worse, worst = sorted(cells["bpe_4k", 800].results)
-size = mean(row["parameters"] for row in results.rows if row["variant"] == "bytes")
+width, context = 128, 128
+transformer = cells["bytes", 800].value_of("parameters") - (257 + context) * width  # without the embeddings
 for fewer, more in ((200, 400), (400, 800)):
     assert f"{flops['bpe_4k', fewer]:.1e}" == f"{flops['bytes', more]:.1e}"
 assert all(bits["bpe_16k", steps] == min(bits[name, steps] for name, _ in bits) for steps in (200, 400, 800))
@@ -29,6 +30,8 @@ FIGURES = [
     f"{flops['bpe_16k', 800] / flops['bytes', 800]:.1f} times as much",
     f"One seed of 4,096 tokens is {worst - worse:.2f} worse",
     f"stands for {of_token[0]:.1f}, {of_token[1]:.1f} and {of_token[2]:.1f} bytes",
+    f"The transformer has {transformer:,.0f} parameters",
+    f"{16384 * width / 1e6:.1f} million",
 ]
 GIVEN = [
     "two layers of width 128, four tokenizers: bytes, and byte-level BPE of 1,024, 4,096 and 16,384 tokens",
@@ -36,9 +39,8 @@ GIVEN = [
     "6 per multiplied weight",
     "(2 % of the files of Python's standard library)",
     "16,384 tokens are too many",
-    "Which of 1,024 and 4,096 tokens is better. With warm-ups of 20 and 40 steps the rate of 0.004 hurts, so the runs "
-    "of 200 and 400 steps end",
-    "The transformer has 400,000 parameters, the output layer of 16,384 tokens two million",
+    "Which of 1,024 and 4,096 tokens is better. The warm-up of the runs is 20, 40 or 80 steps long",
+    "the output layer of 16,384 tokens",
     "GPT-2 has 50,257 tokens",
     "all have 0.004",
 ]

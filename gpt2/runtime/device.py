@@ -171,8 +171,8 @@ def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> 
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The hardware that decides the speed of a run: device, its memory in GB, CPU, cores and threads of PyTorch."""
-    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    """The hardware that decides the speed of a run: device, its memory in GB, CPU, usable cores, threads of PyTorch."""
+    about: dict[str, Any] = {"cpu": _cpu_name(), "cores": available_cores(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"device": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1), **about}

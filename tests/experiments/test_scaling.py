@@ -31,7 +31,7 @@ def write_results(folder: Path, loss_of) -> study.Runs:
             steps = round(flops / (6e6 * study.size(width)) / study.tokens_per_step(width))
             tokens = steps * study.tokens_per_step(width)
             loss = loss_of(study.size(width), tokens / 1e6) * np.exp(random.normal(0, NOISE))
-            loss += 0.5 * (steps < study.FEWEST_STEPS)  # runs that the fit leaves out
+            loss += 0.5 * (steps < study.MIN_STEPS)  # runs that the fit leaves out
             lines.append(f"budget_{number},{width},finished,{steps},{tokens},{loss},60")
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
     return study.Runs((folder / "results.csv").read_text())
