@@ -28,20 +28,25 @@ SEED = "train.seed"
 # States of a run that did not record how it ended: its process is dead, or runs on another machine if at all.
 KILLED, UNSEEN = "killed", "running?"
 
-
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that did not exist yet when a run was started
 FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}  # of `machine` in run.json
 
-# Types of the keys of run.json and of a line of metrics.jsonl. null counts as missing.
-WORDS = {str: "a text", float: "a number", bool: "true or false", list: "a list", dict: "a group of keys and values"}
-OF_ABOUT = {
+# Types of the values in run.json and in a line of metrics.jsonl.
+TYPE_WORDS = {
+    str: "a text",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a group of keys and values",
+}
+ABOUT_TYPES = {
     **dict.fromkeys(("title", "state", "reason", "started", "ended"), str),
     **dict.fromkeys(("repository", "machine", "versions", "config"), dict),
     **dict.fromkeys(("parameters", "flops_per_token"), float),
     "tags": list,
 }
-OF_REPOSITORY = {"commit": str, "dirty": bool}
-OF_RECORD = {
+REPOSITORY_TYPES = {"commit": str, "dirty": bool}
+RECORD_TYPES = {
     **dict.fromkeys(("step", "tokens", "seconds", "val/loss", "val/bits_per_byte"), float),
     **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
     "sample": str,
@@ -52,11 +57,13 @@ LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> list[str]:
     """The values of a wrong type, and the numbers that are too large to compute with."""
     problems = []
-    for key in values.keys() & kinds.keys():
-        value, kind = values[key], kinds[key]
+    for key, kind in kinds.items():
+        if key not in values:
+            continue
+        value = values[key]
         is_number = kind is float and type(value) in (int, float)
         if not is_number and not isinstance(value, kind):
-            problems.append(f"{prefix}{key}: {brief(value)} is not {WORDS[kind]}")
+            problems.append(f"{prefix}{key}: {brief(value)} is not {TYPE_WORDS[kind]}")
         elif is_number and abs(value) > LARGEST:
             problems.append(f"{prefix}{key}: a number beyond 10^100")
     return problems
@@ -112,11 +119,11 @@ def read_checked_about(path: Path) -> Record:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON") from error
     if not isinstance(about, dict):
-        raise UserError(f"{path}: {brief(about)} is not {WORDS[dict]}")
+        raise UserError(f"{path}: {brief(about)} is not {TYPE_WORDS[dict]}")
     about = _present(about)
-    problems = _problems_of(about, OF_ABOUT)
+    problems = _problems_of(about, ABOUT_TYPES)
     if not problems:
-        problems += _problems_of(about.get("repository", {}), OF_REPOSITORY, "repository.")
+        problems += _problems_of(_present(about.get("repository", {})), REPOSITORY_TYPES, "repository.")
         try:
             from_plain(TrainRun, _known(TrainRun, about.get("config", {})), "config.")
         except UserError as error:
@@ -137,7 +144,7 @@ def read_checked_metrics(path: Path) -> list[Record]:
     if content.strip() and not records:
         raise UserError(f"{path}: no line is a record of a run")
     for record in records:
-        if problems := _problems_of(record, OF_RECORD):
+        if problems := _problems_of(record, RECORD_TYPES):
             raise UserError(f"{path}: step {brief(record['step'])}: {few(problems, '; ')}")
     return records
 
