@@ -14,8 +14,8 @@ from gpt2.errors import UserError, counted, few
 from gpt2.tracking.tracker import FINISHED
 
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
-MAX_KEYS = 6  # in a table
-MAX_LENGTH = 24  # of a value in a table
+MAX_TABLE_KEYS = 6
+MAX_VALUE_LENGTH = 24  # characters in a table
 # Prefixes of the keys that influence neither the result nor the speed of a run.
 NOT_COMPARED = (
     *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
@@ -50,7 +50,7 @@ def shown_value(value: Any) -> str:
 def short_values(values: list[Any]) -> list[str]:
     """Values of one key for a column: numbers are rounded and long texts cut, but different values stay different."""
     exact = [shown_value(value) for value in values]
-    common = len(commonprefix([text for text in dict.fromkeys(exact) if len(text) > MAX_LENGTH]))  # noqa: RUF071
+    common = len(commonprefix([text for text in dict.fromkeys(exact) if len(text) > MAX_VALUE_LENGTH]))  # noqa: RUF071
     for start, digits in ((0, 3), (common, 6)):
         short = [
             f"{value:.{digits}g}" if isinstance(value, float) else _cut(text, start)
@@ -63,12 +63,12 @@ def short_values(values: list[Any]) -> list[str]:
 
 def _cut(text: str, start: int) -> str:
     """A long text without its first characters and without its middle. Paths mostly differ near the end."""
-    if len(text) <= MAX_LENGTH:
+    if len(text) <= MAX_VALUE_LENGTH:
         return text
-    head, rest = MAX_LENGTH // 3, text[start:]
-    if len(rest) <= MAX_LENGTH:
+    head, rest = MAX_VALUE_LENGTH // 3, text[start:]
+    if len(rest) <= MAX_VALUE_LENGTH:
         return f"…{rest}"
-    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - MAX_LENGTH :]}"
+    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - MAX_VALUE_LENGTH :]}"
 
 
 @dataclass
@@ -143,12 +143,12 @@ class Comparison:
 
     @cached_property
     def informative(self) -> list[str]:
-        """At most `MAX_KEYS` of `keys`: first those that distinguish runs, last those with the values of others."""
+        """At most `MAX_TABLE_KEYS` of `keys`: first those that distinguish runs, last those that repeat values."""
         keys = sorted(self.keys, key=lambda key: key == "name")  # last: most folders are named after it
         values = {key: self._values(key) for key in keys}
         unequal = [key for n, key in enumerate(keys) if values[key] not in [values[other] for other in keys[:n]]]
         order = dict.fromkeys([*self._distinguishing_among(keys), *unequal, *keys])
-        return sorted([*order][:MAX_KEYS], key=lambda key: (key not in unequal, keys.index(key)))
+        return sorted([*order][:MAX_TABLE_KEYS], key=lambda key: (key not in unequal, keys.index(key)))
 
     @property
     def table_keys(self) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]  # the content of `evaluation.json`
-OF_CORPUS = ("loss", "perplexity", "bits_per_byte")
+CORPUS_FIGURES = ("loss", "perplexity", "bits_per_byte")
 
 
 def by_name(figures: Result) -> dict[str, float]:
@@ -50,7 +50,7 @@ def model_rows(results: list[Result]) -> list[list[str]]:
     """A table with one row per model: its name, its step, and the loss or the figures of tasks."""
     tasks = {task: metrics_of(figures) for task, figures in results[0].get("results", {}).items()}
     names = [f"{task} {metric}" for task, metrics in tasks.items() for metric in metrics]
-    corpus = [] if tasks else [name for name in OF_CORPUS if name in results[0]]
+    corpus = [] if tasks else [name for name in CORPUS_FIGURES if name in results[0]]
     rows = [["checkpoint", "step", *names, *(name.replace("_", " ") for name in corpus)]]
     folders = {Path(result["checkpoint"]).parent for result in results}
     for result in results:
@@ -72,7 +72,7 @@ def write_curve(results: list[Result]) -> Path | None:
     """
     from matplotlib.colors import to_hex
 
-    from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # matplotlib: a table needs none
+    from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # here, because they import matplotlib
 
     runs: dict[Path, list[Result]] = {}
     for result in results:

@@ -13,7 +13,7 @@ from gpt2.analysis.runs import RunResult
 from gpt2.runtime.console import printable
 
 BEST, FAINT = "#c8502d", "#9db4d0"
-LINE_HEIGHT = 0.22  # of a label, in inches
+LABEL_HEIGHT = 0.22  # in inches
 
 
 def new_figure(width: float = 6.5, height: float = 4) -> Figure:
@@ -43,7 +43,9 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
     assert figure
     heights = list[float]()
     named = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends)
-    gap = min(LINE_HEIGHT * panels / figure.get_figheight(), 1 / max(1, len(ends) - 1))  # all within the axes
+    gap = min(
+        LABEL_HEIGHT * panels / figure.get_figheight(), 1 / max(1, len(ends) - 1)
+    )  # all labels fit beside the axes
     for height, *_ in named:
         heights.append(max(height, heights[-1] + gap) if heights else height)
     highest = 1.0

@@ -256,7 +256,7 @@ COLUMNS = {
     "parameters": Column("parameters", lambda run: run.about.get("parameters"), "{:,}".format),
 }
 
-UNITS = {  # axis labels
+UNITS = {  # labels of axes
     "loss": "validation loss (nats per token)",
     "best": "lowest validation loss (nats per token)",
     "bits_per_byte": "bits per byte of text",

@@ -34,7 +34,7 @@ class PlannedRun:
 
     study: str
     variant: str
-    values: dict[str, Any] = field(hash=False)  # of the swept keys and of the seed
+    values: dict[str, Any] = field(hash=False)  # by key: the swept ones and the seed
 
     @property
     def name(self) -> str:

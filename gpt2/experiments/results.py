@@ -34,7 +34,7 @@ FIGURES = (
     *("steps", "tokens", "flops", "parameters"),
     *("loss", "best", "bits_per_byte", "tokens_per_second"),
 )
-Row = dict[str, Any]  # a line of `results.csv`, which is a run
+Row = dict[str, Any]  # a line of `results.csv`: one run
 
 
 def columns_of(plan: StudyPlan) -> list[str]:

@@ -68,7 +68,7 @@ class Algorithms:
 
     config: OptunaConfig
     seed: int | None  # None: draws differ each time
-    sampler_options: dict[str, Any] = field(default_factory=dict)  # override those of the table
+    sampler_options: dict[str, Any] = field(default_factory=dict)  # they override the options of the table
     pruner_options: dict[str, Any] = field(default_factory=dict)
 
     def sampler(self, trial: int, space: Space) -> BaseSampler:
@@ -128,7 +128,7 @@ def grid(space: Space) -> dict[str, list[Any]]:
         if step is None:
             raise ValueError(f"a grid needs values, and {key} is a range from {low} to {high}")
         count = round((high - low) / step) + 1
-        # In decimal, because 0.1 + 2 * 0.1 is not 0.3 in binary.
+        # Decimal, because 0.1 + 2 * 0.1 is not 0.3 in binary floating point.
         values[key] = [type(low)(Decimal(str(low)) + n * Decimal(str(step))) for n in range(count)]
     return values
 

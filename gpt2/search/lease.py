@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 WORKER, HEARTBEAT = "worker", "heartbeat"  # user attributes of a trial
 HEARTBEAT_SECONDS = 30
-DEAD_AFTER_SECONDS = 300  # without a heartbeat; long enough for machines whose clocks differ
+DEAD_AFTER_SECONDS = 300  # age of the last heartbeat; allows for machines whose clocks differ
 
 
 class Status(Enum):

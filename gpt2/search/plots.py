@@ -17,7 +17,7 @@ from gpt2.analysis.plotting import BEST, FAINT, label_ends, new_figure, picture,
 from gpt2.search.trial import WITH_VALUE, best_of
 
 PRUNED = "#b9b9b9"
-MIN_TRIALS_FOR_IMPORTANCES = 10  # complete trials
+MIN_TRIALS_FOR_IMPORTANCES = 10  # the least number of complete trials
 LOSS = "validation loss (nats a token)"
 STYLE: dict[Any, Any] = {"figure.dpi": 150, "savefig.bbox": "tight", "axes.formatter.min_exponent": 4}
 
@@ -39,7 +39,7 @@ def draw(study: optuna.Study, source: bytes) -> dict[str, bytes]:
 
 
 def _draw_with_optuna(plot: Callable[..., Any], study: optuna.Study, source: bytes) -> bytes:
-    with plt.rc_context(STYLE), warnings.catch_warnings():  # which also undoes Optuna's changes of the style
+    with plt.rc_context(STYLE), warnings.catch_warnings():  # the context also undoes what Optuna changes in the style
         warnings.simplefilter("ignore")
         figure = np.ravel(plot(study, target_name=LOSS))[0].figure
         for axes in figure.axes:

@@ -17,7 +17,7 @@ from gpt2.search.plots import draw
 from gpt2.search.study import shown_parameters, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
 
-FIGURES = ("steps", "tokens", "seconds")  # of SPENT
+FIGURES = ("steps", "tokens", "seconds")  # the keys of the attribute SPENT
 
 
 def write(study: optuna.Study, folder: Path) -> None:

@@ -122,7 +122,7 @@ class Study:
             with exclusive(self.config.storage):
                 has_orphans = self._requeue_dead_trials()
                 if any(DEATHS in trial.user_attrs for trial in self._trials(TrialState.WAITING)):
-                    limit = 1  # it may kill its process again, and with it the other trials of a launcher
+                    limit = 1  # the trial may kill its process again, and with it all trials of a launcher
                 left = self.config.n_trials - len(self._trials(TrialState.RUNNING, *DONE))
                 claimed = [self._ask() for _ in range(min(limit, left))]
             if claimed or not has_orphans:

@@ -1,3 +1,3 @@
-"""The benchmarks of the field: what each asks of a document, log-likelihoods of its answers, and figures with their
-standard errors. Not here: the loss on a corpus, which is `gpt2.evaluate`.
+"""Benchmarks of language models: the questions of each, log-likelihoods of the answers, and figures with standard
+errors. The loss on a corpus is in `gpt2.evaluate`.
 """

@@ -1,10 +1,10 @@
-"""The tasks: where the documents of each come from, and what it asks about one.
+"""The tasks: where the documents of each come from, and what a task asks about a document.
 
-To add a task, write a function from a document to a `Question`, and enter it in `TASK_TABLE`, and the names of the task
-and its dataset in `gpt2.config.TASKS`.
+To add a task, write a function from a document to a `Question`, enter it in `TASK_TABLE`, and enter the names of the
+task and of its dataset in `gpt2.config.TASKS`.
 
 Prompts and figures are those of EleutherAI's lm-eval, without examples in the prompt (zero-shot), so that they compare
-with published ones. A test holds them against lm-eval, document by document.
+with published ones. A test compares them with lm-eval, document by document.
 """
 
 import re
@@ -19,42 +19,33 @@ from gpt2.data.hub_datasets import load_tables
 from gpt2.errors import UserError, one_line
 
 Document = dict[str, Any]  # a row of a dataset
-Pair = tuple[str, str]  # context and continuation, whose likelihood is asked for
+Pair = tuple[str, str]  # context and continuation
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a task asks about a document: which of some continuations is the likeliest, or how likely the only one is.
-
-    Attributes:
-        answer: Index of the right pair.
-        lengths: Of the choices, by which `acc_norm` divides their log-likelihoods; empty: the task has no `acc_norm`.
-    """
+    """What a task asks about a document: the most likely of several continuations, or the likelihood of one."""
 
     pairs: tuple[Pair, ...]
-    answer: int = 0
-    lengths: tuple[int, ...] = ()
+    answer: int = 0  # index of the right pair
+    lengths: tuple[int, ...] = ()  # characters of the choices, for `acc_norm`; empty if the task does not have it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset (see `gpt2.config.TASKS` for its name), and how a document of it becomes a question.
-
-    Attributes:
-        metrics: What it measures, the headline figure first; see `gpt2.tasks.scores.METRICS`.
-    """
+    """A dataset, whose name is in `gpt2.config.TASKS`, and how a document of it becomes a question."""
 
     configuration: str | None
     split: str
     read: Callable[[Document], Question]
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...]  # names in `gpt2.tasks.scores.METRICS`, the headline figure first
 
 
 def choose(context: str, choices: list[str], answer: int) -> Question:
     """Which choice follows the context, after a space?
 
-    lm-eval's `acc_norm` divides by the characters of the choice without that space; nanochat and llm.c divide by its
-    tokens.
+    As in lm-eval, `acc_norm` divides by the number of characters without that space; nanochat and llm.c divide by the
+    number of tokens.
     """
     pairs = tuple((context, " " + choice) for choice in choices)
     return Question(pairs, answer, tuple(len(choice) for choice in choices))
@@ -73,7 +64,7 @@ def _without_markup(text: str) -> str:
 
 
 def lambada(document: Document) -> Question:
-    """The last word, as OpenAI scored it for GPT-2: without a list of candidates or of stop words."""
+    """What is the last word? As OpenAI scored GPT-2: without a list of candidates or of stop words."""
     context, _, word = document["text"].rpartition(" ")
     return Question(((context, f" {word}"),))
 
@@ -117,16 +108,16 @@ def load_questions(
     """The questions of a task, in the order of its documents.
 
     Args:
-        folder: Holds the dataset under its name on the Hub; None: from the Hub or its cache.
-        limit: Number of documents, from the first; None: all.
-        key: The option by which the user named the task, for error messages.
+        folder: A folder with the dataset under its name on the Hub; None: from the Hub or its cache.
+        limit: The number of documents, from the first; None: all.
+        key: The configuration key of the task, for error messages.
 
     Raises:
-        UserError: The dataset cannot be reached or read, or has other columns than the task's.
+        UserError: The dataset cannot be reached or read, or lacks a column that the task needs.
     """
     task, dataset = TASK_TABLE[name], TASKS[name]
     source, configuration = dataset if folder is None else f"{folder}/{dataset}", task.configuration
-    if folder is not None and not Path(source, "README.md").exists():  # which lists the configurations
+    if folder is not None and not Path(source, "README.md").exists():  # a README.md would list the configurations
         inner, configuration = Path(source, str(configuration)), None
         source = str(inner) if inner.is_dir() else source
     (table,), _ = load_tables(source, configuration, [task.split], key=key)

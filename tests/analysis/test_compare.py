@@ -379,7 +379,7 @@ def test_json_output(two, capsys, monkeypatch):
 
 
 def test_note_about_the_command_line_is_not_on_the_page(two, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gpt2.analysis.compare.MAX_KEYS", 0)
+    monkeypatch.setattr("gpt2.analysis.compare.MAX_TABLE_KEYS", 0)
     run_compare(monkeypatch, str(two.parent), f"html={tmp_path}/page.html")
     note = "1 more key differs: learning_rate"
     assert f"{note}. columns=KEY,... shows others, html=FILE all of them." in capsys.readouterr().out
