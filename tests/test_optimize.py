@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 import weakref
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +26,7 @@ from gpt2.model import GPT2Model
 from gpt2.optimize import SPACE, OptunaOptimizer, with_parameters
 from gpt2.runtime.signals import Interrupted
 from gpt2.search import report
+from gpt2.search.study import Study
 from gpt2.train import Trainer
 from tests.helpers import tiny_config
 
@@ -299,8 +301,15 @@ def test_interrupted_trial_resumes_and_matches_uninterrupted(tmp_path):
 
 def test_timeout_interrupts_the_running_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("GPT2_FAULT", "slow@1-9999")
-    storage = f"sqlite:///{tmp_path / 'study.db'}"
-    optimizer = make_optimizer(tmp_path, n_trials=9, timeout=1, storage=storage, training={"max_steps": 400})
+    storage, claim = f"sqlite:///{tmp_path / 'study.db'}", Study.claim
+
+    def claim_a_second_before_the_end(study: Study) -> list[optuna.trial.Trial]:
+        trials = claim(study)
+        study.deadline = time.time() + 1
+        return trials
+
+    monkeypatch.setattr(Study, "claim", claim_a_second_before_the_end)
+    optimizer = make_optimizer(tmp_path, n_trials=9, timeout=100, storage=storage, training={"max_steps": 400})
     with pytest.raises(UserError, match="no trial has ended yet"):
         optimizer.optimize()
     assert states(optimizer) == ["WAITING"]
