@@ -27,10 +27,16 @@ from gpt2.generation.prompt_lookup import Drafts, draft_length
 from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_quantization
-from gpt2.runtime.device import auto_without_training, choose_precision, cuda_or_fallback
+from gpt2.runtime.device import Precision, auto_without_training, choose_precision, cuda_or_fallback
 from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
+
+
+def precision_of_weights(name: str, device: torch.device) -> Precision:
+    """The format in which weights are kept for generation: bf16 or fp32, not fp16, which may overflow."""
+    chosen = choose_precision(auto_without_training(name, device), device)
+    return chosen if chosen.name == "bf16" else Precision("fp32", device)
 
 
 @dataclass
@@ -73,14 +79,13 @@ class TextGenerator:
         if problems := validate(loading, "inference."):
             raise UserError(*problems)
         self.device = cuda_or_fallback(device)
-        chosen = choose_precision(auto_without_training(precision, self.device), self.device).name
-        dtype = torch.bfloat16 if chosen == "bf16" else torch.float32  # no weights in fp16, which may overflow
-        self.format = quantization or ("bf16" if chosen == "bf16" else "fp32")
+        kept = precision_of_weights(precision, self.device)
+        self.format = quantization or kept.name
         if quantization:
             refuse_quantization(quantization, self.device)
         self.trained = open_model(model_path)
         self.tokenizer = self.trained.tokenizer_for_text()
-        self.model = self.trained.build().to(self.device, dtype).eval()
+        self.model = self.trained.build().to(self.device, kept.dtype).eval()
         if quantization:
             quantize(self.model, quantization)
         else:

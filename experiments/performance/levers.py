@@ -20,7 +20,7 @@ import gpt2.ops.attention
 import gpt2.ops.cross_entropy
 from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import circumstances, headline, interleaved, write_json
-from gpt2.benchmarks.contestants import Workload, in_precision, precisions
+from gpt2.benchmarks.contestants import Workload, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
 from gpt2.runtime.device import keep_freed_memory
@@ -105,7 +105,7 @@ def main():
         about = circumstances(workload.device)
         print(headline(about), flush=True)
         for precision in precisions(config, workload.device):
-            train = in_precision(config.train, precision.name)
+            train = replace(config.train, precision=precision.name, mixed_precision=True)
             levers = dict(LEVERS) if keep else {"all": LEVERS["all"]}
             if keep and precision.name == "fp32":
                 levers["products by PyTorch's BLAS"] = (by_pytorch, {})

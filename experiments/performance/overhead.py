@@ -9,14 +9,14 @@ import logging
 import tempfile
 import time
 from contextlib import chdir
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
 from omegaconf import OmegaConf
 
 from gpt2.benchmarks.common import circumstances, headline, interleaved, spread, write_json
-from gpt2.benchmarks.contestants import Workload, in_precision, precisions
+from gpt2.benchmarks.contestants import Workload, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainRun, WandbConfig
 from gpt2.tracking.loggers import LoggedRun, start_loggers
@@ -69,7 +69,6 @@ def train(trainer, workload, steps):
     trainer.config.max_steps = trainer.progress.step + steps
     began = time.perf_counter()
     trainer.train()
-    workload.wait_for_device()
     seconds = times.ends[-1] - times.ends[0]
     return {
         "step": seconds / (steps - 1),
@@ -84,8 +83,7 @@ def train_bare(trainer, workload, steps):
     began = time.perf_counter()
     for number in range(steps):
         step_loss, _ = trainer.train_step(workload.batches[number % len(workload.batches)])
-    step_loss.item()
-    workload.wait_for_device()
+    step_loss.item()  # waits for the device
     return (time.perf_counter() - began) / steps
 
 
@@ -99,10 +97,11 @@ def compare(config, arguments, folder):
 
     run = TrainRun(wandb=WandbConfig(mode=arguments.wandb))
     wandb = start_loggers(run, LoggedRun("overhead", group="benchmark", job_type="train"))
-    options = in_precision(config.train, precision, **INTERVALS)
-    full = workload.trainer(options, callbacks=[TrackerLog(Tracker(folder, wandb)), StepTimes()])
+    train_config = replace(config.train, precision=precision, mixed_precision=True)
+    callbacks = [TrackerLog(Tracker(folder, wandb)), StepTimes()]
+    full = workload.trainer(replace(train_config, **INTERVALS), callbacks=callbacks)
     full.train_loader = TimedLoader(full.train_loader)
-    bare = workload.trainer(in_precision(config.train, precision))
+    bare = workload.trainer(train_config)
     train_bare(bare, workload, config.warmup)
     train(full, workload, max(2, config.warmup))
     turns = [lambda: train_bare(bare, workload, steps), lambda: train(full, workload, steps)]

@@ -34,7 +34,7 @@ READ_BYTES = 256 << 20  # more than any cache holds
 def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
     """Call each of `turns` once a repetition, each time starting with another one. Returns the results of each.
 
-    Other load on the machine and heat then slow all of them alike, and none always runs after the same other one.
+    So heat and other load slow all of them alike, and none always runs after the same other one.
     """
     results: list[list[T]] = [[] for _ in turns]
     with track(description, unit="repetitions") as advance:

@@ -22,8 +22,6 @@ from gpt2.train import Trainer
 
 NumberedStep = Callable[[int], Tensor]  # makes the step with the batch of that number, and returns its loss
 
-LONG = 10**9  # epochs
-
 
 class Workload:
     """Weights and batches that all contestants share: random, from a fixed seed.
@@ -68,21 +66,17 @@ class Workload:
         return [[(b["input_ids"].to(self.device), b["targets"].to(self.device)) for b in bs] for bs in self.batches]
 
     def trainer(self, train: TrainingConfig, **options: Any) -> Trainer:
-        """A trainer at the start of a long run: it also sets up what pays only in a long run, such as compilation.
+        """A trainer that expects a long run, for which `train.compile=auto` compiles where that is worthwhile.
 
         The learning rate is constant, as that of peers.
         """
-        train = replace(train, max_epochs=LONG, max_steps=None, warmup_steps=0)
+        train = replace(train, max_epochs=10**9, max_steps=None, warmup_steps=0)
         model = GPT2Model(self.config.model)
         model.load_state_dict(self.state)
         train_loader, val_loader, _ = get_dataloaders(self.blocks, self.blocks, self.blocks, train)
         trainer = Trainer(model, train_loader, val_loader, train, str(self.folder / "checkpoints"), **options)
         trainer.model.train()
         return trainer
-
-    def wait_for_device(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 @dataclass
@@ -93,6 +87,7 @@ class Contestant:
     precision: Precision
     build: Callable[[], NumberedStep]
     step: NumberedStep = field(init=False)
+    next_batch: int = 0  # its number
     loss: float = field(init=False)  # of the latest step
 
     @property
@@ -103,13 +98,13 @@ class Contestant:
         """Build the step."""
         self.step = self.build()
 
-    def turn(self, workload: Workload, first: int, steps: int) -> float:
-        """Make some steps. Returns the seconds that one takes."""
+    def turn(self, steps: int = 1) -> float:
+        """Make steps with the next batches. Returns the seconds that one takes."""
         began = time.perf_counter()
-        for number in range(first, first + steps):
-            loss = self.step(number)
-        self.loss = float(loss)
-        workload.wait_for_device()
+        for _ in range(steps):
+            loss = self.step(self.next_batch)
+            self.next_batch += 1
+        self.loss = float(loss)  # waits for the device
         return (time.perf_counter() - began) / steps
 
 
@@ -120,34 +115,28 @@ def precisions(config: TrainingBenchmark, device: torch.device) -> list[Precisio
     return list({p.name: p for p in (choose_precision(name, device) for name in names)}.values())
 
 
-def in_precision(train: TrainingConfig, name: str, **fields: Any) -> TrainingConfig:
-    """A training configuration with one precision."""
-    return replace(train, **{**fields, "precision": name, "mixed_precision": True})
-
-
 def contestants(workload: Workload) -> list[Contestant]:
     """For each precision: `transformers`, the peers if there are any, and ours. None is built yet.
 
-    With `train.compile=true`, `transformers` and ours are there compiled and not.
+    With `train.compile=true` there are `transformers` and ours both compiled and uncompiled.
     """
     config, device = workload.config, workload.device
     pairs = workload.on_device()
     result: list[Contestant] = []
     for precision in precisions(config, device):
-        train = in_precision(config.train, precision.name, device=str(device))
+        chosen: dict[str, Any] = {"device": str(device), "precision": precision.name, "mixed_precision": True}
+        train = replace(config.train, **chosen)
         peers: dict[str, Peer] = {"transformers": transformers_step}
         if device.type == "cuda" or train.compile is True:
             peers["transformers, compiled"] = partial(transformers_step, compiled=True)
         if config.peer is not None:
             peers |= load_peers(config.peer)
-        for name, peer in peers.items():
-            build = partial(build_peer, workload, pairs, train, peer)
-            result.append(Contestant(f"{name}, {precision.name}", precision, build))
-        ways = {"gpt2": train}
+        builders = {name: partial(build_peer, workload, pairs, train, peer) for name, peer in peers.items()}
+        ours = {"gpt2": train}
         if train.compile is True:
-            ways = {"gpt2": replace(train, compile=False), "gpt2, compiled": train}
-        for name, way in ways.items():
-            result.append(Contestant(f"{name}, {precision.name}", precision, partial(build_ours, workload, way)))
+            ours = {"gpt2": replace(train, compile=False), "gpt2, compiled": train}
+        builders |= {name: partial(build_ours, workload, configured) for name, configured in ours.items()}
+        result += [Contestant(f"{name}, {precision.name}", precision, build) for name, build in builders.items()]
     return result
 
 

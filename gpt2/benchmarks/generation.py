@@ -2,19 +2,17 @@
 
 import copy
 import logging
-import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import CompileConfig, GPT2LMHeadModel
 
 from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import (
@@ -26,14 +24,14 @@ from gpt2.benchmarks.common import (
     read_bandwidth,
     write_json,
 )
-from gpt2.benchmarks.decoding import Generate, Timing, ours
-from gpt2.checkpoint.hugging_face import write_folder
+from gpt2.benchmarks.peers import in_transformers
 from gpt2.config import GenerationBenchmark
 from gpt2.errors import UserError, one_line
-from gpt2.generation.decode import CompiledDecoding
-from gpt2.generation.prompt_lookup import MAX_ROWS
+from gpt2.generation.decode import CompiledDecoding, decode
+from gpt2.generation.prompt_lookup import MAX_PASS_TOKENS, Drafts
+from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.model import GPT2Model
-from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_quantization
+from gpt2.ops.cpu_inference import pack_linears, quantize
 from gpt2.runtime.device import choose_device
 
 log = logging.getLogger(__name__)
@@ -43,6 +41,45 @@ ratio: to the faster way of transformers. of floor: share of the tokens per seco
 allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
 weights: their layout, see gpt2/ops/cpu_inference.py. prompt lookup: greedy text from random weights repeats itself,
 so most drafts are accepted; other texts gain less by inference.speculate."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5 + 4 / 128}  # int4: with the scales of its groups
+
+
+@dataclass
+class Timing:
+    """One run of a contestant."""
+
+    clock: list[float]  # at the start and at each token, seconds
+    tokens: Tensor  # (b, n)
+    is_even: bool = True  # False: a pass yields several tokens
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Up to the first new token."""
+        return self.clock[1] - self.clock[0]
+
+    @property
+    def step_seconds(self) -> float:
+        """For each later token: the median, or the mean of uneven times."""
+        if not self.is_even:
+            return (self.clock[-1] - self.clock[1]) / (len(self.clock) - 2)
+        return median(after - before for before, after in pairwise(self.clock[1:]))
+
+
+Generate = Callable[[Tensor, int], Timing]  # (prompts (b, t), number of new tokens)
+
+
+def ours(model: GPT2Model, compiled: CompiledDecoding | None = None, speculates: bool = False) -> Generate:
+    def run(input_ids: Tensor, max_new_tokens: int) -> Timing:
+        sampler = partial(next_token, params=SamplingParams(do_sample=False))
+        clock, tokens = [time.perf_counter()], []
+        drafts = Drafts() if speculates else None
+        for token, _ in decode(model, input_ids, max_new_tokens, sampler, compiled=compiled, drafts=drafts):
+            tokens.append(token.tolist())
+            clock.append(time.perf_counter())
+        return Timing(clock, torch.tensor(tokens).T, is_even=not speculates)
+
+    return run
 
 
 @dataclass
@@ -84,46 +121,37 @@ class GenerationComparison:
         self.device = choose_device(config.device)
         torch.manual_seed(0)
         self.model = GPT2Model(config.model).eval()
-        with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), config.model, self.model.state_dict(), None, card="")
-            twin: Any = GPT2LMHeadModel.from_pretrained(folder)
-        self.twin = twin.to(self.device).eval()
+        self.twin = in_transformers(config.model, self.model.state_dict()).to(self.device).eval()
         self.memory = torch.ones(READ_BYTES // 4, device=self.device)
         self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
 
     def contestants(self, batch_size: int) -> list[Contestant]:
         """`transformers` with its defaults comes first. On a GPU ours is measured compiled as well."""
+        from transformers import CompileConfig
+
         compile_config: Any = CompileConfig()
         compile_config._compile_all_devices = True  # on a CPU too
         static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
         result = [Contestant("transformers", theirs(self.twin)), Contestant("transformers, static, compiled", static)]
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            model, layout = self.packed(dtype, batch_size)
-            result.append(Contestant(f"gpt2, {name}", ours(model), dtype.itemsize, layout))
-            if self.device.type == "cuda":
-                compiled = ours(model, CompiledDecoding())
-                result.append(Contestant(f"gpt2, {name}, compiled", compiled, dtype.itemsize, layout))
-            if batch_size == 1:
-                model, layout = self.packed(dtype, MAX_ROWS)
-                result.append(self.with_lookup(name, model, dtype.itemsize, layout))
-        for name, weight_bytes in (("int8", 1), ("int4", 0.5 + 4 / 128)):  # int4: with the scales of its groups
-            try:
-                refuse_quantization(name, self.device)
-            except UserError:
-                continue
-            model = copy.deepcopy(self.model)
-            layout = quantize(model, name).__name__
-            result.append(Contestant(f"gpt2, {name}", ours(model), weight_bytes, layout))
-            if batch_size == 1:
-                result.append(self.with_lookup(name, model, weight_bytes, layout))
+        for number_format in WEIGHT_BYTES:
+            with suppress(UserError):  # this device has no products of the format
+                result.append(self.ours_in(number_format, batch_size))
+                if self.device.type == "cuda":
+                    result.append(self.ours_in(number_format, batch_size, "compiled", compiled=CompiledDecoding()))
+                if batch_size == 1:
+                    result.append(self.ours_in(number_format, MAX_PASS_TOKENS, "prompt lookup", speculates=True))
         return result
 
-    def packed(self, dtype: torch.dtype, rows: int) -> tuple[GPT2Model, str]:
-        model = copy.deepcopy(self.model).to(self.device, dtype)
-        return model, pack_linears(model, rows).__name__
+    def ours_in(self, number_format: str, rows: int, variant: str = "", **options: Any) -> Contestant:
+        """Our model in a number format, laid out for passes over `rows` tokens; `options`: of `ours`.
 
-    def with_lookup(self, name: str, model: GPT2Model, weight_bytes: float, layout: str) -> Contestant:
-        return Contestant(f"gpt2, {name}, prompt lookup", ours(model, speculates=True), weight_bytes, layout)
+        Raises:
+            UserError: This device has no products of the format.
+        """
+        model = copy.deepcopy(self.model).to(self.device, DTYPES.get(number_format))
+        kind = pack_linears(model, rows) if number_format in DTYPES else quantize(model, number_format)
+        name = ", ".join(filter(None, ("gpt2", number_format, variant)))
+        return Contestant(name, ours(model, **options), WEIGHT_BYTES[number_format], kind.__name__)
 
     def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:
         """The contestants after a first run, which compiles. Those that fail are left out, except the reference."""
@@ -194,8 +222,6 @@ def table(rows: list[Row]) -> str:
 
 def generation(config: GenerationBenchmark) -> None:
     """Print a table for each batch size, and write all measurements to `config.json`."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     comparison = GenerationComparison(config)
     about = circumstances(comparison.device)
     print(

@@ -38,19 +38,25 @@ Step = Callable[[Pairs], Tensor]
 Peer = Callable[[GPT2Config, State, TrainingConfig], Step]
 
 
+def in_transformers(config: GPT2Config, state: State, attention: str = "sdpa") -> Any:
+    """`GPT2LMHeadModel` with these weights; `attention` is its implementation."""
+    import transformers  # here, so that it does not count as memory of other contestants
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), config, state, None, card="")
+        return transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention)
+
+
 def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False) -> Step:
     """GPT2LMHeadModel in a plain loop as its documentation advises: autocast, fused AdamW, one clipped norm.
 
     The loss is computed from its logits over the targets that all contestants have: with `labels`, the last position
     of each block would have no target.
     """
-    from transformers import GPT2LMHeadModel  # here, so that it does not count as memory of other contestants
-
     device = torch.device(train.device)
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder), config, state, None, card="")
-        loaded: Any = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa")
-    model = loaded.to(device).train()
+    model = in_transformers(config, state).to(device).train()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     weights = list(model.parameters())
@@ -58,9 +64,13 @@ def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, c
         {"params": [p for p in weights if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
     ]
-    is_fused = device.type in ("cuda", "cpu")
-    betas = (train.beta1, train.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, fused=is_fused)
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+        fused=device.type in ("cuda", "cpu"),
+    )
     precision = Precision(train.precision, device)
     scaler = precision.scaler()
     forward = torch.compile(model) if compiled else model

@@ -2,12 +2,9 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import transformers
 
 from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import (
@@ -56,7 +53,7 @@ class TrainingComparison:
                 advance(number, len(everyone))
 
         seconds = self._measure([contestant for contestant, _ in ready])
-        rows = [self._row(contestant, each) | first for (contestant, first), each in zip(ready, seconds, strict=True)]
+        rows = [self._row(contestant, seconds[contestant.name]) | first for contestant, first in ready]
         others = (row for row in rows if not row["contestant"].startswith(("gpt2,", "transformers,")))
         reference = next(others, rows[0])
         return [{**row, "ratio": row["tokens_per_second"] / reference["tokens_per_second"]} for row in rows]
@@ -65,34 +62,28 @@ class TrainingComparison:
         """Build a contestant and make its warm-up steps; None if it does not support what is configured."""
         try:
             contestant.prepare()
-            first = {"first_step_seconds": contestant.turn(self.workload, 0, 1), "first_loss": contestant.loss}
+            first = {"first_step_seconds": contestant.turn(), "first_loss": contestant.loss}
         except RuntimeError as error:  # NotImplementedError is one
             if contestant.is_ours:
                 raise
             self.left_out[contestant.name] = one_line(error)[:300]
             log.warning("%s is left out: %s", contestant.name, self.left_out[contestant.name])
             return None
-        for number in range(1, self.config.warmup):
-            contestant.turn(self.workload, number, 1)
+        for _ in range(1, self.config.warmup):
+            contestant.turn()
         return first
 
-    def _measure(self, ready: list[Contestant]) -> list[list[float]]:
+    def _measure(self, ready: list[Contestant]) -> dict[str, list[float]]:
         """Seconds a step of each contestant in each repetition, in which all see the same batches; sets `peaks`."""
-        config, workload = self.config, self.workload
-        starts = [iter(range(config.warmup, len(workload.batches), config.steps)) for _ in ready]
-
-        def turn(number: int) -> float:
-            return ready[number].turn(workload, next(starts[number]), config.steps)
-
         precisions = {contestant.precision.name: contestant.precision for contestant in ready}
         self.peaks = {name: peak_flops(precision) for name, precision in precisions.items()}
-        measured = list(precisions.values()) if workload.device.type == "cpu" else []
-        turns: list[Callable[[], float]] = [partial(turn, number) for number in range(len(ready))]
-        turns += [partial(matmul_flops, precision) for precision in measured]
-        results = interleaved(turns, config.repetitions, "Training")
-        for precision, rates in zip(measured, results[len(ready) :], strict=True):
-            self.peaks[precision.name] = max(rates)
-        return results[: len(ready)]
+        turns = {contestant.name: partial(contestant.turn, self.config.steps) for contestant in ready}
+        if self.workload.device.type == "cpu":
+            turns |= {name: partial(matmul_flops, precision) for name, precision in precisions.items()}
+        each = interleaved(list(turns.values()), self.config.repetitions, "Training")
+        results = dict(zip(turns, each, strict=True))
+        self.peaks |= {name: max(results[name]) for name in precisions if name in results}
+        return results
 
     def _row(self, contestant: Contestant, each: list[float]) -> Row:
         step = spread("step_seconds", each)
@@ -129,8 +120,6 @@ def table(rows: list[Row]) -> str:
 
 def training(config: TrainingBenchmark) -> None:
     """Print a table, and write everything that was measured to `config.json`."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     keep_freed_memory()  # as train.py does; a setting of the process, so it applies to all contestants
     with tempfile.TemporaryDirectory() as folder:
         comparison = TrainingComparison(config, Path(folder))

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 import tomllib
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from gpt2.cli.compose import ROOT
-from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, messages
+from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, collected_warnings
 from gpt2.errors import UserError, few
 from gpt2.runtime.device import available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
@@ -30,13 +31,14 @@ from gpt2.training.cost import memory_of
 FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # that PyTorch uses
 NETWORK_SECONDS = 1.0  # for the server of W&B, and for the Hub
 WRITTEN_BYTES = 64 << 20  # to measure how fast a folder is written
+
 # Limits below which a row is not OK; docs/doctor.md explains them.
-FREE_IN_OUTPUTS = 6e9  # four checkpoints of GPT-2 124M
-FREE_IN_CACHE = 1e9
-WRITTEN_PER_SECOND = 50e6
-OPEN_FILES = 1024
-SHARED_MEMORY = 64 << 20  # for each GPU
-FREE_MEMORY = 4e9  # training GPT-2 124M takes 2.6 GB
+MIN_FREE_IN_OUTPUTS = 6e9  # bytes: four checkpoints of GPT-2 124M
+MIN_FREE_IN_CACHE = 1e9  # bytes
+MIN_WRITTEN_PER_SECOND = 50e6  # bytes
+MIN_OPEN_FILES = 1024
+MIN_SHARED_MEMORY = 64 << 20  # bytes for each GPU
+MIN_MEMORY = 4e9  # bytes; training GPT-2 124M takes 2.6 GB
 
 
 def python(_machine: Machine) -> Row:
@@ -55,7 +57,8 @@ def versions(_machine: Machine) -> Row:
     tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     installed = {name: found for name in tested if (found := installed_version(name))}
     others = {name: found for name, found in installed.items() if found != tested[name]}
-    refused = [text for text in needed_packages() if not is_satisfied(Requirement(text))]
+    needed = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    refused = [str(requirement) for requirement in needed if not is_satisfied(requirement)]
     figures = {"installed": installed, "others": others, "refused": refused}
     if refused:
         advice = "pip install -e . -c constraints.txt installs what is needed, in the tested versions"
@@ -73,10 +76,6 @@ def installed_version(name: str) -> str | None:
         return version(name).partition("+")[0]
     except PackageNotFoundError:
         return None
-
-
-def needed_packages() -> list[str]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
 def is_satisfied(requirement: Requirement) -> bool:
@@ -104,9 +103,9 @@ def processor(machine: Machine) -> Row:
 
 def memory(_machine: Machine) -> Row:
     size = memory_of(torch.device("cpu"))
-    advice = f"training GPT-2 124M takes about 2.6 GB; model=gpt2_mini takes less than {FREE_MEMORY / 1e9:g} GB"
-    status = OK if size >= FREE_MEMORY else MISSING
-    return Row(f"{size / 1e9:.1f} GB", status, advice, f"{FREE_MEMORY / 1e9:g} GB", {"bytes": size})
+    advice = f"training GPT-2 124M takes about 2.6 GB; model=gpt2_mini takes less than {MIN_MEMORY / 1e9:g} GB"
+    status = OK if size >= MIN_MEMORY else MISSING
+    return Row(f"{size / 1e9:.1f} GB", status, advice, f"{MIN_MEMORY / 1e9:g} GB", {"bytes": size})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ def gpus(_machine: Machine) -> Row:
 
 
 def cuda_gpus(found: list) -> Row:
-    """GPUs that PyTorch can use: whether its kernels are built for them, and whether other programs fill them."""
+    """GPUs that PyTorch can use: whether it has kernels for them, and whether other programs use their memory."""
     driver = nvidia_smi()[0].split(", ")[-1] if nvidia_smi() else "unknown"
     names = [f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB, sm_{gpu.major}{gpu.minor})" for gpu in found]
     value = f"{len(found)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
@@ -210,18 +209,20 @@ def find_compiler() -> str | None:
 
 
 def outputs(_machine: Machine) -> Row:
-    return place(Path("outputs"), FREE_IN_OUTPUTS, "a checkpoint of GPT-2 124M takes 1.5 GB")
+    return place(Path("outputs"), MIN_FREE_IN_OUTPUTS, "a checkpoint of GPT-2 124M takes 1.5 GB")
 
 
 def cache_folder(_machine: Machine) -> Row:
-    with messages() as warned:
+    with collected_warnings() as warned:
         folder = caches()
     if warned:
-        return Row(warned[0], MISSING, "corpora are prepared anew after a restart; XDG_CACHE_HOME names another folder")
-    return place(folder, FREE_IN_CACHE, "a corpus and its tokens take gigabytes; data.cache_dir and HF_HOME move them")
+        advice = "corpora are prepared anew after a restart; XDG_CACHE_HOME names another folder"
+        return Row(warned[0].getMessage(), MISSING, advice)
+    advice = "a corpus and its tokens take gigabytes; data.cache_dir and HF_HOME move them"
+    return place(folder, MIN_FREE_IN_CACHE, advice)
 
 
-def place(folder: Path, wanted: float, advice: str) -> Row:
+def place(folder: Path, min_free: float, advice: str) -> Row:
     """Whether a folder can be written to, how much is free there and how fast it takes data."""
     try:
         with writable_folder(folder, str(folder)):
@@ -234,11 +235,11 @@ def place(folder: Path, wanted: float, advice: str) -> Row:
     shown = str(folder).replace(str(Path.home()), "~")  # the file of a bug report names no user
     value = f"{in_bytes(free)} free, written at {in_bytes(round(rate))}/s ({shown})"
     figures = {"free_bytes": free, "bytes_per_second": rate}
-    if free < wanted:
-        return Row(value, MISSING, f"free some space: {advice}", f"{in_bytes(round(wanted))} free", figures)
+    if free < min_free:
+        return Row(value, MISSING, f"free some space: {advice}", f"{in_bytes(round(min_free))} free", figures)
     slow = f"a checkpoint of GPT-2 124M takes {1.5e9 / rate:.0f} s here: a local disk is faster; save less often"
-    expected = f"{in_bytes(round(WRITTEN_PER_SECOND))}/s"
-    return Row(value, SLOW if rate < WRITTEN_PER_SECOND else OK, slow, expected, figures)
+    expected = f"{in_bytes(round(MIN_WRITTEN_PER_SECOND))}/s"
+    return Row(value, SLOW if rate < MIN_WRITTEN_PER_SECOND else OK, slow, expected, figures)
 
 
 def written_per_second(folder: Path) -> float:
@@ -256,18 +257,18 @@ def written_per_second(folder: Path) -> float:
 def shared_memory(_machine: Machine) -> Row | None:
     if not Path("/dev/shm").exists():
         return None
-    free, wanted = shutil.disk_usage("/dev/shm").free, SHARED_MEMORY * max(1, torch.cuda.device_count())
+    free, wanted = shutil.disk_usage("/dev/shm").free, MIN_SHARED_MEMORY * max(1, torch.cuda.device_count())
     advice = "workers that load data and NCCL use it: docker run --shm-size=1g, or train.num_workers=0"
-    state = OK if free >= wanted else MISSING
-    return Row(f"{in_bytes(free)} free", state, advice, f"{in_bytes(wanted)} free", {"free_bytes": free})
+    status = OK if free >= wanted else MISSING
+    return Row(f"{in_bytes(free)} free", status, advice, f"{in_bytes(wanted)} free", {"free_bytes": free})
 
 
 def open_files(_machine: Machine) -> Row:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_enough = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
+    is_enough = soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES
     value = "no limit" if soft == resource.RLIM_INFINITY else f"{soft:,}"
-    advice = f"workers and sweeps may fail with 'Too many open files': ulimit -n {max(OPEN_FILES, 4096)}"
-    return Row(value, OK if is_enough else MISSING, advice, f"{OPEN_FILES:,}", {"soft": soft, "hard": hard})
+    advice = f"workers and sweeps may fail with 'Too many open files': ulimit -n {max(MIN_OPEN_FILES, 4096)}"
+    return Row(value, OK if is_enough else MISSING, advice, f"{MIN_OPEN_FILES:,}", {"soft": soft, "hard": hard})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,12 +282,12 @@ def weights_and_biases(_machine: Machine) -> Row:
     if mode != "online":
         return Row(f"{mode}, by WANDB_MODE={os.environ['WANDB_MODE']}")
     service.prepare()
-    with messages() as warned:
+    with collected_warnings() as warned:
         is_online = service.can_go_online(NETWORK_SECONDS)
     service.end_service(0)
     if is_online:
         return Row("logged in")
-    why = warned[0].partition(": ")[2] if warned else "not logged in"
+    why = warned[0].getMessage().partition(": ")[2] if warned else "not logged in"
     advice = "runs are recorded offline: `wandb login`, or wandb=off to do without; `wandb sync` uploads them later"
     return Row(why, MISSING, advice)
 
@@ -295,12 +296,11 @@ def hub(_machine: Machine) -> Row:
     if os.environ.get("HF_HUB_OFFLINE"):
         return Row(f"not asked, by HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']}")
     advice = "what its cache holds can be used; quickstart and data.files need no network; HTTPS_PROXY names a proxy"
-    try:
+    with suppress(TimeoutError):  # of the name server, on which `connect` puts no limit
         within(2 * NETWORK_SECONDS, lambda: connect(NETWORK_SECONDS))
-    except TimeoutError:  # of the name server, on which `connect` puts no limit
-        return Row("does not answer", MISSING, advice)
-    is_reached = not os.environ.get("HF_HUB_OFFLINE")
-    return Row("answers" if is_reached else "does not answer", OK if is_reached else MISSING, advice)
+        if not os.environ.get("HF_HUB_OFFLINE"):  # which `connect` sets if there is no answer
+            return Row("answers")
+    return Row("does not answer", MISSING, advice)
 
 
 CHECKS: dict[str, Check] = {

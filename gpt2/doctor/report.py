@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from gpt2.runtime.device import Precision, choose_precision
 from gpt2.runtime.waiting import waiting_for
 
 OK, SLOW, MISSING, WRONG = STATES = ("OK", "slow", "missing", "WRONG")
-WIDTH, INDENT = 110, 30  # of a line, and of the column of values
+LINE_WIDTH, VALUE_COLUMN = 110, 30
 REPORT = "a fault of this machine or installation, or a bug: please report it with the file that json=FILE writes"
-NOISY = ("gpt2", "torch")  # loggers whose lines would tear the table
 
 
 @dataclass(eq=False)
 class Machine:
-    """What is examined. Hashable, so that a measurement which several checks use can be cached."""
+    """The examined machine. Hashable, so that measurements which several checks use can be cached."""
 
     device: torch.device
     folder: Path  # temporary
@@ -54,28 +54,18 @@ Check = Callable[[Machine], Row | None]  # None: it does not apply to this devic
 Checks = Mapping[str, Mapping[str, Check]]  # by part and name
 
 
-class Messages(logging.Handler):
-    """Collects the messages of warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
-
-
 @contextmanager
-def messages() -> Iterator[list[str]]:
-    """Collect warnings of this package and of PyTorch instead of printing them."""
-    handler, loggers = Messages(), [logging.getLogger(name) for name in NOISY]
+def collected_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collect warnings of this package and of PyTorch instead of printing them, which would tear the table."""
+    handler, loggers = BufferingHandler(10**6), [logging.getLogger(name) for name in ("gpt2", "torch")]
+    handler.setLevel(logging.WARNING)
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers, logger.propagate = [handler], False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield handler.texts
+            yield handler.buffer
     finally:
         for logger, (handlers, propagate) in zip(loggers, before, strict=True):
             logger.handlers, logger.propagate = handlers, propagate
@@ -88,7 +78,7 @@ def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
             waiting_for(f"{part} {name}")
             began = time.perf_counter()
             try:
-                with messages():
+                with collected_warnings():
                     row = check(machine)
             except Exception as error:  # noqa: BLE001
                 reason = machine_error(error) or f"{type(error).__name__}: {one_line(error)}"
@@ -100,11 +90,11 @@ def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
 
 def as_lines(row: Row) -> str:
     """A row for the terminal: status, name and value, and what to do below them."""
-    start = f"  {row.status:<8}{row.name:<{INDENT - 10}}"
-    options: dict[str, Any] = {"width": WIDTH, "break_long_words": False, "break_on_hyphens": False}
-    lines = textwrap.wrap(row.value, initial_indent=start, subsequent_indent=" " * INDENT, **options)
+    start = f"  {row.status:<8}{row.name:<{VALUE_COLUMN - 10}}"
+    options: dict[str, Any] = {"width": LINE_WIDTH, "break_long_words": False, "break_on_hyphens": False}
+    lines = textwrap.wrap(row.value, initial_indent=start, subsequent_indent=" " * VALUE_COLUMN, **options)
     if row.status != OK:
-        arrow = " " * INDENT + "-> "
+        arrow = " " * VALUE_COLUMN + "-> "
         lines += textwrap.wrap(row.advice, initial_indent=arrow, subsequent_indent=" " * len(arrow), **options)
     return "\n".join(lines)
 

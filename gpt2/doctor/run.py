@@ -23,7 +23,7 @@ CHECKS: Checks = {
 def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
     """Print what was found and write `config.json`. Returns the exit code: 1 if anything is WRONG, else 0.
 
-    Rows are printed as they are found; an interruption ends them, and the file gets those that there are.
+    Each row is printed when its check ends. After an interruption the file has the rows up to it.
 
     Raises:
         UserError: There is no such device here.

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-MAX_ROWS = 6  # tokens of all texts in a pass that takes about the time of a pass over one token each
+MAX_PASS_TOKENS = 6  # of all texts together: a pass over so many takes about as long as one over a single token
 NGRAMS = (3, 2, 1)  # lengths of the endings that are looked up; the first that occurred before decides
 
 
 def draft_length(texts: int) -> int:
     """Tokens of a draft if this number of texts is generated side by side; 0 if there is no room for any."""
-    return max(0, MAX_ROWS // texts - 1)
+    return max(0, MAX_PASS_TOKENS // texts - 1)
 
 
 @dataclass

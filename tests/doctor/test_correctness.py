@@ -133,7 +133,7 @@ def test_plain_attention_is_noticed(monkeypatch):
         assert attention_backend(CPU, Precision("fp32", CPU), 256, width=32, num_heads=2) == "math"
 
 
-def test_errors_of_each_way_to_multiply(monkeypatch):
+def test_errors_of_each_way_to_multiply(tmp_path, monkeypatch):
     for name in correctness.linear.LINEARS:
         monkeypatch.setattr("gpt2.training.compile.faster_linear", lambda name=name: name)
-        assert errors_in(CPU, "fp32").worst < 4e-6
+        assert max(errors_in(Machine(CPU, tmp_path), "fp32")) < 4e-6

@@ -23,7 +23,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(environment, "nvidia_smi", list)
     monkeypatch.setattr(environment, "WRITTEN_BYTES", 8000)
-    monkeypatch.setattr(environment, "WRITTEN_PER_SECOND", 0)  # no test depends on the speed of this machine
+    monkeypatch.setattr(environment, "MIN_WRITTEN_PER_SECOND", 0)  # no test depends on the speed of this machine
     return Machine(CPU, tmp_path)
 
 
@@ -103,10 +103,10 @@ def test_no_space_and_no_right_to_write(machine, monkeypatch):
 
 
 def test_slow_disk(machine, monkeypatch):
-    monkeypatch.setattr(environment, "WRITTEN_PER_SECOND", 50e6)
+    monkeypatch.setattr(environment, "MIN_WRITTEN_PER_SECOND", 50e6)
     monkeypatch.setattr(environment, "written_per_second", lambda _: 1e6)
     assert row(machine, "outputs/").status in (SLOW, MISSING)
-    monkeypatch.setattr(environment, "FREE_IN_OUTPUTS", 0)
+    monkeypatch.setattr(environment, "MIN_FREE_IN_OUTPUTS", 0)
     found = row(machine, "outputs/")
     assert found.status == SLOW
     assert "takes 1500 s here" in found.advice

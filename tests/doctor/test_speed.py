@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Machine:
     monkeypatch.setattr(speed, "GPT2", tiny_config())
-    monkeypatch.setattr(speed, "FEW_BLOCKS", (2, 16))
+    monkeypatch.setitem(speed.BLOCKS, "cpu", (2, 16))
     monkeypatch.setattr(speed, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(speed, "LOADED_TOKENS", 4000)
-    monkeypatch.setattr(speed, "PROMPT", 4)
+    monkeypatch.setattr(speed, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(speed, "NEW_TOKENS", 4)
     monkeypatch.setattr("gpt2.ops.cpu_inference.MIN_HEAD_BYTES", 0)  # weights are laid out as those of GPT-2 124M
     monkeypatch.setattr(speed, "matmul_flops", lambda precision: 1e9 * precision.dtype.itemsize)

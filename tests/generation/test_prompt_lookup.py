@@ -7,7 +7,7 @@ import torch
 
 from gpt2.config import InferenceConfig
 from gpt2.generation.decode import CompiledDecoding, decode
-from gpt2.generation.prompt_lookup import MAX_ROWS, Drafts, PromptLookup, draft_length
+from gpt2.generation.prompt_lookup import MAX_PASS_TOKENS, Drafts, PromptLookup, draft_length
 from gpt2.generation.sampling import SamplingParams, next_token
 from gpt2.generation.text import Speed, TextBatch
 from gpt2.model import GPT2Model
@@ -46,7 +46,13 @@ def test_texts_side_by_side_are_drafted_together():
 
 
 def test_a_draft_is_as_long_as_the_rows_of_a_pass_allow():
-    assert [draft_length(texts) for texts in (1, 2, 3, 6, 100)] == [MAX_ROWS - 1, MAX_ROWS // 2 - 1, 1, 0, 0]
+    assert [draft_length(texts) for texts in (1, 2, 3, 6, 100)] == [
+        MAX_PASS_TOKENS - 1,
+        MAX_PASS_TOKENS // 2 - 1,
+        1,
+        0,
+        0,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +131,7 @@ def test_a_repeating_text_takes_few_passes(model):
     tokens_of(model, [[50, 51, 50, 51, 50, 51]], 10, PARAMS[0], drafts=drafts)
     assert drafts.passes <= 4  # the prompt, and two of six tokens each
     ignored = Drafts()
-    tokens_of(model, [[50, 51, 50]] * (MAX_ROWS // 2 + 1), 10, PARAMS[0], drafts=ignored)
+    tokens_of(model, [[50, 51, 50]] * (MAX_PASS_TOKENS // 2 + 1), 10, PARAMS[0], drafts=ignored)
     assert ignored == Drafts()  # so many texts leave no room for a draft
 
 
