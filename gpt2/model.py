@@ -124,7 +124,7 @@ class DecoderBlock(nn.Module):
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm times `scale`, which multiplies gain and bias instead of the activations, because that is cheaper."""
+    """LayerNorm times `scale`, which multiplies gain and bias: cheaper than multiplying the activations."""
 
     def __init__(self, d_model: int, epsilon: float, scale: float):
         super().__init__(d_model, epsilon)
@@ -143,10 +143,10 @@ class GPT2Model(nn.Module):
     `gpt2.training.optimizer`), attention's scores are divided by the head width instead of its root, and the logits are
     multiplied by base width / width. Embeddings, biases and gains have the initialization and rate of any width.
 
-    The head is the token embedding, and table 8 is the form in which one matrix can be both: input and output weights
-    have the same initialization and rate, which do not depend on the width. What an output needs besides is that
-    multiplier: after some steps the hidden states correlate with the embedding, and a sum over the width of correlated
-    products grows in proportion to it. The final norm applies it, so that every path to the logits has it.
+    Table 8 allows one matrix to be both token embedding and head: input and output weights have the same initialization
+    and learning rate at any width. Only the output needs the multiplier: after some steps the hidden states correlate
+    with the embedding, and a sum of correlated products grows in proportion to the width. The final norm applies the
+    multiplier, so that it is on every path to the logits.
 
     Raises:
         ValueError: `config` is invalid, for example because num_heads does not divide d_model.

@@ -134,7 +134,7 @@ class Decoder:
             texts = [row[t - n :].tolist() for row, n in zip(input_ids, lengths, strict=True)]
             self.lookup = PromptLookup(texts, drafts)
         self.ahead: list[tuple[Tensor, Tensor]] = []  # tokens (b,) of the draft, and the logits (b, v) after them
-        self.identity = object()  # not `self`, for a cycle of references would keep the cache in memory
+        self.identity = object()  # `self` would be a cycle of references, which keeps the cache in memory
         self.cache: KVCache | None = None
         length = min(max(lengths) + max_new_tokens, model.config.context_length)
         if self.compiled:
@@ -153,7 +153,7 @@ class Decoder:
                 self.lookup.append(row, token)
 
     def next_logits(self) -> Tensor:
-        """Logits (b, v) of the token after each text, known already if the texts continue as in the latest draft."""
+        """Logits (b, v) of the token after each text; known already while the texts follow the latest draft."""
         if self.lookup and self.ahead:
             drafted, logits = self.ahead.pop(0)
             if torch.equal(drafted, self.tokens):
@@ -164,7 +164,7 @@ class Decoder:
         return self._computed_logits()
 
     def _computed_logits(self) -> Tensor:
-        """Texts whose window has moved are read from the start of their window; the others take one step."""
+        """Take a step; texts whose window has moved are read again from the start of their window."""
         starts = [window_start(length, self.model.config.context_length) for length in self.lengths]
         is_valid = self.cache is not None and self.cache.owner is self.identity
         stale = [row for row, start in enumerate(starts) if not is_valid or start != self.starts[row]]
@@ -181,9 +181,9 @@ class Decoder:
         return logits
 
     def _draft(self, size: int) -> Tensor | None:
-        """What is likely to follow each text, (b, k), inside the context and the requested number of tokens.
+        """A draft of the next tokens of each text, (b, k), within the context and the requested number of tokens.
 
-        A compiled step always takes the full length or none, because it is compiled for each number of tokens.
+        A compiled step takes the full length or none, because each number of tokens needs a compilation.
         """
         if not self.lookup:
             return None
@@ -250,7 +250,7 @@ def decode(
         sampler: Chooses the next token of each text.
         attention_mask: (b, t), 1 for a real token and 0 for padding, on either side. None is no padding.
         use_cache: If False, the whole window is read again for each token.
-        compiled: Take the steps by a compiled function over its static cache.
+        compiled: Take the steps with a compiled function over its static cache.
         drafts: Decode speculatively, see `gpt2.generation.prompt_lookup`, and count here. Needs the cache.
 
     Yields:

@@ -25,7 +25,7 @@ def format_of(kv: Tensor) -> torch.dtype:
 class LayerKVCache(nn.Module):
     """Keys and values of one block, allocated once for `length` tokens of each of b texts.
 
-    The memory is a buffer, because `torch.compile` takes the address of a buffer to be fixed, which CUDA graphs need.
+    The memory is a buffer, because `torch.compile` assumes that the address of a buffer is fixed, as CUDA graphs need.
 
     Attributes:
         memory: (kv, b, h, length, d), on the device of what is stored first, in the format of `format_of`.

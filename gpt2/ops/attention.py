@@ -44,7 +44,7 @@ def attend(
     Args:
         qkv: Queries, keys and values side by side, each (b, t, c).
         attention_mask: Boolean (b, 1, t, T), see `causal_mask`. None is causal attention without padding.
-        past: A key-value cache, see `PastKeyValues`. It may keep another number format, which attention then has.
+        past: A key-value cache, see `PastKeyValues`. Attention is computed in its number format.
         dropout: Probability of dropping an attention weight.
         scale: Of the scores; 1 / sqrt(d) by default.
     """

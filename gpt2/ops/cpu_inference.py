@@ -27,7 +27,7 @@ MIN_HEAD_BYTES = 8 << 20  # smaller weights stay in the processor's cache, where
 
 
 class LanguageModel(Protocol):
-    """What is changed of a model."""
+    """The parts of a model that are replaced."""
 
     token_embedding: nn.Embedding
     head: nn.Module | None  # takes the place of the product with the token embedding
@@ -83,7 +83,7 @@ class Int8Linear(InferenceLinear):
     """The weight in 8-bit integers with a scale for each output; inputs are quantized with a scale for each token.
 
     PyTorch's own dynamic quantization has one scale for all tokens: a text would depend on the others of its batch, and
-    one token with large values would cost the others their precision (Dettmers et al., 2022).
+    one token with large values would make the others imprecise (Dettmers et al., 2022).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
@@ -115,12 +115,12 @@ class Int8Linear(InferenceLinear):
 class Int4Linear(InferenceLinear):
     """The weight in 4-bit integers with a scale and an offset for each group of 128 inputs of an output.
 
-    The fastest for one text: half the bytes of int8. Several rows are faster in int8: the products are those
-    of fp32 numbers, so that many rows take about as long as by `F.linear`. Inputs and outputs are rounded to bf16,
+    The fastest for one text: it reads half the bytes of int8. For several rows int8 is faster: here numbers are
+    multiplied in fp32, so many rows take about as long as with `F.linear`. Inputs and outputs are rounded to bf16,
     because the operation is over ten times slower in fp32.
     """
 
-    GROUP, OUTPUTS = 128, 16  # the operation takes multiples; a weight is filled up with zeros
+    GROUP, OUTPUTS = 128, 16  # the operation needs multiples of these, so weights are padded with zeros
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         nn.Module.__init__(self)
@@ -179,11 +179,11 @@ def pack_linears(
 def kind_for(dtype: torch.dtype, texts: int) -> type[InferenceLinear]:
     """The fastest layout for weights of a number format and a number of texts.
 
-    It is a rule and no measurement, which on a busy machine could choose another layout, and other last bits, for the
-    same command. On an AMD EPYC, at widths of 384, 768 and 1600, one text takes 0.59 to 0.89 of `F.linear`'s time by
-    `SlicedLinear` in fp32; 2 to 32 texts take 0.33 to 0.59 of it by `PackedLinear`, in bf16 1 to 32 texts 0.41 to 0.83.
-    The other layouts are slower in 40 of 42 cases, and in the others faster by 2 and 6 % (experiments/generation,
-    layouts.json).
+    A fixed rule, because measurements on a busy machine could choose different layouts, and so different last bits, for
+    the same command. On an AMD EPYC, at widths of 384, 768 and 1600, one text takes 0.59 to 0.89 of `F.linear`'s time
+    with `SlicedLinear` in fp32; 2 to 32 texts take 0.33 to 0.59 of it with `PackedLinear`, in bf16 1 to 32 texts 0.41
+    to 0.83. The layouts that are not chosen are slower in 40 of 42 cases, and 2 and 6 % faster in the other two
+    (experiments/generation, layouts.json).
     """
     has_packed = onednn.is_available() and dtype in (torch.float32, torch.bfloat16)
     if dtype == torch.float32 and (texts == 1 or not has_packed):
@@ -203,9 +203,9 @@ def quantize(model: LanguageModel, quantization: str = "int8") -> type[Inference
 
 
 def replace_linears(model: LanguageModel, kind: type[InferenceLinear]) -> None:
-    """Replace one layer after the other, so that only one of them and the head exist twice at a time.
+    """Replace one layer after the other, so that there are two copies of only one layer and of the head at a time.
 
-    Dropout does nothing in inference, but calling it 25 times a token takes time.
+    Dropout is removed: it does nothing in inference, but its 25 calls for each token take time.
     """
     model.head = kind(model.token_embedding.weight)
     for module in list(model.modules()):
@@ -217,7 +217,7 @@ def replace_linears(model: LanguageModel, kind: type[InferenceLinear]) -> None:
 
 
 def refuse_quantization(quantization: str, device: torch.device, key: str = "inference.quantization") -> None:
-    """Raise UserError if there are no such products for this device. `key` is the option that requests them."""
+    """Raise UserError if this device cannot compute these products. `key` is the option that requests them."""
     if device.type != "cpu":
         raise UserError(f"{key}: {quantization} needs device=cpu; on {device.type}, take null")
     if not QUANTIZED[quantization].is_available():

@@ -18,11 +18,11 @@ from gpt2.ops.linear import LinearFunction
 
 IGNORE_INDEX = -100  # a target that does not count, as in transformers
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of the logits that exist at a time, unless a plan says otherwise
-CHUNK_ROWS = {"cuda": 128}  # chunks have a multiple of these rows: aligned products are faster
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of logits in memory at a time; a `ComputePlan` may have another
+CHUNK_ROWS = {"cuda": 128}  # the rows of a chunk are a multiple of it: aligned products are faster
 VOCABULARY_MULTIPLE = {"cpu": 64, "cuda": 128}  # a large head is padded to it: aligned products are faster
 MAX_PADDING = 1 / 32  # of the head; more costs more than it gains
-SOFTMAX_BYTES = 6 << 20  # of the fp32 copies of logits that a CPU works on at a time: they stay in its cache
+SOFTMAX_BYTES = 6 << 20  # of logits in fp32 that a CPU computes a softmax of at a time: they stay in its cache
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def chunked_linear_cross_entropy(
         targets: Token ids; `IGNORE_INDEX` is skipped.
         divisor: Divides the sum, a scalar; the number of targets by default.
         linear: The matrix product, see `gpt2.ops.linear`.
-        chunk_bytes: Of the logits that exist at a time; None: `CHUNK_BYTES`.
+        chunk_bytes: Of the logits in memory at a time; None: `CHUNK_BYTES`.
     """
     if divisor is None:
         divisor = (targets != IGNORE_INDEX).sum().clamp(min=1)
@@ -86,7 +86,7 @@ def cross_entropies(
 def score_targets(
     hidden_states: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """The same, and whether each target is the likeliest token."""
+    """As `cross_entropies`, and whether each target is the likeliest token."""
     chunks = _logits_in_chunks(hidden_states, head, targets, vocab_size)
     parts = [(_losses(logits, target), logits.argmax(-1) == target) for logits, target in chunks]
     losses, is_likeliest = zip(*parts, strict=True)
@@ -100,7 +100,7 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 def _logits_in_chunks(
     hidden_states: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, vocab_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits in fp32 and targets, of as many rows at a time as may exist."""
+    """Logits in fp32 and targets of as many rows at a time as `CHUNK_BYTES` allows."""
     ends = chunk_ends(hidden_states, 4 * vocab_size)
     for x, target in zip(hidden_states.tensor_split(ends), targets.tensor_split(ends), strict=True):
         logits = head(x)
@@ -109,7 +109,7 @@ def _logits_in_chunks(
 
 
 def chunk_ends(hidden_states: Tensor, row_bytes: int, chunk_bytes: int | None = None) -> list[int]:
-    """Where chunks of rows end, but the last, for `tensor_split`: of equal size, except for the alignment."""
+    """Indices at which `tensor_split` divides rows into chunks, which have the same size but for the alignment."""
     n, device = len(hidden_states), hidden_states.device.type
     limit, multiple = chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]), CHUNK_ROWS.get(device, 1)
     groups = -(-n // multiple)
@@ -160,7 +160,7 @@ def _loss_and_gradients(
     scale: Tensor,
     linear: LinearFunction,
     vocab_size: int,
-    chunk_bytes: int | None = None,
+    chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients with respect to the hidden states (n, c) and the head (v, c), all in fp32.
 
@@ -185,23 +185,23 @@ def _loss_and_gradients(
         # Not `scatter_`, which on a CPU converts all of `logits` to fp32 and back.
         logits[row, target] = (torch.exp(target_logits - log_sums) - 1).to(logits.dtype)
 
-        grad_logits = logits  # still without `scale`, and not yet 0 in the rows that do not count
+        grad_logits = logits  # not yet multiplied by `scale`, and by 0 in the rows that do not count
         grad_x.copy_(linear(grad_logits, head.t(), None) * (counts * scale))
-        # In 16 bits the scale is applied after the product, because it would underflow in fp16. There the sum over many
-        # rows could overflow, and is made smaller by a power of two.
+        # In 16 bits the scale is applied after the product, because it would underflow in fp16. The sum over many rows
+        # could overflow in fp16, so its terms are divided by a power of two.
         smaller = 2.0 ** -(len(x).bit_length() // 2) if head.dtype == torch.float16 else 1.0
         part = linear(grad_logits.t(), (x * (counts * (scale if is_fp32 else smaller)).to(x.dtype)).t(), None)
         if grad_head is None:
             grad_head = part if is_fp32 else part.float().mul_(scale / smaller)
         else:
             grad_head = grad_head.add_(part) if is_fp32 else grad_head.addcmul_(part, scale / smaller)
-        del logits, grad_logits, part  # before the logits of the next chunk are computed
+        del logits, grad_logits, part  # frees them before the next chunk
     assert grad_head is not None
     return loss, grad_hidden, grad_head
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Turn logits (m, v) into probabilities in place. Returns the log of the sum of their exponentials (m, 1) in fp32.
+    """Turn logits (m, v) into probabilities in place. Returns their log-sum-exp (m, 1) in fp32.
 
     On a CPU a few rows at a time: with all at once, a step of a 16-million-weight model in bf16 takes 3 % longer.
     """

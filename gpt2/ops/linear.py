@@ -29,12 +29,11 @@ log = logging.getLogger(__name__)
 
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, weight, bias) -> y, as F.linear
 
-# Of F.linear's: oneDNN is used if it takes less. It gains more in whole steps than in a product alone, where both may
-# take the same time, so only a clear loss excludes it.
-MAX_TIME = 1.05
-MAX_TIME_WITH_COPIES = 0.8  # the same for products where oneDNN has to copy a matrix first
-SAMPLE = (256, 768, 768)  # rows, inputs and outputs of the product that is measured
-REPETITIONS = 30  # of a few milliseconds: the shortest of few would depend on what else the machine does
+# oneDNN is used if a product takes less than this share of F.linear's time. Its gain in whole steps is larger than in a
+# product alone, where both may take the same time, so only a clear loss excludes it.
+MAX_TIME_RATIO = 1.05
+MAX_TIME_RATIO_WITH_COPIES = 0.8  # the same for products of which oneDNN has to copy a matrix first
+REPETITIONS = 30  # of a few milliseconds each, so that the shortest time does not depend on other programs
 
 
 def is_available() -> bool:
@@ -115,30 +114,28 @@ def faster_linear() -> str:
     """
     if not is_available():
         return "PyTorch"
-    machine = f"{hardware(torch.device('cpu'))} {torch.__version__} {MAX_TIME}"  # another rule measures again
+    machine = f"{hardware(torch.device('cpu'))} {torch.__version__} {MAX_TIME_RATIO}"  # another rule measures again
     file = caches() / f"linear-{sha256(machine.encode()).hexdigest()[:16]}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            names = {f"{name}\n".encode(): name for name in LINEARS}
-            content = file.read_bytes() if file.exists() else b""
-            if content not in names:  # missing or damaged
-                content = f"{_measure()}\n".encode()
+            name = file.read_text(errors="replace").strip() if file.exists() else ""
+            if name not in LINEARS:  # missing or damaged
+                name = _measure()
                 with atomic_write(file) as new:
-                    new.write(content)
-                log.info("Products of fp32 matrices: %s, measured once on this machine, see %s", names[content], file)
-            return names[content]
+                    new.write(f"{name}\n".encode())
+                log.info("Products of fp32 matrices: %s, measured once on this machine, see %s", name, file)
+            return name
     except OSError:  # the cache folder is not writable
         return _measure()
 
 
 def _measure() -> str:
-    rows, inputs, outputs = SAMPLE
-    x, weight = torch.ones(rows, inputs), torch.ones(outputs, inputs)
-    ways = (F.linear, onednn_linear)
-    pytorch, onednn = fastest_seconds([partial(linear, x, weight) for linear in ways], REPETITIONS)
-    if onednn > MAX_TIME * pytorch:
+    x, weight = torch.ones(256, 768), torch.ones(768, 768)
+    linears = (F.linear, onednn_linear)
+    pytorch, onednn = fastest_seconds([partial(linear, x, weight) for linear in linears], REPETITIONS)
+    if onednn > MAX_TIME_RATIO * pytorch:
         return "PyTorch"
-    grad_y = torch.ones(rows, outputs)
-    pytorch, onednn = fastest_seconds([partial(linear, grad_y.t(), x.t()) for linear in ways], REPETITIONS)
-    return "oneDNN without copies" if onednn > MAX_TIME_WITH_COPIES * pytorch else "oneDNN"
+    # As the gradient of the weight is computed.
+    pytorch, onednn = fastest_seconds([partial(linear, x.t(), x.t()) for linear in linears], REPETITIONS)
+    return "oneDNN without copies" if onednn > MAX_TIME_RATIO_WITH_COPIES * pytorch else "oneDNN"

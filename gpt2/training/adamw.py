@@ -22,7 +22,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def start_without_dynamo() -> None:
-    """Let the methods of all optimizers run as they are."""
+    """Exclude the methods of all optimizers from compilation without importing torch._dynamo."""
     for name in EXCLUDED:
         method = inspect.unwrap(getattr(torch.optim.Optimizer, name))
         setattr(method, "__dynamo_disable", method)  # where PyTorch keeps the excluded version

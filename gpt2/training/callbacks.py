@@ -1,4 +1,4 @@
-"""Callbacks: how anything beside the algorithm follows a training, and the ones that the scripts use.
+"""Callbacks: hooks into a training for logging, files, trials and profiling, and the callbacks of the scripts.
 
 `trainer` is always a `gpt2.train.Trainer`; it is not annotated because that module is in a layer above.
 """
@@ -49,7 +49,7 @@ class Callback:
         """Called with the record of an evaluation, after it was logged and, if it is the best, the model saved."""
 
     def before_checkpoint(self, trainer: Any) -> None:
-        """Called before a checkpoint is written: what the checkpoint counts as logged must be on disk by then."""
+        """Called before a checkpoint is written: everything logged before it must be on disk afterwards."""
 
     def on_checkpoint(self, trainer: Any, path: Path) -> None:
         """Called after a checkpoint was written."""
@@ -116,7 +116,7 @@ class ConsoleLog(Callback):
             f"perplexity {metrics['val/perplexity']:.2f}{tasks}{best}"
         )
         if "sample" in metrics:
-            lines = printable(metrics["sample"]).split("\n")  # train.log too is read on a terminal
+            lines = printable(metrics["sample"]).split("\n")  # train.log is read on a terminal too
             log.info("\n".join(f"    | {line}" for line in lines), extra={"is_sample": True})
 
     def on_validation_batch(self, trainer: Any, batch: int, batches: int) -> None:

@@ -21,7 +21,7 @@ from gpt2.runtime.device import Precision, choose_precision, known_peak, peak_fl
 log = logging.getLogger(__name__)
 
 # Estimates, not measurements: compilation takes about a minute and saves about a quarter of the time of a step.
-MIN_TRAINING_SECONDS = 300.0  # below this, compilation does not pay
+MIN_TRAINING_SECONDS = 300.0  # shorter trainings are not compiled
 DEFAULT_PEAK_FLOPS = 100e12  # of a GPU that is not in the table of peaks
 TYPICAL_UTILIZATION = 0.3  # of the peak, without compilation
 
@@ -34,7 +34,7 @@ class ComputePlan:
     precision: Precision
     linear: str  # key of `LINEARS`
     compiled: bool
-    chunk_bytes: int | None = None  # of the logits that exist at a time, see `gpt2.ops.cross_entropy`
+    chunk_bytes: int | None = None  # of the logits in memory at a time, see `gpt2.ops.cross_entropy`
 
     def utilization(self, flops_per_second: float) -> float | None:
         """MFU: the model's FLOPs on one device as a fraction of its peak; None where the peak is unknown."""
@@ -81,8 +81,8 @@ def choose_plan(
 def chunk_bytes_of(device: torch.device) -> int | None:
     """The size of a chunk of logits on a GPU: a 64th of its memory, rounded down to a power of two.
 
-    Not of its free memory, which other programs change: the order of sums, and so the last bits of the loss, depend on
-    the chunks. After each chunk the gradient of the head is added up: with 256 MB seven times in a pass of
+    Free memory would depend on other programs, and with it the size of the chunks, the order of sums and the last bits
+    of the loss. The gradient of the head is added up after each chunk: with chunks of 256 MB seven times in a pass of
     GPT-2 124M over 16 blocks of 1,024 tokens, in all 3 GB to read and write.
     """
     if device.type != "cuda":

@@ -1,7 +1,7 @@
 """What a training costs on this machine: FLOPs and memory by formulas, time by some passes on random tokens."""
 
 import os
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
@@ -18,8 +18,8 @@ from gpt2.training.compile import ComputePlan
 from gpt2.training.nonfinite import clip_gradients, gradient_norms
 from gpt2.training.optimizer import build_optimizer, stepping
 
-FIRST_TOKENS = 256  # of the shortest pass: with fewer, reading the weights takes longer than multiplying by them
-LONG = 1.0  # seconds: nothing larger than a pass and an update that take as long is timed
+MIN_TOKENS = 256  # of a timed pass: with fewer, reading the weights takes longer than multiplying by them
+ENOUGH_SECONDS = 1.0  # parts grow until a pass and an update take this long
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
     chunk = all_logits / ceil(all_logits / limit)
-    # A chunk and its softmax, which is fp32, also where it is read from; the gradient of the head, and in fp32 the head
-    # with its padding; the final norm.
+    # A chunk, and in 16 bits its softmax in fp32 with a copy of its input; the gradient of the head, and in fp32 the
+    # padded head; the final norm.
     logits = (2 if is_fp32 else 5) * chunk + (8 if is_fp32 else 4) * head
     logits += (12 if is_fp32 else 14) * tokens * model.config.d_model
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
@@ -94,21 +94,20 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
 def largest_batch_size(
     model: GPT2Model, train: TrainingConfig, length: int, plan: ComputePlan, available: float
 ) -> int:
-    """The most blocks of a pass whose memory, by formula, is available; 0 if one does not fit."""
+    """The most blocks in a pass that fit into the available bytes, by formula; 0 if one does not fit."""
 
-    def fits(rows: int) -> bool:
+    def needed(rows: int) -> float:
         work = Work(model, replace(train, batch_size=rows, accumulation_steps=1), length)
-        return sum(memory_needed(work, plan).values()) <= available
+        return sum(memory_needed(work, plan).values())
 
-    highest = next(2**power for power in range(64) if not fits(2**power))  # memory grows with the rows
-    return bisect_left(range(highest), True, lo=highest // 2, key=lambda rows: not fits(rows)) - 1 if highest > 1 else 0
+    return bisect_right(range(1, 2**40), available, key=needed)
 
 
 def _activations(config: GPT2Config, tokens: int, is_fp32: bool, freed: float | None) -> float:
     """What the backward pass needs of the forward pass of a number of tokens.
 
     Args:
-        freed: With gradient checkpointing, the memory that is free when a layer is recomputed. None is without.
+        freed: With gradient checkpointing, the memory that is free when a layer is recomputed; without it None.
     """
     width, d_ff = config.d_model, config.d_ff
     masks = 2 * width if config.dropout or config.residual_dropout else 0
@@ -130,7 +129,7 @@ class Timing:
 
 
 def time_step(work: Work, plan: ComputePlan) -> Timing | None:
-    """Time the passes of growing parts of a model, up to its whole pass or one that takes `LONG`.
+    """Time passes of growing parts of a model, up to a whole pass or one that takes `ENOUGH_SECONDS`, and extrapolate.
 
     The time of a pass grows with its FLOPs, that of an update with the weights. Not timed: the exchange between ranks,
     `torch.compile`, data, evaluations and checkpoints.
@@ -148,14 +147,14 @@ def time_step(work: Work, plan: ComputePlan) -> Timing | None:
         whole = a_pass * work.flops_per_step / work.ranks / part.flops_per_step
         whole += update * work.model.num_parameters() / part.model.num_parameters()
         timing = Timing(whole, layers, rows, tokens)
-        if a_pass + update > LONG:
+        if a_pass + update > ENOUGH_SECONDS:
             break
     return timing
 
 
 def _parts(layers: int, rows: int, tokens: int) -> Iterator[tuple[int, int, int]]:
     """Growing parts (layers, rows, tokens): the whole depth first, because the head is faster than the layers."""
-    first = min(tokens, FIRST_TOKENS)
+    first = min(tokens, MIN_TOKENS)
     yield from ((n, 1, first) for n in _doubled(1, layers))
     yield from ((layers, 1, n) for n in _doubled(first, tokens)[1:])
     yield from ((layers, n, tokens) for n in _doubled(1, rows)[1:])

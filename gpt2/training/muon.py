@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BATCH_ELEMENTS = 2**25  # of the matrices that are made orthogonal at once: bounds the memory of a step
+BATCH_ELEMENTS = 2**25  # of the matrices that are orthogonalized at once: bounds the memory of a step
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` for groups of weights of one shape, which it makes orthogonal in batches.
+    """`torch.optim.Muon` for groups of weights of one shape, whose updates are orthogonalized in batches.
 
     A weight that holds several matrices one above the other, such as those of q, k and v, counts as several: its group
     has their number in `stacked`. The update of a matrix is scaled to the size of AdamW's, a root mean square of 0.2
     times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning rate fits both.
 
-    As a fused optimizer of PyTorch, it skips the step where its attribute `found_inf`, a scalar on the device, is 1.
+    Like PyTorch's fused optimizers, it skips the step if its attribute `found_inf`, a scalar on the device, is 1.
     """
 
     found_inf: Tensor | None = None
@@ -38,7 +38,7 @@ class Muon(torch.optim.Muon):
         skip = None if self.found_inf is None else self.found_inf.bool()
         momenta = [self._momentum(weight) for weight in weights]
         gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if skip is not None:  # with itself as the gradient, a momentum does not change
+        if skip is not None:  # a momentum whose gradient is the momentum itself does not change
             gradients = [torch.where(skip, *both) for both in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's

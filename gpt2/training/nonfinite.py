@@ -1,8 +1,8 @@
 """Detect steps whose loss or gradient is NaN or infinite, and keep them from changing the weights.
 
 On a CPU and with loss scaling, the host checks before it calls the optimizer. On CUDA the host must not wait for the
-device: there fused AdamW and `Muon` themselves skip the step where `found_inf` is 1, and the host reads the result
-during the next step, before that step changes anything.
+device: there fused AdamW and `Muon` skip the step if `found_inf` is 1, and the host reads the result during the next
+step, before that step changes anything.
 
 Private API, checked with torch 2.13: `torch._foreach_norm`, and the attribute `found_inf` of fused optimizers, which
 `torch.amp.GradScaler` sets too. tests/training/test_nonfinite.py fails if they change.
@@ -40,7 +40,7 @@ def clip_gradients(model: nn.Module, norm: Tensor, limit: float) -> None:
 
 
 class MeanLoss:
-    """The mean of losses that stay on the device; a loss that is not finite does not count, its step was skipped."""
+    """The mean of losses that stay on the device. Losses of skipped steps, which are not finite, do not count."""
 
     def __init__(self, device: torch.device):
         self.totals = torch.zeros(2, device=device)  # sum and count

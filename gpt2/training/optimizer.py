@@ -1,7 +1,7 @@
 """Optimizers, their parameter groups, and the learning rate schedule.
 
 The rate of a group is the schedule's times its `rate_factor`, if it has one. With `model.parametrization=mup` the
-matrices of the blocks have one, by the width; `hidden_group` says which.
+matrices of the blocks have one that depends on the width, see `hidden_group`.
 
 To add an optimizer, add a builder to `BUILDERS` and what it supports to `gpt2.config.OPTIMIZERS`.
 """
@@ -76,11 +76,11 @@ def build_adamw(model: GPT2Model, config: TrainingConfig) -> torch.optim.AdamW:
 def hidden_group(rate_factor: float, config: TrainingConfig) -> dict[str, float]:
     """Rate and decay of the matrices of the blocks in a model that is wider than the base of mup.
 
-    The sizes that matter are those of matrices as operators (the spectral condition of Yang, Simon and Bernstein,
-    2023): an update may neither vanish nor grow with the width. One of Adam, of equally large elements and few
-    directions, is a matrix of norm rate * width, hence a factor of base / width. An orthogonal one of `Muon`, scaled to
-    the same elements, has norm rate * sqrt(width), hence a factor of sqrt(base / width). The product of rate and decay
-    does not depend on the width, as in the code of Yang et al. (2022): else the widest models would not decay.
+    The spectral norm of an update, relative to that of the matrix, must not depend on the width (the spectral condition
+    of Yang, Simon and Bernstein, 2023). An update of Adam has elements of equal size and a low rank, and so the norm
+    rate * width: its factor is base / width. An orthogonal update of `Muon`, scaled to elements of the same size, has
+    the norm rate * sqrt(width): its factor is sqrt(base / width). The product of rate and decay does not depend on the
+    width, as in the code of Yang et al. (2022): otherwise the widest models would not decay.
     """
     rate, decay = config.learning_rate * rate_factor, config.weight_decay / rate_factor
     return {"lr": rate, "rate_factor": rate_factor, "weight_decay": decay}

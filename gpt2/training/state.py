@@ -1,4 +1,4 @@
-"""The state of a training besides model and optimizer, how it is resumed, and the checkpoints of a run."""
+"""The state of a training besides model and optimizer, checks before it is resumed, and the checkpoints of a run."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
 LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "variance")  # optimizer state shaped as the weight
-MEANS_OVER = {"row_var": -1, "col_var": -2}  # state of Adafactor, of length 1 in this dimension of the weight
+REDUCED = {"row_var": -1, "col_var": -2}  # state of Adafactor, and the dimension in which it has length 1
 SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # of the weights
 PARAMETRIZATION = ("parametrization", "mup_base_width", "mup_base_head_width")
 
@@ -64,7 +64,7 @@ def _random_prefix(rank: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Resuming under other circumstances
+# Resuming with another configuration, data or machine
 
 
 def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str, Any], accept_other_data: bool) -> None:
@@ -95,7 +95,7 @@ def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], model: torch.
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     checkpoint.check_tensor_shapes(source, without_prefix("model/", stored), shapes)
-    has_shape, entries = {*LIKE_WEIGHTS, *MEANS_OVER}, without_prefix("optimizer/", stored)
+    has_shape, entries = {*LIKE_WEIGHTS, *REDUCED}, without_prefix("optimizer/", stored)
     moments = {name: shape for name, shape in entries.items() if name.partition("/")[0] in has_shape}
     checkpoint.check_tensor_shapes(source, moments, {name: _state_shape(name, shapes) for name in moments})
     checkpoint.check_weights(source, dict(tensors))
@@ -104,8 +104,8 @@ def check_tensors(path: Path, tensors: Mapping[str, torch.Tensor], model: torch.
 def _state_shape(name: str, weights: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     kind, _, weight = name.partition("/")
     shape = list(weights.get(weight, ()))
-    if kind in MEANS_OVER and len(shape) > 1:
-        shape[MEANS_OVER[kind]] = 1
+    if kind in REDUCED and len(shape) > 1:
+        shape[REDUCED[kind]] = 1
     return tuple(shape)
 
 

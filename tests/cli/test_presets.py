@@ -131,7 +131,7 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
         return part.flops_per_step / 1e12, 0.0  # at 1 TFLOP/s, the first part takes 0.18 s and 4 layers 0.34
 
     monkeypatch.setattr(cost, "_time_part", time_part)
-    monkeypatch.setattr(cost, "LONG", 0.3)
+    monkeypatch.setattr(cost, "ENOUGH_SECONDS", 0.3)
     monkeypatch.setattr(messages, "memory_of", lambda _device: 80e9)
     monkeypatch.setattr(messages, "keep_freed_memory", lambda: None)  # for the rest of this process
     messages.print_plan(composed("gpt2_1558m_openwebtext", tmp_path, "train.device=cpu", "train.precision=bf16"))

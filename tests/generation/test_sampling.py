@@ -59,12 +59,12 @@ def apply(ours, logits: torch.Tensor, input_ids: torch.Tensor, value: float) -> 
     return ours(logits, input_ids, value) if ours is penalize_repetition else ours(logits, value)
 
 
-@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
 @pytest.mark.parametrize(("ours", "theirs", "value"), CASES, **named)
-def test_filter_equals_transformers(ours, theirs, value, spread):
-    logits, input_ids = random_logits(spread=spread), random_ids()
-    expected = theirs(value)(input_ids, logits.clone())
-    assert_close(apply(ours, logits, input_ids, value), expected, atol=0, rtol=0)
+def test_filter_equals_transformers(ours, theirs, value):
+    for spread in (0.1, 3.0, 30.0):
+        logits, input_ids = random_logits(spread=spread), random_ids()
+        expected = theirs(value)(input_ids, logits.clone())
+        assert_close(apply(ours, logits, input_ids, value), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("ours", "theirs", "value"), CASES, **named)

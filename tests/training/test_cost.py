@@ -102,8 +102,8 @@ def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, long):
         return part.flops_per_step / 1e9, part.model.num_parameters() / 1e6
 
     monkeypatch.setattr(cost, "_time_part", time_part)
-    monkeypatch.setattr(cost, "FIRST_TOKENS", 4)
-    monkeypatch.setattr(cost, "LONG", long)
+    monkeypatch.setattr(cost, "MIN_TOKENS", 4)
+    monkeypatch.setattr(cost, "ENOUGH_SECONDS", long)
     whole = work(tiny_config(num_layers=5), 6, 8, ranks=2)
     timing = time_step(whole, planned())
     assert timing.step == pytest.approx(whole.flops_per_step / 2 / 1e9 + whole.model.num_parameters() / 1e6)

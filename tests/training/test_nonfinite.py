@@ -112,7 +112,7 @@ def test_message_names_first_parameter_and_counts_others():
 
 @both_ways
 @pytest.mark.parametrize("wrong", [wrong for wrong, _ in WRONG])
-@pytest.mark.parametrize("left_out", [{1}, {3}, {1, 2, 5}, {6}])
+@pytest.mark.parametrize("left_out", [{1, 2, 5}, {3, 6}])
 @pytest.mark.parametrize("optimizer", [name for name, traits in OPTIMIZERS.items() if traits.skips_nonfinite])
 def test_skipped_step_changes_nothing(ahead, wrong, left_out, optimizer):
     skipping = make_guard(ahead, on_nonfinite="skip", optimizer=optimizer)

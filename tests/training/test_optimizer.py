@@ -183,16 +183,17 @@ def test_warmup_is_linear(warmup, total):
     assert learning_rate(warmup, total, config) == pytest.approx(3e-4)
 
 
-@pytest.mark.parametrize(("minimum", "lowest"), [(None, 3e-5), (0.0, 0.0), (1e-4, 1e-4), (3e-4, 3e-4)])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 100), (10, 100), (0, 1), (99, 100)])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
-def test_schedule_ends_at_minimum(warmup, total, minimum, lowest, schedule):
-    config = TrainingConfig(learning_rate=3e-4, warmup_steps=warmup, min_learning_rate=minimum, lr_schedule=schedule)
-    rates = [learning_rate(step, total, config) for step in range(warmup, total + 1)]
-    assert rates[0] == pytest.approx(3e-4)
-    assert rates[-1] == pytest.approx(lowest)
-    assert all(later <= earlier for earlier, later in pairwise(rates))
-    assert learning_rate(10 * total, total, config) == pytest.approx(lowest)
+def test_schedule_ends_at_minimum(warmup, total, schedule):
+    for minimum, lowest in ((None, 3e-5), (0.0, 0.0), (1e-4, 1e-4), (3e-4, 3e-4)):
+        settings = {"warmup_steps": warmup, "min_learning_rate": minimum, "lr_schedule": schedule}
+        config = TrainingConfig(learning_rate=3e-4, **settings)
+        rates = [learning_rate(step, total, config) for step in range(warmup, total + 1)]
+        assert rates[0] == pytest.approx(3e-4)
+        assert rates[-1] == pytest.approx(lowest)
+        assert all(later <= earlier for earlier, later in pairwise(rates))
+        assert learning_rate(10 * total, total, config) == pytest.approx(lowest)
 
 
 def test_cosine_schedule():
