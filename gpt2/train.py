@@ -44,6 +44,10 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Trains a model, evaluates it at intervals, and saves checkpoints."""
 
+    stop_reason: str | None = None
+    interrupted_by: int | None = None  # signal number
+    _data_checksum = 0  # of the newest step; must be the same on all ranks
+
     def __init__(
         self,
         model: GPT2Model,
@@ -71,7 +75,7 @@ class Trainer:
                 cannot be divided over the ranks.
         """
         self.group = group = group or ProcessGroup()
-        distributed = distributed or DistributedConfig()
+        self.distributed = distributed = distributed or DistributedConfig()
         tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
         problems += validate_distributed(distributed, config, group.env)
@@ -82,7 +86,7 @@ class Trainer:
             make_deterministic()
         torch.manual_seed(seed_of_rank(config.seed, group.rank))  # for dropout; a checkpoint restores its own
 
-        self.config, self.distributed, self.run, self.tokenizer = config, distributed, run, tokenizer
+        self.config, self.run, self.tokenizer = config, run, tokenizer
         self.train_loader, self.val_loader = train_loader, val_loader
         self.block_length = getattr(train_loader.dataset, "length", model.config.context_length)
         has_console = any(isinstance(callback, ConsoleLog) for callback in callbacks)
@@ -103,9 +107,6 @@ class Trainer:
         self.progress = Progress(step=0)
         self.throughput = Throughput()
         self.losses_since_log = MeanLoss(self.device)
-        self.stop_reason: str | None = None
-        self.interrupted_by: int | None = None  # signal number
-        self._data_checksum = 0  # of the newest step; must be the same on all ranks
         if config.eval_tasks and tokenizer:
             self.callbacks.append(TaskMetrics(config, tokenizer, model.config.context_length, group))
 
