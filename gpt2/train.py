@@ -71,8 +71,7 @@ class Trainer:
             distributed: The strategy.
 
         Raises:
-            UserError: Invalid `config`, missing device, empty data, tokens that the model does not know, or a step that
-                cannot be divided over the ranks.
+            UserError: Invalid `config`, missing device, empty data, unknown tokens, or a step the ranks cannot divide.
         """
         self.group = group = group or ProcessGroup()
         self.distributed = distributed = distributed or DistributedConfig()
