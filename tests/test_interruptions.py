@@ -23,14 +23,14 @@ PHASES = [
     ("start of W&B", "gpt2.tracking.loggers:start_run_loggers", TRAIN, []),
     ("validation", "gpt2.train:score", TRAIN, OF_RUN),
     ("a sample", "gpt2.generation.sampling:sample", TRAIN, OF_RUN),
-    ("saving", "gpt2.checkpoint.format:_write_tensor", TRAIN, [*OF_RUN, "checkpoints/best_model.pth"]),
+    ("saving", "gpt2.checkpoint.format:_bytes_of", TRAIN, [*OF_RUN, "checkpoints/best_model.pth"]),
     ("the curves", "gpt2.analysis.plotting:draw_curves", TRAIN, ["checkpoints/step_00000008.pth"]),
     ("the first run of a sweep", "gpt2.cli.job:run_task", SWEEP, []),
     ("between two runs", "gpt2.cli.script:run_sweep_job#2", SWEEP, ["multirun.yaml", "0/curves.png"]),
     ("generation", "gpt2.generation.sampling:sample#3", GENERATE, []),
     ("evaluation", "gpt2.evaluate:as_inputs#2", EVALUATE, []),
     ("writing the result", "gpt2.tracking.evaluations:atomic_write", EVALUATE, []),
-    ("export", "gpt2.checkpoint.format:_write_tensor#3", EXPORT, []),
+    ("export", "gpt2.checkpoint.format:_header", EXPORT, []),
 ]
 
 
