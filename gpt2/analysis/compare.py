@@ -50,7 +50,8 @@ def shown_value(value: Any) -> str:
 def short_values(values: list[Any]) -> list[str]:
     """Values of one key for a column: numbers are rounded and long texts cut, but different values stay different."""
     exact = [shown_value(value) for value in values]
-    common = len(commonprefix([text for text in dict.fromkeys(exact) if len(text) > MAX_VALUE_LENGTH]))  # noqa: RUF071
+    long = {text for text in exact if len(text) > MAX_VALUE_LENGTH}
+    common = len(commonprefix([*long])) if len(long) > 1 else 0  # noqa: RUF071  # of any texts
     for start, digits in ((0, 3), (common, 6)):
         short = [
             f"{value:.{digits}g}" if isinstance(value, float) else _cut(text, start)

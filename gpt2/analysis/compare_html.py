@@ -68,7 +68,8 @@ def _details(run: RunResult, comparison: Comparison) -> dict[str, Any]:
         "state": ", ".join(filter(None, [run.state, run.about.get("reason")])),
         "started": run.about.get("started"),
         "commit": repository.get("commit") and f"{repository['commit'][:12]}{changes}",
-        **{key: ", ".join(f"{k} {v}" for k, v in run.about.get(key, {}).items()) for key in ("machine", "versions")},
+        "machine": _joined(run.about.get("machine", {})),
+        "versions": _joined(run.about.get("versions", {})),
     }
     config = [f"{key} = {shown_value(value)}" for key, value in run.config.items() if not key.startswith("choices")]
     return {
@@ -77,3 +78,7 @@ def _details(run: RunResult, comparison: Comparison) -> dict[str, Any]:
         "sample": next((record["sample"] for record in reversed(run.records) if "sample" in record), None),
         "config": "\n".join(config),
     }
+
+
+def _joined(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)

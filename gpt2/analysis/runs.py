@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from gpt2.config import TrainRun
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import LOCK, is_locked
-from gpt2.runtime.plain_values import brief, choices_of, from_plain
+from gpt2.runtime.plain_values import TYPE_WORDS, brief, choices_of, from_plain
 from gpt2.tracking.loggers import flat
 from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, metrics_in
 
@@ -32,13 +32,6 @@ DEFAULTS = flat(asdict(TrainRun()))  # for keys that did not exist yet when a ru
 FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}  # of `machine` in run.json
 
 # Types of the values in run.json and in a line of metrics.jsonl.
-TYPE_WORDS = {
-    str: "a text",
-    float: "a number",
-    bool: "true or false",
-    list: "a list",
-    dict: "a group of keys and values",
-}
 ABOUT_TYPES = {
     **dict.fromkeys(("title", "state", "reason", "started", "ended"), str),
     **dict.fromkeys(("repository", "machine", "versions", "config"), dict),
@@ -51,11 +44,12 @@ RECORD_TYPES = {
     **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
     "sample": str,
 }
+MAX_LEVELS = 20  # of lists and groups inside each other: deeper ones exceed Python's recursion limit
 LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 
 
 def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> list[str]:
-    """The values of a wrong type, and the numbers that are too large to compute with."""
+    """The values of a wrong type, numbers that are too large to compute with, and values that are nested too deeply."""
     problems = []
     for key, kind in kinds.items():
         if key not in values:
@@ -66,7 +60,14 @@ def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") ->
             problems.append(f"{prefix}{key}: {brief(value)} is not {TYPE_WORDS[kind]}")
         elif is_number and abs(value) > LARGEST:
             problems.append(f"{prefix}{key}: a number beyond 10^100")
+        elif _is_deeper(value, MAX_LEVELS):
+            problems.append(f"{prefix}{key}: more than {MAX_LEVELS} levels of values within values")
     return problems
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return bool(inner) and (levels == 0 or any(_is_deeper(item, levels - 1) for item in inner))
 
 
 def _present(values: Record) -> Record:

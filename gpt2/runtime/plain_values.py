@@ -48,8 +48,8 @@ def brief(value: Any) -> str:
     return value if isinstance(value, str) and value.isidentifier() and len(value) < 30 else reprlib.repr(value)
 
 
-_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-_IN_WORDS |= {list: "a list", dict: "a group of keys and values"}
+TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+TYPE_WORDS |= {list: "a list", dict: "a group of keys and values"}
 
 
 def _as_type(value: Any, hint: Any) -> Any:
@@ -70,7 +70,7 @@ def _as_type(value: Any, hint: Any) -> Any:
             with suppress(ValueError, OverflowError):
                 return float(value)
     words = (
-        _IN_WORDS.get(option) or ", ".join(map(shown, choices_of(option))) or _IN_WORDS[get_origin(option)]
+        TYPE_WORDS.get(option) or ", ".join(map(shown, choices_of(option))) or TYPE_WORDS[get_origin(option)]
         for option in options_of(hint)
     )
     raise ValueError(f"{reprlib.repr(value)} is not {' or '.join(words)}")

@@ -173,8 +173,17 @@ def test_short_values_stay_different():
     assert short_values([0.00123456, 0.1, 1e30, None, True]) == ["0.00123", "0.1", "1e+30", "null", "true"]
     assert short_values([0.1234561, 0.1234562]) == ["0.1234561", "0.1234562"]
     assert short_values(["a" * 50, "b"]) == [f"{'a' * 8}…{'a' * 15}", "b"]
+    assert short_values([0.1234561, 0.1234571, "a" * 50]) == ["0.123456", "0.123457", f"{'a' * 8}…{'a' * 15}"]
     paths = [f"outputs/runs/quickstart/{stamp}/checkpoints/best_model.pth" for stamp in ("06-16", "06-17")]
     assert short_values(paths) == ["…6/checkp…/best_model.pth", "…7/checkp…/best_model.pth"]
+
+
+def test_page_leaves_out_unknown_versions(tmp_path):
+    run = make_run(tmp_path / "run")
+    about = json.loads((run.folder / "run.json").read_text())
+    versions = {"torch": "2.13.0", "cuda": None, "numpy": "2.4.0"}
+    (run.folder / "run.json").write_text(json.dumps({**about, "versions": versions}))
+    assert "versions  torch 2.13.0, numpy 2.4.0</pre>" in page(Comparison([RunResult(run.folder)]))
 
 
 def test_machine_facts_replace_auto(tmp_path):

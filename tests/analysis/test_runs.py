@@ -48,9 +48,12 @@ def becomes_a_pipe(path: Path) -> None:
 
 ABOUT = {
     **{key: ["7", "[1]", "{}", "true"] for key in ("title", "state", "reason", "started", "ended")},
-    **{key: ['"x"', "5", "[1]", "true"] for key in ("repository", "machine", "versions", "config")},
+    **{
+        key: ['"x"', "5", "[1]", "true", f'{{"a": {LEVELS}}}']
+        for key in ("repository", "machine", "versions", "config")
+    },
     **{key: ['"many"', '"12"', "[1]", "true", LARGE, f"-{LARGE}"] for key in ("parameters", "flops_per_token")},
-    "tags": ['"x"', "5", "{}"],
+    "tags": ['"x"', "5", "{}", LEVELS],
 }
 CONFIG = [
     *('{"train": 5}', '{"train": {"learning_rate": "fast"}}', '{"train": {"eval_batches": [1]}}', '{"name": 7}'),
@@ -98,7 +101,7 @@ HARMLESS = {
     "null": lambda folder: with_about(folder, **dict.fromkeys(ABOUT, "null")),
     "empty": lambda folder: (folder / "run.json").write_text("{}"),
     "no config": lambda folder: with_about(folder, config="{}"),
-    "extra key": lambda folder: with_about(folder, extra=LEVELS, more=LARGE, machine=f'{{"a": {LEVELS}}}'),
+    "extra key": lambda folder: with_about(folder, extra=LEVELS, more=LARGE),
     "extra metric": lambda folder: with_record(folder, f'{{"step": 50, "other": {LEVELS}, "more": {LARGE}}}'),
     "large setting": lambda folder: with_about(folder, config=f'{{"train": {{"batch_size": {LARGE}}}}}'),
     "other keys": lambda folder: with_about(folder, config='{"train": {"optimizer": "new", "x": {}}, "y": [1]}'),
