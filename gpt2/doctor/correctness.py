@@ -90,7 +90,7 @@ def reference() -> dict[str, Tensor]:
 
 
 def first_pass(trainer: Trainer, workload: Workload) -> dict[str, Tensor]:
-    """The same by a trainer, as it makes its passes."""
+    """Logits, loss and gradients as in `reference`, by the forward and backward pass of a trainer."""
     batch = {key: tensor.to(trainer.device) for key, tensor in workload.batches[0][0].items()}
     with trainer.plan.precision.autocast():
         with torch.no_grad():
@@ -269,14 +269,16 @@ def check_optimizer(machine: Machine) -> Row:
 
 
 def tensors_of(trainer: Trainer, prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
-    """Copies of the tensors that a checkpoint would hold: weights, optimizer and random states."""
+    """Copies on the CPU of the tensors that a checkpoint would hold: weights, optimizer and random states."""
     state = trainer.state_dict().items()
-    return {name: value.clone() for name, value in state if isinstance(value, Tensor) and name.startswith(prefix)}
+    tensors = {name: value for name, value in state if isinstance(value, Tensor) and name.startswith(prefix)}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """The names of tensors that are not equal bit for bit."""
-    return [name for name in one if not torch.equal(one[name], other[name])]
+    """The names of tensors that are not equal bit for bit, or are in only one of the two."""
+    unequal = {name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])}
+    return sorted((one.keys() ^ other.keys()) | unequal)
 
 
 def check_nan(machine: Machine) -> Row:
