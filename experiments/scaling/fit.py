@@ -61,9 +61,8 @@ class Runs:
         self.losses = np.array([row["loss"] for row in rows], float)
         self.flops = 6e12 * self.n * self.d
         is_long = np.array([row["steps"] for row in rows]) >= MIN_STEPS
-        self.in_fit = is_long & np.array(
-            [row["state"] == FINISHED for row in rows]
-        )  # a diverged run has no meaningful loss
+        is_finished = np.array([row["state"] == FINISHED for row in rows])  # a diverged run has no meaningful loss
+        self.in_fit = is_long & is_finished
         self.fitted = (self.n[self.in_fit], self.d[self.in_fit], self.losses[self.in_fit])
 
     def groups(self, keys: Any) -> Iterator[tuple[Any, NDArray]]:

@@ -43,9 +43,8 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
     assert figure
     heights = list[float]()
     named = sorted((to_axes.transform((x, y))[1], x, y, name, colour) for x, y, name, colour in ends)
-    gap = min(
-        LABEL_HEIGHT * panels / figure.get_figheight(), 1 / max(1, len(ends) - 1)
-    )  # all labels fit beside the axes
+    # All labels fit beside the axes.
+    gap = min(LABEL_HEIGHT * panels / figure.get_figheight(), 1 / max(1, len(ends) - 1))
     for height, *_ in named:
         heights.append(max(height, heights[-1] + gap) if heights else height)
     highest = 1.0

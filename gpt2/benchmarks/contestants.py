@@ -87,7 +87,7 @@ class Contestant:
     precision: Precision
     build: Callable[[], NumberedStep]
     step: NumberedStep = field(init=False)
-    next_batch: int = 0  # its number
+    next_batch: int = 0  # number of the batch for the next step
     loss: float = field(init=False)  # of the latest step
 
     @property

@@ -143,7 +143,7 @@ class GenerationComparison:
         return result
 
     def ours_in(self, number_format: str, rows: int, variant: str = "", **options: Any) -> Contestant:
-        """Our model in a number format, laid out for passes over `rows` tokens; `options`: of `ours`.
+        """Our model in a number format, laid out for passes over `rows` tokens; `options` are arguments of `ours`.
 
         Raises:
             UserError: This device has no products of the format.

@@ -172,7 +172,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def hydra_syntax(value: Any) -> str:
-    """A value as an argument has it, which Hydra's grammar reads back unchanged."""
+    """A value in the syntax of Hydra's overrides, which parse it to the same value."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra_syntax, value))}]"
     if not isinstance(value, str):

@@ -140,12 +140,7 @@ def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 
     shared = set(OmegaConf.structured(BaseQueueConf).keys())
-    own = (
-        "_target_",
-        "submitit_folder",
-        "max_num_timeout",
-        "python",
-    )  # submitit's executor has none of them
+    own = ("_target_", "submitit_folder", "max_num_timeout", "python")  # for the launcher, not for submitit's executor
     parameters = {
         key if key in shared else f"{cluster}_{key}": value for key, value in settings.items() if key not in own
     }

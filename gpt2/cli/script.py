@@ -103,7 +103,7 @@ def print_information(name: str, task: Task, arguments: list[str], options: Name
         with redirect_stdout(WithoutPasswords(sys.stdout)):  # a storage or a text may be a URL with a password
             call_hydra(name, task, arguments)
     except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
-        if "COMP_LINE" not in os.environ:  # a shell that asks for completions expects none
+        if "COMP_LINE" not in os.environ:  # a shell that asks for completions expects no error line
             raise UserError(keyed_error(error)) from error
 
 

@@ -185,7 +185,7 @@ def _loss_and_gradients(
         # Not `scatter_`, which on a CPU converts all of `logits` to fp32 and back.
         logits[row, target] = (torch.exp(target_logits - log_sums) - 1).to(logits.dtype)
 
-        grad_logits = logits  # not yet multiplied by `scale`, and by 0 in the rows that do not count
+        grad_logits = logits  # not yet multiplied by `scale`, nor by 0 in the rows that do not count
         grad_x.copy_(linear(grad_logits, head.t(), None) * (counts * scale))
         # In 16 bits the scale is applied after the product, because it would underflow in fp16. The sum over many rows
         # could overflow in fp16, so its terms are divided by a power of two.

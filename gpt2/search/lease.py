@@ -1,7 +1,7 @@
 """Which process works on a trial, and whether that process is alive.
 
 A process writes its id, its host and every 30 seconds a heartbeat (a time stamp) into the trials that it claims. It is
-dead if its last heartbeat is old, or if no process on this machine has its id.
+dead if its last heartbeat is old, or if it ran on this machine and no process here has its id.
 """
 
 import logging

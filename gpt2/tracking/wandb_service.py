@@ -29,7 +29,7 @@ TABLE_SECONDS = 0.5  # time to hand over a table at the end of a run, which happ
 FINISH_SECONDS = 4.0  # time to upload the rest at the end
 UPLOAD_SECONDS = 600.0  # the same if a checkpoint is uploaded
 STAGING_SECONDS = 60.0  # time to copy a checkpoint into the folder of uploads
-GRACE_SECONDS = 1.0  # excess of wandb over its own timeouts that is allowed
+GRACE_SECONDS = 1.0  # time by which wandb may exceed its own timeouts
 LOCAL_SECONDS = 60.0  # time to start wandb's process, and for each offline call; only a busy machine needs so much
 RETRY_SECONDS = 600.0  # time after which a server that failed is contacted again
 

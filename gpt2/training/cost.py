@@ -76,8 +76,8 @@ def memory_needed(work: Work, plan: ComputePlan) -> dict[str, float]:
     all_logits = tokens * model.config.vocab_size * itemsize
     limit = plan.chunk_bytes or CHUNK_BYTES.get(plan.device.type, CHUNK_BYTES["cpu"])
     chunk = all_logits / ceil(all_logits / limit)
-    # A chunk, and in 16 bits its softmax in fp32 with a copy of its input; the gradient of the head, and in fp32 the
-    # padded head; the final norm.
+    # A chunk and its softmax in fp32, and in 16 bits a copy of the chunk in fp32; the gradient of the head, and in fp32
+    # the padded head; the final norm.
     logits = (2 if is_fp32 else 5) * chunk + (8 if is_fp32 else 4) * head
     logits += (12 if is_fp32 else 14) * tokens * model.config.d_model
     if work.is_sharded:  # the largest layer is gathered, and before the last pass there are whole gradients
