@@ -431,7 +431,7 @@ class Trainer:
             callback.load_state_dict(saved)
 
     def _description(self) -> dict[str, Any]:
-        """What besides its state determines how a training continues."""
+        """What determines how a training continues, besides its state."""
         return {
             "model": asdict(self.model.config),
             "train": asdict(self.config),

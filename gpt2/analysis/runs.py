@@ -29,7 +29,11 @@ SEED = "train.seed"
 KILLED, UNSEEN = "killed", "running?"
 
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that did not exist yet when a run was started
-FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}  # of `machine` in run.json
+FACTS = {
+    "train.precision": "precision",
+    "train.device": "device",
+    "machine.ranks": "ranks",
+}  # key -> key of `machine` in run.json
 
 # Types of the values in run.json and in a line of metrics.jsonl.
 ABOUT_TYPES = {
@@ -44,7 +48,7 @@ RECORD_TYPES = {
     **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
     "sample": str,
 }
-MAX_LEVELS = 20  # of lists and groups inside each other: deeper ones exceed Python's recursion limit
+MAX_LEVELS = 20  # of nested lists and groups: more may exceed Python's recursion limit
 LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 
 

@@ -92,7 +92,7 @@ def typed(name: str, composed: DictConfig) -> DictConfig:
 
 
 def saved_values(run: Mapping[str, Any]) -> Values:
-    """What the configuration of a run, read from a file, may decide."""
+    """The values that are taken from the configuration of a run in a file."""
     values = {f"{group}.{key}": value for group in SAVED_GROUPS for key, value in run[group].items()}
     values |= {key: run[key] for key in SAVED_KEYS}
     return {key: value for key, value in values.items() if key not in (*USER_KEYS, *LOADING_KEYS)}

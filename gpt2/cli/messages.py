@@ -136,7 +136,7 @@ def print_plan(config: TrainRun) -> None:
 
 
 def planned_work(config: TrainRun) -> Work:
-    """What a configuration trains, without its data."""
+    """The `Work` of a configuration; its data are not loaded."""
     env, model = dist_env(), meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
     is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1
     return Work(model, config.train, config.data.max_length, env.world_size, is_sharded)
@@ -214,7 +214,7 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
 
 
 def resume_command(folder: Path, config: TrainRun) -> str:
-    """What resumes a run, with the settings that no checkpoint decides."""
+    """The command that resumes a run, with the settings that are not taken from its checkpoint."""
     words, usual = [as_argument("resume", os.path.relpath(folder))], TrainRun()
     for key in USER_KEYS:
         group, _, name = key.partition(".")

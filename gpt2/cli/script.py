@@ -165,7 +165,7 @@ def share(value: Any) -> Any:
 
 
 def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
-    """The same on another rank, in the folder that rank 0 chose."""
+    """Compose and resolve on another rank, with the folder that rank 0 chose."""
     shared = share(None)
     if isinstance(shared, int):
         if shared:  # rank 0 has the reason

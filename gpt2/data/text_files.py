@@ -207,7 +207,7 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
 
 
 def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
-    """Those of `files`, a dictionary of each file's names, that match a pattern. `*` also matches `/`."""
+    """The paths, keys of `files`, of which one of the names matches a pattern. `*` also matches `/`."""
     named = set(map(realpath, files_matching(pattern)))
     patterns = {as_pattern(pattern), as_pattern(realpath(pattern))}
     is_like = re.compile("|".join(map(translate, patterns))).match

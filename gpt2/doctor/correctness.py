@@ -155,7 +155,7 @@ def check_compiled(machine: Machine) -> Row:
     """`torch.compile` has the errors of its number format, as the uncompiled model has."""
     if find_compiler() is None:
         return Row("not tried: there is no C compiler", MISSING, "see the row of the compiler")
-    precision, advice = machine.precision.name, "train.compile=false trains without it"  # as a run does that fails
+    precision, advice = machine.precision.name, "train.compile=false trains without it"
     with collected_warnings() as warned:
         found = errors_in(machine, precision, compile=True)
     if failed := [text for text in (record.getMessage() for record in warned) if text.startswith("Not compiled")]:
@@ -207,7 +207,7 @@ BACKENDS = {  # by the start of the name of their backward functions
 
 
 def attention_backend(device: torch.device, precision: Any, t: int, width: int = 768, num_heads: int = 12) -> str:
-    """What the attention of a training on texts of t tokens really calls; `math` for what is none of `BACKENDS`."""
+    """The kernel of attention on t tokens, as the graph of its backward pass shows; `math` if none of `BACKENDS`."""
     attention = MultiHeadAttention(width, num_heads, dropout=0.0, use_bias=True).to(device)
     with precision.autocast():
         mixed = attention(torch.randn(1, t, width, device=device, requires_grad=True))

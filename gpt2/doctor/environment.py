@@ -296,7 +296,7 @@ def hub(_machine: Machine) -> Row:
     if os.environ.get("HF_HUB_OFFLINE"):
         return Row(f"not asked, by HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']}")
     advice = "what its cache holds can be used; quickstart and data.files need no network; HTTPS_PROXY names a proxy"
-    with suppress(TimeoutError):  # of the name server, on which `connect` puts no limit
+    with suppress(TimeoutError):  # the name server does not answer, for which `connect` has no limit
         within(2 * NETWORK_SECONDS, lambda: connect(NETWORK_SECONDS))
         if not os.environ.get("HF_HUB_OFFLINE"):  # which `connect` sets if there is no answer
             return Row("answers")

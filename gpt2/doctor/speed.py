@@ -29,12 +29,12 @@ from gpt2.training.compile import ComputePlan, chunk_bytes_of
 from gpt2.training.cost import Work, largest_batch_size, memory_needed, memory_of
 
 GPT2 = GPT2Config(dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
-BLOCKS = {"cuda": (16, 1024), "cpu": (2, 256), "mps": (2, 256)}  # in the timed pass, and the tokens of each
+BLOCKS = {"cuda": (16, 1024), "cpu": (2, 256), "mps": (2, 256)}  # (blocks, tokens of a block) of the timed pass
 STEPS, MAX_SECONDS = 3, 5.0  # timed after the first step; none begins after so many seconds
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 LOADED_TOKENS, LOADING_SECONDS = 1 << 23, 0.5
 RECIPE = "gpt2_124m_fineweb"
-MAX_BATCH_SIZE = {"cuda": 64, "cpu": 16, "mps": 16}  # of a recommended pass: larger ones are not faster
+MAX_BATCH_SIZE = {"cuda": 64, "cpu": 16, "mps": 16}  # largest one that is recommended: larger ones are not faster
 USABLE_MEMORY = 0.85  # the rest is for the system, fragmentation and others
 
 # Limits beyond which a row is `slow`; docs/doctor.md explains them.
@@ -42,7 +42,7 @@ MIN_SHARE_OF_DATA_SHEET = 0.6
 MIN_BF16_GAIN = 1.2  # over fp32
 MIN_BYTES_PER_SECOND = {"cuda": 200e9, "cpu": 8e9, "mps": 0}
 MIN_MFU = 0.4
-MIN_SHARE_OF_FLOOR = 0.3  # of the tokens per second that reading the weights allows
+MIN_SHARE_OF_FLOOR = 0.3  # share of the tokens per second that reading the weights allows
 PEAK_TO_FORMULA = {"cuda": (0.9, 1.1), "cpu": (0.5, 1.3)}  # lowest and highest measured peak memory
 MAX_HOURS = 1000
 
@@ -102,8 +102,8 @@ def check_bandwidth(machine: Machine) -> Row:
 class Steps:
     """Some steps of training, after the first."""
 
-    tokens: int  # of each
-    seconds: float  # of the fastest
+    tokens: int  # of one step
+    seconds: float  # of the fastest step
     flops_per_token: float
     loss: float
     needed_bytes: float  # by the formula

@@ -60,7 +60,7 @@ class StudyCost:
         return sum(not left for left in self.left.values())
 
     def seconds_per_flop(self, kind: Hashable) -> float:
-        """Of the runs so far of this kind; else as measured; else of all runs so far; else NaN."""
+        """Seconds per FLOP of the runs so far of this kind; else as measured; else of all runs so far; else NaN."""
         alike = [spent for run, spent in self.spent.items() if self.kinds[run] == kind]
         for spents in (alike, [(1.0, self.measured.get(kind, 0.0))], self.spent.values()):
             flops, seconds = map(sum, zip(*spents, strict=True))
@@ -83,7 +83,7 @@ class StudyCost:
 
     @property
     def unknown(self) -> dict[Hashable, PlannedRun]:
-        """Of each kind of missing runs whose speed is unknown, one run."""
+        """One missing run of each kind whose speed is unknown."""
         known = {*self.measured, *(self.kinds[run] for run, (_, seconds) in self.spent.items() if seconds)}
         return {kind: run for run, kind in self.kinds.items() if self.left[run] and kind not in known}
 

@@ -125,8 +125,8 @@ class Decoder:
             raise ValueError("each text needs at least one token")
         self.model, self.text, self.lengths = model, input_ids, lengths
         self.tokens = input_ids[:, -1]  # the latest one of each text
-        self.starts = [-1] * b  # of each text's window; -1: not read yet
-        self.columns = torch.zeros(b, dtype=torch.long, device=input_ids.device)  # of each text's latest token
+        self.starts = [-1] * b  # start of each text's window; -1: not read yet
+        self.columns = torch.zeros(b, dtype=torch.long, device=input_ids.device)  # that of each text's latest token
         self.compiled = compiled if use_cache else None
         self.remaining = max_new_tokens
         self.lookup: PromptLookup | None = None

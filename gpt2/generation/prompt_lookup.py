@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-MAX_PASS_TOKENS = 6  # of all texts together: a pass over so many takes about as long as one over a single token
+MAX_PASS_TOKENS = 6  # limit for all texts together: such a pass takes about as long as one over a single token
 NGRAMS = (3, 2, 1)  # lengths of the endings that are looked up; the first that occurred before decides
 
 
@@ -26,7 +26,7 @@ class Drafts:
 
     passes: int = 0  # forward passes
     drafted: int = 0  # tokens that were read as a draft
-    accepted: int = 0  # of these, tokens that were then chosen
+    accepted: int = 0  # drafted tokens that were then chosen
 
     def __str__(self) -> str:
         return f"{self.accepted:,} of {self.drafted:,} drafted tokens accepted, {self.passes:,} passes"

@@ -18,11 +18,11 @@ from gpt2.ops.linear import LinearFunction
 
 IGNORE_INDEX = -100  # a target that does not count, as in transformers
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # of logits in memory at a time; a `ComputePlan` may have another
-CHUNK_ROWS = {"cuda": 128}  # the rows of a chunk are a multiple of it: aligned products are faster
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # logits in memory at a time; a `ComputePlan` may set another size
+CHUNK_ROWS = {"cuda": 128}  # a chunk has a multiple of these rows: aligned products are faster
 VOCABULARY_MULTIPLE = {"cpu": 64, "cuda": 128}  # a large head is padded to it: aligned products are faster
 MAX_PADDING = 1 / 32  # of the head; more costs more than it gains
-SOFTMAX_BYTES = 6 << 20  # of logits in fp32 that a CPU computes a softmax of at a time: they stay in its cache
+SOFTMAX_BYTES = 6 << 20  # logits in fp32 for which a CPU computes a softmax at a time: they stay in its cache
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]
 
 
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
-    """What is wrong with the files of a folder, of which `sums` are the checksums by name; None if they are intact.
+    """What is wrong with the files of a folder, given their checksums by name; None if they are intact.
 
     Checksums are remembered in a file beside the folder, see `remembered_sums`.
     """

@@ -18,7 +18,7 @@ from gpt2.training.compile import ComputePlan
 from gpt2.training.nonfinite import clip_gradients, gradient_norms
 from gpt2.training.optimizer import build_optimizer, stepping
 
-MIN_TOKENS = 256  # of a timed pass: with fewer, reading the weights takes longer than multiplying by them
+MIN_TOKENS = 256  # in a timed pass: with fewer, reading the weights takes longer than multiplying by them
 ENOUGH_SECONDS = 1.0  # parts grow until a pass and an update take this long
 
 
@@ -42,12 +42,12 @@ class Work:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens of a step, of all ranks together."""
         return self.train.batch_size * self.train.accumulation_steps * self.length
 
     @property
     def flops_per_step(self) -> float:
-        """Of all ranks."""
+        """FLOPs of a step, of all ranks together."""
         return self.tokens_per_step * self.model.flops_per_token(self.length)
 
 

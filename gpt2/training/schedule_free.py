@@ -6,7 +6,7 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch import Tensor
 
-COUNTERS = ("k", "weight_sum", "lr_max")  # of the package's parameter groups: the steps, and weights of the average
+COUNTERS = ("k", "weight_sum", "lr_max")  # state of a parameter group: the number of steps, and weights of the average
 
 
 class ScheduleFree(AdamWScheduleFree):
