@@ -117,13 +117,15 @@ def remove_if_nothing_happened(folder: Path, hydra_node: Any) -> None:
 
 def run_single(task: Task, composed: DictConfig, config: Run, folder: RunFolder, early_log: MemoryHandler) -> None:
     """Run a script's function once, with a configuration and a folder that are checked already."""
-    began, is_writer = False, isinstance(config, TrainRun) and dist_env().is_main
+    began = False
+    is_writer = isinstance(config, TrainRun) and dist_env().is_main
 
     def job(_composed: DictConfig) -> Any:
         nonlocal began
         began = True
         replay(early_log)
-        with errors_as_lines(), clean_up_on_error(folder.is_new) if is_writer else nullcontext():
+        clean_up = clean_up_on_error(folder.is_new) if is_writer else nullcontext()
+        with errors_as_lines(), clean_up:
             return run_task(task, config)
 
     try:
