@@ -188,7 +188,7 @@ class OptunaConfig:
     timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
     study_name: str = "gpt2_optimization"
     storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
-    direction: Literal["minimize", "maximize"] = "minimize"
+    direction: str = "minimize"  # or maximize
     sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
     pruner: str = "MedianPruner"  # a name in the same file, or Optuna's: median, asha, hyperband, none
     n_startup_trials: int = 10  # random trials before TPE, CMA-ES or GP; trials before the median pruner starts

@@ -214,7 +214,7 @@ class GPT2Model(nn.Module):
         targets: Tensor | None = None,
         divisor: Tensor | None = None,
         return_logits: bool = True,
-        run: Run = call,
+        run: Run | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits (b, t, v), and with labels or targets the mean cross-entropy in nats, a scalar.
 
@@ -227,7 +227,7 @@ class GPT2Model(nn.Module):
                 -100 is ignored, in labels and targets.
             divisor: Divides the sum of the cross-entropies, a scalar; the number of targets by default.
             return_logits: If False, logits are computed in chunks and discarded, see `gpt2.ops.cross_entropy`.
-            run: Calls each block, and the loss without logits, see `gpt2.training.compile`.
+            run: Calls each block, and the loss without logits, see `gpt2.training.compile`; None: directly.
 
         Raises:
             ValueError: `input_ids` is empty or longer than `context_length`, or both labels and targets are given.
@@ -239,6 +239,7 @@ class GPT2Model(nn.Module):
         if targets is not None:
             targets = rearrange(targets, "b t -> (b t)")
 
+        run = run or call
         hidden_states = self._hidden_states(input_ids, attention_mask, run=run)
         if not return_logits:
             if targets is None:

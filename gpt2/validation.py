@@ -30,6 +30,7 @@ from gpt2.config import (
     GPT2Config,
     InferenceConfig,
     OptunaConfig,
+    StudyConfig,
     TrainingBenchmark,
     TrainingConfig,
     TrainRun,
@@ -352,11 +353,18 @@ def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]
         yield f"peer: {config.peer!r} must be FILE.py:FUNCTION with an existing file (in {Path.cwd()})"
 
 
+def _optuna(config: OptunaConfig, prefix: str) -> Iterator[str]:
+    if config.direction not in ("minimize", "maximize"):
+        yield f"{prefix}direction: {config.direction!r} is none of minimize, maximize"
+
+
 RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     GPT2Config: _model,
     TrainingConfig: _training,
     DataConfig: _data,
     InferenceConfig: _inference,
+    OptunaConfig: _optuna,
+    StudyConfig: _optuna,
     TrainRun: _train_run,
     EvaluateRun: _evaluate_run,
     GenerateRun: _loggers,

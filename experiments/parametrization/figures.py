@@ -5,7 +5,7 @@
 
 from math import log2
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results
@@ -13,11 +13,18 @@ from gpt2.experiments.results import Results
 FOLDER = Path(__file__).parent
 KEYS = ("model.parametrization", "model.d_model", "train.learning_rate")
 cells = Results(FOLDER, read_plan(FOLDER)).cells
-runs = {tuple(map(cell.value_of, KEYS)): cell.results for cell in cells}
+runs = {tuple(map(cell.value_of, KEYS)): cell.results for cell in cells}  # the losses of the seeds, by setting
 loss = {setting: mean(losses) for setting, losses in runs.items()}
 widths, rates = (sorted({setting[place] for setting in runs}) for place in (1, 2))
 best = {pair: min(rates, key=lambda rate: loss[*pair, rate]) for pair in {setting[:2] for setting in runs}}
 lowest = {pair: loss[*pair, rate] for pair, rate in best.items()}
+best_of_seeds = {
+    pair: [min(rates, key=lambda rate: runs[*pair, rate][seed]) for seed in range(len(runs[*pair, rate]))]
+    for pair, rate in best.items()
+}
+farthest = max(max(rate / best[pair], best[pair] / rate) for pair, found in best_of_seeds.items() for rate in found)
+noise = mean(stdev(runs[*pair, rate]) for pair, rate in best.items())
+noise_beyond = mean(stdev(losses) for (*pair, rate), losses in runs.items() if rate > best[*pair,])
 assert best["mup", 32] == best["mup", 64] and best["mup", 128] == best["mup", 256] == best["mup", 512]
 assert all(rates[0] < rate < rates[-1] for rate in best.values()), "a best rate is at the edge of the grid"
 
@@ -43,8 +50,9 @@ if __name__ == "__main__":
     for way in ("standard", "mup"):
         for width in widths:
             print(
-                f"{way:>8} {width:>3}  best {best[way, width]:<7} optimum {optimum(way, width):.2e}  "
-                f"loss {lowest[way, width]:.3f}  its rate costs width 512 {costs(way, width):.3f}"
+                f"{way:>8} {width:>3}  best {best[way, width]:<7} of each seed {best_of_seeds[way, width]}  "
+                f"optimum {optimum(way, width):.2e}  loss {lowest[way, width]:.3f}  "
+                f"its rate costs width 512 {costs(way, width):.3f}"
             )
         exponent = log2(falls(way, 32)) / 4
         print(f"{way}: optimum ~ width^-{exponent:.2f}, from 128 width^-{log2(falls(way, 128)) / 2:.2f}")
@@ -58,6 +66,8 @@ FIGURES = [
     f"The best rate of width 128 costs the model of width 512 {costs('standard', 128):.2f} nats with `standard` and "
     f"{costs('mup', 128):.2f} with `mup`; that of width 32 costs it {costs('standard', 32):.2f} and "
     f"{costs('mup', 32):.2f}",
+    f"no seed alone has its best rate more than a factor of {farthest:.0f} away from that of their mean",
+    f"At the best rates seeds differ by a standard deviation of {noise:.3f} nats, beyond them by {noise_beyond:.3f}.",
     f"at its best rate the widest model ends at {lowest['mup', 512]:.3f} with `mup` and at "
     f"{lowest['standard', 512]:.3f} with `standard`",
 ]

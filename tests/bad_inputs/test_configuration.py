@@ -159,7 +159,7 @@ SWEEPS = [
     (
         "a study that minimizes a bit",
         "train -m hparams_search=optuna hydra.sweeper.direction=down",
-        "hydra.sweeper.direction=down: ... one of ['minimize', 'maximize']",
+        "hydra.sweeper.direction: 'down' is none of minimize, maximize",
     ),
     ("an interval upside down", "train -m hparams_search=optuna train.beta2=interval(1,0)", "train.beta2"),
     ("a tag that is not there", "train -m hparams_search=optuna train.beta2=tag(ln,interval(0,1))", "no tag ln, only"),
