@@ -42,6 +42,11 @@ class GPT2Config:
         return sqrt(self.mup_base_head_width * self.num_heads / self.d_model) if self.parametrization == "mup" else 1.0
 
 
+# Fields of GPT2Config that the weights of a trained model determine.
+SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")
+PARAMETRIZATION = ("parametrization", "mup_base_width", "mup_base_head_width")
+
+
 @dataclass(frozen=True)
 class OptimizerTraits:
     """What an optimizer supports; see `gpt2.training.optimizer.BUILDERS` for how it is built."""
@@ -270,7 +275,7 @@ class TrainRun:
     profile: bool = False  # trace a few steps with PyTorch's profiler and print where the time goes
     sample_prompt: str = ""  # prompt of the samples; empty: the beginning of a document
     resume: str | None = None  # run folder to resume, or latest
-    resume_changes: bool = False  # true: a resumed run may change any setting
+    resume_changes: bool = False  # true: a resumed run may change all but shape and tokenizer of its model
     started_with: list[str] = field(default_factory=list)  # set by train.py: the command line that started the run
     choices: dict[str, str] = field(default_factory=dict)  # set by train.py: the file chosen in each group of conf/
     study: StudyOfRun = field(default_factory=StudyOfRun)  # set by a study

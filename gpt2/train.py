@@ -268,15 +268,22 @@ class Trainer:
         """Whether training ends here; sets `stop_reason`."""
         self.progress.seconds = self.throughput.seconds
         self._synchronize()
-        config, progress, hours = self.config, self.progress, self.config.max_training_hours
-        reasons = {
-            "interrupted": self.interrupted_by is not None,
-            f"train.max_steps={config.max_steps} reached": progress.step >= (config.max_steps or inf),
-            f"train.max_epochs={config.max_epochs} reached": progress.epoch >= config.max_epochs,
-            f"train.max_training_hours={hours} reached": progress.seconds >= hours * 3600,
-        }
-        self.stop_reason = next((reason for reason, applies in reasons.items() if applies), None)
+        limits = self.limits_reached()
+        reached = f"{limits[0]} reached" if limits else None
+        self.stop_reason = reached if self.interrupted_by is None else "interrupted"
         return self.stop_reason is not None
+
+    def limits_reached(self) -> list[str]:
+        """The settings that end training here; empty if there is more to train."""
+        config, progress = self.config, self.progress
+        limits = {
+            f"train.max_steps={config.max_steps}": progress.step >= (config.max_steps or inf),
+            f"train.max_epochs={config.max_epochs}": progress.epoch >= config.max_epochs,
+            f"train.max_training_hours={config.max_training_hours}": (
+                progress.seconds >= config.max_training_hours * 3600
+            ),
+        }
+        return [limit for limit, is_reached in limits.items() if is_reached]
 
     def _synchronize(self) -> None:
         """Let all ranks agree on signals and time, and check that they read the same data."""
@@ -424,7 +431,8 @@ class Trainer:
         self.progress = states.restored_progress(saved, self._description())
         if self.progress.position >= len(self.train_loader):
             raise UserError(f"checkpoint: {path}: progress.position: an epoch has {len(self.train_loader)} batches")
-        states.log_raised_rate(self.progress, self.total_steps, self.config)
+        if not self.limits_reached():
+            states.log_raised_rate(self.progress, self.total_steps, self.config)
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)
         for callback in self.callbacks:

@@ -23,7 +23,17 @@ from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
 from gpt2.cli.compose import CONF, KEYS_WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
 from gpt2.cli.schema import SCHEMAS
-from gpt2.config import USER_KEYS, WHEN_LOADED, EvaluateRun, GenerateRun, GPT2Config, Run, TrainRun
+from gpt2.config import (
+    PARAMETRIZATION,
+    SHAPE,
+    USER_KEYS,
+    WHEN_LOADED,
+    EvaluateRun,
+    GenerateRun,
+    GPT2Config,
+    Run,
+    TrainRun,
+)
 from gpt2.errors import UserError, collecting
 from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.plain_values import brief
@@ -45,6 +55,9 @@ CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
 }
+
+# The keys that no resumed run may change.
+FIXED = {*(f"model.{key}" for key in (*SHAPE, *PARAMETRIZATION)), "data.tokenizer", "data.vocab_size"}
 
 
 def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
@@ -258,10 +271,12 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     problems: list[str] = []
     for key, new in requested.items():
         old = values.get(key, new)  # USER_KEYS have no old value
-        if new != old and (key in CHANGEABLE or composed.resume_changes):
+        is_allowed = key in CHANGEABLE or (composed.resume_changes and key not in FIXED)
+        if new != old and is_allowed:
             values[key] = new
         elif new != old:
-            problems.append(f"{key}: {new} was requested, but the run has {old}; resume_changes=true allows the change")
+            remedy = ", which its weights require" if key in FIXED else "; resume_changes=true allows the change"
+            problems.append(f"{key}: {new} was requested, but the run has {old}{remedy}")
     limit = values["train.max_steps"]
     if limit is not None and limit < done:
         problems.append(f"train.max_steps: the run has made {done} steps already, more than {limit}")

@@ -82,7 +82,9 @@ def announce(trainer: Trainer) -> None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
         log.info("Note    without train.auto_resume=true, a restart by torchrun starts this run from the beginning")
     if trainer.progress.step:
-        log.info(f"Resuming after step {trainer.progress.step:,}")
+        limits = " and ".join(trainer.limits_reached())
+        finished = f": nothing is left to train ({limits} reached); a larger limit trains longer" if limits else ""
+        log.info(f"Resuming after step {trainer.progress.step:,}{finished}")
     if config.warmup_steps > trainer.total_steps:
         peak = "the learning rate never reaches its peak"
         log.info(f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: {peak}")

@@ -12,7 +12,7 @@ import torch
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.record import Progress
-from gpt2.config import TrainingConfig
+from gpt2.config import PARAMETRIZATION, SHAPE, USER_KEYS, TrainingConfig
 from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError, is_out_of_memory, one_line
 from gpt2.runtime.files import remove_unfinished
@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 DESCRIPTION = ("model", "train", "machine", "versions")  # parts of the record, with `data`, that describe the run
 LIKE_WEIGHTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "z", "variance")  # optimizer state shaped as the weight
 REDUCED = {"row_var": -1, "col_var": -2}  # state of Adafactor, and the dimension in which it has length 1
-SHAPE = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "d_ff", "use_bias")  # of the weights
-PARAMETRIZATION = ("parametrization", "mup_base_width", "mup_base_head_width")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,10 +108,10 @@ def _state_shape(name: str, weights: Mapping[str, tuple[int, ...]]) -> tuple[int
 
 
 def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Log each value of the run's description that differs from the checkpoint's."""
+    """Log each value of the run's description that differs from the checkpoint's, except the settings of its user."""
     before = _flat(saved)
     for key, value in _flat(current).items():
-        if before.get(key) != value:
+        if before.get(key) != value and key not in USER_KEYS:
             log.info("Changed: %s is %s, it was %s", key, value, before.get(key))
 
 

@@ -77,7 +77,22 @@ CONTRADICTIONS = [
     (
         "another model on resuming",
         "train resume=latest model.num_layers=2",
-        "model.num_layers: ... resume_changes=true",
+        "model.num_layers: 2 was requested, but the run has 1, which its weights require",
+    ),
+    (
+        "another parametrization, whatever changes",
+        "train resume=latest model.parametrization=mup resume_changes=true",
+        "model.parametrization: mup was requested, but the run has standard, which its weights require",
+    ),
+    (
+        "another tokenizer on resuming",
+        "train resume=latest data.tokenizer=gpt2 resume_changes=true",
+        "data.tokenizer: gpt2 was requested, but the run has bytes, which its weights require",
+    ),
+    (
+        "another batch on resuming",
+        "train resume=latest train.batch_size=2",
+        "train.batch_size: ... resume_changes=true allows the change",
     ),
 ]
 

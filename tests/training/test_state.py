@@ -9,10 +9,11 @@ import tests.test_train as training
 from gpt2 import train
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
+from gpt2.config import PARAMETRIZATION, SHAPE
 from gpt2.errors import UserError
 from gpt2.evaluate import Score
 from gpt2.training.optimizer import learning_rate
-from gpt2.training.state import PARAMETRIZATION, SHAPE, Progress, check_compatible, restored_progress
+from gpt2.training.state import Progress, check_compatible, restored_progress
 from tests.helpers import tiny_config
 from tests.test_train import make_trainer
 
@@ -46,6 +47,9 @@ def test_a_longer_schedule_says_that_it_raises_the_learning_rate(blocks, tmp_pat
         assert RAISED not in text
     resumed.train()
     assert resumed.progress.learning_rate == pytest.approx(before)
+    resumed, text = resume(blocks, tmp_path, caplog, max_steps=40, max_training_hours=1e-9, **options)
+    assert resumed.limits_reached() == ["train.max_training_hours=1e-09"]
+    assert RAISED not in text  # there is no next step
     _, text = resume(blocks, tmp_path, caplog, max_epochs=20, **{**options, "max_steps": None})
     assert RAISED in text
 
