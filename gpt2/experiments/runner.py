@@ -42,20 +42,22 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
 
     Raises:
         UserError: The study has problems, or another process runs it.
-        ResourceError: Some runs failed. Nothing was written.
+        ResourceError: Some runs failed; the reasons have been printed. No results were written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
+    if jobs != 0:
+        validate_place(folder)
     study = RecordedStudy(folder, variants)
     for run in study.runs:
         if problem := RunResult(run.folder).problem:
             print(f"{problem}; this run counts as missing", file=sys.stderr)
-    with writable_folder(folder, "study"):
+    with writable_folder(folder, "study", advice="make it writable, or copy the study to outputs/sweeps/"):
         pass  # a problem is reported before the runs and not after them
     if not variants:
         from gpt2.experiments.results import validate_recorded  # here, because it imports matplotlib
 
         validate_recorded(folder)
-    problems = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else []
+    failed = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else 0
     missing = sum(not run.is_done for run in study.runs)
     if missing:
         log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
@@ -66,8 +68,8 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
         study.write()
     if jobs != 0 and (line := lacking((run.folder for run in study.runs), "run")):
         log.info(f"\n{line}")
-    if problems:
-        raise ResourceError(*problems)
+    if failed:
+        raise ResourceError(f"{failed} of {counted(len(study.runs), 'run')} failed; the same command tries them again")
 
 
 def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: list[str] | None = None) -> None:
@@ -76,6 +78,7 @@ def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: li
     Raises:
         UserError: The study has problems.
     """
+    validate_place(folder)
     study = RecordedStudy(folder, variants)
     from gpt2.experiments.cost import StudyCost  # here, because it imports torch
 
@@ -86,6 +89,16 @@ def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: li
     waiting_for("measuring the speed")
     cost.measure(threads)
     print(cost.plan(jobs))
+
+
+def validate_place(folder: Path) -> None:
+    """Check that the runs of a study can be written.
+
+    Raises:
+        UserError: They cannot.
+    """
+    with writable_folder(RUNS / folder.resolve().name, "study", advice="run the command in another folder"):
+        pass
 
 
 def default_jobs() -> int:
@@ -132,15 +145,15 @@ class RecordedStudy:
             f"at a low priority (nice {NICE})\n",
         ]
 
-    def run(self, jobs: int, threads: int | None = None) -> list[str]:
-        """Make the missing runs, `jobs` at a time. Returns the problems of those that failed.
+    def run(self, jobs: int, threads: int | None = None) -> int:
+        """Make the missing runs, `jobs` at a time, and print why a run failed. Returns how many did.
 
         Raises:
             RunLockedError: Another process runs the study.
         """
         threads, missing = threads or default_threads(jobs), [run for run in self.runs if not run.is_done]
         (RUNS / self.name).mkdir(parents=True, exist_ok=True)
-        problems, running = list[str](), list[RunProcess]()
+        failed, running = 0, list[RunProcess]()
         progress = StudyProgress(self.configs, jobs)
         with run_lock(RUNS / self.name), progress.bar:
             log.info("\n".join(self.header(jobs, threads)))
@@ -152,9 +165,12 @@ class RecordedStudy:
                     progress.show([process.run for process in running])
                     for process in [process for process in running if process.has_ended()]:
                         running.remove(process)
-                        problem = process.problem()
-                        problems += [problem] if problem else []
-                        progress.count(process.run, problem or self.line(process.run))
+                        if problem := process.problem():
+                            failed += 1
+                            print(f"error: {problem}", file=sys.stderr)
+                        progress.count(
+                            process.run, f"{process.run.name:<44} failed" if problem else self.line(process.run)
+                        )
                     time.sleep(0.2)
             except (KeyboardInterrupt, SystemExit):
                 done = sum(run.is_done for run in self.runs)
@@ -165,7 +181,7 @@ class RecordedStudy:
                     process.process.terminate()  # it writes a checkpoint before it ends
                 for process in running:
                     process.process.wait()
-        return problems
+        return failed
 
     def line(self, planned: PlannedRun) -> str:
         """How a run ended, in one line."""

@@ -124,7 +124,9 @@ def rename_to_disk(folder: Path, target: Path) -> None:
 
 
 @contextmanager
-def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterator[None]:
+def writable_folder(
+    folder: Path, key: str, file: Path | None = None, advice: str = "choose another place"
+) -> Iterator[None]:
     """Check that a folder can be written to, before the work whose results go there.
 
     The folder and its parents are created. Those that are still empty at the end of the block are removed.
@@ -138,9 +140,7 @@ def writable_folder(folder: Path, key: str, file: Path | None = None) -> Iterato
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{key}: cannot write to {file or folder}: {reason(error)}; choose another place"
-            ) from error
+            raise UserError(f"{key}: cannot write to {file or folder}: {reason(error)}; {advice}") from error
         yield
     finally:
         for path in created:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gpt2.errors import UserError
 from gpt2.experiments import runner
 from gpt2.experiments.plan import PlannedRun, planned_runs, read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, recorded, redraw, rows_of, with_section
-from gpt2.experiments.runner import RecordedStudy, RunProcess, default_jobs, default_threads, run_study
+from gpt2.experiments.runner import RecordedStudy, RunProcess, default_jobs, default_threads, print_plan, run_study
 from gpt2.runtime import device
 from tests.analysis.test_compare import make_run
 from tests.conftest import TEXT, TINY, Workspace
@@ -396,7 +397,10 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     (folder / "wide.yaml").write_text("# @package _global_\ndefaults: [_base]\ndata: {tokenizer: gpt2}\n")
     done = workspace.module("gpt2.main", "study", "outputs/sweeps/tiny")
     assert done.returncode == 1
-    assert "wide seed=1: exit code 2, gpt2: there is no such folder here" in done.stderr  # the Hub is out of reach
+    failure, count = done.stderr.splitlines()
+    assert failure.startswith("error: wide seed=1: exit code 2, gpt2: there is no such folder here")  # no Hub here
+    assert count == "error: 1 of 2 runs failed; the same command tries them again"
+    assert re.search(r"wide seed=1 +failed", done.stdout)
     assert "val loss" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
@@ -421,6 +425,34 @@ def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("act", [run_study, print_plan])
+def test_unwritable_place_of_the_runs_is_refused_before_any_work(tmp_path, monkeypatch, act):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "studies").mkdir()
+    (tmp_path / "outputs" / "studies" / "tiny").touch()
+    monkeypatch.setattr(runner, "RecordedStudy", None)  # not even opened
+    with pytest.raises(
+        UserError, match=r"^study: cannot write to outputs/studies/tiny: not a folder; run the command in"
+    ):
+        act(folder, 1, 1)
+
+
+def test_unwritable_folder_of_a_study_is_refused_with_a_place_that_is_allowed(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    temporary = tempfile.TemporaryFile
+
+    def refused(dir: Path):
+        if dir == folder:
+            raise PermissionError(1, "Operation not permitted")
+        return temporary(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    with pytest.raises(UserError, match=r"Operation not permitted; make it writable, or copy the study to outputs/sw"):
+        run_study(folder, 1)
 
 
 @pytest.mark.parametrize("damage", ['{"config": {"train": 5}}', '{"state": 7}', '{"versions": []}', "[[", ""])
