@@ -109,6 +109,8 @@ def composition_error(error: Exception) -> str:
         return "its defaults list chooses by what YAML reads as true, false or a number; quotes make the word a name"
     if "An item is already at" in text:
         return "the key exists already, leave out the +"
+    if preset := re.match(r"In '(([^/']+)/[^']+)': ConfigKeyError.*Key '\2' not in", text, re.DOTALL):
+        return f"{preset[1]}.yaml needs the line `# @package _global_`, because it sets keys of other groups"
     text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem

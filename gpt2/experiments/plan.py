@@ -26,6 +26,13 @@ ENDED = (FINISHED, DIVERGED)  # states of runs that are done
 # Settings in which a run may differ from its plan: they have no effect on training, or the tokenizer determines them.
 HYPERPARAMETER_STUDY = ("study.name", "study.trial", "study.claim")
 NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *HYPERPARAMETER_STUDY, "started_with", "model.vocab_size"}
+# What the keys of a plan hold.
+FORMS = {
+    "variants": "a list of names, such as [narrow, wide]",
+    "sweep": "a list of values for each key, such as {train.learning_rate: [1e-3, 3e-3]}",
+    "seeds": "a list of whole numbers, such as [1, 2]",
+    **dict.fromkeys(("metric", "x", "lines", "panels"), "a name"),
+}
 
 
 @dataclass(frozen=True)
@@ -81,21 +88,31 @@ def read_plan(folder: Path) -> StudyPlan:
     Raises:
         UserError: The folder has no plan, or it is not a `StudyPlan`, or it plans no run or the same run twice.
     """
-    path = folder / PLAN
+    path, problems = folder / PLAN, list[str]()
     if not path.is_file():
         raise UserError(f"study: {folder} has no {PLAN}; experiments/learning_rate is an example")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig) or not loaded:
             raise UserError(f"{path}: expected `key: value` lines, such as variants: [a, b]")
+        typed = OmegaConf.structured(StudyPlan)
         plain = escaped(OmegaConf.to_container(loaded))  # `${...}` in a plan is text, not an interpolation
-        plan = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyPlan), plain))
+        for key, value in plain.items():
+            try:
+                typed = OmegaConf.merge(typed, {key: value})
+                if key == "variants" and not all(isinstance(name, str) for name in typed.variants):
+                    raise TypeError  # OmegaConf takes a list for a string in a list
+            except (OmegaConfBaseException, TypeError) as error:
+                form = FORMS.get(key)
+                problems.append(f"{path}: {f'{key}: expected {form}' if form else composition_error(error)}")
+        if problems:
+            raise UserError(*problems)
+        plan = OmegaConf.to_object(typed)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {composition_error(error)}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     assert isinstance(plan, StudyPlan)
-    problems = []
     if plan.metric not in COLUMNS:
         problems.append(f"{path}: metric: {plan.metric!r} is none of {', '.join(COLUMNS)}")
     if not plan.variants or not plan.seeds or not all(plan.sweep.values()):

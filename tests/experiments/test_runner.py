@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from gpt2.cli.compose import ROOT, compose
+from gpt2.cli.preflight import validate_command_line
 from gpt2.errors import UserError
 from gpt2.experiments import runner
 from gpt2.experiments.plan import PlannedRun, planned_runs, read_plan
@@ -118,7 +119,14 @@ def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
         ("variants: [narrow]\nseeds: [1, 1]", "a run is planned twice"),
         ("", "expected `key: value` lines"),
         ("[1]", "expected `key: value` lines"),
-        ("variants: [narrow]\nsweep: [a]", "study.yaml: "),
+        ("variants: narrow", "study.yaml: variants: expected a list of names, such as [narrow, wide]"),
+        ("variants: {narrow: 1}", "study.yaml: variants: expected a list of names"),
+        ("variants: [[narrow]]", "study.yaml: variants: expected a list of names"),
+        ("variants: [narrow]\nsweep: [a]", "study.yaml: sweep: expected a list of values for each key"),
+        ("variants: [narrow]\nsweep: {train.seed: 3}", "study.yaml: sweep: expected a list of values for each key"),
+        ("variants: [narrow]\nseeds: 1", "study.yaml: seeds: expected a list of whole numbers"),
+        ("variants: [narrow]\nseeds: [a]", "study.yaml: seeds: expected a list of whole numbers"),
+        ("seeds: {a: 1}\nmetric: [a]", "such as [1, 2]\noutputs/sweeps/tiny/study.yaml: metric: expected a name"),
         ("variants: [narrow]\nx: nonsense", "x: there is no nonsense to draw by"),
         ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
         ("variants: [narrow]\npanels: loss", "panels: there is no loss to draw by"),
@@ -133,12 +141,35 @@ def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
     ],
 )
 def test_problem_of_a_plan_is_reported_before_any_run(tmp_path, monkeypatch, plan, problem):
-    folder = write_study(tmp_path, plan)
+    write_study(tmp_path, plan)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refused:
-        RecordedStudy(folder)
+        RecordedStudy(Path("outputs/sweeps/tiny"))
     assert problem in str(refused.value)
     assert not (tmp_path / "outputs" / "studies").exists()
+
+
+def test_preset_without_its_package_is_refused_with_the_missing_line(tmp_path, monkeypatch):
+    folder = write_study(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    preset = folder / "narrow.yaml"
+    preset.write_text(preset.read_text().replace("# @package _global_\n", ""))
+    message = "tiny/narrow.yaml needs the line `# @package _global_`, because it sets keys of other groups"
+    with pytest.raises(UserError, match=f"narrow.yaml: {message}$"):
+        RecordedStudy(folder)
+    assert validate_command_line("train", ["+tiny=narrow"]) == [f"+tiny=narrow: {message}"]
+
+
+def test_example_of_the_page_about_studies_is_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "sweeps" / "heads"
+    folder.mkdir(parents=True)
+    for block in re.findall(r"```yaml\n(.*?)```", (ROOT / "experiments" / "README.md").read_text(), re.DOTALL):
+        (name,) = re.findall(r"# experiments/heads/(\w+.yaml)", block)
+        (folder / name).write_text(block)
+    (folder / "four.yaml").write_text((folder / "one.yaml").read_text().replace("num_heads: 1", "num_heads: 4"))
+    heads = [config.model.num_heads for config in RecordedStudy(folder).configs.values()]
+    assert heads == [1, 1, 4, 4] * 2
 
 
 def test_problem_of_many_runs_is_reported_once(tmp_path, monkeypatch):
