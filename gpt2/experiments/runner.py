@@ -41,7 +41,7 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
         variants: Only the runs of these; no results are written. None: all.
 
     Raises:
-        UserError: The study has problems, or another process runs it.
+        UserError: The study has problems, another process runs it, or `jobs` is 0 and runs are missing.
         ResourceError: Some runs failed; the reasons have been printed. No results were written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
@@ -59,11 +59,15 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
         validate_recorded(folder)
     failed = study.run(default_jobs() if jobs is None else jobs, threads) if jobs != 0 else 0
     missing = sum(not run.is_done for run in study.runs)
+    if jobs == 0 and missing:
+        raise UserError(
+            f"jobs=0: {missing} of {counted(len(study.runs), 'run')} are missing, so no results are written"
+        )
     if missing:
-        log.info(f"\n{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
+        log.info(f"{missing} of {len(study.runs)} runs are missing: {folder} is not changed.")
     elif variants:
         done = f"All {len(study.runs)} runs of {', '.join(variants)} are done"
-        log.info(f"\n{done}. Without variants= the study writes its results.")
+        log.info(f"{done}. Without variants= the study writes its results.")
     else:
         study.write()
     if jobs != 0 and (line := lacking((run.folder for run in study.runs), "run")):
@@ -181,6 +185,7 @@ class RecordedStudy:
                     process.process.terminate()  # it writes a checkpoint before it ends
                 for process in running:
                     process.process.wait()
+        log.info("")
         return failed
 
     def line(self, planned: PlannedRun) -> str:
@@ -199,7 +204,7 @@ class RecordedStudy:
 
         results = Results(self.folder, self.plan, recorded(self.plan, self.runs))
         comparison = results.compare_with_recorded()
-        log.info("\n".join(["", results.table(), "", *comparison, results.write()]))
+        log.info("\n".join([results.table(), "", *comparison, results.write()]))
 
 
 class StudyProgress:

@@ -394,7 +394,8 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
         assert not (folder / "results.csv").exists()
 
     collected = workspace.module(*command, "jobs=0")
-    assert "runs are missing" in collected.stdout, collected.stderr
+    assert collected.returncode == 2
+    assert re.fullmatch(r"error: jobs=0: \d of 4 runs are missing, so no results are written\n", collected.stderr)
     output = workspace.on_terminal("-m", *command)
     assert "of them done" in output
     assert re.search(r"of 4 runs, \d running.*%  \S+ left", output)
@@ -493,7 +494,8 @@ def test_damaged_run_is_named_and_counts_as_missing(tmp_path, monkeypatch, capsy
     run = RecordedStudy(folder).runs[0].folder
     make_run(run)
     (run / "run.json").write_text(damage)
-    run_study(folder, jobs=0)
+    with pytest.raises(UserError, match="^jobs=0: 8 of 8 runs are missing, so no results are written$"):
+        run_study(folder, jobs=0)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run}/run.json: ")
     assert line.endswith("; this run counts as missing")
@@ -515,7 +517,8 @@ def test_chosen_variants_do_not_change_the_folder(tmp_path, monkeypatch, caplog)
     assert {run.variant for run in RecordedStudy(folder, ["wide"]).runs} == {"wide"}
     monkeypatch.setattr(PlannedRun, "is_done", True)
     run_study(folder, jobs=0, variants=["wide"])
-    assert "All 4 runs of wide are done. Without variants= the study writes its results." in caplog.text
+    (line,) = caplog.messages
+    assert line == "All 4 runs of wide are done. Without variants= the study writes its results."
     assert "results.csv" not in {path.name for path in folder.iterdir()}
     with pytest.raises(UserError, match="variants: wider is none of narrow, wide"):
         RecordedStudy(folder, ["wide", "wider"])
