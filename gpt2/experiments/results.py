@@ -272,12 +272,13 @@ class Results:
         return ends
 
     def write(self) -> str:
-        """Write all files. Returns a line that says so.
+        """Write picture and README, and `results.csv` if it differs. Returns a line that names the written files.
 
         Raises:
             UserError: The folder cannot be written to.
         """
-        readme, contents = self.folder / README, {RESULTS: self.text.encode(), PICTURE: self.picture()}
+        changed = {} if self.text == _text(self.folder / RESULTS) else {RESULTS: self.text.encode()}
+        readme, contents = self.folder / README, {**changed, PICTURE: self.picture()}
         try:
             with exclusive_change(self.folder):
                 text = _text(readme) or f"# {self.folder.name}\n"

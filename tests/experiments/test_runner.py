@@ -312,10 +312,12 @@ def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "outputs" / "studies")
     for name in ("README.md", "results.png"):
         (results.folder / name).unlink()
+    file = (results.folder / "results.csv").stat().st_ino
     redraw(results.folder)
+    assert (results.folder / "results.csv").stat().st_ino == file  # not written again
     assert (results.folder / "README.md").read_text() == readme
     assert (results.folder / "results.png").stat().st_size
-    assert "Written to outputs/sweeps/tiny" in capsys.readouterr().out
+    assert "Written to outputs/sweeps/tiny: results.png, README.md" in capsys.readouterr().out
     first, last = results.text.index("\n") + 1, results.text.rindex("narrow")
     for text, problem in [
         (results.text.replace("machine", "computer"), "has no machine; the study writes it"),
@@ -494,7 +496,7 @@ def test_damaged_run_is_named_and_counts_as_missing(tmp_path, monkeypatch, capsy
     run = RecordedStudy(folder).runs[0].folder
     make_run(run)
     (run / "run.json").write_text(damage)
-    with pytest.raises(UserError, match="^jobs=0: 8 of 8 runs are missing, so no results are written$"):
+    with pytest.raises(UserError, match=r"^jobs=0: 8 of 8 runs are missing, so no results are written$"):
         run_study(folder, jobs=0)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run}/run.json: ")
