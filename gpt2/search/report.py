@@ -43,11 +43,9 @@ def summary(study: optuna.Study) -> str:
     lines = [f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
     if best := best_of(study):
         lines.append(f"The best is trial {best.number}, {best.value:.4f}: {shown_parameters(best)}.")
-    tokens = {trial.number: trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials}
-    whole = max((tokens[trial.number] for trial in trials if trial.state == TrialState.COMPLETE), default=0)
-    pruned = [tokens[trial.number] for trial in trials if trial.state == TrialState.PRUNED]
-    if pruned and whole:
-        spent, saved = sum(tokens.values()), sum(max(0, whole - n) for n in pruned)
+    spent = sum(trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials)
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    if saved := sum(trial.user_attrs.get(SPENT, {}).get("tokens_left", 0) for trial in pruned):
         share = saved / (saved + spent)
         lines.append(f"It trained on {spent:,} tokens; pruning saved {saved:,}, {share:.0%} of all.")
     return "\n".join(lines)
@@ -92,9 +90,9 @@ def csv_of(study: optuna.Study) -> str:
     """One line per trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
     trials = study.get_trials(deepcopy=False)
     evaluations = sorted({number for trial in trials for number in trial.intermediate_values})
-    losses = [f"evaluation {number + 1}" for number in evaluations]
+    columns = _columns(trials, *FIGURES, "reason", *(f"evaluation {number + 1}" for number in evaluations))
     file = io.StringIO()
-    writer = csv.DictWriter(file, _columns(trials, *FIGURES, "reason", *losses), lineterminator="\n")
+    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     writer.writerows(map(_row, trials))
     return file.getvalue()

@@ -35,7 +35,7 @@ from gpt2.search.lease import WORKER
 from gpt2.search.storage import FAILURES, exclusive, storage_errors
 from gpt2.tracking import tracker as tracking
 from gpt2.tracking.tracker import Ended, Tracker
-from gpt2.training.callbacks import Callback, Metrics
+from gpt2.training.callbacks import Callback, Metrics, seconds_left
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,9 @@ class RunningTrial(Callback):
     def _end(self, trainer: Any, outcome: Outcome) -> None:
         progress = trainer.progress
         self._interrupted_by = trainer.interrupted_by
+        left = max(0.0, seconds_left(trainer)) / (progress.seconds or 1)  # relative to what it has trained
         self._spent = {"steps": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+        self._spent["tokens_left"] = round(left * progress.tokens)
         code = outcome.ending.exit_code
         if outcome.ending == Ending.INTERRUPTED:
             code += trainer.interrupted_by or SIGTERM

@@ -70,7 +70,9 @@ def test_trials_are_complete_or_pruned_early(studied):
         evaluations = len(trial.intermediate_values)
         assert list(trial.intermediate_values) == list(range(evaluations))
         assert 1 <= evaluations <= 3 if trial in pruned else evaluations == 4
-        assert trial.user_attrs["spent"]["steps"] == 2 * evaluations
+        spent = trial.user_attrs["spent"]
+        assert spent["steps"] == 2 * evaluations
+        assert spent["tokens_left"] == spent["tokens"] // spent["steps"] * (8 - spent["steps"])
         if trial in pruned:
             assert trial.user_attrs["reason"] == f"behind other trials at step {2 * evaluations}"
         else:

@@ -29,6 +29,7 @@ def study_of(count: int, direction: str = "minimize") -> optuna.Study:
         params = {"train.learning_rate": rate, "train.warmup_steps": 1 + n % 90, "train.batch_size": 4 + 4 * (n % 2)}
         is_pruned, has_failed = n % 3 == 2, n == count - 1
         steps = {k: v for k, v in course.items() if k < 2} if is_pruned else course
+        tokens = 25 * params["train.batch_size"]  # in a quarter of a trial
         study.add_trial(
             create_trial(
                 state=TrialState.FAIL if has_failed else TrialState.PRUNED if is_pruned else TrialState.COMPLETE,
@@ -37,7 +38,12 @@ def study_of(count: int, direction: str = "minimize") -> optuna.Study:
                 distributions=SPACE,
                 intermediate_values=steps,
                 user_attrs={
-                    "spent": {"steps": 10 * len(steps), "tokens": 100 * len(steps), "seconds": 1.5},
+                    "spent": {
+                        "steps": 10 * len(steps),
+                        "tokens": tokens * len(steps),
+                        "seconds": 1.5,
+                        "tokens_left": tokens * (len(course) - len(steps)),
+                    },
                     "reason": "RuntimeError: a | b" if has_failed else None,
                 },
             )
@@ -67,7 +73,8 @@ def test_best_trial_of_a_maximized_study():
 def test_summary_counts_the_tokens_that_pruning_saved():
     summary = report.summary(study_of(12))
     assert "12 trials: 8 complete, 3 pruned, 1 failed." in summary
-    spent, spared = 8 * 400 + 4 * 200, 3 * 200
+    # Trials of 400 and of 800 tokens. Three were pruned when half was done, two of them small; a large one failed.
+    spent, spared = 4 * 400 + 4 * 800 + 2 * 200 + 400 + 400, 2 * 200 + 400
     assert (
         f"It trained on {spent:,} tokens; pruning saved {spared:,}, {spared / (spent + spared):.0%} of all." in summary
     )
