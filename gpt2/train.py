@@ -33,7 +33,14 @@ from gpt2.training import state as states
 from gpt2.training.callbacks import Callback, ConsoleLog
 from gpt2.training.compile import Compiled, ComputePlan, choose_plan
 from gpt2.training.nonfinite import ADVICE, MeanLoss, NonFiniteGuard, clip_gradients, gradient_norms
-from gpt2.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors, stepping
+from gpt2.training.optimizer import (
+    build_optimizer,
+    effective_rate,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    stepping,
+)
 from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
 from gpt2.validation import validate, validate_distributed, validate_parametrization
@@ -204,7 +211,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-        self.progress.learning_rate = rate
+        self.progress.learning_rate = effective_rate(self.progress.step, self.total_steps, self.config)
         self.progress.advance(len(micro_batches), len(self.train_loader), targets)
         return loss, gradient_norm
 

@@ -184,6 +184,12 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return lowest + (config.learning_rate - lowest) * height
 
 
+def effective_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """The learning rate with the bound that PyTorch's Adafactor puts on its updates, though not on its decay."""
+    rate = learning_rate(step, total_steps, config)
+    return min(rate, 1 / sqrt(step + 1)) if config.optimizer == "adafactor" else rate
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by parameter name: `exp_avg/blocks.0.attention.qkv.weight`, ..."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}

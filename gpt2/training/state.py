@@ -17,7 +17,7 @@ from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError, is_out_of_memory, one_line
 from gpt2.runtime.files import remove_unfinished
 from gpt2.runtime.rng import RandomState
-from gpt2.training.optimizer import learning_rate
+from gpt2.training.optimizer import effective_rate
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def log_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 def log_raised_rate(progress: Progress, total_steps: int, config: TrainingConfig) -> None:
     """Log that training continues at a higher learning rate: another number of steps is another schedule."""
-    before, now = progress.learning_rate, learning_rate(progress.step, total_steps, config)
+    before, now = progress.learning_rate, effective_rate(progress.step, total_steps, config)
     if progress.step >= config.warmup_steps and before and now > 1.01 * before:  # in the warm-up it rises anyway
         log.info(
             f"Changed: the learning rate of the next step is {now:.2e}, it was {before:.2e}. To keep it: "

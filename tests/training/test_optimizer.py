@@ -14,6 +14,7 @@ from gpt2.training.muon import Muon
 from gpt2.training.optimizer import (
     BUILDERS,
     build_optimizer,
+    effective_rate,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
@@ -144,6 +145,21 @@ def test_adafactor_is_that_of_pytorch():
         update(model, ours, seed)
         update(other, theirs, seed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_effective_rate_of_adafactor_is_the_bound_of_pytorch():
+    config = TrainingConfig(optimizer="adafactor", learning_rate=1.0, warmup_steps=3, weight_decay=0.0)
+    models = tiny_model(), tiny_model()
+    optimizers = [build_optimizer(model, config) for model in models]
+    for step in range(6):
+        for model, optimizer, rate in zip(models, optimizers, (learning_rate, effective_rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, 6, config)
+            update(model, optimizer, step)
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    rates = [effective_rate(step, 6, config) for step in range(6)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 3**-0.5, 4**-0.5, 5**-0.5, learning_rate(5, 6, config)])
+    assert effective_rate(3, 6, replace(config, optimizer="adamw")) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

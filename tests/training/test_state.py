@@ -71,6 +71,15 @@ def test_a_rising_warmup_is_no_change(blocks, tmp_path, caplog):
         assert RAISED not in text
 
 
+def test_bound_on_the_rate_of_adafactor_is_recorded_and_no_change(blocks, tmp_path, caplog):
+    settings = {"optimizer": "adafactor", "learning_rate": 1.0, "min_learning_rate": 0.9, "warmup_steps": 0}
+    trainer = make_trainer(blocks, tmp_path, max_steps=4, **settings)
+    trainer.train()
+    assert trainer.progress.learning_rate == 0.5
+    _, text = resume(blocks, tmp_path, caplog, max_steps=6, **settings)
+    assert RAISED not in text
+
+
 def test_of_equal_evaluations_the_first_is_the_best(blocks, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train, "score", lambda *_: Score(2.0, 1))
     trainer = make_trainer(blocks, tmp_path, max_steps=3, eval_every=1, save_every=99, keep_checkpoints=9)
