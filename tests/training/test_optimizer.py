@@ -147,6 +147,11 @@ def test_adafactor_is_that_of_pytorch():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_low_rate_of_adafactor_gives_a_warning(caplog):
+    build_optimizer(tiny_model(), TrainingConfig(optimizer="adafactor"))
+    assert "train.learning_rate=0.0003 is low: Adafactor's rate is relative" in caplog.text
+
+
 def test_effective_rate_of_adafactor_is_the_bound_of_pytorch():
     config = TrainingConfig(optimizer="adafactor", learning_rate=1.0, warmup_steps=3, weight_decay=0.0)
     models = tiny_model(), tiny_model()
@@ -177,12 +182,12 @@ def test_effective_rate_of_adafactor_is_the_bound_of_pytorch():
 )
 def test_settings_without_effect_are_named(optimizer, ignored, caplog):
     changed = {"beta1": 0.8, "min_learning_rate": 0.0, "lr_schedule": "wsd", "muon_momentum": 0.9}
-    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer, **changed))
+    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer, learning_rate=0.1, **changed))
     assert caplog.messages == [
         f"train.{k}={changed[k]} has no effect with train.optimizer={optimizer}" for k in ignored
     ]
     caplog.clear()
-    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer))
+    build_optimizer(tiny_model(), TrainingConfig(optimizer=optimizer, learning_rate=0.1))
     assert not caplog.messages
 
 
