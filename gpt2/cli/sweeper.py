@@ -28,7 +28,7 @@ from gpt2.checkpoint.run_folder import checkpoint_folder_of
 from gpt2.cli.compose import as_argument, escaped, overrides_of, preset, to_yaml, without_sweeps
 from gpt2.cli.launchers import jobs_save_first, log_submissions
 from gpt2.cli.search_space import KEY, algorithms_of, distributions, shared_settings, study_settings, study_sweeper
-from gpt2.errors import UserError, one_line
+from gpt2.errors import UserError, counted, one_line
 from gpt2.runtime.console import ConsoleHandler, LogFile
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.runtime.signals import Interrupted
@@ -156,9 +156,10 @@ class StudySweeper(Sweeper):
         from gpt2.search.study import describe
 
         settings, done = study.config, len(study.done())
+        trials = counted(settings.n_trials, "trial")
         space = f"\n{' ' * 8}".join(f"{key} {describe(values)}" for key, values in study.space.items())
         log.info(
-            f"Study   {settings.study_name}: {settings.n_trials} trials{f', {done} of them done' if done else ''}\n"
+            f"Study   {settings.study_name}: {trials}{f', {done} of them done' if done else ''}\n"
             f"With    sampler {settings.sampler}, pruner {settings.pruner}\n"
             f"Space   {space}\n"
             f"In      {self.folder}, one folder for each trial\n"

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from gpt2.cli.compose import ROOT
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, collected_warnings
-from gpt2.errors import UserError, few
+from gpt2.errors import UserError, counted, few
 from gpt2.runtime.device import available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
@@ -89,13 +89,14 @@ def processor(machine: Machine) -> Row:
     has = torch.cpu.get_capabilities()
     features = [name for name in FEATURES if has.get(name)]
     load, threads = os.getloadavg()[0], about["threads"]
-    value = f"{about['cpu']}, {cores} cores, {threads} threads; {', '.join(features) or 'no vector instructions known'}"
+    sizes = f"{counted(cores, 'core')}, {counted(threads, 'thread')}"
+    value = f"{about['cpu']}, {sizes}; {', '.join(features) or 'no vector instructions known'}"
     figures = {"cores": cores, "threads": threads, "load": load, "capabilities": dict(has)}
     advice = ""
     if threads < cores and machine.device.type == "cpu":
         advice = f"PyTorch leaves {cores - threads} of {cores} cores idle: unset OMP_NUM_THREADS"
     elif threads > cores:
-        advice = f"only {cores} cores are for this process, so threads wait for each other: OMP_NUM_THREADS={cores}"
+        advice = f"threads wait for each other, this process may use {counted(cores, 'core')}: OMP_NUM_THREADS={cores}"
     elif "x86" in platform.machine() and not has.get("avx2"):
         advice = "without AVX2, matrix products take several times as long; nothing but another processor helps"
     return Row(value, SLOW if advice else OK, advice, "as many threads as cores", figures)

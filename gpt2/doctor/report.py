@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpt2.errors import machine_error, one_line, shortened
+from gpt2.errors import counted, machine_error, one_line, shortened
 from gpt2.runtime.device import Precision, choose_precision
 from gpt2.runtime.waiting import waiting_for
 
@@ -101,4 +101,4 @@ def as_lines(row: Row) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     counts = Counter(row.status for row in rows)
-    return f"{len(rows)} checks: {', '.join(f'{counts[status]} {status}' for status in STATES)}"
+    return f"{counted(len(rows), 'check')}: {', '.join(f'{counts[status]} {status}' for status in STATES)}"

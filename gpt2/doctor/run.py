@@ -49,7 +49,7 @@ def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
         ending = "" if is_complete else "interrupted after "
         print(f"\n{ending}{summary(rows)}, in {seconds:.0f} s", flush=True)
         if command := next((row.figures["command"] for row in rows if "command" in row.figures), None):
-            print(f"\nTo train model=gpt2 here:  {command}", flush=True)
+            print(f"\nTo train here:  {command}", flush=True)
         record = {"rows": [vars(row) for row in rows], "seconds": seconds, "complete": is_complete}
         write_json(config.json, {"command": "doctor", **circumstances(device), **record})
     return 1 if any(row.status == WRONG for row in rows) else 0

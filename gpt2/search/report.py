@@ -12,6 +12,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpt2.analysis.tables import as_markdown
+from gpt2.errors import counted
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.search.plots import draw
 from gpt2.search.study import shown_parameters, state_name
@@ -40,7 +41,9 @@ def summary(study: optuna.Study) -> str:
     """The number of trials in each state, the best trial, and the tokens that pruning saved."""
     trials = study.get_trials(deepcopy=False)
     counts = Counter(map(state_name, trials))
-    lines = [f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."]
+    lines = [
+        f"{counted(len(trials), 'trial')}: " + ", ".join(f"{count} {state}" for state, count in counts.items()) + "."
+    ]
     if best := best_of(study):
         lines.append(f"The best is trial {best.number}, {best.value:.4f}: {shown_parameters(best)}.")
     spent = sum(trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials)

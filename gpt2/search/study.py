@@ -222,21 +222,16 @@ class Study:
         times = [] if seconds is None else [f"{seconds:,.0f} s"]
         if left > 0 and self._ended_here:
             times.append(f"{time_left((time.time() - self._started) / self._ended_here * left)} left")
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
         reason = f"  ({trial.user_attrs[REASON]})" if trial.user_attrs.get(REASON) else ""
         return (
-            f"trial {trial.number:>3} {state_name(trial):<11} {shown_value(trial):<11}  {comparison:<26}  "
+            f"trial {trial.number:>3} {state_name(trial):<11} {value:>6}  {comparison:<26}  "
             f"{shown_parameters(trial)}  {', '.join(times)}{reason}"
         )
 
 
 def state_name(trial: FrozenTrial) -> str:
     return {TrialState.FAIL: "failed", TrialState.WAITING: "interrupted"}.get(trial.state, trial.state.name.lower())
-
-
-def shown_value(trial: FrozenTrial) -> str:
-    """The value of a trial; of a pruned one also the number of evaluations."""
-    value = "     -" if trial.value is None else f"{trial.value:.4f}"
-    return f"{value} at {len(trial.intermediate_values)}" if trial.state == TrialState.PRUNED else value
 
 
 def shown_parameters(trial: FrozenTrial) -> str:

@@ -111,7 +111,8 @@ def test_each_trial_prints_one_line(studied):
     assert [int(line.split()[1]) for line in lines] == list(range(4))
     for line, trial in zip(lines, studied.study.trials, strict=True):
         assert f"{trial.state.name.lower()} " in line
-        assert f"{trial.value:.4f}" in line
+        assert f" {trial.value:.4f}  " in line
+        assert ("(behind other trials at step " in line) == (trial.state.name == "PRUNED")
         assert f"learning_rate={trial.params['train.learning_rate']:.3g}" in line
     assert all(" left" in line for line in lines[:-1])
     assert "Traceback" not in studied.output

@@ -136,6 +136,7 @@ def test_threads_and_cores(machine, monkeypatch, quota, threads, status, advice)
     found = row(machine, "processor")
     assert found.status == status
     assert advice in found.advice
+    assert f"{threads} thread{'s' * (threads > 1)}; avx2" in found.value
 
 
 def test_memory_of_a_container(machine, monkeypatch):

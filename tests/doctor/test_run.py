@@ -81,7 +81,7 @@ def test_warnings_do_not_tear_the_table(tmp_path, capsys, recwarn):
         return Row("done")
 
     rows = list(run_checks(Machine(CPU, tmp_path), {"Part": {"noisy": noisy}}))
-    assert summary(rows) == "1 checks: 1 OK, 0 slow, 0 missing, 0 WRONG"
+    assert summary(rows) == "1 check: 1 OK, 0 slow, 0 missing, 0 WRONG"
     assert capsys.readouterr().err == ""
     assert not recwarn.list
 

@@ -67,6 +67,14 @@ def test_figures_decide(machine, monkeypatch, name, fields, status):
     assert status == OK or row.advice
 
 
+@pytest.mark.parametrize(("seconds", "recipe"), [(1e-6, "gpt2_124m_fineweb"), (1e4, "quickstart")])
+def test_last_command_is_one_for_this_machine(machine, monkeypatch, seconds, recipe):
+    monkeypatch.setattr(speed, "timed_steps", lambda _: steps(seconds=seconds))
+    row = speed.check_command(machine)
+    assert row.figures["command"].startswith(f"python train.py experiment={recipe}")
+    assert " billion tokens of python train.py experiment=gpt2_124m_fineweb model=gpt2 " in row.value
+
+
 def test_model_that_does_not_fit(machine, monkeypatch):
     monkeypatch.setattr(speed, "memory_of", lambda _: 1e5)
     for name in ("training 124M", "its memory", "largest batch_size", "model=gpt2"):

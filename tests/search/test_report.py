@@ -80,6 +80,10 @@ def test_summary_counts_the_tokens_that_pruning_saved():
     )
 
 
+def test_summary_of_one_trial_is_singular():
+    assert report.summary(study_of(1)).startswith("1 trial: ")
+
+
 def test_csv_has_all_values():
     study = study_of(6)
     rows = list(csv.DictReader(report.csv_of(study).splitlines()))
