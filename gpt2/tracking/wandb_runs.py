@@ -45,18 +45,22 @@ def stored_id(run_folder: Path | None, known_id: str | None) -> str:
     return run_id
 
 
-def not_uploaded(run_id: str) -> list[str]:
-    """The names of the folders of a W&B run that are not uploaded completely: there is one for each start of a run."""
-    folders = (ROOT / "wandb").glob(f"*run-*-{run_id}")
+def not_uploaded(pattern: str) -> list[str]:
+    """The names of the folders of W&B that match a pattern and are not uploaded completely.
+
+    A run has a folder for each of its starts, `*run-*-ID`.
+    """
+    folders = (ROOT / "wandb").glob(pattern)
     return [folder.name for folder in folders if not any(folder.glob("*.wandb.synced"))]  # a file of `wandb sync`
 
 
 def upload_command(run_ids: Collection[str]) -> str | None:
     """The command that uploads what the server lacks of some W&B runs; None if it lacks nothing.
 
-    For several runs it is a pattern, which may match other runs too. `wandb sync` skips what was uploaded before.
+    For several runs it is a pattern, and the command says so in a comment if it matches other runs too. `wandb sync`
+    skips what was uploaded before.
     """
-    names = [name for run_id in run_ids for name in not_uploaded(run_id)]
+    names = [name for run_id in run_ids for name in not_uploaded(f"*run-*-{run_id}")]
     if not names:
         return None
     is_offline = all(name.startswith("offline") for name in names)
@@ -67,7 +71,9 @@ def upload_command(run_ids: Collection[str]) -> str | None:
     else:
         begin = os.path.commonprefix(names)  # noqa: RUF071  # names begin with kind and time
         pattern = f"{begin or '*run-'}*"
-    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}"
+    others = len({*not_uploaded(pattern)} - {*names})
+    comment = f"  # and {counted(others, 'folder')} of other runs" if others else ""
+    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}{comment}"
 
 
 def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
@@ -75,7 +81,11 @@ def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
 
     The line names the first two and the command that uploads all. `unit` is what a run is called, such as `trial`.
     """
-    ids = {folder.name: run_id for folder in run_folders if (run_id := read_id(folder)) and not_uploaded(run_id)}
+    ids = {
+        folder.name: run_id
+        for folder in run_folders
+        if (run_id := read_id(folder)) and not_uploaded(f"*run-*-{run_id}")
+    }
     if not ids:
         return None
     names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order

@@ -448,6 +448,8 @@ def test_runs_that_wandb_lacks_are_named(tmp_path, monkeypatch):
     assert lacking([tmp_path / "11", tmp_path / "2"], "trial") == (
         "W&B lacks 2 trials (2, 11); upload with `wandb sync outputs/wandb/offline-run-*`"
     )
+    (tmp_path / "outputs" / "wandb" / "offline-run-27-private").mkdir()
+    assert upload_command(["id11", "id2"]) == ("wandb sync outputs/wandb/offline-run-*  # and 1 folder of other runs")
     assert (lacking([], "run"), upload_command(["id4", "id7"])) == (None, None)
 
 
