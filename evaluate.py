@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from gpt2.model import GPT2Model
     from gpt2.tasks.run import TaskEvaluator
 
-Figures = dict[str, Any]
-
 
 @dataclass
 class Evaluation:
     evaluator: "Evaluator | TaskEvaluator"
     what: str  # the split, or the names of the tasks
     title: str
-    about: Figures  # further entries of its result
+    about: dict[str, Any]  # further entries of its result
 
 
 @script("evaluate")  # for shell completion, Hydra looks here for the text @hydra.main
@@ -42,7 +40,7 @@ def main(config: EvaluateRun) -> None:
     from gpt2.tracking.tracker import ExternalLogger, Tracker, now
 
     keep_freed_memory()
-    configs, results, titles, external = [config, *config.others], list[Figures](), list[str](), ExternalLogger()
+    configs, results, titles, external = [config, *config.others], list[dict[str, Any]](), list[str](), ExternalLogger()
     with init_distributed(DistributedConfig().timeout, config.device, "device") as group, ExitStack() as tracked:
         if config.quantization:
             refuse_quantization(config.quantization, choose_device(config.device), "quantization")
@@ -83,8 +81,7 @@ def main(config: EvaluateRun) -> None:
                 if picture := write_curve(results):
                     print(f"\ncurve in {picture}")
     if group.is_main:
-        outputs = dict.fromkeys(one.output for one in configs)
-        print("", *(f"written to {output}" for output in outputs), *external.where(), sep="\n")
+        print("", *dict.fromkeys(f"written to {one.output}" for one in configs), *external.where(), sep="\n")
 
 
 def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:
