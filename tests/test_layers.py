@@ -1,4 +1,4 @@
-"""The layers of the repository: imports point down only. See docs/architecture.md."""
+"""The layers of the repository: imports point down only, see docs/architecture.md; the scripts are short."""
 
 import ast
 from pathlib import Path
@@ -61,3 +61,8 @@ def test_imports_point_down(path):
         assert own in ALLOWED.get(top, {own}), f"{place}, which only {sorted(ALLOWED[top])} may"
         if name.startswith("gpt2.") and package_of(name) != own:
             assert LEVEL[own] < LEVEL[package_of(name)], f"{place}, which is not in a layer below"
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "generate.py"])
+def test_scripts_are_short(script):
+    assert len((ROOT / script).read_text().splitlines()) < 120
