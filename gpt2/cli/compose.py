@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from gpt2.cli.schema import SCHEMAS  # the import registers schemas and resolvers
 from gpt2.errors import UserError, one_line, shortened, without_secrets
@@ -99,8 +100,8 @@ def composition_error(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
-        if isinstance(cause, ConfigAttributeError) and (hint := did_you_mean(cause.object_type, str(cause.key))):
-            return f"{first.partition('. Did you mean')[0]}{hint}"
+        if schema := schema_without_key(cause):
+            return f"{first.partition('. Did you mean')[0]}{did_you_mean(schema, str(cause.key))}"
         return "a list is wanted, [A,B,...]" if "is not a ListConfig" in first else first
     text = str(error).split("Config search path")[0]
     if "No match in the defaults list" in text:
@@ -116,13 +117,28 @@ def composition_error(error: Exception) -> str:
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 
+def schema_without_key(error: OmegaConfBaseException) -> type | None:
+    """The schema of a command that has no key of this name; None for other errors, groups and keys of Hydra."""
+    key, parent = error.full_key or "", error.parent_node
+    is_missing = isinstance(error, ConfigAttributeError) or (isinstance(error, ConfigKeyError) and "." in key)
+    if not is_missing or parent is None or key.startswith("hydra."):
+        return None
+    schema = OmegaConf.get_type(parent._get_root())
+    return schema if schema in SCHEMAS.values() else None
+
+
 def did_you_mean(schema: Any, key: str) -> str:
-    """A hint at the keys of groups that have the name of a key without its group, such as `max_steps`."""
-    if schema not in SCHEMAS.values():
-        return ""
-    groups = _defaults_of(schema)
-    keys = [f"'{group}.{key}'" for group in groups if OmegaConf.is_dict(groups[group]) and key in groups[group]]
-    return f". Did you mean{' one of' if len(keys) > 1 else ''}: {', '.join(keys)}?" if keys else ""
+    """A hint at the keys of all groups whose name or initials are those of a key, contain them or resemble them."""
+    named: dict[str, list[str]] = {}
+    for full_key in leaves(_defaults_of(schema), resolve=False):
+        name = full_key.rpartition(".")[2]
+        for word in {name, "".join(part[0] for part in name.split("_"))}:  # lr is learning_rate
+            named.setdefault(word, []).append(full_key)
+    words = [key] if key in named else [word for word in named if key in word][:3] or get_close_matches(key, named)
+    keys = [f"'{full_key}'" for word in words for full_key in named[word]]
+    if not keys:
+        return "; --help lists the keys"
+    return f". Did you mean{' one of' if len(keys) > 1 else ''}: {', '.join(keys)}?"
 
 
 def keyed_error(error: Exception, key: str | None = None) -> str:

@@ -83,8 +83,14 @@ def test_group_files_contain_only_fields():
 
 
 PROBLEMS = [
-    (["train.lrr=1"], ["train.lrr=1: Key 'lrr' not in 'TrainingConfig'"]),
-    (["train.warmup_step=1"], ["Did you mean one of: 'warmup_steps'"]),
+    (["train.lrr=1"], ["Key 'lrr' not in 'TrainingConfig'. Did you mean one of: 'train.learning_rate', "]),
+    (["train.lr=1"], ["train.lr=1: Key 'lr' not in 'TrainingConfig'. Did you mean: 'train.learning_rate'?"]),
+    (["lr=1"], ["Key 'lr' not in 'TrainRun'. Did you mean: 'train.learning_rate'?"]),
+    (["++train.lr=1"], ["Key 'lr' not in 'TrainingConfig'. Did you mean: 'train.learning_rate'?"]),
+    (["train.warmup_step=1"], ["Did you mean: 'train.warmup_steps'?"]),
+    (["data.batch_size=1"], ["Key 'batch_size' not in 'DataConfig'. Did you mean: 'train.batch_size'?"]),
+    (["temp=1"], ["Key 'temp' not in 'TrainRun'. Did you mean: 'inference.temperature'?"]),
+    (["train.n_embd=1"], ["Key 'n_embd' not in 'TrainingConfig'; --help lists the keys"]),
     (["tarin.seed=1"], ["Key 'tarin' not in 'TrainRun'. Did you mean: 'train'?"]),
     (["max_steps=9"], ["max_steps=9: Key 'max_steps' not in 'TrainRun'. Did you mean: 'train.max_steps'?"]),
     (["device=cpu"], ["Key 'device' not in 'TrainRun'. Did you mean: 'train.device'?"]),
