@@ -66,7 +66,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         with tracker:
             if group.is_main:
                 tracker.external = start_run_loggers(config, folder, tracker.about, wandb_id, trainer.progress.step)
-                announce(trainer)
+                announce(trainer, config)
             trainer.train()
             if trial:
                 return trainer.progress.best_val_loss

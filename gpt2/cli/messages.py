@@ -6,12 +6,13 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from gpt2.checkpoint.pretrained import open_tokenizer
-from gpt2.checkpoint.record import read_record
+from gpt2.checkpoint.record import Progress, read_record
 from gpt2.checkpoint.run_folder import BEST, LAST, best_first, checkpoint_folder_of, newest_first, step_of
 from gpt2.cli.compose import as_argument, title
 from gpt2.config import USER_KEYS, GPT2Config, TrainRun
@@ -48,6 +49,14 @@ from gpt2.training.cost import Work, memory_needed, memory_of, time_step
 
 log = logging.getLogger("gpt2")
 
+# Settings that have an effect only with a certain value of another setting.
+NEEDED_SETTINGS = {
+    **dict.fromkeys(("model.mup_base_width", "model.mup_base_head_width"), "model.parametrization=mup"),
+    "data.vocab_size": "data.tokenizer=train",
+    "train.decay_fraction": "train.lr_schedule=wsd",
+    "train.nonfinite_limit": "train.on_nonfinite=skip",
+}
+
 
 def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> dict[str, Any]:
     """What identifies a run, its size and its machine, for `run.json` and W&B.
@@ -70,7 +79,7 @@ def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> d
     }
 
 
-def announce(trainer: Trainer) -> None:
+def announce(trainer: Trainer, run: TrainRun) -> None:
     """Log the size of model, steps and hardware, and notes on settings that have no effect."""
     config, group, strategy = trainer.config, trainer.group, trainer.distributed.strategy
     length = trainer.train_loader.dataset.length  # type: ignore[attr-defined]
@@ -88,7 +97,19 @@ def announce(trainer: Trainer) -> None:
     if config.warmup_steps > trainer.total_steps:
         peak = "the learning rate never reaches its peak"
         log.info(f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: {peak}")
+    for note in settings_without_effect(run):
+        log.info(f"Note    {note}")
     log.info("")
+
+
+def settings_without_effect(config: TrainRun) -> list[str]:
+    """A note on each setting that is not the default but needs another value of another setting."""
+    notes = []
+    for key, needed in NEEDED_SETTINGS.items():
+        value, (other, _, wanted) = attrgetter(key)(config), needed.partition("=")
+        if value != attrgetter(key)(TrainRun()) and attrgetter(other)(config) != wanted:
+            notes.append(f"{key}={value} has no effect without {needed}")
+    return notes
 
 
 def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None, limit: str) -> str:
@@ -128,13 +149,14 @@ def print_plan(config: TrainRun) -> None:
     """
     keep_freed_memory()  # a run does so too
     train, work = config.train, planned_work(config)
-    done = read_record(Path(config.resume))["progress"]["step"] if config.resume else 0
+    progress = read_record(Path(config.resume))["progress"] if config.resume else asdict(Progress(step=0))
+    done = progress["step"]
     steps = None if train.max_steps is None else train.max_steps - done
     plan = planned_computation(work, steps)
     limit = f"at most {train.max_epochs:,} epochs" if config.resume is None else f"{done:,} are done already"
     print(size_of_run(work, plan, config.distributed.strategy, steps, limit), flush=True)
     waiting_for("measuring the speed")
-    print(time_of_run(work, plan, steps))
+    print(time_of_run(work, plan, steps, progress["seconds"]))
 
 
 def planned_work(config: TrainRun) -> Work:
@@ -154,9 +176,14 @@ def planned_computation(work: Work, steps: int | None) -> ComputePlan:
     return choose_plan(work.train, choose_device(work.train.device, "train.device"), flops, ProcessGroup(), None)
 
 
-def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
-    """The line with the estimated duration of a run, from the measured time of a part of a step."""
+def time_of_run(work: Work, plan: ComputePlan, steps: int | None, spent: float) -> str:
+    """The line with the estimated duration of a run, from the measured time of a part of a step.
+
+    Args:
+        spent: Seconds of the limit that earlier sessions of the run have used.
+    """
     timing, hours = time_step(work, plan), work.train.max_training_hours
+    left = max(0.0, hours * 3600 - spent)
     if timing is None:
         return "Time    not measured: a layer and the head take more than half of the memory"
     speed = work.tokens_per_step / timing.step
@@ -169,9 +196,11 @@ def time_of_run(work: Work, plan: ComputePlan, steps: int | None) -> str:
     compiled = " without torch.compile" if plan.compiled else ""
     whole_run = "" if steps is None else f"about {duration} "
     result = f"Time    {whole_run}at {speed:,.0f} tokens/s, estimated {measured}{compiled}, computation only"
-    if taken <= hours * 3600:
+    if taken <= left / 2:
         return result
-    return f"{result}; train.max_training_hours={hours:g} ends it after at most {hours * 3600 * speed:,.0f} tokens"
+    if taken <= left:
+        return f"{result}: with evaluations, train.max_training_hours={hours:g} may end it early"
+    return f"{result}; train.max_training_hours={hours:g} ends it after at most {left * speed:,.0f} tokens"
 
 
 def vocabulary_size(config: TrainRun) -> int:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from gpt2.checkpoint.run_folder import LAST, step_name
-from gpt2.cli.messages import explain_failure
-from gpt2.config import DataConfig, TrainingConfig, TrainRun
+from gpt2.cli.messages import explain_failure, settings_without_effect
+from gpt2.config import DataConfig, GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import DivergenceError, ResourceError, is_out_of_memory, machine_error
 
 RESUME = "python train.py resume=outputs/runs/a/1"
@@ -100,6 +100,16 @@ def test_explaining_memory_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "out of memory: x\n"
+
+
+def test_settings_without_effect_are_noted():
+    config = TrainRun(model=GPT2Config(mup_base_width=64), train=TrainingConfig(decay_fraction=0.5))
+    assert settings_without_effect(config) == [
+        "model.mup_base_width=64 has no effect without model.parametrization=mup",
+        "train.decay_fraction=0.5 has no effect without train.lr_schedule=wsd",
+    ]
+    config.model.parametrization, config.train.lr_schedule = "mup", "wsd"
+    assert settings_without_effect(config) == settings_without_effect(TrainRun()) == []
 
 
 def run_of(batch_size: int, accumulation_steps: int = 1) -> TrainRun:

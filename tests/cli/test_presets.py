@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,26 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
     assert (
         "there are 80 GB; train.gradient_checkpointing=true and a smaller train.batch_size" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "spent", "end"),
+    [
+        (0.1, 0.0, "computation only"),
+        (0.5, 0.0, "computation only: with evaluations, train.max_training_hours=0.1 may end it early"),
+        (0.1, 300.0, "computation only: with evaluations, train.max_training_hours=0.1 may end it early"),
+        (1.0, 0.0, "; train.max_training_hours=0.1 ends it after at most 737,280 tokens"),
+        (1.0, 400.0, "; train.max_training_hours=0.1 ends it after at most 0 tokens"),
+    ],
+)
+def test_plan_warns_of_the_limit_of_hours(tmp_path, monkeypatch, seconds, spent, end):
+    """The 450 steps of the quickstart take from an eighth of its limit to more than it."""
+    config = composed("quickstart", tmp_path, "train.device=cpu", "data.tokenizer=bytes")
+    work = messages.planned_work(config)
+    timing = SimpleNamespace(step=seconds, layers=work.model.config.num_layers, rows=work.rows, tokens=work.length)
+    monkeypatch.setattr(messages, "time_step", lambda *_: timing)
+    plan = SimpleNamespace(compiled=False)
+    assert messages.time_of_run(work, plan, config.train.max_steps, spent).endswith(end)
 
 
 @pytest.mark.slow
