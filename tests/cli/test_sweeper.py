@@ -253,7 +253,7 @@ def test_every_sampler_and_pruner_can_be_chosen(sampler, pruner):
         (["train.learning_rat=interval(1e-4, 1e-2)"], r"Key 'learning_rat' not in 'TrainingConfig'"),
         (["hydra.sweeper.study_name=model"], r"hydra.sweeper.study_name: 'model' must be letters"),
         (["hydra.sweeper.study_name=a/b"], r"hydra.sweeper.study_name: 'a/b' must be letters"),
-        (["hydra.sweeper.direction=up"], r"hydra.sweeper.direction=up: Invalid value .up., expected one of .*minimize"),
+        (["hydra.sweeper.direction=up"], r"hydra.sweeper.direction: 'up' is none of minimize, maximize"),
         (["hydra.sweeper.storage=study.db"], r"hydra.sweeper.storage: 'study.db' is none of sqlite:///FILE"),
         (["hydra.sweeper.storage='redis://me:secret@host'"], r"'redis://me:\*\*\*@host' is none of"),
         (["hydra/sweeper/pruner=medain"], r"Could not find 'hydra/sweeper/pruner/medain'. Available options.* median"),
