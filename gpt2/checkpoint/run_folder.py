@@ -178,6 +178,13 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
     return folder
 
 
+def newest_run_in(place: Path) -> str:
+    """A hint for who named a folder of runs instead of a run; empty if the folder holds none."""
+    checkpoints = [path for runs in ("*", "*/*") for path in place.glob(f"{runs}/*/[!.]*.pth")]
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
+    return "" if newest is None else f"; the newest run in it is {newest.parent.parent}"
+
+
 def name_if_latest(folder: Path) -> None:
     """Log which run is used and its age, once, if `latest_run` chose it: the user may expect another one."""
     if (saved := _found.get(folder)) is not None:
@@ -210,7 +217,7 @@ def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:
     if folder and (checkpoint_path := first_intact(best_first(folder), prefix="model/")):
         return checkpoint_path
     raise UserError(
-        f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors"
+        f"{key}: {place} holds no {BEST} or {LAST}, and no config.json beside a model.safetensors{newest_run_in(place)}"
         if place.is_dir()
         else f"{key}: there is no {place}"
     )

@@ -175,7 +175,8 @@ def checkpoints_named(composed: DictConfig) -> list[str | None]:
     for name in names:
         folder = run_folder.checkpoint_folder_of(run_folder.latest_run() if name is None else Path(name))
         if folder is None:
-            raise UserError(f"all_checkpoints: {name} is no run folder with a checkpoint in it")
+            hint = run_folder.newest_run_in(Path(str(name)))
+            raise UserError(f"all_checkpoints: {name} is no run folder with a checkpoint in it{hint}")
         found += map(str, run_folder.every_step(folder))
     return found
 
@@ -187,7 +188,8 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
         if path is not None:
             return configuration_of_run(path, composed, overrides)
         if not composed.train.auto_resume:
-            raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it")
+            hint = run_folder.newest_run_in(Path(composed.resume))
+            raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it{hint}")
     values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
         return values

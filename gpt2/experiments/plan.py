@@ -90,7 +90,8 @@ def read_plan(folder: Path) -> StudyPlan:
     """
     path, problems = folder / PLAN, list[str]()
     if not path.is_file():
-        raise UserError(f"study: {folder} has no {PLAN}; experiments/learning_rate is an example")
+        problem = f"has no {PLAN}" if folder.is_dir() else "does not exist"
+        raise UserError(f"study: {folder} {problem}; experiments/learning_rate is an example")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig) or not loaded:

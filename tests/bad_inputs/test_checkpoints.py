@@ -98,6 +98,17 @@ OTHERS = [
     ),
     ("a run that is not there", "train resume=nowhere", "resume: nowhere is no run folder with a checkpoint"),
     ("a text as a run", "train resume=corpus.txt", "resume: corpus.txt"),
+    ("a folder of runs to resume", "train resume=outputs/runs/gpt2", "; the newest run in it is outputs/runs/gpt2/run"),
+    (
+        "a folder of runs to generate with",
+        "generate checkpoint=outputs/runs",
+        "; the newest run in it is outputs/runs/",
+    ),
+    (
+        "a folder of runs with all checkpoints",
+        "evaluate checkpoint=outputs/runs all_checkpoints=true",
+        "all_checkpoints: outputs/runs ... the newest run in it is outputs/runs/",
+    ),
     ("a folder without a run", "train resume=folder", "resume: folder is no run folder with a checkpoint"),
     ("fine-tuning of nothing", "train train.init_from=nowhere", "train.init_from: there is no 'nowhere'"),
     ("fine-tuning of a text", "train train.init_from=corpus.txt", "corpus.txt"),

@@ -443,7 +443,7 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     ("arguments", "message"),
     [
         ([], "error: study: one folder"),
-        (["experiments/nothing"], "error: study: experiments/nothing has no study.yaml"),
+        (["experiments/nothing"], "error: study: experiments/nothing does not exist"),
         (
             ["experiments/learning_rate", "experiments/tokenizer"],
             "error: study: one folder is needed, such as experiments/learning_rate, not experiments/l",
