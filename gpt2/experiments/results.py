@@ -291,17 +291,22 @@ class Results:
         return f"Written to {os.path.relpath(self.folder)}: {', '.join(contents)}"
 
     def compare_with_recorded(self) -> list[str]:
-        """A line that compares these results with the recorded ones in the folder; empty without common settings."""
-        recorded = {cell.setting: cell.results for cell in Results(self.folder, self.plan).cells}
-        both = [(cell.results, recorded.get(cell.setting)) for cell in self.cells]
-        means = [(abs(mean(new) - mean(old)), max(old) - min(old)) for new, old in both if new and old]
-        if not means:
+        """A line that compares these runs with others recorded for the same settings and seeds; empty without any."""
+        before = Results(self.folder, self.plan).cells
+        recorded = {(cell.setting, run.get(SEED)): run for cell in before for run in cell.runs}
+        compared: list[tuple[float, list[float]]] = []  # for each setting the difference of means, and the old results
+        for cell in self.cells:
+            runs = [run for run in cell.runs if (cell.setting, run[SEED]) in recorded]
+            others = [recorded[cell.setting, run[SEED]] for run in runs]
+            new, old = (Cell(cell.setting, cell.metric, chosen).results for chosen in (runs, others))
+            if new and old and runs != others:  # else these runs are the recorded ones
+                compared.append((abs(mean(new) - mean(old)), old))
+        if not compared:
             return []
-        within = sum(difference <= spread for difference, spread in means)
-        return [
-            f"Compared with the recorded results: {within} of {len(means)} means are within the recorded range over "
-            f"seeds; the largest difference is {max(means)[0]:.4f}"
-        ]
+        within = sum(difference <= max(old) - min(old) for difference, old in compared)
+        has_range = any(len(old) > 1 for _, old in compared)
+        share = f"{within} of {len(compared)} means are within the recorded range over seeds; " if has_range else ""
+        return [f"Compared with the recorded results: {share}the largest difference is {max(compared)[0]:.4f}"]
 
 
 def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:

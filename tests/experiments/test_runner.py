@@ -293,16 +293,24 @@ def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
     results, _ = finished(tmp_path, monkeypatch)
     assert results.compare_with_recorded() == []
     assert "results.csv, results.png, README.md" in results.write()
-    (line,) = results.compare_with_recorded()
-    assert "4 of 4 means are within" in line
-    assert "largest difference is 0.0000" in line
+    assert results.compare_with_recorded() == []  # they are the same runs
     path = results.folder / "results.csv"
     path.write_text(path.read_text().replace(",2.16,", ",2.96,"))
-    assert "4 of 4 means are within" in results.compare_with_recorded()[0]  # the range has grown too
+    assert "1 of 1 means are within" in results.compare_with_recorded()[0]  # the range has grown too
     path.write_text(path.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
     (line,) = results.compare_with_recorded()
-    assert "3 of 4 means are within" in line
+    assert "0 of 1 means are within" in line
     assert "largest difference is 0.1500" in line
+
+
+def test_only_runs_of_the_same_seed_are_compared(tmp_path, monkeypatch):
+    results, _ = finished(tmp_path, monkeypatch)
+    path = results.folder / "results.csv"
+    first = [line for line in results.text.splitlines() if ",2,finished," not in line]
+    path.write_text("\n".join(first) + "\n")  # as before the study got its second seed
+    assert results.compare_with_recorded() == []
+    path.write_text(path.read_text().replace(",2.16,", ",2.15,"))
+    assert results.compare_with_recorded() == ["Compared with the recorded results: the largest difference is 0.0100"]
 
 
 def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
@@ -407,7 +415,7 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     assert (folder / "results.png").exists()
     again = workspace.module(*command)
     assert "4 of them done" in again.stdout
-    assert "largest difference is 0.0000" in again.stdout
+    assert "Compared with" not in again.stdout
 
 
 def test_run_has_a_low_priority_and_its_threads(tmp_path, monkeypatch):
