@@ -113,7 +113,7 @@ def study() -> None:
       variants=NAME,...  only the runs of these variants; table and picture are not written then
       jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
       threads=N          threads of each run; default: the cores divided by the runs at a time
-      --plan             only print what is missing and what it costs here: tokens, FLOPs, hours, disk
+      --plan             only print what is missing and what it costs here: tokens, FLOPs, time, disk
       --redraw           only write table and picture again, from results.csv
     """
     paths, options = split_arguments(study)

@@ -1,7 +1,8 @@
-"""What a recorded study costs: FLOPs by formula, hours by what its runs took so far or by a measured step."""
+"""What a recorded study costs: FLOPs by formula, time by what its runs took so far or by a measured step."""
 
 from collections.abc import Hashable, Mapping
-from math import nan
+from datetime import timedelta
+from math import isnan, nan
 from shutil import disk_usage
 
 import torch
@@ -11,7 +12,6 @@ from gpt2.analysis.tables import as_text
 from gpt2.cli.messages import planned_computation, planned_work
 from gpt2.config import TrainRun
 from gpt2.experiments.plan import ENDED, PlannedRun
-from gpt2.runtime.console import time_left
 from gpt2.runtime.device import keep_freed_memory, requested_precision
 from gpt2.runtime.files import in_bytes
 from gpt2.training.cost import Work, optimizer_bytes, time_step
@@ -23,6 +23,11 @@ def kind_of(work: Work) -> Hashable:
     """What the speed of a run depends on; runs of one kind are equally fast."""
     train = work.train
     return work.flops_per_step, train.optimizer, requested_precision(train), train.gradient_checkpointing
+
+
+def hours(seconds: float) -> str:
+    """Seconds as h:mm:ss, also below an hour."""
+    return "n/a" if isnan(seconds) else str(timedelta(seconds=round(seconds)))
 
 
 class StudyCost:
@@ -100,7 +105,7 @@ class StudyCost:
         """What the missing runs cost, by variant and together."""
         variants = list(dict.fromkeys(run.variant for run in self.works))
         rows = [
-            ["variant", "runs", "done", "tokens left", "FLOPs left", "hours left"],
+            ["variant", "runs", "done", "tokens left", "FLOPs left", "time left"],
             *map(self._row, [*variants, None]),
         ]
         missing = [run for run, left in self.left.items() if left]
@@ -109,7 +114,7 @@ class StudyCost:
             [
                 as_text(rows),
                 "",
-                f"Time    about {time_left(self.seconds_left(jobs))} for what is missing, {jobs} at a time, {how}",
+                f"Time    about {hours(self.seconds_left(jobs))} for what is missing, {jobs} at a time, {how}",
                 f"Disk    at most {in_bytes(sum(map(self._bytes, missing)))} of checkpoints; "
                 f"{in_bytes(disk_usage('.').free)} are free here",
             ]
@@ -121,7 +126,7 @@ class StudyCost:
         tokens = sum(
             flops * self.works[run].tokens_per_step / self.works[run].flops_per_step for run, flops in left.items()
         )
-        figures = [f"{tokens:,.0f}", f"{sum(left.values()):.2g}", f"{self.seconds_left(1, variant) / 3600:.2f}"]
+        figures = [f"{tokens:,.0f}", f"{sum(left.values()):.2g}", hours(self.seconds_left(1, variant))]
         return [
             variant or "all",
             str(len(runs)),

@@ -205,5 +205,5 @@ def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list
         axes = tuple(filter(None, (plan.panels, plan.lines, column_key(plan))))
         cells = {repr([{**values, "variant": run.variant}[key] for key in axes]) for run, values in settings.items()}
         if len(cells) * len(plan.seeds) < len(settings):
-            problems.append(f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or use more variants")
+            problems.append(f"{' and '.join(axes)} do not distinguish all runs; sweep one key, or use lines: variant")
     return problems

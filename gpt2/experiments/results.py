@@ -217,6 +217,7 @@ class Results:
         place = "experiments" if self.folder.parent == ROOT / "experiments" else "outputs/sweeps"
         one = " ".join(["python train.py", *planned_runs(self.plan, name)[0].overrides])
         tokens, flops, seconds = (sum(row[key] or 0 for row in self.rows) for key in ("tokens", "flops", "seconds"))
+        time = f"{seconds / 3600:.1f} hours" if seconds >= 360 else f"{seconds / 60:.1f} minutes"
         machines = dict.fromkeys(row["machine"] for row in self.rows)
         return "\n\n".join(
             [
@@ -225,7 +226,7 @@ class Results:
                 self.table(),
                 f"## Command\n\nAll runs, or one of them:\n\n```\npython -m gpt2.main study {place}/{name}\n{one}\n```",
                 f"## Cost\n\n{len(self.rows)} runs, {tokens / 1e6:,.3g} million tokens, {flops:.2g} FLOPs, "
-                f"{seconds / 3600:.1f} hours of training if one run follows the other, on {'; '.join(machines)}.",
+                f"{time} of training if one run follows the other, on {'; '.join(machines)}.",
             ]
         )
 

@@ -22,7 +22,6 @@ from gpt2.errors import ResourceError, UserError, counted
 from gpt2.experiments.plan import RUNS, PlannedRun, read_plan, validated_runs
 from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
 from gpt2.runtime.files import run_lock, writable_folder
-from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import FINISHED
 from gpt2.tracking.wandb_runs import lacking
 
@@ -90,8 +89,9 @@ def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: li
     threads = threads or default_threads(jobs)
     print("\n".join(study.header(jobs, threads)), flush=True)
     cost = StudyCost(study.configs)
-    waiting_for("measuring the speed")
-    cost.measure(threads)
+    if cost.unknown:
+        print(f"Measuring the speed of {counted(len(cost.unknown), 'kind')} of runs\n", flush=True)
+        cost.measure(threads)
     print(cost.plan(jobs))
 
 
@@ -226,7 +226,7 @@ class StudyProgress:
         import torch
 
         if len(self.cost.unknown) > 1 and not torch.cuda.is_available():
-            self.bar.update(self.task, description="measuring the speed")
+            log.info(f"Measuring the speed of {counted(len(self.cost.unknown), 'kind')} of runs")
             self.cost.measure(threads)
 
     def show(self, running: list[PlannedRun]) -> None:

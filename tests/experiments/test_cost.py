@@ -102,6 +102,8 @@ def test_plan_is_of_what_is_missing_within_the_hours_of_a_run(tmp_path, monkeypa
     assert cost.seconds_left(1) == pytest.approx(3.6 + 0.6 + 56 / 12 + 3 * SECONDS_BESIDE)
     (row,) = [line.split() for line in cost.plan(1).splitlines() if line.startswith("narrow")]
     assert row[1:4] == ["4", "1", f"{20 * 4 * 32:,}"]
+    assert row[5] == "0:00:21"
+    assert "about 0:00:21 for what is missing" in cost.plan(1)
 
 
 def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
@@ -115,6 +117,7 @@ def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
     assert ["narrow", "2", "0", f"{tokens:,}"] in [line[:4] for line in lines]
     assert ["all", "4", "0", f"{2 * tokens:,}"] in [line[:4] for line in lines]
     assert "2 at a time, 1 thread each, at a low priority (nice 10)" in done.stdout
+    assert "Measuring the speed of 2 kinds of runs" in done.stdout
     assert "by a step measured alone, without evaluations" in done.stdout
     assert "Disk    at most" in done.stdout
     assert sorted(folder.iterdir()) == before

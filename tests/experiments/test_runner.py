@@ -130,7 +130,10 @@ def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
         ("variants: [narrow]\nx: nonsense", "x: there is no nonsense to draw by"),
         ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
         ("variants: [narrow]\npanels: loss", "panels: there is no loss to draw by"),
-        ("variants: [narrow, wide]\nx: train.seed\nlines: train.seed", "do not distinguish"),
+        (
+            "variants: [narrow, wide]\nx: train.seed\nlines: train.seed",
+            "do not distinguish all runs; sweep one key, or use lines: v",
+        ),
         (
             "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
             "sweep one key",
@@ -227,6 +230,11 @@ def test_table_of_means_and_spreads_with_the_best_in_bold(tmp_path, monkeypatch)
     rows = [(row["variant"], row["model.d_model"], row["train.learning_rate"], row["loss"]) for row in results.rows]
     assert rows[:2] == [("narrow", 16, 0.001, 2.16), ("narrow", 16, 0.003, 1.96)]
     assert [text.get_text() for text in results.over_x().axes[0].texts] == ["d model 16", "d model 32"]
+
+
+def test_short_training_is_in_minutes(tmp_path, monkeypatch):
+    results, _ = finished(tmp_path, monkeypatch, PLAN.replace("[1, 2]", "[1]"))
+    assert "4 runs, 0.008 million tokens, 8e+05 FLOPs, 4.8 minutes of training" in results.section()
 
 
 def test_panels_divide_the_picture_and_the_table(tmp_path, monkeypatch):
