@@ -185,14 +185,15 @@ def over_compute(result: Fit, predicted: dict[str, Any], measured: dict[str, Any
     low, high = predicted["interval"]
     axes.vlines(predicted["flops"], low, high, color=BEST, linewidth=6, alpha=0.35)
     axes.plot(predicted["flops"], predicted["loss"], "_", color=BEST, markersize=14, markeredgewidth=2)
-    text = f"predicted\n{predicted['loss']:.3f}"
+    labels = [(f"predicted\n{predicted['loss']:.3f}", BEST)]
     if measured:
         axes.plot(predicted["flops"], measured["loss"], "*", color="black", markersize=11)
-        text += f"\nmeasured ★\n{measured['loss']:.3f}"
-    axes.annotate(text, (predicted["flops"], high), (0, 8), textcoords="offset points", ha="center", va="bottom",
-                  color=BEST)  # fmt: skip
+        labels.insert(0, (f"measured ★\n{measured['loss']:.3f}", "black"))
+    for number, (text, colour) in enumerate(labels):
+        axes.annotate(text, (predicted["flops"], high), (0, 8 + 28 * number), textcoords="offset points", ha="center",
+                      va="bottom", color=colour)  # fmt: skip
     axes.set_xlim(min(runs.flops) / 2.2, predicted["flops"] * 1.8)
-    _log_axes(axes, "compute, 6 N D (floating point operations)")
+    _log_axes(axes, "compute, 6 N D (FLOPs); lines: N, parameters without embeddings")
     return figure
 
 

@@ -267,6 +267,7 @@ UNITS = {  # labels of axes
     "bits_per_byte": "bits per byte of text",
     "flops": "floating point operations of training",
     "text_bytes": "bytes of text read",
+    "parameters": "parameters with embeddings",
 }
 
 

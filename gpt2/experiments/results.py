@@ -222,7 +222,8 @@ class Results:
         return "\n\n".join(
             [
                 f"![{metric} over {_short(self.plan.x)}]({PICTURE})",
-                f"{metric[0].upper()}{metric[1:]} at the end of training{spread}. The best of each row is bold.",
+                f"{metric[0].upper()}{metric[1:]} at the end of training{spread}. The best of each row is bold, "
+                "and in the picture it has a ring.",
                 self.table(),
                 f"## Command\n\nAll runs, or one of them:\n\n```\npython -m gpt2.main study {place}/{name}\n{one}\n```",
                 f"## Cost\n\n{len(self.rows)} runs, {tokens / 1e6:,.3g} million tokens, {flops:.2g} FLOPs, "
@@ -317,7 +318,8 @@ def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:
     for place, values in zip(x, results, strict=True):
         axes.plot([place] * len(values), values, ".", color=colour, markersize=5)
     place, best = min(cells, key=lambda cell: cell[1].loss)
-    axes.plot(place, mean(best.results), "o", markersize=11, markerfacecolor="none", color=colour)
+    if best.loss < inf:
+        axes.plot(place, mean(best.results), "o", markersize=11, markerfacecolor="none", color=colour)
 
 
 def with_section(text: str, section: str, opening: str = OPENING, closing: str = CLOSING) -> str:

@@ -263,7 +263,11 @@ def test_setting_that_diverged_with_one_seed_is_not_the_best(tmp_path, monkeypat
     results, runs = finished(tmp_path, monkeypatch)
     about = next(run for run in runs if run.values["train.learning_rate"] == 3e-3).folder / "run.json"
     about.write_text(about.read_text().replace('"finished"', '"diverged"'))
-    assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in results_of(results.folder, runs).table()
+    results = results_of(results.folder, runs)
+    assert "| 16 | **2.2100 ± 0.050** | 2.0600 (1 of 2 diverged) |" in results.table()
+    rings = [line for line in results.over_x().axes[0].lines if line.get_marker() == "o"]
+    assert [list(ring.get_ydata()) for ring in rings] == [[pytest.approx(2.21)], [pytest.approx(2.17)]]
+    assert "The best of each row is bold, and in the picture it has a ring." in results.section()
 
 
 def test_csv_has_full_precision(tmp_path, monkeypatch):

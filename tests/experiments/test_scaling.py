@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2.analysis.runs import UNITS
 from gpt2.cli.compose import ROOT, compose
 from tests.analysis.test_compare import make_run
 
@@ -145,3 +146,13 @@ def test_presets_give_every_size_the_same_compute(width):
     assert config.train.batch_size * config.data.max_length == study.tokens_per_step(width)
     tokens = config.train.max_steps * study.tokens_per_step(width)
     assert 6e6 * study.size(width) * tokens == pytest.approx(BUDGETS[1], rel=0.02)
+
+
+def test_picture_over_compute_labels_the_star_in_its_colour_and_says_what_counts_as_parameters(known):
+    (axes,) = study.over_compute(known, study.prediction(known), {"loss": 1.2}).axes
+    colours = {text.get_text().split("\n")[0]: text.get_color() for text in axes.texts}
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    assert colours["measured ★"] == star.get_color()
+    assert colours["predicted"] != colours["measured ★"]
+    assert "parameters without embeddings" in axes.get_xlabel()
+    assert UNITS["parameters"] == "parameters with embeddings"
