@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from gpt2.config import (
@@ -51,6 +52,8 @@ def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
 def register() -> None:
     """Register the schema of each command and of a study, and the resolvers."""
     store = ConfigStore.instance()
+    Plugins.instance()  # imports the Optuna plugin, which stores its own samplers
+    store.repo["hydra"]["sweeper"].pop("sampler", None)  # ours are in conf/hydra/sweeper/sampler
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     store.store(group="hydra/sweeper", name="study", node=StudyConfig)

@@ -337,6 +337,14 @@ def test_files_of_samplers_and_pruners_match_the_table(kind, table):
             }
 
 
+@pytest.mark.parametrize("name", ["nsgaii", "motpe", "foo"])
+def test_sampler_that_is_not_ours_is_refused_with_the_list_of_ours(name):
+    with pytest.raises(UserError) as error:
+        composed_study(f"hydra/sweeper/sampler={name}")
+    assert f"Could not find 'hydra/sweeper/sampler/{name}'" in str(error.value)
+    assert str(error.value).endswith(f": {', '.join(sorted(SAMPLERS))}")
+
+
 def composed_study(*line: str) -> DictConfig:
     sweeper = study_sweeper(["hparams_search=optuna", *line])
     assert sweeper is not None
