@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpt2.analysis.tables import as_markdown
 from gpt2.errors import counted
 from gpt2.runtime.files import atomic_write, exclusive_change
-from gpt2.search.plots import draw
+from gpt2.search.plots import MIN_TRIALS_FOR_IMPORTANCES, draw
 from gpt2.search.study import shown_parameters, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
 
@@ -46,6 +46,8 @@ def summary(study: optuna.Study) -> str:
     ]
     if best := best_of(study):
         lines.append(f"The best is trial {best.number}, {best.value:.4f}: {shown_parameters(best)}.")
+    if counts["complete"] < MIN_TRIALS_FOR_IMPORTANCES:
+        lines.append(f"importances.png needs {MIN_TRIALS_FOR_IMPORTANCES} complete trials.")
     spent = sum(trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials)
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
     if saved := sum(trial.user_attrs.get(SPENT, {}).get("tokens_left", 0) for trial in pruned):

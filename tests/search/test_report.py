@@ -3,15 +3,15 @@
 import csv
 import math
 import threading
+from itertools import combinations
 
-import matplotlib.pyplot as plt
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
 from gpt2.search import report
-from gpt2.search.plots import evaluations
+from gpt2.search.plots import evaluations, history, importances, slices
 
 SPACE = {
     "train.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
@@ -104,8 +104,7 @@ def test_report_has_a_picture_wherever_there_is_data(tmp_path, count):
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in pictures)
     text = (tmp_path / "study.md").read_text()
     assert all(f"]({name}.png)" in text for name in pictures)
-    assert not plt.get_fignums()
-    assert plt.rcParams["axes.facecolor"] == "white"  # Optuna's style is gone again
+    assert ("importances.png needs 10 complete trials." in text) == ("importances" not in pictures)
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
@@ -120,6 +119,45 @@ def test_evaluations_show_every_trial_and_the_best(direction):
     assert sorted(labels) == ["complete", "pruned", f"trial {study.best_trial.number}, the best"]
     low, high = axes.get_ylim()
     assert low < study.best_value < high
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_labels_of_slices_do_not_overlap(count):
+    study = study_of(count)
+    for trial in study.trials[:-1]:  # panels for all kinds of distributions, and two rows of them
+        trial.distributions |= {
+            "model": CategoricalDistribution(["gpt2_nano", "gpt2_mini", "gpt2_medium", None]),
+            "train.beta2": FloatDistribution(0.9, 0.999),
+            "train.weight_decay": FloatDistribution(0.001, 0.3, log=True),
+        }
+        trial.params |= {"model": None, "train.beta2": 0.999, "train.weight_decay": 0.3 / (1 + trial.number)}
+        study.add_trial(trial)
+    figure = slices(study)
+    figure.draw_without_rendering()
+    boxes = []
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
+        boxes += [label.get_window_extent() for label in labels if label.get_rotation() == 0]
+    assert len(boxes) > 10
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert len(figure.axes) == 6
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_history_has_the_best_value_so_far(direction):
+    study = study_of(40, direction)
+    (axes,) = history(study).axes
+    dots, best = (list(line.get_ydata()) for line in axes.lines)
+    choose = min if direction == "minimize" else max
+    assert best == [choose(dots[: n + 1]) for n in range(len(dots))]
+    assert best[-1] == study.best_value
+
+
+def test_importances_are_sorted():
+    (axes,) = importances(study_of(40)).axes
+    shares = [bar.get_width() for bar in axes.patches]
+    assert shares == sorted(shares) and sum(shares) == pytest.approx(1)
 
 
 def test_report_of_the_process_that_ends_last_has_all_trials(tmp_path, monkeypatch):
