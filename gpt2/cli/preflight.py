@@ -7,6 +7,7 @@ a study both ends of each range.
 import os
 import re
 from argparse import Namespace
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -268,13 +269,10 @@ def problem_of_value(composed: DictConfig, fixed: list[str], override: str) -> s
     """Why a value of a sweep does not compose; None if it does."""
     if with_values(composed, [override]) is not None:
         return None
-    try:
-        compose("train", [*fixed, override])
-    except (HydraException, OmegaConfBaseException) as error:
-        problem = composition_error(error)
-        hint = "; int(...) around an interval draws whole numbers" if "'float' could not be conv" in problem else ""
-        return f"{override}: {problem}{hint}"
-    return None
+    if (problem := problem_of_composition("train", [*fixed, override])) is None:
+        return None
+    hint = "; int(...) around an interval draws whole numbers" if "'float' could not be conv" in problem else ""
+    return f"{override}: {problem}{hint}"
 
 
 def with_values(composed: DictConfig, overrides: list[str]) -> DictConfig | None:
@@ -299,22 +297,29 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
     Args:
         earlier: Problems that are known already, whose keys have no second one.
     """
-    problems, accepted = list[str](), overrides
-    try:
-        composed = compose(name, overrides)
-    except (HydraException, OmegaConfBaseException):
-        composed, accepted = compose_defaults(name), []
-        for override in overrides:
-            try:
-                composed = compose(name, [*accepted, override])
-                accepted.append(override)
-            except (HydraException, OmegaConfBaseException) as error:
-                problems.append(f"{override}: {composition_error(error)}")
+    problems, accepted, good = list[str](), list(overrides), 0
+    compose_defaults(name)  # a broken file of `conf/` is no problem of an override
+    while problem_of_composition(name, accepted):
+        # Bisection finds the first override that does not compose with those before it in a few compositions.
+        counts = range(1, len(accepted))
+        good = bisect_left(counts, True, good, key=lambda count: bool(problem_of_composition(name, accepted[:count])))
+        problem = problem_of_composition(name, accepted[: good + 1])
+        problems.append(f"{accepted.pop(good)}: {problem}")
+    composed = compose(name, accepted)
     refused = {key_of(text) for text in (*earlier, *problems)}
     of_values: list[str] = []
     with collecting(of_values):
         resolve(name, composed, accepted)
     return problems + [problem for problem in of_values if key_of(problem) not in refused]
+
+
+def problem_of_composition(name: str, overrides: list[str]) -> str | None:
+    """Why overrides do not compose; None if they do."""
+    try:
+        compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        return composition_error(error)
+    return None
 
 
 def key_of(text: str) -> str:

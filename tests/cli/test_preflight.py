@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from gpt2.cli import preflight
 from gpt2.cli.compose import CONF, as_argument, compose, overrides_of, parsed
 from gpt2.cli.hydra_private import parse_arguments
-from gpt2.cli.preflight import check_flags, check_run, check_sweep
+from gpt2.cli.preflight import check_flags, check_run, check_sweep, validate_command_line
+from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
 from tests.conftest import TINY, Workspace
 
@@ -140,3 +142,16 @@ def test_preset_that_is_no_yaml_or_chooses_by_what_is_no_word(tmp_path):
 @pytest.mark.parametrize("value", ["1", "1e3", "null", "true", "0x1f", "inf", "a b"])
 def test_printed_text_is_read_as_text(value):
     assert parsed([as_argument("name", value).strip("'")])[0].value() == value
+
+
+def test_mistakes_among_many_overrides_take_few_compositions(monkeypatch):
+    composed = []
+    monkeypatch.setattr(preflight, "compose", lambda *arguments: composed.append(0) or compose(*arguments))
+    right = [f"{key}={value}" for key, value in vars(TrainingConfig()).items() if isinstance(value, float)]
+    right = [f"train.{override}" for override in [*right, *right, *right]]
+    assert len(right) > 25
+    wrong = [*right[:9], "train.lr=1", *right[9:20], "model=gtp2", *right[20:]]
+    first, second = validate_command_line("train", wrong)
+    assert first.startswith("train.lr=1: Key 'lr' not in 'TrainingConfig'")
+    assert second.startswith("model=gtp2: Could not find 'model/gtp2'")
+    assert len(composed) < 20
