@@ -161,6 +161,8 @@ class RecordedStudy:
         progress = StudyProgress(self.configs, jobs)
         with run_lock(RUNS / self.name), progress.bar:
             log.info("\n".join(self.header(jobs, threads)))
+            if not missing:
+                return 0
             try:
                 progress.measure(threads)
                 while missing or running:

@@ -426,7 +426,7 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     assert {row["state"] for row in rows} == {"finished"}
     assert (folder / "results.png").exists()
     again = workspace.module(*command)
-    assert "4 of them done" in again.stdout
+    assert re.search(r"4 of them done\n.*\n\n\| ", again.stdout)  # the header, and then the table
     assert "Compared with" not in again.stdout
 
 
