@@ -85,8 +85,8 @@ def _set_range(axes: Axes, distribution: Any) -> None:
     low, high = distribution.low, distribution.high
     if distribution.log:
         axes.set_xscale("log")
-        ticks = [low, sqrt(low * high), high]
-        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        ticks = [low, float(f"{sqrt(low * high):.2g}"), high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xticks([], minor=True)
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set(ha=side)  # inside the panel
@@ -116,8 +116,11 @@ def _is_minimized(study: optuna.Study) -> bool:
 
 
 def _show_all_but_the_worst(axes: Axes, study: optuna.Study, losses: Any) -> None:
-    """Cut off the worst tenth of the losses, such as those of trials that diverged."""
-    low, high = np.quantile(losses, [0, 0.9] if _is_minimized(study) else [0.1, 1])
+    """Cut off the worst tenth of more than ten losses, such as those of trials that diverged."""
+    if _is_minimized(study):
+        low, high = np.quantile(losses, [0, 0.9], method="higher")
+    else:
+        low, high = np.quantile(losses, [0.1, 1], method="lower")
     margin = 0.08 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
 

@@ -15,7 +15,7 @@ from gpt2.search.plots import evaluations, history, importances, slices
 
 SPACE = {
     "train.learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
-    "train.warmup_steps": IntDistribution(1, 100),
+    "train.warmup_steps": IntDistribution(1, 100, log=True),
     "train.batch_size": CategoricalDistribution([4, 8]),
 }
 
@@ -139,6 +139,8 @@ def test_labels_of_slices_do_not_overlap(count):
         low, high = axes.get_xlim()
         labels = [label for label in axes.get_xticklabels() if low <= label.get_position()[0] <= high]
         boxes += [label.get_window_extent() for label in labels if label.get_rotation() == 0]
+        if axes.get_xlabel() == "train.warmup_steps":
+            assert [label.get_text() for label in labels] == ["1", "10", "100"]
     assert len(boxes) > 10
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     assert len(figure.axes) == 6
@@ -152,6 +154,16 @@ def test_history_has_the_best_value_so_far(direction):
     choose = min if direction == "minimize" else max
     assert best == [choose(dots[: n + 1]) for n in range(len(dots))]
     assert best[-1] == study.best_value
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+@pytest.mark.parametrize(("count", "is_shown"), [(4, True), (40, False)])
+def test_only_the_worst_of_many_losses_are_outside_the_picture(direction, count, is_shown):
+    study, worst = study_of(count, direction), 1e3 if direction == "minimize" else -1e3
+    study.add_trial(create_trial(value=worst))
+    low, high = history(study).axes[0].get_ylim()
+    assert (low < worst < high) == is_shown
+    assert low < study.best_value < high
 
 
 def test_importances_are_sorted():
