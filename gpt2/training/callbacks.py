@@ -133,7 +133,7 @@ def seconds_left(trainer: Any) -> float:
     """Until the last step at the mean speed so far, or until the time limit."""
     progress = trainer.progress
     by_steps = progress.seconds / max(1, progress.step) * (trainer.total_steps - progress.step)
-    return min(by_steps, trainer.config.max_training_hours * 3600 - progress.seconds)
+    return max(0.0, min(by_steps, trainer.config.max_training_hours * 3600 - progress.seconds))
 
 
 class TrackerLog(Callback):

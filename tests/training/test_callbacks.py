@@ -141,6 +141,7 @@ def test_a_long_validation_logs_a_line_now_and_then(monkeypatch, caplog):
         (0.02, Progress(step=10, seconds=20.0), 52.0),  # the time limit comes first
         (1.0, Progress(step=1, seconds=2.0), 78.0),
         (1.0, Progress(step=0, seconds=2.0), 80.0),
+        (0.001, Progress(step=1, seconds=9.0), 0.0),  # the limit is exceeded
     ],
 )
 def test_time_left(hours, progress, left):
