@@ -5,7 +5,8 @@ In a clone of https://github.com/karpathy/nanoGPT, then in this repository, with
     python data/shakespeare_char/prepare.py
     python experiments/shakespeare_fast/race.py ../nanoGPT
 
-nanoGPT is run unmodified, with its configuration for a CPU. It has one seed.
+nanoGPT is run unmodified, with its configuration for a CPU. It has one seed. race_intel.json is a renamed race.json of
+another machine.
 """
 
 import json
