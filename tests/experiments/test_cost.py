@@ -9,7 +9,7 @@ from gpt2.experiments.cost import SECONDS_BESIDE, StudyCost
 from gpt2.experiments.runner import RecordedStudy, StudyProgress
 from tests.analysis.test_compare import make_run
 from tests.conftest import Workspace
-from tests.experiments.test_runner import write_study
+from tests.experiments.studies import write_study
 
 PLAN = """
 variants: [narrow, wide]
