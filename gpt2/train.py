@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
-from math import inf, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +206,7 @@ class Trainer:
             norms = self.parallel.full_norms(gradient_norms(self.model))
             gradient_norm = torch.linalg.vector_norm(norms)
             clip_gradients(self.model, gradient_norm, self.config.gradient_clip)
-            if self.guard.check(self._step_name(len(micro_batches)), loss, norms):
+            if self.guard.check(self.progress.next_step(len(micro_batches)), loss, norms):
                 self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -254,12 +254,6 @@ class Trainer:
         batches, autocast = self.config.eval_batches, self.plan.precision.autocast()
         return score(self.model, self.val_loader, self.device, autocast, batches, on_batch, self.tokenizer, self.group)
 
-    def _step_name(self, micro_batches: int) -> str:
-        """Number of the current step and its place in the data, for messages."""
-        first = self.progress.position + 1
-        batches = f"batch {first}" if micro_batches == 1 else f"batches {first} to {first + micro_batches - 1}"
-        return f"step {self.progress.step + 1} ({batches} of epoch {self.progress.epoch + 1})"
-
     def _steps_of_epoch(self) -> Iterator[list[Batch]]:
         """The micro-batches of each remaining step of the epoch; the last step may have fewer."""
         sampler = self.train_loader.batch_sampler
@@ -275,22 +269,10 @@ class Trainer:
         """Whether training ends here; sets `stop_reason`."""
         self.progress.seconds = self.throughput.seconds
         self._synchronize()
-        limits = self.limits_reached()
+        limits = self.progress.limits_reached(self.config)
         reached = f"{limits[0]} reached" if limits else None
         self.stop_reason = reached if self.interrupted_by is None else "interrupted"
         return self.stop_reason is not None
-
-    def limits_reached(self) -> list[str]:
-        """The settings that end training here; empty if there is more to train."""
-        config, progress = self.config, self.progress
-        limits = {
-            f"train.max_steps={config.max_steps}": progress.step >= (config.max_steps or inf),
-            f"train.max_epochs={config.max_epochs}": progress.epoch >= config.max_epochs,
-            f"train.max_training_hours={config.max_training_hours}": (
-                progress.seconds >= config.max_training_hours * 3600
-            ),
-        }
-        return [limit for limit, is_reached in limits.items() if is_reached]
 
     def _synchronize(self) -> None:
         """Let all ranks agree on signals and time, and check that they read the same data."""
@@ -438,7 +420,7 @@ class Trainer:
         self.progress = states.restored_progress(saved, self._description())
         if self.progress.position >= len(self.train_loader):
             raise UserError(f"checkpoint: {path}: progress.position: an epoch has {len(self.train_loader)} batches")
-        if not self.limits_reached():
+        if not self.progress.limits_reached(self.config):
             states.log_raised_rate(self.progress, self.total_steps, self.config)
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         self.checkpoints.loaded(path, self.progress)

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
-# With any other difference a process is started by itself.
+# With any other difference a new process is started.
 READ_LATER = {
     *("HTTPS_PROXY", "ALL_PROXY", "http_proxy", "MY_SECRET"),
     *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),

@@ -7,6 +7,7 @@ All readers get the values from here, as plain data whose types are checked once
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ class Progress:
         self.position += batches
         if self.position >= batches_per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
+
+    def next_step(self, batches: int) -> str:
+        """Number of the step that follows, and its place in the data, for messages."""
+        first = self.position + 1
+        place = f"batch {first}" if batches == 1 else f"batches {first} to {first + batches - 1}"
+        return f"step {self.step + 1} ({place} of epoch {self.epoch + 1})"
+
+    def limits_reached(self, config: TrainingConfig) -> list[str]:
+        """The settings that end training here; empty if there is more to train."""
+        limits = {
+            f"train.max_steps={config.max_steps}": self.step >= (config.max_steps or inf),
+            f"train.max_epochs={config.max_epochs}": self.epoch >= config.max_epochs,
+            f"train.max_training_hours={config.max_training_hours}": self.seconds >= config.max_training_hours * 3600,
+        }
+        return [limit for limit, is_reached in limits.items() if is_reached]
 
     def is_best(self) -> bool:
         """Whether this step was evaluated and is the best so far."""

@@ -159,7 +159,7 @@ def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:
 def resumable_job(composed: DictConfig, run: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap a job so that, inside a multirun with `train.auto_resume`, it resumes from its own checkpoint.
 
-    Other jobs are returned as they are; a trial is resumed by its study.
+    Other jobs are returned unchanged; a trial is resumed by its study.
     """
     job = HydraConfig.get()
     if job.mode != RunMode.MULTIRUN:

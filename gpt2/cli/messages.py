@@ -91,7 +91,7 @@ def announce(trainer: Trainer, run: TrainRun) -> None:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not config.auto_resume:
         log.info("Note    without train.auto_resume=true, a restart by torchrun starts this run from the beginning")
     if trainer.progress.step:
-        limits = " and ".join(trainer.limits_reached())
+        limits = " and ".join(trainer.progress.limits_reached(config))
         finished = f": nothing is left to train ({limits} reached); a larger limit trains longer" if limits else ""
         log.info(f"Resuming after step {trainer.progress.step:,}{finished}")
     if config.warmup_steps > trainer.total_steps:

@@ -282,7 +282,7 @@ def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 
 def check_nan(machine: Machine) -> Row:
-    """A step with a NaN in one gradient leaves weights and optimizer as they are, and the next one trains."""
+    """A step with a NaN in one gradient changes neither weights nor optimizer, and the next step trains."""
     workload = small_workload(machine.folder, machine.device)
     trainer = workload.trainer(training(machine.device, precision=machine.precision.name, on_nonfinite="skip"))
     learned = partial(tensors_of, trainer, ("model/", "optimizer/exp"))

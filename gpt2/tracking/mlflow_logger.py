@@ -29,7 +29,7 @@ MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in a request
 class MlflowLogger(ExternalLogger):
     """Logs metrics over steps, the configuration as parameters and as a file, and the samples as a table.
 
-    MLflow's own retries take minutes. As they are in a thread, they delay only the end of a run, by at most `seconds`.
+    MLflow's own retries take minutes. They run in a thread, so they delay only the end of a run, by at most `seconds`.
     """
 
     title = "MLflow"

@@ -161,7 +161,7 @@ def test_errors_on_a_terminal(trained: Workspace, command):
     ("root", "package", "printed", "handled"),
     [  # levels of the root logger, which has a handler unless its level is None, and of the logger `gpt2`
         (None, logging.NOTSET, "step 1\n", ""),
-        (logging.WARNING, logging.NOTSET, "step 1\n", "careful\n"),  # basicConfig() as it is, or a notebook of Colab
+        (logging.WARNING, logging.NOTSET, "step 1\n", "careful\n"),  # a plain basicConfig(), or a notebook of Colab
         (logging.INFO, logging.NOTSET, "", "step 1\ncareful\n"),
         (logging.ERROR, logging.NOTSET, "", ""),
         (logging.WARNING, logging.WARNING, "", "careful\n"),

@@ -48,7 +48,7 @@ def test_a_longer_schedule_says_that_it_raises_the_learning_rate(blocks, tmp_pat
     resumed.train()
     assert resumed.progress.learning_rate == pytest.approx(before)
     resumed, text = resume(blocks, tmp_path, caplog, max_steps=40, max_training_hours=1e-9, **options)
-    assert resumed.limits_reached() == ["train.max_training_hours=1e-09"]
+    assert resumed.progress.limits_reached(resumed.config) == ["train.max_training_hours=1e-09"]
     assert RAISED not in text  # there is no next step
     _, text = resume(blocks, tmp_path, caplog, max_epochs=20, **{**options, "max_steps": None})
     assert RAISED in text
