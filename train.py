@@ -6,8 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gpt2.cli.job import output_folder
-from gpt2.cli.resume import saved_settings
 from gpt2.cli.script import script
 from gpt2.config import GPT2Config, TrainRun
 from gpt2.errors import UserError
@@ -26,7 +24,9 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
     """Train, and return the best validation loss, which a study minimises; `trial` if this is a trial of one."""
     # Imported here, so that --help and configuration errors do not wait for torch.
     from gpt2.checkpoint.format import check_memory
+    from gpt2.cli.job import output_folder
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
+    from gpt2.cli.resume import saved_settings
     from gpt2.data_loader import get_dataloaders, load_text_data
     from gpt2.distributed.process_group import init_distributed
     from gpt2.generation.text import stream_sample

@@ -401,3 +401,14 @@ USER_KEYS = (
 )
 
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark | TrainingBenchmark | DoctorRun
+
+# The configuration of each command, by the name of its file in conf/.
+SCHEMAS: dict[str, type[Run]] = {
+    "train": TrainRun,
+    "evaluate": EvaluateRun,
+    "generate": GenerateRun,
+    "export": ExportRun,
+    "benchmark_generation": GenerationBenchmark,
+    "benchmark_training": TrainingBenchmark,
+    "doctor": DoctorRun,
+}

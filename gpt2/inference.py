@@ -6,9 +6,10 @@
 if __name__ == "__main__":  # before torch is imported: --help and configuration errors do not need it
     import runpy
     import sys
-    from pathlib import Path
 
-    sys.argv[0] = str(Path(__file__).resolve().parents[1] / "generate.py")
+    from gpt2.runtime.repository import ROOT
+
+    sys.argv[0] = str(ROOT / "generate.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
     raise SystemExit
 

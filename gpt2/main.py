@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 
 from gpt2.cli.arguments import COMMANDS, split_arguments, take_subcommand
-from gpt2.cli.compose import ROOT
 from gpt2.cli.error_lines import errors_as_lines
 from gpt2.cli.help import study_help
 from gpt2.cli.script import script
@@ -17,6 +16,7 @@ from gpt2.config import ExportRun
 from gpt2.errors import UserError, few
 from gpt2.runtime.console import protect_output
 from gpt2.runtime.files import writable_file
+from gpt2.runtime.repository import ROOT
 from gpt2.runtime.signals import exit_on_signals
 
 PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # packages of commands in layers above this one

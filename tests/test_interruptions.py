@@ -26,7 +26,7 @@ PHASES = [
     ("saving", "gpt2.checkpoint.format:_bytes_of", TRAIN, [*OF_RUN, "checkpoints/best_model.pth"]),
     ("the curves", "gpt2.analysis.plotting:draw_curves", TRAIN, ["checkpoints/step_00000008.pth"]),
     ("the first run of a sweep", "gpt2.cli.job:run_task", SWEEP, []),
-    ("between two runs", "gpt2.cli.script:run_sweep_job#2", SWEEP, ["multirun.yaml", "0/curves.png"]),
+    ("between two runs", "gpt2.cli.command:run_sweep_job#2", SWEEP, ["multirun.yaml", "0/curves.png"]),
     ("generation", "gpt2.generation.sampling:sample#3", GENERATE, []),
     ("evaluation", "gpt2.evaluate:as_inputs#2", EVALUATE, []),
     ("writing the result", "gpt2.tracking.evaluations:atomic_write", EVALUATE, []),

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from gpt2 import optimize
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
-from gpt2.cli.compose import CONF
 from gpt2.cli.search_space import distributions
 from gpt2.config import GPT2Config, OptunaConfig, TrainingConfig
 from gpt2.data_loader import with_batch_size
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.optimize import SPACE, OptunaOptimizer, with_parameters
+from gpt2.runtime.repository import CONF
 from gpt2.runtime.signals import Interrupted
 from gpt2.search import report
 from gpt2.search.study import Study

@@ -45,8 +45,8 @@ def imports() -> None:
 
     import gpt2.analysis.compare_html
     import gpt2.analysis.plotting
+    import gpt2.cli.command
     import gpt2.cli.messages
-    import gpt2.cli.script
     import gpt2.cli.sweeper
     import gpt2.data.corpus
     import gpt2.evaluate

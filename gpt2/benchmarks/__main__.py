@@ -5,8 +5,8 @@ from importlib import import_module
 from typing import Any
 
 from gpt2.cli.arguments import take_subcommand
-from gpt2.cli.compose import ROOT
 from gpt2.cli.script import script
+from gpt2.runtime.repository import ROOT
 
 BENCHMARKS = {
     "generation": "speed of text generation, against transformers",

@@ -21,10 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.cli.compose import CONF, KEYS_WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
-from gpt2.cli.schema import SCHEMAS
+from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
 from gpt2.config import (
     PARAMETRIZATION,
+    SCHEMAS,
     SHAPE,
     USER_KEYS,
     WHEN_LOADED,
@@ -37,6 +37,7 @@ from gpt2.config import (
 from gpt2.errors import UserError, collecting
 from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.plain_values import brief
+from gpt2.runtime.repository import CONF
 from gpt2.tracking.evaluations import default_output
 from gpt2.validation import validate
 

@@ -19,14 +19,13 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from gpt2.cli.schema import SCHEMAS  # the import registers schemas and resolvers
+from gpt2.cli.schema import register
+from gpt2.config import SCHEMAS
 from gpt2.errors import UserError, one_line, shortened, without_secrets
+from gpt2.runtime.repository import CONF
 
 # outputs/sweeps, which holds the presets of studies, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
-
-ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
 
 # Keys, or groups, without effect on a run's result.
 KEYS_WITHOUT_EFFECT = {
@@ -46,8 +45,14 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
 
     Args:
         with_hydra: Keep Hydra's own node.
+
+    Raises:
+        HydraException, OmegaConfBaseException: They do not compose.
     """
-    composed = deepcopy(_composed(name, tuple(overrides), Path.cwd()))
+    composed = _composed(name, tuple(overrides), Path.cwd())
+    if isinstance(composed, Exception):
+        raise composed
+    composed = deepcopy(composed)
     if not with_hydra:
         with open_dict(composed):
             del composed["hydra"]
@@ -57,6 +62,7 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
 @contextmanager
 def hydra_of(name: str) -> Iterator[None]:
     """Hydra with `conf/` as its configuration."""
+    register(name)
     if GlobalHydra.instance().is_initialized():  # a job of a sweep, which uses the same `conf/`
         yield
     else:
@@ -65,15 +71,15 @@ def hydra_of(name: str) -> Iterator[None]:
 
 
 @lru_cache(maxsize=8)
-def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig:
-    """Cached, because Hydra takes 0.1 s and checking a command line composes it repeatedly."""
+def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig | Exception:
+    """Cached with its error, because Hydra takes 0.1 s and checking a command line composes it repeatedly."""
     with hydra_of(name):
         try:
             return hydra.compose(name, list(overrides), return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException):
-            raise
-        except Exception as error:  # a file that is no YAML, for example: there is no common class
-            raise ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}") from error
+        except (HydraException, OmegaConfBaseException) as error:
+            return error
+        except Exception as error:  # noqa: BLE001  # a file that is no YAML, for example: there is no common class
+            return ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
 
 
 def group_options(name: str, group: str) -> list[str]:

@@ -15,8 +15,8 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gpt2.config
-from gpt2.cli.compose import CONF, hydra_syntax
-from gpt2.cli.schema import SCHEMAS
+from gpt2.config import SCHEMAS
+from gpt2.runtime.repository import CONF
 
 WIDTH, INDENT = 120, 44  # characters in a line, and before a comment
 SET_BY_US = "set by"  # the comment of a field begins with this if no command line may set it
@@ -81,7 +81,7 @@ def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):"
             inner += sections_of(hint, f"{prefix}{field.name}.", f"{field.name}: {about}")  # type: ignore[arg-type]
         else:
             default = field.default if field.default_factory is MISSING else field.default_factory()
-            lines += lines_of(f"  {prefix}{field.name}={hydra_syntax(default)}", choices_of(hint), comment)
+            lines += lines_of(f"  {prefix}{field.name}={as_typed(default)}", choices_of(hint), comment)
     return [lines, *inner]
 
 
@@ -90,6 +90,15 @@ def lines_of(key: str, choices: str, comment: str) -> list[str]:
     if len(key) >= INDENT - 1:
         return [key, *(" " * INDENT + text for text in texts)]
     return [f"{key:<{INDENT}}{texts[0]}".rstrip(), *(" " * INDENT + text for text in texts[1:])]
+
+
+def as_typed(default: Any) -> str:
+    """A default as a command line would set it."""
+    if isinstance(default, list):
+        return f"[{','.join(map(as_typed, default))}]"
+    if isinstance(default, str):
+        return default if re.fullmatch(r"[\w./:-]+", default) else f'"{default}"'
+    return "null" if default is None else str(default).lower()
 
 
 def choices_of(hint: Any) -> str:

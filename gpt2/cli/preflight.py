@@ -30,7 +30,6 @@ from gpt2.cli.compose import (
     parsed,
 )
 from gpt2.cli.launchers import validate_launcher
-from gpt2.cli.schema import SCHEMAS
 from gpt2.cli.search_space import (
     grammar_error,
     search_space,
@@ -39,6 +38,7 @@ from gpt2.cli.search_space import (
     validate_study,
     validate_sweeper,
 )
+from gpt2.config import SCHEMAS
 from gpt2.errors import UserError, collecting
 from gpt2.search.pairwise import combined
 from gpt2.validation import FREE_TEXT_KEYS, PASSWORD_REFUSED, has_password
@@ -166,11 +166,13 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     """
     group, value = override.key_or_group, override.value()
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
+    if "." in group:
+        return None
     no_words = [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
     is_new = override.type != OverrideType.CHANGE
     is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
     is_usual = is_chosen and not is_new and not no_words
-    if "." in group or is_usual or not (options := group_options(name, group)):
+    if is_usual or not (options := group_options(name, group)):
         return None
     if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"

@@ -1,36 +1,18 @@
-"""Registers the dataclasses of `gpt2.config` as Hydra's schemas, and the resolvers that `conf/` uses."""
+"""The dataclasses of `gpt2.config` as schemas of Hydra, and the resolvers that `conf/` uses."""
 
 import math
 import secrets
 import sysconfig
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from gpt2.config import (
-    DoctorRun,
-    EvaluateRun,
-    ExportRun,
-    GenerateRun,
-    GenerationBenchmark,
-    Run,
-    StudyConfig,
-    TrainingBenchmark,
-    TrainRun,
-)
-
-SCHEMAS: dict[str, type[Run]] = {
-    "train": TrainRun,
-    "evaluate": EvaluateRun,
-    "generate": GenerateRun,
-    "export": ExportRun,
-    "benchmark_generation": GenerationBenchmark,
-    "benchmark_training": TrainingBenchmark,
-    "doctor": DoctorRun,
-}
+from gpt2.config import SCHEMAS, StudyConfig
+from gpt2.runtime.repository import ROOT
 
 
 def steps_for_tokens(tokens: Any, _root_: DictConfig) -> int:
@@ -49,21 +31,26 @@ def steps_of_compute(flops: Any, _root_: DictConfig) -> int:
     return steps_for_tokens(flops / (6 * weights), _root_)
 
 
-def register() -> None:
-    """Register the schema of each command and of a study, and the resolvers."""
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "steps": steps_for_tokens,
+    "steps_of_compute": steps_of_compute,
+    "times": lambda factor, value: max(1, round(factor * value)),
+    "divide": lambda value, by: math.ceil(value / by),
+    "repository": lambda: str(ROOT),
+    "python_library": lambda: sysconfig.get_path("stdlib"),
+}
+
+
+@cache
+def register(name: str) -> None:
+    """Register the schema of one command, and that of a study: each takes OmegaConf up to 20 ms."""
     store = ConfigStore.instance()
     Plugins.instance()  # imports the Optuna plugin, which stores its own samplers
     store.repo["hydra"]["sweeper"].pop("sampler", None)  # ours are in conf/hydra/sweeper/sampler
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
-    store.store(group="hydra/sweeper", name="study", node=StudyConfig)
-    OmegaConf.register_resolver("steps", steps_for_tokens, replace=True)
-    OmegaConf.register_resolver("steps_of_compute", steps_of_compute, replace=True)
-    OmegaConf.register_resolver("times", lambda factor, value: max(1, round(factor * value)), replace=True)
-    OmegaConf.register_resolver("divide", lambda value, by: math.ceil(value / by), replace=True)
-    OmegaConf.register_resolver("repository", lambda: str(Path(__file__).resolve().parents[2]), replace=True)
-    OmegaConf.register_resolver("python_library", lambda: sysconfig.get_path("stdlib"), replace=True)
-    OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+    store.store(name=f"{name}_schema", node=SCHEMAS[name], replace=True)
+    store.store(group="hydra/sweeper", name="study", node=StudyConfig, replace=True)
 
 
-register()
+for resolver, function in RESOLVERS.items():
+    OmegaConf.register_resolver(resolver, function, replace=True)
+OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)

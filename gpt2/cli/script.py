@@ -1,209 +1,35 @@
-"""The command line of a script: arguments in, a checked configuration to the script's function, errors as lines.
+"""`@script` makes a function of a configuration into a command line. `--help` is answered before Hydra is imported."""
 
-Hydra composes the configuration and runs sweeps. This module adds three things: everything is checked before anything
-runs (all problems are printed, exit code 2, no run folder is left behind); a single run is composed and validated
-once; and a prompt bypasses Hydra's grammar, because it is text and no expression.
-"""
-
-import logging
-import os
 import sys
-import time
-from argparse import Namespace
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from gpt2.cli.arguments import COMMANDS
-from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose, keyed_error, overrides_of, parsed, without_sweeps
-from gpt2.cli.error_lines import SECONDS_AFTER_FIRST_RANK, errors_as_lines
+from gpt2.cli.error_lines import errors_as_lines
 from gpt2.cli.help import help_text
-from gpt2.cli.hydra_private import EXECUTION_WHITELIST, bash_completion, parse_arguments
-from gpt2.cli.job import Task, collect_log, load_torch, require_writable_places, run_single, run_sweep_job
-from gpt2.cli.launchers import log_submissions
-from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
-from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
-from gpt2.config import GenerateRun, Run, TrainRun
-from gpt2.errors import UserError
-from gpt2.runtime.console import WithoutPasswords, protect_output
-from gpt2.runtime.dist_env import dist_env, exit_without_finalization, silence_unless_main
-from gpt2.runtime.files import run_lock, writable_folder
+from gpt2.runtime.console import protect_output
+from gpt2.runtime.dist_env import exit_without_finalization, silence_unless_main
 from gpt2.runtime.signals import exit_on_signals
 
-OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
 
+def script(name: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
+    """Make a function of a checked configuration into the command line that `conf/<name>.yaml` describes.
 
-def script(name: str) -> Callable[[Task], Callable[[], None]]:
-    """Make a function of a checked configuration into the command line that `conf/<name>.yaml` describes."""
+    Expected errors are printed as lines.
+    """
 
-    def decorate(task: Task) -> Callable[[], None]:
+    def decorate(task: Callable[..., Any]) -> Callable[[], None]:
         def main() -> None:
             exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
-            arguments, prompt = take_prompt(sys.argv[1:]) if name == "generate" else (sys.argv[1:], None)
             protect_output()
             with exit_without_finalization(), errors_as_lines():
                 silence_unless_main()
-                options = parse_arguments(arguments)
-                refuse_deleted_folder()
-                check_flags(options)
-                if options.help:
+                if {"-h", "--help"} & {*sys.argv[1:]}:
                     print(help_text(name))
-                elif options.shell_completion and options.overrides == ["install=bash"]:
-                    print(bash_completion(COMMANDS))
-                elif asks_for_information(options):
-                    print_information(name, task, arguments, options)
-                elif options.multirun:
-                    run_sweep(name, task, arguments, options)
-                else:
-                    run_once(name, task, options, prompt)
+                    return
+                from gpt2.cli.command import run_command_line
+
+                run_command_line(name, task, sys.argv[1:])
 
         return main
 
     return decorate
-
-
-def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Take `prompt=...` out of a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
-    rest, prompt = list[str](), None
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key.lstrip("+") == "prompt" and "=" in argument:
-            prompt = os.fsencode(value).decode("utf-8", "replace")
-        else:
-            rest.append(argument)
-    return rest, prompt
-
-
-def refuse_deleted_folder() -> None:
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise UserError("the current folder does not exist any more") from error
-
-
-def call_hydra(name: str, task: Task, arguments: list[str]) -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
-    sys.argv[1:] = arguments
-    hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=EXECUTION_WHITELIST)(task)()
-
-
-def print_information(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
-    """Let Hydra answer --cfg and the like."""
-    if not options.shell_completion:
-        check_run(name, options)
-    try:
-        with redirect_stdout(WithoutPasswords(sys.stdout)):  # a storage or a text may be a URL with a password
-            call_hydra(name, task, arguments)
-    except (HydraException, OmegaConfBaseException, ValueError, KeyError) as error:
-        if "COMP_LINE" not in os.environ:  # a shell that asks for completions expects no error line
-            raise UserError(keyed_error(error)) from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A single run
-
-
-def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> None:
-    """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
-    early_log = collect_log()
-    with ExitStack() as places:
-        if dist_env().is_main:
-            composed, folder, config = prepare_on_main(name, options, places)
-        else:
-            composed, folder, config = prepare_on_rank(name, options)
-        if isinstance(config, GenerateRun):
-            config.prompt = prompt
-        if isinstance(config, TrainRun) and config.plan:
-            load_torch()
-            from gpt2.cli.messages import print_plan
-
-            print_plan(config)
-        else:
-            run_single(task, composed, config, folder, early_log)
-
-
-def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
-    try:
-        if dist_env().by_torchrun and name not in ("train", "evaluate"):
-            raise UserError(f"{name}.py: torchrun is for single runs of train.py and evaluate.py")
-        composed = check_run(name, options)
-        folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
-        folder.apply(composed)
-        is_plan = name == "train" and composed.plan  # a plan writes nothing and needs no other rank
-        if not folder.is_new and not is_plan:  # locked before the checkpoint to resume from is chosen
-            places.enter_context(run_lock(Path(folder.path)))
-        config = resolve(name, composed, overrides_of(composed.hydra))
-        if not is_plan:
-            require_writable_places(config, places)
-            if isinstance(config, TrainRun) and folder.is_new:  # before Hydra writes: it may be another run's
-                places.enter_context(writable_folder(Path(folder.path), "hydra.run.dir"))
-                places.enter_context(run_lock(Path(folder.path)))
-                refuse_second_run(config, Path(folder.path))
-    except UserError as error:
-        share(error.exit_code)
-        raise
-    share(0 if is_plan else asdict(folder))
-    return composed, folder, config
-
-
-def share(value: Any) -> Any:
-    """Rank 0's value on all ranks; the value itself without torchrun."""
-    if not dist_env().by_torchrun:
-        return value
-    from gpt2.distributed.process_group import broadcast_from_main
-
-    return broadcast_from_main(value)
-
-
-def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose and resolve on another rank, with the folder that rank 0 chose."""
-    shared = share(None)
-    if isinstance(shared, int):
-        if shared:  # rank 0 has the reason
-            time.sleep(SECONDS_AFTER_FIRST_RANK)
-        sys.exit(shared)
-    composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
-    folder.apply(composed)
-    return composed, folder, resolve(name, composed, overrides_of(composed.hydra))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A sweep
-
-
-def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
-    """Check everything that a command line with -m would run, then let Hydra's sweeper run it."""
-    if dist_env().by_torchrun:
-        if not dist_env().is_main:
-            sys.exit(share(None))
-        share(UserError.exit_code)
-        raise UserError(f"{name}.py -m: torchrun is for single runs of train.py and evaluate.py")
-    logging.disable(logging.WARNING)  # each run will repeat its warnings
-    check_sweep(name, options)
-    log_submissions()
-    added = sweep_arguments(options.overrides)
-    swept = {override.key_or_group for override in parsed(options.overrides) if override.is_sweep_override()}
-    composed = compose(name, [*without_sweeps(options.overrides), *added], with_hydra=True)
-
-    def job(composed: DictConfig) -> Any:  # launchers pickle it
-        return run_sweep_job(task, swept, composed)
-
-    with ExitStack() as places:
-        places.enter_context(writable_folder(Path(composed.hydra.sweep.dir), "hydra.sweep.dir"))
-        if logs := composed.hydra.launcher.get("submitit_folder"):
-            places.enter_context(writable_folder(Path(str(logs).partition("%")[0]), "hydra.launcher.submitit_folder"))
-        require_writable_places(composed, places)
-        logging.disable(logging.NOTSET)
-        try:
-            call_hydra(name, job, [*arguments, *added])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(keyed_error(error)) from error

@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.cli.compose import (
-    CONF,
     KEYS_WITHOUT_EFFECT,
     compose,
     group_options,
@@ -36,6 +35,7 @@ from gpt2.cli.compose import (
 )
 from gpt2.config import OptunaConfig, StudyConfig
 from gpt2.errors import UserError, one_line
+from gpt2.runtime.repository import CONF
 from gpt2.validation import COUNT, Problems, out_of_bounds, validate
 
 if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import

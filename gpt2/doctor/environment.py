@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from gpt2.cli.compose import ROOT
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, collected_warnings
 from gpt2.errors import UserError, counted, few
 from gpt2.runtime.device import available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
+from gpt2.runtime.repository import ROOT
 from gpt2.tracking.loggers import within
 from gpt2.tracking.wandb_runs import resolve_mode
 from gpt2.training.cost import memory_of

@@ -13,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult
 from gpt2.cli.complete import LOADING_KEYS, resolve
-from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, ROOT, compose, composition_error, escaped, hydra_syntax
+from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose, composition_error, escaped, hydra_syntax
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan, TrainRun
 from gpt2.errors import UserError, one_line
+from gpt2.runtime.repository import ROOT
 from gpt2.tracking.loggers import flat
 from gpt2.tracking.tracker import DIVERGED, FINISHED
 

@@ -21,11 +21,11 @@ from gpt2.analysis.compare_plot import colours
 from gpt2.analysis.plotting import as_label, label_ends, new_figure, picture, plain
 from gpt2.analysis.runs import COLUMNS, SEED, UNITS, RunResult
 from gpt2.analysis.tables import as_markdown
-from gpt2.cli.compose import ROOT
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError, few, one_line
 from gpt2.experiments.plan import PLAN, PlannedRun, column_key, planned_runs, read_plan
 from gpt2.runtime.files import atomic_write, exclusive_change
+from gpt2.runtime.repository import ROOT
 from gpt2.tracking.tracker import DIVERGED
 
 RESULTS, PICTURE, README = "results.csv", "results.png", "README.md"

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.progress import BarColumn, TextColumn
 
 from gpt2.analysis.runs import COLUMNS, RunResult
-from gpt2.cli.compose import ROOT
 from gpt2.config import TrainRun
 from gpt2.errors import ResourceError, UserError, counted
 from gpt2.experiments.plan import RUNS, PlannedRun, read_plan, validated_runs
 from gpt2.runtime.console import ConsoleHandler, LiveProgress, time_left
 from gpt2.runtime.files import run_lock, writable_folder
+from gpt2.runtime.repository import ROOT
 from gpt2.tracking.tracker import FINISHED
 from gpt2.tracking.wandb_runs import lacking
 

@@ -5,12 +5,13 @@ import platform
 import random
 import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gpt2.runtime.repository import ROOT
 
 
 @dataclass
@@ -67,7 +68,7 @@ def make_deterministic() -> None:
 
 def commit() -> dict[str, Any] | None:
     """The checked-out commit of this repository and whether tracked files differ from it; None if unknown."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    git = ["git", "-C", str(ROOT)]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,12 +1,13 @@
 """Reads the search space of `conf/hparams_search/optuna.yaml` without Hydra."""
 
 import ast
-from pathlib import Path
 
 import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-SEARCH = Path(__file__).resolve().parents[2] / "conf" / "hparams_search" / "optuna.yaml"
+from gpt2.runtime.repository import CONF
+
+SEARCH = CONF / "hparams_search" / "optuna.yaml"
 
 
 def default_space() -> dict[str, BaseDistribution]:

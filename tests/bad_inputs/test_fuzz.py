@@ -27,11 +27,11 @@ from gpt2.analysis.runs import find_runs
 from gpt2.analysis.tables import as_text
 from gpt2.checkpoint.format import read_record
 from gpt2.checkpoint.pretrained import model_card, open_model
+from gpt2.cli.command import take_prompt
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose, hydra_syntax, leaves
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run
-from gpt2.cli.script import take_prompt
 from gpt2.config import InferenceConfig
 from gpt2.errors import UserError
 from gpt2.generation.prompts import read_prompts

@@ -11,9 +11,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import open_dict
 
-from gpt2.cli.compose import CONF, compose
+from gpt2.cli.compose import compose
 from gpt2.cli.resume import sweep_arguments
 from gpt2.errors import UserError
+from gpt2.runtime.repository import CONF
 from gpt2.tracking.tracker import read_metrics
 from tests import slurm
 from tests.cli.test_sweeper import STUDY, check, study_in

@@ -5,11 +5,12 @@ import re
 import pytest
 
 from gpt2.cli import preflight
-from gpt2.cli.compose import CONF, as_argument, compose, overrides_of, parsed
+from gpt2.cli.compose import as_argument, compose, overrides_of, parsed
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_flags, check_run, check_sweep, validate_command_line
 from gpt2.config import TrainingConfig
 from gpt2.errors import UserError
+from gpt2.runtime.repository import CONF
 from tests.conftest import TINY, Workspace
 
 

@@ -10,11 +10,12 @@ import torch
 
 from gpt2.cli import messages
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose
+from gpt2.cli.compose import compose
 from gpt2.config import TrainRun
 from gpt2.model import meta_model
 from gpt2.runtime.device import Precision
 from gpt2.runtime.dist_env import DistEnv
+from gpt2.runtime.repository import CONF
 from gpt2.tracking.tracker import read_metrics
 from gpt2.training import cost
 from gpt2.training.compile import ComputePlan

@@ -18,7 +18,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose
+from gpt2.cli.compose import compose
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, with_values
 from gpt2.cli.schema import steps_of_compute
@@ -26,6 +26,7 @@ from gpt2.cli.search_space import distributions, study_settings, study_sweeper
 from gpt2.config import OptunaConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT2Model
+from gpt2.runtime.repository import CONF
 from gpt2.search.algorithms import PRUNERS, SAMPLERS
 from tests.conftest import ROOT, TINY, Workspace
 from tests.test_scripts import wait_for

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gpt2.cli.compose import ROOT
 from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
+from gpt2.runtime.repository import ROOT
 
 FOLDERS = sorted(path.parent for path in (ROOT / "experiments").glob("**/figures.py"))
 STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/results.csv"))

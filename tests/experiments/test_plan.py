@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.cli.compose import ROOT, compose
+from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
 from gpt2.errors import UserError
 from gpt2.experiments.plan import PlannedRun, read_plan
 from gpt2.experiments.results import OPENING
 from gpt2.experiments.runner import RecordedStudy
+from gpt2.runtime.repository import ROOT
 from tests.analysis.test_compare import make_run
 from tests.experiments.studies import PLAN, write_study
 

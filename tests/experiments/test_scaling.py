@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gpt2.analysis.runs import UNITS
-from gpt2.cli.compose import ROOT, compose
+from gpt2.cli.compose import compose
+from gpt2.runtime.repository import ROOT
 from tests.analysis.test_compare import make_run
 
 FOLDER = ROOT / "experiments" / "scaling"

@@ -17,7 +17,7 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch._dynamo
 
-import gpt2.cli.script
+import gpt2.cli.command
 import gpt2.cli.sweeper
 import gpt2.data.corpus
 import gpt2.inference

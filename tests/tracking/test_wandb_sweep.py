@@ -5,7 +5,8 @@ from wandb import Settings
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import CONF, compose
+from gpt2.cli.compose import compose
+from gpt2.runtime.repository import CONF
 from tests.conftest import TINY
 from tests.wandb_server import KEY, WandbServer
 
