@@ -123,6 +123,17 @@ def composition_error(error: Exception) -> str:
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 
+def override_at_fault(error: Exception, overrides: list[str]) -> str | None:
+    """The override that Hydra's message about a failed composition names; None if it names none of them."""
+    message = str(error).splitlines()[0]
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        ends = f"override {override}", f"Could not find '{key}/{value}'"  # of Hydra's messages
+        if message.endswith(ends) or f"Could not override '{key}'." in message:
+            return override
+    return None
+
+
 def schema_without_key(error: OmegaConfBaseException) -> type | None:
     """The schema of a command that has no key of this name; None for other errors, groups and keys of Hydra."""
     key, parent = error.full_key or "", error.parent_node
@@ -154,7 +165,13 @@ def keyed_error(error: Exception, key: str | None = None) -> str:
 
 
 def parsed(overrides: list[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(overrides)
+    """Overrides as Hydra's grammar reads them. Callers share them and must not change them."""
+    return [_parsed(override) for override in overrides]
+
+
+@lru_cache(maxsize=1000)
+def _parsed(override: str) -> Override:
+    return OverridesParser.create().parse_overrides([override])[0]
 
 
 def without_sweeps(overrides: list[str]) -> list[str]:

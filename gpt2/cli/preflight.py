@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain
+from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, OverrideType, QuotedString
 from hydra.errors import HydraException
@@ -27,6 +28,7 @@ from gpt2.cli.compose import (
     group_options,
     hydra_syntax,
     keyed_error,
+    override_at_fault,
     parsed,
 )
 from gpt2.cli.launchers import validate_launcher
@@ -156,20 +158,23 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     if isinstance(value, dict) and "." not in key.removeprefix("hydra."):
         single = [f"{key}.{inner}={hydra_syntax(inner_value)}" for inner, inner_value in value.items()]
         return f"{key}: one key at a time, such as {single[0]}" if single else f"{text}: no value"
-    return problem_of_choice(name, override)
+    is_name = override.type == OverrideType.CHANGE and not words_that_are_no_names(override)
+    return None if is_name else problem_of_choice(name, override)  # most wrong names are Hydra's to find
+
+
+def words_that_are_no_names(override: Override) -> list[Any]:
+    """The values that Hydra takes for no name of a file: its grammar reads them as a bool, null or a number."""
+    value = override.value()
+    choices = value.list if isinstance(value, ChoiceSweep) else [value]
+    return [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
 
 
 def problem_of_choice(name: str, override: Override) -> str | None:
-    """Why a value names no file of its group; None if it may be a name, or the key is no group.
-
-    Hydra takes only strings as names: a word that its grammar reads as a bool, null or a number ends in a ValueError.
-    """
+    """Why a value names no file of its group; None if it may be a name, or the key is no group."""
     group, value = override.key_or_group, override.value()
-    choices = value.list if isinstance(value, ChoiceSweep) else [value]
     if "." in group:
         return None
-    no_words = [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
-    is_new = override.type != OverrideType.CHANGE
+    no_words, is_new = words_that_are_no_names(override), override.type != OverrideType.CHANGE
     is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
     is_usual = is_chosen and not is_new and not no_words
     if is_usual or not (options := group_options(name, group)):
@@ -271,8 +276,9 @@ def problem_of_value(composed: DictConfig, fixed: list[str], override: str) -> s
     """Why a value of a sweep does not compose; None if it does."""
     if with_values(composed, [override]) is not None:
         return None
-    if (problem := problem_of_composition("train", [*fixed, override])) is None:
+    if (error := failure_of_composition("train", [*fixed, override])) is None:
         return None
+    problem = composition_error(error)
     hint = "; int(...) around an interval draws whole numbers" if "'float' could not be conv" in problem else ""
     return f"{override}: {problem}{hint}"
 
@@ -299,14 +305,16 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
     Args:
         earlier: Problems that are known already, whose keys have no second one.
     """
-    problems, accepted, good = list[str](), list(overrides), 0
+    found, accepted = dict[str, str](), list(overrides)
     compose_defaults(name)  # a broken file of `conf/` is no problem of an override
-    while problem_of_composition(name, accepted):
-        # Bisection finds the first override that does not compose with those before it in a few compositions.
-        counts = range(1, len(accepted))
-        good = bisect_left(counts, True, good, key=lambda count: bool(problem_of_composition(name, accepted[:count])))
-        problem = problem_of_composition(name, accepted[: good + 1])
-        problems.append(f"{accepted.pop(good)}: {problem}")
+    while error := failure_of_composition(name, accepted):
+        blamed = override_at_fault(error, accepted)
+        if blamed is None:
+            blamed, error = first_at_fault(name, accepted)
+        accepted.remove(blamed)
+        (override,) = parsed([blamed])
+        found[blamed] = problem_of_choice(name, override) or f"{blamed}: {composition_error(error)}"
+    problems = [found[override] for override in dict.fromkeys(overrides) if override in found]
     composed = compose(name, accepted)
     refused = {key_of(text) for text in (*earlier, *problems)}
     of_values: list[str] = []
@@ -315,12 +323,21 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
     return problems + [problem for problem in of_values if key_of(problem) not in refused]
 
 
-def problem_of_composition(name: str, overrides: list[str]) -> str | None:
-    """Why overrides do not compose; None if they do."""
+def first_at_fault(name: str, overrides: list[str]) -> tuple[str, Exception]:
+    """The first override that does not compose with those before it, found by bisection, and Hydra's error."""
+    counts = range(1, len(overrides))
+    index = bisect_left(counts, True, key=lambda count: failure_of_composition(name, overrides[:count]) is not None)
+    error = failure_of_composition(name, overrides[: index + 1])
+    assert error is not None
+    return overrides[index], error
+
+
+def failure_of_composition(name: str, overrides: list[str]) -> Exception | None:
+    """Hydra's error about overrides that do not compose; None if they do."""
     try:
         compose(name, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        return composition_error(error)
+        return error
     return None
 
 
