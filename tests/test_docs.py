@@ -149,8 +149,8 @@ def prepare(folder: Path) -> None:
 def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
     """A workspace with what the commands find in a clone, tiny weights in the Hub's cache for OpenAI's, and a run."""
     prepared = made_once("clone", prepare)
-    for name in ("cache", "outputs"):
-        shutil.copytree(prepared / name, workspace.folder / name, symlinks=True, dirs_exist_ok=True)
+    workspace.environment["XDG_CACHE_HOME"] = str(prepared / "cache")  # all pages use the same corpora
+    shutil.copytree(prepared / "outputs", workspace.folder / "outputs", symlinks=True)
     for name in ("gpt2", "README.md", "experiments"):
         (workspace.folder / name).symlink_to(ROOT / name)
     (workspace.folder / "prompts.txt").write_text("def f\nimport\n")

@@ -250,10 +250,9 @@ class InterruptAt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
-    "stop_at",
-    [4, 5, 6],  # in the middle of an epoch and at its end; 6 is a step that evaluates, so evaluation is cut off
+    ("stop_at", "num_workers"),  # 4 is in the middle of an epoch; 6 evaluates, and the evaluation is cut off
+    [(4, 0), (5, 0), (5, 2), (6, 0)],
 )
 def test_interrupted_run_matches_uninterrupted(blocks, tmp_path, num_workers, stop_at):
     options = {

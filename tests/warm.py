@@ -1,6 +1,5 @@
 """Scripts that start in a moment, from the side of the tests: see `tests/warm_server.py`."""
 
-import atexit
 import json
 import os
 import select
@@ -11,7 +10,10 @@ import sys
 import tempfile
 from contextlib import suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
+
+from filelock import FileLock
 
 # What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
 # With any other difference a new process is started.
@@ -26,24 +28,26 @@ OF_LIBRARIES = ("HF_", "WANDB_", "HUGGING", "PYTEST_")  # not imported yet, or n
 
 @cache
 def server(environment: tuple[tuple[str, str], ...]) -> str:
-    """Start a server that lives for as long as this process. Returns the address of its socket."""
-    folder = tempfile.TemporaryDirectory()
-    address = f"{folder.name}/socket"
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("warm_server.py")), address],
-        env=dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"ready\n"
-
-    def end() -> None:
-        process.stdin.close()
-        process.wait()
-        folder.cleanup()
-
-    atexit.register(end)
-    return address
+    """The address of a server that all processes of these tests share, and that lives for as long as one of them."""
+    folder = Path(os.environ["GPT2_TESTS"]) / sha256(repr(environment).encode()).hexdigest()[:16]
+    address, lifeline = folder / "socket", folder / "lifeline"  # a pipe that each of them holds open
+    with FileLock(f"{folder}.lock"):
+        is_new = not address.exists()
+        if is_new:
+            folder.mkdir()
+            os.mkfifo(lifeline)
+            reading = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
+        os.open(lifeline, os.O_WRONLY)
+        if is_new:
+            process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("warm_server.py")), str(address)],
+                env=dict(environment),
+                stdin=reading,
+                stdout=subprocess.PIPE,
+            )
+            os.close(reading)
+            assert process.stdout.readline() == b"ready\n"
+    return str(address)
 
 
 def server_for(environment: dict[str, str]) -> str:

@@ -175,5 +175,5 @@ def test_plan_warns_of_the_limit_of_hours(tmp_path, monkeypatch, seconds, spent,
 
 @pytest.mark.slow
 def test_plan_of_a_model_that_does_not_fit_here(workspace: Workspace):
-    out = workspace.run("train.py", "experiment=gpt2_1558m_openwebtext", "plan=true").stdout
+    out = workspace.run("train.py", "experiment=gpt2_774m_openwebtext", "plan=true").stdout
     assert re.search(r"Time    about [\d,]+ hours at [\d,]+ tokens/s", out)

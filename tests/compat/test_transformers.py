@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
 from gpt2.checkpoint.pretrained import open_model
 
@@ -13,6 +12,8 @@ PROMPTS = ["The quick", "The quick brown fox jumps over the", "dog"]
 
 
 def test_auto_classes_compute_the_same(exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     ours, theirs = open_model(exported), AutoModelForCausalLM.from_pretrained(exported).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     for prompt in PROMPTS:
@@ -23,6 +24,8 @@ def test_auto_classes_compute_the_same(exported):
 
 
 def test_pipeline_writes_in_batches_what_it_writes_one_by_one(exported):
+    from transformers import pipeline  # takes seconds, and each process of the tests collects this file
+
     write = pipeline("text-generation", str(exported))
     options = {"do_sample": False, "max_new_tokens": 12}
     alone = [write(prompt, **options)[0]["generated_text"] for prompt in PROMPTS]
@@ -32,6 +35,8 @@ def test_pipeline_writes_in_batches_what_it_writes_one_by_one(exported):
 
 
 def test_collator_pads_and_ignores_the_padding(exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
+
     tokenizer = AutoTokenizer.from_pretrained(exported)
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(prompt) for prompt in PROMPTS])
     assert batch["input_ids"].shape == batch["labels"].shape
@@ -41,7 +46,13 @@ def test_collator_pads_and_ignores_the_padding(exported):
 
 def test_checkpoint_of_the_trainer_is_opened(exported, tmp_path):
     pytest.importorskip("accelerate", reason="needs accelerate: pip install -e '.[compat]'")
-    from transformers import Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainingArguments,
+    )
 
     tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
     quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True}

@@ -208,8 +208,7 @@ def test_cross_entropies_of_each_target(rows):
         torch.testing.assert_close(chunked_linear_cross_entropy(hidden_states, weight, targets), losses.sum() / 43)
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("gradient_checkpointing", "precision"), [(False, "fp32"), (True, "bf16")])
 def test_a_training_step_is_one_graph_with_the_same_gradient(gradient_checkpointing, precision):
     """Neither einops nor the chunks break the graph."""
     model = noisy_model(tiny_config())
