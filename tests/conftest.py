@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+gc.disable()  # until all is imported
 fault_injection.enable()  # in this process; `tests/site` does both in the scripts that a `Workspace` runs
 no_sync.skip_disk_sync()
 
@@ -68,6 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was imported is no garbage. Searching it takes most of a second, at the end of each trial for example."""
     gc.freeze()
+    gc.enable()
 
 
 def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:

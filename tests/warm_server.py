@@ -178,7 +178,9 @@ def main() -> None:
     codes: list[int] = []
     atexit.register(leave, codes)  # the first that is registered is called last
     sys.path[0] = str(ROOT)
+    gc.disable()
     imports()
+    gc.enable()
     gc.freeze()  # garbage collection would touch, and so copy, the pages that all children share
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(sys.argv[1])

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gpt2.errors import counted
 from gpt2.ops.linear import LINEARS, LinearFunction
 from gpt2.runtime.console import track
 from gpt2.runtime.device import Precision, describe, fastest_seconds, hardware
@@ -68,7 +69,8 @@ def circumstances(device: torch.device) -> Row:
 def headline(about: Row) -> str:
     """`circumstances` in a line."""
     libraries = [f"{name} {number}" for name, number in about["versions"].items() if number is not None]
-    return ", ".join([about["device"], about["hardware"]["cpu"], f"{about['hardware']['cores']} cores", *libraries])
+    machine = about["hardware"]
+    return ", ".join([about["device"], machine["cpu"], counted(machine["cores"], "core"), *libraries])
 
 
 def matmul_flops(precision: Precision) -> float:

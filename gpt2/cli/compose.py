@@ -39,6 +39,23 @@ KEYS_WITHOUT_EFFECT = {
     *("loggers", "mlflow.tracking_uri", "mlflow.experiment"),
 }
 
+NANOGPT_NAMES = {  # by ours
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "d_model": "n_embd",
+    "context_length": "block_size",
+    "use_bias": "bias",
+    "max_steps": "max_iters",
+    "warmup_steps": "warmup_iters",
+    "min_learning_rate": "min_lr",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clip": "grad_clip",
+    "eval_every": "eval_interval",
+    "eval_batches": "eval_iters",
+    "log_every": "log_interval",
+    "precision": "dtype",
+}
+
 
 def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
     """Compose `conf/` and a command line with Hydra.
@@ -145,11 +162,12 @@ def schema_without_key(error: OmegaConfBaseException) -> type | None:
 
 
 def did_you_mean(schema: Any, key: str) -> str:
-    """A hint at the keys of all groups whose name or initials are those of a key, contain them or resemble them."""
+    """A hint at the keys of all groups whose name, initials or name in nanoGPT are a key, contain or resemble it."""
     named: dict[str, list[str]] = {}
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
-        for word in {name, "".join(part[0] for part in name.split("_"))}:  # lr is learning_rate
+        initials = "".join(part[0] for part in name.split("_"))  # lr is learning_rate
+        for word in {name, initials, NANOGPT_NAMES.get(name, name)}:
             named.setdefault(word, []).append(full_key)
     words = [key] if key in named else [word for word in named if key in word][:3] or get_close_matches(key, named)
     keys = [f"'{full_key}'" for word in words for full_key in named[word]]

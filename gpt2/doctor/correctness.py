@@ -305,6 +305,7 @@ def check_repeated(machine: Machine, restore: bool) -> Row:
     """Train two steps twice; with `restore`, the second time from a checkpoint of the first step."""
     workload = small_workload(machine.folder, machine.device, dropout=0.1, residual_dropout=0.1)
     config = training(machine.device, precision=machine.precision.name, deterministic=True)
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         trainer = workload.trainer(config)
         trainer.train_step(workload.batches[0])
@@ -320,7 +321,7 @@ def check_repeated(machine: Machine, restore: bool) -> Row:
         trainer.train_step(workload.batches[1])
         wrong = different(first, tensors_of(trainer))
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(was_deterministic)
     if wrong:
         advice = "a resumed run may not be the run it would have been; please report it"
         return Row(f"{len(wrong)} tensors differ, such as {wrong[0]}", WRONG, advice)

@@ -22,7 +22,7 @@ from gpt2.analysis.plotting import as_label, label_ends, new_figure, picture, pl
 from gpt2.analysis.runs import COLUMNS, SEED, UNITS, RunResult
 from gpt2.analysis.tables import as_markdown
 from gpt2.config import StudyPlan
-from gpt2.errors import UserError, few, one_line
+from gpt2.errors import UserError, counted, few, one_line
 from gpt2.experiments.plan import PLAN, PlannedRun, column_key, planned_runs, read_plan
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.runtime.repository import ROOT
@@ -340,6 +340,6 @@ def _short(key: str) -> str:
 def _machine(run: RunResult) -> str:
     machine, versions = run.about.get("machine", {}), run.about.get("versions", {})
     device = machine.get("device")
-    place = f"{machine.get('cpu')} with {machine.get('cores')} cores" if device == "cpu" else device
+    place = f"{machine.get('cpu')} with {counted(machine.get('cores', 0), 'core')}" if device == "cpu" else device
     threads = f", {machine.get('threads')} of them per run" if device == "cpu" else ""
     return f"{place}{threads} (PyTorch {versions.get('torch')}, Python {versions.get('python')})"

@@ -66,8 +66,7 @@ def test_state_of_other_device_is_ignored():
 
 def test_commit_and_dirty_flag(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@x"]
-    (tmp_path / "gpt2" / "runtime").mkdir(parents=True)
-    monkeypatch.setattr(reproducibility, "__file__", str(tmp_path / "gpt2" / "runtime" / "rng.py"))
+    monkeypatch.setattr(reproducibility, "ROOT", tmp_path)
     assert reproducibility.commit() is None  # a copy without history
     (tmp_path / "file").write_text("a")
     for words in (["init", "-q"], ["add", "file"], ["commit", "-qm", "first"]):
