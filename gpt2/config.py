@@ -402,7 +402,7 @@ USER_KEYS = (
 
 Run = TrainRun | EvaluateRun | GenerateRun | ExportRun | GenerationBenchmark | TrainingBenchmark | DoctorRun
 
-# The configuration of each command, by the name of its file in conf/.
+# The configuration of each command, by the name of its file in conf/. --help reads it without Hydra.
 SCHEMAS: dict[str, type[Run]] = {
     "train": TrainRun,
     "evaluate": EvaluateRun,

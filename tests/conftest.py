@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tty
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs this way
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-gc.disable()  # until all is imported
 fault_injection.enable()  # in this process; `tests/site` does both in the scripts that a `Workspace` runs
 no_sync.skip_disk_sync()
 
@@ -66,10 +65,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
 
 
-def pytest_collection_finish() -> None:
-    """What was imported is no garbage. Searching it takes most of a second, at the end of each trial for example."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported is no garbage. Searching it takes most of a second, at the end of each trial for example."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.CompletedProcess:

@@ -251,8 +251,8 @@ class InterruptAt(Callback):
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "num_workers"),  # 4 is in the middle of an epoch; 6 evaluates, and the evaluation is cut off
-    [(4, 0), (5, 0), (5, 2), (6, 0)],
+    ("stop_at", "num_workers"),  # 4 is in the middle of an epoch, 5 at its end; 6 cuts an evaluation off
+    [(4, 2), (5, 0), (5, 2), (6, 0)],
 )
 def test_interrupted_run_matches_uninterrupted(blocks, tmp_path, num_workers, stop_at):
     options = {

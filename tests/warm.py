@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,24 +31,21 @@ OF_LIBRARIES = ("HF_", "WANDB_", "HUGGING", "PYTEST_")  # not imported yet, or n
 def server(environment: tuple[tuple[str, str], ...]) -> str:
     """The address of a server that all processes of these tests share, and that lives for as long as one of them."""
     folder = Path(os.environ["GPT2_TESTS"]) / sha256(repr(environment).encode()).hexdigest()[:16]
-    address, lifeline = folder / "socket", folder / "lifeline"  # a pipe that each of them holds open
     with FileLock(f"{folder}.lock"):
-        is_new = not address.exists()
-        if is_new:
+        lifeline = folder / "lifeline"  # a pipe: each of them holds an end until it ends, the server the other
+        try:
+            os.open(lifeline, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # there is no server, or it has ended
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             os.mkfifo(lifeline)
             reading = os.open(lifeline, os.O_RDONLY | os.O_NONBLOCK)
-        os.open(lifeline, os.O_WRONLY)
-        if is_new:
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("warm_server.py")), str(address)],
-                env=dict(environment),
-                stdin=reading,
-                stdout=subprocess.PIPE,
-            )
+            os.open(lifeline, os.O_WRONLY)
+            command = [sys.executable, str(Path(__file__).with_name("warm_server.py")), str(folder / "socket")]
+            process = subprocess.Popen(command, env=dict(environment), stdin=reading, stdout=subprocess.PIPE)
             os.close(reading)
             assert process.stdout.readline() == b"ready\n"
-    return str(address)
+    return str(folder / "socket")
 
 
 def server_for(environment: dict[str, str]) -> str:

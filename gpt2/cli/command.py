@@ -42,13 +42,12 @@ OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0
 
 
 def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
-    """Run a script's function on what the arguments, without the script's name, choose in `conf/<name>.yaml`."""
-    register(name)
+    """Compose `conf/<name>.yaml` with the arguments, without the script's name, and run the script's function."""
     arguments, prompt = take_prompt(arguments) if name == "generate" else (arguments, None)
     options = parse_arguments(arguments)
     refuse_deleted_folder()
     check_flags(options)
-    if options.help:  # as an abbreviation, which `script` does not know
+    if options.help:  # an abbreviation, such as --hel
         print(help_text(name))
     elif options.shell_completion and options.overrides == ["install=bash"]:
         print(bash_completion(COMMANDS))
@@ -80,6 +79,7 @@ def refuse_deleted_folder() -> None:
 
 
 def call_hydra(name: str, task: Task, arguments: list[str]) -> None:
+    register(name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `errors_as_lines` reports them
     sys.argv[1:] = arguments
     hydra.main(config_path=str(CONF), config_name=name, execution_whitelist=EXECUTION_WHITELIST)(task)()

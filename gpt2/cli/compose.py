@@ -39,7 +39,7 @@ KEYS_WITHOUT_EFFECT = {
     *("loggers", "mlflow.tracking_uri", "mlflow.experiment"),
 }
 
-NANOGPT_NAMES = {  # by ours
+NANOGPT_NAMES = {  # our name: nanoGPT's name
     "num_layers": "n_layer",
     "num_heads": "n_head",
     "d_model": "n_embd",
@@ -68,7 +68,7 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
     """
     composed = _composed(name, tuple(overrides), Path.cwd())
     if isinstance(composed, Exception):
-        raise composed
+        raise composed.with_traceback(None)  # or it would grow each time
     composed = deepcopy(composed)
     if not with_hydra:
         with open_dict(composed):
@@ -96,7 +96,9 @@ def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig |
         except (HydraException, OmegaConfBaseException) as error:
             return error
         except Exception as error:  # noqa: BLE001  # a file that is no YAML, for example: there is no common class
-            return ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
+            wrapped = ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
+            wrapped.__cause__ = error
+            return wrapped
 
 
 def group_options(name: str, group: str) -> list[str]:
@@ -145,7 +147,7 @@ def override_at_fault(error: Exception, overrides: list[str]) -> str | None:
     message = str(error).splitlines()[0]
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
-        ends = f"override {override}", f"Could not find '{key}/{value}'"  # of Hydra's messages
+        ends = f"override {override}", f"Could not find '{key}/{value}'"  # how Hydra's messages end
         if message.endswith(ends) or f"Could not override '{key}'." in message:
             return override
     return None
@@ -162,15 +164,21 @@ def schema_without_key(error: OmegaConfBaseException) -> type | None:
 
 
 def did_you_mean(schema: Any, key: str) -> str:
-    """A hint at the keys of all groups whose name, initials or name in nanoGPT are a key, contain or resemble it."""
+    """A hint at the keys that the user may have meant, of all groups.
+
+    They have the name, its initials or its name in nanoGPT. If none has, their names contain the key or resemble it.
+    """
     named: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}  # by other words for their names
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
-        initials = "".join(part[0] for part in name.split("_"))  # lr is learning_rate
-        for word in {name, initials, NANOGPT_NAMES.get(name, name)}:
-            named.setdefault(word, []).append(full_key)
-    words = [key] if key in named else [word for word in named if key in word][:3] or get_close_matches(key, named)
-    keys = [f"'{full_key}'" for word in words for full_key in named[word]]
+        named.setdefault(name, []).append(full_key)
+        for word in ("".join(part[0] for part in name.split("_")), NANOGPT_NAMES.get(name)):  # lr is learning_rate
+            others.setdefault(word or name, []).append(full_key)
+    others |= named
+    words = [key] if key in others else [name for name in named if key in name][:3] or get_close_matches(key, others)
+    found = dict.fromkeys(full_key for word in words for full_key in others[word])
+    keys = [f"'{full_key}'" for full_key in found]
     if not keys:
         return "; --help lists the keys"
     return f". Did you mean{' one of' if len(keys) > 1 else ''}: {', '.join(keys)}?"

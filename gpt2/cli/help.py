@@ -93,7 +93,7 @@ def lines_of(key: str, choices: str, comment: str) -> list[str]:
 
 
 def as_typed(default: Any) -> str:
-    """A default as a command line would set it."""
+    """A default as a command line would set it. (`hydra_syntax` needs Hydra, which --help does not import.)"""
     if isinstance(default, list):
         return f"[{','.join(map(as_typed, default))}]"
     if isinstance(default, str):

@@ -158,12 +158,13 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     if isinstance(value, dict) and "." not in key.removeprefix("hydra."):
         single = [f"{key}.{inner}={hydra_syntax(inner_value)}" for inner, inner_value in value.items()]
         return f"{key}: one key at a time, such as {single[0]}" if single else f"{text}: no value"
-    is_name = override.type == OverrideType.CHANGE and not words_that_are_no_names(override)
-    return None if is_name else problem_of_choice(name, override)  # most wrong names are Hydra's to find
+    may_be_name = override.type == OverrideType.CHANGE and not is_sweep and not non_names(override)
+    # The composition finds other wrong names. Here they would cost each start a composition of the defaults.
+    return None if may_be_name else problem_of_choice(name, override)
 
 
-def words_that_are_no_names(override: Override) -> list[Any]:
-    """The values that Hydra takes for no name of a file: its grammar reads them as a bool, null or a number."""
+def non_names(override: Override) -> list[Any]:
+    """The values that cannot name a file of a group, because Hydra's grammar reads them as bool, null or number."""
     value = override.value()
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     return [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
@@ -174,16 +175,16 @@ def problem_of_choice(name: str, override: Override) -> str | None:
     group, value = override.key_or_group, override.value()
     if "." in group:
         return None
-    no_words, is_new = words_that_are_no_names(override), override.type != OverrideType.CHANGE
+    is_new, values = override.type != OverrideType.CHANGE, non_names(override)
     is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
-    is_usual = is_chosen and not is_new and not no_words
+    is_usual = is_chosen and not is_new and not values
     if is_usual or not (options := group_options(name, group)):
         return None
     if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"
     if not (is_new or is_chosen or "/" in group):  # the presets of a study, such as learning_rate
         return f"{override.input_line}: there is no such group here{did_you_mean(SCHEMAS[name], group)}"
-    for choice in no_words:
+    for choice in values:
         word = hydra_syntax(choice) if isinstance(value, ChoiceSweep) else override.get_value_string()
         off = [option for option in options if choice in (None, False) and option in ("off", "none")]
         if off:
@@ -312,8 +313,9 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
         if blamed is None:
             blamed, error = first_at_fault(name, accepted)
         accepted.remove(blamed)
-        (override,) = parsed([blamed])
-        found[blamed] = problem_of_choice(name, override) or f"{blamed}: {composition_error(error)}"
+        found[blamed] = f"{blamed}: {composition_error(error)}"
+        with suppress(HydraException):  # the grammar refuses it
+            found[blamed] = problem_of_choice(name, *parsed([blamed])) or found[blamed]
     problems = [found[override] for override in dict.fromkeys(overrides) if override in found]
     composed = compose(name, accepted)
     refused = {key_of(text) for text in (*earlier, *problems)}

@@ -51,6 +51,6 @@ def register(name: str) -> None:
     store.store(group="hydra/sweeper", name="study", node=StudyConfig, replace=True)
 
 
-for resolver, function in RESOLVERS.items():
-    OmegaConf.register_resolver(resolver, function, replace=True)
-OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)
+for _name, _function in RESOLVERS.items():
+    OmegaConf.register_resolver(_name, _function, replace=True)
+OmegaConf.register_resolver("suffix", lambda: secrets.token_hex(2), use_cache=True, replace=True)  # one per composition

@@ -340,6 +340,7 @@ def _short(key: str) -> str:
 def _machine(run: RunResult) -> str:
     machine, versions = run.about.get("machine", {}), run.about.get("versions", {})
     device = machine.get("device")
-    place = f"{machine.get('cpu')} with {counted(machine.get('cores', 0), 'core')}" if device == "cpu" else device
+    cores = f" with {counted(machine['cores'], 'core')}" if "cores" in machine else ""
+    place = f"{machine.get('cpu')}{cores}" if device == "cpu" else device
     threads = f", {machine.get('threads')} of them per run" if device == "cpu" else ""
     return f"{place}{threads} (PyTorch {versions.get('torch')}, Python {versions.get('python')})"

@@ -102,6 +102,7 @@ SWEEP = "is a sweep: add -m; as one value, a list needs brackets and a text with
         (["hydra.mode=MULTIRUN"], ["hydra.mode: -m makes several runs; leave it out"]),
         (["hydra.job.name=a/b"], ["hydra.job.name: 'a/b' is a path, a name is wanted"]),
         (["hydra.output_subdir=/proc/x"], ["hydra.output_subdir: '/proc/x' is a path, a name is wanted"]),
+        (["-m", "tokenizer=a,b"], ["tokenizer=a,b: there is no such group here. Did you mean: 'data.tokenizer'?"]),
         (["hydra.verbose=1"], ["hydra.verbose: neither true nor names of loggers, [A,B]"]),
         (["hydra.runtime.choices.model=x"], ["hydra.runtime.choices.model=x: Hydra sets that"]),
         (["hydra.job.env_copy=[NOBODY_SET_IT]"], ["hydra.job.env_copy=[NOBODY_SET_IT]: KeyError: 'NOBODY_SET_IT'"]),
