@@ -1,7 +1,8 @@
 """The gain of each optimization of a training step on a CPU: all of them compared with all but one, in turn.
 
 Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false] [json=levers.json]
-keep=false measures without `keep_freed_memory`, and only all optimizations together.
+keep=false measures without `keep_freed_memory`, and only all optimizations together. train.compile=false leaves out the
+compiled step.
 """
 
 import sys
@@ -107,6 +108,8 @@ def main():
         for precision in precisions(config, workload.device):
             train = replace(config.train, precision=precision.name, mixed_precision=True)
             levers = dict(LEVERS) if keep else {"all": LEVERS["all"]}
+            if config.train.compile is False:
+                levers.pop("compiled", None)
             if keep and precision.name == "fp32":
                 levers["products by PyTorch's BLAS"] = (by_pytorch, {})
             steps = {
