@@ -308,7 +308,7 @@ def memory_to_prepare(path: Path, tokenizer: str) -> int:
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, files, kind):
     text = {"text": python_source().encode(), "no border": b"ab" * 100_000, "blank": b" " * 200_000}[kind]
     needed = []
-    for size in (10_000_000, 40_000_000):
+    for size in (20_000_000, 50_000_000):
         folder = tmp_path / str(size)
         folder.mkdir()
         for number in range(files):

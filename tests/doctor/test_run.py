@@ -94,13 +94,15 @@ def test_help_names_keys_and_exit_codes(workspace: Workspace):
 
 @pytest.mark.slow
 def test_this_machine(workspace: Workspace):
-    done = workspace.module("gpt2.main", "doctor", "json=found.json")
+    """Without a C++ compiler: Inductor takes most of a minute. tests/test_train.py compiles by `aot_eager`."""
+    workspace.environment["CXX"] = "false"
+    done = workspace.module_anew("gpt2.main", "doctor", "json=found.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     found = json.loads((workspace.folder / "found.json").read_text())
     assert found["complete"]
     rows = {row["name"]: row["status"] for row in found["rows"]}
     assert rows.keys() >= {"packages", "fp32", "model=gpt2"}
-    assert rows["torch.compile"] == OK
+    assert rows["torch.compile"] == SLOW
     assert all(row["status"] == "OK" or row["advice"] for row in found["rows"])
     assert not (workspace.folder / "outputs").exists()

@@ -34,7 +34,8 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
         running = workspace.start("-m", *command, "jobs=1", "threads=1", errors_in_output=True)
         name = f"{('narrow', 'wide')[number]},learning_rate={rate},seed=1"
         lock = workspace.folder / "outputs" / "studies" / "tiny" / name / ".lock"
-        while not (lock.exists() and lock.read_text()):  # this run has begun
+        # Until it has printed what it does, and this run has begun. The first process may have begun it as well.
+        while not ("1 thread each" in running.printed(1) and lock.exists() and lock.read_text()):
             time.sleep(0.05)
             assert running.poll() is None
         if sent == signal.SIGINT:
