@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 
+from gpt2.runtime.console import track
+
 DELTA = 1e-3  # threshold of the Huber loss of the logarithms, as in Hoffmann et al.
 STARTS = [*product((-1.0, 0.0), (-2.0, 0.0), (-1.0, 0.5), (0.2, 0.6), (0.2, 0.6))]  # e, a, b in logarithms
 
@@ -80,7 +82,13 @@ def bootstrap(n: ArrayLike, d: ArrayLike, losses: ArrayLike, law: Law, samples: 
     table = np.array([n, d, losses], float)
     random = np.random.default_rng(0)
     starts = [parameters(law), *STARTS[5::10]]
-    return [fit(*table[:, random.integers(table.shape[1], size=table.shape[1])], starts) for _ in range(samples)]
+    laws = []
+    with track("Fitting", unit="bootstrap samples") as advance:  # a minute or two
+        for number in range(samples):
+            drawn = random.integers(table.shape[1], size=table.shape[1])
+            laws.append(fit(*table[:, drawn], starts))
+            advance(number + 1, samples)
+    return laws
 
 
 def interval(values: ArrayLike) -> tuple[float, float]:
