@@ -201,7 +201,7 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
         yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
     if (traits := OPTIMIZERS.get(config.optimizer)) and find_spec(traits.package) is None:
         included = ", ".join(name for name, others in OPTIMIZERS.items() if others.package == "torch")
-        needed = f"needs the package {traits.package}, pip install -e '.[{config.optimizer}]'"
+        needed = f"needs the package {traits.package}, pip install -e '.[{config.optimizer.replace('_', '-')}]'"
         yield f"{prefix}optimizer: {config.optimizer} {needed}; {included} need nothing more"
     if config.optimizer == "schedule_free" and not config.beta1:
         yield f"{prefix}beta1: 0 leaves schedule_free nothing to average, a value above 0 would do"

@@ -54,6 +54,8 @@ NANOGPT_NAMES = {  # our name: nanoGPT's name
     "eval_batches": "eval_iters",
     "log_every": "log_interval",
     "precision": "dtype",
+    "num_return_sequences": "num_samples",
+    "prompt": "start",
 }
 
 
@@ -173,6 +175,8 @@ def did_you_mean(schema: Any, key: str) -> str:
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
         named.setdefault(name, []).append(full_key)
+        if group := full_key.rpartition(".")[0]:
+            others[group] = [group]
         for word in ("".join(part[0] for part in name.split("_")), NANOGPT_NAMES.get(name)):  # lr is learning_rate
             others.setdefault(word or name, []).append(full_key)
     others |= named

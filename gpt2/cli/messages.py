@@ -94,10 +94,7 @@ def announce(trainer: Trainer, run: TrainRun) -> None:
         limits = " and ".join(trainer.progress.limits_reached(config))
         finished = f": nothing is left to train ({limits} reached); a larger limit trains longer" if limits else ""
         log.info(f"Resuming after step {trainer.progress.step:,}{finished}")
-    if config.warmup_steps > trainer.total_steps:
-        peak = "the learning rate never reaches its peak"
-        log.info(f"Note    train.warmup_steps={config.warmup_steps:,} is longer than the run: {peak}")
-    for note in settings_without_effect(run):
+    for note in notes(run, trainer.total_steps):
         log.info(f"Note    {note}")
     log.info("")
 
@@ -141,6 +138,22 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     )
 
 
+def notes(run: TrainRun, steps: int | None) -> list[str]:
+    """What the user may not have meant: a warm-up that is longer than the run, settings without effect.
+
+    Args:
+        steps: Of the whole run; None if they are not known.
+    """
+    warmup, result = run.train.warmup_steps, settings_without_effect(run)
+    if steps is not None and warmup > steps:
+        result.insert(
+            0,
+            f"train.warmup_steps={warmup:,} is longer than the run: the learning rate never reaches its peak; "
+            f"train.warmup_steps={max(1, steps // 10):,} would be a tenth of the steps",
+        )
+    return result
+
+
 def print_plan(config: TrainRun) -> None:
     """Print what a run costs on this machine. Its data are not touched, and its model need not fit into memory.
 
@@ -157,6 +170,8 @@ def print_plan(config: TrainRun) -> None:
     print(size_of_run(work, plan, config.distributed.strategy, steps, limit), flush=True)
     waiting_for("measuring the speed")
     print(time_of_run(work, plan, steps, progress["seconds"]))
+    for note in notes(config, train.max_steps):
+        print(f"Note    {note}")
 
 
 def planned_work(config: TrainRun) -> Work:

@@ -22,7 +22,7 @@ from gpt2.training.muon import Muon
 
 log = logging.getLogger(__name__)
 
-LOW_ADAFACTOR_RATE = 0.01  # the default of 0.0003 suits AdamW, and Adafactor would learn next to nothing with it
+LOW_ADAFACTOR_RATE = 0.01  # Adafactor learns next to nothing with it, nor with the default, which suits AdamW
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -106,7 +106,7 @@ def build_adafactor(model: GPT2Model, config: TrainingConfig) -> torch.optim.Ada
     """Adafactor (Shazeer and Stern, 2018): mean squares of rows and columns instead of averages of each number."""
     # A factor of the rate would have no effect once PyTorch bounds it by 1 / sqrt(step): `scales` is False.
     groups = _groups(trained(model), model, config, rate_factor=1)
-    if config.learning_rate < LOW_ADAFACTOR_RATE:
+    if config.learning_rate <= LOW_ADAFACTOR_RATE:
         usual = "Adafactor's rate is relative to the size of the weights, and 0.1 is usual"
         log.warning("train.learning_rate=%g is low: %s", config.learning_rate, usual)
     return torch.optim.Adafactor(groups, lr=config.learning_rate)

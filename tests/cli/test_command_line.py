@@ -90,6 +90,10 @@ PROBLEMS = [
     (["model.n_embd=64"], ["Key 'n_embd' not in 'GPT2Config'. Did you mean: 'model.d_model'?"]),  # nanoGPT's name
     (["block_size=64"], ["Key 'block_size' not in 'TrainRun'. Did you mean: 'model.context_length'?"]),
     (["train.max_iters=9"], ["Key 'max_iters' not in 'TrainingConfig'. Did you mean: 'train.max_steps'?"]),
+    (
+        ["modle=gpt2_mini"],
+        ["Key 'modle' not in 'TrainRun'. Did you mean one of: 'wandb.mode', 'model', 'model.d_model'?"],
+    ),
     (["train.warmup=1"], ["Key 'warmup' not in 'TrainingConfig'. Did you mean: 'train.warmup_steps'?"]),
     (["model.n_layers=1"], ["Key 'n_layers' not in 'GPT2Config'. Did you mean: 'model.num_layers'?"]),
     (["train.warmup_step=1"], ["Did you mean: 'train.warmup_steps'?"]),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpt2.checkpoint.run_folder import LAST, step_name
-from gpt2.cli.messages import explain_failure, settings_without_effect
+from gpt2.cli.messages import explain_failure, notes, settings_without_effect
 from gpt2.config import DataConfig, GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import DivergenceError, ResourceError, is_out_of_memory, machine_error
 
@@ -100,6 +100,15 @@ def test_explaining_memory_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "out of memory: x\n"
+
+
+def test_warmup_that_is_longer_than_the_run_is_noted():
+    run = TrainRun(train=TrainingConfig(warmup_steps=100, beta1=0.8))
+    assert notes(run, 99) == [
+        "train.warmup_steps=100 is longer than the run: the learning rate never reaches its peak; "
+        "train.warmup_steps=9 would be a tenth of the steps"
+    ]
+    assert notes(run, 100) == notes(run, None) == []
 
 
 def test_settings_without_effect_are_noted():

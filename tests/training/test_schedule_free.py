@@ -83,4 +83,4 @@ def test_what_it_needs(monkeypatch):
     monkeypatch.setattr(validation, "find_spec", lambda name: None if name == "schedulefree" else name)
     problems = validate(TrainingConfig(optimizer="schedule_free", beta1=0), "train.")
     assert [problem.split(":")[0] for problem in problems] == ["train.optimizer", "train.beta1"]
-    assert "pip install -e '.[schedule_free]'; adamw, muon, adafactor need nothing more" in problems[0]
+    assert "pip install -e '.[schedule-free]'; adamw, muon, adafactor need nothing more" in problems[0]
