@@ -116,6 +116,8 @@ ELSEWHERE = {
         "and {}, {} and {} % with `train.compile=true`".format(*percent["compiled"]),
         "In fp32 it is {} and {} %".format(*percent["fp32"][:2]),
         f"packed {ours['ratio']:.1f} times as fast as with `GPT2TokenizerFast`",
+        f"is answered in {start['train.py --help']['seconds']:.2f} s and a mistake in the command in "
+        f"{start['train.py, a mistake']['seconds']:.2f} s",
         f"comes after {start['train.py, one step: to its line']['seconds']:.1f} s",
     ],
 }
