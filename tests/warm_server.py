@@ -163,6 +163,7 @@ def become(asked: Asked, files: list[int]) -> None:
     sys.stdout.reconfigure(write_through=is_unbuffered)
     sys.stderr.reconfigure(line_buffering=True, write_through=is_unbuffered)
     sys.modules["numpy"].random.seed()  # `random` sees to itself
+    tempfile.gettempdir()  # or a thread finds it while a loader forks, whose workers then wait for the lock forever
 
 
 def leave(codes: list[int]) -> None:
