@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from gpt2.cli.command import take_prompt
 from gpt2.cli.complete import resolve
-from gpt2.cli.compose import as_argument, compose, escaped, leaves, title, to_yaml
-from gpt2.cli.help import help_text
+from gpt2.cli.compose import as_argument, compose, escaped, hydra_syntax, leaves, title, to_yaml
+from gpt2.cli.help import as_typed, help_text
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, validate_command_line
 from gpt2.config import SCHEMAS, GenerateRun, TrainRun
@@ -277,6 +277,14 @@ def test_help_shows_every_key_with_its_default_and_comment(name):
         assert (f"  {group}={'|'.join(choices(group))}" in text) == (group in composed_groups(name))
     assert "  model.num_heads=12                        attention heads of a block\n" in text or "model" not in composed
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_defaults_in_help_are_what_a_command_line_would_set(name):
+    """`as_typed` quotes without Hydra what `hydra_syntax` quotes by its grammar."""
+    for key, default in leaves(OmegaConf.structured(SCHEMAS[name]), resolve=False).items():
+        if not isinstance(default, dict):
+            assert as_typed(default) == hydra_syntax(default), key
 
 
 def composed_groups(name: str) -> set[str]:
