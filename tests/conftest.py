@@ -102,7 +102,7 @@ def measure_products(folder: Path) -> None:
 
 
 class Workspace:
-    """A folder to run the scripts in, with caches of its own, no account, and a Hub that refuses connections."""
+    """A folder to run the scripts in, with its own caches, no account, and a Hub that refuses connections."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -130,7 +130,7 @@ class Workspace:
         return as_expected(warm.run([str(ROOT / script), *arguments], self.folder, self.environment, 600), expect)
 
     def run_anew(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-        """The same from nothing, by an interpreter of its own: it imports what it needs, and its hashes are others."""
+        """The same from nothing, by a separate interpreter: it imports what it needs, and its hashes are others."""
         return as_expected(self._started(*self.command(script, *arguments)), expect)
 
     def start(self, script: str, *arguments: str, **options: Any) -> warm.Process:

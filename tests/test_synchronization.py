@@ -113,7 +113,7 @@ def test_forward_pass_of_training(monkeypatch, precision, recomputed):
 def test_decoding_and_sampling(device, is_static, monkeypatch):
     """Between two moves of the window; with a move, to which the host must contribute, no number is read either."""
     sampler = partial(next_token, params=FILTERED)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it has fake tensors of its own
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it makes its own fake tensors
     compiled = CompiledDecoding() if is_static else None
     text = torch.empty(2, 3, dtype=torch.long, device=device)
     steps = decode(model_on(device), text, 20, sampler, compiled=compiled)

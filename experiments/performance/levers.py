@@ -1,4 +1,4 @@
-"""The gain of each optimization of a training step on a CPU: all of them compared with all but one, in turn.
+"""The gain of each optimization of a training step on a CPU: all of them compared with all but one, interleaved.
 
 Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false] [json=levers.json]
 keep=false measures without `keep_freed_memory`, and only all optimizations together. train.compile=false leaves out the

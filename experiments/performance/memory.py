@@ -1,4 +1,4 @@
-"""Peak memory of a training step of each contestant of `benchmark training`, each alone in a process of its own.
+"""Peak memory of a training step of each contestant of `benchmark training`, each alone in its own process.
 
 On CUDA the peak is what PyTorch allocated; on a CPU the resident memory of the process, libraries included.
 Run: python experiments/performance/memory.py [OVERRIDES of `benchmark training`] [json=memory.json]

@@ -1,6 +1,6 @@
 """The overhead of `Trainer.train` over its bare steps: loading, logging, metrics, W&B, evaluation and checkpoints.
 
-Trains in turn by `Trainer.train` and by bare steps on batches in memory, and compares the time of a step.
+Alternates between `Trainer.train` and bare steps on batches in memory, and compares the time of a step.
 Run: python experiments/performance/overhead.py [--steps 30] [--wandb offline] [OVERRIDES of `benchmark training`]
 """
 
@@ -88,7 +88,7 @@ def train_bare(trainer, workload, steps):
 
 
 def compare(config, arguments, folder):
-    """Train both ways in turn, in `folder`. Returns the record that is written as JSON."""
+    """Train both ways, interleaved, in `folder`. Returns the record that is written as JSON."""
     steps = arguments.steps
     workload = Workload(config, folder, config.warmup + (config.repetitions + 1) * steps)
     about = circumstances(workload.device)

@@ -29,7 +29,7 @@ ONE_STEP = [
 
 
 def run(arguments, folder, exit_code=0, line=None):
-    """Time a Python process in a folder of its own. Returns seconds to exit, and to the line that matches `line`.
+    """Time a Python process in an empty folder. Returns seconds to exit, and to the line that matches `line`.
 
     Raises:
         RuntimeError: Another exit code, or no such line.

@@ -171,7 +171,7 @@ class GenerationComparison:
 
     @torch.no_grad()
     def compare(self, batch_size: int) -> list[Row]:
-        """Time all contestants in turn. Returns a row for each."""
+        """Time all contestants, interleaved. Returns a row for each."""
         config, generator = self.config, torch.Generator().manual_seed(batch_size)
         shape = (batch_size, config.prompt_tokens)
         input_ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(self.device)

@@ -33,7 +33,7 @@ train on the same batches, so only rounding may make them differ."""
 
 
 class TrainingComparison:
-    """Whole training steps of all contestants, in turn."""
+    """Whole training steps of all contestants, interleaved."""
 
     def __init__(self, config: TrainingBenchmark, folder: Path):
         self.config = config

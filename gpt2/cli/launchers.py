@@ -183,7 +183,7 @@ def requeue_on_both_signals() -> None:
 def _run_until_requeued(run: Callable[[], Any]) -> Any:
     """Run a job; if a signal interrupts it, raise the signal again, for submitit to requeue the job and exit.
 
-    submitit ignores SIGTERM, which Slurm sends before it preempts a job. A job that ended on its own would not be
+    submitit ignores SIGTERM, which Slurm sends before it preempts a job. A job that ended without a signal would not be
     requeued then, so it continues until Slurm kills it.
     """
     while True:

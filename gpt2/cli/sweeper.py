@@ -64,7 +64,7 @@ class StudySweeper(Sweeper):
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
-        log_submissions(False)  # a trial has a line of its own
+        log_submissions(False)  # each trial has its own line
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the trials that the study lacks.

@@ -173,7 +173,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Continue a prompt, in pieces. An empty prompt starts a document.
 
-    Uses a generator of its own: sampling during training does not change the training.
+    Uses its own random generator: sampling during training does not change the training.
 
     Raises:
         UserError: `config` is invalid.

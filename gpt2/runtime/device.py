@@ -160,7 +160,7 @@ def computes_in_bf16() -> bool:
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> list[float]:
-    """The shortest time of each function, called in turn: the measure that other programs disturb least."""
+    """The shortest time of each function in interleaved repetitions: other programs disturb it least."""
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(repetitions + 1):
         for way, taken in zip(ways, seconds, strict=True):

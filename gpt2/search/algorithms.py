@@ -74,7 +74,7 @@ class Algorithms:
     def sampler(self, trial: int, space: Space) -> BaseSampler:
         """The sampler that draws one trial.
 
-        Each trial has a sampler of its own, seeded by its number: a sampler that is seeded once per process would
+        Each trial has its own sampler, seeded by its number: a sampler that is seeded once per process would
         repeat its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
         """
         algorithm, seed = find(SAMPLERS, self.config.sampler), self.seed

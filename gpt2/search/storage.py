@@ -186,7 +186,7 @@ def exclusive(url: str | None) -> Iterator[None]:
         with FileLock(f"{file}.lock"):
             yield
     else:
-        # A connection of its own: Optuna's are returned to a pool after each query, and with them the lock.
+        # A separate connection: Optuna's are returned to a pool after each query, and with them the lock.
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:  # closing it releases the lock
             connection.execute(sqlalchemy.text(ADVISORY_LOCK[str(_server_kind(url))]))

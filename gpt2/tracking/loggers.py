@@ -1,6 +1,6 @@
 """The table of external loggers, and the protection of a run from their failures.
 
-Each logger works in a thread of its own, so a logger that raises or hangs does not stop the run. Its first error is a
+Each logger works in its own thread, so a logger that raises or hangs does not stop the run. Its first error is a
 warning and disables it. The end of a run waits for a limited time. The facts of a run are redacted here, so no secrets
 reach a logger.
 """

@@ -81,7 +81,7 @@ class Ended:
 
 
 class ExternalLogger:
-    """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in a thread of its own."""
+    """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in its own thread."""
 
     title = "This logger"  # its name in messages
     seconds = 30.0  # how long the end of a run waits until everything is logged

@@ -146,7 +146,7 @@ class WandbLogger(ExternalLogger):
             return
         artifact = wandb.Artifact(f"model-{run.id}", type="model")
         artifact.add_file(str(checkpoint))
-        # log_artifact contacts the server and has no timeout of its own.
+        # log_artifact contacts the server and has no timeout.
         within(service.STAGING_SECONDS, lambda: run.log_artifact(artifact, aliases=["best"]))
 
     def where(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Terminals, streams, folders and environments that are missing, full or odd. Each row is a process of its own."""
+"""Terminals, streams, folders and environments that are missing, full or odd. Each row is a separate process."""
 
 import os
 import pty

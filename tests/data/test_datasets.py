@@ -160,7 +160,7 @@ UNREACHABLE = {
 
 @pytest.mark.parametrize("what", UNREACHABLE)
 def test_unreachable_hub_is_reported_quickly_with_alternatives(tmp_path, what):
-    """In a process of its own, because the libraries remember whether they are online.
+    """In a separate process, because the libraries remember whether they are online.
 
     Online, they would retry for 23 s.
     """

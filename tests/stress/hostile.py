@@ -129,7 +129,7 @@ def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
 
 
 def load(path: Path) -> None:
-    """Load a file in a process of its own, which writes the outcome and its peak memory in bytes into another file."""
+    """Load a file in a separate process, which writes the outcome and its peak memory in bytes into another file."""
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
     before = _memory("VmRSS")
     try:

@@ -54,7 +54,7 @@ class Ended:
 
 @dataclass
 class Place:
-    """A folder to run scripts in, with a cache of its own."""
+    """A folder to run scripts in, with its own cache."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)

@@ -29,7 +29,7 @@ def give_gradients(weights: list[torch.nn.Parameter], seed: int, value: float | 
 @pytest.mark.parametrize("batch", [1, 3, 100])  # weights
 @pytest.mark.parametrize(("rows", "columns", "stacked"), SHAPES)
 def test_batches_equal_matrices_one_by_one(rows, columns, stacked, batch, monkeypatch):
-    """torch.optim.Muon gets each stacked matrix as a parameter of its own."""
+    """torch.optim.Muon gets each stacked matrix as a separate parameter."""
     monkeypatch.setattr(muon, "BATCH_ELEMENTS", batch * rows * columns)
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(7)]

@@ -21,7 +21,7 @@ blocks = training.blocks  # the fixture
 
 
 def test_updates_are_those_of_the_package():
-    """Which has a warm-up of its own, and is switched only at the end. Gradients of keys' biases would be noise."""
+    """It has its own warm-up, and is switched only at the end. Gradients of keys' biases would be noise."""
     model, other = tiny_model(use_bias=False), tiny_model(use_bias=False)
     ours = build_optimizer(model, CONFIG)
     groups = [{**group, "params": []} for group in ours.param_groups]
