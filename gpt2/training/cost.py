@@ -2,8 +2,11 @@
 
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import takewhile
 from math import ceil
 
 import torch
@@ -131,33 +134,41 @@ class Timing:
 def time_step(work: Work, plan: ComputePlan) -> Timing | None:
     """Time passes of growing parts of a model, up to a whole pass or one that takes `ENOUGH_SECONDS`, and extrapolate.
 
-    The time of a pass grows with its FLOPs, that of an update with the weights. Not timed: the exchange between ranks,
-    `torch.compile`, data, evaluations and checkpoints.
+    Parts that are expected to take less than that are skipped, except the first and the last. Not timed: the exchange
+    between ranks, `torch.compile`, data, evaluations and checkpoints.
 
     Returns:
         None if the smallest part does not fit into memory.
     """
-    config, timing = work.model.config, None
-    for layers, rows, tokens in _parts(config.num_layers, work.rows, work.length):
-        train = replace(work.train, batch_size=rows, accumulation_steps=1)
-        part = Work(meta_model(replace(config, num_layers=layers)), train, tokens)
-        if sum(memory_needed(part, plan).values()) > memory_of(plan.device) / 2:  # the rest is for others
-            break
+    available, timing = memory_of(plan.device) / 2, None  # the rest is for others
+    parts = deque(takewhile(lambda part: sum(memory_needed(part, plan).values()) <= available, _parts(work)))
+    while parts:
+        part = parts.popleft()
         a_pass, update = _time_part(part, plan)
-        whole = a_pass * work.flops_per_step / work.ranks / part.flops_per_step
-        whole += update * work.model.num_parameters() / part.model.num_parameters()
-        timing = Timing(whole, layers, rows, tokens)
+        seconds = partial(_extrapolated, part, a_pass, update)
+        timing = Timing(seconds(work), part.model.config.num_layers, part.rows, part.length)
         if a_pass + update > ENOUGH_SECONDS:
             break
+        while len(parts) > 1 and seconds(parts[0]) < ENOUGH_SECONDS:
+            parts.popleft()
     return timing
 
 
-def _parts(layers: int, rows: int, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Growing parts (layers, rows, tokens): the whole depth first, because the head is faster than the layers."""
-    first = min(tokens, MIN_TOKENS)
-    yield from ((n, 1, first) for n in _doubled(1, layers))
-    yield from ((layers, 1, n) for n in _doubled(first, tokens)[1:])
-    yield from ((layers, n, tokens) for n in _doubled(1, rows)[1:])
+def _extrapolated(part: Work, a_pass: float, update: float, whole: Work) -> float:
+    """Seconds of a step, given those of a part. A pass grows with its FLOPs, an update with the weights."""
+    passes = a_pass * whole.flops_per_step / whole.ranks / part.flops_per_step
+    return passes + update * whole.model.num_parameters() / part.model.num_parameters()
+
+
+def _parts(work: Work) -> Iterator[Work]:
+    """Growing parts of a pass: the whole depth first, because the head is faster than the layers."""
+    config, first = work.model.config, min(work.length, MIN_TOKENS)
+    sizes = [(layers, 1, first) for layers in _doubled(1, config.num_layers)]
+    sizes += [(config.num_layers, 1, tokens) for tokens in _doubled(first, work.length)[1:]]
+    sizes += [(config.num_layers, rows, work.length) for rows in _doubled(1, work.rows)[1:]]
+    for layers, rows, tokens in sizes:
+        train = replace(work.train, batch_size=rows, accumulation_steps=1)
+        yield Work(meta_model(replace(config, num_layers=layers)), train, tokens)
 
 
 def _doubled(first: int, last: int) -> list[int]:

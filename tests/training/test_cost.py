@@ -92,24 +92,35 @@ def test_memory_is_that_of_the_tensors_of_a_step(precision, recomputes, rows, mo
     assert sum(needed.values()) == pytest.approx(memory.peak, rel=0.05), needed
 
 
-@pytest.mark.parametrize("long", [0.0, 0.1, 1e9])
-def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, long):
-    """A machine whose passes take 1 s per GFLOP and whose updates take 1 s per million weights."""
+EVERY_PART = [(1, 1, 4), (2, 1, 4), (4, 1, 4), (5, 1, 4), (5, 1, 8), (5, 1, 16), (5, 2, 16), (5, 4, 16), (5, 6, 16)]
+
+
+@pytest.mark.parametrize(
+    ("overhead", "long", "timed"),
+    [
+        (0.0, 0.0, EVERY_PART[:1]),
+        (0.0, 0.0142, [EVERY_PART[0], (5, 1, 8)]),  # the first that takes as long
+        (0.0, 1e9, [EVERY_PART[0], EVERY_PART[-1]]),
+        (0.001, 0.016, [EVERY_PART[0], (5, 1, 4), (5, 2, 16)]),  # a part is shorter than the first suggests
+    ],
+)
+def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, overhead, long, timed):
+    """A machine whose passes take 1 s per GFLOP, and more for one layer, and whose updates take 1 s per million."""
     seen = []
 
     def time_part(part: Work, _plan: ComputePlan) -> tuple[float, float]:
         seen.append((part.model.config.num_layers, part.rows, part.length))
-        return part.flops_per_step / 1e9, part.model.num_parameters() / 1e6
+        more = overhead if part.model.config.num_layers == 1 else 0
+        return part.flops_per_step / 1e9 + more, part.model.num_parameters() / 1e6
 
     monkeypatch.setattr(cost, "_time_part", time_part)
     monkeypatch.setattr(cost, "MIN_TOKENS", 4)
     monkeypatch.setattr(cost, "ENOUGH_SECONDS", long)
     whole = work(tiny_config(num_layers=5), 6, 8, ranks=2)
     timing = time_step(whole, planned())
-    assert timing.step == pytest.approx(whole.flops_per_step / 2 / 1e9 + whole.model.num_parameters() / 1e6)
-    every = [(1, 1, 4), (2, 1, 4), (4, 1, 4), (5, 1, 4), (5, 1, 8), (5, 1, 16), (5, 2, 16), (5, 4, 16), (5, 6, 16)]
-    assert seen == every[: len(seen)]
-    assert len(seen) == (1 if long == 0 else 9) or long == 0.1
+    if seen[-1][0] > 1 or not overhead:
+        assert timing.step == pytest.approx(whole.flops_per_step / 2 / 1e9 + whole.model.num_parameters() / 1e6)
+    assert seen == timed
     assert (timing.layers, timing.rows, timing.tokens) == seen[-1]
 
 
