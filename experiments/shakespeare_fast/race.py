@@ -1,4 +1,4 @@
-"""Write race.json: nanoGPT and `experiment=shakespeare_fast`, whole commands, alternating, on one machine, three of each.
+"""Write race.json: nanoGPT and `experiment=shakespeare_fast`, whole commands, alternating, three of each.
 
 In a clone of https://github.com/karpathy/nanoGPT, then in this repository, with nothing else on the machine:
 
