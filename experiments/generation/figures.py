@@ -80,7 +80,7 @@ FIGURES = [
 ]
 GIVEN = [
     "124M",
-    "prompts of 64 tokens, 128 new tokens, greedy, medians of 5 repetitions",
+    "prompts of 64 tokens, 128 new tokens, greedy, medians of 5 interleaved repetitions",
     "slices of 32 outputs",
     "an offset per 128 inputs",
     "30 November 2026",

@@ -125,7 +125,7 @@ GIVEN = [
     "2048 x 2048",
     "With 16 blocks",
     "4 blocks of 256 tokens. Above 1.00, the",
-    "Medians of 5 repetitions",
+    "Medians of 5 interleaved repetitions",
     "(medians of 5,",
     "a vocabulary of 8,192",
     "step 1 of",
