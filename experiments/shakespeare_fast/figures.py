@@ -1,6 +1,7 @@
 """Computes the figures of README.md from the data. tests/experiments/test_figures.py compares the two."""
 
 import json
+import re
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,16 @@ gains = {
     if row["steps"] in plain and row["blocks"] == 24 and row["change"] != "none" and "momentum" not in row["change"]
 }
 assert all(gain < 0 for (change, _), gain in gains.items() if change.startswith(("rate of", "3 iterations")))
+seeds: dict[tuple, list[float]] = {}
+for row in tried:
+    seeds.setdefault((row["change"], row["steps"], row["blocks"]), []).append(row["loss"])
+muon = seeds["momentum 0.9", 200, 24]
+variants = [
+    abs(row["loss"] - muon[0])
+    for row in tried
+    if re.search("NorMuon|Polar|from", row["change"]) and row["steps"] == 200
+]
+of_16_blocks = [losses for (_, steps, blocks), losses in seeds.items() if (steps, blocks) == (250, 16)]
 assert min(loss["adamw", rate] for kind, rate in loss if rate > best["adamw"]) > 2.5
 
 
@@ -56,12 +67,17 @@ FIGURES = [
     f"differ by {max(losses) - min(losses):.3f}",
     "it ends above 2.5",
     f"gained less than {ceil(1000 * max(gains.values())) / 1000:.3f}",
+    f"changed the loss of 200 steps by at most {max(variants):.3f}, where two seeds differ by {muon[1] - muon[0]:.3f}",
+    f"after 250 of them, three seeds differ by up to {max(max(one) - min(one) for one in of_16_blocks):.3f}",
 ]
 GIVEN = [
     "(4 layers, width 128, context 64) needs 2,000 steps of 12 blocks",
     "300 steps of 24 blocks, 20 steps of warm-up",
     "a momentum of 0.9 and 240 steps",
     "at a rate of 0.02 and a momentum of 0.95",
+    "NorMuon by Li et al., 2025",
+    "Polar Express by Amsel et al., 2025",
+    "Steps of 16 blocks",
 ]
 
 if __name__ == "__main__":
