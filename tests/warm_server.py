@@ -54,12 +54,14 @@ def imports() -> None:
     import gpt2.search.report
     import gpt2.tracking.wandb_logger
     import gpt2.train  # noqa: F401
-    from gpt2.cli.complete import typed
-    from gpt2.cli.compose import compose, compose_defaults
+    from gpt2.cli.compose import compose_defaults
+    from gpt2.cli.hydra_private import parse_arguments
+    from gpt2.cli.preflight import check_run
 
     for name in ("train", "evaluate", "generate"):
         compose_defaults(name, with_hydra=True), compose_defaults(name)
-    typed("train", compose("train", ["train.max_steps=1"]))  # fills the caches of the grammar's parser and of types
+    usual = ["data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "model=gpt2_nano", "train.max_steps=8"]
+    check_run("train", parse_arguments([*usual, "wandb=off"]))  # fills the caches of the grammars' parsers and of types
     RDBStorage("sqlite://")  # imports alembic
     import_wandb()
     matplotlib.figure.Figure.savefig = without_painting(matplotlib.figure.Figure.savefig)

@@ -57,6 +57,7 @@ NANOGPT_NAMES = {  # our name: nanoGPT's name
     "num_return_sequences": "num_samples",
     "prompt": "start",
 }
+HYDRA_KEYS = {"out_dir": "hydra.run.dir"}  # nanoGPT's name: Hydra's key
 
 
 def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -141,6 +142,7 @@ def composition_error(error: Exception) -> str:
         return f"{preset[1]}.yaml needs the line `# @package _global_`, because it sets keys of other groups"
     text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
+    choices = [choice for choice in choices if choice != "study" and not choice.startswith("_")]  # no presets
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 
@@ -171,7 +173,7 @@ def did_you_mean(schema: Any, key: str) -> str:
     They have the name, its initials or its name in nanoGPT. If none has, their names contain the key or resemble it.
     """
     named: dict[str, list[str]] = {}
-    others: dict[str, list[str]] = {}  # by other words for their names
+    others = {name: [full_key] for name, full_key in HYDRA_KEYS.items()}  # by other words for their names
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
         named.setdefault(name, []).append(full_key)

@@ -98,12 +98,13 @@ class ConsoleLog(Callback):
 
     def _log_training(self, trainer: Any, metrics: Metrics) -> None:
         loss, tokens_per_second = metrics["train/loss"], metrics["train/tokens_per_second"]
-        left = time_left(seconds_left(trainer))
-        self.progress_line.show(f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left} left")
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        if trainer.progress.step > 1:  # the first step is slow: it allocates memory and chooses kernels
+            speed += f"  {time_left(seconds_left(trainer))} left"
+        self.progress_line.show(f"loss {loss:.3f}  {speed}")
         log.info(
             f"step {metrics['step']:,}/{trainer.total_steps:,}  loss {loss:.4f}  "
-            f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/grad_norm']:.2f}  "
-            f"{tokens_per_second:,.0f} tokens/s  {left} left",
+            f"lr {metrics['train/learning_rate']:.2e}  grad norm {metrics['train/grad_norm']:.2f}  {speed}",
             extra={"on_progress_line": True},
         )
 

@@ -94,6 +94,7 @@ PROBLEMS = [
         ["modle=gpt2_mini"],
         ["Key 'modle' not in 'TrainRun'. Did you mean one of: 'wandb.mode', 'model', 'model.d_model'?"],
     ),
+    (["out_dir=x"], ["Key 'out_dir' not in 'TrainRun'. Did you mean: 'hydra.run.dir'?"]),  # nanoGPT's name
     (["train.warmup=1"], ["Key 'warmup' not in 'TrainingConfig'. Did you mean: 'train.warmup_steps'?"]),
     (["model.n_layers=1"], ["Key 'n_layers' not in 'GPT2Config'. Did you mean: 'model.num_layers'?"]),
     (["train.warmup_step=1"], ["Did you mean: 'train.warmup_steps'?"]),
@@ -106,6 +107,10 @@ PROBLEMS = [
     (["precision=fp32"], ["Did you mean one of: 'train.precision', 'inference.precision'?"]),
     (["+train.new=1"], ["Key 'new' not in 'TrainingConfig'"]),
     (["model=gtp2"], ["Could not find 'model/gtp2'. Available options in 'model': gpt2, "]),
+    (
+        ["+learning_rate=width_65"],
+        ["Available options in 'learning_rate': width_128, width_256, width_32, width_64"],
+    ),
     (["experiment=nope"], ["Available options in 'experiment': debug, "]),
     (["train.batch_size=abc"], ["Value 'abc' of type 'str' could not be converted to Integer"]),
     (["train.seed=1.5"], ["Value '1.5' of type 'float' could not be converted to Integer"]),

@@ -102,6 +102,7 @@ def test_training_from_python_prints_its_progress(blocks, tmp_path, capsys, monk
     starts = ["step 1/2  loss ", "step 2/2  loss ", "step 2  validation loss "]
     lines = capsys.readouterr().out.splitlines()
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+    assert ["left" in line for line in lines] == [False, True, False]  # the first step is slower than the others
 
 
 def test_progress_line_shows_the_step_and_what_happens(blocks, tmp_path):
