@@ -54,7 +54,7 @@ def test_output_of_a_training_run(trained):
             "perplexity",
         ),
         *("    | def f", "Stopped after step 8", "train.max_steps=8 reached", "wandb sync"),
-        " nats a token on 4 of 18 batches, perplexity ",
+        ", 4 of 18 batches  (",
         f"everything is in {run.relative_to(trained.folder)}",
     ):
         assert expected in trained.output

@@ -239,8 +239,8 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
         shown = losses if len(losses) <= 8 else [*losses[:3], *losses[-4:]]
         course = " -> ".join(f"{loss:.3f}" for loss in shown)
         batches, evaluated = len(trainer.val_loader), config.train.eval_batches
-        part = f" on {evaluated:,} of {batches:,} batches" if evaluated and evaluated < batches else ""
-        result = f"{losses[-1]:.4f} nats a token{part}, perplexity {perplexity(losses[-1]):.2f}"
+        part = f", {evaluated:,} of {batches:,} batches" if evaluated and evaluated < batches else ""
+        result = f"{losses[-1]:.4f} nats a token, perplexity {perplexity(losses[-1]):.2f}{part}"
         log.info(f"  validation loss {result}  ({course})")
     names = [path.name for path in best_first(folder / config.train.checkpoint_dir)]
     checkpoints = ", ".join([*(name for name in (BEST, LAST) if name in names), "step_*.pth"])
