@@ -26,7 +26,15 @@ from gpt2.cli.compose import compose, keyed_error, overrides_of, parsed, without
 from gpt2.cli.error_lines import SECONDS_AFTER_FIRST_RANK
 from gpt2.cli.help import help_text
 from gpt2.cli.hydra_private import EXECUTION_WHITELIST, bash_completion, parse_arguments
-from gpt2.cli.job import Task, collect_log, load_torch, require_writable_places, run_single, run_sweep_job
+from gpt2.cli.job import (
+    Task,
+    collect_log,
+    load_torch,
+    require_writable_places,
+    run_single,
+    run_sweep_job,
+    start_garbage_collection,
+)
 from gpt2.cli.launchers import log_submissions
 from gpt2.cli.preflight import asks_for_information, check_flags, check_run, check_sweep
 from gpt2.cli.resume import RunFolder, folder_of_run, refuse_second_run, sweep_arguments
@@ -193,6 +201,7 @@ def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -
             places.enter_context(writable_folder(Path(str(logs).partition("%")[0]), "hydra.launcher.submitit_folder"))
         require_writable_places(composed, places)
         logging.disable(logging.NOTSET)
+        start_garbage_collection()
         try:
             call_hydra(name, job, [*arguments, *added])
         except (HydraException, OmegaConfBaseException) as error:

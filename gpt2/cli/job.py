@@ -61,14 +61,18 @@ def distinguishes_runs(group: str, file: str | None) -> bool:
 
 def load_torch() -> None:
     """Import PyTorch without garbage collection, which takes a fifth of the time and finds nothing to free."""
-    if "torch" in sys.modules:
-        return
-    waiting_for("loading PyTorch")
-    gc.disable()
-    import torch  # noqa: F401
+    if "torch" not in sys.modules:
+        waiting_for("loading PyTorch")
+        gc.disable()
+        import torch  # noqa: F401
+    start_garbage_collection()
 
-    gc.freeze()
-    gc.enable()
+
+def start_garbage_collection() -> None:
+    """End what `gpt2.cli.script` began, and exempt the objects that exist by now: modules and configurations."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def output_folder() -> Path:

@@ -190,3 +190,13 @@ def test_shell_completion_in_bash(workspace: Workspace):
         "device=",
         "",  # a command without a configuration
     ]
+
+
+@pytest.mark.parametrize(("arguments", "runs"), [([], 1), (["-m", "train.seed=1,2"], 2)])
+def test_garbage_is_collected_while_a_command_runs(workspace: Workspace, arguments, runs):
+    """It is not while a command line is checked."""
+    program = workspace.folder / "program.py"
+    task = "import gc\nfrom gpt2.cli.script import script\n@script('train')\ndef main(config):\n    "
+    program.write_text(f"{task}print('collects', gc.isenabled())\nmain()")
+    done = workspace.run(str(program), *TINY, *arguments)
+    assert done.stdout.count("collects True") == runs
