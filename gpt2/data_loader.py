@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from gpt2.config import DataConfig, TrainingConfig
-from gpt2.data.corpus import PreparedData, prepare
+from gpt2.data.corpus import SPLITS, PreparedData, prepare
 from gpt2.data.token_files import TokenFile, Tokens, count_tokens
 from gpt2.errors import UserError
 from gpt2.model import IGNORE_INDEX
@@ -27,6 +27,7 @@ from gpt2.runtime.device import available_cores
 from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.signals import ignore_signals
 from gpt2.tokenizer import GPT2Tokenizer
+from gpt2.validation import require_valid
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
     Raises:
         UserError: See `gpt2.data.corpus.prepare`; or a split has fewer than two tokens.
     """
+    require_valid(data_config, "data.")
     prepared, length = prepare(data_config), data_config.max_length
     tokens = prepared.about["tokens"]
     for split, remedy in (("train", "use a longer text"), ("validation", "increase data.validation_fraction")):
@@ -128,6 +130,14 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
         if tokens[split] <= length:
             message = "Note: the %s split has only %s tokens, less than one block of data.max_length=%s."
             log.warning(message, split, f"{tokens[split]:,}", length)
+    share, wanted = tokens["validation"] / (tokens["train"] + tokens["validation"]), data_config.validation_fraction
+    if prepared.about["validation_fraction"] is not None and share < wanted / 4:  # None: the source has its own split
+        log.warning(
+            "Note: the validation split has %.2g %% of the tokens, not data.validation_fraction=%g: its documents were "
+            "drawn at random, and are shorter than the others.",
+            100 * share,
+            wanted,
+        )
     splits = ("train", "validation", "test" if tokens["test"] > 1 else "validation")
     train, validation, test = (_blocks(prepared, split, data_config) for split in splits)
     return train, validation, test, prepared.tokenizer
@@ -143,8 +153,11 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
         stride: Tokens between the starts of two blocks; None: `data_config.max_length`.
 
     Raises:
-        UserError: See `gpt2.data.corpus.prepare`.
+        UserError: There is no such split, or see `gpt2.data.corpus.prepare`.
     """
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}, all")
+    require_valid(data_config, "data.")
     prepared = prepare(data_config, only=split)
     (actual,) = prepared.about["tokens"]
     if actual != split:
@@ -169,8 +182,12 @@ def get_dataloaders(
 
     The training data are shuffled in each epoch. The validation data have one fixed random order, so that the first
     `eval_batches` are a fair sample. The test data are in order.
+
+    Raises:
+        UserError: `training_config` is invalid.
     """
     config = training_config
+    require_valid(config, "train.")
     on_cuda = torch.cuda.is_available() and config.device != "cpu"
     # On a CPU, workers take cores from training.
     cores = available_cores() // dist_env().local_world_size

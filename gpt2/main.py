@@ -85,7 +85,9 @@ def compare() -> None:
         from gpt2.analysis.compare_html import page
 
         files[places["html"]] = page(comparison).encode(errors="replace")
-    if "picture" in places:
+    if "picture" in places and not any(run.values("val/loss") for run in comparison.runs):
+        notes.append("No run has a validation loss yet, so no picture is drawn.")
+    elif "picture" in places:
         from gpt2.analysis.compare_plot import curves
         from gpt2.analysis.plotting import picture
 

@@ -178,6 +178,15 @@ def validate(config: Any, prefix: str = "") -> Problems:
     return list(dict.fromkeys(problems))
 
 
+def require_valid(config: Any, prefix: str = "") -> None:
+    """
+    Raises:
+        UserError: With all problems that `validate` finds.
+    """
+    if problems := validate(config, prefix):
+        raise UserError(*problems)
+
+
 def _model(config: GPT2Config, prefix: str) -> Iterator[str]:
     width, heads = config.d_model, min(config.num_heads, config.d_model)
     if out_of_bounds(vars(config), BOUNDS[GPT2Config], prefix):

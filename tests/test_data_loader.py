@@ -250,6 +250,16 @@ def test_a_split_that_is_missing_is_replaced_with_a_warning(tmp_path, caplog):
     assert not caplog.records
     assert len(load_split(data, "test", stride=3)) == len(validation)
     assert "the data have no test split, the validation split is used" in caplog.text
+    with pytest.raises(UserError, match="split: 'val' is none of train, validation, test, all"):
+        load_split(data, "val")
+
+
+def test_invalid_settings_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.max_length: 0 is not"):
+        load_text_data(DataConfig(files=[str(tmp_path / "a.txt")], max_length=0))
+    blocks = blocks_of(tmp_path, 90, 8)
+    with pytest.raises(UserError, match=r"train\.batch_size: 0 is not"):
+        get_dataloaders(blocks, blocks, blocks, TrainingConfig(batch_size=0))
 
 
 @pytest.mark.parametrize(("split", "remedy"), [("train", "use a longer text"), ("validation", "increase data.valid")])

@@ -236,6 +236,7 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
         "train.weight_decay=0.5": "train.weight_decay: 0.5 was requested, but the run has 0.01",
         "model.dropout=0.3": "model.dropout: 0.3 was requested, but the run has 0.0",
         "data.validation_fraction=0.2": "data.validation_fraction: 0.2 was requested, but the run has 0.1",
+        "train.init_from=other": "train.init_from: other was requested, but the run has None; only a new run has one",
         "name=other": "name: other was requested, but the run has gpt2",
         "inference=greedy": "inference.do_sample: False was requested, but the run has True",
         "experiment=quickstart": "model.d_model: 128 was requested, but the run has 32",
@@ -255,9 +256,21 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     assert "Resuming after step 9" in done.stdout
     saved = checkpoint.read_record(run / "checkpoints" / run_folder.LAST)["run"]
     assert (saved["train"]["batch_size"], saved["model"]["dropout"], saved["resume_changes"]) == (2, 0.3, True)
+    best = checkpoint.read_record(run / "checkpoints" / run_folder.BEST)["progress"]
+    assert best["step"] > 9, "losses on the data of before do not count"
     longer = workspace.run("train.py", "resume=latest", "train.max_steps=14").stdout
     changes = [line.split("Changed: ")[1] for line in longer.splitlines() if "Changed: " in line]
     assert [change.split(" is ")[0] for change in changes] == ["train.max_steps", "the learning rate of the next step"]
+
+    (workspace.folder / "corpus.txt").rename(workspace.folder / "moved.txt")
+    moved = ["resume=latest", "data.files=[moved.txt]", "train.max_steps=15"]
+    assert "Changed: data" not in workspace.run("train.py", *moved).stdout
+    (workspace.folder / "moved.txt").write_text("another text " * 999)
+    assert "was trained on other data" in workspace.run("train.py", *moved, "train.max_steps=16", expect=2).stderr
+    file = workspace.run("train.py", f"resume={run / 'checkpoints' / run_folder.LAST}", expect=2).stderr
+    assert file.endswith(
+        "; a run resumes from its newest checkpoint, and train.init_from=FILE starts a new run from one\n"
+    )
 
 
 @pytest.mark.parametrize(

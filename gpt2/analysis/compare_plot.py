@@ -7,13 +7,15 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gpt2.analysis.compare import Comparison
 from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
+from gpt2.errors import shortened
 
 MAX_NAMED = 12  # groups with a name and a colour; the others are grey
+MAX_LETTERS = 32  # of a name, which would otherwise leave no room for the lines
 GREY_LINE, GREY_TEXT = "#c9c9c9", "#7f7f7f"
 
 
@@ -44,15 +46,18 @@ def curves(comparison: Comparison, svg_id: Callable[[RunResult], str] | None = N
     ends: dict[str, tuple[float, float, str, str]] = {}
     for label, runs in groups.items():
         style = {"color": palette.get(label, GREY_LINE), "zorder": 2 + (label in palette)}
-        name = label + _count(runs) if label in palette else f"{len(groups) - len(named)} others"
+        name = f"{len(groups) - len(named)} others"
+        if label in palette:
+            name = shortened(label, MAX_LETTERS) + _count(runs)
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_time, "seconds", scale)):
                 points = [(place / factor, y) for place, y in run.curve(f"val/{metric}", x)]
                 _line(axes, points, style, svg_id and svg_id(run))
             if points:
-                ends.setdefault(name, (*points[-1], name, palette.get(label, GREY_TEXT)))
+                ends.setdefault(label if label in palette else "", (*points[-1], name, palette.get(label, GREY_TEXT)))
 
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    by_tokens.xaxis.set_major_locator(MaxNLocator(4))
     plain(by_tokens, xlabel="tokens", ylabel=UNITS[metric])
     plain(by_time, xlabel=time_label)
     label_ends(by_time, list(ends.values()))

@@ -212,9 +212,14 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median, without the first value, which contains compilation and other one-time costs."""
-        speeds = self.values("train/tokens_per_second")
-        return median(speeds[1:] or speeds) if speeds else None
+        """The median, without the first value, which contains compilation and other one-time costs.
+
+        Without a second value, the mean over the whole run, its evaluations included.
+        """
+        if speeds := self.values("train/tokens_per_second")[1:]:
+            return median(speeds)
+        tokens, seconds = self.last("tokens"), self.last("seconds")
+        return tokens / seconds if tokens and seconds else None
 
     @property
     def flops(self) -> float | None:

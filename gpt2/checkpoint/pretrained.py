@@ -1,8 +1,9 @@
 """Trained models from any source: opening one by its name, and exporting one for `transformers`.
 
-A name is a run folder (its best checkpoint), a checkpoint file, a folder written by `save_pretrained` of
-`transformers`, or a model on the Hugging Face Hub: one of OpenAI's (`gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`) or
-OWNER/NAME. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`, can run code.
+A name is a run folder (its best checkpoint), `latest` for the latest run, a checkpoint file, a folder written by
+`save_pretrained` of `transformers`, or a model on the Hugging Face Hub: one of OpenAI's (`gpt2`, `gpt2-medium`,
+`gpt2-large`, `gpt2-xl`) or OWNER/NAME. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`,
+can run code.
 
 Opening a model reads its configuration only. Its weights, and torch, are loaded when they are needed.
 """
@@ -176,8 +177,13 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         return HuggingFaceModel(name, partial(hub_folder, name, instead=OFFLINE_MODELS))
     if (path / hugging_face.CONFIG).is_file():
         return HuggingFaceModel(name, lambda patterns: path)
+    if name == "latest" and not path.exists():  # as `resume=latest`
+        return CheckpointModel(run_folder.find_checkpoint(None, key))
     if not name or not path.exists():
-        raise UserError(f"{key}: there is no {name!r} here; on the Hub are {', '.join(OPENAI)} and OWNER/NAME")
+        raise UserError(
+            f"{key}: there is no {name!r} here; latest is the latest run, and on the Hub are {', '.join(OPENAI)} "
+            f"and OWNER/NAME"
+        )
     if (path / "adapter_config.json").is_file():
         raise UserError(f"{key}: {name} is an adapter of PEFT and no whole model; save what merge_and_unload() returns")
     if path.suffix in (".safetensors", ".bin"):

@@ -55,10 +55,14 @@ CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of 
 CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
+    *("data.files", "data.exclude"),  # of the same contents: `Trainer.load_checkpoint` compares them
 }
 
 # The keys that no resumed run may change.
-FIXED = {*(f"model.{key}" for key in (*SHAPE, *PARAMETRIZATION)), "data.tokenizer", "data.vocab_size"}
+FIXED = {
+    *(f"model.{key}" for key in (*SHAPE, *PARAMETRIZATION)),
+    *("data.tokenizer", "data.vocab_size", "train.init_from"),
+}
 
 
 def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
@@ -190,6 +194,8 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
             return configuration_of_run(path, composed, overrides)
         if not composed.train.auto_resume:
             hint = run_folder.newest_run_in(Path(composed.resume))
+            if Path(composed.resume).is_file():
+                hint = "; a run resumes from its newest checkpoint, and train.init_from=FILE starts a new run from one"
             raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it{hint}")
     values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
     if composed.train.init_from is None:
@@ -278,7 +284,9 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
         if new != old and is_allowed:
             values[key] = new
         elif new != old:
-            remedy = ", which its weights require" if key in FIXED else "; resume_changes=true allows the change"
+            remedy = "; resume_changes=true allows the change"
+            if key in FIXED:
+                remedy = "; only a new run has one" if key == "train.init_from" else ", which its weights require"
             problems.append(f"{key}: {new} was requested, but the run has {old}{remedy}")
     limit = values["train.max_steps"]
     if limit is not None and limit < done:

@@ -57,7 +57,11 @@ NANOGPT_NAMES = {  # our name: nanoGPT's name
     "num_return_sequences": "num_samples",
     "prompt": "start",
 }
-HYDRA_KEYS = {"out_dir": "hydra.run.dir"}  # nanoGPT's name: Hydra's key
+OTHER_KEYS = {  # what users may type: a key that is not in our schemas, or a group
+    "out_dir": "hydra.run.dir",
+    "n_trials": "hydra.sweeper.n_trials",
+    "dataset": "data",
+}
 
 
 def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -173,7 +177,7 @@ def did_you_mean(schema: Any, key: str) -> str:
     They have the name, its initials or its name in nanoGPT. If none has, their names contain the key or resemble it.
     """
     named: dict[str, list[str]] = {}
-    others = {name: [full_key] for name, full_key in HYDRA_KEYS.items()}  # by other words for their names
+    others = {name: [full_key] for name, full_key in OTHER_KEYS.items()}  # by other words for their names
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
         named.setdefault(name, []).append(full_key)

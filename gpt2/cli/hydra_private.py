@@ -30,6 +30,8 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     """
 
     def refuse(message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments") and "=" in message:
+            message += "; settings have no dashes, such as train.seed=1"
         raise UserError(f"{message}; --help lists what there is")
 
     parser = get_args_parser()

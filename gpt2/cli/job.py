@@ -25,7 +25,7 @@ from gpt2.cli.error_lines import errors_as_lines, print_problems
 from gpt2.cli.hydra_private import run_composed
 from gpt2.cli.launchers import STOP_FILE, resumable_job
 from gpt2.cli.resume import RunFolder, refuse_second_run
-from gpt2.cli.sweep import named
+from gpt2.cli.sweep import name_of_run, named
 from gpt2.cli.sweeper import run_trial
 from gpt2.config import Run, TrainRun
 from gpt2.errors import ResourceError, UserError, machine_error, one_line
@@ -197,6 +197,7 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
             run = resumable_job(composed, partial(run_locked, task, composed))
             if composed.study.trial is not None:
                 return run_trial(composed, lambda trial: run_locked(partial(task, trial=trial), composed))
+            log.info(f"Sweep   {name_of_run(HydraConfig.get().job.num, overrides_of(HydraConfig.get()), swept)}")
             with errors_as_lines():
                 return loss_or_error(run, swept)
     except Interrupted as interruption:

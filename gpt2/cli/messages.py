@@ -139,12 +139,17 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
 
 
 def notes(run: TrainRun, steps: int | None) -> list[str]:
-    """What the user may not have meant: a warm-up that is longer than the run, settings without effect.
+    """What the user may not have meant: a run or its warm-up is cut short, settings have no effect.
 
     Args:
         steps: Of the whole run; None if they are not known.
     """
     warmup, result = run.train.warmup_steps, settings_without_effect(run)
+    if steps is not None and steps < (run.train.max_steps or 0):
+        epochs, wanted = run.train.max_epochs, run.train.max_steps
+        result.insert(
+            0, f"train.max_epochs={epochs:,} ends the run after {steps:,} steps, before train.max_steps={wanted:,}"
+        )
     if steps is not None and warmup > steps:
         result.insert(
             0,

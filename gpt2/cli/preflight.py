@@ -99,10 +99,9 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
         The arguments with one value, those that are swept, and the problems of all others.
     """
     fixed, swept, problems = [], [], []
-    if any((options.config_path, options.config_dir, options.config_name, options.experimental_rerun)):
-        problems.append(
-            "--config-path, --config-dir, --config-name, --experimental-rerun: a preset goes to conf/experiment"
-        )
+    for flag in ("config_path", "config_dir", "config_name", "experimental_rerun"):
+        if getattr(options, flag):
+            problems.append(f"--{flag.replace('_', '-')}: is not supported here; a preset goes to conf/experiment")
     if options.multirun and name != "train":
         problems.append("-m: only train.py makes several runs")
     for text in options.overrides:
@@ -142,6 +141,8 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
         return f"{text}: Hydra sets that"
     if key.startswith("hydra.") and key.endswith("._target_"):
         return f"{text}: a group chooses the class, such as hydra/launcher=joblib"
+    if key == "hydra.run.dir" and options.multirun and not is_sweep:
+        return f"{text}: is for one run; with -m, hydra.sweep.dir is the folder of all runs"
     if key == "resume" and options.multirun:
         return f"{text}: one run at a time, without -m; train.auto_resume=true resumes a sweep"
     if key == "plan" and options.multirun and value is not False:

@@ -189,6 +189,12 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
     given = {override.key_or_group for override in [*parsed(fixed), *swept]}
     space = [override for override in params if override.key_or_group not in given] + swept
     problems = [problem for override in space if (problem := _problem_of_sweep(override))]
+    problems += [
+        f"{override.key_or_group}: losses per token of different tokenizers do not compare; sweep it without a study, "
+        f"and compare bits per byte"
+        for override in space
+        if override.key_or_group in ("data.tokenizer", "data.vocab_size")
+    ]
     if not space:
         problems.append(f"{KEY}params: nothing is left to search, the command line fixes every parameter")
     drawn = {} if problems else distributions([str(override.input_line) for override in space])[0]
@@ -226,7 +232,9 @@ def _problem_of_sweep(override: Override) -> str | None:
 def grammar_error(error: HydraException) -> str:
     """What is wrong with an argument that Hydra cannot parse."""
     if not isinstance(error.__cause__, TypeError | ValueError):
-        return "not of the form key=value (a value with special characters needs quotes: key='a,b')"
+        hint = "experiment=NAME chooses a preset" if re.search(r"\.(py|ya?ml)\b", str(error)) else ""
+        hint = hint or "a value with special characters needs quotes: key='a,b'"
+        return f"not of the form key=value ({hint})"
     reason = one_line(error.__cause__)  # raised by a function such as choice()
     return "Hydra's functions take no null; key=null,1e-5 does" if "NoneType is incompatible" in reason else reason
 

@@ -4,6 +4,8 @@ A job returns the error that ended its run instead of raising it: every launcher
 sweeper, which names the failed runs at the end.
 """
 
+import os
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -71,6 +73,8 @@ class RunSweeper(BasicSweeper):
             if [*folder.iterdir()] == [self.start_marker]:  # no run started
                 self.start_marker.unlink()
         failed = {number: end for number, end in enumerate(ends) if isinstance(end, UserError)}
+        if len(jobs) - len(failed) > 1:
+            print(f"\nCompare:  python -m gpt2.main compare {shlex.quote(os.path.relpath(folder))}", flush=True)
         if not failed:
             return
         lines, has_no_terminal = list[str](), uses_submitit(self.config.hydra.launcher)
@@ -152,9 +156,13 @@ def _end_of(job: JobReturn) -> Any:
 
 def named(error: UserError, number: int, overrides: Overrides, swept: set[str]) -> UserError:
     """The error of a run, with the number of the run and its values of the keys that are swept."""
-    values = " ".join(text for text in overrides if text.lstrip("+").partition("=")[0] in swept)
-    name = f"run {number}" + (f" ({shortened(without_secrets(values), 200)})" if values else "")
+    name = name_of_run(number, overrides, swept)
     return _with_code(UserError(*(f"{name}: {problem}" for problem in error.problems)), error.exit_code)
+
+
+def name_of_run(number: int, overrides: Overrides, swept: set[str]) -> str:
+    values = " ".join(text for text in overrides if text.lstrip("+").partition("=")[0] in swept)
+    return f"run {number}" + (f" ({shortened(without_secrets(values), 200)})" if values else "")
 
 
 def _reasons(failed: dict[int, UserError]) -> str:

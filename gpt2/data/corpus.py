@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # version of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
-MIN_VALIDATION_DOCUMENTS = 5  # with fewer, whole documents are too small a sample of the corpus
+MIN_VALIDATION_FILES = 5  # with fewer, whole files are too small a sample of the corpus
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
     """The documents of a split; `all` is the three splits together.
 
     If the source has no validation split, a part of the training split is used: a random sample of the documents, or,
-    if there are few, the end of each document.
+    if there are too few for one, the end of each document.
     """
     if split == "all":
         for documents in filter(None, (source.train, source.validation, source.test)):
@@ -65,7 +65,7 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
         yield from (document.parts() for document in own or ())
     else:
         fraction, is_validation = config.validation_fraction, split == "validation"
-        sample = validation_sample(source.count, fraction)
+        sample = validation_sample(source, fraction)
         for number, document in enumerate(source.train):
             if sample is None:
                 yield document.parts(1 - fraction, 1) if is_validation else document.parts(0, 1 - fraction)
@@ -75,15 +75,18 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
 
 def cuts_documents(source: Source, config: DataConfig) -> bool:
     """Whether the end of each document is used for validation."""
-    return source.validation is None and validation_sample(source.count, config.validation_fraction) is None
+    return source.validation is None and validation_sample(source, config.validation_fraction) is None
 
 
-def validation_sample(count: int, fraction: float) -> set[int] | None:
-    """The numbers of the documents that are used for validation, drawn with a fixed seed; None if they are too few."""
-    size = round(count * fraction)
-    if size < MIN_VALIDATION_DOCUMENTS:
+def validation_sample(source: Source, fraction: float) -> set[int] | None:
+    """The numbers of the documents that are used for validation, drawn with a fixed seed; None if they are too few.
+
+    One record is enough: if records were cut, the model would learn to end texts where they do not end.
+    """
+    size = round(source.count * fraction)
+    if size < (1 if source.holds_records else MIN_VALIDATION_FILES):
         return None
-    return set(np.random.default_rng(0).permutation(count)[:size].tolist())
+    return set(np.random.default_rng(0).permutation(source.count)[:size].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,8 +186,12 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     }
     if only is not None:
         identity["splits"] = splits
-    if source.length_unit and cuts_documents(source, config):
-        identity["cut"] = source.length_unit
+    if source.validation is None and not source.token_files:
+        size = round(source.count * config.validation_fraction)
+        if cuts_documents(source, config):
+            identity |= {"cut": source.length_unit} if source.length_unit else {}
+        elif size < MIN_VALIDATION_FILES:  # they were cut once
+            identity["records"] = size
 
     identity["key"] = _sum_of(identity)[:16]
     in_place = files_in_place(source, splits, config)

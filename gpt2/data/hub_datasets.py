@@ -95,7 +95,7 @@ def open_dataset(config: DataConfig) -> Source:
     fingerprints = [None if table is None else table._fingerprint for table in tables]
     about = [identity or fingerprints, config.dataset_config, splits, column, pattern]
     text_bytes = sum(table.data[column].nbytes for table in tables if table)
-    return Source(json.dumps(about), *documents, text_bytes=text_bytes)  # type: ignore  # the first is never None
+    return Source(json.dumps(about), *documents, text_bytes=text_bytes, holds_records=True)  # type: ignore  # the first is never None
 
 
 def load_tables(

@@ -174,7 +174,8 @@ def open_files(config: DataConfig) -> Source:
     if documents.hold_records():
         fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
     text_bytes = sum(path.stat().st_size for path in documents.paths)
-    return Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes)
+    records = documents.hold_records()
+    return Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes, holds_records=records)
 
 
 def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:

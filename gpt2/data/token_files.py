@@ -93,6 +93,8 @@ def _open_token_file(path: Path) -> TokenFile:
         if path.with_name("meta.pkl").exists():
             raise ValueError("has tokens of the characters in meta.pkl beside it, not of a tokenizer; use its text")
         header_bytes, count = 0, size // DTYPE.itemsize
+        if _looks_32_bit(np.frombuffer(head[: size // 4 * 4], DTYPE)):
+            raise ValueError("has 32-bit tokens: every second 16-bit number is 0; write them as uint16")
     elif magic != MAGIC:
         raise ValueError(f"begins with a header of another kind: its first number is {magic}, not {MAGIC}")
     elif version != VERSION:
@@ -105,6 +107,11 @@ def _open_token_file(path: Path) -> TokenFile:
     if not count:
         raise ValueError("is empty")
     return TokenFile(path, header_bytes, count)
+
+
+def _looks_32_bit(tokens: np.ndarray) -> bool:
+    """Whether 16-bit numbers are halves of 32-bit ones. As tokens of GPT-2, these zeros would be exclamation marks."""
+    return len(tokens) >= 16 and not tokens[1::2].any() and bool(tokens[::2].any())
 
 
 def split_end(files: Sequence[TokenFile], fraction: float) -> tuple[list[TokenFile], list[TokenFile]]:
@@ -134,8 +141,9 @@ def check_vocabulary(files: Sequence[TokenFile], tokenizer: GPT2Tokenizer) -> No
             for start in range(0, len(tokens), TOKENS_AT_ONCE):
                 some = tokens[start : start + TOKENS_AT_ONCE]
                 if (largest := some.max()) >= tokenizer.vocab_size:
+                    place = file.offset // DTYPE.itemsize + start + some.argmax()
                     raise UserError(
-                        f"data.files: {file.path} has token {largest} at {start + some.argmax():,}, but data.tokenizer "
+                        f"data.files: {file.path} has token {largest} at {place:,}, but data.tokenizer "
                         f"has {tokenizer.vocab_size:,}; the file is damaged, or of another tokenizer"
                     )
                 done += len(some)

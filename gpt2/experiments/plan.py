@@ -159,7 +159,7 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
         composed = compose("train", runs[0].overrides[:1])
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
         return [f"{variant}: {composition_error(error)}"]
-    problems: list[str] = []
+    changes: dict[str, list[PlannedRun]] = {}
     first: dict[str, str] = {}  # the first run with each problem: the others would repeat it
     for run in runs:
         changed = with_values(composed, run.overrides[1:])
@@ -173,8 +173,14 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
         else:
             assert isinstance(config, TrainRun)
             configs[run] = config
-            problems += _changed_settings(run, config)
-    return [*(f"{name}: {problem}" for problem, name in first.items()), *problems]
+            for change in _changed_settings(run, config):
+                changes.setdefault(change, []).append(run)
+    restarted = (
+        f"{runs[0].folder}{f' and {len(runs) - 1} more' if len(runs) > 1 else ''}: started with {change}; "
+        f"move {RUNS / runs[0].study} away"
+        for change, runs in changes.items()
+    )
+    return [*(f"{name}: {problem}" for problem, name in first.items()), *restarted]
 
 
 def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
@@ -184,10 +190,7 @@ def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
     planned = flat(asdict(config)) if saved else {}
     for key in sorted(saved.keys() & planned.keys() - NOT_PLANNED):
         if saved[key] != planned[key]:
-            yield (
-                f"{run.folder}: was started with {key}={saved[key]}, the study now has {planned[key]}; "
-                f"move {RUNS / run.study} away"
-            )
+            yield f"{key}={saved[key]}, the study now has {planned[key]}"
 
 
 def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list[str]:
@@ -201,6 +204,11 @@ def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list
             *((name, key, known) for name, key in (("lines", plan.lines), ("panels", plan.panels)) if key),
         )
         if key not in allowed
+    ]
+    problems += [
+        f"{name}: results are means over the seeds, so {SEED} is no key to draw by"
+        for name, key in (("x", plan.x), ("lines", plan.lines), ("panels", plan.panels))
+        if key == SEED
     ]
     if not problems:
         axes = tuple(filter(None, (plan.panels, plan.lines, column_key(plan))))

@@ -216,6 +216,7 @@ class StudyProgress:
         from gpt2.experiments.cost import StudyCost  # here, because it imports torch
 
         self.cost, self.jobs, self.next_look = StudyCost(configs), jobs, 0.0
+        self.ended = self.cost.ended  # runs that are counted; those of `cost` include runs whose processes are ending
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
         self.bar = LiveProgress(*columns)
         self.task = self.bar.add_task("", total=1.0, left="")
@@ -245,7 +246,8 @@ class StudyProgress:
         """Log how a run ended."""
         self.cost.update(run)
         self.cost.left[run] = 0.0  # also if it failed
-        ended, runs = self.cost.ended, len(self.cost.left)
+        self.ended += 1
+        ended, runs = self.ended, len(self.cost.left)
         clock = f"{time_left(self.cost.seconds_left(self.jobs))} left" if ended < runs else ""
         log.info(f"{ended:>4} of {runs}  {line}  {clock}".rstrip())
 

@@ -9,7 +9,7 @@ import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
@@ -91,7 +91,7 @@ def _set_range(axes: Axes, distribution: Any) -> None:
         for label, side in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set(ha=side)  # inside the panel
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=isinstance(distribution, IntDistribution)))
 
 
 def importances(study: optuna.Study) -> Figure | None:

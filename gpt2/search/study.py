@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from gpt2.config import OptunaConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, counted
 from gpt2.runtime.console import time_left
 from gpt2.runtime.files import LOCK, is_locked
 from gpt2.search.algorithms import Algorithms, Space
@@ -209,7 +209,8 @@ class Study:
         if done := self.done():
             reasons = {trial.user_attrs.get(REASON, "unknown"): trial.number for trial in reversed(done)}
             examples = "; ".join(f"trial {number}: {reason}" for reason, number in list(reversed(reasons.items()))[:3])
-            problem = f"none of its {len(done)} trials gave a value ({examples})"
+            problem = f"none of its {counted(len(done), 'trial')} gave a value ({examples})"
+            problem += "; another range needs another study name"
         raise StudyFailure(f"study {self.config.study_name}: {problem}")
 
     def line(self, trial: FrozenTrial) -> str:

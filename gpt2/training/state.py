@@ -143,11 +143,15 @@ def misfits_refused(path: Path) -> Iterator[None]:
 
 
 def restored_progress(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Progress:
-    """The saved progress; with another batch size the position is converted, with other data the epoch restarts."""
+    """The saved progress; with another batch size the position is converted.
+
+    With other data the epoch restarts, and the losses of the old data do not count as the best.
+    """
     progress = Progress(**saved["progress"])
+    if saved["data"] != current["data"]:
+        return replace(progress, position=0, evaluated_at=0, val_loss=None, best_val_loss=None, best_at=0)
     blocks = progress.position * saved["train"]["batch_size"]
-    is_same_data = saved["data"] == current["data"]
-    return replace(progress, position=blocks // current["train"]["batch_size"] if is_same_data else 0)
+    return replace(progress, position=blocks // current["train"]["batch_size"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -69,6 +69,11 @@ def test_columns_of_a_run(tmp_path):
     }
 
 
+def test_speed_of_a_run_with_one_record_is_that_of_the_whole_run(tmp_path):
+    """The record is that of the first step, which is slower than the others."""
+    assert make_run(tmp_path / "a", (3.0,)).tokens_per_second == pytest.approx(1000 / 36)
+
+
 def test_folder_with_only_metrics_is_a_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 10, "seconds": 1.0, "train/loss": 3.0}\n{"st')
     (only,) = find_runs([str(tmp_path)])
@@ -353,6 +358,14 @@ def test_many_groups_are_grey_and_counted(tmp_path):
     assert names[-1] == "3 others"
 
 
+def test_long_names_leave_room_for_the_lines(tmp_path):
+    for number in range(3):
+        make_run(tmp_path / str(number), **{"data.files": [f"a/long/path/{'x' * 40}/{number}.txt"]})
+    names = [text.get_text() for text in curves(Comparison(find_runs([str(tmp_path)]))).axes[1].texts]
+    assert len(names) == 3
+    assert max(map(len, names)) <= 32
+
+
 def test_different_tokenizers_are_plotted_in_bits_per_byte(tmp_path):
     make_run(tmp_path / "a", **{"model.vocab_size": 300})
     make_run(tmp_path / "b", **{"model.vocab_size": 400})
@@ -406,6 +419,13 @@ def test_output_files_and_unwritable_paths(two, tmp_path, capsys, monkeypatch):
         run_compare(monkeypatch, str(two.parent), f"picture={tmp_path}/file/c.png")
     with pytest.raises(UserError, match=r"none of \.png, \.svg"):
         run_compare(monkeypatch, str(two.parent), "picture=c.jpg")
+
+
+def test_runs_without_a_loss_have_no_picture(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "a", ())
+    run_compare(monkeypatch, str(tmp_path / "a"), f"picture={tmp_path}/c.png")
+    assert "No run has a validation loss yet, so no picture is drawn." in capsys.readouterr().out
+    assert not (tmp_path / "c.png").exists()
 
 
 def test_resumed_run_has_its_newest_configuration(trained, workspace):

@@ -166,6 +166,10 @@ SWEEPS = [
     ),
     ("a key of a sweep", "train -m train.sede=1 train.seed=1,2", "train.sede=1: Key 'sede'"),
     ("a group of a sweep", "train -m model=gpt2,gtp2", "model=gtp2: ... gpt2_nano"),
+    ("a folder for many runs", "train -m hydra.run.dir=a train.seed=1,2", "hydra.run.dir=a: is for one run; with -m"),
+    ("a configuration of nanoGPT", "train config/train_gpt2.py", "config/train_gpt2.py: ... experiment=NAME chooses"),
+    ("an option of nanoGPT", "train --n_layer=6", "unrecognized arguments: --n_layer=6; settings have no dashes"),
+    ("another folder of configurations", "train --config-dir=/tmp", "--config-dir: is not supported here"),
     ("a sweep of Hydra's keys", "train -m hydra.run.dir=a,b", "hydra.run.dir=a,b: Hydra's own keys have one value"),
     (
         "a study in a picture",

@@ -342,7 +342,8 @@ def test_ago(seconds, text):
 def test_scripts_name_the_latest_run_before_they_use_it(trained, workspace):
     shutil.copytree(trained.runs()[0], workspace.folder / "outputs" / "runs" / "gpt2" / "a")
     line, short = f"latest run: {Path('outputs/runs/gpt2/a')}, ", "inference.max_new_tokens=1"
-    assert workspace.run("generate.py", "prompt=a", short).stderr.startswith(line)
+    for named in ([], ["checkpoint=latest"]):
+        assert workspace.run("generate.py", "prompt=a", short, *named).stderr.startswith(line)
     quiet = workspace.run("generate.py", "prompt=a", short, "quiet=true")
     assert (quiet.stderr, quiet.stdout[:1]) == ("", "a")
     resumed = workspace.run("train.py", "resume=latest", "wandb=off", "data.files=[corpus.txt]")

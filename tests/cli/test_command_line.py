@@ -94,6 +94,8 @@ PROBLEMS = [
         ["modle=gpt2_mini"],
         ["Key 'modle' not in 'TrainRun'. Did you mean one of: 'wandb.mode', 'model', 'model.d_model'?"],
     ),
+    (["n_trials=3"], ["Key 'n_trials' not in 'TrainRun'. Did you mean: 'hydra.sweeper.n_trials'?"]),
+    (["dataset=openwebtext"], ["Key 'dataset' not in 'TrainRun'. Did you mean: 'data'?"]),
     (["out_dir=x"], ["Key 'out_dir' not in 'TrainRun'. Did you mean: 'hydra.run.dir'?"]),  # nanoGPT's name
     (["train.warmup=1"], ["Key 'warmup' not in 'TrainingConfig'. Did you mean: 'train.warmup_steps'?"]),
     (["model.n_layers=1"], ["Key 'n_layers' not in 'GPT2Config'. Did you mean: 'model.num_layers'?"]),

@@ -111,6 +111,12 @@ def test_warmup_that_is_longer_than_the_run_is_noted():
     assert notes(run, 100) == notes(run, None) == []
 
 
+def test_run_that_its_epochs_end_early_is_noted():
+    run = TrainRun(train=TrainingConfig(max_epochs=10, max_steps=200, warmup_steps=0))
+    assert notes(run, 80) == ["train.max_epochs=10 ends the run after 80 steps, before train.max_steps=200"]
+    assert notes(run, 200) == []
+
+
 def test_settings_without_effect_are_noted():
     config = TrainRun(model=GPT2Config(mup_base_width=64), train=TrainingConfig(decay_fraction=0.5))
     assert settings_without_effect(config) == [

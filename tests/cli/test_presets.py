@@ -97,7 +97,7 @@ def test_debug_exercises_everything_in_a_few_steps(workspace: Workspace):
     assert [record["step"] for record in records if "val/loss" in record] == [2, 4, 5]
     assert (run / "checkpoints" / "best_model.pth").exists()
     assert (run / "samples.md").read_text().count("## Step ") == 3
-    assert done.stdout.count(" left\n") == 5  # the hours, from the first step on
+    assert done.stdout.count(" left\n") == 4  # from the second step on
     assert "W&B" not in done.stdout
 
 

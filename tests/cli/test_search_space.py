@@ -71,6 +71,10 @@ def test_value_that_does_not_fit_is_named_once(sweeps, problems):
         assert line.startswith(start)
 
 
+def test_tokenizers_are_not_searched():
+    assert problem("data.tokenizer=bytes,train").startswith("data.tokenizer: losses per token of different tokenizers")
+
+
 def test_interval_of_a_whole_number_says_how():
     assert "; int(...) around an interval draws whole numbers" in problem("train.seed=interval(1,3)")
     check("-m", "data=stdlib", "hparams_search=optuna", "train.seed=int(interval(1,3))")

@@ -173,7 +173,9 @@ def test_study_whose_trials_all_fail_is_a_one_line_error(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "exception@1-9"
     failed = workspace.run("train.py", *STUDY, "hydra.sweeper.n_trials=2", expect=1)
     (line,) = failed.stderr.splitlines()
-    assert line == "error: study mine: none of its 2 trials gave a value (trial 0: RuntimeError: on purpose)"
+    assert line == "error: study mine: none of its 2 trials gave a value (trial 0: RuntimeError: on purpose)" + (
+        "; another range needs another study name"
+    )
     assert all("on purpose" in trial.user_attrs["traceback"] for trial in study_in(workspace.folder).trials)
     assert "Traceback" in (workspace.folder / "outputs/sweeps/mine/1/train.log").read_text()
 

@@ -209,6 +209,33 @@ def test_whole_files_are_held_out_of_many(tmp_path, count, fraction):
     assert validation != texts[-len(validation) :], "a sample, not the end of the alphabet"
 
 
+def write_records(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_records_are_held_out_whole(tmp_path):
+    texts = [f"{number:02}. The answer is forty-two." for number in range(20)]
+    write_records(tmp_path / "a.jsonl", texts)
+    prepared = prepare(config_of(tmp_path, files=[str(tmp_path / "a.jsonl")]))
+    train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert len(validation) == 2
+    assert sorted([*train, *validation]) == texts
+
+
+def test_small_validation_split_is_noted(tmp_path, caplog):
+    write_records(tmp_path / "a.jsonl", ["short"] * 60)
+    (tmp_path / "long.txt").write_text("long " * 10_000)
+    load_text_data(config_of(tmp_path, files=[str(tmp_path / "*.*")]))
+    assert "the validation split has 0.071 % of the tokens, not data.validation_fraction=0.1" in caplog.text
+
+
+@pytest.mark.parametrize(("text", "notes"), [("one<|endoftext|>two " * 99, 2), ("one two " * 99, 0)])
+def test_spelled_end_of_text_is_noted(tmp_path, caplog, text, notes):
+    (tmp_path / "a.txt").write_text(text)
+    prepare(config_of(tmp_path))
+    assert caplog.text.count("the text spells <|endoftext|>, which is encoded as ordinary characters") == notes
+
+
 def test_validation_split_replaces_a_missing_test_split(tmp_path):
     write_files(tmp_path, 1)
     train, validation, test, tokenizer = load_text_data(config_of(tmp_path, max_length=8))

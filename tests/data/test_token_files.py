@@ -111,6 +111,10 @@ DAMAGES = {  # content of the file, and the end of the message
     "version.bin": (header(1000, version=7) + SOME, "has a header of version 7, not 1"),
     "cut.bin": (header(1001) + SOME, "has 1,000 tokens, but its header says 1,001"),
     "long.bin": (header(999) + SOME, "has 1,000 tokens, but its header says 999"),
+    "wide.bin": (
+        np.arange(1, 999, dtype="<u4").tobytes(),
+        "has 32-bit tokens: every second 16-bit number is 0; write them as uint16",
+    ),
     "half_a_header.bin": (header(1000)[: HEADER_BYTES // 2], "has 0 tokens, but its header says 1,000"),
 }
 

@@ -79,6 +79,17 @@ def test_time_left_is_known_before_the_first_run_ends(study):
     assert progress.cost.seconds_left(jobs=1) > 4 * SECONDS_BESIDE
 
 
+def test_runs_that_end_together_are_counted_one_by_one(study, caplog):
+    progress = StudyProgress(study.configs, jobs=2)
+    for run in study.runs[:2]:
+        logged(run, 8, 4, "finished")
+        progress.cost.update(run)
+    with caplog.at_level("INFO"):
+        for run in study.runs[:2]:
+            progress.count(run, "a line")
+    assert [line.split("  a line")[0].strip() for line in caplog.messages] == ["1 of 4", "2 of 4"]
+
+
 def test_optimizers_differ_in_speed(tmp_path, monkeypatch):
     plan = "variants: [narrow]\nsweep: {train.optimizer: [adamw, muon]}\nseeds: [1, 2]\nx: train.optimizer"
     folder = write_study(tmp_path, plan)

@@ -78,8 +78,12 @@ def test_planned_runs_are_all_combinations_seed_by_seed(tmp_path, monkeypatch):
         ("variants: [narrow]\nlines: loss", "lines: there is no loss to draw by"),
         ("variants: [narrow]\npanels: loss", "panels: there is no loss to draw by"),
         (
-            "variants: [narrow, wide]\nx: train.seed\nlines: train.seed",
+            "variants: [narrow, wide]\nx: train.max_steps\nlines: train.max_steps",
             "do not distinguish all runs; sweep one key, or use lines: v",
+        ),
+        (
+            "variants: [narrow, wide]\nlines: train.seed",
+            "lines: results are means over the seeds, so train.seed is no key to draw by",
         ),
         (
             "variants: [narrow]\nsweep: {train.beta1: [0.8, 0.9], train.beta2: [0.9, 0.95]}\nx: train.beta1",
@@ -142,11 +146,14 @@ def test_study_outside_the_search_path_is_refused(tmp_path, monkeypatch):
 def test_runs_of_an_earlier_plan_are_refused(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
-    run = RecordedStudy(folder).runs[0]
-    make_run(run.folder, **{"train.max_steps": 9, "train.precision": "fp32", "inference.precision": "fp32"})
+    run, other = RecordedStudy(folder).runs[:2]
+    for each in (run, other):
+        make_run(each.folder, **{"train.max_steps": 9, "train.precision": "fp32", "inference.precision": "fp32"})
     about = json.loads((run.folder / "run.json").read_text())
     (run.folder / "run.json").write_text(json.dumps({**about, "machine": {"precision": "bf16"}}))
-    with pytest.raises(UserError, match=r"was started with train.max_steps=9, the study now has 8") as refused:
+    with pytest.raises(
+        UserError, match=r"seed=1 and 1 more: started with train.max_steps=9, the study now has 8;"
+    ) as refused:
         RecordedStudy(folder)
     assert "precision" not in str(refused.value)  # neither what the machine made of it nor what training does not use
 
