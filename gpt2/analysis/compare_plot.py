@@ -12,10 +12,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from gpt2.analysis.compare import Comparison
 from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
-from gpt2.errors import shortened
 
 MAX_NAMED = 12  # groups with a name and a colour; the others are grey
-MAX_LETTERS = 32  # of a name, which would otherwise leave no room for the lines
+MAX_LETTERS = 40  # of a name, which would otherwise leave no room for the lines
 GREY_LINE, GREY_TEXT = "#c9c9c9", "#7f7f7f"
 
 
@@ -48,7 +47,7 @@ def curves(comparison: Comparison, svg_id: Callable[[RunResult], str] | None = N
         style = {"color": palette.get(label, GREY_LINE), "zorder": 2 + (label in palette)}
         name = f"{len(groups) - len(named)} others"
         if label in palette:
-            name = shortened(label, MAX_LETTERS) + _count(runs)
+            name = _without_middle(label) + _count(runs)
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_time, "seconds", scale)):
                 points = [(place / factor, y) for place, y in run.curve(f"val/{metric}", x)]
@@ -69,6 +68,12 @@ def _line(axes: Axes, points: list[tuple[float, float]], style: dict[str, Any], 
         x, y = zip(*points, strict=True)
         mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(points) < 25 else {}
         axes.plot(x, y, linewidth=1.4, gid=gid and f"{gid}-{id(axes)}", **mark, **style)
+
+
+def _without_middle(name: str) -> str:
+    """A name of at most `MAX_LETTERS`. Long names mostly differ at their beginning and end."""
+    head = MAX_LETTERS // 4
+    return name if len(name) <= MAX_LETTERS else f"{name[:head]}…{name[head + 1 - MAX_LETTERS :]}"
 
 
 def _count(runs: list[RunResult]) -> str:
