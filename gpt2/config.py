@@ -147,6 +147,7 @@ class DataConfig:
     document_start: str | None = r"^ = [^=]"
     files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'; each file is a document
     exclude: list[str] = field(default_factory=list)  # patterns of files to leave out
+    validation_files: list[str] | None = None  # those of `files` for validation, or others; null: validation_fraction
     # gpt2, bytes (one token a byte), train (learn it from the text), a folder with a tokenizer, or a trained model.
     tokenizer: str = "gpt2"
     vocab_size: int = 4096  # tokens, if the tokenizer is learned (tokenizer: train)

@@ -234,9 +234,13 @@ def _data(config: DataConfig, prefix: str) -> Iterator[str]:
         yield f"{prefix}files: the list is empty; name a file, or a pattern: 'corpus/**/*.txt', or 'tokens/*.bin'"
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
-    for pattern in config.files or []:
-        if reason := no_file(pattern):
-            yield f"{prefix}files: {reason}"
+    if config.validation_files == [] or (config.validation_files and not config.files):
+        problem = f"{prefix}files, for training, are missing" if config.validation_files else "the list is empty"
+        yield f"{prefix}validation_files: {problem}"
+    for name, patterns in (("files", config.files), ("validation_files", config.validation_files)):
+        for pattern in patterns or []:
+            if reason := no_file(pattern):
+                yield f"{prefix}{name}: {reason}"
     if config.document_start and (reason := no_expression(config.document_start)):
         yield f"{prefix}document_start: {brief(config.document_start)} is not a regular expression: {reason}"
     name = config.tokenizer

@@ -372,14 +372,14 @@ def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, cap
             lambda m, *_: list(stream_text(m, GPT2Tokenizer.of_bytes(), "", InferenceConfig(top_k=0), 1)),
             "inference.top_k: 0 is not",
         ),
-        (lambda *_: load_text_data(DataConfig(files="book.txt")), "data.files: a list is wanted"),
+        (lambda *_: load_text_data(DataConfig(files="book.txt")), "data.files: 'book.txt' is not a list of texts"),
         (
             lambda *_: load_text_data(DataConfig(files=["book.txt"], tokenizer="wat")),
-            "data.tokenizer: there is no 'wat'",
+            "data.tokenizer: 'wat' is neither gpt2, bytes nor train",
         ),
     ],
 )
-def test_what_makes_no_sense_is_told_in_a_line(model, loaders, make, complaint):
+def test_mistakes_are_errors_of_one_line(model, loaders, make, complaint):
     train_loader, val_loader, _ = loaders
     with pytest.raises(UserError, match=complaint):
         make(model, train_loader, val_loader)

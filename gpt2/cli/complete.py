@@ -55,7 +55,11 @@ CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of 
 CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
-    *("data.files", "data.exclude"),  # of the same contents: `Trainer.load_checkpoint` compares them
+    *(
+        "data.files",
+        "data.exclude",
+        "data.validation_files",
+    ),  # of the same contents: `Trainer.load_checkpoint` compares them
 }
 
 # The keys that no resumed run may change.

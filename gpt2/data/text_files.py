@@ -107,6 +107,19 @@ class FileDocuments:
     def hold_records(self) -> bool:
         return any(path.suffix.lower() in RECORDS for path in self.paths)
 
+    def fingerprint(self, config: DataConfig) -> str:
+        """Equal for equal documents.
+
+        Raises:
+            OSError: A file cannot be read.
+        """
+        contents = fingerprint_of(self.paths, config)
+        return (
+            json.dumps([contents, [path.suffix for path in self.paths], self.column])
+            if self.hold_records()
+            else contents
+        )
+
     def _records(self, path: Path) -> Iterator[Document]:
         rows, number = RECORDS[path.suffix.lower()](_lines(TextFile(path).parts())), 0
         try:
@@ -155,27 +168,32 @@ csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
 def open_files(config: DataConfig) -> Source:
     """The documents, or the tokens, of the files that match `data.files`, identified by their contents.
 
+    Files that match `data.validation_files` are the validation split, and are not trained on.
+
     Raises:
         UserError: No file matches, or files of tokens are damaged.
     """
-    if isinstance(config.files, str):
-        raise UserError(f"data.files: a list is wanted, [{config.files!r}]")
-    documents = FileDocuments(find_files(config.files or [], config.exclude), config.text_column)
+    validation = FileDocuments(find_files(config.validation_files or [], []), config.text_column)
+    paths = find_files(config.files or [], config.exclude)
+    documents = FileDocuments([path for path in paths if path not in validation.paths], config.text_column)
     if not documents.paths:
         reasons = filter(None, map(no_file, config.files or []))
-        left = f"data.files: nothing of {config.files} is left without data.exclude={config.exclude}"
+        others = {"exclude": config.exclude, "validation_files": config.validation_files or []}
+        without = " and ".join(f"data.{name}={patterns}" for name, patterns in others.items() if patterns)
+        left = f"data.files: nothing of {config.files} is left without {without}"
         raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
     try:
         if any(map(is_token_file, documents.paths)):
             return _source_of_tokens(documents.paths, config)
-        fingerprint = fingerprint_of(documents.paths, config)
+        fingerprint, of_validation = documents.fingerprint(config), validation.fingerprint(config)
     except OSError as error:
         raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
-    if documents.hold_records():
-        fingerprint = json.dumps([fingerprint, [path.suffix for path in documents.paths], config.text_column])
-    text_bytes = sum(path.stat().st_size for path in documents.paths)
+    text_bytes = sum(path.stat().st_size for path in [*documents.paths, *validation.paths])
     records = documents.hold_records()
-    return Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes, holds_records=records)
+    source = Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes, holds_records=records)
+    if config.validation_files is not None:
+        source.validation, source.fingerprint = validation, json.dumps([fingerprint, of_validation])
+    return source
 
 
 def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
@@ -183,6 +201,8 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
         raise UserError(f"data.files: {few(others)} is text beside files of tokens (.bin); name one kind")
     if config.tokenizer == "train":
         raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
+    if config.validation_files is not None:
+        raise UserError("data.validation_files: is for text; files of tokens are for validation by their names")
     splits = open_token_files(paths)
     contents = {split: fingerprint_of([file.path for file in files], config) for split, files in splits.items()}
     validation, test = (() if splits[split] else None for split in ("validation", "test"))

@@ -121,6 +121,7 @@ PROBLEMS = [
     (["wandb.mode=maybe"], ["expected one of ['auto', 'online', 'offline', 'off']"]),
     (["model.num_heads=7"], ["model.num_heads: 7 heads do not divide model.d_model=768, 6 would"]),
     (["data.max_length=2048"], ["data.max_length: blocks of 2048 tokens do not fit into model.context_length=1024"]),
+    (["data.validation_files=[]"], ["data.validation_files: the list is empty"]),
     (["data=text"], ["data.files: the list is empty"]),
     (["data=text", "data.files=[nowhere.txt]"], ["data.files: no file matches 'nowhere.txt'"]),
     (["data.tokenizer=nowhere"], ["data.tokenizer: 'nowhere' is neither gpt2, bytes nor train"]),

@@ -236,6 +236,19 @@ def test_spelled_end_of_text_is_noted(tmp_path, caplog, text, notes):
     assert caplog.text.count("the text spells <|endoftext|>, which is encoded as ordinary characters") == notes
 
 
+def test_files_for_validation_are_not_trained_on(tmp_path):
+    texts = write_files(tmp_path, 4)
+    (tmp_path / "other").mkdir()
+    write_records(tmp_path / "other" / "a.jsonl", ["one", "two"])
+    split = {"validation_files": [str(tmp_path / "002.txt"), str(tmp_path / "other" / "*")]}
+    prepared = prepare(config_of(tmp_path, **split))
+    assert documents_of(prepared, "train") == [texts[0], texts[1], texts[3]]
+    assert documents_of(prepared, "validation") == [texts[2], "one", "two"]
+    assert prepare(config_of(tmp_path)).about["fingerprint"] != prepared.about["fingerprint"]
+    with pytest.raises(UserError, match=r"is left without data\.validation_files="):
+        prepare(config_of(tmp_path, validation_files=[str(tmp_path / "*.txt")]))
+
+
 def test_validation_split_replaces_a_missing_test_split(tmp_path):
     write_files(tmp_path, 1)
     train, validation, test, tokenizer = load_text_data(config_of(tmp_path, max_length=8))
