@@ -26,7 +26,7 @@ def sweep_of(workspace: Workspace) -> Path:
     return folder
 
 
-def test_runs_that_fail_are_named_and_the_others_go_on(workspace: Workspace):
+def test_failed_runs_are_named_and_the_others_continue(workspace: Workspace):
     (workspace.folder / "short.txt").write_text("a")
     over = ["data.files=[short.txt],[corpus.txt]", "train.learning_rate=1e30,1e-3"]
     done = workspace.run("train.py", "-m", *TWO_STEPS, *over, expect=1)  # one code is 2, another 3

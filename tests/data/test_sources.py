@@ -71,7 +71,7 @@ def test_first_byte_that_is_not_utf8_is_reported_for_every_cut(tmp_path, monkeyp
         ),
     ],
 )
-def test_values_of_several_types_are_told_in_our_words(tmp_path, files, complaint):
+def test_values_of_several_types_are_a_clear_error(tmp_path, files, complaint):
     (tmp_path / "corpus").mkdir()
     for name, content in files.items():
         (tmp_path / "corpus" / name).write_text(content)
