@@ -404,6 +404,7 @@ class Trainer:
         path = Path(filepath)
         saved = read_record(path)
         states.check_compatible(path, saved, self._description(), accept_other_data)
+        states.check_tokenizer(path, saved["tokenizer"], self.tokenizer)
         plan = self._choose_plan(saved["machine"])
         if self.parallel.is_sharded:  # FSDP was set up with a precision
             plan = replace(plan, precision=self.plan.precision)

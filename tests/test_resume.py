@@ -14,7 +14,7 @@ from gpt2.checkpoint import run_folder
 from gpt2.data import corpus
 from gpt2.tracking.tracker import read_metrics
 from tests import warm
-from tests.conftest import TINY, Workspace
+from tests.conftest import TEXT, TINY, Workspace
 from tests.test_scripts import wait_for
 
 AUTO = [*TINY, "train.auto_resume=true"]
@@ -267,6 +267,12 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     assert "Changed: data" not in workspace.run("train.py", *moved).stdout
     (workspace.folder / "moved.txt").write_text("another text " * 999)
     assert "was trained on other data" in workspace.run("train.py", *moved, "train.max_steps=16", expect=2).stderr
+    (workspace.folder / "moved.txt").write_text(TEXT.replace("def", "fed"))  # as many tokens, but others
+    learned = workspace.run("train.py", *moved, "train.max_steps=16", "resume_changes=true", expect=2).stderr
+    assert "has another tokenizer than the data: one that is learned from a text changes with it" in learned
+    (workspace.folder / "others.txt").write_text("another text " * 999)
+    others = workspace.run("train.py", *moved, "data.files=[others.txt]", "train.max_steps=16", "resume_changes=true")
+    assert "Changed: data is" in others.stdout, "with the tokenizer of before"
     file = workspace.run("train.py", f"resume={run / 'checkpoints' / run_folder.LAST}", expect=2).stderr
     assert file.endswith(
         "; a run resumes from its newest checkpoint, and train.init_from=FILE starts a new run from one\n"

@@ -203,6 +203,8 @@ def open_tokenizer(name: str) -> GPT2Tokenizer:
         return GPT2Tokenizer.from_hub(name)
     if _holds_tokenizer(Path(name)):
         return GPT2Tokenizer.from_folder(name)
+    if Path(name).name in TOKENIZER_FILES:
+        raise UserError(f"data.tokenizer: {name} is a part of a tokenizer; name its folder")
     return open_model(name, "data.tokenizer").tokenizer_for_text()
 
 

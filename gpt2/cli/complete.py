@@ -281,6 +281,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     values, done = saved_values(record["run"]), record["progress"]["step"]
     values["train.checkpoint_dir"] = path.absolute().parent.name  # new ones are written beside it
     requested = requested_changes(composed, overrides, set(values["started_with"]))
+    is_other_text = any(key.startswith("data.") and values.get(key, new) != new for key, new in requested.items())
     problems: list[str] = []
     for key, new in requested.items():
         old = values.get(key, new)  # USER_KEYS have no old value
@@ -297,8 +298,9 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
         problems.append(f"train.max_steps: the run has made {done} steps already, more than {limit}")
     if problems:
         raise UserError(*problems)
-    if values["data.tokenizer"] not in ("train", "bytes") and "data.tokenizer" not in requested:
-        values["data.tokenizer"] = str(path)  # the checkpoint holds a copy; the tokenizer's folder may be gone
+    if values["data.tokenizer"] != "bytes" and (values["data.tokenizer"] != "train" or is_other_text):
+        # The checkpoint holds a copy. The tokenizer's folder may be gone, and of another text another one is learned.
+        values["data.tokenizer"] = str(path)
     return {**values, **settings_of_user(record["run"], composed, requested), "resume": str(path)}
 
 

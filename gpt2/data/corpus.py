@@ -300,7 +300,8 @@ def write_corpus(
             written = _write_split(folder, source, split, tokenizer, config)
             tokens[split], sums[f"{split}.bin"] = written.tokens, written.sha256
         if not tokens[split] and (split != "test" or len(splits) == 1):  # validation can replace an empty test split
-            raise UserError(f"data: there is no text in the {split} split")
+            hint = "; the names of files of tokens tell which split is theirs" if in_place else ""
+            raise UserError(f"data: there is no text in the {split} split{hint}")
     about = {
         **identity,
         "fingerprint": identity["key"] if in_place else _sum_of(sums)[:16],
@@ -349,4 +350,9 @@ def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
     with track("Training the tokenizer", unit="characters") as advance:
         tokenizer = interruptibly(lambda: GPT2Tokenizer.train(texts(), config.vocab_size), lambda: advance(total))
         advance(total)
+    if tokenizer.vocab_size < config.vocab_size:
+        found = f"{tokenizer.vocab_size:,}"
+        log.warning(
+            "Note: the text has only %s tokens to learn, not data.vocab_size=%s.", found, f"{config.vocab_size:,}"
+        )
     return tokenizer

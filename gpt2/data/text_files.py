@@ -114,11 +114,9 @@ class FileDocuments:
             OSError: A file cannot be read.
         """
         contents = fingerprint_of(self.paths, config)
-        return (
-            json.dumps([contents, [path.suffix for path in self.paths], self.column])
-            if self.hold_records()
-            else contents
-        )
+        if not self.hold_records():
+            return contents
+        return json.dumps([contents, [path.suffix for path in self.paths], self.column])
 
     def _records(self, path: Path) -> Iterator[Document]:
         rows, number = RECORDS[path.suffix.lower()](_lines(TextFile(path).parts())), 0

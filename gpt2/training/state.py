@@ -17,6 +17,7 @@ from gpt2.distributed.process_group import ProcessGroup
 from gpt2.errors import UserError, is_out_of_memory, one_line
 from gpt2.runtime.files import remove_unfinished
 from gpt2.runtime.rng import RandomState
+from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training.optimizer import effective_rate
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,30 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
     Raises:
         UserError: The model has another shape or parametrization, or the data are others and are not accepted.
     """
+    if saved["data"] != current["data"] and not accept_other_data:
+        raise UserError(
+            f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
+            f"resume_changes=true continues with the new data"
+        )
     model, other = saved["model"], current["model"]
     scaling = PARAMETRIZATION if other["parametrization"] == "mup" else PARAMETRIZATION[:1]  # only mup has a base
     for kind, keys in (("shape", SHAPE), ("parametrization", scaling)):
         if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in keys if model.get(key) != other[key]]:
             raise UserError(f"checkpoint: {path} holds a model of another {kind}: {', '.join(problems)}")
-    if saved["data"] != current["data"] and not accept_other_data:
+
+
+def check_tokenizer(path: Path, saved: str | None, tokenizer: GPT2Tokenizer | None) -> None:
+    """Check that the tokens of the data mean what they meant in the saved run.
+
+    Raises:
+        UserError: The tokenizers differ.
+    """
+    if saved is None or tokenizer is None or saved == tokenizer.to_json():
+        return
+    if GPT2Tokenizer.from_json(saved).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
-            f"resume_changes=true continues with the new data"
+            f"checkpoint: {path} has another tokenizer than the data: one that is learned from a text changes with it; "
+            f"train.init_from={path} starts a new run with its weights and tokenizer"
         )
 
 

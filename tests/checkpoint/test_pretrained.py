@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 
 from gpt2.checkpoint import run_folder
-from gpt2.checkpoint.pretrained import export, finetuning_config, open_model
+from gpt2.checkpoint.pretrained import export, finetuning_config, open_model, open_tokenizer
 from gpt2.cli.complete import resolve
 from gpt2.cli.compose import compose
 from gpt2.cli.preflight import validate_command_line
@@ -245,6 +245,13 @@ def test_interpolated_values_count_as_requested(folder):
     line = ["hparams_search=optuna", f"train.init_from='{folder}'", "model.dropout=0.1", "data=stdlib"]
     config = resolve("train", compose("train", line), line)
     assert (config.model.dropout, config.model.attention_dropout, config.model.residual_dropout) == (0.1, 0.1, 0.1)
+
+
+def test_part_of_a_tokenizer_is_refused(tmp_path):
+    GPT2Tokenizer.of_bytes().to_folder(tmp_path, context_length=8)
+    assert open_tokenizer(str(tmp_path)).vocab_size == 257
+    with pytest.raises(UserError, match=r"data\.tokenizer: .*/vocab\.json is a part of a tokenizer; name its folder"):
+        open_tokenizer(str(tmp_path / "vocab.json"))
 
 
 def test_other_tokenizer_than_that_of_the_weights_is_refused(folder, tmp_path):

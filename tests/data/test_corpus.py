@@ -263,6 +263,13 @@ def test_tokenizer_is_trained_on_the_training_split_only(tmp_path):
     assert "xy" not in tokenizer.vocabulary
 
 
+@pytest.mark.parametrize(("size", "is_noted"), [(5000, True), (260, False)])
+def test_vocabulary_that_the_text_cannot_fill_is_noted(tmp_path, caplog, size, is_noted):
+    (tmp_path / "a.txt").write_text("some words " * 99)
+    load_text_data(config_of(tmp_path, tokenizer="train", vocab_size=size))
+    assert ("tokens to learn, not data.vocab_size=5,000" in caplog.text) == is_noted
+
+
 def test_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"a" * 100)
     assert documents_of(prepare(config_of(tmp_path)), "train") == ["a" * 90]

@@ -149,6 +149,12 @@ def test_unknown_tokens_and_other_kinds_are_refused(tmp_path):
         prepare(config_of(tmp_path, files=files))
 
 
+def test_files_without_one_for_training_are_refused(tmp_path):
+    write_nanogpt(tmp_path / "bin")
+    with pytest.raises(UserError, match="no text in the train split; the names of files of tokens tell which split is"):
+        prepare(config_of(tmp_path, files=[str(tmp_path / "bin" / "val.bin")]))
+
+
 def test_run_resumes_exactly_and_is_evaluated(workspace: Workspace):
     write_nanogpt(workspace.folder / "nanogpt")
     write_shards(workspace.folder / "shards")
