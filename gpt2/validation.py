@@ -179,7 +179,8 @@ def validate(config: Any, prefix: str = "") -> Problems:
 
 
 def require_valid(config: Any, prefix: str = "") -> None:
-    """
+    """Refuse a configuration that cannot run.
+
     Raises:
         UserError: With all problems that `validate` finds.
     """

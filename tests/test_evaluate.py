@@ -245,6 +245,15 @@ def test_evaluation_of_run_is_printed_and_stored(trained: Workspace):
     (trained.folder / "strided.json").unlink()
 
 
+def test_other_files_replace_the_files_for_validation_of_the_run(workspace: Workspace):
+    for name, size in (("val.txt", 500), ("other.txt", 900)):
+        (workspace.folder / name).write_text(TEXT[:size])
+    workspace.run("train.py", *TINY, "data.validation_files=[val.txt]", "train.max_steps=2", "train.eval_every=2")
+    for arguments, tokens in (([], 500), (["data.files=[other.txt]", "split=all"], 900)):
+        workspace.run("evaluate.py", *arguments, f"output={tokens}.json")
+        assert json.loads((workspace.folder / f"{tokens}.json").read_text())["tokens"] == tokens
+
+
 def test_results_of_concurrent_evaluations_are_all_stored(trained: Workspace):
     sizes = [1, 2, 3, 5]
     options = {"errors_in_output": True}

@@ -51,15 +51,12 @@ SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "ch
 LOADING_KEYS = tuple(f"inference.{key}" for key in WHEN_LOADED)  # train.py refuses them
 CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that choose the text
 
-# The keys that a resumed run may change: those without effect on its result, and those that decide when it ends.
+# The keys that a resumed run may change: those without effect on its result, those that decide when it ends, and the
+# places of its text, whose contents `Trainer.load_checkpoint` compares.
 CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
-    *(
-        "data.files",
-        "data.exclude",
-        "data.validation_files",
-    ),  # of the same contents: `Trainer.load_checkpoint` compares them
+    *("data.files", "data.exclude", "data.validation_files"),
 }
 
 # The keys that no resumed run may change.
@@ -145,6 +142,8 @@ def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) ->
     problems = [f"{key}: is for a corpus, which tasks=[...] replace; drop one of the two" for key in of_corpus]
     models = [open_model(name) for name in checkpoints_named(composed)]
     data = {} if composed.tasks else saved_group(models[0], "data", keys)
+    if "data.files" in keys:  # those of the run are no part of them
+        data.pop("data.validation_files", None)
     for trained in models:
         values = {**data, "checkpoint": trained.source, "all_checkpoints": False}
         values["output"] = composed.output or str(default_output(trained.source))
