@@ -236,7 +236,7 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
         "train.weight_decay=0.5": "train.weight_decay: 0.5 was requested, but the run has 0.01",
         "model.dropout=0.3": "model.dropout: 0.3 was requested, but the run has 0.0",
         "data.validation_fraction=0.2": "data.validation_fraction: 0.2 was requested, but the run has 0.1",
-        "train.init_from=other": "train.init_from: other was requested, but the run has None; only a new run has one",
+        "train.init_from=other": "train.init_from: other was requested, but the run has None; it is for a new run",
         "name=other": "name: other was requested, but the run has gpt2",
         "inference=greedy": "inference.do_sample: False was requested, but the run has True",
         "experiment=quickstart": "model.d_model: 128 was requested, but the run has 32",
@@ -269,7 +269,7 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     assert "was trained on other data" in workspace.run("train.py", *moved, "train.max_steps=16", expect=2).stderr
     (workspace.folder / "moved.txt").write_text(TEXT.replace("def", "fed"))  # as many tokens, but others
     learned = workspace.run("train.py", *moved, "train.max_steps=16", "resume_changes=true", expect=2).stderr
-    assert "has another tokenizer than the data: one that is learned from a text changes with it" in learned
+    assert "has another tokenizer than the data (data.tokenizer=train learns a new one from a changed text)" in learned
     (workspace.folder / "others.txt").write_text("another text " * 999)
     others = workspace.run("train.py", *moved, "data.files=[others.txt]", "train.max_steps=16", "resume_changes=true")
     assert "Changed: data is" in others.stdout, "with the tokenizer of before"

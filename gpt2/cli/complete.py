@@ -290,7 +290,7 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
         elif new != old:
             remedy = "; resume_changes=true allows the change"
             if key in FIXED:
-                remedy = "; only a new run has one" if key == "train.init_from" else ", which its weights require"
+                remedy = "; it is for a new run" if key == "train.init_from" else ", which its weights require"
             problems.append(f"{key}: {new} was requested, but the run has {old}{remedy}")
     limit = values["train.max_steps"]
     if limit is not None and limit < done:

@@ -146,7 +146,7 @@ def composition_error(error: Exception) -> str:
         return f"{preset[1]}.yaml needs the line `# @package _global_`, because it sets keys of other groups"
     text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
-    choices = [choice for choice in choices if choice != "study" and not choice.startswith("_")]  # no presets
+    choices = [choice for choice in choices if choice != "study" and not choice.startswith("_")]  # files of studies
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 

@@ -69,7 +69,7 @@ def load_torch() -> None:
 
 
 def start_garbage_collection() -> None:
-    """End what `gpt2.cli.script` began, and exempt the objects that exist by now: modules and configurations."""
+    """Switch it on again after `gpt2.cli.script`, without the modules and configurations that exist by now."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()

@@ -190,7 +190,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
         size = round(source.count * config.validation_fraction)
         if cuts_documents(source, config):
             identity |= {"cut": source.length_unit} if source.length_unit else {}
-        elif size < MIN_VALIDATION_FILES:  # they were cut once
+        elif size < MIN_VALIDATION_FILES:  # an earlier version cut them, under the key without this
             identity["records"] = size
 
     identity["key"] = _sum_of(identity)[:16]
@@ -300,7 +300,7 @@ def write_corpus(
             written = _write_split(folder, source, split, tokenizer, config)
             tokens[split], sums[f"{split}.bin"] = written.tokens, written.sha256
         if not tokens[split] and (split != "test" or len(splits) == 1):  # validation can replace an empty test split
-            hint = "; the names of files of tokens tell which split is theirs" if in_place else ""
+            hint = "; the name of a token file decides its split" if in_place else ""
             raise UserError(f"data: there is no text in the {split} split{hint}")
     about = {
         **identity,
@@ -353,6 +353,6 @@ def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
     if tokenizer.vocab_size < config.vocab_size:
         found = f"{tokenizer.vocab_size:,}"
         log.warning(
-            "Note: the text has only %s tokens to learn, not data.vocab_size=%s.", found, f"{config.vocab_size:,}"
+            "Note: this text has only %s tokens to learn, not data.vocab_size=%s.", found, f"{config.vocab_size:,}"
         )
     return tokenizer

@@ -200,7 +200,7 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
     if config.tokenizer == "train":
         raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
     if config.validation_files is not None:
-        raise UserError("data.validation_files: is for text; files of tokens are for validation by their names")
+        raise UserError("data.validation_files: is for text; the name of a token file decides its split")
     splits = open_token_files(paths)
     contents = {split: fingerprint_of([file.path for file in files], config) for split, files in splits.items()}
     validation, test = (() if splits[split] else None for split in ("validation", "test"))

@@ -216,7 +216,7 @@ class StudyProgress:
         from gpt2.experiments.cost import StudyCost  # here, because it imports torch
 
         self.cost, self.jobs, self.next_look = StudyCost(configs), jobs, 0.0
-        self.ended = self.cost.ended  # runs that are counted; those of `cost` include runs whose processes are ending
+        self.ended = self.cost.ended  # runs whose processes have ended; `cost` also counts those that are about to
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
         self.bar = LiveProgress(*columns)
         self.task = self.bar.add_task("", total=1.0, left="")

@@ -94,7 +94,8 @@ def check_tokenizer(path: Path, saved: str | None, tokenizer: GPT2Tokenizer | No
         return
     if GPT2Tokenizer.from_json(saved).fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"checkpoint: {path} has another tokenizer than the data: one that is learned from a text changes with it; "
+            f"checkpoint: {path} has another tokenizer than the data (data.tokenizer=train learns a new one from a "
+            f"changed text); "
             f"train.init_from={path} starts a new run with its weights and tokenizer"
         )
 

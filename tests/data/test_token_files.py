@@ -151,7 +151,7 @@ def test_unknown_tokens_and_other_kinds_are_refused(tmp_path):
 
 def test_files_without_one_for_training_are_refused(tmp_path):
     write_nanogpt(tmp_path / "bin")
-    with pytest.raises(UserError, match="no text in the train split; the names of files of tokens tell which split is"):
+    with pytest.raises(UserError, match="no text in the train split; the name of a token file decides its split"):
         prepare(config_of(tmp_path, files=[str(tmp_path / "bin" / "val.bin")]))
 
 
