@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from gpt2.config import TrainingConfig
 from gpt2.data_loader import TokenDataset
 from gpt2.distributed.process_group import Batch, ProcessGroup
+from gpt2.errors import UserError
 from gpt2.model import GPT2Model
 from gpt2.ops.cross_entropy import IGNORE_INDEX, shifted
 from gpt2.runtime.console import track
@@ -67,9 +68,21 @@ def validate_data(
         problems.append("data: the validation split has no token to predict")
     if config.eval_tasks and tokenizer is None:
         problems.append("train.eval_tasks: the data have no tokenizer for the documents of tasks")
-    if tokenizer and tokenizer.ids_in_use > model.config.vocab_size:
-        known = model.config.vocab_size
-        problems.append(f"model.vocab_size: {known} is less than the {tokenizer.ids_in_use} tokens of the data")
+    return problems + validate_dataset(train_loader.dataset, model)
+
+
+def validate_dataset(dataset: Dataset, model: GPT2Model) -> list[str]:
+    """Problems that prevent this model from reading these blocks. Those of other datasets than ours are not known."""
+    config, problems = model.config, []
+    tokenizer: GPT2Tokenizer | None = getattr(dataset, "tokenizer", None)
+    if tokenizer and tokenizer.ids_in_use > config.vocab_size:
+        tokens = tokenizer.ids_in_use
+        problems.append(f"model.vocab_size: {config.vocab_size} is less than the {tokens} tokens of the data")
+    length = getattr(dataset, "length", 0)
+    if length > config.context_length:
+        problems.append(
+            f"data.max_length: blocks of {length} tokens do not fit into the context, {config.context_length}"
+        )
     return problems
 
 
@@ -176,7 +189,12 @@ class Evaluator:
             device: See `gpt2.runtime.device.cuda_or_fallback`.
             precision: fp32, bf16, fp16 or auto, see `gpt2.runtime.device.auto_without_training`.
             group: The ranks that share the work, see `gpt2.distributed.process_group.init_distributed`.
+
+        Raises:
+            UserError: The device or the precision is not available, or the blocks do not fit the model.
         """
+        if problems := validate_dataset(test_loader.dataset, model):
+            raise UserError(*problems)
         self.group = group or ProcessGroup()
         self.device = cuda_or_fallback(device)
         self.precision = agreed_precision(auto_without_training(precision, self.device), self.device, self.group)

@@ -29,6 +29,7 @@ from gpt2.generation.session import Session
 from gpt2.generation.text import GeneratedText, Speed, TextBatch
 from gpt2.ops.cpu_inference import pack_linears, quantize, refuse_quantization
 from gpt2.runtime.device import Precision, auto_without_training, choose_precision, cuda_or_fallback
+from gpt2.runtime.plain_values import brief
 from gpt2.validation import validate
 
 log = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class TextGenerator:
         Each is the same as alone, see `TextBatch`.
 
         Raises:
-            UserError: `config` or `batch_size` is invalid.
+            UserError: `config` or `batch_size` is invalid, or `prompts` is a single text.
         """
         for prompt, text in self._generate(prompts, config, batch_size, with_log_probabilities=True):
             yield Continuation(prompt, "".join(text), text.tokens, text.log_probability)
@@ -170,6 +171,8 @@ class TextGenerator:
         self, prompts: Sequence[str], config: InferenceConfig, batch_size: int, **options: bool
     ) -> Iterator[tuple[str, GeneratedText]]:
         problems = validate(config, "inference.")
+        if isinstance(prompts, str):
+            problems.append(f"prompts: {brief(prompts)} is not a list of texts")
         if batch_size < 1:
             problems.append(f"batch_size: {batch_size} is not a whole number of at least 1")
         if problems:

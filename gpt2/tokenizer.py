@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt2.errors import UserError, one_line
+from gpt2.runtime.plain_values import brief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -155,8 +156,10 @@ class GPT2Tokenizer:
         Words of more than `MAX_LEARNED_WORD` bytes are cut: the time to learn a word is quadratic in its length.
 
         Raises:
-            UserError: `vocab_size` is below 257.
+            UserError: `vocab_size` is below 257, or `texts` is a single text.
         """
+        if isinstance(texts, str):
+            raise UserError(f"tokenizer: {brief(texts)} is not a list of texts")
         from tokenizers import models, pre_tokenizers, trainers
 
         if vocab_size < 257:
@@ -376,11 +379,12 @@ class GPT2Tokenizer:
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode tokens one by one. A character is yielded as soon as its last byte has come.
 
-        Ids beyond the vocabulary, which a model with a padded vocabulary can generate, are skipped.
+        Ids outside the vocabulary are skipped: a model with a padded vocabulary can generate some, and in labels -100
+        stands for no token.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
-            yield decoder.decode(self.token_bytes[i] if i < self.vocab_size else b"")
+            yield decoder.decode(self.token_bytes[i] if 0 <= i < self.vocab_size else b"")
         yield decoder.decode(b"", final=True)
 
 

@@ -369,6 +369,14 @@ def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, cap
         ),
         (lambda model, a, b: Evaluator(model, b, "tpu"), "device: 'tpu' is none of"),
         (
+            lambda model, a, b: Evaluator(GPT2Model(dataclasses.replace(model.config, vocab_size=99)), b),
+            "model.vocab_size: 99 is less than the 257 tokens of the data",
+        ),
+        (
+            lambda model, a, b: Evaluator(GPT2Model(dataclasses.replace(model.config, context_length=8)), b),
+            "data.max_length: blocks of 16 tokens do not fit into the context, 8",
+        ),
+        (
             lambda m, *_: list(stream_text(m, GPT2Tokenizer.of_bytes(), "", InferenceConfig(top_k=0), 1)),
             "inference.top_k: 0 is not",
         ),

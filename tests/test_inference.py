@@ -78,6 +78,7 @@ def test_precision_quantization_and_special_tokens(trained):
         (lambda path: TextGenerator(path, precision="fp16"), "precision: 'fp16' is none of auto, fp32, bf16"),
         (lambda path: TextGenerator(path, precision="bf16", quantization="int8"), "contradicts"),
         (lambda path: next(TextGenerator(path).continuations(["a"], InferenceConfig(), 0)), "batch_size: 0 is not"),
+        (lambda path: next(TextGenerator(path).continuations("ab", InferenceConfig())), "prompts: ab is not a list"),
         (lambda path: TextGenerator(path).generate_text("a", InferenceConfig(num_return_sequences=0)), "sequences: 0"),
         (
             lambda path: TextGenerator(path).generate_text("a", InferenceConfig(stop="ab")),

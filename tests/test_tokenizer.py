@@ -454,5 +454,10 @@ def test_vocabulary_smaller_than_the_bytes_is_refused():
         GPT2Tokenizer.train(["text"], 256)
 
 
-def test_ids_beyond_the_vocabulary_are_skipped():
-    assert GPT2Tokenizer.of_bytes().decode([97, 257, 98, 9999]) == "ab"
+def test_training_needs_a_list_of_texts():
+    with pytest.raises(UserError, match="tokenizer: 'ab ab ab' is not a list of texts"):
+        GPT2Tokenizer.train("ab ab ab", 300)
+
+
+def test_ids_outside_the_vocabulary_are_skipped():
+    assert GPT2Tokenizer.of_bytes().decode([97, 257, -100, 98, 9999]) == "ab"

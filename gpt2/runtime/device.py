@@ -159,10 +159,14 @@ def computes_in_bf16() -> bool:
     return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
-def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8) -> list[float]:
-    """The shortest time of each function in interleaved repetitions: other programs disturb it least."""
+def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8, min_seconds: float = 0.0) -> list[float]:
+    """The shortest time of each function in interleaved repetitions: other programs disturb it least.
+
+    Args:
+        min_seconds: Fast functions are repeated more often, until all repetitions together take this long.
+    """
     seconds: list[list[float]] = [[] for _ in ways]
-    for _ in range(repetitions + 1):
+    while len(seconds[0]) <= repetitions or sum(map(sum, seconds)) < min_seconds:
         for way, taken in zip(ways, seconds, strict=True):
             began = time.perf_counter()
             way()

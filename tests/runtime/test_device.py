@@ -116,6 +116,12 @@ def test_fastest_seconds_calls_functions_in_turn():
     assert seconds[0] < seconds[1] and seconds[1] >= 2e-3
 
 
+def test_fast_functions_are_repeated_for_the_least_time():
+    calls = []
+    fastest_seconds([lambda: (calls.append(1), time.sleep(1e-3))], repetitions=1, min_seconds=5e-2)
+    assert 2 < len(calls) <= 51
+
+
 def test_hardware_description():
     about = hardware(torch.device("cpu"))
     assert about["device"] == "cpu"
