@@ -72,7 +72,7 @@ def validate_data(
 
 
 def validate_dataset(dataset: Dataset, model: GPT2Model) -> list[str]:
-    """Problems that prevent this model from reading these blocks. Those of other datasets than ours are not known."""
+    """Problems that prevent this model from reading these blocks. Only our datasets have what is checked."""
     config, problems = model.config, []
     tokenizer: GPT2Tokenizer | None = getattr(dataset, "tokenizer", None)
     if tokenizer and tokenizer.ids_in_use > config.vocab_size:

@@ -201,7 +201,10 @@ class GPT2Tokenizer:
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in pairs]
             added = _read_added(folder, description)
             vocabulary = {**vocabulary, **{token["content"]: token["id"] for token in added if "id" in token}}
-            return cls(vocabulary, merges, added)  # fails if an entry of `merges` is not a pair
+            try:
+                return cls(vocabulary, merges, added)  # fails if an entry of `merges` is not a pair
+            except UserError as error:
+                raise UserError(f"{error} (in {folder})") from error
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise UserError(f"tokenizer: {folder} holds no GPT-2 tokenizer: {error}") from error
 
@@ -377,7 +380,7 @@ class GPT2Tokenizer:
         return "".join(self.stream(ids))
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode tokens one by one. A character is yielded as soon as its last byte has come.
+        """Decode tokens one by one. A character is yielded as soon as its last byte is decoded.
 
         Ids outside the vocabulary are skipped: a model with a padded vocabulary can generate some, and in labels -100
         stands for no token.

@@ -1,4 +1,4 @@
-"""The tasks: where the documents of each come from, and what a task asks about a document.
+"""The tasks: the dataset of each, and how a document becomes a question.
 
 To add a task, write a function from a document to a `Question`, enter it in `TASK_TABLE`, and enter the names of the
 task and of its dataset in `gpt2.config.TASKS`.
@@ -24,7 +24,7 @@ Pair = tuple[str, str]  # context and continuation
 
 @dataclass(frozen=True)
 class Question:
-    """What a task asks about a document: the most likely of several continuations, or the likelihood of one."""
+    """A question about a document: the most likely of several continuations, or the likelihood of one."""
 
     pairs: tuple[Pair, ...]
     answer: int = 0  # index of the right pair

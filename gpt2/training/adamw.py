@@ -1,7 +1,7 @@
 """AdamW that does not import torch._dynamo, which would take longer than everything else before the first step.
 
 PyTorch's optimizers import it at their first calls, only to be excluded from compilation. This project compiles models,
-never optimizers. This is the only module that knows how PyTorch excludes them. Checked with PyTorch 2.13.0;
+never optimizers. This is the only module that depends on how PyTorch excludes them. Checked with PyTorch 2.13.0;
 `tests/training/test_adamw.py` fails when it moves.
 """
 
