@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from gpt2.config import TrainingConfig
 from gpt2.data_loader import TokenDataset
@@ -20,6 +20,7 @@ from gpt2.model import GPT2Model
 from gpt2.ops.cross_entropy import IGNORE_INDEX, shifted
 from gpt2.runtime.console import track
 from gpt2.runtime.device import auto_without_training, cuda_or_fallback
+from gpt2.runtime.plain_values import brief
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.training.compile import agreed_precision
 
@@ -30,7 +31,10 @@ def as_inputs(batch: Any) -> Batch:
     """Convert a batch of any loader to keyword arguments of `GPT2Model.forward`: `input_ids`, `targets`, ...
 
     A batch is a mapping with `targets` (as `gpt2.data_loader` yields) or with `labels`, a pair (input_ids, labels), or
-    input_ids (b, t) alone, which are then the labels too.
+    input_ids (b, t) alone, which are then the labels too. The model shifts labels: label t is token t of the input.
+
+    Raises:
+        ValueError: The batch has other entries, or its labels are shifted already.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch, "labels": batch}
@@ -38,11 +42,20 @@ def as_inputs(batch: Any) -> Batch:
         input_ids, labels = batch
         batch = {"input_ids": input_ids, "labels": labels}
     inputs = dict(batch)
-    if "labels" in inputs:
-        inputs["targets"] = shifted(inputs.pop("labels"))
-    if not {"input_ids", "targets"} <= inputs.keys():
+    if "input_ids" not in inputs or not {"targets", "labels"} & inputs.keys():
         raise ValueError(f"a batch needs input_ids and either targets or labels; this one has {', '.join(inputs)}")
+    if "labels" in inputs:
+        refuse_shifted(inputs["input_ids"], inputs["labels"])
+        inputs["targets"] = shifted(inputs.pop("labels"))
     return inputs
+
+
+def refuse_shifted(input_ids: Tensor, labels: Tensor) -> None:
+    """Raise ValueError if each label is the token after its place, as in nanoGPT's pairs: a model would shift twice."""
+    if input_ids.device.type != "cpu" or input_ids.size(1) < 2:  # on a GPU the comparison would wait for the device
+        return
+    if torch.equal(labels[:, :-1], input_ids[:, 1:]) and not torch.equal(labels, input_ids):
+        raise ValueError("the labels of a batch are shifted already: give {'input_ids': x, 'targets': y}, not (x, y)")
 
 
 def count_targets(batch: Batch) -> int:
@@ -51,14 +64,12 @@ def count_targets(batch: Batch) -> int:
 
 
 def validate_data(
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    config: TrainingConfig,
-    model: GPT2Model,
-    tokenizer: GPT2Tokenizer | None,
+    train_loader: DataLoader, val_loader: DataLoader, config: TrainingConfig, model: GPT2Model
 ) -> list[str]:
     """Problems that prevent training this model on these data."""
-    problems = []
+    problems = validate_loader("train_loader", train_loader, model)
+    if problems := problems + validate_loader("val_loader", val_loader, model):
+        return list(dict.fromkeys(problems))
     if not len(train_loader):
         problems.append("data: the training split is empty")
     has_targets = bool(len(val_loader))
@@ -66,23 +77,25 @@ def validate_data(
         has_targets = any(count_targets(as_inputs(batch)) for batch in islice(val_loader, config.eval_batches))
     if not has_targets:
         problems.append("data: the validation split has no token to predict")
-    if config.eval_tasks and tokenizer is None:
+    if config.eval_tasks and getattr(train_loader.dataset, "tokenizer", None) is None:
         problems.append("train.eval_tasks: the data have no tokenizer for the documents of tasks")
-    return problems + validate_dataset(train_loader.dataset, model)
+    return problems
 
 
-def validate_dataset(dataset: Dataset, model: GPT2Model) -> list[str]:
-    """Problems that prevent this model from reading these blocks. Only our datasets have what is checked."""
+def validate_loader(name: str, loader: DataLoader, model: GPT2Model) -> list[str]:
+    """Problems that prevent this model from reading a loader's batches, as far as its dataset describes them."""
+    if not isinstance(loader, DataLoader):
+        return [f"{name}: {brief(loader)} is not a DataLoader"]
+    if not hasattr(loader.dataset, "__len__"):
+        return [f"{name}: its dataset has no length, which an epoch needs"]
     config, problems = model.config, []
-    tokenizer: GPT2Tokenizer | None = getattr(dataset, "tokenizer", None)
+    tokenizer: GPT2Tokenizer | None = getattr(loader.dataset, "tokenizer", None)
     if tokenizer and tokenizer.ids_in_use > config.vocab_size:
         tokens = tokenizer.ids_in_use
         problems.append(f"model.vocab_size: {config.vocab_size} is less than the {tokens} tokens of the data")
-    length = getattr(dataset, "length", 0)
-    if length > config.context_length:
-        problems.append(
-            f"data.max_length: blocks of {length} tokens do not fit into the context, {config.context_length}"
-        )
+    length, context = getattr(loader.dataset, "length", 0), config.context_length
+    if length > context:
+        problems.append(f"data.max_length: blocks of {length} tokens do not fit into the context, {context}")
     return problems
 
 
@@ -193,7 +206,7 @@ class Evaluator:
         Raises:
             UserError: The device or the precision is not available, or the blocks do not fit the model.
         """
-        if problems := validate_dataset(test_loader.dataset, model):
+        if problems := validate_loader("test_loader", test_loader, model):
             raise UserError(*problems)
         self.group = group or ProcessGroup()
         self.device = cuda_or_fallback(device)

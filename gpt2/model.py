@@ -401,9 +401,11 @@ class GPT2Model(nn.Module):
         return input_ids
 
     def matrices(self) -> dict[str, int]:
-        """The names of the blocks' weight matrices, each with its `Linear.stacked`."""
-        modules = self.named_modules()
-        return {f"{name}.weight": module.stacked for name, module in modules if isinstance(module, Linear)}
+        """The names of the weight matrices of the blocks' linear layers, each with its `Linear.stacked`, 1 without."""
+        modules = self.blocks.named_modules(prefix="blocks")
+        return {
+            f"{name}.weight": getattr(module, "stacked", 1) for name, module in modules if isinstance(module, nn.Linear)
+        }
 
     def num_parameters(self) -> int:
         """Number of weights; the tied head is counted once."""

@@ -82,8 +82,7 @@ class Trainer:
         """
         self.group = group = group or ProcessGroup()
         self.distributed = distributed = distributed or DistributedConfig()
-        tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
-        problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model, tokenizer)
+        problems = validate(config, "train.") + validate_data(train_loader, val_loader, config, model)
         problems += validate_distributed(distributed, config, group.env)
         problems += validate_parametrization(model.config, config)
         if problems:
@@ -92,7 +91,8 @@ class Trainer:
             make_deterministic()
         torch.manual_seed(seed_of_rank(config.seed, group.rank))  # for dropout; a checkpoint restores its own
 
-        self.config, self.run, self.tokenizer = config, run, tokenizer
+        self.config, self.run = config, run
+        self.tokenizer: GPT2Tokenizer | None = getattr(train_loader.dataset, "tokenizer", None)
         self.train_loader, self.val_loader = train_loader, val_loader
         self.block_length = getattr(train_loader.dataset, "length", model.config.context_length)
         has_console = any(isinstance(callback, ConsoleLog) for callback in callbacks)
@@ -113,8 +113,8 @@ class Trainer:
         self.progress = Progress(step=0)
         self.throughput = Throughput()
         self.losses_since_log = MeanLoss(self.device)
-        if config.eval_tasks and tokenizer:
-            self.callbacks.append(TaskMetrics(config, tokenizer, model.config.context_length, group))
+        if config.eval_tasks and self.tokenizer:
+            self.callbacks.append(TaskMetrics(config, self.tokenizer, model.config.context_length, group))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,7 +154,8 @@ class Trainer:
         self._call("on_train_end")
 
     def _train(self) -> None:
-        if self.checkpoints.saved:  # the run may have been killed before this step's evaluation, or before its names
+        # The run may have been killed before its newest checkpoint got its names, or before this step's evaluation.
+        if self.progress.same_but_time(self.checkpoints.saved):
             self.checkpoints.add_names(self.progress)
         if self.progress.step and self.progress.step % self.config.eval_every == 0:
             self._evaluate()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from gpt2.checkpoint.pretrained import export, open_model
 from gpt2.config import DataConfig, GPT2Config, InferenceConfig, OptunaConfig, TrainingConfig
@@ -196,6 +196,11 @@ def loaders(data, train_config):
     return get_dataloaders(train_dataset, val_dataset, test_dataset, training_config=train_config)
 
 
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(4, dtype=torch.long)
+
+
 @pytest.fixture(scope="module")
 def config() -> GPT2Config:
     return GPT2Config(vocab_size=257, context_length=16, d_model=16, num_heads=2, num_layers=1, d_ff=32)
@@ -366,6 +371,12 @@ def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, cap
                 GPT2Model(dataclasses.replace(model.config, vocab_size=99)), a, b, TrainingConfig()
             ),
             "model.vocab_size: 99 is less than the 257 tokens of the data",
+        ),
+        (lambda model, a, b: Trainer(model, [1], b, TrainingConfig()), r"train_loader: \[1\] is not a DataLoader"),
+        (lambda model, a, b: Trainer(model, a, None, TrainingConfig()), "val_loader: None is not a DataLoader"),
+        (
+            lambda model, a, b: Trainer(model, DataLoader(Endless()), b, TrainingConfig()),
+            "train_loader: its dataset has no length",
         ),
         (lambda model, a, b: Evaluator(model, b, "tpu"), "device: 'tpu' is none of"),
         (

@@ -178,6 +178,14 @@ def test_incomplete_batch_is_refused(batch):
         as_inputs(batch)
 
 
+def test_labels_that_are_shifted_already_are_refused():
+    tokens = torch.randint(257, (3, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="shifted already"):
+        as_inputs((tokens[:, :-1], tokens[:, 1:]))
+    for ids in (tokens, torch.zeros(3, 9, dtype=torch.long), tokens[:, :1]):
+        assert as_inputs((ids, ids))["targets"][:, -1].tolist() == [IGNORE_INDEX] * 3
+
+
 @pytest.mark.parametrize("stride", [0, -3, 17])
 def test_stride_that_skips_tokens_is_refused(tokens, stride):
     with pytest.raises(ValueError, match="between 1 and 16"):

@@ -204,6 +204,29 @@ def test_training_stops_at_first_limit(blocks, tmp_path, options, steps, reason)
     assert (tmp_path / run_folder.LAST).is_file()
 
 
+class FailsOnce(Callback):
+    def __init__(self):
+        self.at = 7
+
+    def on_step_end(self, trainer):
+        if trainer.progress.step == self.at:
+            self.at = 0
+            raise RuntimeError("once")
+
+
+@pytest.mark.parametrize("first", ["train_epoch", "train"])
+def test_training_continues_after_a_failed_callback_or_an_epoch(blocks, tmp_path, first):
+    whole = make_trainer(blocks, tmp_path / "whole", max_steps=12, save_every=3)
+    whole.train()
+    trainer = make_trainer(blocks, tmp_path / "parts", callbacks=[FailsOnce()], max_steps=12, save_every=3)
+    trainer.train_epoch()
+    with pytest.raises(RuntimeError, match="once"):
+        getattr(trainer, first)()
+    trainer.train()
+    assert trainer.progress.step == 12
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(trainer).items())
+
+
 def test_best_checkpoint_has_lowest_validation_loss(blocks, tmp_path):
     tracker = Tracker(tmp_path)
     trainer = make_trainer(blocks, tmp_path / "kept", tracker=tracker, max_epochs=12, eval_every=2, learning_rate=0.1)

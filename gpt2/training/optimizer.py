@@ -169,24 +169,43 @@ def stepping(optimizer: Any) -> Iterator[None]:
         optimizer.eval()
 
 
-def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """The learning rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then decay to `min_learning_rate`.
+def cosine(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """Half a cosine (Loshchilov and Hutter, 2017)."""
+    return (1 + cos(pi * _fraction(step, config.warmup_steps, total_steps))) / 2
 
-    `cosine`: half a cosine (Loshchilov and Hutter, 2017). `linear`: a straight line. `wsd`: warm-up, stable, decay
-    (Hu et al., 2024), a straight line over the last `decay_fraction` of the run. If the warm-up is longer than the run,
-    the rate never reaches its peak. With a schedule-free optimizer it stays there.
+
+def linear(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """A straight line."""
+    return 1 - _fraction(step, config.warmup_steps, total_steps)
+
+
+def wsd(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """Warm-up, stable, decay (Hu et al., 2024): a straight line over the last `decay_fraction` of the run."""
+    decay_start = total_steps - max(1, round(config.decay_fraction * total_steps))
+    return 1 - _fraction(step, max(config.warmup_steps, decay_start), total_steps)
+
+
+def _fraction(step: int, start: int, end: int) -> float:
+    """How much of the way from `start` to `end` is behind a step, from 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+
+# Each gives the height of the rate after the warm-up, from 1 (the peak) to 0 (`min_learning_rate`).
+SCHEDULES: dict[str, Callable[[int, int, TrainingConfig], float]] = {"cosine": cosine, "linear": linear, "wsd": wsd}
+
+
+def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """The learning rate of step 0, 1, ...: linear warm-up over `warmup_steps`, then a schedule of `SCHEDULES`.
+
+    If the warm-up is longer than the run, the rate never reaches its peak. With a schedule-free optimizer it stays
+    there.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if "lr_schedule" in OPTIMIZERS[config.optimizer].ignores:
         return config.learning_rate
     lowest = config.min_learning_rate if config.min_learning_rate is not None else config.learning_rate / 10
-    decay_start = config.warmup_steps
-    if config.lr_schedule == "wsd":
-        decay_start = max(decay_start, total_steps - max(1, round(config.decay_fraction * total_steps)))
-    progress = min(1.0, max(0.0, (step - decay_start) / max(1, total_steps - decay_start)))
-    height = (1 + cos(pi * progress)) / 2 if config.lr_schedule == "cosine" else 1 - progress
-    return lowest + (config.learning_rate - lowest) * height
+    return lowest + (config.learning_rate - lowest) * SCHEDULES[config.lr_schedule](step, total_steps, config)
 
 
 def effective_rate(step: int, total_steps: int, config: TrainingConfig) -> float:

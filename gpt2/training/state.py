@@ -75,7 +75,7 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
     if saved["data"] != current["data"] and not accept_other_data:
         raise UserError(
             f"checkpoint: {path} was trained on other data (fingerprint {saved['data']}, not {current['data']}); "
-            f"resume_changes=true continues with the new data"
+            f"resume_changes=true (in Python accept_other_data=True) continues with the new data"
         )
     model, other = saved["model"], current["model"]
     scaling = PARAMETRIZATION if other["parametrization"] == "mup" else PARAMETRIZATION[:1]  # only mup has a base
