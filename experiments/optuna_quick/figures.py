@@ -54,7 +54,7 @@ GIVEN = [
 
 
 def draw():
-    """The pictures of the study, rebuilt from `trials.csv`."""
+    """Draw the pictures of the study from `trials.csv`."""
     import optuna
 
     from gpt2.search.plots import draw as pictures_of
@@ -72,11 +72,7 @@ def draw():
         state = optuna.trial.TrialState[trial["state"].upper()]
         study.add_trial(
             optuna.create_trial(
-                state=state,
-                value=trial["value"],
-                params=values,
-                distributions=ranges,
-                intermediate_values=losses,
+                state=state, value=trial["value"], params=values, distributions=ranges, intermediate_values=losses
             )
         )
     pictures = pictures_of(study, source=(FOLDER / "trials.csv").read_bytes())

@@ -15,15 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt2.analysis.tables import as_text, from_to
-from gpt2.benchmarks.common import (
-    READ_BYTES,
-    Row,
-    circumstances,
-    headline,
-    interleaved,
-    read_bandwidth,
-    write_json,
-)
+from gpt2.benchmarks.common import READ_BYTES, Row, circumstances, headline, interleaved, read_bandwidth, write_json
 from gpt2.benchmarks.peers import in_transformers
 from gpt2.config import GenerationBenchmark
 from gpt2.errors import UserError, one_line

@@ -7,16 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt2.analysis.tables import as_text, from_to
-from gpt2.benchmarks.common import (
-    MATRIX,
-    Row,
-    circumstances,
-    headline,
-    interleaved,
-    matmul_flops,
-    spread,
-    write_json,
-)
+from gpt2.benchmarks.common import MATRIX, Row, circumstances, headline, interleaved, matmul_flops, spread, write_json
 from gpt2.benchmarks.contestants import Contestant, Workload, contestants
 from gpt2.config import TrainingBenchmark
 from gpt2.errors import one_line

@@ -30,10 +30,7 @@ from gpt2.tracking.tracker import DIVERGED
 
 RESULTS, PICTURE, README = "results.csv", "results.png", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
-FIGURES = (
-    *("steps", "tokens", "flops", "parameters"),
-    *("loss", "best", "bits_per_byte", "tokens_per_second"),
-)
+FIGURES = (*("steps", "tokens", "flops", "parameters"), *("loss", "best", "bits_per_byte", "tokens_per_second"))
 Row = dict[str, Any]  # a line of `results.csv`: one run
 
 

@@ -54,8 +54,7 @@ PRUNERS = {
         pruners.MedianPruner, lambda c: _random_first(c) | {"n_warmup_steps": c.n_warmup_steps, "n_min_trials": 1}
     ),
     "asha": Algorithm(
-        pruners.SuccessiveHalvingPruner,
-        lambda c: {"min_resource": max(1, c.n_warmup_steps), "reduction_factor": 3},
+        pruners.SuccessiveHalvingPruner, lambda c: {"min_resource": max(1, c.n_warmup_steps), "reduction_factor": 3}
     ),
     "hyperband": Algorithm(pruners.HyperbandPruner),  # each of its brackets has another warm-up: no n_warmup_steps
     "none": Algorithm(pruners.NopPruner),
