@@ -1,4 +1,4 @@
-"""Time the layouts of a weight in `gpt2/ops/cpu_inference.py`: the choice of `kind_for`, `F.linear` and the others.
+"""Time each layout of a weight in `gpt2/ops/cpu_inference.py`, and compare the one that `kind_for` chooses.
 
 python experiments/generation/layouts.py --json experiments/generation/layouts.json
 """
@@ -14,6 +14,7 @@ from gpt2.ops.cpu_inference import InferenceLinear, PackedLinear, SlicedLinear, 
 from gpt2.runtime.device import fastest_seconds, hardware
 
 WIDTHS, TEXTS, OUTPUTS = (384, 768, 1600), (1, 2, 4, 6, 8, 16, 32), 16_384
+REPETITIONS, THREADS = 20, 1
 LAYOUTS = {
     torch.float32: (InferenceLinear, SlicedLinear, PackedLinear),
     torch.bfloat16: (InferenceLinear, PackedLinear),
@@ -21,11 +22,11 @@ LAYOUTS = {
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype, width: int, texts: int, repetitions: int) -> dict:
-    """The least seconds of a product in each layout, measured in turns."""
+def measure(dtype: torch.dtype, width: int, texts: int) -> dict:
+    """Return the shortest time of a product in each layout, over interleaved repetitions."""
     weight, x = torch.randn(OUTPUTS, width, dtype=dtype), torch.randn(texts, 1, width, dtype=dtype)
     layers = [kind(weight) for kind in LAYOUTS[dtype]]
-    seconds = fastest_seconds([partial(layer, x) for layer in layers], repetitions)
+    seconds = fastest_seconds([partial(layer, x) for layer in layers], REPETITIONS)
     taken = {kind.__name__: each for kind, each in zip(LAYOUTS[dtype], seconds, strict=True)}
     chosen = kind_for(dtype, texts).__name__
     return {
@@ -41,17 +42,15 @@ def measure(dtype: torch.dtype, width: int, texts: int, repetitions: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(THREADS)
     cases = [(dtype, width, texts) for dtype in LAYOUTS for width in WIDTHS for texts in TEXTS]
-    rows = [measure(*case, options.repetitions) for case in cases]
+    rows = [measure(*case) for case in cases]
     for row in rows:
         of = f"{row['of_f_linear']:.2f} of F.linear, {row['of_best']:.2f} of the best"
         print(f"{row['dtype']:<9}{row['width']:>5}{row['texts']:>4} texts  {row['chosen']:<16}{of}")
-    about = {"machine": hardware(torch.device("cpu")), "torch": torch.__version__, "threads": options.threads}
+    about = {"machine": hardware(torch.device("cpu")), "torch": torch.__version__, "threads": THREADS}
     options.json.write_text(json.dumps({**about, "outputs": OUTPUTS, "results": rows}, indent=1) + "\n")
 
 
