@@ -1,17 +1,16 @@
 """The gain of each optimization of a training step on a CPU: all of them compared with all but one, interleaved.
 
-Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [keep=false] [json=levers.json]
-keep=false measures without `keep_freed_memory`, and only all optimizations together. train.compile=false leaves out the
-compiled step.
+Run: python experiments/performance/levers.py [OVERRIDES of `benchmark training`] [json=levers.json]
+train.compile=false leaves out the compiled step.
 """
 
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +24,6 @@ from gpt2.benchmarks.contestants import Workload, precisions
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
 from gpt2.runtime.device import keep_freed_memory
-
-
-@contextmanager
-def setting(module, name, value):
-    """Change a constant of a module for the duration of a step."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def plain(trainer):
@@ -64,61 +52,52 @@ def another_adamw(**options):
     return build
 
 
-def with_setting(module, name, value):
-    def build(trainer):
-        def step(batches):
-            with setting(module, name, value):
-                return trainer.train_step(batches)
-
-        return step
-
-    return build
+def with_constant(module, name, value):
+    """A step during which a constant of a module has another value."""
+    return lambda trainer: patch.object(module, name, value)(trainer.train_step)
 
 
 def chunks(mebibytes):
-    return with_setting(gpt2.ops.cross_entropy, "CHUNK_BYTES", {"cpu": mebibytes << 20})
+    return with_constant(gpt2.ops.cross_entropy, "CHUNK_BYTES", {"cpu": mebibytes << 20})
 
 
-LEVERS = {  # name: a function from a trainer to its step, and changes of its configuration
-    "all": (plain, {}),
-    "logits of the whole batch": (whole_logits, {}),
-    "chunks of 32 MiB": (chunks(32), {}),
-    "chunks of 64 MiB": (chunks(64), {}),
-    "chunks of 128 MiB": (chunks(128), {}),
-    "softmax of a whole chunk": (with_setting(gpt2.ops.cross_entropy, "SOFTMAX_BYTES", 1 << 40), {}),
-    "vocabulary not padded": (with_setting(gpt2.ops.cross_entropy, "VOCABULARY_MULTIPLE", {}), {}),
-    "PyTorch's attention": (with_setting(gpt2.ops.attention, "MAX_WEIGHT_BYTES", 0), {}),
-    "AdamW in a loop": (another_adamw(foreach=False, fused=False), {}),
-    "AdamW foreach": (another_adamw(foreach=True), {}),
-    "compiled": (plain, {"compile": True}),
+LEVERS = {  # name: a function from a trainer to its step
+    "all": plain,
+    "logits of the whole batch": whole_logits,
+    "chunks of 32 MiB": chunks(32),
+    "chunks of 64 MiB": chunks(64),
+    "chunks of 128 MiB": chunks(128),
+    "softmax of a whole chunk": with_constant(gpt2.ops.cross_entropy, "SOFTMAX_BYTES", 1 << 40),
+    "vocabulary not padded": with_constant(gpt2.ops.cross_entropy, "VOCABULARY_MULTIPLE", {}),
+    "PyTorch's attention": with_constant(gpt2.ops.attention, "MAX_WEIGHT_BYTES", 0),
+    "AdamW in a loop": another_adamw(foreach=False, fused=False),
+    "AdamW foreach": another_adamw(foreach=True),
+    "products by PyTorch's BLAS": by_pytorch,
+    "compiled": plain,
 }
 
 
 def main():
-    keep = "keep=false" not in sys.argv
-    overrides = [word for word in sys.argv[1:] if not word.startswith("keep=")]
+    overrides = sys.argv[1:]
     config: TrainingBenchmark = OmegaConf.to_object(compose("benchmark_training", overrides))
-    if keep:
-        keep_freed_memory()
+    keep_freed_memory()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         workload = Workload(config, Path(folder), config.warmup + config.repetitions)
         about = circumstances(workload.device)
         print(headline(about), flush=True)
+        left_out = {"compiled"} if config.train.compile is False else set()
         for precision in precisions(config, workload.device):
             train = replace(config.train, precision=precision.name, mixed_precision=True)
-            levers = dict(LEVERS) if keep else {"all": LEVERS["all"]}
-            if config.train.compile is False:
-                levers.pop("compiled", None)
-            if keep and precision.name == "fp32":
-                levers["products by PyTorch's BLAS"] = (by_pytorch, {})
+            only_fp32 = set() if precision.name == "fp32" else {"products by PyTorch's BLAS"}
             steps = {
-                name: build(workload.trainer(replace(train, **options))) for name, (build, options) in levers.items()
+                name: build(workload.trainer(replace(train, compile=True) if name == "compiled" else train))
+                for name, build in LEVERS.items()
+                if name not in left_out | only_fp32
             }
             results[precision.name] = measure(workload, steps)
             print_table(precision.name, results[precision.name])
-    memory = "freed memory is reused" if keep else "freed memory returns to the kernel"
-    write_json(config.json, {"memory": memory, "overrides": overrides, **about, "step_seconds": results})
+    write_json(config.json, {"overrides": overrides, **about, "step_seconds": results})
 
 
 def measure(workload, steps):

@@ -32,7 +32,7 @@ def measure(config, name):
         if contestant.is_ours:
             keep_freed_memory()  # as train.py does
         contestant.prepare()
-        workload.state = {}  # count only what training needs
+        workload.state = {}  # the memory of the initial weights does not count
         free_memory()
         reset_peak(workload.device)
         seconds = [contestant.turn() for _ in range(STEPS)]
@@ -53,7 +53,7 @@ def main():
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 rows.append(pool.submit(measure, config, name).result())
-        except Exception as error:  # noqa: BLE001  # such as a process ended by the kernel, or a precision not supported
+        except Exception as error:  # noqa: BLE001  # such as a killed process or an unsupported precision
             print(f"{name} was not measured: {error}", file=sys.stderr)
     cells = [[r["contestant"], f"{r['peak_memory_bytes'] / 1e6:,.0f}", f"{r['alone_step_seconds']:.2f}"] for r in rows]
     print(f"\n{as_text([['', 'peak MB', 's a step'], *cells])}")

@@ -1,7 +1,7 @@
 """The overhead of `Trainer.train` over its bare steps: loading, logging, metrics, W&B, evaluation and checkpoints.
 
 Alternates between `Trainer.train` and bare steps on batches in memory, and compares the time of a step.
-Run: python experiments/performance/overhead.py [--steps 30] [--wandb offline] [OVERRIDES of `benchmark training`]
+Run: python experiments/performance/overhead.py [--steps 30] [OVERRIDES of `benchmark training`]
 """
 
 import argparse
@@ -43,12 +43,10 @@ class TimedLoader:
         batches = iter(self.loader)
         while True:
             began = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            batch = next(batches, None)
+            self.seconds += time.perf_counter() - began
+            if batch is None:
                 return
-            finally:
-                self.seconds += time.perf_counter() - began
             yield batch
 
 
@@ -63,7 +61,7 @@ class StepTimes(Callback):
         self.waits.append(trainer.train_loader.seconds)
 
 
-def train(trainer, workload, steps):
+def train(trainer, steps):
     """Train for `steps` more steps. The first one starts the loader's workers and is not timed."""
     times = next(callback for callback in trainer.callbacks if isinstance(callback, StepTimes))
     trainer.config.max_steps = trainer.progress.step + steps
@@ -79,7 +77,7 @@ def train(trainer, workload, steps):
 
 
 def train_bare(trainer, workload, steps):
-    """Seconds a step, without logging, loading or anything else."""
+    """Return the seconds a step takes without loading, logging, evaluation and checkpoints."""
     began = time.perf_counter()
     for number in range(steps):
         step_loss, _ = trainer.train_step(workload.batches[number % len(workload.batches)])
@@ -87,24 +85,24 @@ def train_bare(trainer, workload, steps):
     return (time.perf_counter() - began) / steps
 
 
-def compare(config, arguments, folder):
-    """Train both ways, interleaved, in `folder`. Returns the record that is written as JSON."""
-    steps = arguments.steps
+def compare(config, steps, folder):
+    """Train both ways, interleaved, in `folder`. Return the record for the JSON file."""
     workload = Workload(config, folder, config.warmup + (config.repetitions + 1) * steps)
     about = circumstances(workload.device)
     print(headline(about), flush=True)
     precision = precisions(config, workload.device)[0].name
 
-    run = TrainRun(wandb=WandbConfig(mode=arguments.wandb))
-    wandb = start_loggers(run, LoggedRun("overhead", group="benchmark", job_type="train"))
+    wandb = start_loggers(
+        TrainRun(wandb=WandbConfig(mode="offline")), LoggedRun("overhead", group="benchmark", job_type="train")
+    )
     train_config = replace(config.train, precision=precision, mixed_precision=True)
     callbacks = [TrackerLog(Tracker(folder, wandb)), StepTimes()]
     full = workload.trainer(replace(train_config, **INTERVALS), callbacks=callbacks)
     full.train_loader = TimedLoader(full.train_loader)
     bare = workload.trainer(train_config)
     train_bare(bare, workload, config.warmup)
-    train(full, workload, max(2, config.warmup))
-    turns = [lambda: train_bare(bare, workload, steps), lambda: train(full, workload, steps)]
+    train(full, max(2, config.warmup))
+    turns = [lambda: train_bare(bare, workload, steps), lambda: train(full, steps)]
     alone, whole = interleaved(turns, config.repetitions, "Overhead")
     wandb.finish(Ended(FINISHED), None)
 
@@ -112,7 +110,6 @@ def compare(config, arguments, folder):
     result = {
         "precision": precision,
         "steps": steps,
-        "wandb": arguments.wandb,
         **spread("bare_step_seconds", alone),
         **spread("train_step_seconds", in_train),
         "overhead": median(in_train) / median(alone) - 1,
@@ -128,17 +125,16 @@ def compare(config, arguments, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="steps of each way in a repetition")
-    parser.add_argument("--wandb", default="offline", choices=["off", "offline"])
     parser.add_argument("overrides", nargs="*", help="such as model=gpt2_mini train.batch_size=4 json=overhead.json")
     arguments = parser.parse_intermixed_args()
     config = OmegaConf.to_object(compose("benchmark_training", arguments.overrides))
 
     with tempfile.TemporaryDirectory() as name, chdir(name):  # W&B writes to the current folder
         logging.basicConfig(filename="train.log", level=logging.INFO)
-        record = compare(config, arguments, Path(name))
+        record = compare(config, arguments.steps, Path(name))
     result, once = record["overhead"], record["overhead"]["once_a_run_seconds"]
     print(
-        f"overhead of Trainer.train, {result['steps']} steps, {result['precision']}, wandb={result['wandb']}: "
+        f"overhead of Trainer.train, {result['steps']} steps, {result['precision']}, W&B offline: "
         f"{result['overhead']:+.1%} ({min(result['overhead_of_each']):+.1%} - {max(result['overhead_of_each']):+.1%}), "
         f"{result['train_step_seconds'] * 1e3:,.1f} ms a step, bare {result['bare_step_seconds'] * 1e3:,.1f} ms; "
         f"{result['waiting_for_data']:.2%} of it waiting for data\n"

@@ -62,7 +62,7 @@ def test_overhead(workspace: Workspace):
     overhead = result["overhead"]
     assert overhead["overhead"] == pytest.approx(overhead["train_step_seconds"] / overhead["bare_step_seconds"] - 1)
     assert 0 < overhead["waiting_for_data"] < 1
-    assert (overhead["steps"], overhead["wandb"], len(overhead["overhead_of_each"])) == (4, "offline", 2)
+    assert (overhead["steps"], len(overhead["overhead_of_each"])) == (4, 2)
 
 
 @pytest.mark.slow
