@@ -1,9 +1,5 @@
-"""The figures of README.md; tests/experiments/test_figures.py compares.
+"""Computes the figures of README.md from the data. tests/experiments/test_figures.py compares the two."""
 
-`python experiments/parametrization/figures.py` prints the best rates.
-"""
-
-from math import log2
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -15,7 +11,7 @@ KEYS = ("model.parametrization", "model.d_model", "train.learning_rate")
 cells = Results(FOLDER, read_plan(FOLDER)).cells
 runs = {tuple(map(cell.value_of, KEYS)): cell.results for cell in cells}  # the losses of the seeds, by setting
 loss = {setting: mean(losses) for setting, losses in runs.items()}
-widths, rates = (sorted({setting[place] for setting in runs}) for place in (1, 2))
+rates = sorted({rate for _, _, rate in runs})
 best = {pair: min(rates, key=lambda rate: loss[*pair, rate]) for pair in {setting[:2] for setting in runs}}
 lowest = {pair: loss[*pair, rate] for pair, rate in best.items()}
 best_of_seeds = {
@@ -37,25 +33,14 @@ def optimum(way, width):
 
 
 def falls(way, narrow, wide=512):
-    """By which factor the optimum falls from a narrow model to a wide one."""
+    """The optimum of a narrow model relative to that of a wide one."""
     return optimum(way, narrow) / optimum(way, wide)
 
 
 def costs(way, narrow, wide=512):
-    """What the best rate of a narrow model costs a wide one, in nats."""
+    """The loss of a wide model at the best rate of a narrow one, above its loss at its own best rate, in nats."""
     return loss[way, wide, best[way, narrow]] - lowest[way, wide]
 
-
-if __name__ == "__main__":
-    for way in ("standard", "mup"):
-        for width in widths:
-            print(
-                f"{way:>8} {width:>3}  best {best[way, width]:<7} of each seed {best_of_seeds[way, width]}  "
-                f"optimum {optimum(way, width):.2e}  loss {lowest[way, width]:.3f}  "
-                f"its rate costs width 512 {costs(way, width):.3f}"
-            )
-        exponent = log2(falls(way, 32)) / 4
-        print(f"{way}: optimum ~ width^-{exponent:.2f}, from 128 width^-{log2(falls(way, 128)) / 2:.2f}")
 
 FIGURES = [
     f"with `standard`, the best of the seven rates falls from {best['standard', 32]} at width 32 to "

@@ -16,7 +16,7 @@ best = {name: min((rate for kind, rate in loss if kind == name), key=lambda rate
 
 
 def race(name):
-    """The runs of nanoGPT and those of the preset in a file, and how many times as fast the preset is."""
+    """The runs of nanoGPT and of the preset in a file, and how many times as fast the preset is."""
     runs = json.loads((FOLDER / name).read_text())["runs"]
     theirs, ours = ([run for run in runs if run["program"] == each] for each in ("nanoGPT", "shakespeare_fast"))
     return theirs, ours, median(run["seconds"] for run in theirs) / median(run["seconds"] for run in ours)
@@ -79,6 +79,3 @@ GIVEN = [
     "Polar Express by Amsel et al., 2025",
     "Steps of 16 blocks",
 ]
-
-if __name__ == "__main__":
-    print(*FIGURES, sep="\n")
