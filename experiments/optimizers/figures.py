@@ -30,7 +30,7 @@ assert all((ranks[0], ranks[-1]) == ("muon", "adamw") for ranks in order), order
 
 
 def of(name, table):
-    """The range of an optimizer's figures over the cells."""
+    """The range of an optimizer's figures over widths and numbers of steps."""
     values = [f"{table[name, *cell]:.2f}" for cell in CELLS]
     return " to ".join(dict.fromkeys((min(values), max(values))))
 

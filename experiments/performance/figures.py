@@ -22,7 +22,7 @@ spreads = [100 * median((max(each) - min(each)) / median(each) for each in model
 
 
 def to_best(model, ours):
-    """How much faster one of ours is than the fastest nanoGPT in the same number format."""
+    """The speed of our contestant relative to the fastest nanoGPT in the same number format."""
     peers = [row for name, row in model.items() if name.startswith("nanoGPT") and name.endswith(ours[-4:])]
     return min(row["step_seconds"] for row in peers) / model[ours]["step_seconds"]
 

@@ -1,13 +1,14 @@
-"""nanoGPT, unmodified, as a peer of `python -m gpt2.main benchmark training`: its model, its optimizer, its loop.
+"""Unmodified nanoGPT as a peer of `python -m gpt2.main benchmark training`: its model, its optimizer, its loop.
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     NANOGPT=../nanoGPT python -m gpt2.main benchmark training peer=experiments/performance/nanogpt.py:nanogpt
 
-The step does what nanoGPT's `train.py` does: on a CPU fp32 without autocast, on CUDA autocast and TF32. It is compiled
-as by default, but not on a CPU, as its README advises. `bias=True`, because these are GPT-2's weights.
+The step does what nanoGPT's `train.py` does. On a CPU it computes in fp32 without autocast and is not compiled, as
+nanoGPT's README advises. On CUDA it uses autocast and TF32 and is compiled, as by default. `bias=True`, because the
+weights are GPT-2's.
 
-`peer=...:ways` also has nanoGPT at its best on a CPU: autocast and the fused AdamW, which its `train.py` has on CUDA
-only, without and with compilation.
+`peer=...:ways` also has the fastest nanoGPT on a CPU, not compiled and compiled. It uses autocast and the fused AdamW,
+which nanoGPT's `train.py` uses only on CUDA.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ from gpt2.checkpoint.hugging_face import hf_name
 
 
 def nanogpt(config, state, train):
-    """Unmodified."""
+    """The step of nanoGPT's `train.py`."""
     kind = torch.device(train.device).type
     if kind == "cpu" and train.precision != "fp32":
         raise NotImplementedError("on a CPU, nanoGPT's train.py computes in fp32 only")
@@ -44,7 +45,7 @@ def tuned(config, state, train, compiled, fused=True):
     autocast = nullcontext() if train.precision == "fp32" and kind == "cpu" else torch.amp.autocast(kind, dtype=dtype)
     scaler = torch.amp.GradScaler(kind, enabled=train.precision == "fp16")
     betas = (train.beta1, train.beta2)
-    # It takes the fused AdamW if the kind of device is "cuda", and uses the kind for nothing else.
+    # nanoGPT uses the fused AdamW if the device type is "cuda", and ignores it otherwise.
     optimizer = model.configure_optimizers(train.weight_decay, train.learning_rate, betas, "cuda" if fused else "cpu")
     forward = torch.compile(model) if compiled else model
 

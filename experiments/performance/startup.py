@@ -29,10 +29,10 @@ ONE_STEP = [
 
 
 def run(arguments, folder, exit_code=0, line=None):
-    """Time a Python process in an empty folder. Returns seconds to exit, and to the line that matches `line`.
+    """Time a Python process. Return the seconds to its exit, and to the first line of output that matches `line`.
 
     Raises:
-        RuntimeError: Another exit code, or no such line.
+        RuntimeError: The process has another exit code, or prints no such line.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     began, to_line, output = time.perf_counter(), None, []

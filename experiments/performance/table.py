@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md and of the README here, from the JSON files.
+"""Print the tables of docs/performance.md and README.md from the JSON files.
 
 Run: python experiments/performance/table.py
-tests/benchmarks/test_scripts.py checks that the pages have them.
+tests/benchmarks/test_scripts.py checks that both pages have these tables.
 """
 
 import json
@@ -18,7 +18,7 @@ SHAPES = {
 
 
 def table(rows):
-    """One line per contestant: its time, and its speed relative to nanoGPT, unmodified and at its best."""
+    """One row per contestant: its time, and its speed relative to unmodified nanoGPT and to the fastest nanoGPT."""
     seconds = {row["contestant"]: row["step_seconds"] for row in rows}
     theirs = {name: value for name, value in seconds.items() if name.lower().startswith("nanogpt")}
     lines = [

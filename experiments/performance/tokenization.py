@@ -1,4 +1,4 @@
-"""Speed of tokenization, against the tokenizer of `transformers`.
+"""Compare the speed of tokenization with the tokenizer of `transformers`.
 
 Run: python -m gpt2.main benchmark data [repetitions=5] [json=data.json] [OVERRIDES of `data`]
 """
@@ -30,7 +30,7 @@ from gpt2.tokenizer import GPT2Tokenizer
 
 
 class Tokenization:
-    """The training split as tokens: by `gpt2.data.corpus`, from files to a file, and by a call of `transformers`."""
+    """Tokenizes the training split with `gpt2.data.corpus`, from files to a file, and with a call of `transformers`."""
 
     def __init__(self, config, folder):
         self.config, self.folder = config, folder
@@ -42,10 +42,10 @@ class Tokenization:
         self.documents = [document for document in documents if document.strip()]
         (folder / "theirs").mkdir()
         self.tokenizer.to_folder(str(folder / "theirs"), context_length=1024)
-        # `<|endoftext|>` in a text is plain text to it, as to ours.
+        # Both tokenizers treat `<|endoftext|>` in a text as plain text.
         self.theirs = transformers.GPT2TokenizerFast.from_pretrained(folder / "theirs", split_special_tokens=True)
         self.their_ids = []
-        self.transformers()  # fills its cache; that of ours is empty at the start of each preparation
+        self.transformers()  # fills its cache; our cache is empty at the start of each preparation
 
     def _new_tokenizer(self):
         return GPT2Tokenizer.from_json((self.folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -55,13 +55,13 @@ class Tokenization:
         corpus.write_corpus(self.folder, self.source, tokenizer, config, ("train",), {})
 
     def ours(self, threads):
-        """Seconds from files to a file of tokens: reading, encoding and writing."""
+        """Return the seconds from files to a file of tokens: reading, encoding and writing."""
         began = time.perf_counter()
         self._write(self._new_tokenizer(), threads)
         return time.perf_counter() - began
 
     def transformers(self):
-        """Seconds of the bare call: the documents are in memory, and nothing is written."""
+        """Return the seconds of one call: the documents are in memory, and nothing is written."""
         began = time.perf_counter()
         self.their_ids = self.theirs(self.documents, return_attention_mask=False, verbose=False)["input_ids"]
         return time.perf_counter() - began
@@ -70,7 +70,7 @@ class Tokenization:
         return np.fromfile(self.folder / "train.bin", dtype=token_dtype(self.tokenizer.vocab_size))
 
     def tokens_agree(self):
-        """Whether both give the same tokens, apart from the `<|endoftext|>` that only ours adds to each document."""
+        """Whether the tokens are equal, apart from the `<|endoftext|>` that only we add to each document."""
         end = self.tokenizer.eos_token_id
         theirs = np.concatenate([np.array([*ids, end], dtype=np.int64) for ids in self.their_ids])
         return bool(np.array_equal(theirs, self.tokens()))

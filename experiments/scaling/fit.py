@@ -4,14 +4,13 @@
     python experiments/scaling/fit.py --held-out outputs/studies/scaling/held_out
     python experiments/scaling/fit.py --so-far
 
-The first also writes prediction.json, unless it exists: a prediction is made once, before the run. The second writes
-the result of the held-out run to held_out.json and compares it with the prediction. The third prints the law of the
-runs in outputs/studies/scaling, and writes nothing.
+The first command also writes prediction.json if it does not exist: a prediction is made once, before the run. The
+second writes the result of the held-out run to held_out.json and compares it with the prediction. The third prints the
+law of the runs in outputs/studies/scaling, and writes no file.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
 from datetime import datetime
 from functools import cached_property
 from hashlib import sha256
@@ -41,12 +40,12 @@ OPENING, CLOSING = "<!-- fit: `python experiments/scaling/fit.py` writes this pa
 
 
 def size(width: int) -> float:
-    """Millions of weights in the matrices of all blocks, at the depth that _base.yaml gives a width."""
+    """Millions of weights in the matrices of all blocks, at the depth that _base.yaml sets for a width."""
     return 12 * round(0.025 * width) * width**2 / 1e6
 
 
 def tokens_per_step(width: int) -> int:
-    """As in _base.yaml."""
+    """The tokens of a step, as _base.yaml sets them for a width."""
     return ceil(1536 / width) * 128
 
 
@@ -65,10 +64,10 @@ class Runs:
         self.in_fit = is_long & is_finished
         self.fitted = (self.n[self.in_fit], self.d[self.in_fit], self.losses[self.in_fit])
 
-    def groups(self, keys: Any) -> Iterator[tuple[Any, NDArray]]:
-        """The runs of each size, or of each budget, as a mask."""
-        for key in dict.fromkeys(keys):
-            yield key, np.array([other == key for other in keys])
+
+def masks(keys: Any) -> list[tuple[Any, NDArray]]:
+    """Each distinct key with a mask of its runs; `keys` has the size or the budget of each run."""
+    return [(key, np.array([other == key for other in keys])) for key in dict.fromkeys(keys)]
 
 
 class Fit:
@@ -81,18 +80,18 @@ class Fit:
 
     @cached_property
     def residuals(self) -> NDArray:
-        """log of measured / fitted loss."""
+        """The logarithm of measured over fitted loss of each run."""
         n, d, losses = self.runs.fitted
         return np.log(losses / self.law.loss(n, d))
 
     def predict(self, n: float, d: float) -> tuple[float, tuple[float, float]]:
-        """The loss of another run, and its interval over all samples, each with a residual drawn at random."""
+        """The predicted loss of another run, and its interval over bootstrap laws with randomly drawn residuals."""
         drawn = np.random.default_rng(1).choice(self.residuals, len(self.laws))
         losses = [float(law.loss(n, d)) for law in self.laws]
         return float(self.law.loss(n, d)), interval(losses * np.exp(drawn))
 
     def record(self) -> dict[str, Any]:
-        """What fit.json holds: each figure with its interval."""
+        """The content of fit.json: each figure with its interval."""
         smallest, largest = min(self.runs.flops), max(self.runs.flops)
         figures = {
             **{name: lambda law, name=name: getattr(law, name) for name in ("e", "a", "b", "alpha", "beta")},
@@ -112,8 +111,9 @@ class Fit:
 
 
 def prediction(result: Fit) -> dict[str, Any]:
-    """The held-out run: the width with the best size, among multiples of 32, and its predicted loss."""
-    flops = float(f"{FACTOR * max(result.runs.flops):.2g}")  # steps are whole, so runs have nearly the same compute
+    """The settings and the predicted loss of the held-out run. Its width is a multiple of 32 near the best size."""
+    # Rounded, because runs have whole steps, and so nearly the same compute.
+    flops = float(f"{FACTOR * max(result.runs.flops):.2g}")
     best = float(result.law.best_size(flops))
     width = min(range(32, 1025, 32), key=lambda width: abs(log(size(width) / best)))
     steps = round(flops / (6e6 * size(width)) / tokens_per_step(width))
@@ -134,13 +134,13 @@ def prediction(result: Fit) -> dict[str, Any]:
 
 
 def held_out(run: RunResult, predicted: dict[str, Any]) -> dict[str, Any]:
-    """The result of the run that was predicted. Another run, or one from before the prediction, is refused."""
-    when = [datetime.fromisoformat(text).astimezone() for text in (predicted["made"], run.about["started"])]
+    """The result of the held-out run. Other runs, and runs from before the prediction, are refused."""
+    made, started = (datetime.fromisoformat(text).astimezone() for text in (predicted["made"], run.about["started"]))
     found = {"width": run.config["model.d_model"], "steps": run.last("step"), "state": run.state}
     wanted = {"width": predicted["width"], "steps": predicted["steps"], "state": FINISHED}
     if found != wanted:
         raise SystemExit(f"error: {run.folder} has {found}, the prediction is for {wanted}")
-    if when[0] >= when[1]:
+    if made >= started:
         raise SystemExit(f"error: {run.folder} started before the prediction was made, {predicted['made']}")
     return {
         "started": run.about["started"],
@@ -169,7 +169,7 @@ def over_compute(result: Fit, predicted: dict[str, Any], measured: dict[str, Any
     """Loss over compute: a line for each size, the frontier of the law, the prediction and the held-out run."""
     figure = new_figure(6.5, 4.6)
     axes, runs = figure.subplots(), result.runs
-    sizes = list(runs.groups(runs.n))
+    sizes = masks(runs.n)
     for (n, mask), colour in zip(sizes, colours([n for n, _ in sizes]), strict=True):
         _points(axes, runs.flops, runs, mask, colour, "-")
         first = np.flatnonzero(mask)[0]
@@ -201,7 +201,7 @@ def over_size(result: Fit) -> Figure:
     """Loss over size at equal compute: a curve of the law for each budget, with its lowest point."""
     figure = new_figure(6.5, 4.6)
     axes, runs = figure.subplots(), result.runs
-    budgets = list(runs.groups(runs.budgets))
+    budgets = masks(runs.budgets)
     grid = np.geomspace(min(runs.n) / 1.5, max(runs.n) * 1.2, 200)
     top = max(runs.losses[runs.in_fit]) * 1.12
     for (_, mask), colour in zip(budgets, colours([name for name, _ in budgets]), strict=True):
@@ -222,7 +222,7 @@ def over_size(result: Fit) -> Figure:
 
 
 def _points(axes: Axes, x: NDArray, runs: Runs, mask: NDArray, colour: str, line: str) -> None:
-    """The runs in the fit are filled, the others hollow."""
+    """Draw runs as points: filled if they are in the fit, otherwise hollow."""
     axes.plot(x[mask], runs.losses[mask], linestyle=line, color=colour, linewidth=0.8, alpha=0.6)
     for is_fitted, filling in ((True, colour), (False, "none")):
         chosen = mask & (runs.in_fit == is_fitted)
@@ -239,7 +239,7 @@ def _log_axes(axes: Axes, xlabel: str) -> None:
     axes.minorticks_off()
 
 
-SHOWN = (  # name in fit.json, what it is, format
+SHOWN = (  # name in fit.json, label, format
     ("e", "E, irreducible loss (nats)", "{:.3f}"),
     ("a", "A, nats at a million parameters", "{:.3f}"),
     ("alpha", "α, exponent of the size", "{:.3f}"),
@@ -260,7 +260,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def section(folder: Path) -> str:
-    """The answer of the README, from the files of the study."""
+    """The part of the README that this script writes, from the files of the study."""
     record, predicted, measured = (read(folder / name) for name in ("fit.json", "prediction.json", "held_out.json"))
     assert record is not None and predicted is not None
     power, at_least, at_most = record["size_exponent"]
@@ -290,7 +290,7 @@ def section(folder: Path) -> str:
 
 
 def verdict(predicted: dict[str, Any], measured: dict[str, Any], noise: float) -> str:
-    """How far off a prediction was: in nats, in halves of its interval, and in standard deviations between seeds."""
+    """The error of a prediction: in nats, in halves of its interval, and in standard deviations between seeds."""
     low, high = predicted["interval"]
     error = measured["loss"] - predicted["loss"]
     return (
@@ -318,7 +318,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     if options.so_far:
-        return so_far(folder)
+        so_far(folder)
+        return
     text = (folder / "results.csv").read_text()
     result = Fit(Runs(text), SAMPLES)
     _write(folder / "fit.json", result.record())
@@ -334,7 +335,7 @@ def main() -> None:
     (folder / "sizes.png").write_bytes(picture(over_size(result), source=text.encode()))
     readme = folder / "README.md"
     readme.write_text(with_section(readme.read_text(), section(folder), OPENING, CLOSING))
-    return print(section(folder))
+    print(section(folder))
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

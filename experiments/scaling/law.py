@@ -73,12 +73,12 @@ def fit(n: ArrayLike, d: ArrayLike, losses: ArrayLike, starts: list = STARTS) ->
 
 
 def parameters(law: Law) -> tuple[float, ...]:
-    """A law as a start of `fit`."""
+    """A law in the parametrization of `objective`, as a starting point of `fit`."""
     return (*np.log([law.e, law.a, law.b]), law.alpha, law.beta)
 
 
 def bootstrap(n: ArrayLike, d: ArrayLike, losses: ArrayLike, law: Law, samples: int) -> list[Law]:
-    """The laws of samples of the runs, drawn with replacement. Each fit starts from `law` and three other points."""
+    """Fit a law to each bootstrap sample of the runs. Each fit starts from `law` and from three other points."""
     table = np.array([n, d, losses], float)
     random = np.random.default_rng(0)
     starts = [parameters(law), *STARTS[5::10]]

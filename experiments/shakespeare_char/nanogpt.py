@@ -1,5 +1,6 @@
-"""Write nanogpt.json, or another file: the loss of nanoGPT's last checkpoint over the whole validation split, in blocks
-as here.
+"""Write the loss of nanoGPT's last checkpoint over the whole validation split to nanogpt.json or to another file.
+
+The split is divided into blocks as in this repository.
 
 In a clone of https://github.com/karpathy/nanoGPT, then in this repository:
 

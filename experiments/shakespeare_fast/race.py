@@ -1,12 +1,12 @@
-"""Write race.json: nanoGPT and `experiment=shakespeare_fast`, whole commands, alternating, three of each.
+"""Time nanoGPT and `experiment=shakespeare_fast` from command to exit, alternating, three runs each. Writes race.json.
 
 In a clone of https://github.com/karpathy/nanoGPT, then in this repository, with nothing else on the machine:
 
     python data/shakespeare_char/prepare.py
     python experiments/shakespeare_fast/race.py ../nanoGPT
 
-nanoGPT is run unmodified, with its configuration for a CPU. It has one seed. race_intel.json is a renamed race.json of
-another machine.
+nanoGPT is unmodified, with its configuration for a CPU, which has a fixed seed. race_intel.json is the race.json of
+another machine, renamed.
 """
 
 import json
@@ -32,14 +32,14 @@ SEEDS = (1, 2, 3)
 
 
 def seconds(folder: Path, *arguments: str) -> float:
-    """Of a whole command of `train.py` in that folder, its start included."""
+    """Return the seconds of a command of `train.py` in a folder, startup included."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "train.py", *arguments], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return round(time.perf_counter() - start, 1)
 
 
 def nanogpt(place: Path, folder: Path) -> dict[str, Any]:
-    """One run of nanoGPT, and its loss over the whole validation split."""
+    """Run nanoGPT, and compute its loss over the whole validation split."""
     duration = seconds(place, *NANOGPT)
     scores = folder / "nanogpt.json"
     scorer = ROOT / "experiments/shakespeare_char/nanogpt.py"
@@ -48,7 +48,7 @@ def nanogpt(place: Path, folder: Path) -> dict[str, Any]:
 
 
 def ours(place: Path, folder: Path, seed: int) -> dict[str, Any]:
-    """One run of the preset; it evaluates the whole validation split at its end."""
+    """Run the preset, which evaluates the whole validation split at the end."""
     text, run = (place / "data/shakespeare_char/input.txt").resolve(), folder / str(seed)
     arguments = [f"data.files=[{text}]", f"train.seed={seed}", f"hydra.run.dir={run}", "loggers=[]"]
     duration = seconds(ROOT, "experiment=shakespeare_fast", *arguments)
