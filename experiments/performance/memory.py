@@ -35,7 +35,7 @@ def measure(config, name):
         workload.state = {}  # the memory of the initial weights does not count
         free_memory()
         reset_peak(workload.device)
-        seconds = [contestant.turn() for _ in range(STEPS)]
+        seconds = [contestant.time_steps() for _ in range(STEPS)]
         peak = peak_bytes(workload.device)
     return {"contestant": name, "peak_memory_bytes": peak, "alone_step_seconds": median(seconds[1:])}
 

@@ -9,9 +9,9 @@ from gpt2.cli.script import script
 from gpt2.runtime.repository import ROOT
 
 BENCHMARKS = {
-    "generation": "speed of text generation, against transformers",
-    "training": "speed of training, against transformers and others",
-    "data": "speed of tokenization, against transformers",
+    "generation": "speed of text generation, compared with transformers",
+    "training": "speed of training, compared with transformers and others",
+    "data": "speed of tokenization, compared with transformers",
 }
 
 
@@ -23,7 +23,7 @@ def main() -> None:
 
     @script(f"benchmark_{name}")
     def run(config: Any) -> None:
-        getattr(import_module(f"gpt2.benchmarks.{name}"), name)(config)  # after the check: it imports transformers
+        getattr(import_module(f"gpt2.benchmarks.{name}"), name)(config)  # here: it imports transformers
 
     run()
 

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved repetitions, medians, a description of the machine, and the JSON file."""
+"""What the benchmarks share: interleaved repetitions, medians, a description of the machine, and the JSON file."""
 
 import json
 import os
@@ -33,9 +33,9 @@ READ_BYTES = 256 << 20  # more than any cache holds
 
 
 def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
-    """Call each of `turns` once a repetition, each time starting with another one. Returns the results of each.
+    """Call each function once per repetition, in rotated order. Return the results of each function.
 
-    So heat and other load slow all of them alike, and none always runs after the same other one.
+    Heat and other programs then slow all functions alike, and no function always runs after the same other one.
     """
     results: list[list[T]] = [[] for _ in turns]
     with track(description, unit="repetitions") as advance:
@@ -48,12 +48,12 @@ def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description:
 
 
 def spread(name: str, values: Sequence[float]) -> Row:
-    """The median of repeated measurements as `<name>`, and all of them as `<name>_of_each`."""
+    """Return the median of repeated measurements as `<name>`, and all of them as `<name>_of_each`."""
     return {name: median(values), f"{name}_of_each": list(values)}
 
 
 def circumstances(device: torch.device) -> Row:
-    """What the figures depend on besides the configuration: hardware, load, commit and versions."""
+    """Return what the figures depend on besides the configuration: hardware, load, commit and versions."""
     return {
         "device": describe(device),
         "hardware": hardware(device),
@@ -67,14 +67,14 @@ def circumstances(device: torch.device) -> Row:
 
 
 def headline(about: Row) -> str:
-    """`circumstances` in a line."""
+    """Return `circumstances` in one line."""
     libraries = [f"{name} {number}" for name, number in about["versions"].items() if number is not None]
     machine = about["hardware"]
     return ", ".join([about["device"], machine["cpu"], counted(machine["cores"], "core"), *libraries])
 
 
 def matmul_flops(precision: Precision) -> float:
-    """FLOP/s of a large matrix product in a precision, by the fastest of our implementations."""
+    """Measure the FLOP/s of a large matrix product in a precision, with the fastest of our implementations."""
     size = MATRIX_ON_CUDA if precision.device.type == "cuda" else MATRIX
     left, right = (torch.ones(size, size, dtype=precision.dtype, device=precision.device) for _ in range(2))
 
@@ -87,14 +87,14 @@ def matmul_flops(precision: Precision) -> float:
 
 
 def read_bandwidth(memory: Tensor) -> float:
-    """Bytes per second at which the device reads memory, measured by a sum."""
+    """Measure the bytes per second at which the device reads memory, by summing a tensor."""
     began = time.perf_counter()
     float(memory.sum())  # waits for the device
     return memory.nbytes / (time.perf_counter() - began)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` start from what is in use now; without CUDA, on Linux only."""
+    """Reset the peak of `peak_bytes` to the memory in use now. Without CUDA this works on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -103,10 +103,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """On CUDA what PyTorch allocated, else the resident memory of this process, libraries included."""
+    """Return the peak memory: on CUDA of PyTorch's allocator, else of this process, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):  # not `ru_maxrss` where avoidable: on Linux a new process inherits the peak of its parent
+    with suppress(OSError):  # on Linux, `ru_maxrss` cannot be reset, and a new process inherits it from its parent
         status = Path("/proc/self/status").read_text()
         if match := re.search(r"^VmHWM:\s+(\d+) kB", status, flags=re.MULTILINE):
             return int(match[1]) * 1024
@@ -115,7 +115,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def write_json(file: str | None, record: Row) -> None:
-    """Write a record to a file, if one is given. NaN and infinities, which JSON does not have, become null."""
+    """Write a record to a file, unless that is None. NaN and infinities, which JSON does not have, become null."""
     if file is None:
         return
     finite = json.loads(json.dumps(record), parse_constant=lambda _: None)

@@ -1,4 +1,4 @@
-"""The contestants of the training benchmark, and their workload: the same weights and tokens, one step at a time."""
+"""The contestants of the training benchmark, and the weights and tokens that all of them train on."""
 
 import time
 from collections.abc import Callable
@@ -20,20 +20,20 @@ from gpt2.model import GPT2Model
 from gpt2.runtime.device import Precision, choose_device, choose_precision, requested_precision
 from gpt2.train import Trainer
 
-NumberedStep = Callable[[int], Tensor]  # makes the step with the batch of that number, and returns its loss
+NumberedStep = Callable[[int], Tensor]  # trains on the batches of a step, given its number, and returns the loss
 
 
 class Workload:
-    """Weights and batches that all contestants share: random, from a fixed seed.
+    """Random weights and batches from a fixed seed, shared by all contestants.
 
-    The tokens are in a file as `gpt2.data.corpus` writes it, so that the training loader can read them too.
+    The tokens are in a file of the format of `gpt2.data.corpus`, so the training loader can read them.
     """
 
     def __init__(self, config: TrainingBenchmark, folder: Path, steps: int):
         """
         Args:
-            folder: For the file of tokens, and for the checkpoints of trainers.
-            steps: How many steps there are tokens for.
+            folder: Where the file of tokens and the checkpoints of trainers are written.
+            steps: The number of steps for which tokens are generated.
         """
         self.config, self.folder = config, folder
         self.device = choose_device(config.train.device, "train.device")
@@ -62,13 +62,13 @@ class Workload:
         return batches
 
     def on_device(self) -> list[Pairs]:
-        """The batches of peers, on the device already: an advantage over ours, which moves them in each step."""
+        """The batches for peers, already on the device. Our trainer copies its batches to the device in each step."""
         return [[(b["input_ids"].to(self.device), b["targets"].to(self.device)) for b in bs] for bs in self.batches]
 
     def trainer(self, train: TrainingConfig, **options: Any) -> Trainer:
-        """A trainer that expects a long run, for which `train.compile=auto` compiles where that is worthwhile.
+        """Build a trainer for a long run, so that `train.compile=auto` compiles where that pays off in the end.
 
-        The learning rate is constant, as that of peers.
+        The learning rate is constant, as for peers.
         """
         train = replace(train, max_epochs=10**9, max_steps=None, warmup_steps=0)
         model = GPT2Model(self.config.model)
@@ -81,7 +81,7 @@ class Workload:
 
 @dataclass
 class Contestant:
-    """One way to train."""
+    """A program that trains, in one precision."""
 
     name: str
     precision: Precision
@@ -95,11 +95,11 @@ class Contestant:
         return self.name.startswith("gpt2,")
 
     def prepare(self) -> None:
-        """Build the step."""
+        """Build the model and its training step."""
         self.step = self.build()
 
-    def turn(self, steps: int = 1) -> float:
-        """Make steps with the next batches. Returns the seconds that one takes."""
+    def time_steps(self, steps: int = 1) -> float:
+        """Train on the next batches. Return the seconds per step."""
         began = time.perf_counter()
         for _ in range(steps):
             loss = self.step(self.next_batch)
@@ -116,9 +116,9 @@ def precisions(config: TrainingBenchmark, device: torch.device) -> list[Precisio
 
 
 def contestants(workload: Workload) -> list[Contestant]:
-    """For each precision: `transformers`, the peers if there are any, and ours. None is built yet.
+    """Return `transformers`, the peers, if any, and ours for each precision. `Contestant.prepare` builds them.
 
-    With `train.compile=true` there are `transformers` and ours both compiled and uncompiled.
+    With `train.compile=true`, `transformers` and ours are in the list uncompiled and compiled.
     """
     config, device = workload.config, workload.device
     pairs = workload.on_device()
@@ -141,7 +141,7 @@ def contestants(workload: Workload) -> list[Contestant]:
 
 
 def build_ours(workload: Workload, train: TrainingConfig) -> NumberedStep:
-    """The step of `Trainer`, on batches as its loader yields them: moving them to the device is part of it."""
+    """Build the step of `Trainer`. It takes batches as the loader yields them, and copies them to the device."""
     trainer = workload.trainer(train)
 
     def step(number: int) -> Tensor:
@@ -153,7 +153,7 @@ def build_ours(workload: Workload, train: TrainingConfig) -> NumberedStep:
 
 
 def build_peer(workload: Workload, pairs: list[Pairs], train: TrainingConfig, peer: Peer) -> NumberedStep:
-    """The step of another program."""
+    """Build the step of another program."""
     state = {name: tensor.clone() for name, tensor in workload.state.items()}
     step = peer(workload.config.model, state, train)
     return lambda number: step(pairs[number])

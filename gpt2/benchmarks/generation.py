@@ -1,4 +1,4 @@
-"""Generation speed against `transformers`: the same weights, interleaved repetitions in one process, medians."""
+"""Generation speed compared with `transformers`: the same weights, interleaved repetitions, medians."""
 
 import copy
 import logging
@@ -29,30 +29,30 @@ from gpt2.runtime.device import choose_device
 log = logging.getLogger(__name__)
 
 LEGEND = """\
-ratio: to the faster way of transformers. of floor: share of the tokens per second that reading all weights once a token
-allows at the measured memory bandwidth. first s: the first run, including compilation. same tokens: as the first line.
-weights: their layout, see gpt2/ops/cpu_inference.py. prompt lookup: greedy text from random weights repeats itself,
-so most drafts are accepted; other texts gain less by inference.speculate."""
+ratio: to the faster row of transformers. of floor: share of the tokens per second that the measured memory bandwidth
+allows if each token reads all weights once. first s: seconds of the first run, including compilation. same tokens:
+share of the tokens that equal those of the first row. weights: their layout, see gpt2/ops/cpu_inference.py. prompt
+lookup: random weights repeat themselves in greedy text, so most drafts are accepted; other texts gain less."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 0.5 + 4 / 128}  # int4: with the scales of its groups
 
 
 @dataclass
 class Timing:
-    """One run of a contestant."""
+    """One generation by a contestant."""
 
-    clock: list[float]  # at the start and at each token, seconds
+    clock: list[float]  # seconds, at the start and after each token
     tokens: Tensor  # (b, n)
     is_even: bool = True  # False: a pass yields several tokens
 
     @property
     def prefill_seconds(self) -> float:
-        """Up to the first new token."""
+        """The seconds until the first new token."""
         return self.clock[1] - self.clock[0]
 
     @property
     def step_seconds(self) -> float:
-        """For each later token: the median, or the mean of uneven times."""
+        """The seconds per later token: the median, or the mean if passes yield several tokens."""
         if not self.is_even:
             return (self.clock[-1] - self.clock[1]) / (len(self.clock) - 2)
         return median(after - before for before, after in pairwise(self.clock[1:]))
@@ -106,7 +106,7 @@ def theirs(model: Any, **options: Any) -> Generate:
 
 
 class GenerationComparison:
-    """`generate` of transformers against ours in each number format. Greedy, so that tokens can be compared."""
+    """`generate` of transformers and our decoding in each number format. Greedy, so that tokens can be compared."""
 
     def __init__(self, config: GenerationBenchmark):
         self.config = config
@@ -118,7 +118,7 @@ class GenerationComparison:
         self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
 
     def contestants(self, batch_size: int) -> list[Contestant]:
-        """`transformers` with its defaults comes first. On a GPU ours is measured compiled as well."""
+        """Return all contestants; `transformers` with its defaults is the first. On a GPU, ours is also compiled."""
         from transformers import CompileConfig
 
         compile_config: Any = CompileConfig()
@@ -126,7 +126,7 @@ class GenerationComparison:
         static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
         result = [Contestant("transformers", theirs(self.twin)), Contestant("transformers, static, compiled", static)]
         for number_format in WEIGHT_BYTES:
-            with suppress(UserError):  # this device has no products of the format
+            with suppress(UserError):  # this device does not support the format
                 result.append(self.ours_in(number_format, batch_size))
                 if self.device.type == "cuda":
                     result.append(self.ours_in(number_format, batch_size, "compiled", compiled=CompiledDecoding()))
@@ -135,10 +135,12 @@ class GenerationComparison:
         return result
 
     def ours_in(self, number_format: str, rows: int, variant: str = "", **options: Any) -> Contestant:
-        """Our model in a number format, laid out for passes over `rows` tokens; `options` are arguments of `ours`.
+        """Return our model in a number format, with weights laid out for passes over `rows` tokens.
+
+        `options` are arguments of `ours`.
 
         Raises:
-            UserError: This device has no products of the format.
+            UserError: This device does not support the format.
         """
         model = copy.deepcopy(self.model).to(self.device, DTYPES.get(number_format))
         kind = pack_linears(model, rows) if number_format in DTYPES else quantize(model, number_format)
@@ -146,7 +148,7 @@ class GenerationComparison:
         return Contestant(name, ours(model, **options), WEIGHT_BYTES[number_format], kind.__name__)
 
     def warmed_up(self, batch_size: int, input_ids: Tensor) -> list[Contestant]:
-        """The contestants after a first run, which compiles. Those that fail are left out, except the reference."""
+        """Run each contestant once, which compiles it. Contestants that fail are left out, except the first one."""
         contestants: list[Contestant] = []
         for contestant in self.contestants(batch_size):
             began = time.perf_counter()
@@ -163,7 +165,7 @@ class GenerationComparison:
 
     @torch.no_grad()
     def compare(self, batch_size: int) -> list[Row]:
-        """Time all contestants, interleaved. Returns a row for each."""
+        """Time all contestants, interleaved. Return a row for each."""
         config, generator = self.config, torch.Generator().manual_seed(batch_size)
         shape = (batch_size, config.prompt_tokens)
         input_ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(self.device)
@@ -213,7 +215,7 @@ def table(rows: list[Row]) -> str:
 
 
 def generation(config: GenerationBenchmark) -> None:
-    """Print a table for each batch size, and write all measurements to `config.json`."""
+    """Print a table for each batch size, and write all measurements to the file `config.json`."""
     comparison = GenerationComparison(config)
     about = circumstances(comparison.device)
     print(

@@ -1,20 +1,20 @@
-"""Training steps of other programs: that of `transformers`, and of any file that defines one.
+"""Training steps of other programs: of `transformers`, and of any file that defines one.
 
-A peer is `FILE.py:FUNCTION`, a function of three arguments that returns a step, or the name of a dictionary of such
-functions, by the names of their lines in the table:
+A peer is `FILE.py:FUNCTION`, a function of three arguments that returns a step. `FUNCTION` may also be a dictionary of
+such functions, whose keys are the names in the table:
 
     def function(config: GPT2Config, state: dict[str, Tensor], train: TrainingConfig) -> Step
 
 `config` and `train` are ours; `train.device` (`cpu`, `cuda:0`) and `train.precision` (`fp32`, `bf16`, `fp16`) are
 resolved. `state` holds the weights in fp32 on the CPU, named as in `GPT2Model.state_dict()`.
 
-`step(micro_batches)` makes one whole update of the weights, with everything that this takes in that program, and
-returns the mean loss. `micro_batches` are `train.accumulation_steps` pairs (input_ids, targets), (b, t) each, on the
-device; target t is the token after input t, and none is ignored.
+`step(micro_batches)` updates the weights once and returns the mean loss. `micro_batches` is a list of
+`train.accumulation_steps` pairs (input_ids, targets), both of shape (b, t) and on the device; target t is the token
+after input t, and none is ignored.
 
-Compilation, precision and clipping are the peer's own. Settings of the whole process, such as TF32, must be restored
-at the end of a step. If a peer does not support a precision, it raises NotImplementedError and is left out. For an
-example see `experiments/performance/nanogpt.py`.
+The peer is responsible for compilation, autocast and clipping. It must restore settings of the process, such as TF32,
+at the end of a step. A peer that does not support a precision raises NotImplementedError and is left out.
+`experiments/performance/nanogpt.py` is an example.
 """
 
 import runpy
@@ -39,8 +39,8 @@ Peer = Callable[[GPT2Config, State, TrainingConfig], Step]
 
 
 def in_transformers(config: GPT2Config, state: State, attention: str = "sdpa") -> Any:
-    """`GPT2LMHeadModel` with these weights; `attention` is its implementation."""
-    import transformers  # here, so that it does not count as memory of other contestants
+    """Return a `GPT2LMHeadModel` with these weights; `attention` is its `attn_implementation`."""
+    import transformers  # here, because experiments/performance/memory.py measures each contestant without it
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -50,10 +50,10 @@ def in_transformers(config: GPT2Config, state: State, attention: str = "sdpa") -
 
 
 def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False) -> Step:
-    """GPT2LMHeadModel in a plain loop as its documentation advises: autocast, fused AdamW, one clipped norm.
+    """GPT2LMHeadModel in a plain loop, as its documentation advises: autocast, fused AdamW, clipping by norm.
 
-    The loss is computed from its logits over the targets that all contestants have: with `labels`, the last position
-    of each block would have no target.
+    The loss is computed here from the logits and the targets of all contestants: with `labels`, the last position of
+    each block would have no target.
     """
     device = torch.device(train.device)
     model = in_transformers(config, state).to(device).train()
@@ -95,7 +95,7 @@ def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, c
 
 
 def load_peers(peer: str) -> dict[str, Peer]:
-    """The functions that `FILE.py:FUNCTION` names, by the names of their lines."""
+    """Return the functions that `FILE.py:FUNCTION` refers to, by their names in the table."""
     file, _, name = peer.rpartition(":")
     defined = runpy.run_path(file)
     if name not in defined:

@@ -1,4 +1,4 @@
-"""Speed of training: `transformers`, another peer, and this repository, with the same weights on the same batches."""
+"""Training speed of `transformers`, other peers and this repository, with the same weights on the same batches."""
 
 import logging
 import tempfile
@@ -17,23 +17,23 @@ from gpt2.runtime.device import keep_freed_memory, peak_flops
 log = logging.getLogger(__name__)
 
 LEGEND = f"""\
-ratio: to the first line of the peer, or of transformers if there is no other.
-MFU: model FLOPs (PaLM, appendix B) over the peak: on a GPU its data sheet's, on a CPU the best product of {MATRIX} x
-{MATRIX} matrices here. first s: seconds of the first step, with compilation. first loss, last loss: all contestants
-train on the same batches, so only rounding may make them differ."""
+ratio: to the first row of the peer, or of transformers if there is no peer.
+MFU: model FLOPs (PaLM, appendix B) over the peak. The peak of a GPU is that of its data sheet, of a CPU the fastest
+product of {MATRIX} x {MATRIX} matrices. first s: seconds of the first step, including compilation. first loss, last
+loss: all contestants train on the same batches, so only rounding may make them differ."""
 
 
 class TrainingComparison:
-    """Whole training steps of all contestants, interleaved."""
+    """Times training steps of all contestants, interleaved."""
 
     def __init__(self, config: TrainingBenchmark, folder: Path):
         self.config = config
         self.workload = Workload(config, folder, config.warmup + config.repetitions * config.steps)
-        self.left_out: dict[str, str] = {}  # contestants that cannot run, with the reason
+        self.left_out: dict[str, str] = {}  # the reasons, by the names of contestants that cannot run
         self.peaks: dict[str, float | None] = {}  # FLOP/s by precision
 
     def compare(self) -> list[Row]:
-        """A row for each contestant."""
+        """Return a row for each contestant."""
         ready: list[tuple[Contestant, Row]] = []
         with track("Building", unit="contestants") as advance:
             everyone = contestants(self.workload)
@@ -50,25 +50,25 @@ class TrainingComparison:
         return [{**row, "ratio": row["tokens_per_second"] / reference["tokens_per_second"]} for row in rows]
 
     def _prepare(self, contestant: Contestant) -> Row | None:
-        """Build a contestant and make its warm-up steps; None if it does not support what is configured."""
+        """Build a contestant and run its warm-up steps. Return None if it does not support the configuration."""
         try:
             contestant.prepare()
-            first = {"first_step_seconds": contestant.turn(), "first_loss": contestant.loss}
-        except RuntimeError as error:  # NotImplementedError is one
+            first = {"first_step_seconds": contestant.time_steps(), "first_loss": contestant.loss}
+        except RuntimeError as error:  # or NotImplementedError, a subclass
             if contestant.is_ours:
                 raise
             self.left_out[contestant.name] = one_line(error)[:300]
             log.warning("%s is left out: %s", contestant.name, self.left_out[contestant.name])
             return None
         for _ in range(1, self.config.warmup):
-            contestant.turn()
+            contestant.time_steps()
         return first
 
     def _measure(self, ready: list[Contestant]) -> dict[str, list[float]]:
-        """Seconds a step of each contestant in each repetition, in which all see the same batches; sets `peaks`."""
+        """Return the seconds per step of each contestant in each repetition, and set `peaks`."""
         precisions = {contestant.precision.name: contestant.precision for contestant in ready}
         self.peaks = {name: peak_flops(precision) for name, precision in precisions.items()}
-        turns = {contestant.name: partial(contestant.turn, self.config.steps) for contestant in ready}
+        turns = {contestant.name: partial(contestant.time_steps, self.config.steps) for contestant in ready}
         if self.workload.device.type == "cpu":
             turns |= {name: partial(matmul_flops, precision) for name, precision in precisions.items()}
         each = interleaved(list(turns.values()), self.config.repetitions, "Training")
@@ -110,7 +110,7 @@ def table(rows: list[Row]) -> str:
 
 
 def training(config: TrainingBenchmark) -> None:
-    """Print a table, and write everything that was measured to `config.json`."""
+    """Print a table, and write all measurements to the file `config.json`."""
     keep_freed_memory()  # as train.py does; a setting of the process, so it applies to all contestants
     with tempfile.TemporaryDirectory() as folder:
         comparison = TrainingComparison(config, Path(folder))

@@ -136,10 +136,10 @@ def train_steps(machine: Machine, rows: int, tokens: int, compiled: bool | str) 
     before = peak_bytes(device)
     contestant = Contestant("gpt2", machine.precision, partial(build_ours, workload, train))
     contestant.prepare()
-    contestant.turn()
-    seconds = [contestant.turn()]
+    contestant.time_steps()
+    seconds = [contestant.time_steps()]
     while len(seconds) < STEPS and sum(seconds) < MAX_SECONDS:
-        seconds.append(contestant.turn())
+        seconds.append(contestant.time_steps())
     return Steps(
         tokens=workload.tokens_per_step,
         seconds=min(seconds),
