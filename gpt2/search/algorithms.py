@@ -1,7 +1,7 @@
 """Samplers and pruners by name, for `OptunaOptimizer` and for `hydra/sweeper`.
 
-To add one, add an entry to a table here, and to `conf/hydra/sweeper/sampler` or `pruner` a file of the same name with
-the options that a command line may change.
+To add a sampler, add an entry to `SAMPLERS`, and a file of the same name with its options for the command line to
+`conf/hydra/sweeper/sampler`. For pruners these are `PRUNERS` and `conf/hydra/sweeper/pruner`.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ Space = dict[str, BaseDistribution]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A class of Optuna, and options that differ from its defaults."""
+    """A class of Optuna, and the options that differ from its defaults."""
 
     cls: Callable[..., Any]
     options: Callable[[OptunaConfig], dict[str, Any]] = lambda _: {}
-    is_sequence: bool = False  # trials are points of one sequence, so all of them need the same seed
+    is_sequence: bool = False  # trials are points of one sequence, so all need the same seed
 
 
 def _random_first(config: OptunaConfig) -> dict[str, Any]:
@@ -56,7 +56,7 @@ PRUNERS = {
     "asha": Algorithm(
         pruners.SuccessiveHalvingPruner, lambda c: {"min_resource": max(1, c.n_warmup_steps), "reduction_factor": 3}
     ),
-    "hyperband": Algorithm(pruners.HyperbandPruner),  # each of its brackets has another warm-up: no n_warmup_steps
+    "hyperband": Algorithm(pruners.HyperbandPruner),  # without n_warmup_steps: each bracket has its own warm-up
     "none": Algorithm(pruners.NopPruner),
 }
 
@@ -66,30 +66,30 @@ class Algorithms:
     """The sampler and the pruner of a study."""
 
     config: OptunaConfig
-    seed: int | None  # None: draws differ each time
+    seed: int | None  # None: random
     sampler_options: dict[str, Any] = field(default_factory=dict)  # they override the options of the table
     pruner_options: dict[str, Any] = field(default_factory=dict)
 
     def sampler(self, trial: int, space: Space) -> BaseSampler:
-        """The sampler that draws one trial.
+        """Return the sampler of one trial.
 
         Each trial has its own sampler, seeded by its number: a sampler that is seeded once per process would
         repeat its draws when a study is resumed (https://github.com/optuna/optuna/issues/3255).
         """
         algorithm, seed = find(SAMPLERS, self.config.sampler), self.seed
-        if seed is not None:  # NumPy's limit is 32 bits
+        if seed is not None:  # NumPy's seeds have at most 32 bits
             seeds = np.random.SeedSequence([seed, trial])
             seed = seed % 2**32 if algorithm.is_sequence else int(seeds.generate_state(1)[0])
         options = {"search_space": grid(space)} if algorithm.cls is samplers.GridSampler else {}
         return algorithm.cls(seed=seed, **options, **algorithm.options(self.config) | self.sampler_options)
 
     def pruner(self) -> BasePruner:
-        """The pruner. Its steps are the evaluations of a trial, counted from 0."""
+        """Return the pruner. Its steps are the evaluations of a trial, counted from 0."""
         algorithm = find(PRUNERS, self.config.pruner)
         return algorithm.cls(**algorithm.options(self.config) | self.pruner_options)
 
     def problems(self, prefix: str, space: Space) -> list[str]:
-        """The names and options that Optuna rejects."""
+        """Return why Optuna rejects the names or options."""
         problems = []
         for key, make in (("sampler", lambda: self.sampler(0, space)), ("pruner", self.pruner)):
             try:
@@ -100,7 +100,7 @@ class Algorithms:
 
 
 def find(table: dict[str, Algorithm], name: str) -> Algorithm:
-    """The entry of a name in a table, or of the name of its class.
+    """Return the entry with this name, which may also be the name of its class.
 
     Raises:
         ValueError: The table has no such entry.
@@ -112,7 +112,7 @@ def find(table: dict[str, Algorithm], name: str) -> Algorithm:
 
 
 def grid(space: Space) -> dict[str, list[Any]]:
-    """All values of each parameter.
+    """Return all values of each parameter.
 
     Raises:
         ValueError: A parameter is a continuous range.
@@ -133,7 +133,7 @@ def grid(space: Space) -> dict[str, list[Any]]:
 
 
 def extremes(distribution: BaseDistribution) -> Sequence[Any]:
-    """All choices, or both ends of a range."""
+    """Return all choices, or both ends of a range."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)

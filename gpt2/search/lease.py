@@ -1,7 +1,7 @@
 """Which process works on a trial, and whether that process is alive.
 
-A process writes its id, its host and every 30 seconds a heartbeat (a time stamp) into the trials that it claims. It is
-dead if its last heartbeat is old, or if it ran on this machine and no process here has its id.
+A process writes its id and host into each trial that it claims, and every 30 seconds a heartbeat (a time stamp). It
+counts as dead if its last heartbeat is old, or if it ran on this machine and no process here has its id.
 """
 
 import logging
@@ -32,7 +32,7 @@ class Status(Enum):
 
 
 class Worker:
-    """This process as a worker of a study. As a context manager it sends heartbeats."""
+    """This process as a worker of a study. Its context sends heartbeats for the trials that it works on."""
 
     def __init__(self, storage: BaseStorage):
         self.storage = storage
@@ -47,7 +47,7 @@ class Worker:
         self._is_over.set()
 
     def acquire(self, trial_id: int) -> str:
-        """Record this worker in a trial. Returns a new id: the trial may be claimed again after a crash."""
+        """Record this worker in a trial. Return the id of this claim: after a crash, the trial gets another claim."""
         claim = secrets.token_hex(4)
         worker = {"host": socket.gethostname(), "pid": os.getpid(), "claim": claim}
         self._send_heartbeat(trial_id)
@@ -56,7 +56,7 @@ class Worker:
         return claim
 
     def release(self, trial_id: int) -> None:
-        """Remove our claim of a trial."""
+        """Remove this worker from a trial."""
         self.trials.discard(trial_id)
         self.storage.set_trial_user_attr(trial_id, WORKER, None)
 
@@ -73,13 +73,13 @@ class Worker:
 
 
 def status(attributes: dict[str, Any], run_folder: Path) -> Status:
-    """Whether a process works on a running trial.
+    """Return whether a process works on a trial in the state RUNNING.
 
     Args:
         attributes: User attributes of the trial.
-        run_folder: Locked by the process that trains, which may be a child process that outlives the worker.
+        run_folder: Locked by the process that trains. This may be a child process that outlives the worker.
     """
-    worker = attributes.get(WORKER)  # None: released, or killed before `acquire`
+    worker = attributes.get(WORKER)  # None: released, or the process was killed before `acquire`
     is_recent = time.time() - attributes.get(HEARTBEAT, 0) < DEAD_AFTER_SECONDS  # a later process may have the same id
     if worker and is_recent and (worker["host"] != socket.gethostname() or _is_running(worker["pid"])):
         return Status.ALIVE
@@ -95,5 +95,5 @@ def _is_running(pid: int) -> bool:
         return True
     try:  # a killed process remains a zombie until its parent collects it
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:  # not Linux, or the process has just ended, which the next check finds
+    except OSError:  # not Linux, or the process has just ended: the next check finds it dead
         return True

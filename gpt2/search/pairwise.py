@@ -3,14 +3,14 @@
 from itertools import combinations, product
 from math import prod
 
-MAX_COMBINATIONS = 32  # up to this number all are validated, otherwise enough to contain every pair of values
+MAX_COMBINATIONS = 32  # if there are more, only enough are validated to contain every pair of values
 
 
 def combined(choices: list[list[str]]) -> list[tuple[str, ...]]:
-    """Combinations of one choice from each list: all of them, or if there are many, enough to contain every pair.
+    """Return combinations of one choice from each list: all of them, or if these are many, enough for every pair.
 
-    Pairs suffice, because a configuration is invalid due to one value or two that contradict each other. The algorithm
-    is greedy pairwise testing (Cohen et al., 1997).
+    Pairs suffice, because a configuration is invalid due to one value or two contradicting values. The algorithm is
+    greedy pairwise testing (Cohen et al., 1997).
     """
     if prod(map(len, choices)) <= MAX_COMBINATIONS or len(choices) < 2:
         return list(product(*choices))

@@ -1,4 +1,4 @@
-"""The pictures of a study: the course of each trial, values by trial and by parameter, importances."""
+"""The pictures of a study: losses during each trial, values by trial and by parameter, importances."""
 
 import warnings
 from math import sqrt
@@ -18,22 +18,21 @@ from gpt2.errors import shortened
 from gpt2.search.trial import WITH_VALUE, best_of
 
 PRUNED = "#b9b9b9"
-MIN_TRIALS_FOR_IMPORTANCES = 10  # the least number of complete trials
-PANELS_PER_ROW = 3  # of the slices
-MAX_LETTERS = 16  # that fit below a panel; longer names of choices are slanted
+MIN_TRIALS_FOR_IMPORTANCES = 10  # complete ones
+PANELS_PER_ROW = 3  # of the picture of slices
+MAX_LETTERS = 16  # of the choices below a panel together; if there are more, the choices are slanted
 LOSS = "validation loss (nats a token)"
 COMPLETE = (TrialState.COMPLETE,)
 
 
 def draw(study: optuna.Study, source: bytes) -> dict[str, bytes]:
-    """The pictures for which there is data, as PNG by file name. See `picture` for `source`."""
-    drawings = {"evaluations": evaluations, "history": history, "slices": slices, "importances": importances}
-    figures = {name: drawing(study) for name, drawing in drawings.items()}
-    return {f"{name}.png": picture(figure, source=source) for name, figure in figures.items() if figure}
+    """Return the pictures for which there is data, as PNG by file name. See `picture` for `source`."""
+    figures = {f"{draw.__name__}.png": draw(study) for draw in (evaluations, history, slices, importances)}
+    return {name: picture(figure, source=source) for name, figure in figures.items() if figure}
 
 
 def history(study: optuna.Study) -> Figure | None:
-    """The values of the complete trials in their order, and the best so far; None without a complete trial."""
+    """Plot the values of the complete trials in order, and the best so far. None without a complete trial."""
     trials = study.get_trials(deepcopy=False, states=COMPLETE)
     if not trials:
         return None
@@ -50,7 +49,7 @@ def history(study: optuna.Study) -> Figure | None:
 
 
 def slices(study: optuna.Study) -> Figure | None:
-    """The values of the complete trials over each parameter; None without a parameter."""
+    """Plot the values of the complete trials over each parameter. None without a parameter."""
     trials = study.get_trials(deepcopy=False, states=COMPLETE)
     parameters = {key: values for trial in trials for key, values in trial.distributions.items()}
     best = best_of(study)
@@ -60,9 +59,9 @@ def slices(study: optuna.Study) -> Figure | None:
     figure = new_figure(height=1 + 2.4 * rows)
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (key, distribution) in zip(panels.flat, sorted(parameters.items()), strict=False):
-        for trial in [*trials, best]:  # the best one again, because it should not be covered
+        for trial in [*trials, best]:  # the best one again, on top
             if key in trial.params:
-                place = distribution.to_internal_repr(trial.params[key])  # of a choice, its number
+                place = distribution.to_internal_repr(trial.params[key])  # the index of a choice
                 axes.plot(place, trial.value, "o", color=BEST if trial.number == best.number else FAINT, markersize=4)
         _set_range(axes, distribution)
         plain(axes, xlabel=as_label(key))
@@ -75,7 +74,7 @@ def slices(study: optuna.Study) -> Figure | None:
 
 
 def _set_range(axes: Axes, distribution: Any) -> None:
-    """Make the x axis that of a distribution, with few labels: the panels are narrow."""
+    """Make the x axis show the range of a distribution, with few labels: the panels are narrow."""
     if isinstance(distribution, CategoricalDistribution):
         names = [as_label(shortened(str(choice), 12)) for choice in distribution.choices]
         rotation, side = (30, "right") if len("".join(names)) > MAX_LETTERS else (0, "center")
@@ -95,7 +94,7 @@ def _set_range(axes: Axes, distribution: Any) -> None:
 
 
 def importances(study: optuna.Study) -> Figure | None:
-    """The importance of each parameter by PED-ANOVA (Watanabe et al., 2023); None with too few complete trials."""
+    """Plot the importance of each parameter by PED-ANOVA (Watanabe et al., 2023). None with too few complete trials."""
     if len(study.get_trials(deepcopy=False, states=COMPLETE)) < MIN_TRIALS_FOR_IMPORTANCES:
         return None
     with warnings.catch_warnings():
@@ -116,7 +115,7 @@ def _is_minimized(study: optuna.Study) -> bool:
 
 
 def _show_all_but_the_worst(axes: Axes, study: optuna.Study, losses: Any) -> None:
-    """Cut off the worst tenth of more than ten losses, such as those of trials that diverged."""
+    """Limit the y axis to the best 90 % of more than ten losses: diverged trials would flatten the others."""
     if _is_minimized(study):
         low, high = np.quantile(losses, [0, 0.9], method="higher")
     else:
@@ -126,7 +125,7 @@ def _show_all_but_the_worst(axes: Axes, study: optuna.Study, losses: Any) -> Non
 
 
 def evaluations(study: optuna.Study) -> Figure | None:
-    """The loss of each trial at its evaluations; None without any."""
+    """Plot the losses at the evaluations of each trial. None without evaluations."""
     trials = [trial for trial in study.get_trials(deepcopy=False, states=WITH_VALUE) if trial.intermediate_values]
     if not trials:
         return None
@@ -143,7 +142,7 @@ def evaluations(study: optuna.Study) -> Figure | None:
         else:
             name, style = "complete", {"color": FAINT, "linewidth": 1}
         axes.plot(*points, **style)
-        if name not in ends or sign * values[-1] < sign * ends[name][1]:  # the best trial of each kind gets the label
+        if name not in ends or sign * values[-1] < sign * ends[name][1]:  # only the best trial of each kind is labelled
             ends[name] = points[0][-1], values[-1], name, style["color"]
     losses = [loss for trial in trials for loss in trial.intermediate_values.values()]
     _show_all_but_the_worst(axes, study, losses)

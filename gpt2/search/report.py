@@ -18,13 +18,11 @@ from gpt2.search.plots import MIN_TRIALS_FOR_IMPORTANCES, draw
 from gpt2.search.study import shown_parameters, state_name
 from gpt2.search.trial import REASON, SPENT, best_of
 
-FIGURES = ("steps", "tokens", "seconds")  # the keys of the attribute SPENT
-
 
 def write(study: optuna.Study, folder: Path) -> None:
     """Write `study.md`, `trials.csv` and the pictures for which there is data.
 
-    Processes that end at the same time write one after the other, and each reads the trials when it writes.
+    The folder is locked meanwhile, so that the last of several processes reads and writes the results of all.
     """
     with exclusive_change(folder):
         trials = csv_of(study).encode()
@@ -38,7 +36,7 @@ def write(study: optuna.Study, folder: Path) -> None:
 
 
 def summary(study: optuna.Study) -> str:
-    """The number of trials in each state, the best trial, and the tokens that pruning saved."""
+    """Return the number of trials in each state, the best trial, and the tokens that pruning saved, as text."""
     trials = study.get_trials(deepcopy=False)
     counts = Counter(map(state_name, trials))
     lines = [
@@ -57,9 +55,8 @@ def summary(study: optuna.Study) -> str:
 
 
 def _rank(trial: FrozenTrial, sign: int) -> tuple[int, float]:
-    """Sort key: complete trials, then pruned ones, then the others; the better value first."""
-    states = [TrialState.COMPLETE, TrialState.PRUNED]
-    place = states.index(trial.state) if trial.state in states else len(states)
+    """Sort key: complete trials, then pruned ones, then the others; better values first."""
+    place = {TrialState.COMPLETE: 0, TrialState.PRUNED: 1}.get(trial.state, 2)
     return place, inf if trial.value is None else sign * trial.value
 
 
@@ -76,7 +73,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def table(study: optuna.Study) -> str:
-    """All trials in Markdown, the best first."""
+    """Return a Markdown table of all trials, the best first."""
     trials = study.get_trials(deepcopy=False)
     sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
     columns = _columns(trials, "evaluations", "seconds", "reason")
@@ -92,10 +89,11 @@ def _short(value: Any, digits: int) -> str:
 
 
 def csv_of(study: optuna.Study) -> str:
-    """One line per trial: state, value, parameters, steps, tokens, seconds, and the loss at each evaluation."""
+    """Return the content of `trials.csv`, one line per trial, with the loss at each evaluation."""
     trials = study.get_trials(deepcopy=False)
     evaluations = sorted({number for trial in trials for number in trial.intermediate_values})
-    columns = _columns(trials, *FIGURES, "reason", *(f"evaluation {number + 1}" for number in evaluations))
+    losses = [f"evaluation {number + 1}" for number in evaluations]
+    columns = _columns(trials, "steps", "tokens", "seconds", "reason", *losses)
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

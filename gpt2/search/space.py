@@ -1,4 +1,4 @@
-"""Reads the search space of `conf/hparams_search/optuna.yaml` without Hydra."""
+"""Read the search space of `conf/hparams_search/optuna.yaml` without Hydra."""
 
 import ast
 
@@ -11,13 +11,13 @@ SEARCH = CONF / "hparams_search" / "optuna.yaml"
 
 
 def default_space() -> dict[str, BaseDistribution]:
-    """The search space of `hparams_search=optuna`, by key of the configuration."""
+    """Return the search space of `hparams_search=optuna`, by key of the configuration."""
     params = yaml.safe_load(SEARCH.read_bytes())["hydra"]["sweeper"]["params"]
     return {key: distribution(ast.parse(sweep, mode="eval").body) for key, sweep in params.items()}
 
 
 def distribution(sweep: ast.expr, log: bool = False, integer: bool = False) -> BaseDistribution:
-    """A sweep in Hydra's notation, such as `int(tag(log, interval(10, 500)))`, whose syntax is that of Python.
+    """Convert a sweep in Hydra's notation, such as `int(tag(log, interval(10, 500)))`, which is also Python syntax.
 
     Raises:
         ValueError: It is not a choice, an interval, or an interval in `int(...)` or `tag(log, ...)`.

@@ -1,4 +1,4 @@
-"""The storage of a study: shared by processes, locked for changes, and without its password in any message."""
+"""The storage of a study: shared by processes, and locked for changes. No message contains its password."""
 
 import json
 import logging
@@ -32,12 +32,12 @@ ADVISORY_LOCK = {  # a server releases these locks when the connection ends for 
     "postgresql": "SELECT pg_advisory_lock(20240)",
     "mysql": "SELECT GET_LOCK('gpt2', -1)",
 }
-FAILURES = (StorageInternalError, SQLAlchemyError)  # what Optuna raises if a storage does not answer
-BUSY_SECONDS = 60  # limit of waiting for another process that writes to a SQLite file
+FAILURES = (StorageInternalError, SQLAlchemyError)  # raised by Optuna if a storage does not answer
+BUSY_SECONDS = 60  # how long to wait for another process that writes to a SQLite file
 
 
 def validate_storage(url: str | None) -> str | None:
-    """Why a storage cannot be opened, without its password; None if no problem is found.
+    """Return why a storage cannot be opened, without its password; None if no problem is found.
 
     Nothing is written, and servers are not contacted.
     """
@@ -56,7 +56,7 @@ def validate_storage(url: str | None) -> str | None:
 
 
 def _problem_of_place(file: Path) -> str | None:
-    """Why a path cannot be a storage file.
+    """Return why a path cannot be a storage file.
 
     Raises:
         OSError: Its folder cannot be written to, or its name is too long.
@@ -70,7 +70,7 @@ def _problem_of_place(file: Path) -> str | None:
 
 
 def _problem_of_content(file: Path, is_journal: bool) -> str | None:
-    """Why an existing file is not a storage: it is damaged or belongs to another program.
+    """Return why an existing file is not a storage: it is damaged or belongs to another program.
 
     Raises:
         OSError: It cannot be read or written.
@@ -104,7 +104,7 @@ def _is_entry(line: bytes) -> bool:
 
 
 def file_of(url: str | None) -> Path | None:
-    """The file of a SQLite or journal storage; None for any other storage."""
+    """Return the file of a SQLite or journal storage; None for any other storage."""
     for scheme in (SQLITE, JOURNAL):
         if url is not None and url.startswith(scheme) and "?" not in url:
             name = url.removeprefix(scheme)
@@ -120,7 +120,7 @@ def _server_kind(url: str) -> str | None:
 class _JournalLock:
     """A lock for Optuna's journal. The kernel releases it when the process is killed.
 
-    When acquired, it removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
+    `acquire` removes an incomplete last line, which a killed process leaves: Optuna would append to that line.
     """
 
     def __init__(self, file: Path):
@@ -140,7 +140,7 @@ class _JournalLock:
 
 
 def open_storage(url: str | None) -> BaseStorage:
-    """The storage of a URL, created if it does not exist; a new one in memory without a URL.
+    """Open the storage of a URL, creating it if it does not exist. Without a URL, return a new storage in memory.
 
     Raises:
         UserError: It cannot be opened.
@@ -169,7 +169,7 @@ def _open(url: str) -> BaseStorage:
 
 @contextmanager
 def storage_errors(url: str | None) -> Iterator[None]:
-    """Turn the errors of an unreachable storage into a one-line ResourceError; the study can be resumed."""
+    """Turn errors of an unreachable storage into a one-line ResourceError."""
     try:
         yield
     except FAILURES as error:
@@ -186,8 +186,8 @@ def exclusive(url: str | None) -> Iterator[None]:
         with FileLock(f"{file}.lock"):
             yield
     else:
-        # A separate connection: Optuna's are returned to a pool after each query, and with them the lock.
+        # A separate connection, which holds the lock until it is closed: Optuna's return to a pool after each query.
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:  # closing it releases the lock
+        with engine.connect() as connection:
             connection.execute(sqlalchemy.text(ADVISORY_LOCK[str(_server_kind(url))]))
             yield

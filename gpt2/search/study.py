@@ -1,8 +1,8 @@
-"""A study that any number of processes work on, and that has exactly its number of trials even if some are killed.
+"""A study that any number of processes share. It runs exactly its number of trials, even if processes are killed.
 
-`Study` hands out trials; `gpt2.search.trial.RunningTrial` runs one of them. The two may be in different processes that
-share only the storage. An interrupted trial keeps its number, its parameters and its folder: it becomes WAITING, is
-handed out before any new trial, and resumes from its checkpoint.
+`Study` claims trials; `gpt2.search.trial.RunningTrial` trains one of them, possibly in another process that shares only
+the storage. An interrupted trial keeps its number, its parameters and its folder: it becomes WAITING, is claimed before
+any new trial, and resumes from its checkpoint.
 """
 
 import logging
@@ -26,10 +26,10 @@ from gpt2.search.lease import Status, Worker, status
 from gpt2.search.storage import exclusive, open_storage
 from gpt2.search.trial import DEATHS, DONE, REASON, SPENT, best_of
 
-log = logging.getLogger("study")  # not a child of gpt2's logger, which Hydra configures again for each trial
+log = logging.getLogger("study")  # not below the logger `gpt2`, which Hydra configures again for each trial
 
 FIXED = "fixed"  # user attribute of a study: the settings that all trials share
-MAX_DEATHS = 3  # a trial fails after this number of processes died in it without an evaluation in between
+MAX_DEATHS = 3  # a trial fails when this many processes have died in it without an evaluation in between
 
 
 class StudyFailure(UserError):
@@ -39,7 +39,7 @@ class StudyFailure(UserError):
 
 
 class Study:
-    """A study in one of the processes that work on it. Call `claim` and `settle` inside its context only."""
+    """A study in one of the processes that work on it. Call `claim` and `settle` only inside its context."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class Study:
     ):
         """
         Args:
-            space: By key of the configuration.
+            space: The distributions by key of the configuration.
             run_folder: The run folder of a trial, given its number.
-            fixed: The settings that all trials share. A study cannot be resumed with other ones.
+            fixed: The settings that all trials share. A study cannot be resumed with other settings.
 
         Raises:
-            UserError: The storage cannot be opened, or its study of that name has another space or other settings.
+            UserError: The storage cannot be opened, or has a study of that name with another space or other settings.
         """
         self.config, self.space, self.algorithms, self.run_folder = config, space, algorithms, run_folder
         self.deadline = time.time() + (config.timeout or inf)
@@ -76,7 +76,7 @@ class Study:
         self._started = time.time()
 
     def _check_settings(self, fixed: dict[str, Any]) -> None:
-        """Save space and settings; if the study has results already, refuse others."""
+        """Save space and settings. If the study has results, refuse a change."""
         config, trials = self.config, self._trials()
         requested = {**{key: f"a search {describe(distribution)}" for key, distribution in self.space.items()}, **fixed}
         saved = self.optuna.user_attrs.get(FIXED, requested)
@@ -109,20 +109,20 @@ class Study:
         self.worker.__exit__(*error)
 
     def _release(self, trial: FrozenTrial) -> bool:
-        """Release our claim. Returns whether another process still trains the trial."""
+        """Release our claim of a trial. Return whether another process still trains it."""
         self.worker.release(self._id(trial.number))
         return bool(is_locked(self.run_folder(trial.number) / LOCK))
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Handing trials out
+    # Claiming trials
 
     def claim(self, limit: int = 1) -> list[Trial]:
-        """At most `limit` next trials; empty if all are done or running elsewhere, or after the timeout."""
+        """Claim at most `limit` trials. Return none if all are done or running elsewhere, or after the timeout."""
         while time.time() < self.deadline:
             with exclusive(self.config.storage):
                 has_orphans = self._requeue_dead_trials()
                 if any(DEATHS in trial.user_attrs for trial in self._trials(TrialState.WAITING)):
-                    limit = 1  # the trial may kill its process again, and with it all trials of a launcher
+                    limit = 1  # it may kill its process again, and the other trials of that process with it
                 left = self.config.n_trials - len(self._trials(TrialState.RUNNING, *DONE))
                 claimed = [self._ask() for _ in range(min(limit, left))]
             if claimed or not has_orphans:
@@ -131,7 +131,7 @@ class Study:
         return []
 
     def _ask(self) -> Trial:
-        """A waiting trial, which keeps its parameters, or a new one if none waits."""
+        """Return a waiting trial, which keeps its parameters, or a new one if none waits."""
         waiting = self._trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self._trials())
         self.optuna.sampler = self.algorithms.sampler(number, self.space)
@@ -140,7 +140,7 @@ class Study:
         return trial
 
     def _requeue_dead_trials(self) -> bool:
-        """Requeue the trials whose process is dead. Returns whether a trial is orphaned, and so will be dead soon."""
+        """Requeue trials whose process is dead. Return whether a trial is orphaned: it will be dead soon."""
         has_orphans = False
         for trial in self._trials(TrialState.RUNNING):
             now = status(trial.user_attrs, self.run_folder(trial.number))
@@ -150,7 +150,7 @@ class Study:
         return has_orphans
 
     def _requeue(self, trial: FrozenTrial, problem: str | None = None) -> None:
-        """Make a trial WAITING after its process died, or FAIL if that happened repeatedly without progress."""
+        """Make a trial WAITING after its process died, or FAIL if this happened repeatedly without progress."""
         evaluations = len(trial.intermediate_values)
         deaths, earlier_evaluations = trial.user_attrs.get(DEATHS, (0, 0))
         deaths = deaths + 1 if evaluations == earlier_evaluations else 1
@@ -164,12 +164,12 @@ class Study:
         self.storage.set_trial_state_values(trial_id, state)
 
     def settle(self, trials: list[Trial], problem: str | None = None) -> None:
-        """Log how trials that this process claimed ended, and requeue those that did not end.
+        """Log how claimed trials ended, and requeue trials that did not end.
 
         A trial is not requeued while another process trains it: a launcher may give up on a batch when one job dies.
 
         Args:
-            problem: The probable reason of an end that was not reported.
+            problem: The probable reason if a trial did not report its end.
         """
         with exclusive(self.config.storage):
             for trial in trials:
@@ -214,7 +214,7 @@ class Study:
         raise StudyFailure(f"study {self.config.study_name}: {problem}")
 
     def line(self, trial: FrozenTrial) -> str:
-        """A trial in one line: how it ended, the best trial so far, its parameters, and the time."""
+        """Return a line about a trial: how it ended, the best trial so far, its parameters, and the time."""
         best, left = best_of(self.optuna), self.config.n_trials - len(self.done())
         comparison = f"best {best.value:.4f} (trial {best.number})" if best else "none complete so far"
         if best and best.number == trial.number:
@@ -236,7 +236,7 @@ def state_name(trial: FrozenTrial) -> str:
 
 
 def shown_parameters(trial: FrozenTrial) -> str:
-    """The parameters of a trial without their groups, with three significant digits."""
+    """Return the parameters of a trial without their groups, with three significant digits."""
     values = {key.rpartition(".")[2]: value for key, value in trial.params.items()}
     return " ".join(f"{key}={f'{value:.3g}' if isinstance(value, float) else value}" for key, value in values.items())
 

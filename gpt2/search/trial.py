@@ -1,4 +1,4 @@
-"""A trial in the process that trains it: reports to the study, pruning, time limits, outcome."""
+"""A trial in the process that trains it: reports, pruning, time limits, outcome."""
 
 import logging
 import os
@@ -58,14 +58,14 @@ def quiet_optuna() -> Iterator[None]:
 
 
 def best_of(study: optuna.Study) -> FrozenTrial | None:
-    """The complete trial with the best value; None without a complete trial."""
+    """Return the complete trial with the best value; None without a complete trial."""
     return study.best_trial if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) else None
 
 
 class Ending(Enum):
     """How a trial ended: the state of its run, its state in Optuna, and the exit code that a single run would have.
 
-    Endings that the parameters caused are PRUNED in Optuna, because samplers ignore trials that are FAIL.
+    Endings caused by the parameters are PRUNED in Optuna, because samplers ignore trials in the state FAIL.
     """
 
     COMPLETE = tracking.FINISHED, TrialState.COMPLETE, 0
@@ -85,12 +85,12 @@ class Outcome:
     ending: Ending
     reason: str | None = None
     value: float | None = None
-    stops_study: BaseException | None = None  # raised after this trial: no other one should start
+    stops_study: BaseException | None = None  # raised after this trial, so that no other starts
     traceback: str | None = None
 
 
 class RunningTrial(Callback):
-    """A trial that this process trains. As a callback of the Trainer it reports evaluations and ends the training."""
+    """A trial that this process trains. As a callback of the Trainer, it reports evaluations and ends the training."""
 
     def __init__(
         self,
@@ -108,24 +108,24 @@ class RunningTrial(Callback):
             checkpoints: The checkpoint folder of a trial, given its number.
             claim: The result of `Worker.acquire` when the trial was claimed for this process.
             deadline: The end of the study in seconds since 1970.
-            ends_with_parent: Whether to save and end when the parent process has ended.
+            ends_with_parent: Save and end when the parent process has ended.
         """
         self.number, self.config, self.checkpoints, self.deadline = number, config, checkpoints, deadline
         self.parent = os.getppid() if ends_with_parent else None
         self.storage, self.claim = storage, claim
-        # A dummy: the parameters are drawn already, and a GridSampler would reserve a grid point when it is loaded.
+        # Not used, because the parameters are sampled already. A GridSampler would reserve a grid point here.
         sampler = optuna.samplers.RandomSampler()
         self.study = optuna.load_study(study_name=config.study_name, storage=storage, sampler=sampler, pruner=pruner)
         study_id = storage.get_study_id_from_name(config.study_name)
         self.trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.trial = Trial(self.study, self.trial_id)
-        self.tracker: Tracker | None = None  # if set, it records how the run ended
-        self._timed_out = False  # whether trial_timeout ended it; False if the study's deadline did
+        self.tracker: Tracker | None = None  # of this trial's run; records the outcome
+        self._timed_out = False  # whether `trial_timeout` ended it, and not the deadline
         self._interrupted_by: int | None = None  # a signal; SIGALRM for both time limits
         self._spent: dict[str, float] = {}
 
     def is_ours(self) -> bool:
-        """Whether the trial is running and no other process has claimed it since."""
+        """Whether the trial is running and no other process has claimed it."""
         trial = self.storage.get_trial(self.trial_id)
         worker = trial.user_attrs.get(WORKER)  # None: the claim was released, and this process may continue
         return trial.state == TrialState.RUNNING and (worker is None or worker["claim"] == self.claim)
@@ -164,7 +164,7 @@ class RunningTrial(Callback):
         self.on_step_end(trainer)
 
     def on_evaluation_end(self, trainer: Any, metrics: Metrics) -> None:
-        """Report the evaluation, and prune a trial that is worse than others, unless it was its last step.
+        """Report the evaluation, and prune the trial if it is worse than others, except at its last step.
 
         Raises:
             optuna.TrialPruned: The trial is pruned.
@@ -180,7 +180,7 @@ class RunningTrial(Callback):
         self._end(trainer, self._outcome_of_error(error))
 
     def _report(self, trainer: Any) -> bool:
-        """Report the newest evaluation, counted from 0 as pruners expect. Returns False if it was reported before."""
+        """Report the newest evaluation, counted from 0. Return False if it was reported before."""
         number = (trainer.progress.evaluated_at - 1) // trainer.config.eval_every
         loss = trainer.progress.val_loss
         if loss is None or number in self.storage.get_trial(self.trial_id).intermediate_values:
@@ -191,7 +191,7 @@ class RunningTrial(Callback):
     def _end(self, trainer: Any, outcome: Outcome) -> None:
         progress = trainer.progress
         self._interrupted_by = trainer.interrupted_by
-        left = max(0.0, seconds_left(trainer)) / (progress.seconds or 1)  # relative to what it has trained
+        left = max(0.0, seconds_left(trainer)) / (progress.seconds or 1)  # relative to the time so far
         self._spent = {"steps": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
         self._spent["tokens_left"] = round(left * progress.tokens)
         code = outcome.ending.exit_code
@@ -217,7 +217,7 @@ class RunningTrial(Callback):
             outcome = self._outcome_of_error(error)
             if outcome.ending == Ending.FAILED:
                 outcome.traceback = without_password(traceback.format_exc())
-        if self._interrupted_by not in (None, SIGALRM):  # the signal may have come when the trial was complete
+        if self._interrupted_by not in (None, SIGALRM):  # also if the trial was complete when the signal came
             outcome.stops_study = Interrupted.by(self._interrupted_by)
         from gpt2.runtime.device import free_memory  # here, because it imports torch
 
@@ -266,7 +266,7 @@ class RunningTrial(Callback):
             if not self.is_ours():
                 log.warning("Trial %s has been claimed by another process", self.number)
                 return
-            storage.set_trial_user_attr(self.trial_id, REASON, outcome.reason)  # None replaces an earlier reason
+            storage.set_trial_user_attr(self.trial_id, REASON, outcome.reason)  # None overwrites an earlier reason
             if outcome.traceback:
                 storage.set_trial_user_attr(self.trial_id, "traceback", outcome.traceback)
             if self._spent:
