@@ -23,11 +23,11 @@ from gpt2.tracking.tracker import DIVERGED, FINISHED
 
 PLAN = "study.yaml"
 RUNS = Path("outputs/studies")
-ENDED = (FINISHED, DIVERGED)  # states of runs that are done
-# Settings in which a run may differ from its plan: they have no effect on training, or the tokenizer determines them.
+ENDED = (FINISHED, DIVERGED)  # states of runs that are not run again
+# Settings in which an existing run may differ from its plan: they do not change training, or follow from the tokenizer.
 HYPERPARAMETER_STUDY = ("study.name", "study.trial", "study.claim")
 NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *HYPERPARAMETER_STUDY, "started_with", "model.vocab_size"}
-# What the keys of a plan hold.
+# What the keys of a plan must hold, for error messages.
 FORMS = {
     "variants": "a list of names, such as [narrow, wide]",
     "sweep": "a list of values for each key, such as {train.learning_rate: [1e-3, 3e-3]}",
@@ -42,7 +42,7 @@ class PlannedRun:
 
     study: str
     variant: str
-    values: dict[str, Any] = field(hash=False)  # by key: the swept ones and the seed
+    values: dict[str, Any] = field(hash=False)  # swept values and the seed, by key
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class PlannedRun:
 
 
 def planned_runs(plan: StudyPlan, study: str) -> list[PlannedRun]:
-    """All runs, ordered by seed, so that an unfinished study soon has results for every setting."""
+    """Return all runs, ordered by seed: an unfinished study soon has results for every setting."""
     return [
         PlannedRun(study, variant, {**dict(zip(plan.sweep, values, strict=True)), SEED: seed})
         for seed in plan.seeds
@@ -80,12 +80,13 @@ def planned_runs(plan: StudyPlan, study: str) -> list[PlannedRun]:
 
 
 def column_key(plan: StudyPlan) -> str:
-    """The key whose values are the columns of the table: `x`, or the first swept key if `x` is a result."""
+    """Return the key of the columns of the table: `x`, or the first swept key if `x` is a result."""
     return plan.x if plan.x not in COLUMNS else next(iter(plan.sweep), "variant")
 
 
 def read_plan(folder: Path) -> StudyPlan:
-    """
+    """Read the plan of a study.
+
     Raises:
         UserError: The folder has no plan, or it is not a `StudyPlan`, or it plans no run or the same run twice.
     """
@@ -128,10 +129,10 @@ def read_plan(folder: Path) -> StudyPlan:
 
 
 def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
-    """All runs of a plan with their configurations.
+    """Return all runs of a plan with their configurations.
 
     Raises:
-        UserError: With all problems of the plan, of the command line of each run, and of runs that exist already.
+        UserError: The plan, the command line of a run, or a run that exists already has problems.
     """
     path = folder / PLAN
     problems = [
@@ -154,13 +155,13 @@ def validated_runs(plan: StudyPlan, folder: Path) -> dict[PlannedRun, TrainRun]:
 
 
 def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedRun, TrainRun]) -> list[str]:
-    """The problems of the runs of one variant. Adds the configurations of valid runs to `configs`."""
+    """Return the problems of the runs of one variant, and add the configurations of valid runs to `configs`."""
     try:
         composed = compose("train", runs[0].overrides[:1])
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
         return [f"{variant}: {composition_error(error)}"]
     changes: dict[str, list[PlannedRun]] = {}
-    first: dict[str, str] = {}  # the first run with each problem: the others would repeat it
+    first: dict[str, str] = {}  # by problem, the first run that has it
     for run in runs:
         changed = with_values(composed, run.overrides[1:])
         if changed is None:
@@ -184,7 +185,7 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
 
 
 def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
-    """The settings of an existing run that differ from the plan, which has changed since."""
+    """Yield the settings of an existing run that differ from a plan that has changed since."""
     result = RunResult(run.folder)
     saved = {} if result.problem else result.requested  # a damaged run counts as missing
     planned = flat(asdict(config)) if saved else {}
@@ -194,22 +195,14 @@ def _changed_settings(run: PlannedRun, config: TrainRun) -> Iterator[str]:
 
 
 def _validate_axes(plan: StudyPlan, configs: dict[PlannedRun, TrainRun]) -> list[str]:
-    """Problems of `x`, `lines` and `panels`: keys that do not exist, or that do not tell all settings apart."""
+    """Return the problems of `x`, `lines` and `panels`: unknown keys, or keys that do not distinguish all settings."""
     settings = {run: flat(asdict(config)) for run, config in configs.items()}
-    known = {"variant", *next(iter(settings.values()))}
-    problems = [
-        f"{name}: there is no {key} to draw by; use variant or a key such as train.learning_rate"
-        for name, key, allowed in (
-            ("x", plan.x, {*known, *COLUMNS}),
-            *((name, key, known) for name, key in (("lines", plan.lines), ("panels", plan.panels)) if key),
-        )
-        if key not in allowed
-    ]
-    problems += [
-        f"{name}: results are means over the seeds, so {SEED} is no key to draw by"
-        for name, key in (("x", plan.x), ("lines", plan.lines), ("panels", plan.panels))
-        if key == SEED
-    ]
+    known, problems = {"variant", *next(iter(settings.values()))}, []
+    for name, key in (("x", plan.x), ("lines", plan.lines), ("panels", plan.panels)):
+        if key == SEED:
+            problems.append(f"{name}: results are means over the seeds, so {SEED} is no key to draw by")
+        elif key and key not in known and not (name == "x" and key in COLUMNS):
+            problems.append(f"{name}: there is no {key} to draw by; use variant or a key such as train.learning_rate")
     if not problems:
         axes = tuple(filter(None, (plan.panels, plan.lines, column_key(plan))))
         cells = {repr([{**values, "variant": run.variant}[key] for key in axes]) for run, values in settings.items()}

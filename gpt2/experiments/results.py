@@ -35,14 +35,14 @@ Row = dict[str, Any]  # a line of `results.csv`: one run
 
 
 def columns_of(plan: StudyPlan) -> list[str]:
-    """The header of `results.csv`: settings, state, figures, cost."""
+    """Return the header of `results.csv`: settings, state, figures, cost."""
     drawn = (key for key in (plan.panels, plan.x, plan.lines) if key and key not in {*plan.sweep, *COLUMNS, SEED})
     figures = [*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())]
     return list(dict.fromkeys(["variant", *drawn, *plan.sweep, SEED, "state", *figures, "seconds", "machine"]))
 
 
 def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
-    """The content of `results.csv`: one line per run, with all that table, picture and README need."""
+    """Return the content of `results.csv`: one line per run, with everything that table, picture and README need."""
     file = io.StringIO()
     writer = csv.DictWriter(file, columns_of(plan), restval="null", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -56,7 +56,7 @@ def recorded(plan: StudyPlan, runs: Iterable[PlannedRun]) -> str:
 
 
 def redraw(folder: Path) -> None:
-    """Write picture and README of a study again, from its `results.csv`.
+    """Write picture and README of a study again from its `results.csv`.
 
     Raises:
         UserError: There is no such file, it does not match the plan, or the folder cannot be written to.
@@ -70,7 +70,7 @@ def redraw(folder: Path) -> None:
 
 
 def _difference(rows: list[Row], plan: StudyPlan) -> str | None:
-    """The first difference between rows and those that a plan needs; None if there is none."""
+    """Return the first difference between the rows and the plan; None if there is none."""
     if lacking := [key for key in columns_of(plan) if not rows or key not in rows[0]]:
         return f"no {few(lacking)}"
     values = ({**run.values, "variant": run.variant} for run in planned_runs(plan, ""))
@@ -95,7 +95,7 @@ def validate_recorded(folder: Path) -> None:
 
 
 def _text(path: Path) -> str:
-    """The content of a file; empty if it does not exist."""
+    """Return the content of a file; empty if it does not exist."""
     try:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ def _text(path: Path) -> str:
 
 
 def rows_of(text: str, path: str | Path = RESULTS) -> list[Row]:
-    """The rows of a CSV file by column. Numbers are converted, and empty fields are None.
+    """Return the rows of a CSV file as dictionaries. Numbers are converted, and empty fields are None.
 
     Raises:
         UserError: A line has too few or too many fields, or a result is not a number.
@@ -131,14 +131,14 @@ def _value(key: str, word: str) -> Any:
 
 @dataclass
 class Cell:
-    """A cell of the table: the runs of one setting, which differ in their seed."""
+    """The runs of one setting, which differ in their seed: a cell of the table."""
 
     setting: tuple[Any, ...]  # variant and swept values
     metric: str
     runs: list[Row] = field(default_factory=list)
 
     def value_of(self, key: str) -> Any:
-        """A setting, or the mean of a figure."""
+        """Return a setting, or the mean of a figure over the runs."""
         if key not in COLUMNS:
             return self.runs[0].get(key)
         values = [run[key] for run in self.runs if run.get(key) is not None]
@@ -174,7 +174,7 @@ class Results:
         """
         Args:
             folder: The folder of the study.
-            text: The content of `results.csv`; None: that of the file in the folder.
+            text: The content of `results.csv`; None: read it from the folder.
         """
         self.folder, self.plan = folder.resolve(), plan
         self.text = _text(folder / RESULTS) if text is None else text
@@ -186,14 +186,14 @@ class Results:
         self.cells = list(cells.values())
 
     def panels(self) -> dict[Any, dict[Any, list[Cell]]]:
-        """The cells by panel and by line of the picture, in the order of the plan. Each line is a row of the table."""
+        """Return the cells by panel and by line of the picture, in the order of the plan."""
         panels: dict[Any, dict[Any, list[Cell]]] = defaultdict(lambda: defaultdict(list))
         for cell in self.cells:
             panels[cell.value_of(self.plan.panels or "")][cell.value_of(self.plan.lines)].append(cell)
         return panels
 
     def table(self) -> str:
-        """A row for each line of the picture, a column for each value of its x axis. The best cell of a row is bold."""
+        """Return a Markdown table: a row per line of the picture, a column per x. The best cell of a row is bold."""
         key = column_key(self.plan)
         heads = list(dict.fromkeys(cell.value_of(key) for cell in self.cells))
         names = ", ".join(_short(name) for name in (self.plan.panels, self.plan.lines) if name)
@@ -207,7 +207,7 @@ class Results:
         return as_markdown(rows)
 
     def section(self) -> str:
-        """The generated part of the README: picture, table, command and cost."""
+        """Return the generated part of the README: picture, table, command and cost."""
         seeds, name = len(self.plan.seeds), self.folder.name
         metric = UNITS.get(self.plan.metric, COLUMNS[self.plan.metric].header)
         spread = f", mean of {seeds} seeds ± half the distance between the best and the worst" if seeds > 1 else ""
@@ -228,11 +228,8 @@ class Results:
             ]
         )
 
-    def picture(self) -> bytes:
-        return picture(self.over_x(), source=self.text.encode())
-
     def over_x(self) -> Figure:
-        """The metric over `plan.x`: means, the range over seeds, and a ring around the best mean of each line."""
+        """Plot the metric over `plan.x`: means, the range over seeds, and a ring around the best mean of each line."""
         panels, ends = self.panels(), []
         figure = new_figure(height=4 if len(panels) == 1 else 3.4 * len(panels))
         column = figure.subplots(len(panels), squeeze=False, sharex=True, sharey=True)[:, 0]
@@ -247,16 +244,15 @@ class Results:
         return figure
 
     def _draw(self, axes: Axes, lines: dict[Any, list[Cell]]) -> list[tuple[float, float, str, str]]:
-        """Draw the lines of a panel. Returns their ends, see `label_ends`."""
+        """Draw the lines of a panel. Return their ends as `label_ends` takes them."""
         x = self.plan.x
         names = list(dict.fromkeys(cell.value_of(x) for cell in self.cells))
         is_number = all(isinstance(name, int | float) for name in names)
         places = {name: name if is_number else place for place, name in enumerate(names)}
         ends = []
         for (line, cells), colour in zip(lines.items(), colours(list(lines)), strict=True):
-            drawn = sorted(
-                ((places[cell.value_of(x)], cell) for cell in cells if cell.results), key=lambda item: item[0]
-            )
+            drawn = [(places[cell.value_of(x)], cell) for cell in cells if cell.results]
+            drawn.sort(key=lambda item: item[0])
             if drawn:
                 _plot_line(axes, drawn, colour)
                 name = f"{_short(self.plan.lines)} " if isinstance(line, int | float) else ""
@@ -271,13 +267,13 @@ class Results:
         return ends
 
     def write(self) -> str:
-        """Write picture and README, and `results.csv` if it differs. Returns a line that names the written files.
+        """Write picture and README, and `results.csv` if it differs. Return a line that names the written files.
 
         Raises:
             UserError: The folder cannot be written to.
         """
         changed = {} if self.text == _text(self.folder / RESULTS) else {RESULTS: self.text.encode()}
-        readme, contents = self.folder / README, {**changed, PICTURE: self.picture()}
+        readme, contents = self.folder / README, {**changed, PICTURE: picture(self.over_x(), source=self.text.encode())}
         try:
             with exclusive_change(self.folder):
                 text = _text(readme) or f"# {self.folder.name}\n"
@@ -290,15 +286,15 @@ class Results:
         return f"Written to {os.path.relpath(self.folder)}: {', '.join(contents)}"
 
     def compare_with_recorded(self) -> list[str]:
-        """A line that compares these runs with others recorded for the same settings and seeds; empty without any."""
+        """Compare these runs with recorded ones of the same settings and seeds. Return a line, or none without any."""
         before = Results(self.folder, self.plan).cells
         recorded = {(cell.setting, run.get(SEED)): run for cell in before for run in cell.runs}
-        compared: list[tuple[float, list[float]]] = []  # for each setting the difference of means, and the old results
+        compared: list[tuple[float, list[float]]] = []  # per setting: the difference of means, the old results
         for cell in self.cells:
             runs = [run for run in cell.runs if (cell.setting, run[SEED]) in recorded]
             others = [recorded[cell.setting, run[SEED]] for run in runs]
             new, old = (Cell(cell.setting, cell.metric, chosen).results for chosen in (runs, others))
-            if new and old and runs != others:  # else these runs are the recorded ones
+            if new and old and runs != others:  # otherwise these are the recorded runs
                 compared.append((abs(mean(new) - mean(old)), old))
         if not compared:
             return []
@@ -320,7 +316,7 @@ def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:
 
 
 def with_section(text: str, section: str, opening: str = OPENING, closing: str = CLOSING) -> str:
-    """A README whose generated part, between an opening and a closing line, is replaced; or appended if missing."""
+    """Replace the generated part of a README, between an opening and a closing line; append it if it is missing."""
     marked = f"{opening}\n\n{section}\n\n{closing}"
     pattern = re.escape(opening) + ".*?" + re.escape(closing)
     if re.search(pattern, text, re.DOTALL):

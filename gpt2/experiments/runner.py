@@ -1,4 +1,4 @@
-"""Recorded studies: `python -m gpt2.main study experiments/<study>` makes the missing runs and writes the results.
+"""Recorded studies: `python -m gpt2.main study experiments/<study>` runs the missing runs and writes the results.
 
 The folder of a study has `study.yaml` (a `StudyPlan`), a preset for each variant, and a `README.md` with a generated
 part. The settings of a run determine its folder in `outputs/studies/<study>/`, so the same command resumes the study.
@@ -27,21 +27,21 @@ from gpt2.tracking.wandb_runs import lacking
 
 log = logging.getLogger(__name__)
 
-NICE = 10  # the niceness of runs: 19 is the lowest priority, programs usually have 0
-SECONDS_BETWEEN_LOOKS = 2.0  # into the folders of runs
+NICE = 10  # the niceness of runs: programs usually have 0, and 19 is the lowest priority
+SECONDS_BETWEEN_UPDATES = 2.0  # of the progress, which reads the folders of runs
 
 
 def run_study(folder: Path, jobs: int | None, threads: int | None = None, variants: list[str] | None = None) -> None:
-    """Make the missing runs of a study; if it is complete then, write its results.
+    """Run the missing runs of a study, and write its results if it is complete.
 
     Args:
-        jobs: Runs at a time; 0: none; None: one per core on a CPU, one on a GPU.
+        jobs: Runs at a time; 0: run none; None: one per core on a CPU, one on a GPU.
         threads: Threads of each run; None: cores / jobs.
-        variants: Only the runs of these; no results are written. None: all.
+        variants: Only run these variants, and write no results. None: all variants.
 
     Raises:
         UserError: The study has problems, another process runs it, or `jobs` is 0 and runs are missing.
-        ResourceError: Some runs failed; the reasons have been printed. No results were written.
+        ResourceError: Runs failed, for printed reasons. No results were written.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[ConsoleHandler()])
     if jobs != 0:
@@ -76,7 +76,7 @@ def run_study(folder: Path, jobs: int | None, threads: int | None = None, varian
 
 
 def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: list[str] | None = None) -> None:
-    """Print what the missing runs of a study cost on this machine. Nothing is written.
+    """Print the cost of the missing runs of a study on this machine. Nothing is written.
 
     Raises:
         UserError: The study has problems.
@@ -87,7 +87,7 @@ def print_plan(folder: Path, jobs: int | None, threads: int | None, variants: li
 
     jobs = jobs or default_jobs()
     threads = threads or default_threads(jobs)
-    print("\n".join(study.header(jobs, threads)), flush=True)
+    print(study.header(jobs, threads), flush=True)
     cost = StudyCost(study.configs)
     if cost.unknown:
         print(f"Measuring the speed of {counted(len(cost.unknown), 'kind')} of runs\n", flush=True)
@@ -106,7 +106,7 @@ def validate_place(folder: Path) -> None:
 
 
 def default_jobs() -> int:
-    """One run per core, because small models gain little from a second thread; one on a GPU."""
+    """Return the number of cores, because small models gain little from a second thread; 1 on a GPU."""
     import torch
 
     from gpt2.runtime.device import available_cores  # here, because it imports torch
@@ -115,7 +115,7 @@ def default_jobs() -> int:
 
 
 def default_threads(jobs: int) -> int:
-    """`OMP_NUM_THREADS`, or the cores divided by the runs at a time."""
+    """Return `OMP_NUM_THREADS`, or the number of cores divided by the runs at a time."""
     from gpt2.runtime.device import available_cores  # here, because it imports torch
 
     requested = os.environ.get("OMP_NUM_THREADS", "")
@@ -128,10 +128,10 @@ class RecordedStudy:
     def __init__(self, folder: Path, variants: list[str] | None = None):
         """
         Args:
-            variants: Only the runs of these; None: all.
+            variants: Only these variants; None: all.
 
         Raises:
-            UserError: The folder has no plan, the plan has problems, or it has no variant of such a name.
+            UserError: The folder has no plan, the plan has problems, or it has no such variant.
         """
         self.folder, self.name = folder, folder.resolve().name
         self.plan = read_plan(folder)
@@ -141,16 +141,16 @@ class RecordedStudy:
         self.configs = {run: c for run, c in validated_runs(self.plan, folder).items() if run.variant in chosen}
         self.runs = list(self.configs)
 
-    def header(self, jobs: int, threads: int) -> list[str]:
+    def header(self, jobs: int, threads: int) -> str:
         done = sum(run.is_done for run in self.runs)
-        return [
-            f"Study   {self.name}: {counted(len(self.runs), 'run')}" + (f", {done} of them done" if done else ""),
+        return (
+            f"Study   {self.name}: {counted(len(self.runs), 'run')}{f', {done} of them done' if done else ''}\n"
             f"In      {RUNS / self.name}, {jobs} at a time, {counted(threads, 'thread')} each, "
-            f"at a low priority (nice {NICE})\n",
-        ]
+            f"at a low priority (nice {NICE})\n"
+        )
 
     def run(self, jobs: int, threads: int | None = None) -> int:
-        """Make the missing runs, `jobs` at a time, and print why a run failed. Returns how many did.
+        """Run the missing runs, `jobs` at a time, and print why runs failed. Return the number of failed runs.
 
         Raises:
             RunLockedError: Another process runs the study.
@@ -160,7 +160,7 @@ class RecordedStudy:
         failed, running = 0, list[RunProcess]()
         progress = StudyProgress(self.configs, jobs)
         with run_lock(RUNS / self.name), progress.bar:
-            log.info("\n".join(self.header(jobs, threads)))
+            log.info(self.header(jobs, threads))
             if not missing:
                 return 0
             try:
@@ -174,9 +174,8 @@ class RecordedStudy:
                         if problem := process.problem():
                             failed += 1
                             print(f"error: {problem}", file=sys.stderr)
-                        progress.count(
-                            process.run, f"{process.run.name:<44} failed" if problem else self.line(process.run)
-                        )
+                        line = f"{process.run.name:<44} failed" if problem else self.line(process.run)
+                        progress.count(process.run, line)
                     time.sleep(0.2)
             except (KeyboardInterrupt, SystemExit):
                 done = sum(run.is_done for run in self.runs)
@@ -191,7 +190,7 @@ class RecordedStudy:
         return failed
 
     def line(self, planned: PlannedRun) -> str:
-        """How a run ended, in one line."""
+        """Return a line that says how a run ended."""
         run, column = RunResult(planned.folder), COLUMNS[self.plan.metric]
         result = f"{column.header} {column.text(run)}" if run.state == FINISHED else run.state
         return f"{planned.name:<44} {result}  {time_left(run.last('seconds'))}"
@@ -210,13 +209,13 @@ class RecordedStudy:
 
 
 class StudyProgress:
-    """How far a study is, by the FLOPs of its runs: a bar on a terminal, and a line for each run that ends."""
+    """The progress of a study by the FLOPs of its runs: a bar on a terminal, and a line for each run that ends."""
 
     def __init__(self, configs: dict[PlannedRun, TrainRun], jobs: int):
         from gpt2.experiments.cost import StudyCost  # here, because it imports torch
 
-        self.cost, self.jobs, self.next_look = StudyCost(configs), jobs, 0.0
-        self.ended = self.cost.ended  # runs whose processes have ended; `cost` also counts those that are about to
+        self.cost, self.jobs, self.next_update = StudyCost(configs), jobs, 0.0
+        self.ended = self.cost.ended  # runs whose process has ended; `cost` counts a run when it has written its result
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
         self.bar = LiveProgress(*columns)
         self.task = self.bar.add_task("", total=1.0, left="")
@@ -224,7 +223,7 @@ class StudyProgress:
     def measure(self, threads: int) -> None:
         """Time a step of each kind of runs, because small models need more seconds per FLOP than large ones.
 
-        Not on a GPU, which this process would keep a part of.
+        On a GPU nothing is timed, because this process would keep a part of its memory.
         """
         import torch
 
@@ -233,14 +232,14 @@ class StudyProgress:
             self.cost.measure(threads)
 
     def show(self, running: list[PlannedRun]) -> None:
-        """Read how far the runs are, if it is time."""
-        if time.monotonic() > self.next_look:
+        """Update the bar, at most every `SECONDS_BETWEEN_UPDATES`."""
+        if time.monotonic() > self.next_update:
             for run in running:
                 self.cost.update(run)
             share, left = self.cost.share_done, time_left(self.cost.seconds_left(self.jobs))
             count = f"{self.cost.ended} of {len(self.cost.left)} runs, {len(running)} running"
             self.bar.update(self.task, completed=share, description=count, left=f"{share:.0%}  {left} left")
-            self.next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            self.next_update = time.monotonic() + SECONDS_BETWEEN_UPDATES
 
     def count(self, run: PlannedRun, line: str) -> None:
         """Log how a run ended."""
@@ -271,7 +270,7 @@ class RunProcess:
         return self.process.poll() is not None
 
     def problem(self) -> str | None:
-        """Why the run failed, by the last line of its errors; None if it is done. A diverged run is done."""
+        """Return why the run failed: the last line of its errors. None if it is done; a diverged run is done."""
         if self.run.is_done:
             return None
         self.errors.seek(0)

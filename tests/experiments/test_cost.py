@@ -113,8 +113,8 @@ def test_plan_is_of_what_is_missing_within_the_hours_of_a_run(tmp_path, monkeypa
     assert cost.seconds_left(1) == pytest.approx(3.6 + 0.6 + 56 / 12 + 3 * SECONDS_BESIDE)
     (row,) = [line.split() for line in cost.plan(1).splitlines() if line.startswith("narrow")]
     assert row[1:4] == ["4", "1", f"{20 * 4 * 32:,}"]
-    assert row[5] == "0:00:21"
-    assert "about 0:00:21 for what is missing" in cost.plan(1)
+    assert row[5] == "0:21"
+    assert "about 0:21 for the missing runs" in cost.plan(1)
 
 
 def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
