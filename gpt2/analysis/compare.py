@@ -1,4 +1,4 @@
-"""A comparison of runs: the configuration keys in which they differ, and their results. Needs only their folders."""
+"""A comparison of run folders: the configuration keys in which the runs differ, and their results."""
 
 import os
 from collections import Counter
@@ -16,14 +16,14 @@ from gpt2.tracking.tracker import FINISHED
 SHOWN = ("loss", "best", "bits_per_byte", "tokens", "tokens_per_second", "hours", "mfu")
 MAX_TABLE_KEYS = 6
 MAX_VALUE_LENGTH = 24  # characters in a table
-# Prefixes of the keys that influence neither the result nor the speed of a run.
+# Prefixes of keys that affect neither the result nor the speed of a run.
 NOT_COMPARED = (
     *("started_with", "resume", "profile", "sample_prompt", "data.cache_dir", "data.preprocessing_num_workers"),
     *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume", "train.checkpoint_dir"),
     *("inference.", "loggers", "wandb.", "mlflow.", "study.", "choices.experiment", "choices.inference"),
     *("plan", "train.detect_anomaly", "train.eval_tasks"),
 )
-# The order of keys in a table. The other keys follow in the order of their declaration, the seed is last.
+# The first keys of a table, in order. The other keys follow in the order of their declaration; the seed is last.
 IMPORTANT = (
     *("name", "train.init_from", "choices.data", "data.files", "data.dataset_name", "data.tokenizer"),
     *("choices.model", "model.num_layers", "model.d_model", "train.optimizer", "train.learning_rate"),
@@ -33,13 +33,13 @@ TOKENIZER = {"data.tokenizer", "data.vocab_size", "model.vocab_size"}
 
 
 def short_names(keys: list[str]) -> dict[str, str]:
-    """Keys without their group, unless two keys would get the same name."""
+    """Return keys without their group, unless two keys would get the same name."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return {key: name if last[name := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def shown_value(value: Any) -> str:
-    """A value of a configuration as text, such as 0.003, gpt2, [a, b] or null."""
+    """Return a value of a configuration as text, such as 0.003, gpt2, [a, b] or null."""
     if isinstance(value, float):
         return f"{value:.10g}"
     if isinstance(value, list):
@@ -48,7 +48,7 @@ def shown_value(value: Any) -> str:
 
 
 def short_values(values: list[Any]) -> list[str]:
-    """Values of one key for a column: numbers are rounded and long texts cut, but different values stay different."""
+    """Return the cells of a column: numbers are rounded and long texts cut, but different values stay different."""
     exact = [shown_value(value) for value in values]
     long = {text for text in exact if len(text) > MAX_VALUE_LENGTH}
     common = len(commonprefix([*long])) if len(long) > 1 else 0  # noqa: RUF071  # of any texts
@@ -63,21 +63,24 @@ def short_values(values: list[Any]) -> list[str]:
 
 
 def _cut(text: str, start: int) -> str:
-    """A long text without its first characters and without its middle. Paths mostly differ near the end."""
+    """Return a text, if it is too long, without its first characters and without its middle."""
     if len(text) <= MAX_VALUE_LENGTH:
         return text
-    head, rest = MAX_VALUE_LENGTH // 3, text[start:]
-    if len(rest) <= MAX_VALUE_LENGTH:
-        return f"…{rest}"
-    return f"{'…' if start else ''}{rest[:head]}…{rest[head + 1 - MAX_VALUE_LENGTH :]}"
+    return ("…" if start else "") + without_middle(text[start:], MAX_VALUE_LENGTH)
+
+
+def without_middle(text: str, longest: int) -> str:
+    """Cut the middle out of a text that is too long. Paths and names mostly differ at their beginning and end."""
+    head = longest // 3
+    return text if len(text) <= longest else f"{text[:head]}…{text[head + 1 - longest :]}"
 
 
 @dataclass
 class Comparison:
-    """Runs, sorted with the best first.
+    """Runs, the best first.
 
-    `sort` and `columns` are names of `gpt2.analysis.runs.COLUMNS` or keys of the configuration. The group of a key may
-    be left out if only one group has the key.
+    `sort` and `columns` are names in `gpt2.analysis.runs.COLUMNS` or keys of the configuration. A key may be given
+    without its group if only one group has it.
     """
 
     runs: list[RunResult]
@@ -109,7 +112,7 @@ class Comparison:
         )
 
     def _sort_key(self, run: RunResult) -> tuple[Any, ...]:
-        """Sorts numbers from the best to the worst, then text, then missing values."""
+        """Sort key: numbers from the best to the worst, then text, then missing values."""
         column = COLUMNS.get(self.sort)
         value = column.of(run) if column else run.config.get(self.sort)
         sign = 1 if column is None or column.is_less_better else -1
@@ -144,8 +147,8 @@ class Comparison:
 
     @cached_property
     def informative(self) -> list[str]:
-        """At most `MAX_TABLE_KEYS` of `keys`: first those that distinguish runs, last those that repeat values."""
-        keys = sorted(self.keys, key=lambda key: key == "name")  # last: most folders are named after it
+        """At most `MAX_TABLE_KEYS` of `keys`, first keys that distinguish runs, last keys that repeat another key."""
+        keys = sorted(self.keys, key=lambda key: key == "name")  # last, because most folders have the name
         values = {key: self._values(key) for key in keys}
         unequal = [key for n, key in enumerate(keys) if values[key] not in [values[other] for other in keys[:n]]]
         order = dict.fromkeys([*self._distinguishing_among(keys), *unequal, *keys])
@@ -153,22 +156,22 @@ class Comparison:
 
     @property
     def table_keys(self) -> list[str]:
-        """The keys of the table: the one that it is sorted by, and those of `columns`."""
+        """The configuration keys of the table: the sort key, and `columns` or else `informative`."""
         return [key for key in dict.fromkeys([self.sort, *(self.columns or self.informative)]) if key not in COLUMNS]
 
     @property
     def other_keys(self) -> list[str]:
-        """Those of `keys` that the table leaves out."""
+        """The `keys` that the table leaves out."""
         return [key for key in self.keys if key not in self.table_keys]
 
     def label(self, run: RunResult) -> str:
-        """The values that distinguish a run; its folder if no value does."""
+        """Return the values that distinguish a run; its folder if no value does."""
         if not run.config or (not self.distinguishing and len(self.runs) > 1):
             return self.place(run)
         return self._shown(run, self.distinguishing) or run.title
 
     def group(self, run: RunResult) -> str:
-        """`label` without the seed; the name of the experiment if the runs differ in their seed only."""
+        """Return `label` without the seed; the name of the experiment if the runs differ only in their seed."""
         if not run.config:
             return self.place(run)
         keys = [key for key in self.distinguishing if key != SEED]
@@ -183,7 +186,7 @@ class Comparison:
 
     @cached_property
     def texts(self) -> dict[str, dict[Path, str]]:
-        """The values of each key as short texts, by the folder of the run."""
+        """The short text of each value, by key and by the folder of the run."""
         folders = [run.folder for run in self.runs if run.config]
         return {
             key: dict(zip(folders, short_values([run.config.get(key) for run in self.runs if run.config]), strict=True))
@@ -208,7 +211,7 @@ class Comparison:
 
     @property
     def in_bits(self) -> bool:
-        """Whether bits per byte are compared: tokenizers differ, and all evaluated runs have them."""
+        """Whether bits per byte are compared: the tokenizers differ, and all evaluated runs have bits per byte."""
         has_bits = all(run.values("val/bits_per_byte") for run in self.runs if run.values("val/loss"))
         return has_bits and self.tokenizers_differ
 
@@ -232,12 +235,12 @@ class Comparison:
 
     @property
     def rest(self) -> str:
-        """How many keys the table leaves out, and the first of them; empty if it leaves out none."""
+        """The number of keys that the table leaves out, and the first of them; empty if there are none."""
         names = [self.names[key] for key in self.other_keys]
         return f"{len(names)} more key{'s differ' if len(names) > 1 else ' differs'}: {few(names)}" if names else ""
 
     def rows(self, all_keys: bool = False) -> list[list[str]]:
-        """A table: the headers, then a row for each run. Results come first, without those that no run has."""
+        """Return the table: headers, then a row per run. Results come first; results that no run has are left out."""
         names = dict.fromkeys([*SHOWN, *(name for name in (self.sort, *self.columns) if name in COLUMNS)])
         columns = {COLUMNS[name].header: [COLUMNS[name].text(run) for run in self.runs] for name in names}
         figures = {head: cells for head, cells in columns.items() if {*cells} != {"n/a"} or head == "val loss"}
@@ -249,7 +252,7 @@ class Comparison:
         return [["run", *figures, *short_names(keys).values()], *map(list, rows)]
 
     def records(self) -> list[dict[str, Any]]:
-        """All facts and results of the runs, for JSON."""
+        """Return all facts and results of the runs, for JSON."""
         about = ("tags", "started", "ended", "repository", "machine", "versions")
         return [
             {

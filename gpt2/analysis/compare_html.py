@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).with_name("compare.html")
 
 def page(comparison: Comparison) -> str:
     head, *rows = table = comparison.rows(all_keys=True)
-    shown = len(comparison.rows()[0])  # the columns after these are hidden until a box is checked
+    shown = len(comparison.rows()[0])  # further columns are hidden until a box is checked
     names = [
         " ".join(["number"] * numeric + ["more"] * (place >= shown))
         for place, numeric in enumerate(numeric_columns(table))
@@ -40,7 +40,7 @@ def page(comparison: Comparison) -> str:
 
 
 def _sort_value(cell: str) -> str:
-    """The value of a cell as JSON; empty if there is none."""
+    """Return the value of a cell as JSON, for sorting; empty if the cell has no value."""
     if cell in ("n/a", "null", ""):
         return ""
     with suppress(ValueError):

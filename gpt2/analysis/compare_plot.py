@@ -1,4 +1,4 @@
-"""A comparison as a figure: validation loss over tokens and over time."""
+"""A comparison as a figure: the validation loss over tokens and over time."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from gpt2.analysis.compare import Comparison
+from gpt2.analysis.compare import Comparison, without_middle
 from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
 
 MAX_NAMED = 12  # groups with a name and a colour; the others are grey
-MAX_LETTERS = 40  # of a name, which would otherwise leave no room for the lines
+MAX_LETTERS = 40  # of a name: a longer one would leave no room for the lines
 GREY_LINE, GREY_TEXT = "#c9c9c9", "#7f7f7f"
 
 
 def colours(values: Sequence[Any]) -> list[str]:
-    """A colour for each of some distinct values. Three or more numbers get a scale of colours in their order."""
+    """Return a colour for each of the distinct values. Three or more numbers get a colour scale in their order."""
     if len(values) > 2 and all(isinstance(value, int | float) for value in values):
         order = sorted(values)
         return [to_hex(colormaps["viridis"](0.85 * order.index(value) / (len(values) - 1))) for value in values]
@@ -31,7 +31,7 @@ def curves(comparison: Comparison, svg_id: Callable[[RunResult], str] | None = N
     """Plot all runs over tokens and over time. Runs that differ only in their seed share a colour and a name.
 
     Args:
-        svg_id: The id of a run's lines in SVG.
+        svg_id: Returns the id of a run's lines in SVG.
     """
     groups: dict[str, list[RunResult]] = {}
     for run in comparison.runs:
@@ -47,7 +47,7 @@ def curves(comparison: Comparison, svg_id: Callable[[RunResult], str] | None = N
         style = {"color": palette.get(label, GREY_LINE), "zorder": 2 + (label in palette)}
         name = f"{len(groups) - len(named)} others"
         if label in palette:
-            name = _without_middle(label) + _count(runs)
+            name = without_middle(label, MAX_LETTERS) + _count(runs)
         for run in runs:
             for axes, x, factor in ((by_tokens, "tokens", 1.0), (by_time, "seconds", scale)):
                 points = [(place / factor, y) for place, y in run.curve(f"val/{metric}", x)]
@@ -70,19 +70,13 @@ def _line(axes: Axes, points: list[tuple[float, float]], style: dict[str, Any], 
         axes.plot(x, y, linewidth=1.4, gid=gid and f"{gid}-{id(axes)}", **mark, **style)
 
 
-def _without_middle(name: str) -> str:
-    """A name of at most `MAX_LETTERS`. Long names mostly differ at their beginning and end."""
-    head = MAX_LETTERS // 4
-    return name if len(name) <= MAX_LETTERS else f"{name[:head]}…{name[head + 1 - MAX_LETTERS :]}"
-
-
 def _count(runs: list[RunResult]) -> str:
     seeds = len({run.config.get(SEED) for run in runs})
     return f" ({seeds} seeds)" if seeds > 1 else f" ({len(runs)} runs)" if len(runs) > 1 else ""
 
 
 def _values(comparison: Comparison, runs: list[RunResult]) -> list[Any]:
-    """What the colours of runs stand for: the values of the key that distinguishes them, or their groups."""
+    """Return what the colours of runs show: the values of the only distinguishing key, or otherwise their groups."""
     keys = [key for key in comparison.distinguishing if key != SEED]
     return [run.config.get(keys[0]) if len(keys) == 1 else comparison.group(run) for run in runs]
 

@@ -1,4 +1,4 @@
-"""Results of `evaluate.py` compared: a table with one row per model, and a curve over the steps of a run."""
+"""Tables of the results of `evaluate.py`, and curves over the steps of a run."""
 
 from math import isnan
 from pathlib import Path
@@ -9,14 +9,14 @@ CORPUS_FIGURES = ("loss", "perplexity", "bits_per_byte")
 
 
 def by_name(figures: Result) -> dict[str, float]:
-    """The figures of a result in one flat dictionary, with names such as `hellaswag/acc_norm`."""
+    """Return the figures of a result in one flat dictionary, with names such as `hellaswag/acc_norm`."""
     tasks = figures.get("results", {})
     plain_figures = {name: value for name, value in figures.items() if name != "results"}
     return plain_figures | {f"{task}/{name}": value for task in tasks for name, value in tasks[task].items()}
 
 
 def task_rows(results: dict[str, dict[str, float]]) -> list[list[str]]:
-    """A table with one row per figure of each task."""
+    """Return a table with a row for each metric of each task."""
     rows = [["task", "documents", "metric", "value", "standard error"]]
     for task, figures in results.items():
         for metric in metrics_of(figures):
@@ -38,16 +38,17 @@ def _shown(metric: str, value: float) -> str:
 
 
 def names_of_models(results: list[Result]) -> str:
-    """A line with the number of models, the folder that has all of them, and whether their losses compare."""
+    """Return a line: the number of models, their folder if it is the same, and whether their losses compare."""
     folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
     names = {Path(result["data"]["tokenizer"]) for result in results if "data" in result}
-    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}  # a run has one for its checkpoints
+    # The checkpoints of a run share their tokenizer.
+    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}
     note = "; their tokenizers differ: only bits per byte compare" if len(tokenizers) > 1 else ""
     return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}{note}"
 
 
 def model_rows(results: list[Result]) -> list[list[str]]:
-    """A table with one row per model: its name, its step, and the loss or the figures of tasks."""
+    """Return a table with a row per model: its name, its step, and the loss or the figures of tasks."""
     tasks = {task: metrics_of(figures) for task, figures in results[0].get("results", {}).items()}
     names = [f"{task} {metric}" for task, metrics in tasks.items() for metric in metrics]
     corpus = [] if tasks else [name for name in CORPUS_FIGURES if name in results[0]]
@@ -65,14 +66,14 @@ def model_rows(results: list[Result]) -> list[list[str]]:
 
 
 def write_curve(results: list[Result]) -> Path | None:
-    """Draw the loss, or the headline figure of each task, over the steps of each run.
+    """Draw the loss, or the first metric of each task, over the steps of each run.
 
     Returns:
-        The picture's path, beside the file of the first result; None if no run has two steps.
+        The path of the picture, beside the file of the first result; None if no run has two steps.
     """
     from matplotlib.colors import to_hex
 
-    from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # here, because they import matplotlib
+    from gpt2.analysis.plotting import label_ends, new_figure, picture, plain  # here: they import matplotlib
 
     runs: dict[Path, list[Result]] = {}
     for result in results:

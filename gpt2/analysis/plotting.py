@@ -1,4 +1,4 @@
-"""The style of all plots, and the loss curves of a single run."""
+"""The style of all plots, and the plot of the losses of a single run."""
 
 import io
 from hashlib import sha256
@@ -17,25 +17,25 @@ LABEL_HEIGHT = 0.22  # in inches
 
 
 def new_figure(width: float = 6.5, height: float = 4) -> Figure:
-    """A figure without pyplot's global state; sizes in inches. Letters are 13 pixels high if it is shown 600 wide."""
+    """Return a figure without pyplot's global state, sizes in inches. Shown 600 pixels wide, its text is 13 high."""
     return Figure(figsize=(width, height), dpi=180, layout="constrained")
 
 
 def plain(axes: Axes, **labels: Any) -> None:
-    """Set the labels of axes, and draw them with a faint grid and without a frame."""
+    """Set the labels of axes, and give them a faint grid and no frame."""
     axes.set(**labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: int = 1) -> None:
-    """Name lines at the right edge of the axes, in the colours of the lines, instead of in a legend.
+    """Write the name of each line at the right edge of the axes, in the colour of the line, instead of a legend.
 
-    Names that would overlap are moved apart; a thin line connects each with its point. Call this last, because it
-    reads the limits of the axes.
+    Names that would overlap are moved apart, and a thin line connects each name with its point. Call this last, because
+    it reads the limits of the axes.
 
     Args:
-        ends: The last point of each line, its name and its colour: (x, y, name, colour).
+        ends: For each line its last point, name and colour: (x, y, name, colour).
         panels: The number of axes below each other in the figure.
     """
     axes.autoscale_view()  # matplotlib would compute the limits when it draws
@@ -65,7 +65,7 @@ def label_ends(axes: Axes, ends: list[tuple[float, float, str, str]], panels: in
 
 
 def as_label(text: str) -> str:
-    """Escape a text for matplotlib, which reads text between dollars as a formula and hides labels that begin with _.
+    """Escape a text for matplotlib, where `$...$` is a formula and labels that begin with `_` are hidden.
 
     Control characters are removed: no font has them, and they make an SVG file invalid.
     """
@@ -73,10 +73,10 @@ def as_label(text: str) -> str:
 
 
 def picture(figure: Figure, kind: str = "png", source: bytes | None = None) -> bytes:
-    """A figure as the content of a png, svg or pdf file.
+    """Return a figure as the content of a png, svg or pdf file.
 
     Args:
-        source: The content of the file that a png is drawn from. Its SHA-256 is written to the metadata as `Source`.
+        source: The content of the file from which a png is drawn. Its SHA-256 becomes the metadata `Source`.
     """
     content = io.BytesIO()
     figure.savefig(content, format=kind, metadata={"Source": sha256(source).hexdigest()} if source else None)

@@ -1,6 +1,6 @@
-"""Run folders read back: configuration, progress and results, also of runs that are still training.
+"""Read run folders: configuration, progress and results, also of runs that are still training.
 
-A file of a run folder may hold anything: it is checked when it is read.
+The files of a run folder may contain anything, so they are checked when they are read.
 """
 
 import glob
@@ -25,15 +25,15 @@ from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, metrics_in
 log = logging.getLogger(__name__)
 
 SEED = "train.seed"
-# States of a run that did not record how it ended: its process is dead, or runs on another machine if at all.
+# States of a run that did not record its end: its process is dead, or may be running on another machine.
 KILLED, UNSEEN = "killed", "running?"
 
-DEFAULTS = flat(asdict(TrainRun()))  # for keys that did not exist yet when a run was started
+DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
 FACTS = {
     "train.precision": "precision",
     "train.device": "device",
     "machine.ranks": "ranks",
-}  # key -> key of `machine` in run.json
+}  # values: keys of `machine`
 
 # Types of the values in run.json and in a line of metrics.jsonl.
 ABOUT_TYPES = {
@@ -53,7 +53,7 @@ LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 
 
 def _problems_of(values: Record, kinds: Mapping[str, type], prefix: str = "") -> list[str]:
-    """The values of a wrong type, numbers that are too large to compute with, and values that are nested too deeply."""
+    """Return the problems: wrong types, numbers that are too large to compute with, and too deeply nested values."""
     problems = []
     for key, kind in kinds.items():
         if key not in values:
@@ -75,7 +75,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _present(values: Record) -> Record:
-    """Without null and numbers that are not finite."""
+    """Leave out null and numbers that are not finite."""
     return {
         key: value
         for key, value in values.items()
@@ -84,7 +84,7 @@ def _present(values: Record) -> Record:
 
 
 def _known(kind: type, values: Any) -> Any:
-    """A run's configuration without keys and choices that this version does not have: another version may have run."""
+    """Leave out keys and choices of a configuration that this version lacks: another version may have written it."""
     if not isinstance(values, dict):
         return values
     known = {}
@@ -97,7 +97,7 @@ def _known(kind: type, values: Any) -> Any:
 
 
 def _content_of(path: Path) -> bytes | None:
-    """The content of a file; None if it does not exist.
+    """Return the content of a file; None if it does not exist.
 
     Raises:
         UserError: It cannot be read, or is not a regular file but, for example, a folder or a pipe.
@@ -113,7 +113,7 @@ def _content_of(path: Path) -> bytes | None:
 
 
 def read_checked_about(path: Path) -> Record:
-    """A `run.json`; empty if it does not exist.
+    """Return the content of a `run.json`; empty if it does not exist.
 
     Raises:
         UserError: It cannot be read, or has values that no run writes.
@@ -139,7 +139,7 @@ def read_checked_about(path: Path) -> Record:
 
 
 def read_checked_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, without damaged lines.
+    """Return the records of a `metrics.jsonl`, without damaged lines.
 
     Raises:
         UserError: It cannot be read, no line is a record, or a record has values that no run writes.
@@ -155,9 +155,9 @@ def read_checked_metrics(path: Path) -> list[Record]:
 
 
 class RunResult:
-    """One run. Its files are read on first use. Missing values are None.
+    """The results of a run. Its files are read on first use; missing values are None.
 
-    A property raises a UserError if the file that it needs is damaged; `problem` is the error of either file.
+    A property raises a UserError if its file is damaged; `problem` is the message of this error.
     """
 
     def __init__(self, folder: Path):
@@ -181,7 +181,7 @@ class RunResult:
 
     @cached_property
     def requested(self) -> dict[str, Any]:
-        """The configuration by dotted key; empty for a run that was started from Python."""
+        """The configuration by dotted key; empty for a run of the Python API."""
         nested = self.about.get("config")
         return {} if nested is None else {**DEFAULTS, **flat(nested)}
 
@@ -204,7 +204,7 @@ class RunResult:
         return state
 
     def values(self, key: str) -> list[float]:
-        """All values that were logged under a key, in order."""
+        """Return all values of a key in order."""
         return [record[key] for record in self.records if key in record]
 
     def last(self, key: str) -> float | None:
@@ -212,9 +212,9 @@ class RunResult:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median, without the first value, which contains compilation and other one-time costs.
+        """The median without the first value, which includes compilation and other one-time costs.
 
-        Without a second value, the mean over the whole run, its evaluations included.
+        If there is only one value: the mean over the whole run, evaluations included.
         """
         if speeds := self.values("train/tokens_per_second")[1:]:
             return median(speeds)
@@ -234,7 +234,7 @@ class RunResult:
         return tokens * loss / logarithm(2) / bits if loss and bits and tokens else None
 
     def curve(self, y: str, x: str) -> list[tuple[float, float]]:
-        """Points (x, y) of the records that have both keys."""
+        """Return the points (x, y) of the records that have both keys."""
         return [(record[x], record[y]) for record in self.records if {x, y} <= record.keys()]
 
 
@@ -277,7 +277,7 @@ UNITS = {  # labels of axes
 
 
 def find_runs(places: Iterable[str]) -> list[RunResult]:
-    """The runs in some places: run folders, folders that contain some, such as a sweep's, and glob patterns of both.
+    """Find runs in run folders, in folders that contain runs, such as that of a sweep, and by glob patterns of both.
 
     A run with a damaged file is left out with a warning.
 
@@ -315,12 +315,12 @@ def _runs_in(folder: Path) -> list[Path]:
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sorts trial 10 after trial 9."""
+    """Sort key that places trial 10 after trial 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
 
 
 def differences(runs: list[RunResult]) -> list[str]:
-    """The keys in which the configurations of runs differ; runs without a configuration are ignored."""
+    """Return the keys in which the configurations of runs differ. Runs without a configuration are ignored."""
     configs = [run.config for run in runs if run.config]
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({repr(config[key]) for config in configs if key in config}) > 1]

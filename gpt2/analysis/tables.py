@@ -8,7 +8,7 @@ NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell has a number or marks a missing one."""
+    """Return whether a cell has a number or marks a missing one."""
     return cell in ("n/a", "null", "") or NUMBER.fullmatch(cell) is not None
 
 
@@ -17,12 +17,12 @@ def from_to(values: Sequence[float], digits: int = 0) -> str:
 
 
 def numeric_columns(rows: list[list[str]]) -> list[bool]:
-    """Whether all cells of a column are numbers, for each column."""
+    """Return for each column whether all its cells are numbers."""
     return [all(map(is_number, column[1:])) for column in zip(*rows, strict=True)]
 
 
 def as_text(rows: list[list[str]], width: int | None = None) -> str:
-    """Aligned text, numbers to the right. Columns beyond `width` follow in further tables that repeat the first one."""
+    """Return aligned text, numbers to the right. Columns beyond `width` follow below, after the first column again."""
     rows = [[cell.replace("\n", " ") for cell in row] for row in rows]
     first, *others = (
         [f"{cell:{'>' if numeric else '<'}{max(map(len, column))}}" for cell in column]
