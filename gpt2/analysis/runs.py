@@ -29,11 +29,8 @@ SEED = "train.seed"
 KILLED, UNSEEN = "killed", "running?"
 
 DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
-FACTS = {
-    "train.precision": "precision",
-    "train.device": "device",
-    "machine.ranks": "ranks",
-}  # values: keys of `machine`
+# The keys that `machine` in run.json replaces, because they may be `auto`, with its names for them.
+FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}
 
 # Types of the values in run.json and in a line of metrics.jsonl.
 ABOUT_TYPES = {

@@ -1,5 +1,5 @@
 """`python -m gpt2.main doctor`: what a machine has, whether it computes right, and how fast it is.
 
-Uses the product and the benchmarks; neither imports it. A check is a function of a `Machine` that returns a `Row`;
-`gpt2.doctor.run` lists all of them.
+A check is a function of a `Machine` that returns a `Row`; `gpt2.doctor.run` lists all checks. This package imports the
+product and the benchmarks; neither imports it.
 """

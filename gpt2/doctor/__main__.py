@@ -8,7 +8,7 @@ from gpt2.config import DoctorRun
 
 @script("doctor")
 def doctor(config: DoctorRun) -> None:
-    from gpt2.doctor.run import examine  # after the arguments were checked: it imports torch
+    from gpt2.doctor.run import examine  # here: it imports torch
 
     sys.exit(examine(config))
 

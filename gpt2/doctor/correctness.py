@@ -1,7 +1,7 @@
-"""Does it compute right: training and decoding of a small GPT-2 on the device, against fp64 on the CPU.
+"""The part `Does it compute right`: train and decode a small GPT-2 on the device, and compare with fp64 on the CPU.
 
-The reference is `transformers`, in fp64 and with its plain attention: with our own code a wrong function would be
-compared with itself. The checks use a `Trainer` and its plan, as a training does.
+The reference is `transformers` with its plain attention: a reference of our own would share our mistakes. The checks
+train with a `Trainer`, as train.py does.
 """
 
 import copy
@@ -30,7 +30,7 @@ from gpt2.training.optimizer import build_optimizer
 
 BATCH_SIZE, STEPS = 2, 3
 SHAPE: dict[str, Any] = {
-    "vocab_size": 511,  # odd and large enough, so that the head is padded
+    "vocab_size": 511,  # odd and large, so that the head is padded
     "context_length": 160,
     "d_model": 128,
     "num_heads": 4,
@@ -42,19 +42,19 @@ SHAPE: dict[str, Any] = {
 }
 WEIGHT_NOISE = 0.1  # added to the initial weights, so that attention is far from uniform and no bias is zero
 
-# The relative error of one rounding. That of a whole model was 0.9 to 1.5 times as large in 16 bits, 3 to 7 in fp32.
+# The relative error of one rounding. The error of a whole model was 0.9 to 1.5 of them in 16 bits, 3 to 7 in fp32.
 ROUNDING = {"fp32": 2.0**-23, "TF32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 MAX_ROUNDINGS, MAX_ROUNDINGS_FP32 = 4, 32
 MIN_ROUNDINGS = 1 / 32  # a smaller error shows that another format was used
-FP32_TOLERANCE = 1e-4  # relative difference of logits computed in two ways, and of updates
+FP32_TOLERANCE = 1e-4  # relative difference between logits with and without a cache, and between updates
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against fp64
+# Compared with fp64
 
 
 class Errors(NamedTuple):
-    """Relative errors; of the gradients that of the worst parameter."""
+    """Relative errors. That of the gradients is the largest of all parameters."""
 
     logits: float
     loss: float
@@ -67,7 +67,7 @@ def training(device: torch.device, **fields: Any) -> TrainingConfig:
 
 
 def small_workload(folder: Path, device: torch.device, **shape: Any) -> Workload:
-    """A small model with noisy weights, and batches for some steps."""
+    """Return a small model with noisy weights, and batches for `STEPS` steps."""
     workload = Workload(TrainingBenchmark(GPT2Config(**{**SHAPE, **shape}), training(device)), folder, STEPS)
     generator = torch.Generator().manual_seed(0)
     for tensor in workload.state.values():
@@ -77,7 +77,7 @@ def small_workload(folder: Path, device: torch.device, **shape: Any) -> Workload
 
 @cache
 def reference() -> dict[str, Tensor]:
-    """Logits, loss, and the gradient of each weight for the first batch, by `GPT2LMHeadModel` in fp64."""
+    """Return logits, loss, and the gradient of each weight for the first batch, by `GPT2LMHeadModel` in fp64."""
     with tempfile.TemporaryDirectory() as folder:
         workload = small_workload(Path(folder), torch.device("cpu"))
     model, batch = in_transformers(workload.config.model, workload.state, "eager").double(), workload.batches[0][0]
@@ -90,7 +90,7 @@ def reference() -> dict[str, Tensor]:
 
 
 def first_pass(trainer: Trainer, workload: Workload) -> dict[str, Tensor]:
-    """Logits, loss and gradients as in `reference`, by the forward and backward pass of a trainer."""
+    """Return logits, loss and gradients as `reference` does, by the forward and backward pass of a trainer."""
     batch = {key: tensor.to(trainer.device) for key, tensor in workload.batches[0][0].items()}
     with trainer.plan.precision.autocast():
         with torch.no_grad():
@@ -108,13 +108,13 @@ def in_fp64(tensor: Tensor) -> Tensor:
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Relative, by the Euclidean norm; infinite where a number is not finite."""
+    """Return the relative difference by the Euclidean norm; infinite if a number is not finite."""
     distance = float((in_fp64(found) - in_fp64(wanted)).norm() / in_fp64(wanted).norm())
     return distance if distance == distance else float("inf")
 
 
 def errors_in(machine: Machine, precision: str, **fields: Any) -> Errors:
-    """Errors of a training in a precision, against fp64; `fields` are of `TrainingConfig`."""
+    """Return the errors of training in a precision, compared with fp64; `fields` are those of `TrainingConfig`."""
     workload = small_workload(machine.folder, machine.device)
     found = first_pass(workload.trainer(training(machine.device, precision=precision, **fields)), workload)
     of_each = {name: difference(found[name], wanted) for name, wanted in reference().items()}
@@ -122,39 +122,39 @@ def errors_in(machine: Machine, precision: str, **fields: Any) -> Errors:
 
 
 def judged(found: Errors, name: str, advice: str) -> Row:
-    """A row for the errors of a number format."""
+    """Return a row for the errors of a number format."""
     limit = ROUNDING[name] * (MAX_ROUNDINGS_FP32 if name == "fp32" else MAX_ROUNDINGS)
     expected, figures = f"at most {limit:.0e}", {**found._asdict(), "limit": limit}
     value = f"errors: logits {found.logits:.0e}, loss {found.loss:.0e}, gradients {found.gradients:.0e}; {expected}"
     if not max(found) <= limit:
         return Row(value, WRONG, advice, expected, figures)
     is_used = max(found) >= MIN_ROUNDINGS * ROUNDING[name]
-    return Row(value, OK if is_used else SLOW, f"too exact: products are not made in {name}", expected, figures)
+    return Row(value, OK if is_used else SLOW, f"too exact: products are not computed in {name}", expected, figures)
 
 
 def check_precision(machine: Machine, name: str) -> Row:
-    advice = f"train in another format until this is settled: train.precision={'bf16' if name == 'fp32' else 'fp32'}"
+    advice = f"use another format until this is fixed: train.precision={'bf16' if name == 'fp32' else 'fp32'}"
     if name == "fp32" and machine.device.type == "cuda":
-        advice += "; errors of 1e-3 are those of TF32, which NVIDIA_TF32_OVERRIDE=1 forces"
+        advice += "; errors of 1e-3 are typical of TF32, which NVIDIA_TF32_OVERRIDE=1 forces"
     return judged(errors_in(machine, name), name, advice)
 
 
 def check_tf32(machine: Machine) -> Row | None:
-    """fp32 with products in TF32, which GPUs have since Ampere."""
+    """Check fp32 with products in TF32, which GPUs since Ampere support."""
     if machine.device.type != "cuda" or torch.cuda.get_device_capability(machine.device) < (8, 0):
         return None
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return judged(errors_in(machine, "fp32"), "TF32", "nothing uses TF32 unless you switch it on: do not")
+        return judged(errors_in(machine, "fp32"), "TF32", "TF32 is off by default: leave it off")
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def check_compiled(machine: Machine) -> Row:
-    """`torch.compile` has the errors of its number format, as the uncompiled model has."""
+    """Check that a compiled model has no larger errors than its number format allows."""
     if find_compiler() is None:
-        return Row("not tried: there is no C compiler", MISSING, "see the row of the compiler")
+        return Row("not tried: there is no C compiler", MISSING, "see the row `C compiler`")
     precision, advice = machine.precision.name, "train.compile=false trains without it"
     with collected_warnings() as warned:
         found = errors_in(machine, precision, compile=True)
@@ -169,14 +169,14 @@ def check_compiled(machine: Machine) -> Row:
 
 @torch.no_grad()
 def decoded_logits(model: GPT2Model, text: Tensor, start: int, use_cache: bool) -> Tensor:
-    """The logits (b, n, v) of decoding that is made to continue `text` (b, start + n): rounding decides no token."""
+    """Return the logits (b, n, v) of decoding. Its tokens are those of `text` (b, start + n), whatever the logits."""
     tokens = iter(text[:, start:].T)
     steps = decode(model, text[:, :start], text.size(1) - start, lambda *_: next(tokens), use_cache=use_cache)
     return torch.stack([logits.float().cpu() for _, logits in steps], dim=1)
 
 
 def cached_against_uncached(machine: Machine, kind: type[InferenceLinear]) -> float:
-    """The difference of logits in a text that is longer than the context, the cached ones by this kind of layer."""
+    """Compare logits with and without a cache in a text beyond the context; with a cache by this kind of layer."""
     workload = small_workload(machine.folder, machine.device, context_length=32)
     model = workload.trainer(workload.config.train).model.eval()
     text = torch.cat([batches[0]["input_ids"] for batches in workload.batches], dim=1).to(machine.device)  # 96 tokens
@@ -193,11 +193,11 @@ def check_decoding(machine: Machine) -> Row:
     layouts = f", in {len(found)} layouts of the weights" if len(found) > 1 else ""
     value = f"logits differ by {max(found.values()):.0e} from those without a cache{layouts}"
     status = OK if max(found.values()) <= FP32_TOLERANCE else WRONG
-    advice = "generated text is wrong on this device; device=cpu may be right"
+    advice = "text generated on this device is wrong; try device=cpu"
     return Row(value, status, advice, f"at most {FP32_TOLERANCE:.0e}", found)
 
 
-BACKENDS = {  # by the start of the name of their backward functions
+BACKENDS = {  # by the beginning of the name of the backward function
     "ScaledDotProductFlashAttentionForCpu": "flash for CPUs",
     "ScaledDotProductFlash": "flash",
     "ScaledDotProductCudnn": "cuDNN",
@@ -207,12 +207,12 @@ BACKENDS = {  # by the start of the name of their backward functions
 
 
 def attention_backend(device: torch.device, precision: Any, t: int, width: int = 768, num_heads: int = 12) -> str:
-    """The kernel of attention on t tokens, as the graph of its backward pass shows; `math` if none of `BACKENDS`."""
+    """Return the kernel of attention on t tokens, found in its autograd graph; `math` if it is none of `BACKENDS`."""
     attention = MultiHeadAttention(width, num_heads, dropout=0.0, use_bias=True).to(device)
     with precision.autocast():
         mixed = attention(torch.randn(1, t, width, device=device, requires_grad=True))
     names, waiting = {}, [mixed.grad_fn]
-    while waiting:  # the graph of the backward pass
+    while waiting:
         node = waiting.pop()
         if node is not None and node not in names:
             names[node] = node.name()
@@ -227,13 +227,13 @@ def check_attention(machine: Machine) -> Row:
     good = ("flash", "cuDNN") if machine.device.type == "cuda" else ("flash for CPUs", "matrix products")
     status = OK if machine.device.type == "mps" or backend in good else SLOW
     older = " (GPUs before Ampere have no flash attention)" if backend == "memory-efficient" else ""
-    advice = f"all attention weights may be in memory, and training is slower than it could be{older}"
+    advice = f"training is slower than with a fused kernel, and may hold all attention weights in memory{older}"
     value = f"{backend}, with {t} tokens in {machine.precision.name}"
     return Row(value, status, advice, " or ".join(good), {"backend": backend})
 
 
 def check_optimizer(machine: Machine) -> Row:
-    """AdamW's updates against those in fp64 on the CPU, and whether its fused kernel is used."""
+    """Compare the updates of AdamW with fp64 on the CPU, and check that its fused kernel is used."""
     config = training(machine.device, learning_rate=1e-2)
     model = small_workload(machine.folder, machine.device).trainer(config).model
     twin = copy.deepcopy(model).cpu().double()
@@ -259,9 +259,9 @@ def check_optimizer(machine: Machine) -> Row:
     value = f"updates differ by {error:.0e} from those in fp64; {'' if is_fused else 'not '}fused"
     expected, figures = f"at most {FP32_TOLERANCE:.0e}, fused", {"error": error, "is_fused": is_fused}
     if not error <= FP32_TOLERANCE:
-        return Row(value, WRONG, "weights that are trained here are wrong: train on another device", expected, figures)
+        return Row(value, WRONG, "weights trained on this device are wrong: use another device", expected, figures)
     status = OK if is_fused or machine.device.type == "mps" else SLOW
-    return Row(value, status, "its steps take longer than those of PyTorch's fused kernel", expected, figures)
+    return Row(value, status, "updates take longer than with PyTorch's fused kernel", expected, figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,20 +269,20 @@ def check_optimizer(machine: Machine) -> Row:
 
 
 def tensors_of(trainer: Trainer, prefix: str | tuple[str, ...] = "") -> dict[str, Tensor]:
-    """Copies on the CPU of the tensors that a checkpoint would hold: weights, optimizer and random states."""
+    """Return copies on the CPU of the tensors of a checkpoint: weights, optimizer and random states."""
     state = trainer.state_dict().items()
     tensors = {name: value for name, value in state if isinstance(value, Tensor) and name.startswith(prefix)}
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """The names of tensors that are not equal bit for bit, or are in only one of the two."""
+    """Return the names of tensors that are not equal bit for bit, or that only one side has."""
     unequal = {name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])}
     return sorted((one.keys() ^ other.keys()) | unequal)
 
 
 def check_nan(machine: Machine) -> Row:
-    """A step with a NaN in one gradient changes neither weights nor optimizer, and the next step trains."""
+    """Check that a step with a NaN in a gradient changes neither weights nor optimizer, and the next step trains."""
     workload = small_workload(machine.folder, machine.device)
     trainer = workload.trainer(training(machine.device, precision=machine.precision.name, on_nonfinite="skip"))
     learned = partial(tensors_of, trainer, ("model/", "optimizer/exp"))
@@ -297,7 +297,7 @@ def check_nan(machine: Machine) -> Row:
     changed, still_same = different(before, after_nan), not different(after_nan, learned())
     if changed or still_same or skipped != 1:
         reason = f"it changed {changed[0]}" if changed else "the step after it is lost" if still_same else "not noticed"
-        return Row(reason, WRONG, "a single NaN can spoil a run here: train.on_nonfinite=stop does not help; report it")
+        return Row(reason, WRONG, "a NaN can ruin a run here, even with train.on_nonfinite=stop: please report it")
     return Row("left out, and the next step trains")
 
 
@@ -323,7 +323,7 @@ def check_repeated(machine: Machine, restore: bool) -> Row:
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
     if wrong:
-        advice = "a resumed run may not be the run it would have been; please report it"
+        advice = "resumed or repeated runs give other results on this device: please report it"
         return Row(f"{len(wrong)} tensors differ, such as {wrong[0]}", WRONG, advice)
     return Row("bit for bit the same, with dropout")
 

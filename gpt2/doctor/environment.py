@@ -1,4 +1,4 @@
-"""What is here: versions, processor, GPUs, compilers, disks, limits, accounts. Nothing is computed."""
+"""The part `What is here`: versions, processor, GPUs, compilers, disks, limits, accounts. Nothing is computed."""
 
 import os
 import platform
@@ -28,8 +28,8 @@ from gpt2.tracking.loggers import within
 from gpt2.tracking.wandb_runs import resolve_mode
 from gpt2.training.cost import memory_of
 
-FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # that PyTorch uses
-NETWORK_SECONDS = 1.0  # for the server of W&B, and for the Hub
+FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # used by PyTorch
+NETWORK_SECONDS = 1.0  # for an answer of the server of W&B or of the Hub
 WRITTEN_BYTES = 64 << 20  # to measure how fast a folder is written
 
 # Limits below which a row is not OK; docs/doctor.md explains them.
@@ -52,7 +52,7 @@ def pytorch(_machine: Machine) -> Row:
 
 
 def versions(_machine: Machine) -> Row:
-    """Installed packages against `constraints.txt`, and those that this repository needs against `pyproject.toml`."""
+    """Compare all packages with `constraints.txt`, and the required ones with `pyproject.toml`."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     installed = {name: found for name in tested if (found := installed_version(name))}
@@ -62,7 +62,7 @@ def versions(_machine: Machine) -> Row:
     figures = {"installed": installed, "others": others, "refused": refused}
     if refused:
         advice = "pip install -e . -c constraints.txt installs what is needed, in the tested versions"
-        return Row(f"not installed as pyproject.toml wants it: {few(refused)}", WRONG, advice, figures=figures)
+        return Row(f"not installed as pyproject.toml requires: {few(refused)}", WRONG, advice, figures=figures)
     if others:
         shown = few([f"{name} {found} ({tested[name]})" for name, found in others.items()])
         value = f"{len(others)} of {len(installed)} packages are not the tested ones: {shown}"
@@ -71,7 +71,7 @@ def versions(_machine: Machine) -> Row:
 
 
 def installed_version(name: str) -> str | None:
-    """Without the local part: 2.13.0 of 2.13.0+cpu. None if it is not installed."""
+    """Return the version without its local part: 2.13.0 of 2.13.0+cpu. None if the package is not installed."""
     try:
         return version(name).partition("+")[0]
     except PackageNotFoundError:
@@ -84,7 +84,7 @@ def is_satisfied(requirement: Requirement) -> bool:
 
 
 def processor(machine: Machine) -> Row:
-    """The CPU, and whether PyTorch computes with as many threads as there are cores for it."""
+    """The CPU, and whether PyTorch uses one thread for each core that this process may use."""
     about, cores = hardware(torch.device("cpu")), available_cores()
     has = torch.cpu.get_capabilities()
     features = [name for name in FEATURES if has.get(name)]
@@ -96,9 +96,9 @@ def processor(machine: Machine) -> Row:
     if threads < cores and machine.device.type == "cpu":
         advice = f"PyTorch leaves {cores - threads} of {cores} cores idle: unset OMP_NUM_THREADS"
     elif threads > cores:
-        advice = f"threads wait for each other, this process may use {counted(cores, 'core')}: OMP_NUM_THREADS={cores}"
+        advice = f"threads compete for the {counted(cores, 'core')} of this process: OMP_NUM_THREADS={cores}"
     elif "x86" in platform.machine() and not has.get("avx2"):
-        advice = "without AVX2, matrix products take several times as long; nothing but another processor helps"
+        advice = "without AVX2, matrix products take several times as long; only another processor helps"
     return Row(value, SLOW if advice else OK, advice, "as many threads as cores", figures)
 
 
@@ -115,7 +115,7 @@ def memory(_machine: Machine) -> Row:
 
 @cache
 def nvidia_smi() -> list[str]:
-    """A line for each GPU that the NVIDIA driver knows, with its memory and the driver's version."""
+    """Return a line for each GPU that the NVIDIA driver lists, with its memory and the version of the driver."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()
@@ -124,16 +124,16 @@ def nvidia_smi() -> list[str]:
 
 
 def why_no_cuda() -> str:
-    """What keeps PyTorch from using CUDA, and what helps."""
+    """Return why PyTorch cannot use CUDA, and what helps."""
     if not torch.backends.cuda.is_built():
-        there_is = f"the driver knows {nvidia_smi()[0]}, but " if nvidia_smi() else ""
-        wanted = "pip install --force-reinstall torch, without --index-url .../cpu, brings one with it"
-        return f"{there_is}PyTorch {torch.__version__} is built without CUDA; {wanted}"
+        found = f"the driver lists {nvidia_smi()[0]}, but " if nvidia_smi() else ""
+        remedy = "pip install --force-reinstall torch, without --index-url .../cpu, installs a build with it"
+        return f"{found}PyTorch {torch.__version__} is built without CUDA; {remedy}"
     if not nvidia_smi():
         return "the NVIDIA driver does not answer: nvidia-smi should list the GPUs"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides GPUs"
-    return f"PyTorch is built for CUDA {torch.version.cuda}, for which the driver may be too old: {nvidia_smi()[0]}"
+    return f"the driver may be too old for CUDA {torch.version.cuda}, for which PyTorch is built: {nvidia_smi()[0]}"
 
 
 def gpus(_machine: Machine) -> Row:
@@ -144,12 +144,12 @@ def gpus(_machine: Machine) -> Row:
             on_purpose = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
             status = MISSING if on_purpose or not torch.backends.cuda.is_built() else WRONG
             return Row(f"PyTorch cannot use {nvidia_smi()[0]}", status, why_no_cuda(), figures={"driver": nvidia_smi()})
-        return Row("none", MISSING, "small models need none; GPT-2 124M does (docs/training.md: recipes)")
+        return Row("none", MISSING, "small models need no GPU, but GPT-2 124M does (docs/training.md: recipes)")
     return cuda_gpus([torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())])
 
 
 def cuda_gpus(found: list) -> Row:
-    """GPUs that PyTorch can use: whether it has kernels for them, and whether other programs use their memory."""
+    """Check the GPUs that CUDA lists: whether PyTorch has kernels for them, and whether their memory is free."""
     driver = nvidia_smi()[0].split(", ")[-1] if nvidia_smi() else "unknown"
     names = [f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB, sm_{gpu.major}{gpu.minor})" for gpu in found]
     value = f"{len(found)} x {names[0]}" if len(set(names)) == 1 else ", ".join(names)
@@ -161,13 +161,13 @@ def cuda_gpus(found: list) -> Row:
     free = [torch.cuda.mem_get_info(number)[0] / gpu.total_memory for number, gpu in enumerate(found)]
     figures["free"] = free
     if min(free) < 0.8:
-        advice = "other programs hold the rest: nvidia-smi lists them"
+        advice = "other programs use the rest: nvidia-smi lists them"
         return Row(f"{value}; only {min(free):.0%} of the memory is free", SLOW, advice, "80 % free", figures)
     return Row(value, figures=figures)
 
 
 def has_kernels(major: int, minor: int, built_for: list[str]) -> bool:
-    """Whether a build has kernels for a GPU of NVIDIA: of its major version, or PTX, which the driver compiles."""
+    """Return whether a build has kernels for a GPU: for its major version, or PTX, which the driver compiles."""
     builds = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in built_for]
     if not any(builds):  # a build for GPUs of another maker
         return True
@@ -193,11 +193,11 @@ def only_for_cuda(advice: str) -> Row:
 
 
 def compiler(machine: Machine) -> Row:
-    """What `torch.compile` calls: Inductor a C++ compiler for a CPU, Triton a C compiler for a GPU."""
+    """The compiler that `torch.compile` calls: for a CPU Inductor calls a C++ compiler, for a GPU Triton a C one."""
     if found := find_compiler():
         return Row(found)
     off = "" if machine.device.type == "cuda" else ", which is off on a CPU by default"
-    return Row("none", MISSING, f"torch.compile needs one{off}: apt install g++, or name one in CXX and CC")
+    return Row("none", MISSING, f"torch.compile needs a compiler{off}: apt install g++, or set CXX and CC")
 
 
 def find_compiler() -> str | None:
@@ -217,34 +217,34 @@ def cache_folder(_machine: Machine) -> Row:
     with collected_warnings() as warned:
         folder = caches()
     if warned:
-        advice = "corpora are prepared anew after a restart; XDG_CACHE_HOME names another folder"
+        advice = "corpora are prepared again after a reboot; XDG_CACHE_HOME sets another folder"
         return Row(warned[0].getMessage(), MISSING, advice)
-    advice = "a corpus and its tokens take gigabytes; data.cache_dir and HF_HOME move them"
+    advice = "a corpus and its tokens take gigabytes; data.cache_dir and HF_HOME set other folders"
     return place(folder, MIN_FREE_IN_CACHE, advice)
 
 
 def place(folder: Path, min_free: float, advice: str) -> Row:
-    """Whether a folder can be written to, how much is free there and how fast it takes data."""
+    """Check whether a folder can be written to, how much space is free, and how fast it is written."""
     try:
         with writable_folder(folder, str(folder)):
             free = shutil.disk_usage(folder).free
             rate = written_per_second(folder)
     except UserError as error:
-        return Row(str(error), WRONG, "give this user the right to write there, or start in another folder")
+        return Row(str(error), WRONG, "change the permissions of the folder, or start in another folder")
     except OSError as error:
         return Row(f"{folder}: {reason(error)}", WRONG, "free some space, or start in another folder")
-    shown = str(folder).replace(str(Path.home()), "~")  # the file of a bug report names no user
+    shown = str(folder).replace(str(Path.home()), "~")  # a bug report should contain no user name
     value = f"{in_bytes(free)} free, written at {in_bytes(round(rate))}/s ({shown})"
     figures = {"free_bytes": free, "bytes_per_second": rate}
     if free < min_free:
         return Row(value, MISSING, f"free some space: {advice}", f"{in_bytes(round(min_free))} free", figures)
-    slow = f"a checkpoint of GPT-2 124M takes {1.5e9 / rate:.0f} s here: a local disk is faster; save less often"
+    slow = f"a checkpoint of GPT-2 124M takes {1.5e9 / rate:.0f} s here: use a local disk, or save less often"
     expected = f"{in_bytes(round(MIN_WRITTEN_PER_SECOND))}/s"
     return Row(value, SLOW if rate < MIN_WRITTEN_PER_SECOND else OK, slow, expected, figures)
 
 
 def written_per_second(folder: Path) -> float:
-    """Bytes per second at which a file reaches the disk."""
+    """Measure the bytes per second at which a file is written and flushed to disk."""
     block = os.urandom(WRITTEN_BYTES // 8)  # zeros could be compressed
     began = time.perf_counter()
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -259,7 +259,7 @@ def shared_memory(_machine: Machine) -> Row | None:
     if not Path("/dev/shm").exists():
         return None
     free, wanted = shutil.disk_usage("/dev/shm").free, MIN_SHARED_MEMORY * max(1, torch.cuda.device_count())
-    advice = "workers that load data and NCCL use it: docker run --shm-size=1g, or train.num_workers=0"
+    advice = "workers of the loader and NCCL use it: docker run --shm-size=1g, or train.num_workers=0"
     status = OK if free >= wanted else MISSING
     return Row(f"{in_bytes(free)} free", status, advice, f"{in_bytes(wanted)} free", {"free_bytes": free})
 
@@ -289,17 +289,17 @@ def weights_and_biases(_machine: Machine) -> Row:
     if is_online:
         return Row("logged in")
     why = warned[0].getMessage().partition(": ")[2] if warned else "not logged in"
-    advice = "runs are recorded offline: `wandb login`, or wandb=off to do without; `wandb sync` uploads them later"
+    advice = "runs are recorded offline: `wandb login`, or wandb=off; `wandb sync` uploads offline runs later"
     return Row(why, MISSING, advice)
 
 
 def hub(_machine: Machine) -> Row:
     if os.environ.get("HF_HUB_OFFLINE"):
-        return Row(f"not asked, by HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']}")
-    advice = "what its cache holds can be used; quickstart and data.files need no network; HTTPS_PROXY names a proxy"
-    with suppress(TimeoutError):  # the name server does not answer, for which `connect` has no limit
+        return Row(f"not contacted, by HF_HUB_OFFLINE={os.environ['HF_HUB_OFFLINE']}")
+    advice = "only cached files can be used; quickstart and data.files need no network; HTTPS_PROXY sets a proxy"
+    with suppress(TimeoutError):  # `connect` has no time limit for the name server
         within(2 * NETWORK_SECONDS, lambda: connect(NETWORK_SECONDS))
-        if not os.environ.get("HF_HUB_OFFLINE"):  # which `connect` sets if there is no answer
+        if not os.environ.get("HF_HUB_OFFLINE"):  # `connect` sets it if there is no answer
             return Row("answers")
     return Row("does not answer", MISSING, advice)
 

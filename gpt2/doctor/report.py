@@ -1,4 +1,4 @@
-"""What a check returns, how checks are run, and how their rows are printed."""
+"""The rows that checks return: how checks are run, and how rows are printed."""
 
 import logging
 import textwrap
@@ -20,19 +20,19 @@ from gpt2.runtime.waiting import waiting_for
 
 OK, SLOW, MISSING, WRONG = STATES = ("OK", "slow", "missing", "WRONG")
 LINE_WIDTH, VALUE_COLUMN = 110, 30
-REPORT = "a fault of this machine or installation, or a bug: please report it with the file that json=FILE writes"
+REPORT = "a fault of this machine or installation, or a bug: please report it, with the file that json=FILE writes"
 
 
 @dataclass(eq=False)
 class Machine:
-    """The examined machine. Hashable, so that measurements which several checks use can be cached."""
+    """The examined machine. It is hashable, so that measurements for several checks can be cached."""
 
     device: torch.device
     folder: Path  # temporary
 
     @property
     def precision(self) -> Precision:
-        """The one that `train.precision=auto` chooses."""
+        """The precision that `train.precision=auto` chooses."""
         return choose_precision("auto", self.device)
 
 
@@ -43,20 +43,20 @@ class Row:
     value: str  # what was found
     status: str = OK
     advice: str = ""  # what to do, unless the status is OK
-    expected: str = ""  # what the status was decided by
+    expected: str = ""  # the condition for OK
     figures: dict[str, Any] = field(default_factory=dict)  # for programs
     part: str = ""
     name: str = ""
     seconds: float = 0.0
 
 
-Check = Callable[[Machine], Row | None]  # None: it does not apply to this device
+Check = Callable[[Machine], Row | None]  # None: the check does not apply to this device
 Checks = Mapping[str, Mapping[str, Check]]  # by part and name
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[logging.LogRecord]]:
-    """Collect warnings of this package and of PyTorch instead of printing them, which would tear the table."""
+    """Collect warnings of this package and of PyTorch instead of printing them between the rows."""
     handler, loggers = BufferingHandler(10**6), [logging.getLogger(name) for name in ("gpt2", "torch")]
     handler.setLevel(logging.WARNING)
     before = [(logger.handlers, logger.propagate) for logger in loggers]
@@ -72,7 +72,7 @@ def collected_warnings() -> Iterator[list[logging.LogRecord]]:
 
 
 def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
-    """Run checks in order. One that raises is WRONG, with its reason in a line, and the others are run."""
+    """Run checks in order. If a check raises an error, its row is WRONG with the error in one line."""
     for part, of_part in checks.items():
         for name, check in of_part.items():
             waiting_for(f"{part} {name}")
@@ -89,7 +89,7 @@ def run_checks(machine: Machine, checks: Checks) -> Iterator[Row]:
 
 
 def as_lines(row: Row) -> str:
-    """A row for the terminal: status, name and value, and what to do below them."""
+    """Return a row for the terminal: status, name and value, and below them the advice."""
     start = f"  {row.status:<8}{row.name:<{VALUE_COLUMN - 10}}"
     options: dict[str, Any] = {"width": LINE_WIDTH, "break_long_words": False, "break_on_hyphens": False}
     lines = textwrap.wrap(row.value, initial_indent=start, subsequent_indent=" " * VALUE_COLUMN, **options)

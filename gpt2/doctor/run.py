@@ -1,4 +1,4 @@
-"""The command: all checks, a line for each as it ends, and the JSON file."""
+"""Run all checks, print a row when each ends, and write the JSON file."""
 
 import tempfile
 import time
@@ -21,12 +21,12 @@ CHECKS: Checks = {
 
 
 def examine(config: DoctorRun, checks: Checks = CHECKS) -> int:
-    """Print what was found and write `config.json`. Returns the exit code: 1 if anything is WRONG, else 0.
+    """Print the rows and write the file `config.json`. Return the exit code: 1 if anything is WRONG, else 0.
 
-    Each row is printed when its check ends. After an interruption the file has the rows up to it.
+    After an interruption, the file contains the rows so far.
 
     Raises:
-        UserError: There is no such device here.
+        UserError: There is no such device.
     """
     try:
         device = choose_device(config.device)

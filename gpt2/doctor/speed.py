@@ -1,4 +1,4 @@
-"""How fast is it: peak and bandwidth, a step of GPT-2 124M, decoding, data; the batch that fits and the command."""
+"""The part `How fast is it`: peak, bandwidth, training, data, decoding; the largest batch size and a command."""
 
 import time
 from dataclasses import dataclass, replace
@@ -29,13 +29,13 @@ from gpt2.training.compile import ComputePlan, chunk_bytes_of
 from gpt2.training.cost import Work, largest_batch_size, memory_needed, memory_of
 
 GPT2 = GPT2Config(dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
-BLOCKS = {"cuda": (16, 1024), "cpu": (2, 256), "mps": (2, 256)}  # (blocks, tokens of a block) of the timed pass
-STEPS, MAX_SECONDS = 3, 5.0  # timed after the first step; none begins after so many seconds
+BLOCKS = {"cuda": (16, 1024), "cpu": (2, 256), "mps": (2, 256)}  # (blocks, tokens per block) of the timed pass
+STEPS, MAX_SECONDS = 3, 5.0  # timed steps, after the first step; no step begins after this time
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 LOADED_TOKENS, LOADING_SECONDS = 1 << 23, 0.5
 RECIPE = "gpt2_124m_fineweb"
-MAX_BATCH_SIZE = {"cuda": 64, "cpu": 16, "mps": 16}  # largest one that is recommended: larger ones are not faster
-USABLE_MEMORY = 0.85  # the rest is for the system, fragmentation and others
+MAX_BATCH_SIZE = {"cuda": 64, "cpu": 16, "mps": 16}  # the largest recommended one: more is not faster
+USABLE_MEMORY = 0.85  # the rest is for the system, fragmentation and other programs
 
 # Limits beyond which a row is `slow`; docs/doctor.md explains them.
 MIN_SHARE_OF_DATA_SHEET = 0.6
@@ -48,10 +48,11 @@ MAX_HOURS = 1000
 
 
 def shown(number: float, unit: str) -> str:
-    """A number with a prefix of the International System: 440 GFLOP/s."""
-    prefix = next((p for p, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)) if number >= size), "")
-    size = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}[prefix]
-    return f"{number / size:,.{0 if number / size >= 100 else 1}f} {prefix}{unit}"
+    """Return a number with an SI prefix, such as 440 GFLOP/s."""
+    sizes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
+    prefix = next((prefix for prefix, size in sizes.items() if number >= size), "")
+    scaled = number / sizes.get(prefix, 1)
+    return f"{scaled:,.{0 if scaled >= 100 else 1}f} {prefix}{unit}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,17 +72,17 @@ def check_products(machine: Machine) -> Row:
     sheet = peak_flops(machine.precision)
     if sheet:
         value += f": {rates[name] / sheet:.0%} of the data sheet's {shown(sheet, 'FLOP/s')}"
-        advice = "clocks are throttled (nvidia-smi -q -d PERFORMANCE), or another program uses the GPU"
+        advice = "the clock is throttled (nvidia-smi -q -d PERFORMANCE), or another program uses the GPU"
         status = OK if rates[name] >= MIN_SHARE_OF_DATA_SHEET * sheet else SLOW
         return Row(value, status, advice, f"{MIN_SHARE_OF_DATA_SHEET:.0%} of the data sheet", rates)
     is_slow = machine.device.type == "cpu" and computes_in_bf16() and rates["bf16"] < MIN_BF16_GAIN * rates["fp32"]
-    advice = "bf16 is hardly faster than fp32 here: measure again on an idle machine; train.precision=fp32 is exact"
+    advice = "bf16 is hardly faster than fp32 here: measure again on an idle machine, or use train.precision=fp32"
     return Row(value, SLOW if is_slow else OK, advice, f"bf16 {MIN_BF16_GAIN} times as fast as fp32", rates)
 
 
 @cache
 def bandwidth(machine: Machine) -> float:
-    """Bytes per second at which memory is read, the best of a few times."""
+    """Measure the bytes per second at which memory is read; the best of six times."""
     size = READ_BYTES * (8 if machine.device.type == "cuda" else 1)
     memory = torch.ones(size // 4, device=machine.device)
     return max(read_bandwidth(memory) for _ in range(6))
@@ -90,7 +91,7 @@ def bandwidth(machine: Machine) -> float:
 def check_bandwidth(machine: Machine) -> Row:
     measured, floor = bandwidth(machine), MIN_BYTES_PER_SECOND[machine.device.type]
     status = OK if measured >= floor else SLOW
-    advice = "another program reads the memory too, or too few memory channels are in use"
+    advice = "another program uses the memory too, or too few memory channels are in use"
     return Row(f"{shown(measured, 'B/s')} read", status, advice, shown(floor, "B/s"), {"bytes_per_second": measured})
 
 
@@ -100,7 +101,7 @@ def check_bandwidth(machine: Machine) -> Row:
 
 @dataclass(frozen=True)
 class Steps:
-    """Some steps of training, after the first."""
+    """Measurements of some steps of training, after the first step."""
 
     tokens: int  # of one step
     seconds: float  # of the fastest step
@@ -120,13 +121,13 @@ def plan_of(machine: Machine) -> ComputePlan:
 
 
 def needed_for(machine: Machine, rows: int, tokens: int) -> float:
-    """The bytes of a training of GPT-2 124M by the formula of `plan=true`."""
+    """Return the bytes that training GPT-2 124M needs, by the formula of `plan=true`."""
     work = Work(meta_model(GPT2), TrainingConfig(batch_size=rows), tokens)
     return sum(memory_needed(work, plan_of(machine)).values())
 
 
 def train_steps(machine: Machine, rows: int, tokens: int, compiled: bool | str) -> Steps:
-    """Train GPT-2 124M as train.py does, on random tokens."""
+    """Time steps of GPT-2 124M on random tokens, with the Trainer of train.py."""
     device = machine.device
     settings: dict[str, Any] = {"batch_size": rows, "precision": machine.precision.name, "compile": compiled}
     train = TrainingConfig(device=str(device), num_workers=0, **settings)
@@ -152,7 +153,7 @@ def train_steps(machine: Machine, rows: int, tokens: int, compiled: bool | str) 
 
 @cache
 def timed_steps(machine: Machine) -> Steps | None:
-    """Steps of the pass that `BLOCKS` has for the device; None if it does not fit into memory."""
+    """Time steps of the size in `BLOCKS` for the device; None if they do not fit into memory."""
     rows, tokens = BLOCKS[machine.device.type]
     fits = needed_for(machine, rows, tokens) <= USABLE_MEMORY * memory_of(machine.device)
     return train_steps(machine, rows, tokens, "auto") if fits else None
@@ -174,12 +175,12 @@ def check_training(machine: Machine) -> Row:
     figures = {**vars(steps), "tokens_per_second": steps.tokens_per_second, "mfu": mfu}
     if not 0 < steps.loss < inf:
         return Row(f"{value}, but the loss is {steps.loss}", WRONG, REPORT, "a finite loss", figures)
-    advice = "look for other programs (top, nvidia-smi), then for the costliest operations: train.py profile=true"
+    advice = "look for other programs (top, nvidia-smi), then for the slowest operations: train.py profile=true"
     return Row(value, OK if mfu >= MIN_MFU else SLOW, advice, f"MFU {MIN_MFU:.0%}", figures)
 
 
 def check_memory(machine: Machine) -> Row | None:
-    """The peak of a training against the formula that the sizes below are computed by."""
+    """Compare the peak memory of training with the formula by which the rows below are computed."""
     on_cuda = machine.device.type == "cuda"
     if not (on_cuda or (machine.device.type == "cpu" and Path("/proc/self/clear_refs").exists())):
         return None
@@ -191,7 +192,7 @@ def check_memory(machine: Machine) -> Row | None:
         steps = train_steps(machine, rows, tokens, compiled=False)
     share, (low, high) = steps.peak_bytes / steps.needed_bytes, PEAK_TO_FORMULA[machine.device.type]
     value = f"{steps.peak_bytes / 1e9:.2f} GB for {rows} x {tokens} tokens, {share:.0%} of the formula's"
-    advice = "the sizes below are off by this: leave some memory free, and report it"
+    advice = "the batch sizes below are wrong by this factor: choose smaller ones, and please report it"
     figures = {"peak_bytes": steps.peak_bytes, "needed_bytes": steps.needed_bytes}
     # On a CPU, swapped memory and other allocators change what is measured.
     status = OK if low <= share <= high else WRONG if on_cuda else SLOW
@@ -199,14 +200,14 @@ def check_memory(machine: Machine) -> Row | None:
 
 
 def check_loader(machine: Machine) -> Row:
-    """Batches of the training loader from a file of tokens, against what training takes."""
+    """Compare the tokens per second of the training loader with those of training."""
     rows, tokens = BLOCKS[machine.device.type]
     file = machine.folder / "loaded.bin"
     np.random.default_rng(0).integers(GPT2.vocab_size, size=LOADED_TOKENS + 1, dtype=np.uint16).tofile(file)
     blocks = TokenDataset(file, "uint16", tokens)
     loader, _, _ = get_dataloaders(blocks, blocks, blocks, TrainingConfig(batch_size=rows, device=str(machine.device)))
     batches = iter(loader)
-    next(batches)  # the workers start
+    next(batches)  # starts the workers
     began, count = time.perf_counter(), 0
     for _ in batches:
         count += 1
@@ -227,31 +228,33 @@ def check_loader(machine: Machine) -> Row:
 
 
 def check_decoding(machine: Machine) -> Row:
-    """Greedy decoding of one text as generate.py does it, against reading all weights once a token."""
+    """Time greedy decoding of one text, and compare with the time of reading all weights once per token."""
     precision = precision_of_weights(InferenceConfig().precision, machine.device)
     free_memory()
     model = GPT2Model(GPT2).to(machine.device, precision.dtype).eval()
     weights = model.num_parameters() - model.position_embedding.weight.numel()
-    pack_linears(model)  # whose weights are no parameters
+    pack_linears(model)  # packed weights are no parameters
     compiled = CompiledDecoding() if machine.device.type == "cuda" and find_compiler() else None
     generate, ids = ours(model, compiled), torch.zeros(1, PROMPT_TOKENS, dtype=torch.long, device=machine.device)
-    generate(ids, NEW_TOKENS)  # which compiles
+    generate(ids, NEW_TOKENS)  # compiles
     seconds = min(generate(ids, NEW_TOKENS).step_seconds for _ in range(2))
     share = weights * precision.dtype.itemsize / bandwidth(machine) / seconds
     how = f"{precision.name}{', compiled' if compiled else ''}"
     value = f"{1 / seconds:,.1f} tokens/s ({how}), {share:.0%} of what reading the weights allows"
-    advice = "look for other programs (top, nvidia-smi); inference.quantization=int8 reads a quarter on a CPU"
+    advice = (
+        "look for other programs (top, nvidia-smi); inference.quantization=int8 reads a quarter of the bytes on a CPU"
+    )
     figures = {"tokens_per_second": 1 / seconds, "share_of_floor": share}
     status = OK if share >= MIN_SHARE_OF_FLOOR else SLOW
     return Row(value, status, advice, f"{MIN_SHARE_OF_FLOOR:.0%}", figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What fits, and what to type
+# The largest batch size, and a command
 
 
 def largest(machine: Machine, model: GPT2Config, **fields: Any) -> int:
-    """The largest `train.batch_size` by the formula, with the model's own dropout and whole contexts."""
+    """Return the largest `train.batch_size` by the formula, for whole contexts."""
     available = USABLE_MEMORY * memory_of(machine.device)
     train = TrainingConfig(**fields)
     return largest_batch_size(meta_model(model), train, model.context_length, plan_of(machine), available)
@@ -275,7 +278,11 @@ def model_named(name: str) -> GPT2Config:
 
 
 def recommended(machine: Machine, blocks: int, ranks: int) -> list[str] | None:
-    """The words that train GPT-2 124M here by the recipe, whose steps have so many blocks; None if nothing fits."""
+    """Return the words of a command that trains GPT-2 124M by the recipe; None if nothing fits.
+
+    Args:
+        blocks: Blocks per step of the recipe.
+    """
     model = model_named("gpt2")
     fitting = min(largest(machine, model), MAX_BATCH_SIZE[machine.device.type])
     more = [] if fitting else ["train.gradient_checkpointing=true"]

@@ -184,7 +184,7 @@ def test_gpus_of_pytorch(machine, monkeypatch):
 def test_network_is_not_asked_if_the_environment_says_so(machine, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert row(machine, "Hugging Face Hub").value == "not asked, by HF_HUB_OFFLINE=1"
+    assert row(machine, "Hugging Face Hub").value == "not contacted, by HF_HUB_OFFLINE=1"
     assert row(machine, "Weights & Biases").value == "offline, by WANDB_MODE=offline"
 
 
