@@ -385,7 +385,7 @@ class StudyPlan:
     The runs are all combinations of variants, values of the sweep and seeds.
     """
 
-    variants: list[str] = "???"  # type: ignore[assignment]  # files beside study.yaml, chosen as +<study>=<variant>
+    variants: list[str]  # files beside study.yaml, chosen as +<study>=<variant>
     sweep: dict[str, list[Any]] = field(default_factory=dict)  # key: values
     seeds: list[int] = field(default_factory=lambda: [1])  # values of train.seed
     metric: str = "loss"  # what is compared: a column of gpt2/analysis/runs.py

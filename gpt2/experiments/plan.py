@@ -13,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.analysis.runs import COLUMNS, SEED, RunResult
 from gpt2.cli.complete import LOADING_KEYS, resolve
-from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose, composition_error, escaped, hydra_syntax
+from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose, composition_error, hydra_syntax
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan, TrainRun
 from gpt2.errors import UserError, one_line
+from gpt2.runtime.plain_values import from_plain
 from gpt2.runtime.repository import ROOT
 from gpt2.tracking.loggers import flat
 from gpt2.tracking.tracker import DIVERGED, FINISHED
@@ -27,13 +28,6 @@ ENDED = (FINISHED, DIVERGED)  # states of runs that are not run again
 # Settings in which an existing run may differ from its plan: they do not change training, or follow from the tokenizer.
 HYPERPARAMETER_STUDY = ("study.name", "study.trial", "study.claim")
 NOT_PLANNED = {*KEYS_WITHOUT_EFFECT, *LOADING_KEYS, *HYPERPARAMETER_STUDY, "started_with", "model.vocab_size"}
-# What the keys of a plan must hold, for error messages.
-FORMS = {
-    "variants": "a list of names, such as [narrow, wide]",
-    "sweep": "a list of values for each key, such as {train.learning_rate: [1e-3, 3e-3]}",
-    "seeds": "a list of whole numbers, such as [1, 2]",
-    **dict.fromkeys(("metric", "x", "lines", "panels"), "a name"),
-}
 
 
 @dataclass(frozen=True)
@@ -96,25 +90,11 @@ def read_plan(folder: Path) -> StudyPlan:
         raise UserError(f"study: {folder} {problem}; experiments/learning_rate is an example")
     try:
         loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig) or not loaded:
-            raise UserError(f"{path}: expected `key: value` lines, such as variants: [a, b]")
-        typed = OmegaConf.structured(StudyPlan)
-        plain = escaped(OmegaConf.to_container(loaded))  # `${...}` in a plan is text, not an interpolation
-        for key, value in plain.items():
-            try:
-                typed = OmegaConf.merge(typed, {key: value})
-                if key == "variants" and not all(isinstance(name, str) for name in typed.variants):
-                    raise TypeError  # OmegaConf takes a list for a string in a list
-            except (OmegaConfBaseException, TypeError) as error:
-                form = FORMS.get(key)
-                problems.append(f"{path}: {f'{key}: expected {form}' if form else composition_error(error)}")
-        if problems:
-            raise UserError(*problems)
-        plan = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {composition_error(error)}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+    if not isinstance(loaded, DictConfig) or not loaded:
+        raise UserError(f"{path}: expected `key: value` lines, such as variants: [a, b]")
+    plan = from_plain(StudyPlan, OmegaConf.to_container(loaded), f"{path}: ")
     assert isinstance(plan, StudyPlan)
     if plan.metric not in COLUMNS:
         problems.append(f"{path}: metric: {plan.metric!r} is none of {', '.join(COLUMNS)}")
