@@ -6,7 +6,6 @@ python experiments/generation/speculation.py --checkpoint outputs/runs/quickstar
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,11 +43,9 @@ def compare(checkpoint: str, name: str, sampling: str) -> dict[str, Any]:
         TextGenerator(checkpoint, "cpu", **FORMATS[name], speculate=value) for value in (None, "prompt_lookup")
     )
     config = InferenceConfig(max_new_tokens=TOKENS, stop_at_end_of_text=False, seed=1, **SAMPLING[sampling])
-    turns: list[Callable[[], tuple[Speed, list[str]]]]
     turns = [partial(generated, one, config) for one in (plain, speculative)]
     without, with_lookup = interleaved(turns, REPETITIONS, f"{name}, {sampling}")
     drafts = with_lookup[0][0].drafts
-    assert drafts is not None
     speeds = [median(tokens_per_second(speed) for speed, _ in each) for each in (without, with_lookup)]
     return {
         "format": name,

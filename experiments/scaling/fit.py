@@ -161,7 +161,8 @@ def seed_noise(folder: Path) -> float:
     return mean((stdev(losses) / mean(losses)) ** 2 for losses in settings.values()) ** 0.5
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> Any:
+    """Return the content of a JSON file; None if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -262,7 +263,6 @@ def table(record: dict[str, Any]) -> str:
 def section(folder: Path) -> str:
     """The part of the README that this script writes, from the files of the study."""
     record, predicted, measured = (read(folder / name) for name in ("fit.json", "prediction.json", "held_out.json"))
-    assert record is not None and predicted is not None
     power, at_least, at_most = record["size_exponent"]
     best, length = record["best_size_at_largest"][0], record["largest_flops"] / 6e12 / record["best_size_at_largest"][0]
     low, high = predicted["interval"]
@@ -327,7 +327,6 @@ def main() -> None:
         checksum = sha256(text.encode()).hexdigest()
         _write(folder / "prediction.json", {**prediction(result), "sha256_of_results": checksum})
     predicted = read(folder / "prediction.json")
-    assert predicted is not None
     if options.held_out:
         _write(folder / "held_out.json", held_out(RunResult(options.held_out), predicted))
     measured = read(folder / "held_out.json")
