@@ -33,9 +33,9 @@ from gpt2.experiments.plan import planned_runs, read_plan
 from gpt2.experiments.results import recorded, rows_of, with_section
 from gpt2.tracking.tracker import FINISHED
 
-MIN_STEPS = 100  # of a run in the fit: shorter ones have hardly left their warm-up
+MIN_STEPS = 100  # shorter runs are not in the fit: they have hardly left their warm-up
 FACTOR = 5  # compute of the held-out run over the largest budget
-SAMPLES = 300  # of the bootstrap
+SAMPLES = 300  # bootstrap samples
 OPENING, CLOSING = "<!-- fit: `python experiments/scaling/fit.py` writes this part -->", "<!-- end of fit -->"
 
 

@@ -51,7 +51,7 @@ def short_values(values: list[Any]) -> list[str]:
     """Return the cells of a column: numbers are rounded and long texts cut, but different values stay different."""
     exact = [shown_value(value) for value in values]
     long = {text for text in exact if len(text) > MAX_VALUE_LENGTH}
-    common = len(commonprefix([*long])) if len(long) > 1 else 0  # noqa: RUF071  # of any texts
+    common = len(commonprefix([*long])) if len(long) > 1 else 0  # noqa: RUF071  # not only paths
     for start, digits in ((0, 3), (common, 6)):
         short = [
             f"{value:.{digits}g}" if isinstance(value, float) else _cut(text, start)

@@ -14,7 +14,7 @@ from gpt2.analysis.plotting import label_ends, new_figure, plain
 from gpt2.analysis.runs import SEED, UNITS, RunResult
 
 MAX_NAMED = 12  # groups with a name and a colour; the others are grey
-MAX_LETTERS = 40  # of a name: a longer one would leave no room for the lines
+MAX_LETTERS = 40  # longer names would leave no room for the lines
 GREY_LINE, GREY_TEXT = "#c9c9c9", "#7f7f7f"
 
 

@@ -13,7 +13,7 @@ from gpt2.analysis.runs import RunResult
 from gpt2.runtime.console import printable
 
 BEST, FAINT = "#c8502d", "#9db4d0"
-LABEL_HEIGHT = 0.22  # in inches
+LABEL_HEIGHT = 0.22  # inches
 
 
 def new_figure(width: float = 6.5, height: float = 4) -> Figure:

@@ -28,7 +28,7 @@ SEED = "train.seed"
 # States of a run that did not record its end: its process is dead, or may be running on another machine.
 KILLED, UNSEEN = "killed", "running?"
 
-DEFAULTS = flat(asdict(TrainRun()))  # for keys that are newer than a run
+DEFAULTS = flat(asdict(TrainRun()))  # a run lacks the keys that are newer than it
 # The keys that `machine` in run.json replaces, because they may be `auto`, with its names for them.
 FACTS = {"train.precision": "precision", "train.device": "device", "machine.ranks": "ranks"}
 
@@ -45,7 +45,7 @@ RECORD_TYPES = {
     **dict.fromkeys(("train/loss", "train/tokens_per_second", "train/mfu"), float),
     "sample": str,
 }
-MAX_LEVELS = 20  # of nested lists and groups: more may exceed Python's recursion limit
+MAX_LEVELS = 20  # deeper nested lists and groups may exceed Python's recursion limit
 LARGEST = 10**100  # the product of two such numbers is still finite in fp64
 
 
@@ -287,7 +287,7 @@ def find_runs(places: Iterable[str]) -> list[RunResult]:
         try:
             matches = [place] if Path(place).exists() or not glob.has_magic(place) else sorted(glob.glob(place))
             runs = [run for match in matches for run in _runs_in(Path(match))]
-        except OSError as error:  # such as a name that is too long
+        except OSError as error:  # for example, the name is too long
             problems.append(f"{place}: {error.strerror}")
             continue
         if not runs:

@@ -88,7 +88,7 @@ class Contestant:
     build: Callable[[], NumberedStep]
     step: NumberedStep = field(init=False)
     next_batch: int = 0  # number of the batch for the next step
-    loss: float = field(init=False)  # of the latest step
+    loss: float = field(init=False)  # the loss of the latest step
 
     @property
     def is_ours(self) -> bool:

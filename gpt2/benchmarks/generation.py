@@ -79,8 +79,8 @@ class Contestant:
     name: str
     generate: Generate
     weight_bytes: float = 4
-    layout: str = "Linear"  # of the weights, see `gpt2.ops.cpu_inference`
-    first_seconds: float = 0.0  # of the first run
+    layout: str = "Linear"  # the layout of the weights, see `gpt2.ops.cpu_inference`
+    first_seconds: float = 0.0  # time of the first run
 
 
 def theirs(model: Any, **options: Any) -> Generate:

@@ -107,9 +107,9 @@ def in_fp64(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def difference(found: Tensor, wanted: Tensor) -> float:
+def difference(found: Tensor, expected: Tensor) -> float:
     """Return the relative difference by the Euclidean norm; infinite if a number is not finite."""
-    distance = float((in_fp64(found) - in_fp64(wanted)).norm() / in_fp64(wanted).norm())
+    distance = float((in_fp64(found) - in_fp64(expected)).norm() / in_fp64(expected).norm())
     return distance if distance == distance else float("inf")
 
 
@@ -117,7 +117,7 @@ def errors_in(machine: Machine, precision: str, **fields: Any) -> Errors:
     """Return the errors of training in a precision, compared with fp64; `fields` are those of `TrainingConfig`."""
     workload = small_workload(machine.folder, machine.device)
     found = first_pass(workload.trainer(training(machine.device, precision=precision, **fields)), workload)
-    of_each = {name: difference(found[name], wanted) for name, wanted in reference().items()}
+    of_each = {name: difference(found[name], expected) for name, expected in reference().items()}
     return Errors(of_each.pop("logits"), of_each.pop("loss"), max(of_each.values()))
 
 
@@ -197,7 +197,7 @@ def check_decoding(machine: Machine) -> Row:
     return Row(value, status, advice, f"at most {FP32_TOLERANCE:.0e}", found)
 
 
-BACKENDS = {  # by the beginning of the name of the backward function
+BACKENDS = {  # key: the beginning of the name of the backward function
     "ScaledDotProductFlashAttentionForCpu": "flash for CPUs",
     "ScaledDotProductFlash": "flash",
     "ScaledDotProductCudnn": "cuDNN",
@@ -243,7 +243,7 @@ def check_optimizer(machine: Machine) -> Row:
     ]
     betas, eps = (config.beta1, config.beta2), config.epsilon
     optimizer = build_optimizer(model, config)
-    exact = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=eps, foreach=False)
+    exact_optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=eps, foreach=False)
     before = [in_fp64(weight) for weight in model.parameters()]
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
@@ -251,9 +251,9 @@ def check_optimizer(machine: Machine) -> Row:
             gradient = torch.randn(weight.shape, generator=generator)
             weight.grad, twin_weight.grad = gradient.to(machine.device), gradient.double()
         optimizer.step()
-        exact.step()
+        exact_optimizer.step()
     weights = zip(model.parameters(), twin.parameters(), before, strict=True)
-    error = max(difference(in_fp64(found) - old, wanted - old) for found, wanted, old in weights)
+    error = max(difference(in_fp64(found) - old, exact - old) for found, exact, old in weights)
 
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
     value = f"updates differ by {error:.0e} from those in fp64; {'' if is_fused else 'not '}fused"

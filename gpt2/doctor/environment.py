@@ -29,8 +29,8 @@ from gpt2.tracking.wandb_runs import resolve_mode
 from gpt2.training.cost import memory_of
 
 FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # used by PyTorch
-NETWORK_SECONDS = 1.0  # for an answer of the server of W&B or of the Hub
-WRITTEN_BYTES = 64 << 20  # to measure how fast a folder is written
+NETWORK_SECONDS = 1.0  # the server of W&B and the Hub have this long to answer
+WRITTEN_BYTES = 64 << 20  # the size of a file that measures the speed of writing
 
 # Limits below which a row is not OK; docs/doctor.md explains them.
 MIN_FREE_IN_OUTPUTS = 6e9  # bytes: four checkpoints of GPT-2 124M
@@ -258,10 +258,10 @@ def written_per_second(folder: Path) -> float:
 def shared_memory(_machine: Machine) -> Row | None:
     if not Path("/dev/shm").exists():
         return None
-    free, wanted = shutil.disk_usage("/dev/shm").free, MIN_SHARED_MEMORY * max(1, torch.cuda.device_count())
+    free, needed = shutil.disk_usage("/dev/shm").free, MIN_SHARED_MEMORY * max(1, torch.cuda.device_count())
     advice = "workers of the loader and NCCL use it: docker run --shm-size=1g, or train.num_workers=0"
-    status = OK if free >= wanted else MISSING
-    return Row(f"{in_bytes(free)} free", status, advice, f"{in_bytes(wanted)} free", {"free_bytes": free})
+    status = OK if free >= needed else MISSING
+    return Row(f"{in_bytes(free)} free", status, advice, f"{in_bytes(needed)} free", {"free_bytes": free})
 
 
 def open_files(_machine: Machine) -> Row:

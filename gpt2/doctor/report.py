@@ -28,7 +28,7 @@ class Machine:
     """The examined machine. It is hashable, so that measurements for several checks can be cached."""
 
     device: torch.device
-    folder: Path  # temporary
+    folder: Path  # a temporary folder
 
     @property
     def precision(self) -> Precision:
@@ -44,14 +44,14 @@ class Row:
     status: str = OK
     advice: str = ""  # what to do, unless the status is OK
     expected: str = ""  # the condition for OK
-    figures: dict[str, Any] = field(default_factory=dict)  # for programs
+    figures: dict[str, Any] = field(default_factory=dict)  # the figures behind `value`, for programs
     part: str = ""
     name: str = ""
     seconds: float = 0.0
 
 
 Check = Callable[[Machine], Row | None]  # None: the check does not apply to this device
-Checks = Mapping[str, Mapping[str, Check]]  # by part and name
+Checks = Mapping[str, Mapping[str, Check]]  # keys: part, name
 
 
 @contextmanager

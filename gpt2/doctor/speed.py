@@ -103,12 +103,12 @@ def check_bandwidth(machine: Machine) -> Row:
 class Steps:
     """Measurements of some steps of training, after the first step."""
 
-    tokens: int  # of one step
-    seconds: float  # of the fastest step
+    tokens: int  # tokens per step
+    seconds: float  # time of the fastest step
     flops_per_token: float
     loss: float
-    needed_bytes: float  # by the formula
-    peak_bytes: int  # by measurement
+    needed_bytes: float  # computed by the formula
+    peak_bytes: int  # measured
 
     @property
     def tokens_per_second(self) -> float:

@@ -141,7 +141,7 @@ def _validate_runs(variant: Path, runs: list[PlannedRun], configs: dict[PlannedR
     except Exception as error:  # noqa: BLE001  # Hydra's or OmegaConf's
         return [f"{variant}: {composition_error(error)}"]
     changes: dict[str, list[PlannedRun]] = {}
-    first: dict[str, str] = {}  # by problem, the first run that has it
+    first: dict[str, str] = {}  # key: a problem; value: the first run with this problem
     for run in runs:
         changed = with_values(composed, run.overrides[1:])
         if changed is None:

@@ -28,7 +28,7 @@ from gpt2.tracking.wandb_runs import lacking
 log = logging.getLogger(__name__)
 
 NICE = 10  # the niceness of runs: programs usually have 0, and 19 is the lowest priority
-SECONDS_BETWEEN_UPDATES = 2.0  # of the progress, which reads the folders of runs
+SECONDS_BETWEEN_UPDATES = 2.0  # an update of the progress reads the folders of runs
 
 
 def run_study(folder: Path, jobs: int | None, threads: int | None = None, variants: list[str] | None = None) -> None:
@@ -244,7 +244,7 @@ class StudyProgress:
     def count(self, run: PlannedRun, line: str) -> None:
         """Log how a run ended."""
         self.cost.update(run)
-        self.cost.left[run] = 0.0  # also if it failed
+        self.cost.left[run] = 0.0  # even if the run failed
         self.ended += 1
         ended, runs = self.ended, len(self.cost.left)
         clock = f"{time_left(self.cost.seconds_left(self.jobs))} left" if ended < runs else ""

@@ -18,9 +18,9 @@ from gpt2.errors import shortened
 from gpt2.search.trial import WITH_VALUE, best_of
 
 PRUNED = "#b9b9b9"
-MIN_TRIALS_FOR_IMPORTANCES = 10  # complete ones
-PANELS_PER_ROW = 3  # of the picture of slices
-MAX_LETTERS = 16  # of the choices below a panel together; if there are more, the choices are slanted
+MIN_TRIALS_FOR_IMPORTANCES = 10  # fewer complete trials do not give reliable importances
+PANELS_PER_ROW = 3  # in `slices`
+MAX_LETTERS = 16  # the choices of a parameter are slanted if their names are longer in total
 LOSS = "validation loss (nats a token)"
 COMPLETE = (TrialState.COMPLETE,)
 

@@ -150,7 +150,7 @@ def open_storage(url: str | None) -> BaseStorage:
 
 @cache
 def _open(url: str) -> BaseStorage:
-    if problem := validate_storage(url):  # before a lock or a folder is created
+    if problem := validate_storage(url):  # checked before a lock or a folder is created
         raise UserError(f"storage: {problem}")
     file = file_of(url)
     try:
@@ -162,7 +162,7 @@ def _open(url: str) -> BaseStorage:
                 return JournalStorage(JournalFileBackend(str(file), _JournalLock(file)))  # type: ignore[arg-type]
             options = {"connect_args": {"timeout": BUSY_SECONDS}} if file is not None else {"pool_pre_ping": True}
             return RDBStorage(url, engine_kwargs=options)
-    except Exception as error:  # noqa: BLE001  # of the database, its driver, SQLAlchemy or Optuna
+    except Exception as error:  # noqa: BLE001  # raised by the database, its driver, SQLAlchemy or Optuna
         reason = without_password(one_line(error), url)
         raise UserError(f"storage: {without_password(url)} cannot be opened: {reason}") from None
 

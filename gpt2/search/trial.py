@@ -119,7 +119,7 @@ class RunningTrial(Callback):
         study_id = storage.get_study_id_from_name(config.study_name)
         self.trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
         self.trial = Trial(self.study, self.trial_id)
-        self.tracker: Tracker | None = None  # of this trial's run; records the outcome
+        self.tracker: Tracker | None = None  # if it is set, it gets the outcome of the trial
         self._timed_out = False  # whether `trial_timeout` ended it, and not the deadline
         self._interrupted_by: int | None = None  # a signal; SIGALRM for both time limits
         self._spent: dict[str, float] = {}
@@ -217,7 +217,7 @@ class RunningTrial(Callback):
             outcome = self._outcome_of_error(error)
             if outcome.ending == Ending.FAILED:
                 outcome.traceback = without_password(traceback.format_exc())
-        if self._interrupted_by not in (None, SIGALRM):  # also if the trial was complete when the signal came
+        if self._interrupted_by not in (None, SIGALRM):  # even if the trial was complete when the signal came
             outcome.stops_study = Interrupted.by(self._interrupted_by)
         from gpt2.runtime.device import free_memory  # here, because it imports torch
 
