@@ -178,11 +178,8 @@ class Comparison:
         return self._shown(run, keys) or (shown_value(run.config["name"]) if self.distinguishing else self.label(run))
 
     def _shown(self, run: RunResult, keys: list[str]) -> str:
-        parts = []
-        for key in keys:
-            value = self.texts[key][run.folder]
-            parts.append(value if key == "name" else f"{self.names[key]}={value}")
-        return " ".join(parts)
+        values = {key: self.texts[key][run.folder] for key in keys}
+        return " ".join(value if key == "name" else f"{self.names[key]}={value}" for key, value in values.items())
 
     @cached_property
     def texts(self) -> dict[str, dict[Path, str]]:

@@ -49,10 +49,9 @@ MAX_HOURS = 1000
 
 def shown(number: float, unit: str) -> str:
     """Return a number with an SI prefix, such as 440 GFLOP/s."""
-    sizes = {"T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
-    prefix = next((prefix for prefix, size in sizes.items() if number >= size), "")
-    scaled = number / sizes.get(prefix, 1)
-    return f"{scaled:,.{0 if scaled >= 100 else 1}f} {prefix}{unit}"
+    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+    prefix, size = next((pair for pair in prefixes if number >= pair[1]), ("", 1))
+    return f"{number / size:,.{0 if number / size >= 100 else 1}f} {prefix}{unit}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def check_memory(machine: Machine) -> Row | None:
         steps = train_steps(machine, rows, tokens, compiled=False)
     share, (low, high) = steps.peak_bytes / steps.needed_bytes, PEAK_TO_FORMULA[machine.device.type]
     value = f"{steps.peak_bytes / 1e9:.2f} GB for {rows} x {tokens} tokens, {share:.0%} of the formula's"
-    advice = "the batch sizes below are wrong by this factor: choose smaller ones, and please report it"
+    advice = "the batch sizes below are wrong by this factor: please report it"
     figures = {"peak_bytes": steps.peak_bytes, "needed_bytes": steps.needed_bytes}
     # On a CPU, swapped memory and other allocators change what is measured.
     status = OK if low <= share <= high else WRONG if on_cuda else SLOW
@@ -241,9 +240,7 @@ def check_decoding(machine: Machine) -> Row:
     share = weights * precision.dtype.itemsize / bandwidth(machine) / seconds
     how = f"{precision.name}{', compiled' if compiled else ''}"
     value = f"{1 / seconds:,.1f} tokens/s ({how}), {share:.0%} of what reading the weights allows"
-    advice = (
-        "look for other programs (top, nvidia-smi); inference.quantization=int8 reads a quarter of the bytes on a CPU"
-    )
+    advice = "look for other programs (top, nvidia-smi); inference.quantization=int8 reads fewer bytes on a CPU"
     figures = {"tokens_per_second": 1 / seconds, "share_of_floor": share}
     status = OK if share >= MIN_SHARE_OF_FLOOR else SLOW
     return Row(value, status, advice, f"{MIN_SHARE_OF_FLOOR:.0%}", figures)

@@ -30,14 +30,14 @@ from gpt2.tracking.tracker import DIVERGED
 
 RESULTS, PICTURE, README = "results.csv", "results.png", "README.md"
 OPENING, CLOSING = "<!-- results: `python -m gpt2.main study` writes this part -->", "<!-- end of results -->"
-FIGURES = (*("steps", "tokens", "flops", "parameters"), *("loss", "best", "bits_per_byte", "tokens_per_second"))
 Row = dict[str, Any]  # a line of `results.csv`: one run
 
 
 def columns_of(plan: StudyPlan) -> list[str]:
     """Return the header of `results.csv`: settings, state, figures, cost."""
     drawn = (key for key in (plan.panels, plan.x, plan.lines) if key and key not in {*plan.sweep, *COLUMNS, SEED})
-    figures = [*FIGURES, plan.metric, *({plan.x} & COLUMNS.keys())]
+    figures = ["steps", "tokens", "flops", "parameters", "loss", "best", "bits_per_byte", "tokens_per_second"]
+    figures += [plan.metric, *({plan.x} & COLUMNS.keys())]
     return list(dict.fromkeys(["variant", *drawn, *plan.sweep, SEED, "state", *figures, "seconds", "machine"]))
 
 
