@@ -3,11 +3,10 @@
 from pathlib import Path
 from statistics import mean
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results, rows_of
 
 FOLDER = Path(__file__).parent
-results = Results(FOLDER, read_plan(FOLDER))
+results = Results(FOLDER)
 runs = {(c.value_of("model.d_model"), c.value_of("train.learning_rate")): c.results for c in results.cells}
 loss = {setting: mean(losses) for setting, losses in runs.items()}
 widths, rates = ({setting[place] for setting in runs} for place in (0, 1))

@@ -4,7 +4,6 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results, rows_of
 
 FOLDER = Path(__file__).parent
@@ -21,7 +20,7 @@ at_edge = [key for key in KEYS if best[key][WARMUP] in (key[2] // 50, -(-key[2] 
 minutes = sum(row["seconds"] for rows in trials.values() for row in rows) / 60
 assert {len(rows) for rows in trials.values()} == {10}
 
-results = Results(FOLDER, read_plan(FOLDER))
+results = Results(FOLDER)
 runs = {(c.value_of("train.optimizer"), c.value_of("name")): c.results for c in results.cells}
 losses = {key: runs[key[0], f"width_{key[1]}.steps_{key[2]}"] for key in KEYS}
 behind = {key: mean(losses[key]) - mean(losses["muon", *key[1:]]) for key in KEYS}

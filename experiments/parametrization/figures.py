@@ -3,12 +3,11 @@
 from pathlib import Path
 from statistics import mean, stdev
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results
 
 FOLDER = Path(__file__).parent
 KEYS = ("model.parametrization", "model.d_model", "train.learning_rate")
-cells = Results(FOLDER, read_plan(FOLDER)).cells
+cells = Results(FOLDER).cells
 runs = {tuple(map(cell.value_of, KEYS)): cell.results for cell in cells}  # the losses of the seeds, by setting
 loss = {setting: mean(losses) for setting, losses in runs.items()}
 rates = sorted({rate for _, _, rate in runs})

@@ -6,11 +6,10 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results, rows_of
 
 FOLDER = Path(__file__).parent
-results = Results(FOLDER, read_plan(FOLDER))
+results = Results(FOLDER)
 loss = {(c.value_of("train.optimizer"), c.value_of("train.learning_rate")): c.loss for c in results.cells}
 best = {name: min((rate for kind, rate in loss if kind == name), key=lambda rate: loss[name, rate]) for name, _ in loss}
 

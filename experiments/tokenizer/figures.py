@@ -3,11 +3,10 @@
 from pathlib import Path
 from statistics import mean
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import Results
 
 FOLDER = Path(__file__).parent
-results = Results(FOLDER, read_plan(FOLDER))
+results = Results(FOLDER)
 cells = {(cell.value_of("variant"), cell.value_of("train.max_steps")): cell for cell in results.cells}
 bits = {setting: mean(cell.results) for setting, cell in cells.items()}
 flops = {setting: cell.value_of("flops") for setting, cell in cells.items()}

@@ -63,8 +63,8 @@ def redraw(folder: Path) -> None:
     """
     if not (folder / RESULTS).is_file():
         raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
-    results = Results(folder, plan := read_plan(folder))
-    if problem := _difference(results.rows, plan):
+    results = Results(folder)
+    if problem := _difference(results.rows, results.plan):
         raise UserError(f"{folder / RESULTS}: has {problem}; the study writes it when its runs are done")
     print(results.write())
 
@@ -170,19 +170,20 @@ class Cell:
 class Results:
     """The results of a complete study, computed from its `results.csv`."""
 
-    def __init__(self, folder: Path, plan: StudyPlan, text: str | None = None):
+    def __init__(self, folder: Path, plan: StudyPlan | None = None, text: str | None = None):
         """
         Args:
             folder: The folder of the study.
+            plan: Its plan; None: read it from the folder.
             text: The content of `results.csv`; None: read it from the folder.
         """
-        self.folder, self.plan = folder.resolve(), plan
+        self.folder, self.plan = folder.resolve(), plan or read_plan(folder)
         self.text = _text(folder / RESULTS) if text is None else text
         self.rows = rows_of(self.text, folder / RESULTS)
         cells: dict[tuple[Any, ...], Cell] = {}
         for row in self.rows:
-            setting = tuple(map(row.get, ("variant", *plan.sweep)))
-            cells.setdefault(setting, Cell(setting, plan.metric)).runs.append(row)
+            setting = tuple(map(row.get, ("variant", *self.plan.sweep)))
+            cells.setdefault(setting, Cell(setting, self.plan.metric)).runs.append(row)
         self.cells = list(cells.values())
 
     def panels(self) -> dict[Any, dict[Any, list[Cell]]]:

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gpt2.experiments.plan import read_plan
 from gpt2.experiments.results import CLOSING, OPENING, Results, with_section
 from gpt2.runtime.repository import ROOT
 
@@ -73,13 +72,13 @@ def test_changed_data_are_found(tmp_path):
     data.write_text(data.read_text().replace(",1.79", ",1.78"))
     figures = runpy.run_path(str(folder / "figures.py"))
     assert "not computed: 1.790," in problems(readme, figures["FIGURES"], figures["GIVEN"])
-    assert with_section(readme, Results(folder, read_plan(folder)).section()) != readme
+    assert with_section(readme, Results(folder).section()) != readme
     assert Image.open(folder / "results.png").text["Source"] != sha256(data.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("folder", STUDIES, ids=of_folder)
 def test_generated_part_is_that_of_the_results(folder):
-    results, text = Results(folder, read_plan(folder)), (folder / "README.md").read_text()
+    results, text = Results(folder), (folder / "README.md").read_text()
     assert with_section(text, results.section()) == text, "python -m gpt2.main study FOLDER --redraw"
 
 
