@@ -32,17 +32,17 @@ MATRIX_ON_CUDA = 8192
 READ_BYTES = 256 << 20  # more than any cache holds
 
 
-def interleaved(turns: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
+def interleaved(functions: Sequence[Callable[[], T]], repetitions: int, description: str) -> list[list[T]]:
     """Call each function once per repetition, in rotated order. Return the results of each function.
 
     Heat and other programs then slow all functions alike, and no function always runs after the same other one.
     """
-    results: list[list[T]] = [[] for _ in turns]
+    results: list[list[T]] = [[] for _ in functions]
     with track(description, unit="repetitions") as advance:
         for repetition in range(repetitions):
-            for place in range(len(turns)):
-                number = (repetition + place) % len(turns)
-                results[number].append(turns[number]())
+            for place in range(len(functions)):
+                number = (repetition + place) % len(functions)
+                results[number].append(functions[number]())
             advance(repetition + 1, repetitions)
     return results
 

@@ -113,7 +113,7 @@ class GenerationComparison:
         self.device = choose_device(config.device)
         torch.manual_seed(0)
         self.model = GPT2Model(config.model).eval()
-        self.twin = in_transformers(config.model, self.model.state_dict()).to(self.device).eval()
+        self.reference = in_transformers(config.model, self.model.state_dict()).to(self.device).eval()
         self.memory = torch.ones(READ_BYTES // 4, device=self.device)
         self.weights = self.model.num_parameters() - self.model.position_embedding.weight.numel()
 
@@ -123,8 +123,11 @@ class GenerationComparison:
 
         compile_config: Any = CompileConfig()
         compile_config._compile_all_devices = True  # on a CPU too
-        static = theirs(self.twin, cache_implementation="static", compile_config=compile_config)
-        result = [Contestant("transformers", theirs(self.twin)), Contestant("transformers, static, compiled", static)]
+        static = theirs(self.reference, cache_implementation="static", compile_config=compile_config)
+        result = [
+            Contestant("transformers", theirs(self.reference)),
+            Contestant("transformers, static, compiled", static),
+        ]
         for number_format in WEIGHT_BYTES:
             with suppress(UserError):  # this device does not support the format
                 result.append(self.ours_in(number_format, batch_size))

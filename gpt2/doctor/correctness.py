@@ -236,10 +236,10 @@ def check_optimizer(machine: Machine) -> Row:
     """Compare the updates of AdamW with fp64 on the CPU, and check that its fused kernel is used."""
     config = training(machine.device, learning_rate=1e-2)
     model = small_workload(machine.folder, machine.device).trainer(config).model
-    twin = copy.deepcopy(model).cpu().double()
+    exact_model = copy.deepcopy(model).cpu().double()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in twin.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in twin.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        {"params": [p for p in exact_model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in exact_model.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
     betas, eps = (config.beta1, config.beta2), config.epsilon
     optimizer = build_optimizer(model, config)
@@ -247,12 +247,12 @@ def check_optimizer(machine: Machine) -> Row:
     before = [in_fp64(weight) for weight in model.parameters()]
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
-        for weight, twin_weight in zip(model.parameters(), twin.parameters(), strict=True):
+        for weight, exact_weight in zip(model.parameters(), exact_model.parameters(), strict=True):
             gradient = torch.randn(weight.shape, generator=generator)
-            weight.grad, twin_weight.grad = gradient.to(machine.device), gradient.double()
+            weight.grad, exact_weight.grad = gradient.to(machine.device), gradient.double()
         optimizer.step()
         exact_optimizer.step()
-    weights = zip(model.parameters(), twin.parameters(), before, strict=True)
+    weights = zip(model.parameters(), exact_model.parameters(), before, strict=True)
     error = max(difference(in_fp64(found) - old, exact - old) for found, exact, old in weights)
 
     is_fused = all(group.get("fused") for group in optimizer.param_groups)

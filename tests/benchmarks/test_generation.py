@@ -31,7 +31,7 @@ def test_a_single_text_is_generated_with_prompt_lookup_too():
 def test_both_generate_the_same_tokens_from_the_same_weights():
     comparison = GenerationComparison(GenerationBenchmark(tiny_config(initializer_range=0.3), device="cpu"))
     input_ids = random_ids(comparison.model.config, 3, 5)
-    timings = [run(input_ids, 8) for run in (theirs(comparison.twin), ours(comparison.model))]
+    timings = [run(input_ids, 8) for run in (theirs(comparison.reference), ours(comparison.model))]
     assert torch.equal(*(timing.tokens for timing in timings))
     assert timings[0].tokens.shape == (3, 8)
     assert len(set(timings[0].tokens.flatten().tolist())) > 2
