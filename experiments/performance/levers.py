@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 
@@ -21,6 +20,7 @@ import gpt2.ops.cross_entropy
 from gpt2.analysis.tables import as_text, from_to
 from gpt2.benchmarks.common import circumstances, headline, interleaved, write_json
 from gpt2.benchmarks.contestants import Workload, precisions
+from gpt2.benchmarks.peers import plain_adamw
 from gpt2.cli.compose import compose
 from gpt2.config import TrainingBenchmark
 from gpt2.runtime.device import keep_freed_memory
@@ -43,10 +43,7 @@ def by_pytorch(trainer):
 
 def another_adamw(**options):
     def build(trainer):
-        groups = [{k: group[k] for k in ("params", "weight_decay")} for group in trainer.optimizer.param_groups]
-        config = trainer.config
-        betas = (config.beta1, config.beta2)
-        trainer.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, config.epsilon, **options)
+        trainer.optimizer = plain_adamw(trainer.model, trainer.config, **options)
         return trainer.train_step
 
     return build

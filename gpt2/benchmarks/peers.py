@@ -49,6 +49,16 @@ def in_transformers(config: GPT2Config, state: State, attention: str = "sdpa") -
         return transformers.GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention)
 
 
+def plain_adamw(model: nn.Module, train: TrainingConfig, **options: Any) -> torch.optim.AdamW:
+    """Return PyTorch's AdamW with weight decay for matrices only."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (train.beta1, train.beta2)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=betas, eps=train.epsilon, **options)
+
+
 def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, compiled: bool = False) -> Step:
     """GPT2LMHeadModel in a plain loop, as its documentation advises: autocast, fused AdamW, clipping by norm.
 
@@ -59,18 +69,7 @@ def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, c
     model = in_transformers(config, state).to(device).train()
     if train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    weights = list(model.parameters())
-    groups = [
-        {"params": [p for p in weights if p.dim() >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=train.learning_rate,
-        betas=(train.beta1, train.beta2),
-        eps=train.epsilon,
-        fused=device.type in ("cuda", "cpu"),
-    )
+    optimizer = plain_adamw(model, train, fused=device.type in ("cuda", "cpu"))
     precision = Precision(train.precision, device)
     scaler = precision.scaler()
     forward = torch.compile(model) if compiled else model
@@ -85,7 +84,7 @@ def transformers_step(config: GPT2Config, state: State, train: TrainingConfig, c
             total += loss.detach()
         if train.gradient_clip:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(weights, train.gradient_clip)
+            nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2.benchmarks.contestants import Workload
-from gpt2.benchmarks.peers import in_transformers
+from gpt2.benchmarks.peers import in_transformers, plain_adamw
 from gpt2.checkpoint.hugging_face import hf_layout, hf_name
 from gpt2.config import GPT2Config, TrainingBenchmark, TrainingConfig
 from gpt2.doctor.environment import find_compiler
@@ -237,13 +237,7 @@ def check_optimizer(machine: Machine) -> Row:
     config = training(machine.device, learning_rate=1e-2)
     model = small_workload(machine.folder, machine.device).trainer(config).model
     exact_model = copy.deepcopy(model).cpu().double()
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in exact_model.parameters() if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in exact_model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    betas, eps = (config.beta1, config.beta2), config.epsilon
-    optimizer = build_optimizer(model, config)
-    exact_optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=eps, foreach=False)
+    optimizer, exact_optimizer = build_optimizer(model, config), plain_adamw(exact_model, config, foreach=False)
     before = [in_fp64(weight) for weight in model.parameters()]
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
