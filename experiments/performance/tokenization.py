@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 
-from gpt2.analysis.tables import as_text, from_to
+from gpt2.analysis.tables import from_to, table
 from gpt2.benchmarks.common import circumstances, headline, interleaved, spread, write_json
 from gpt2.checkpoint.pretrained import open_tokenizer
 from gpt2.cli.complete import resolve
@@ -27,6 +27,15 @@ from gpt2.data.sources import open_source
 from gpt2.data.token_writer import token_dtype
 from gpt2.runtime.files import writable_file
 from gpt2.tokenizer import GPT2Tokenizer
+
+COLUMNS = {
+    "": lambda row: row["contestant"],
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "MB/s": lambda row: f"{row['megabytes_per_second']:.1f}",
+    "seconds": lambda row: f"{row['seconds']:.3f}",
+    "from - to": lambda row: from_to(row["seconds_of_each"], 3),
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+}
 
 
 class Tokenization:
@@ -114,24 +123,18 @@ def main():
         seconds = interleaved(turns, repetitions, "Tokenizing")
         agree = tokenization.tokens_agree()
 
-    rows, cells = [], []
     names = ["transformers, bare call", *(f"gpt2, files to file, threads: {threads}" for threads in counts)]
-    for name, each in zip(names, seconds, strict=True):
-        speed, ratio = facts["tokens"] / median(each), median(seconds[0]) / median(each)
-        megabytes = facts["bytes"] / median(each) / 1e6
-        rows.append(
-            {
-                "contestant": name,
-                "tokens_per_second": speed,
-                "megabytes_per_second": megabytes,
-                **spread("seconds", each),
-                "ratio": ratio,
-            }
-        )
-        cells.append(
-            [name, f"{speed:,.0f}", f"{megabytes:.1f}", f"{median(each):.3f}", from_to(each, 3), f"{ratio:.2f}"]
-        )
-    print(f"\n{as_text([['', 'tokens/s', 'MB/s', 'seconds', 'from - to', 'ratio'], *cells])}\n")
+    rows = [
+        {
+            "contestant": name,
+            "tokens_per_second": facts["tokens"] / median(each),
+            "megabytes_per_second": facts["bytes"] / median(each) / 1e6,
+            **spread("seconds", each),
+            "ratio": median(seconds[0]) / median(each),
+        }
+        for name, each in zip(names, seconds, strict=True)
+    ]
+    print(f"\n{table(rows, COLUMNS)}\n")
     print(f"the tokens are {'the same' if agree else 'NOT THE SAME'}, except for <|endoftext|>, which only gpt2 writes")
     record = {"benchmark": "data", "config": asdict(config), **about, **facts, "same_tokens": agree, "results": rows}
     write_json(options["json"] or None, record)

@@ -1,7 +1,8 @@
 """Tables as text and as Markdown. A table is a list of rows of cells; the first row is the head."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 # For example 12,500 or 31.2% or 1.5 - 1.7 or **2.38 ± 0.01**.
 NUMBER = re.compile(r"\**[-+]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?%?( [±-] ([\d,.]+|n/a))?\**")
@@ -36,6 +37,11 @@ def as_text(rows: list[list[str]], width: int | None = None) -> str:
         else:
             blocks[-1] = joined
     return "\n\n".join("\n".join(map(str.rstrip, block)) for block in blocks)
+
+
+def table(rows: list[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]]) -> str:
+    """Return a table as text. The keys of `columns` are the headers, and its functions make the cells of a row."""
+    return as_text([[*columns], *([cell(row) for cell in columns.values()] for row in rows)])
 
 
 def as_markdown(rows: list[list[str]]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.analysis.tables import as_text, from_to
+from gpt2.analysis.tables import from_to, table
 from gpt2.benchmarks.common import READ_BYTES, Row, circumstances, headline, interleaved, read_bandwidth, write_json
 from gpt2.benchmarks.peers import in_transformers
 from gpt2.config import GenerationBenchmark
@@ -198,23 +198,17 @@ class GenerationComparison:
         return [{**row, "ratio": row["tokens_per_second"] / best_of_theirs} for row in rows]
 
 
-def table(rows: list[Row]) -> str:
-    head = ["", "tokens/s", "from - to", "ratio", "of floor", "prefill ms", "first s", "same tokens", "weights"]
-    cells = [
-        [
-            row["contestant"],
-            f"{row['tokens_per_second']:,.1f}",
-            from_to(row["tokens_per_second_of_each"], 1),
-            f"{row['ratio']:.2f}",
-            f"{row['share_of_floor']:.0%}",
-            f"{row['prefill_seconds'] * 1e3:,.0f}",
-            f"{row['first_seconds']:.1f}",
-            f"{row['same_tokens']:.0%}",
-            row["layout"],
-        ]
-        for row in rows
-    ]
-    return as_text([head, *cells])
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "": lambda row: row["contestant"],
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.1f}",
+    "from - to": lambda row: from_to(row["tokens_per_second_of_each"], 1),
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+    "of floor": lambda row: f"{row['share_of_floor']:.0%}",
+    "prefill ms": lambda row: f"{row['prefill_seconds'] * 1e3:,.0f}",
+    "first s": lambda row: f"{row['first_seconds']:.1f}",
+    "same tokens": lambda row: f"{row['same_tokens']:.0%}",
+    "weights": lambda row: row["layout"],
+}
 
 
 def generation(config: GenerationBenchmark) -> None:
@@ -229,7 +223,7 @@ def generation(config: GenerationBenchmark) -> None:
     for batch_size in config.batch_sizes:
         rows = comparison.compare(batch_size)
         bandwidth = rows[0]["read_bytes_per_second"] / 1e9
-        print(f"\nbatch {batch_size}, memory bandwidth {bandwidth:.1f} GB/s\n{table(rows)}", flush=True)
+        print(f"\nbatch {batch_size}, memory bandwidth {bandwidth:.1f} GB/s\n{table(rows, COLUMNS)}", flush=True)
         results += rows
     print(f"\n{LEGEND}")
     write_json(config.json, {"benchmark": "generation", "config": asdict(config), **about, "results": results})

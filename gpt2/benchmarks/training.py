@@ -2,11 +2,12 @@
 
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from gpt2.analysis.tables import as_text, from_to
+from gpt2.analysis.tables import from_to, table
 from gpt2.benchmarks.common import MATRIX, Row, circumstances, headline, interleaved, matmul_flops, spread, write_json
 from gpt2.benchmarks.contestants import Contestant, Workload, contestants
 from gpt2.config import TrainingBenchmark
@@ -90,23 +91,17 @@ class TrainingComparison:
         }
 
 
-def table(rows: list[Row]) -> str:
-    head = ["", "tokens/s", "ms a step", "from - to", "ratio", "MFU", "first s", "first loss", "last loss"]
-    cells = [
-        [
-            row["contestant"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['step_seconds'] * 1e3:,.1f}",
-            from_to([seconds * 1e3 for seconds in row["step_seconds_of_each"]], 1),
-            f"{row['ratio']:.2f}",
-            "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['first_step_seconds']:.1f}",
-            f"{row['first_loss']:.4f}",
-            f"{row['last_loss']:.4f}",
-        ]
-        for row in rows
-    ]
-    return as_text([head, *cells])
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "": lambda row: row["contestant"],
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "ms a step": lambda row: f"{row['step_seconds'] * 1e3:,.1f}",
+    "from - to": lambda row: from_to([seconds * 1e3 for seconds in row["step_seconds_of_each"]], 1),
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+    "MFU": lambda row: "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}",
+    "first s": lambda row: f"{row['first_step_seconds']:.1f}",
+    "first loss": lambda row: f"{row['first_loss']:.4f}",
+    "last loss": lambda row: f"{row['last_loss']:.4f}",
+}
 
 
 def training(config: TrainingBenchmark) -> None:
@@ -123,7 +118,7 @@ def training(config: TrainingBenchmark) -> None:
             flush=True,
         )
         rows = comparison.compare()
-    print(f"\n{table(rows)}\n\n{LEGEND}", flush=True)
+    print(f"\n{table(rows, COLUMNS)}\n\n{LEGEND}", flush=True)
     record = {
         "benchmark": "training",
         "config": asdict(config),

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
-from gpt2.benchmarks.generation import Contestant, GenerationComparison, Timing, ours, read_bandwidth, table, theirs
+from gpt2.analysis.tables import table
+from gpt2.benchmarks.common import read_bandwidth
+from gpt2.benchmarks.generation import COLUMNS, Contestant, GenerationComparison, Timing, ours, theirs
 from gpt2.config import GenerationBenchmark
 from tests.conftest import Workspace
 from tests.helpers import random_ids, tiny_config
@@ -61,7 +63,7 @@ def test_a_contestant_that_fails_is_left_out_with_a_warning(monkeypatch, caplog)
     assert rows[0]["ratio"] == rows[0]["same_tokens"] == 1
     bytes_read, share = comparison.weights * (0.5 + 4 / 128), rows[-1]["share_of_floor"]
     assert share == pytest.approx(bytes_read / rows[-1]["read_bytes_per_second"] / (2 / rows[-1]["tokens_per_second"]))
-    assert len(table(rows).splitlines()) == 1 + len(rows)
+    assert len(table(rows, COLUMNS).splitlines()) == 1 + len(rows)
 
 
 def test_figures_of_a_row(monkeypatch):

@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from gpt2.benchmarks import training
+from gpt2.analysis.tables import table
 from gpt2.benchmarks.contestants import Workload, contestants
-from gpt2.benchmarks.training import TrainingComparison, table
+from gpt2.benchmarks.training import COLUMNS, TrainingComparison
 from gpt2.config import TrainingBenchmark, TrainingConfig
 from gpt2.errors import UserError
 from gpt2.validation import validate
@@ -49,7 +49,7 @@ ways = {"slow": sgd, "other": fp32_only}
 @pytest.fixture(autouse=True)
 def quick_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's peak is measured by small products, as speed is not tested."""
-    monkeypatch.setattr(training, "MATRIX", 64)
+    monkeypatch.setattr("gpt2.benchmarks.common.MATRIX", 64)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_all_contestants_take_the_same_first_step(tmp_path, peer, train):
         flops = row["tokens_per_second"] * comparison.workload.flops_per_token
         assert row["mfu"] == pytest.approx(flops / comparison.peaks["fp32"])
     assert rows[2]["last_loss"] == pytest.approx(rows[0]["last_loss"], abs=1e-4)  # so the updates are equal as well
-    assert len(table(rows).splitlines()) == 4
+    assert len(table(rows, COLUMNS).splitlines()) == 4
 
 
 def test_losses_show_rounding(tmp_path):
