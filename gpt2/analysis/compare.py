@@ -63,7 +63,7 @@ def short_values(values: list[Any]) -> list[str]:
 
 
 def _cut(text: str, start: int) -> str:
-    """Return a text, if it is too long, without its first characters and without its middle."""
+    """Cut the first characters and the middle out of a text that is too long."""
     if len(text) <= MAX_VALUE_LENGTH:
         return text
     return ("…" if start else "") + without_middle(text[start:], MAX_VALUE_LENGTH)

@@ -287,7 +287,7 @@ class Results:
         return f"Written to {os.path.relpath(self.folder)}: {', '.join(contents)}"
 
     def compare_with_recorded(self) -> list[str]:
-        """Compare these runs with recorded ones of the same settings and seeds. Return a line, or none without any."""
+        """Compare these runs with recorded runs of the same settings and seeds. Return at most one line."""
         before = Results(self.folder, self.plan).cells
         recorded = {(cell.setting, run.get(SEED)): run for cell in before for run in cell.runs}
         compared: list[tuple[float, list[float]]] = []  # per setting: the difference of means, the old results

@@ -49,7 +49,7 @@ def history(study: optuna.Study) -> Figure | None:
 
 
 def slices(study: optuna.Study) -> Figure | None:
-    """Plot the values of the complete trials over each parameter. None without a parameter."""
+    """Plot the values of the complete trials over each parameter. None without parameters."""
     trials = study.get_trials(deepcopy=False, states=COMPLETE)
     parameters = {key: values for trial in trials for key, values in trial.distributions.items()}
     best = best_of(study)

@@ -117,7 +117,7 @@ class Study:
     # Claiming trials
 
     def claim(self, limit: int = 1) -> list[Trial]:
-        """Claim at most `limit` trials. Return none if all are done or running elsewhere, or after the timeout."""
+        """Claim at most `limit` trials. The list is empty if no trial is left, or after the timeout."""
         while time.time() < self.deadline:
             with exclusive(self.config.storage):
                 has_orphans = self._requeue_dead_trials()
