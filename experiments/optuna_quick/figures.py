@@ -55,26 +55,20 @@ GIVEN = [
 
 def draw():
     """Draw the pictures of the study from `trials.csv`."""
-    import optuna
+    from optuna import create_study
+    from optuna.distributions import FloatDistribution
+    from optuna.trial import TrialState, create_trial
 
     from gpt2.search.plots import draw as pictures_of
 
-    study = optuna.create_study()
+    values = {key: [trial[key] for trial in pruned] for key in pruned[0] if key.endswith(NAMES)}
+    ranges = {key: FloatDistribution(min(v), max(v), log=key.endswith(NAMES[3:])) for key, v in values.items()}
+    study = create_study()
     for trial in pruned:
-        values = {key: trial[key] for key in trial if key.endswith(NAMES)}
-        ranges = {
-            key: optuna.distributions.FloatDistribution(
-                min(each[key] for each in pruned), max(each[key] for each in pruned), log=key.endswith(NAMES[3:])
-            )
-            for key in values
-        }
-        losses = {n: trial[f"evaluation {n + 1}"] for n in range(10) if trial[f"evaluation {n + 1}"] is not None}
-        state = optuna.trial.TrialState[trial["state"].upper()]
-        study.add_trial(
-            optuna.create_trial(
-                state=state, value=trial["value"], params=values, distributions=ranges, intermediate_values=losses
-            )
-        )
+        losses = {n: loss for n in range(10) if (loss := trial[f"evaluation {n + 1}"]) is not None}
+        params, state = {key: trial[key] for key in ranges}, TrialState[trial["state"].upper()]
+        about = {"params": params, "distributions": ranges, "intermediate_values": losses}
+        study.add_trial(create_trial(state=state, value=trial["value"], **about))
     pictures = pictures_of(study, source=(FOLDER / "trials.csv").read_bytes())
     for name in ("evaluations.png", "importances.png"):
         (FOLDER / name).write_bytes(pictures[name])
