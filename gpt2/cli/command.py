@@ -53,7 +53,6 @@ def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
     """Compose `conf/<name>.yaml` with the arguments, without the script's name, and run the script's function."""
     arguments, prompt = take_prompt(arguments) if name == "generate" else (arguments, None)
     options = parse_arguments(arguments)
-    refuse_deleted_folder()
     check_flags(options)
     if options.help:  # an abbreviation, such as --hel
         print(help_text(name))
@@ -61,7 +60,7 @@ def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
         print(bash_completion(COMMANDS))
     elif asks_for_information(options):
         print_information(name, task, arguments, options)
-    elif options.multirun:
+    elif options.multirun and not dist_env().by_torchrun:
         run_sweep(name, task, arguments, options)
     else:
         run_once(name, task, options, prompt)
@@ -77,13 +76,6 @@ def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(argument)
     return rest, prompt
-
-
-def refuse_deleted_folder() -> None:
-    try:
-        Path.cwd()
-    except OSError as error:
-        raise UserError("the current folder does not exist any more") from error
 
 
 def call_hydra(name: str, task: Task, arguments: list[str]) -> None:
@@ -131,8 +123,8 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
 def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
     """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
     try:
-        if dist_env().by_torchrun and name not in ("train", "evaluate"):
-            raise UserError(f"{name}.py: torchrun is for single runs of train.py and evaluate.py")
+        if dist_env().by_torchrun and (options.multirun or name not in ("train", "evaluate")):
+            raise UserError("torchrun is for single runs of train.py and evaluate.py")
         composed = check_run(name, options)
         folder = folder_of_run(composed, options.overrides) if name == "train" else RunFolder(composed.hydra.run.dir)
         folder.apply(composed)
@@ -180,11 +172,6 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
 
 def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
     """Check everything that a command line with -m would run, then let Hydra's sweeper run it."""
-    if dist_env().by_torchrun:
-        if not dist_env().is_main:
-            sys.exit(share(None))
-        share(UserError.exit_code)
-        raise UserError(f"{name}.py -m: torchrun is for single runs of train.py and evaluate.py")
     logging.disable(logging.WARNING)  # each run will repeat its warnings
     check_sweep(name, options)
     log_submissions()
