@@ -54,19 +54,17 @@ Examples:
 
 The same command resumes the study. Every group and key of train.py may be an override: python train.py --help.
 
-hydra/sweeper/sampler=tpe|gp|cmaes|random|grid|qmc    hydra/sweeper/pruner=median|asha|hyperband|none"""
+hydra/sweeper/sampler=tpe|gp|cmaes|random|grid|qmc    hydra/sweeper/pruner=median|asha|hyperband|none
+
+The defaults of the study, in conf/hparams_search/optuna.yaml:
+
+"""
 
 
 def study_help() -> str:
-    """What `optimize` understands: the keys of `conf/hparams_search/optuna.yaml`, with its comments, and its space."""
+    """The help of `optimize`: an introduction, and `conf/hparams_search/optuna.yaml` with its comments."""
     text = (CONF / "hparams_search" / "optuna.yaml").read_text(encoding="utf-8")
-    _, _, study = text.partition("\n  sweeper:\n")
-    keys = re.findall(r"^    (\w+): ([^#\n]+?)(?: # (.*))?$", study.partition("    params:")[0], re.MULTILINE)
-    space = re.findall(r"^      (\S+): (.*)$", study, re.MULTILINE)
-    lines = [line for key, value, comment in keys for line in lines_of(f"  hydra.sweeper.{key}={value}", "", comment)]
-    params = [f"  {key:<{INDENT - 2}}{value}" for key, value in space]
-    sections = {"Keys (KEY=VALUE):": filter(str.strip, lines), "Search space (hydra.sweeper.params):": params}
-    return "\n".join([STUDY, *(line for title, texts in sections.items() for line in ("", title, *texts))])
+    return STUDY + text[text.index("hydra:") :].strip()
 
 
 def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):") -> list[list[str]]:
