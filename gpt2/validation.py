@@ -30,7 +30,6 @@ from gpt2.config import (
     GPT2Config,
     InferenceConfig,
     OptunaConfig,
-    StudyConfig,
     TrainingBenchmark,
     TrainingConfig,
     TrainRun,
@@ -358,8 +357,8 @@ def _generation_benchmark(config: GenerationBenchmark, prefix: str) -> Iterator[
 
 
 def _training_benchmark(config: TrainingBenchmark, prefix: str) -> Iterator[str]:
-    if not config.precisions or set(config.precisions) - {"auto", "fp32", "bf16", "fp16"}:
-        yield f"precisions: {config.precisions} are not one or more of auto, fp32, bf16, fp16"
+    if not config.precisions:
+        yield "precisions: the list is empty; name one or more of auto, fp32, bf16, fp16"
     elif not config.train.mixed_precision and {"bf16", "fp16"} & set(config.precisions):
         yield f"precisions: {config.precisions} contradict train.mixed_precision=false, drop one of the two"
     file, _, function = (config.peer or "").rpartition(":")
@@ -378,7 +377,6 @@ RELATIONS: dict[type, Callable[[Any, str], Iterable[str]]] = {
     DataConfig: _data,
     InferenceConfig: _inference,
     OptunaConfig: _optuna,
-    StudyConfig: _optuna,
     TrainRun: _train_run,
     EvaluateRun: _evaluate_run,
     GenerateRun: _loggers,

@@ -63,7 +63,7 @@ RANGES = [
     ("compiled a bit", "train train.compile=a_bit", "train.compile: 'a_bit' is none of auto, true, false"),
     ("a stride of 0", "evaluate stride=0", "stride: 0 is not between 1 and data.max_length=32"),
     ("a stride beyond the window", "evaluate stride=33", "stride: 33 is not between 1 and data.max_length=32"),
-    ("no precisions", "benchmark training precisions=[]", "precisions: [] are not"),
+    ("no precisions", "benchmark training precisions=[]", "precisions: the list is empty"),
     ("a negative number of jobs", "study experiments/x jobs=-1", "jobs: ... is not a whole number"),
 ]
 
