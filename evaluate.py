@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class Evaluation:
+    """An evaluation of one model that is ready to run."""
+
     evaluator: "Evaluator | TaskEvaluator"
-    what: str  # the split, or the names of the tasks
-    title: str
+    name: str  # the split, or the names of the tasks
+    title: str  # the printed line about the data or the tasks
     about: dict[str, Any]  # further entries of its result
 
 
-@script("evaluate")  # for shell completion, Hydra looks here for the text @hydra.main
+@script("evaluate")  # Hydra completes the arguments only of files that contain the text @hydra.main
 def main(config: EvaluateRun) -> None:
-    """Score each model on one split of a corpus or on tasks; print and store the figures."""
+    """Score each model on one split of a corpus or on tasks, then print and store the figures."""
     import torch
 
     from gpt2.analysis.evaluations import by_name, model_rows, names_of_models, write_curve
@@ -45,16 +47,16 @@ def main(config: EvaluateRun) -> None:
         if config.quantization:
             refuse_quantization(config.quantization, choose_device(config.device), "quantization")
         for one in configs:
-            earlier_results(Path(str(one.output)))  # refuses a file that holds no results, before anything is computed
+            earlier_results(Path(str(one.output)))  # refuses a file without results, before anything is computed
         for one in configs:
             trained = open_model(one.checkpoint)
-            model = trained.build()  # before the data, whose preparation takes time: the file may be damaged
+            model = trained.build()  # before the data, which takes time: a damaged file is an error at once
             if config.quantization:
                 quantize(model, config.quantization)
             evaluation = (on_tasks if config.tasks else on_corpus)(one, model, group)
             if one is config:
                 if group.is_main:
-                    name = f"{trained.experiment} {evaluation.what}"
+                    name = f"{trained.experiment} {evaluation.name}"
                     external = start_loggers(config, LoggedRun(name, trained.experiment, "evaluate", settings_of(one)))
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
@@ -95,8 +97,8 @@ def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") ->
     with group.local_main_first(f"data for {config.checkpoint}"):
         blocks = load_split(config.data, config.split, config.stride)
     if not len(blocks):
-        raise UserError(f"data: one token in the {config.split} split is not enough, there is nothing to predict")
-    is_pinned = choose_device(config.device).type == "cuda"  # so that the host does not wait for copies
+        raise UserError(f"data: the {config.split} split has one token, which leaves nothing to predict")
+    is_pinned = choose_device(config.device).type == "cuda"  # for asynchronous copies to the GPU
     loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate, pin_memory=is_pinned)
     evaluator = Evaluator(model, loader, config.device, config.precision, group)
     split, stride = blocks.path.stem, blocks.stride

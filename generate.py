@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gpt2.inference import TextGenerator
 
 
-@script("generate")  # for shell completion, Hydra looks here for the text @hydra.main
+@script("generate")  # Hydra completes the arguments only of files that contain the text @hydra.main
 def main(config: GenerateRun) -> None:
     if config.prompt is not None and config.prompts_file is not None:
         raise UserError("prompts_file: contradicts prompt, drop one of the two")
@@ -26,7 +26,7 @@ def main(config: GenerateRun) -> None:
     if config.prompt is None and not records and not sys.stdin.isatty():
         config.prompt = decode_prompt(sys.stdin.buffer.read(), "prompt: standard input").removesuffix("\n")
 
-    # torch is imported from here on, after all errors of the command line
+    # imported here, so that errors of the command line do not wait for torch
     from gpt2.inference import TextGenerator
     from gpt2.runtime.device import choose_device
     from gpt2.tracking.loggers import LoggedRun, comparable, start_loggers
@@ -57,7 +57,7 @@ def main(config: GenerateRun) -> None:
     with Tracker(external=external):
         try:
             rows.extend(map(list, generate(config, records, generator)))
-        finally:  # logs also the texts before an interruption
+        finally:  # texts before an interruption are logged too
             external.show_table("texts", ["prompt", "text"], rows)
     report(config, generator.speed)
     for line in external.where():
@@ -65,7 +65,7 @@ def main(config: GenerateRun) -> None:
 
 
 def report(config: GenerateRun, message: object) -> None:
-    """Print a message to standard error, which keeps standard output to the text alone."""
+    """Print a message to standard error, because standard output is for the texts."""
     if not config.quiet:
         print(message, file=sys.stderr)
 
@@ -73,7 +73,7 @@ def report(config: GenerateRun, message: object) -> None:
 def generate(
     config: GenerateRun, records: list[dict[str, Any]], generator: "TextGenerator"
 ) -> Iterator[tuple[str, str]]:
-    """Print the requested texts. Yields each prompt and its continuation."""
+    """Print the requested texts, and yield each prompt with its continuation."""
     if records:
         prompts = [record["prompt"] for record in records]
         continuations = generator.continuations(prompts, config.inference, config.batch_size)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("gpt2")
 
 
-@script("train")  # for shell completion, Hydra looks here for the text @hydra.main
+@script("train")  # Hydra completes the arguments only of files that contain the text @hydra.main
 def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
-    """Train, and return the best validation loss, which a study minimises; `trial` if this is a trial of one."""
-    # Imported here, so that --help and configuration errors do not wait for torch.
+    """Train a model and return its best validation loss. In a study, `trial` is the trial that is trained."""
+    # imported here, so that --help and configuration errors do not wait for torch
     from gpt2.checkpoint.format import check_memory
     from gpt2.cli.job import output_folder
     from gpt2.cli.messages import announce, conclude, failures_with_advice, run_facts
@@ -42,7 +42,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         init_distributed(config.distributed.timeout, config.train.device) as group,
     ):
         check_memory(config.model, "model")
-        model = initial_model(config)  # before the data, whose preparation may take hours: the file may be damaged
+        model = initial_model(config)  # before the data, which may take hours: a damaged file is an error at once
         with group.local_main_first("data"):
             train_set, val_set, test_set, tokenizer = load_text_data(config.data)
         train_loader, val_loader, _ = get_dataloaders(train_set, val_set, test_set, config.train)
@@ -84,7 +84,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
 
 
 def initial_model(config: TrainRun) -> "GPT2Model | None":
-    """The model of a resumed run, whose checkpoint brings the weights, or of `train.init_from`; None without both."""
+    """The model of `train.init_from`, without its weights if the run is resumed; None without `train.init_from`."""
     from gpt2.checkpoint.pretrained import open_model
     from gpt2.model import GPT2Model
 
@@ -97,7 +97,7 @@ def initial_model(config: TrainRun) -> "GPT2Model | None":
 
 
 def new_model(config: TrainRun, tokenizer: "GPT2Tokenizer") -> "GPT2Model":
-    """A model with random weights and the vocabulary of the tokenizer."""
+    """A model with random weights and with the vocabulary of the tokenizer."""
     import torch
 
     from gpt2.model import GPT2Model

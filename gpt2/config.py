@@ -1,8 +1,8 @@
 """The configuration dataclasses: every key that a command line or a file in `conf/` may set, with type and default.
 
 They are the schema of Hydra's composition (see `gpt2.cli.schema`) and the arguments of the Python API. The comment of a
-field is its line in `--help`: it stands behind the field or on the lines directly above. This module imports nothing
-heavy, so that a mistake is reported before torch is loaded.
+field, behind it or on the lines directly above, is its line in `--help`. This module imports nothing heavy, so that a
+mistake is reported before torch is loaded.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class GPT2Config:
     attention_dropout: float = 0.1  # rate on the attention weights
     residual_dropout: float = 0.1  # rate before each residual addition
     layer_norm_epsilon: float = 1e-5  # is added to the variance
-    # Standard deviation of initial weights; that of residual projections is divided by sqrt(2 * num_layers).
+    # Standard deviation of initial weights. For residual projections it is divided by sqrt(2 * num_layers).
     initializer_range: float = 0.02
     use_bias: bool = True  # whether linear layers have a bias
     parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate is the same for all widths
@@ -51,9 +51,9 @@ PARAMETRIZATION = ("parametrization", "mup_base_width", "mup_base_head_width")
 class OptimizerTraits:
     """What an optimizer supports; see `gpt2.training.optimizer.BUILDERS` for how it is built."""
 
-    sharded: bool = True  # works under FSDP, which leaves each rank only a part of each matrix
+    sharded: bool = True  # works under FSDP, where each rank has only a part of each matrix
     skips_nonfinite: bool = False  # its CUDA kernels skip the step if `found_inf` is 1
-    scales: bool = True  # scales its learning rate by the width, as model.parametrization=mup needs
+    scales: bool = True  # scales its learning rate by the width, which model.parametrization=mup needs
     package: str = "torch"  # pip package that provides it
     ignores: tuple[str, ...] = ("muon_momentum",)  # fields of TrainingConfig; without lr_schedule the rate is constant
 
@@ -90,7 +90,7 @@ class TrainingConfig:
     beta2: float = 0.95  # decay rate of AdamW's second moment
     epsilon: float = 1e-8  # is added to AdamW's denominator
     max_epochs: int = 10  # training ends at max_epochs, max_steps or max_training_hours, whichever comes first
-    max_training_hours: float = 12.0  # limit for all resumed parts of a run together
+    max_training_hours: float = 12.0  # limit for a run with all its resumptions
     warmup_steps: int = 2000  # steps in which the learning rate rises linearly
     gradient_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     accumulation_steps: int = 1  # forward passes in an optimizer step
@@ -99,7 +99,7 @@ class TrainingConfig:
     log_every: int = 100  # steps between log lines
     checkpoint_dir: str = "checkpoints"  # name of a folder inside the run folder
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    num_workers: int = 4  # processes that load data, at most one for each core that does not train
+    num_workers: int = 4  # processes that load data; at most one for each core that is not used for training
     pin_memory: bool = True  # load batches into page-locked memory, from which copies to a GPU are faster
     mixed_precision: bool = True  # false: fp32, regardless of precision
     # Recompute activations in the backward pass: less memory, a third more compute.
@@ -109,7 +109,7 @@ class TrainingConfig:
     max_steps: int | None = None  # null: max_epochs decides
     seed: int = 1  # determines initial weights, dropout and the order of the data
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where it is fast, fp16 on older GPUs
-    compile: bool | str = "auto"  # torch.compile: true, false or auto (on CUDA, for runs long enough to gain from it)
+    compile: bool | str = "auto"  # torch.compile: true, false or auto (on CUDA, if the run is long enough to gain)
     min_learning_rate: float | None = None  # end of the schedule; null: a tenth of learning_rate
     lr_schedule: Literal["cosine", "linear", "wsd"] = "cosine"  # decay after the warm-up; wsd: warm-up, stable, decay
     decay_fraction: float = 0.2  # share of the steps in which wsd decays, at the end of the run
@@ -120,12 +120,12 @@ class TrainingConfig:
     # Tasks that each validation scores too: hellaswag, lambada, piqa, arc_easy, winogrande.
     eval_tasks: list[str] = field(default_factory=list)
     eval_tasks_limit: int | None = 500  # first documents of each task; null: all
-    eval_tasks_folder: str | None = None  # local folder with their datasets, as tasks_folder of evaluate.py
+    eval_tasks_folder: str | None = None  # local folder with their datasets, like tasks_folder of evaluate.py
     keep_checkpoints: int = 2  # newest checkpoints to keep, beside the best and the last
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what to do if the loss or gradient is NaN or infinite
     nonfinite_limit: int = 20  # consecutive steps that may be skipped; one more ends the run
     deterministic: bool = False  # deterministic algorithms on a GPU too; slower
-    auto_resume: bool = False  # repeating a command line resumes its run: for schedulers that restart jobs
+    auto_resume: bool = False  # a repeated command line resumes its run: for schedulers that restart jobs
     detect_anomaly: bool = False  # a NaN in a backward pass ends the run with the traceback of its operation; slow
 
 
@@ -143,14 +143,14 @@ class DataConfig:
     preprocessing_num_workers: int = 4  # threads of the tokenizer
 
     text_column: str = "text"  # column of the dataset, or of files that hold records (.jsonl, .csv)
-    # Regular expression: a matching row begins a document (here the titles of WikiText); null: each row is a document.
+    # Regular expression: a row that matches begins a document (by default a title of WikiText); null: each row is one.
     document_start: str | None = r"^ = [^=]"
     files: list[str] | None = None  # text files, or patterns such as 'corpus/**/*.txt'; each file is a document
     exclude: list[str] = field(default_factory=list)  # patterns of files to leave out
-    validation_files: list[str] | None = None  # those of `files` for validation, or others; null: validation_fraction
+    validation_files: list[str] | None = None  # for validation, whether in `files` or not; null: validation_fraction
     # gpt2, bytes (one token a byte), train (learn it from the text), a folder with a tokenizer, or a trained model.
     tokenizer: str = "gpt2"
-    vocab_size: int = 4096  # tokens, if the tokenizer is learned (tokenizer: train)
+    vocab_size: int = 4096  # tokens of a tokenizer that is learned (tokenizer: train)
     validation_fraction: float = 0.1  # share of the training split used if there is no validation split
 
 
@@ -174,11 +174,11 @@ class InferenceConfig:
 
     # How the model is loaded; not for samples during training.
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # weights and products; auto: bf16 on newer GPUs, else fp32
-    # Quantize the weights, on a CPU. int8: a quarter of the bytes, nearly the same loss; int4: an eighth, a little more
-    # loss, for one text at a time.
+    # Quantize the weights, on a CPU. int8: a quarter of the bytes, nearly the same loss. int4: an eighth, a slightly
+    # higher loss, for one text at a time.
     quantization: Literal["int8", "int4"] | None = None
     compile: bool = False  # CUDA: a static cache and torch.compile(mode="reduce-overhead"), up to a minute at the start
-    # prompt_lookup: draft what followed the same tokens before, check it in one pass; same text, sooner if repetitive
+    # prompt_lookup: draft the tokens that followed earlier, check them in one pass; faster if the text is repetitive
     speculate: Literal["prompt_lookup"] | None = None
 
 
@@ -190,15 +190,15 @@ WHEN_LOADED = ("precision", "quantization", "compile", "speculate")
 class OptunaConfig:
     """A hyperparameter study. For each trial, the objective is its lowest validation loss."""
 
-    n_trials: int = 50  # total number; a study that is in the storage already is filled up to it
-    timeout: int | None = None  # seconds after which the study ends; a trial that is running is saved and resumed later
+    n_trials: int = 50  # total number of trials, including those that are in the storage already
+    timeout: int | None = None  # seconds after which the study ends; the same command resumes a running trial
     study_name: str = "gpt2_optimization"
     storage: str | None = None  # sqlite:///FILE, journal:///FILE, postgresql://..., mysql://...; None: memory
     direction: str = "minimize"  # or maximize
     sampler: str = "TPE"  # a name in gpt2/search/algorithms.py: tpe, random, cmaes, gp, qmc, in any case
     pruner: str = "MedianPruner"  # a name in the same file, or Optuna's: median, asha, hyperband, none
     n_startup_trials: int = 10  # random trials before TPE, CMA-ES or GP; trials before the median pruner starts
-    n_warmup_steps: int = 5  # first evaluations of a trial, after which the median pruner and asha do not prune
+    n_warmup_steps: int = 5  # first evaluations of a trial, at which the median pruner and asha do not prune it
 
     trial_timeout: int | None = None  # seconds of training after which a trial is stopped and counts as pruned
     keep: Literal["best", "all"] = "best"  # trials whose checkpoints are not deleted
@@ -234,7 +234,7 @@ class MlflowConfig:
     """Tracking with MLflow, if `loggers` has it."""
 
     tracking_uri: str | None = None  # a folder or an address; null: MLFLOW_TRACKING_URI, or else outputs/mlruns
-    experiment: str = "gpt2"  # name for all runs; the runs of a study, or of a name, share the tag `group`
+    experiment: str = "gpt2"  # experiment of all runs; runs of the same study or name share the tag `group`
 
 
 Logger = Literal["wandb", "tensorboard", "mlflow", "csv"]
@@ -244,9 +244,9 @@ EXTRA_LOGGERS = ("tensorboard", "mlflow")  # loggers with a package and an extra
 
 @dataclass
 class DistributedConfig:
-    """Training with torchrun on several devices. Nothing of this applies to a single process."""
+    """Training with torchrun on several devices. It has no effect in a single process."""
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank holds the whole model; fsdp: a shard of it, for gpt2_xl
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # ddp: each rank has the whole model; fsdp: a shard of it, for gpt2_xl
     timeout: float = 600.0  # seconds that a collective operation may wait for the slowest rank
 
 
@@ -286,10 +286,10 @@ class TrainRun:
 class GenerateRun:
     """The configuration of `generate.py`."""
 
-    # Any text, exactly as the shell passes it; null: an interactive session on a terminal, otherwise standard input.
+    # Any text, exactly as the shell passes it. null: a session on a terminal, or the text from standard input.
     prompt: str | None = None
-    prompts_file: str | None = None  # one prompt a line, or a JSON object with "prompt" a line (.jsonl); JSON comes out
-    batch_size: int = 8  # texts that are generated side by side
+    prompts_file: str | None = None  # a prompt per line, or a JSON object with "prompt" (.jsonl); prints JSON
+    batch_size: int = 8  # texts that are generated at a time
     allow_special_tokens: bool = False  # true: <|endoftext|> in a prompt is the special token, not its characters
     # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     # OWNER/NAME); null: the best checkpoint of the latest run.
@@ -297,7 +297,7 @@ class GenerateRun:
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
     inference: InferenceConfig = field(default_factory=InferenceConfig)  # default: as in the run of the checkpoint
     quiet: bool = False  # print nothing about the model and its speed on standard error
-    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # any of wandb, mlflow; they get the texts
+    loggers: list[ServerLogger] = field(default_factory=lambda: ["wandb"])  # any of wandb, mlflow, to log the texts
     wandb: WandbConfig = field(default_factory=lambda: WandbConfig(mode="off"))
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
 
@@ -307,7 +307,7 @@ class EvaluateRun:
     """The configuration of `evaluate.py`."""
 
     # Run folder, checkpoint file, Hugging Face folder, or a model on the Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    # OWNER/NAME); null: the best checkpoint of the latest run. A list, [A,B], is evaluated on the data of the first.
+    # OWNER/NAME); null: the best checkpoint of the latest run. [A,B]: several, on the data of the first.
     checkpoint: Any = None
     all_checkpoints: bool = False  # evaluate every checkpoint of the run: a table and a curve
     data: DataConfig = field(default_factory=DataConfig)  # default: the data that the model was trained on
@@ -327,7 +327,7 @@ class EvaluateRun:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     mlflow: MlflowConfig = field(default_factory=MlflowConfig)
     output: str | None = None  # null: evaluation.json in the run folder of the checkpoint, else in outputs/evaluations
-    others: ClassVar[list["EvaluateRun"]] = []  # set on an instance: the same for the other checkpoints; no key
+    others: ClassVar[list["EvaluateRun"]] = []  # set by `resolve`: configurations of the other checkpoints; not a key
 
 
 @dataclass
@@ -361,7 +361,7 @@ class TrainingBenchmark:
 
     model: GPT2Config = field(default_factory=GPT2Config)  # with random weights
     train: TrainingConfig = field(default_factory=TrainingConfig)
-    repetitions: int = 5  # each contestant has one turn a repetition
+    repetitions: int = 5  # each program has one turn per repetition
     steps: int = 1  # optimizer steps in a turn
     warmup: int = 2  # steps that are not timed; the first compiles
     # auto: train.precision
@@ -375,7 +375,7 @@ class DoctorRun:
     """The configuration of `python -m gpt2.main doctor`."""
 
     device: str = "auto"  # auto (cuda, else mps, else cpu), cuda, cuda:N, mps or cpu
-    json: str | None = None  # file for everything that was found
+    json: str | None = None  # file for all results
 
 
 @dataclass
@@ -391,7 +391,7 @@ class StudyPlan:
     metric: str = "loss"  # what is compared: a column of gpt2/analysis/runs.py
     x: str = "variant"  # x axis of the plot: a key or a column
     lines: str = "variant"  # key whose values are the lines of the plot
-    panels: str | None = None  # key whose values are panels of the plot, one below the other
+    panels: str | None = None  # key whose values are the panels of the plot, one below the other
 
 
 # Keys of a TrainRun that are never taken from a checkpoint: accounts, places, devices and workers of its user.

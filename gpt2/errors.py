@@ -48,7 +48,7 @@ class DivergenceError(UserError):
 
 
 class LostRankError(UserError):
-    """Another rank ended, so this one cannot continue. The error of that rank is the cause."""
+    """Another rank ended, so this rank cannot continue. The cause is the error of the other rank."""
 
     exit_code = 1
 
@@ -59,14 +59,14 @@ class RankTimeoutError(LostRankError):
 
 def machine_error(error: BaseException) -> str | None:
     """A full or inaccessible disk, exhausted memory or a lost job of submitit in one line; None for any other error."""
-    if type(error).__name__ == "UncompletedJobError":  # submitit's; it may not be installed
-        message = " ".join(str(error).splitlines()[:2])  # names the job, the file of its result, and its state
+    if type(error).__name__ == "UncompletedJobError":  # an error of submitit, which may not be installed
+        message = " ".join(str(error).splitlines()[:2])  # they name the job, the file of its result, and its state
         return f"{message}; what it printed is in that folder"
     if isinstance(error, OSError) and is_full_disk(error):
         return f"{error.strerror}{_where(error)}"
     if isinstance(error, OSError) and error.errno in NOT_ACCESSIBLE and isinstance(error.filename, str | os.PathLike):
         return f"{error.strerror}: {error.filename}"
-    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch's, about shared memory
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error):  # PyTorch, about shared memory
         return _first_sentences(error)
     if is_out_of_memory(error):
         return f"out of memory: {_first_sentences(error)}"
@@ -150,7 +150,7 @@ def _starred(match: re.Match[str]) -> str:
     is_path = not re.search(_COLON, rest) if match["no_scheme"] else _HOST_AND_PATH.fullmatch(rest)
     user, colon, _ = rest.partition(":")
     is_database = _OF_DATABASE.search(start)
-    if is_path or rest == "USER:PASSWORD" or (is_database and not colon):  # USER:PASSWORD is an example in a message
+    if is_path or rest == "USER:PASSWORD" or (is_database and not colon):  # USER:PASSWORD stands in messages
         return match[0]
     return f"{start}{user}:***@" if is_database else f"{start}***@"
 

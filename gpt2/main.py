@@ -1,4 +1,4 @@
-"""All commands: `python -m gpt2.main COMMAND [OVERRIDES]`. Those that are scripts run the script; others are here."""
+"""All commands under one name: `python -m gpt2.main COMMAND [OVERRIDES]`."""
 
 import json
 import os
@@ -19,11 +19,11 @@ from gpt2.runtime.files import writable_file
 from gpt2.runtime.repository import ROOT
 from gpt2.runtime.signals import exit_on_signals
 
-PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # packages of commands in layers above this one
+PACKAGES = {"benchmark": "gpt2.benchmarks", "doctor": "gpt2.doctor"}  # commands that are in a layer above this module
 
 
 def run_script(name: str, *arguments: str) -> None:
-    """Run a script of the repository, with these arguments before those of this process."""
+    """Run a script of the repository with these arguments, followed by those of this process."""
     sys.argv = [f"{name}.py", *arguments, *sys.argv[1:]]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 
@@ -57,7 +57,7 @@ def compare() -> None:
       sort=KEY          a column, such as loss (the default) or tokens_per_second, or a setting: learning_rate
       html=FILE         write everything into this one HTML file
       picture=FILE      write the plot into this file; default: outputs/comparison.png
-      columns=KEY,...   the settings to show, instead of the six that say most; also columns, such as steps
+      columns=KEY,...   the settings and columns to show, such as steps, instead of the six most informative settings
       --json            for programs, instead of the table
       --markdown        for documents, instead of the table
     """
@@ -112,10 +112,10 @@ def study() -> None:
 
     Run the missing runs of a recorded study, and write its table and picture. After Ctrl-C the same command resumes.
 
-      variants=NAME,...  only the runs of these variants; table and picture are not written then
-      jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0 only writes the results
+      variants=NAME,...  run only these variants, without writing the table and the picture
+      jobs=N             runs at a time; default: one per core on a CPU, one on a GPU; 0: only write the results
       threads=N          threads of each run; default: the cores divided by the runs at a time
-      --plan             only print what is missing and what it costs here: tokens, FLOPs, time, disk
+      --plan             only print the missing runs and their cost here: tokens, FLOPs, time, disk
       --redraw           only write table and picture again, from results.csv
     """
     paths, options = split_arguments(study)

@@ -60,7 +60,7 @@ class OptunaOptimizer:
 
     Trial N trains in `training_config.checkpoint_dir/trial_<N>`, and the report is written to `checkpoint_dir`. Only
     the checkpoints of the best trial are kept, unless `optuna_config.keep` is `all`. The batch size is searched if
-    that of `train_loader` can be changed. After `optimize`, `study` is the Optuna study.
+    `train_loader` allows another one. After `optimize`, `study` is the Optuna study.
     """
 
     study: optuna.Study
@@ -75,13 +75,13 @@ class OptunaOptimizer:
     ):
         """
         Raises:
-            UserError: A configuration is invalid, at an end of the space or everywhere, or there is no such device.
+            UserError: A configuration is invalid, in itself or at an end of the space, or there is no such device.
         """
         self.space = dict(SPACE)
         batch_size = batch_size_of(train_loader)
         if batch_size is None:
             del self.space["train.batch_size"]
-            log.info("The batch size is not searched: train_loader does not let it be changed.")
+            log.info("The batch size is not searched, because train_loader does not allow another one.")
         else:
             training_config = replace(training_config, batch_size=batch_size)
         self.algorithms = Algorithms(optuna_config, training_config.seed)
@@ -148,12 +148,12 @@ class OptunaOptimizer:
             raise outcome.stops_study
 
     def _train(self, trial: RunningTrial) -> float | None:
-        """Train with a trial's parameters; returns the lowest validation loss."""
+        """Train with a trial's parameters, and return the lowest validation loss."""
         parameters = trial.trial.params
         model_config, training_config = with_parameters(parameters, self.base_config, self.training_config)
         folder = self._folder(trial.number)
         if not trial.was_interrupted():
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier study
+            shutil.rmtree(folder, ignore_errors=True)  # left by an earlier study
         train_loader = with_batch_size(self.train_loader, parameters.get("train.batch_size"))
         torch.manual_seed(training_config.seed)
         model = GPT2Model(model_config)

@@ -1,7 +1,7 @@
 """Validation that the schema cannot express: ranges, relations between fields, missing files.
 
 Each problem reads `key: what is wrong, what would be right`. All problems are reported at once. The scripts validate
-before they import torch; the constructors of the Python API validate what they are given.
+before they import torch, and the constructors of the Python API validate their arguments.
 """
 
 import os
@@ -56,7 +56,7 @@ NOT_NEGATIVE = (0, inf, "a finite number of at least 0")
 PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 MAX_WEIGHTS = 10**12  # of a model: 4 terabytes
-PASSWORD_REFUSED = "a URL with a user or a password; it would be in all files of the run"
+PASSWORD_REFUSED = "a URL with a user or a password, which would be written to all files of the run"
 FREE_TEXT_KEYS = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
 BOUNDS: dict[type, Bounds] = {
@@ -109,7 +109,7 @@ BOUNDS: dict[type, Bounds] = {
 
 
 def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Problems:
-    """Problems of the numbers that are not within their bounds, both ends included. None (null) is always legal."""
+    """Problems of numbers outside their bounds. The bounds themselves are legal, and so is None (null)."""
     return [
         f"{prefix}{key}: {reprlib.repr(values[key])} is not {wanted}"
         for key, (low, high, wanted) in bounds.items()
@@ -118,7 +118,7 @@ def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Pro
 
 
 def validate_lists(config: Any, prefix: str) -> Problems:
-    """Problems of lists whose items have a wrong type: OmegaConf accepts lists and mappings in any list."""
+    """Problems of lists whose items have a wrong type: OmegaConf accepts lists and mappings as items of any list."""
     problems, words = [], {str: "texts", int: "whole numbers"}
     for key, hint in get_type_hints(type(config)).items():
         value = getattr(config, key)
@@ -130,7 +130,7 @@ def validate_lists(config: Any, prefix: str) -> Problems:
 
 
 def validate_fields(config: Any, prefix: str) -> Problems:
-    """Problems of single fields: numbers out of bounds, values that are no choice, unknown devices, passwords."""
+    """Problems of single fields: numbers out of bounds, values that are not a choice, unknown devices, passwords."""
     problems = out_of_bounds(vars(config), BOUNDS.get(type(config), {}), prefix)
     for key, hint in get_type_hints(type(config)).items():
         value, choices = getattr(config, key), choices_of(hint)
@@ -204,7 +204,7 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
     if lowest is not None and config.learning_rate < lowest < inf:
         yield (
             f"{prefix}min_learning_rate: {lowest} is above {prefix}learning_rate={config.learning_rate}, "
-            f"but the schedule only falls"
+            f"which is the peak of the schedule"
         )
     if not isinstance(config.compile, bool) and config.compile != "auto":
         yield f"{prefix}compile: {config.compile!r} is none of auto, true, false"
@@ -213,7 +213,7 @@ def _training(config: TrainingConfig, prefix: str) -> Iterator[str]:
         needed = f"needs the package {traits.package}, pip install -e '.[{config.optimizer.replace('_', '-')}]'"
         yield f"{prefix}optimizer: {config.optimizer} {needed}; {included} need nothing more"
     if config.optimizer == "schedule_free" and not config.beta1:
-        yield f"{prefix}beta1: 0 leaves schedule_free nothing to average, a value above 0 would do"
+        yield f"{prefix}beta1: 0 is not for schedule_free, which averages over steps; use a value above 0"
     yield from _tasks(f"{prefix}eval_tasks", config.eval_tasks, config.eval_tasks_folder)
     if not config.mixed_precision and config.precision in ("bf16", "fp16"):
         yield f"{prefix}precision: {config.precision} contradicts {prefix}mixed_precision=false, drop one of the two"
@@ -264,9 +264,8 @@ def validate_parametrization(model: GPT2Config, train: TrainingConfig) -> Proble
     if model.parametrization != "mup" or train.optimizer not in OPTIMIZERS or OPTIMIZERS[train.optimizer].scales:
         return []
     scaling = ", ".join(name for name, traits in OPTIMIZERS.items() if traits.scales)
-    return [
-        f"train.optimizer: {train.optimizer} has no rate by width, as model.parametrization=mup needs; use {scaling}"
-    ]
+    needs = f"does not scale learning rates by width, as model.parametrization=mup needs; use {scaling}"
+    return [f"train.optimizer: {train.optimizer} {needs}"]
 
 
 def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, started: DistEnv) -> Problems:
@@ -287,13 +286,13 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
         nearest = [str(near) for near in (size // parts * parts, -(-size // parts) * parts) if near > 0]
         problems.append(
             f"train.batch_size: a step of {size} * train.accumulation_steps={times} blocks cannot be divided over "
-            f"{started.world_size} ranks, {' or '.join(nearest)} * {times} can"
+            f"{started.world_size} ranks; {' or '.join(nearest)} * {times} can"
         )
     return problems
 
 
 def _loggers(config: TrainRun | EvaluateRun | GenerateRun, prefix: str = "") -> Problems:
-    """Loggers whose packages are not installed."""
+    """The loggers whose packages are not installed."""
     specs = {name: find_spec(name) for name in config.loggers if name in EXTRA_LOGGERS}
     missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # None: just a folder
     return [f"loggers: {name} is not installed; pip install -e '.[{name}]', or leave it out" for name in missing]
@@ -305,7 +304,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     yield from validate_parametrization(config.model, config.train)
     for key in WHEN_LOADED:
         if getattr(config.inference, key) != getattr(InferenceConfig(), key):
-            yield f"inference.{key}: only for generate.py; samples during training use the weights that are trained"
+            yield f"inference.{key}: only for generate.py; samples during training use the model as it is trained"
     if config.data.max_length > config.model.context_length:
         yield (
             f"data.max_length: blocks of {config.data.max_length} tokens do not fit into "
@@ -315,7 +314,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     if Path(folder).name != folder or folder in ("", "..") or len(folder) > 100:
         yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder, at most 100 characters"
     if not re.fullmatch(r"(?![.-])(?=.*[^\W_])[\w.-]{1,100}", config.name):
-        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, the first no '.' or '-'"
+        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, not first '.' or '-'"
 
 
 def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:

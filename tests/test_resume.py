@@ -275,7 +275,7 @@ def test_changed_settings_are_refused_or_listed(workspace: Workspace):
     assert "Changed: data is" in others.stdout, "with the tokenizer of before"
     file = workspace.run("train.py", f"resume={run / 'checkpoints' / run_folder.LAST}", expect=2).stderr
     assert file.endswith(
-        "; a run resumes from its newest checkpoint, and train.init_from=FILE starts a new run from one\n"
+        "; a run is resumed by its folder, and train.init_from=FILE starts a new run from a checkpoint\n"
     )
 
 

@@ -13,7 +13,7 @@ SCRIPTS = ("train.py", "evaluate.py", "generate.py", "main.py")
 
 
 def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """No traceback for Ctrl-C during the imports that follow, before `exit_on_signals`."""
+    """Print no traceback after Ctrl-C during the imports that follow, before `exit_on_signals` is called."""
     end_waiting()
     if issubclass(kind, KeyboardInterrupt):
         print("\nInterrupted.", file=sys.stderr)
@@ -22,5 +22,5 @@ def _report(kind: type[BaseException], error: BaseException, traceback: Tracebac
 
 
 sys.excepthook = _report
-if Path(sys.argv[0]).name in SCRIPTS:  # the imports that follow take a second, or several from a cold disk
+if Path(sys.argv[0]).name in SCRIPTS:  # the imports take a second, or several from a cold disk
     waiting_for("starting")

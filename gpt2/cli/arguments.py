@@ -40,8 +40,8 @@ def split_arguments(command: Callable[[], None]) -> tuple[list[str], dict[str, s
     """Split the command line into paths, and options by name.
 
     Args:
-        command: Its docstring is the text of `--help`, in which indented lines that begin with `name=` or `--name`
-            describe the options.
+        command: A function whose docstring is the text of `--help`. The indented lines that begin with `name=` or
+            `--name` describe the options.
 
     Raises:
         UserError: There are unknown options.

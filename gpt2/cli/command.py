@@ -1,8 +1,8 @@
-"""Runs the command line of a script: arguments in, a checked configuration to the script's function.
+"""Runs the command line of a script: composes and checks the configuration and passes it to the script's function.
 
 Hydra composes the configuration and runs sweeps. This module adds three things: everything is checked before anything
 runs (all problems are printed, exit code 2, no run folder is left behind); a single run is composed and validated
-once; and a prompt bypasses Hydra's grammar, because it is text and no expression.
+once; and a prompt bypasses Hydra's grammar, because it is a text and not an expression.
 """
 
 import logging
@@ -46,11 +46,11 @@ from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.files import run_lock, writable_folder
 from gpt2.runtime.repository import CONF
 
-OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # rank 0 alone prints and writes `.hydra/`
+OTHER_RANKS = ["hydra/job_logging=stderr", "hydra.output_subdir=null"]  # only rank 0 prints and writes `.hydra/`
 
 
 def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
-    """Compose `conf/<name>.yaml` with the arguments, without the script's name, and run the script's function."""
+    """Compose `conf/<name>.yaml` with the arguments and run the script's function."""
     arguments, prompt = take_prompt(arguments) if name == "generate" else (arguments, None)
     options = parse_arguments(arguments)
     check_flags(options)
@@ -67,7 +67,7 @@ def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
 
 
 def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Take `prompt=...` out of a command line, as the shell passed it; bytes that are not UTF-8 become U+FFFD."""
+    """Separate `prompt=...` from the other arguments. In the prompt, bytes that are not UTF-8 become U+FFFD."""
     rest, prompt = list[str](), None
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -86,7 +86,7 @@ def call_hydra(name: str, task: Task, arguments: list[str]) -> None:
 
 
 def print_information(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
-    """Let Hydra answer --cfg and the like."""
+    """Let Hydra answer `--cfg`, `--info`, `--hydra-help` or `--shell-completion`."""
     if not options.shell_completion:
         check_run(name, options)
     try:
@@ -102,7 +102,7 @@ def print_information(name: str, task: Task, arguments: list[str], options: Name
 
 
 def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> None:
-    """Compose, check and run a command line without -m, in the only process or in one rank of torchrun's."""
+    """Compose, check and run a command line without -m, in a single process or in one rank."""
     early_log = collect_log()
     with ExitStack() as places:
         if dist_env().is_main:
@@ -121,7 +121,7 @@ def run_once(name: str, task: Task, options: Namespace, prompt: str | None) -> N
 
 
 def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose, choose the run's folder and validate; the other ranks get the folder, or the exit code."""
+    """On rank 0: compose, choose the run folder and validate. The other ranks get the folder, or the exit code."""
     try:
         if dist_env().by_torchrun and (options.multirun or name not in ("train", "evaluate")):
             raise UserError("torchrun is for single runs of train.py and evaluate.py")
@@ -146,7 +146,7 @@ def prepare_on_main(name: str, options: Namespace, places: ExitStack) -> tuple[D
 
 
 def share(value: Any) -> Any:
-    """Rank 0's value on all ranks; the value itself without torchrun."""
+    """Return the value of rank 0 on all ranks; without torchrun, the value itself."""
     if not dist_env().by_torchrun:
         return value
     from gpt2.distributed.process_group import broadcast_from_main
@@ -155,10 +155,10 @@ def share(value: Any) -> Any:
 
 
 def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolder, Run]:
-    """Compose and resolve on another rank, with the folder that rank 0 chose."""
+    """On the other ranks: compose and resolve, with the folder that rank 0 chose."""
     shared = share(None)
     if isinstance(shared, int):
-        if shared:  # rank 0 has the reason
+        if shared:  # rank 0 prints the reason
             time.sleep(SECONDS_AFTER_FIRST_RANK)
         sys.exit(shared)
     composed, folder = compose(name, [*options.overrides, *OTHER_RANKS], with_hydra=True), RunFolder(**shared)
@@ -172,7 +172,7 @@ def prepare_on_rank(name: str, options: Namespace) -> tuple[DictConfig, RunFolde
 
 def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -> None:
     """Check everything that a command line with -m would run, then let Hydra's sweeper run it."""
-    logging.disable(logging.WARNING)  # each run will repeat its warnings
+    logging.disable(logging.WARNING)  # each run repeats its warnings
     check_sweep(name, options)
     log_submissions()
     added = sweep_arguments(options.overrides)

@@ -1,11 +1,10 @@
-"""Turns what Hydra composed into the dataclass that runs: typed, validated, and filled in from a checkpoint.
+"""Turns a composed configuration into a validated dataclass, filled in from the checkpoint that it names.
 
-From a checkpoint come the model's shape, its tokenizer, sampling options and data, or the whole configuration of a run
-to resume. They replace defaults, never what the command line sets.
+A checkpoint provides the model's shape, its tokenizer, its sampling options and its data, or the whole configuration of
+a run to resume. These values replace defaults, never values that the command line sets.
 
-A checkpoint may come from a stranger. Its values are plain data: no text of a file becomes part of a
-configuration that OmegaConf resolves, where `${oc.env:NAME}` would read the environment. And it decides only what
-`SAVED` lists: accounts, places, devices and workers are those of the person at the keyboard.
+A checkpoint may come from a stranger. Therefore OmegaConf never resolves its texts, because `${oc.env:NAME}` would read
+an environment variable, and it provides only the keys of `SAVED_GROUPS` and `SAVED_KEYS` that are not in `USER_KEYS`.
 """
 
 import logging
@@ -43,16 +42,16 @@ from gpt2.validation import validate
 
 log = logging.getLogger("gpt2")
 
-Values = dict[str, Any]  # plain values of a file by key
+Values = dict[str, Any]  # plain values by key, such as `train.seed`
 
-# What the configuration in a checkpoint may decide, except for the keys USER_KEYS.
+# What a run takes from the configuration in a checkpoint, except for USER_KEYS.
 SAVED_GROUPS = ("model", "train", "data", "inference", "distributed")
 SAVED_KEYS = ("name", "profile", "sample_prompt", "loggers", "started_with", "choices")
 LOADING_KEYS = tuple(f"inference.{key}" for key in WHEN_LOADED)  # train.py refuses them
 CORPUS_KEYS = re.compile(r"data(\.(?!tokenizer$)|$)|split$|stride$")  # keys of evaluate.py that choose the text
 
-# The keys that a resumed run may change: those without effect on its result, those that decide when it ends, and the
-# places of its text, whose contents `Trainer.load_checkpoint` compares.
+# The keys that a resumed run may change. They have no effect on its result, decide when it ends, or locate its text,
+# whose content `Trainer.load_checkpoint` compares.
 CHANGEABLE = KEYS_WITHOUT_EFFECT | {
     *("train.max_steps", "train.max_epochs", "train.max_training_hours", "train.eval_every"),
     *("train.on_nonfinite", "train.nonfinite_limit"),
@@ -67,7 +66,7 @@ FIXED = {
 
 
 def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
-    """A composed configuration as a validated dataclass, filled in from the checkpoint that it names.
+    """Return a composed configuration as a validated dataclass, filled in from the checkpoint that it names.
 
     Raises:
         UserError: With all problems.
@@ -92,7 +91,7 @@ def completed(composed: DictConfig, values: Values) -> Run:
     """The dataclass of a composed configuration, in which values of a checkpoint replace composed ones."""
     composed = deepcopy(composed)
     for key, value in values.items():
-        if isinstance(value, int | float):  # interpolations of the command line may refer to it
+        if isinstance(value, int | float):  # an interpolation on the command line may refer to it
             OmegaConf.update(composed, key, value)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Run)
@@ -107,11 +106,11 @@ def typed(name: str, composed: DictConfig) -> DictConfig:
     plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"})  # type: ignore
     if missing := sorted(OmegaConf.missing_keys(plain)):
         raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
-    return merged(SCHEMAS[name], plain)  # rejects keys that `+key=value` added past the schema
+    return merged(SCHEMAS[name], plain)  # rejects keys that are not in the schema, from `+key=value`
 
 
 def saved_values(run: Mapping[str, Any]) -> Values:
-    """The values that are taken from the configuration of a run in a file."""
+    """The values that a run takes from a configuration in a checkpoint."""
     values = {f"{group}.{key}": value for group in SAVED_GROUPS for key, value in run[group].items()}
     values |= {key: run[key] for key in SAVED_KEYS}
     return {key: value for key, value in values.items() if key not in (*USER_KEYS, *LOADING_KEYS)}
@@ -126,7 +125,7 @@ def saved_group(trained: TrainedModel, group: str, keys: set[str]) -> Values:
 
 
 def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) -> Values:
-    """Sampling options of the run that trained the model."""
+    """The model's path, and the sampling options of the run that trained it."""
     trained = open_model(composed.checkpoint)
     values = saved_group(trained, "inference", keys_of(overrides))
     return {**values, "checkpoint": trained.source}
@@ -135,14 +134,14 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
 def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> list[Values]:
     """For each model: its tokenizer, windows as long as its training blocks, and the file for its result.
 
-    The data are those that the first was trained on, so that the losses compare. Tasks need none.
+    All models are evaluated on the data of the first one, so that their losses can be compared. Tasks need no data.
     """
     keys, filled = keys_of(overrides), list[Values]()
     of_corpus = sorted(key for key in keys if CORPUS_KEYS.match(key)) if composed.tasks else []
-    problems = [f"{key}: is for a corpus, which tasks=[...] replace; drop one of the two" for key in of_corpus]
+    problems = [f"{key}: has no effect on tasks=[...], which need no corpus; drop one of the two" for key in of_corpus]
     models = [open_model(name) for name in checkpoints_named(composed)]
     data = {} if composed.tasks else saved_group(models[0], "data", keys)
-    if "data.files" in keys:  # those of the run are no part of them
+    if "data.files" in keys:  # the run's validation files are no part of other files
         data.pop("data.validation_files", None)
     for trained in models:
         values = {**data, "checkpoint": trained.source, "all_checkpoints": False}
@@ -157,8 +156,8 @@ def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) ->
         values["data.max_length"] = length
         if length > context:
             problems.append(
-                f"data.max_length: windows of {length} tokens do not fit into the context of "
-                f"checkpoint={trained.source}, {context}"
+                f"data.max_length: windows of {length} tokens do not fit into the context of {context} tokens of "
+                f"checkpoint={trained.source}"
             )
         filled.append(values)
     if problems:
@@ -198,9 +197,9 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
         if not composed.train.auto_resume:
             hint = run_folder.newest_run_in(Path(composed.resume))
             if Path(composed.resume).is_file():
-                hint = "; a run resumes from its newest checkpoint, and train.init_from=FILE starts a new run from one"
+                hint = "; a run is resumed by its folder, and train.init_from=FILE starts a new run from a checkpoint"
             raise UserError(f"resume: {composed.resume} is no run folder with a checkpoint in it{hint}")
-    values: Values = {"resume": None}  # or it ended before its first checkpoint: start from the beginning
+    values: Values = {"resume": None}  # a run that ended before its first checkpoint starts from the beginning
     if composed.train.init_from is None:
         return values
     keys, problems = keys_of(overrides), list[str]()
@@ -227,20 +226,20 @@ def fill_from_checkpoint_train(composed: DictConfig, overrides: list[str]) -> Va
 
 
 def tokenizer_name(trained: TrainedModel, key: str, composed: DictConfig, keys: set[str]) -> str:
-    """The `data.tokenizer` of a trained model, whose token ids mean nothing under another tokenizer.
+    """The value of `data.tokenizer` for a trained model: its token ids are valid only for its own tokenizer.
 
     Raises:
-        UserError: The command line sets another tokenizer, the model has none, or it has fewer tokens.
+        UserError: The command line sets another tokenizer, the model has none, or the tokenizer has too many tokens.
     """
     wanted, model = composed.data.tokenizer, f"{key}={trained.source}"
     if "data.vocab_size" in keys:
-        raise UserError(f"data.vocab_size: only a newly trained tokenizer has it, and {model} has its own tokenizer")
+        raise UserError(f"data.vocab_size: is for a newly trained tokenizer, but {model} has its own tokenizer")
     if "data.tokenizer" not in keys:
         try:
             tokenizer = trained.tokenizer_for_text()
         except UserError as error:
             raise UserError(f"data.tokenizer: {error}; name the tokenizer that it was trained with") from error
-        wanted = trained.source if trained.tokenizer else "gpt2"  # the result of `tokenizer_for_text`
+        wanted = trained.source if trained.tokenizer else "gpt2"  # the same choice as in `tokenizer_for_text`
     elif wanted == "train":
         raise UserError(
             f"data.tokenizer: {model} does not know the tokens of a new tokenizer; leave it out to use the model's own"
@@ -248,12 +247,10 @@ def tokenizer_name(trained: TrainedModel, key: str, composed: DictConfig, keys: 
     else:
         tokenizer = open_tokenizer(wanted)
         if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
-            raise UserError(f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use that one")
+            raise UserError(f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use its own")
     if tokenizer.ids_in_use > trained.config.vocab_size:
-        known = trained.config.vocab_size
-        raise UserError(
-            f"data.tokenizer: its {tokenizer.ids_in_use} tokens are more than the {known} that {model} knows"
-        )
+        known = f"{model}, which knows {trained.config.vocab_size}"
+        raise UserError(f"data.tokenizer: a tokenizer with {tokenizer.ids_in_use} tokens does not fit {known}")
     return str(wanted)
 
 
@@ -274,11 +271,11 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     trained = CheckpointModel(path)
     record = trained.record
     assert record is not None
-    trained.tokenizer  # noqa: B018  # read now, so that a damaged one is refused whether it is used or not
+    trained.tokenizer  # noqa: B018  # read now, so that a damaged tokenizer is an error even if it is not used
     if record["run"] is None:
         raise UserError(f"resume: {path} was not written by train.py, so it holds no configuration to resume with")
     values, done = saved_values(record["run"]), record["progress"]["step"]
-    values["train.checkpoint_dir"] = path.absolute().parent.name  # new ones are written beside it
+    values["train.checkpoint_dir"] = path.absolute().parent.name  # new checkpoints are written beside it
     requested = requested_changes(composed, overrides, set(values["started_with"]))
     is_other_text = any(key.startswith("data.") and values.get(key, new) != new for key, new in requested.items())
     problems: list[str] = []
@@ -298,15 +295,15 @@ def configuration_of_run(path: Path, composed: DictConfig, overrides: list[str])
     if problems:
         raise UserError(*problems)
     if values["data.tokenizer"] != "bytes" and (values["data.tokenizer"] != "train" or is_other_text):
-        # The checkpoint holds a copy. The tokenizer's folder may be gone, and of another text another one is learned.
+        # Use the copy in the checkpoint: the tokenizer's folder may be gone, and another text gives another tokenizer.
         values["data.tokenizer"] = str(path)
     return {**values, **settings_of_user(record["run"], composed, requested), "resume": str(path)}
 
 
 def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Values) -> Values:
-    """The settings USER_KEYS of a resumed run that the command line does not set; logs those that are not taken.
+    """The user's own settings of a resumed run. Logs the saved values of USER_KEYS that are not used.
 
-    A checkpoint may keep W&B from being contacted, but not have it contacted.
+    A checkpoint may switch W&B off, but not on.
     """
     values: Values = {"resume_changes": requested.get("resume_changes", False)}
     if composed.train.auto_resume:  # the command line repeats all settings
@@ -329,9 +326,9 @@ def settings_of_user(run: Mapping[str, Any], composed: DictConfig, requested: Va
 def requested_changes(composed: DictConfig, overrides: list[str], known: set[str]) -> Values:
     """The values that a command line requests, key by key, including those of the groups and presets that it chooses.
 
-    An argument that the run was started with (`known`) requests nothing, unless its key is in CHANGEABLE: an earlier
-    resumption may have changed it, so repeating it changes it back. With auto_resume the whole command line is repeated
-    and requests nothing.
+    An argument that the run was started with (`known`) is no request, unless its key is in CHANGEABLE: an earlier
+    resumption may have changed the value, so repeating the argument changes it back. With `train.auto_resume` the whole
+    command line is repeated, and no argument is a request.
     """
     wanted, default = leaves(composed), leaves(compose_defaults("train"))
     requested: Values = {}

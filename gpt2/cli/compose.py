@@ -1,4 +1,4 @@
-"""Composes `conf/` with Hydra, in this process and without running anything, and formats overrides and errors."""
+"""Composes `conf/` with Hydra without running anything, and formats overrides and errors."""
 
 import re
 import shlex
@@ -57,7 +57,7 @@ NANOGPT_NAMES = {  # our name: nanoGPT's name
     "num_return_sequences": "num_samples",
     "prompt": "start",
 }
-OTHER_KEYS = {  # what users may type: a key that is not in our schemas, or a group
+OTHER_KEYS = {  # another word for a key or a group: the key of Hydra's own node, or the group
     "out_dir": "hydra.run.dir",
     "n_trials": "hydra.sweeper.n_trials",
     "dataset": "data",
@@ -71,11 +71,11 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
         with_hydra: Keep Hydra's own node.
 
     Raises:
-        HydraException, OmegaConfBaseException: They do not compose.
+        HydraException, OmegaConfBaseException: The overrides do not compose.
     """
     composed = _composed(name, tuple(overrides), Path.cwd())
     if isinstance(composed, Exception):
-        raise composed.with_traceback(None)  # or it would grow each time
+        raise composed.with_traceback(None)  # the cached exception's traceback would grow each time
     composed = deepcopy(composed)
     if not with_hydra:
         with open_dict(composed):
@@ -85,9 +85,9 @@ def compose(name: str, overrides: list[str], with_hydra: bool = False) -> DictCo
 
 @contextmanager
 def hydra_of(name: str) -> Iterator[None]:
-    """Hydra with `conf/` as its configuration."""
+    """Initialize Hydra with `conf/` for a block."""
     register(name)
-    if GlobalHydra.instance().is_initialized():  # a job of a sweep, which uses the same `conf/`
+    if GlobalHydra.instance().is_initialized():  # in a job of a sweep, with the same `conf/`
         yield
     else:
         with hydra.initialize_config_dir(str(CONF), job_name=name):
@@ -96,13 +96,13 @@ def hydra_of(name: str) -> Iterator[None]:
 
 @lru_cache(maxsize=8)
 def _composed(name: str, overrides: tuple[str, ...], _cwd: Path) -> DictConfig | Exception:
-    """Cached with its error, because Hydra takes 0.1 s and checking a command line composes it repeatedly."""
+    """The composition or its error, cached: Hydra takes 0.1 s, and a check composes a command line repeatedly."""
     with hydra_of(name):
         try:
             return hydra.compose(name, list(overrides), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             return error
-        except Exception as error:  # noqa: BLE001  # a file that is no YAML, for example: there is no common class
+        except Exception as error:  # noqa: BLE001  # a file that is not YAML, for example: these errors have no common class
             wrapped = ConfigCompositionException(f"{type(error).__name__}: {one_line(error)}")
             wrapped.__cause__ = error
             return wrapped
@@ -128,7 +128,7 @@ def compose_defaults(name: str, with_hydra: bool = False) -> DictConfig:
 
 
 def composition_error(error: Exception) -> str:
-    """The one line of Hydra's message that says what is wrong, with the available choices but no search path."""
+    """The problem in one line: from Hydra's message, with the available choices and without the search path."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException):
         first = str(cause).splitlines()[0]
@@ -139,19 +139,19 @@ def composition_error(error: Exception) -> str:
     if "No match in the defaults list" in text:
         return "there is no such group here"
     if "Unsupported item value in defaults" in text:
-        return "its defaults list chooses by what YAML reads as true, false or a number; quotes make the word a name"
+        return "its defaults list has a choice that YAML reads as true, false or a number; put the name into quotes"
     if "An item is already at" in text:
         return "the key exists already, leave out the +"
     if preset := re.match(r"In '(([^/']+)/[^']+)': ConfigKeyError.*Key '\2' not in", text, re.DOTALL):
         return f"{preset[1]}.yaml needs the line `# @package _global_`, because it sets keys of other groups"
-    text = re.sub(r"^In '\w+': ", "", text)  # the primary file, which is that of the script
+    text = re.sub(r"^In '\w+': ", "", text)  # the script's primary file
     problem, *choices = [line.strip() for line in text.splitlines() if line.strip()]
-    choices = [choice for choice in choices if choice != "study" and not choice.startswith("_")]  # files of studies
+    choices = [choice for choice in choices if choice != "study" and not choice.startswith("_")]  # not for users
     return f"{problem.removesuffix('.')}. {choices[0]} {', '.join(choices[1:])}" if choices else problem
 
 
 def override_at_fault(error: Exception, overrides: list[str]) -> str | None:
-    """The override that Hydra's message about a failed composition names; None if it names none of them."""
+    """The override that is named in Hydra's message about a failed composition; None if none is named."""
     message = str(error).splitlines()[0]
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
@@ -162,7 +162,7 @@ def override_at_fault(error: Exception, overrides: list[str]) -> str | None:
 
 
 def schema_without_key(error: OmegaConfBaseException) -> type | None:
-    """The schema of a command that has no key of this name; None for other errors, groups and keys of Hydra."""
+    """The command's schema if the error is about a key that it lacks; None for other errors and for keys of Hydra."""
     key, parent = error.full_key or "", error.parent_node
     is_missing = isinstance(error, ConfigAttributeError) or (isinstance(error, ConfigKeyError) and "." in key)
     if not is_missing or parent is None or key.startswith("hydra."):
@@ -172,12 +172,13 @@ def schema_without_key(error: OmegaConfBaseException) -> type | None:
 
 
 def did_you_mean(schema: Any, key: str) -> str:
-    """A hint at the keys that the user may have meant, of all groups.
+    """A hint at the keys that the user may have meant, in any group.
 
-    They have the name, its initials or its name in nanoGPT. If none has, their names contain the key or resemble it.
+    A key is hinted at if the user typed its name, its initials or its name in nanoGPT. If there is no such key, the
+    hint has keys whose names contain the text or are similar.
     """
     named: dict[str, list[str]] = {}
-    others = {name: [full_key] for name, full_key in OTHER_KEYS.items()}  # by other words for their names
+    others = {name: [full_key] for name, full_key in OTHER_KEYS.items()}  # keys by other words for their names
     for full_key in leaves(_defaults_of(schema), resolve=False):
         name = full_key.rpartition(".")[2]
         named.setdefault(name, []).append(full_key)
@@ -195,13 +196,13 @@ def did_you_mean(schema: Any, key: str) -> str:
 
 
 def keyed_error(error: Exception, key: str | None = None) -> str:
-    """`key: composition_error`, with the key of the wrong value, which OmegaConf knows for most errors."""
+    """The composition error after the key of the wrong value, if OmegaConf names the key."""
     key = key or getattr(error, "full_key", None)
     return f"{key}: {composition_error(error)}" if key else composition_error(error)
 
 
 def parsed(overrides: list[str]) -> list[Override]:
-    """Overrides as Hydra's grammar reads them. Callers share them and must not change them."""
+    """Parse overrides with Hydra's grammar. The results are cached and must not be changed."""
     return [_parsed(override) for override in overrides]
 
 
@@ -215,7 +216,7 @@ def without_sweeps(overrides: list[str]) -> list[str]:
 
 
 def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
-    """The overrides in Hydra's node as typed. (Reading them one by one would resolve interpolations.)"""
+    """The overrides in Hydra's node as typed. (Access to a single one would resolve its interpolations.)"""
     plain = OmegaConf.to_container(hydra_node.overrides)
     assert isinstance(plain, dict)
     return plain[kind]
@@ -262,7 +263,7 @@ def preset(overrides: list[str], searched: set[str]) -> tuple[dict[str, str], di
     """A command line as a preset: the groups it chooses, and the values that differ from those of the groups.
 
     Args:
-        searched: Keys whose values are listed in any case.
+        searched: Keys whose values are listed even if they do not differ.
     """
     composed, defaults = compose("train", overrides, with_hydra=True), compose_defaults("train", with_hydra=True)
     chosen, usual = (whole.hydra.runtime.choices for whole in (composed, defaults))
@@ -281,7 +282,7 @@ def title(overrides: list[str]) -> str:
 
     Keys without effect on the result and long values are left out.
     """
-    words: dict[str, str] = {}  # if a key is repeated, the last one counts
+    words: dict[str, str] = {}  # if a key is repeated, its last value counts
     try:
         arguments = parsed(overrides)
     except HydraException:  # overrides from a checkpoint may be anything

@@ -11,7 +11,7 @@ from gpt2.runtime.console import printable
 from gpt2.runtime.dist_env import report_to_torchrun
 from gpt2.runtime.signals import reraise_interruption
 
-SECONDS_AFTER_FIRST_RANK = 1.0  # torchrun's report names the rank that ends first: the one with the cause
+SECONDS_AFTER_FIRST_RANK = 1.0  # the rank that caused the error must end first: torchrun reports that one
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def print_problems(error: UserError) -> None:
     if type(error) is LostRankError:  # the cause is in another rank
         time.sleep(SECONDS_AFTER_FIRST_RANK)
         return
-    try:  # torchrun's report shows the traceback, and this one is short
+    try:  # raised here, because torchrun's report shows the traceback, and this one is short
         raise UserError(*map(printable, lines)) from None
     except UserError as short:
         report_to_torchrun(short)

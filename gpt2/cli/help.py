@@ -19,11 +19,11 @@ from gpt2.config import SCHEMAS
 from gpt2.runtime.repository import CONF
 
 WIDTH, INDENT = 120, 44  # characters in a line, and before a comment
-SET_BY_US = "set by"  # the comment of a field begins with this if no command line may set it
+SET_BY_US = "set by"  # begins the comment of a field that no command line may set
 
 
 def help_text(name: str) -> str:
-    """Everything that the command line of `conf/<name>.yaml` understands."""
+    """The groups and keys of the command line that `conf/<name>.yaml` describes."""
     header, _, defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("defaults:")
     groups = [folder for folder in sorted(CONF.iterdir()) if f"- {folder.name}:" in defaults]
     choices = [files_of(group) for group in groups]
@@ -37,7 +37,7 @@ def help_text(name: str) -> str:
 
 
 def files_of(group: Path) -> str:
-    """The line, or lines, of a group."""
+    """A group and its files, in one or several lines."""
     key = f"  {group.name}="
     lines = textwrap.wrap(" ".join(sorted(file.stem for file in group.glob("*.yaml"))), WIDTH - len(key) - 1)
     return key + f"|\n{' ' * len(key)}".join(line.replace(" ", "|") for line in lines)
@@ -68,7 +68,7 @@ def study_help() -> str:
 
 
 def sections_of(schema: type, prefix: str = "", title: str = "Keys (KEY=VALUE):") -> list[list[str]]:
-    """The single values of a dataclass as lines under a title, and the same of each dataclass in it."""
+    """The lines of a dataclass: its values under a title, then a section for each dataclass in it."""
     lines, inner, hints = [title], [], get_type_hints(schema)
     for field in fields(schema):
         hint, comment = hints[field.name], comments(schema)[field.name]
@@ -100,7 +100,7 @@ def as_typed(default: Any) -> str:
 
 
 def choices_of(hint: Any) -> str:
-    """The values of `Literal[...]`, the type of a field whose default may be null; empty where the default shows it."""
+    """The values of `Literal[...]`, or the type of an optional field; empty for types that the default shows."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     options = [option for option in get_args(hint) if option is not NoneType]
@@ -111,7 +111,7 @@ def choices_of(hint: Any) -> str:
 
 @cache
 def comments(schema: type) -> dict[str, str]:
-    """The comment of each field of a dataclass of `gpt2.config`: behind it, or else in the lines above it."""
+    """The comment of each field of a dataclass of `gpt2.config`, from its line or else from the lines above."""
     source = inspect.getsource(gpt2.config)
     lines, result = source.splitlines(), {}
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}

@@ -1,6 +1,6 @@
-"""Everything that we use of Hydra without it being public API. Checked with hydra-core 1.4.0rc3.
+"""The parts of Hydra's private API that are used here. Checked with hydra-core 1.4.0rc3.
 
-`tests/cli/test_hydra_private.py` fails with the name of the part that has moved.
+`tests/cli/test_hydra_private.py` names the part that has moved.
 """
 
 from argparse import Namespace
@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     def refuse(message: str) -> NoReturn:
         if message.startswith("unrecognized arguments") and "=" in message:
             message += "; settings have no dashes, such as train.seed=1"
-        raise UserError(f"{message}; --help lists what there is")
+        raise UserError(f"{message}; --help lists all keys, --hydra-help all flags")
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # the default prints the usage in several lines
@@ -53,11 +53,13 @@ COMPLETE_MODULE = r"""    words=($COMP_LINE)
 
 
 def bash_completion(commands: Iterable[str]) -> str:
-    """What `-sc install=bash` prints. Hydra's function completes after `python FILE`; this one also after `python3`
-    and a path to either, which Hydra's parser of the line does not take, and after `python -m gpt2.main`.
+    """The completion function for bash that `-sc install=bash` prints.
+
+    It is Hydra's, which completes after `python FILE`, changed to complete also after `python3`, after a path to
+    Python, and after `python -m gpt2.main`.
 
     Args:
-        commands: Of `gpt2.main`.
+        commands: The commands of `gpt2.main`.
     """
     with redirect_stdout(StringIO()) as printed:
         BashCompletion(config_loader=None).install()  # type: ignore[arg-type]  # only queries use it
@@ -73,7 +75,7 @@ def run_composed(composed: DictConfig, task: Callable[[DictConfig], Any]) -> Any
     Makes the output folder, configures logging and writes `.hydra/`. `hydra.main` would compose a second time.
 
     Args:
-        composed: With the `hydra` node.
+        composed: The configuration with its `hydra` node.
     """
     context = HydraContext(
         config_loader=None,  # type: ignore[arg-type]  # only sweepers use it

@@ -1,4 +1,4 @@
-"""One job of Hydra: a script's function on its complete configuration, in the output folder of a run."""
+"""Runs a script's function with its complete configuration as a job of Hydra, in the output folder of the run."""
 
 import gc
 import logging
@@ -69,7 +69,7 @@ def load_torch() -> None:
 
 
 def start_garbage_collection() -> None:
-    """Switch it on again after `gpt2.cli.script`, without the modules and configurations that exist by now."""
+    """Enable garbage collection, which `gpt2.cli.script` disabled. Existing objects are exempt from it."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -91,7 +91,7 @@ def require_writable_places(config: Any, places: ExitStack) -> None:
 
 @contextmanager
 def clean_up_on_error(is_new: bool = True) -> Iterator[None]:
-    """Write a user's mistake to train.log as well, and remove the folder of a new run that did not begin."""
+    """On an error, write it to train.log if it is a user's mistake, and remove a new run's folder if nothing ran."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit) as error:
@@ -156,7 +156,7 @@ def setup_problem(error: BaseException) -> str:
 
 
 def collect_log() -> MemoryHandler:
-    """Collect log records, such as that of a skipped checkpoint, until Hydra has configured logging for train.log.
+    """Collect log records, such as that of a skipped checkpoint, until Hydra has configured logging.
 
     Hydra's configuration replaces this handler.
     """
@@ -168,7 +168,7 @@ def collect_log() -> MemoryHandler:
 
 
 def replay(early_log: MemoryHandler) -> None:
-    """Log the collected records, each message once: checkpoints are searched again when the run's folder is locked."""
+    """Log the collected records, each message once: checkpoints are searched before and after the folder is locked."""
     logging.getLogger("gpt2").removeHandler(early_log)  # Hydra has removed it, unless it configures no logging
     for record in {record.getMessage(): record for record in early_log.buffer}.values():
         logging.getLogger(record.name).handle(record)
@@ -185,8 +185,8 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
         swept: The keys that the sweep is over.
 
     Returns:
-        Its loss, or the UserError that ended it: the other runs continue. In a process of joblib also the interruption
-        that ended it: raised, it would kill the other processes.
+        The loss of its run, or the UserError that ended it, so that the other runs continue. A process of joblib also
+        returns an interruption: an exception would make joblib kill the other processes.
     """
     protect_output()  # the launcher may have started this process
     is_worker = parent_process() is not None
@@ -221,14 +221,14 @@ def loss_or_error(run: Callable[[], Any], swept: set[str]) -> Any:
             problem = ResourceError(machine_error(error) or bug)
         log.error("error: %s", problem, extra={"in_file_only": True}, exc_info=None if problem is error else error)
         print_problems(named(problem, job.job.num, overrides_of(job), swept))
-        if not isinstance(error, RunLockedError):  # the folder is another process's
+        if not isinstance(error, RunLockedError):  # the folder belongs to another process
             with suppress(OSError):
                 record_failure(output_folder(), problem)
         return problem
 
 
 def run_locked(task: Task, composed: DictConfig) -> Any:
-    """Complete, validate and run a job, as the only process that writes to its folder."""
+    """Lock the folder of a job, complete and validate its configuration, and run it."""
     with run_lock(output_folder()), ExitStack() as places:
         config = resolve("train", composed, overrides_of(HydraConfig.get()))
         assert isinstance(config, TrainRun)

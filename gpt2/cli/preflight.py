@@ -1,7 +1,7 @@
 """Checks a whole command line before anything runs, and reports every problem in it at once.
 
-A single run is composed here, once, and runs without being composed again. Of a sweep all combinations are checked; of
-a study both ends of each range.
+A single run is composed here, and not again before it runs. The checks of a sweep cover every value and every pair of
+values; those of a study cover both ends of each range.
 """
 
 import os
@@ -55,7 +55,7 @@ def check_flags(options: Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
-        UserError: With the first two.
+        UserError: Two flags contradict each other.
     """
     flags = {"-m": options.multirun, "-r": options.run, "--cfg": options.cfg, "--info": options.info}
     given = [flag for flag, value in {**flags, "-sc": options.shell_completion}.items() if value]
@@ -96,7 +96,7 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
     """Check the form of each argument.
 
     Returns:
-        The arguments with one value, those that are swept, and the problems of all others.
+        The arguments with one value, the sweeps, and the problems of the other arguments.
     """
     fixed, swept, problems = [], [], []
     for flag in ("config_path", "config_dir", "config_name", "experimental_rerun"):
@@ -123,7 +123,7 @@ def check_overrides(name: str, options: Namespace) -> tuple[list[str], list[Over
 
 
 def shown(text: str) -> str:
-    """A text of the operating system as UTF-8; bytes that are not become escapes."""
+    """A text of the operating system as UTF-8. Other bytes become escapes."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
@@ -136,7 +136,7 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     if key.rpartition(".")[2] not in FREE_TEXT_KEYS and has_password(text):
         return f"{key}: {PASSWORD_REFUSED}"
     if key.split(".")[0] == "study":
-        return f"{text}: only a study sets that"
+        return f"{text}: only a study sets this key"
     if key.startswith(("hydra.runtime", "hydra.overrides")):
         return f"{text}: Hydra sets that"
     if key.startswith("hydra.") and key.endswith("._target_"):
@@ -150,22 +150,22 @@ def problem_of(name: str, override: Override, options: Namespace) -> str | None:
     if key == "train.auto_resume" and is_sweep:
         return f"{text}: one value for all runs of a sweep"
     if key == "hparams_search" and value and not (options.multirun or asks_for_information(options)):
-        return f"{text}: a search is many runs, it needs -m"
+        return f"{text}: a search has many runs, so it needs -m"
     if is_sweep and override.is_hydra_override():
-        return f"{text}: Hydra's own keys have one value; a sweep is over other keys, such as train.beta2=0.9,0.99"
+        return f"{text}: Hydra's own keys cannot be swept; a sweep is over other keys, such as train.beta2=0.9,0.99"
     if is_sweep and not options.multirun:
         remedy = "add -m" if name == "train" and not asks_for_information(options) else "give one value"
-        return f"{text} is a sweep: {remedy}; as one value, a list needs brackets and a text with a comma quotes"
+        return f"{text} is a sweep: {remedy}; if it is one value, a list needs brackets, a text with a comma quotes"
     if isinstance(value, dict) and "." not in key.removeprefix("hydra."):
         single = [f"{key}.{inner}={hydra_syntax(inner_value)}" for inner, inner_value in value.items()]
         return f"{key}: one key at a time, such as {single[0]}" if single else f"{text}: no value"
     may_be_name = override.type == OverrideType.CHANGE and not is_sweep and not non_names(override)
-    # The composition finds other wrong names. Here they would cost each start a composition of the defaults.
+    # Composing the command line finds other wrong names. Here, each start would also have to compose the defaults.
     return None if may_be_name else problem_of_choice(name, override)
 
 
 def non_names(override: Override) -> list[Any]:
-    """The values that cannot name a file of a group, because Hydra's grammar reads them as bool, null or number."""
+    """The values that cannot name a file of a group, because Hydra parses them as a bool, null or a number."""
     value = override.value()
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     return [choice for choice in choices if not isinstance(choice, str | QuotedString | Glob)]
@@ -197,9 +197,9 @@ def problem_of_choice(name: str, override: Override) -> str | None:
 
 
 def validate_composed(name: str, composed: DictConfig, kind: str) -> list[str]:
-    """Problems of the schema and of interpolations; if there are none, those of Hydra's own node.
+    """Problems of the schema and of interpolations; if there are none, problems of Hydra's own node.
 
-    That node names folders after our keys, so a problem with a key would be reported twice.
+    That node has interpolations of our keys in its folders, so a problem with a key would be reported twice.
     """
     try:
         OmegaConf.to_object(typed(name, composed))
@@ -218,7 +218,7 @@ def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
     """
     problems = []
     if composed.hydra.job.chdir:
-        problems.append("hydra.job.chdir: relative paths are those of the folder the command starts in; leave it out")
+        problems.append("hydra.job.chdir: relative paths start in the folder of the command; leave it out")
     if composed.hydra.mode is not None:
         problems.append("hydra.mode: -m makes several runs; leave it out")
     folder = composed.hydra.runtime.cwd
@@ -233,9 +233,9 @@ def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
             problems.append(keyed_error(error, key))
             continue
         if value is not None and not value.strip():
-            problems.append(f"{key}: is empty, a name is wanted")
+            problems.append(f"{key}: is empty; name a folder")
         elif value is not None and "/" in value and not key.endswith(".dir"):
-            problems.append(f"{key}: {value!r} is a path, a name is wanted")
+            problems.append(f"{key}: {value!r} is a path; give a name")
     return problems
 
 
@@ -305,10 +305,10 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
     """Problems of a single run: each override that does not compose, and the problems of the others together.
 
     Args:
-        earlier: Problems that are known already, whose keys have no second one.
+        earlier: Known problems. No further problem of their keys is returned.
     """
     found, accepted = dict[str, str](), list(overrides)
-    compose_defaults(name)  # a broken file of `conf/` is no problem of an override
+    compose_defaults(name)  # raises if `conf/` itself is broken, so that no override is blamed
     while error := failure_of_composition(name, accepted):
         blamed = override_at_fault(error, accepted)
         if blamed is None:
@@ -320,10 +320,10 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
     problems = [found[override] for override in dict.fromkeys(overrides) if override in found]
     composed = compose(name, accepted)
     refused = {key_of(text) for text in (*earlier, *problems)}
-    of_values: list[str] = []
-    with collecting(of_values):
+    problems_of_values: list[str] = []
+    with collecting(problems_of_values):
         resolve(name, composed, accepted)
-    return problems + [problem for problem in of_values if key_of(problem) not in refused]
+    return problems + [problem for problem in problems_of_values if key_of(problem) not in refused]
 
 
 def first_at_fault(name: str, overrides: list[str]) -> tuple[str, Exception]:

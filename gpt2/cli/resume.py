@@ -1,7 +1,6 @@
-"""Where a run or a sweep writes: a new folder, the folder of the run that is resumed, or that of its command line.
+"""Chooses the folder of a run or a sweep: a new one, that of a resumed run, or one named after the command line.
 
-With `train.auto_resume` the folder is named by a hash of the command line, so that repeating the command finds the
-checkpoints of the run it started.
+With `train.auto_resume` its name is a hash of the command line, so a repeated command finds its own checkpoints.
 """
 
 import logging
@@ -29,11 +28,11 @@ class RunFolder:
     """The folder of a single run."""
 
     path: str
-    resume: str | None = None  # new value of `resume` in the configuration
+    resume: str | None = None  # the new value of `resume` in the configuration
     is_new: bool = True  # false: `.hydra/` of the run that is resumed is left unchanged
 
     def apply(self, composed: DictConfig) -> None:
-        """Put the folder into a configuration that is composed with its `hydra` node."""
+        """Put the folder into a composed configuration, which has its `hydra` node."""
         composed.hydra.run.dir = self.path
         if "resume" in composed:
             if "${" in str(Path(self.path).absolute()):
@@ -66,7 +65,7 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
 
 
 def sweep_arguments(overrides: list[str]) -> list[str]:
-    """Arguments that give a sweep one folder: with `train.auto_resume`, that of its command line.
+    """Arguments that fix the folder of a sweep; with `train.auto_resume`, it is named after the command line.
 
     A launcher that requeues jobs implies `train.auto_resume`. A study has its own way to resume.
     """
@@ -92,14 +91,14 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
 
 
 def plain_name(key: str, folder: Any) -> str:
-    """A folder's name without interpolations, which might resolve to another name next time."""
+    """Refuse a folder whose name has interpolations: they may resolve to another name next time."""
     if "${" in str(folder):
-        raise UserError(f"{key}: train.auto_resume needs a plain name, {folder} may change from start to start")
+        raise UserError(f"{key}: train.auto_resume needs a plain name; {folder} may be another folder at each start")
     return str(folder)
 
 
 def folder_of_command_line(kind: str, name: str, overrides: list[str]) -> str:
-    """The folder of a command line: the same for any order of its arguments and any launcher."""
+    """The folder named after a command line. The order of arguments and the launcher do not change the name."""
     last = {override.key_or_group: override.input_line for override in parsed(overrides)}
     lines = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
     return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(lines)).encode()).hexdigest()[:8]}"

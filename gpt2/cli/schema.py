@@ -43,10 +43,10 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 
 @cache
 def register(name: str) -> None:
-    """Register the schema of one command, and that of a study: each takes OmegaConf up to 20 ms."""
+    """Register the schemas of one command and of studies, but no others: each takes OmegaConf up to 20 ms."""
     store = ConfigStore.instance()
     Plugins.instance()  # imports the Optuna plugin, which stores its own samplers
-    store.repo["hydra"]["sweeper"].pop("sampler", None)  # ours are in conf/hydra/sweeper/sampler
+    store.repo["hydra"]["sweeper"].pop("sampler", None)  # the samplers are those in conf/hydra/sweeper/sampler
     store.store(name=f"{name}_schema", node=SCHEMAS[name], replace=True)
     store.store(group="hydra/sweeper", name="study", node=StudyConfig, replace=True)
 

@@ -21,7 +21,7 @@ def script(name: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
     def decorate(task: Callable[..., Any]) -> Callable[[], None]:
         def main() -> None:
             gc.disable()  # a tenth of the time to a run or an error; imports and compositions leave nothing to free
-            exit_on_signals(also_by_ctrl_c=name != "generate")  # there, Ctrl-C ends a text and not the program
+            exit_on_signals(also_by_ctrl_c=name != "generate")  # in generate.py, Ctrl-C ends a text and not the program
             protect_output()
             with exit_without_finalization(), errors_as_lines():
                 silence_unless_main()

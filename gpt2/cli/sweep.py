@@ -1,7 +1,7 @@
 """Sweeps: the runs of `-m` without a study. A run that fails does not end the others.
 
-A job returns the error that ended its run instead of raising it: every launcher continues then, and hands it to the
-sweeper, which names the failed runs at the end.
+A job returns the error that ended its run instead of raising it. So every launcher continues, and the sweeper gets the
+errors and names the failed runs at the end.
 """
 
 import os
@@ -60,7 +60,7 @@ class RunSweeper(BasicSweeper):
         overrides = parse([with_choices_listed(override) for override in parse([*self._parse_config(), *arguments])])
         batches = self.split_arguments(overrides, size)
         jobs = [job for batch in batches for job in batch]
-        folder = Path(self.config.hydra.sweep.dir)  # resolved once: each job gets this random suffix
+        folder = Path(self.config.hydra.sweep.dir)  # resolved here, so that all jobs get the same random suffix
         self._refuse_folders(jobs)
         folder.mkdir(parents=True, exist_ok=True)
         self.start_marker = folder / "multirun.yaml"
@@ -80,7 +80,7 @@ class RunSweeper(BasicSweeper):
         lines, has_no_terminal = list[str](), uses_submitit(self.config.hydra.launcher)
         swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
         for n, error in failed.items():
-            if has_no_terminal or isinstance(error, LostRun):  # the others have printed it
+            if has_no_terminal or isinstance(error, LostRun):  # the run itself has printed other errors
                 lines += named(error, n, jobs[n], swept).problems
             if isinstance(error, LostRun):
                 with suppress(OSError):
@@ -130,7 +130,7 @@ class RunSweeper(BasicSweeper):
         return ends + (self._launch(jobs[started:], first + started) if jobs[started:] else [])
 
     def _wrote(self, file: Path) -> bool:
-        """Whether a job of this sweep wrote a file, and not one of an earlier sweep in the same folder."""
+        """Whether this sweep wrote a file, and not an earlier sweep in the same folder."""
         return file.exists() and file.stat().st_mtime_ns >= self.start_marker.stat().st_mtime_ns
 
     def _end_in(self, folder: Path, lost: UserError) -> UserError | None:

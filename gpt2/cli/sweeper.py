@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
 
 log = logging.getLogger("study")
 
-# Tells jobs the storage. It is in no file, because its URL may have a password.
+# The environment variable through which jobs get the storage. No file has it, because its URL may have a password.
 STUDY_VARIABLE = "GPT2_STUDY"
 
 
@@ -53,7 +53,7 @@ class StudySweeper(Sweeper):
     """Hydra's sweeper for `-m` with `hydra/sweeper: study`."""
 
     def __init__(self, **_config: Any):
-        """`setup` reads the settings from the whole configuration."""
+        """Ignores the settings, which `setup` reads from the whole configuration."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         sweeper = study_sweeper(without_sweeps([*overrides_of(config.hydra, "hydra"), *overrides_of(config.hydra)]))
@@ -104,7 +104,7 @@ class StudySweeper(Sweeper):
 
         lost = f"{self.folder} has runs of a study that is not in the storage; move the folder away"
         folders = [path for path in self.folder.glob("*") if path.name.isdigit()]
-        if folders and (file := file_of(settings.storage)) and not file.exists():  # and must not be created
+        if folders and (file := file_of(settings.storage)) and not file.exists():  # `Study` would create it
             raise UserError(lost)
         study = Study(
             settings,
@@ -127,7 +127,7 @@ class StudySweeper(Sweeper):
         self._conclude(study)
 
     def _launch(self, study: "Study", trials: "list[Trial]") -> str | None:
-        """Run trials to their ends. Returns why one of them could not report its own end."""
+        """Run trials. Returns why one of them could not report how it ended; None if all could."""
         jobs = [
             (
                 *(f"{key}={value}" for key, value in trial.params.items()),
@@ -142,7 +142,7 @@ class StudySweeper(Sweeper):
         try:
             with jobs_save_first(self.launcher, self.folder):
                 returns = self.launcher.launch(jobs, initial_job_idx=trials[0].number)
-        except Exception as error:  # noqa: BLE001  # the launcher's, of which a process was killed
+        except Exception as error:  # noqa: BLE001  # the launcher's: one of its processes was killed
             return f"{type(error).__name__}: {one_line(error.__cause__ or error)}"[:300]
         problem = None
         for returned in returns:
@@ -275,7 +275,7 @@ def run_trial(composed: DictConfig, run: "Callable[[RunningTrial], float | None]
     stop = outcome.stops_study
     if is_sweeper and not isinstance(stop, UserError | None):
         raise stop
-    # An interrupted worker process only leaves its trial to another one.
+    # An interruption of a worker process does not stop the study: another process resumes the trial.
     return stop if isinstance(stop, UserError) else outcome.value
 
 

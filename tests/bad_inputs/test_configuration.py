@@ -170,7 +170,7 @@ SWEEPS = [
     ("a configuration of nanoGPT", "train config/train_gpt2.py", "config/train_gpt2.py: ... experiment=NAME chooses"),
     ("an option of nanoGPT", "train --n_layer=6", "unrecognized arguments: --n_layer=6; settings have no dashes"),
     ("another folder of configurations", "train --config-dir=/tmp", "--config-dir: is not supported here"),
-    ("a sweep of Hydra's keys", "train -m hydra.run.dir=a,b", "hydra.run.dir=a,b: Hydra's own keys have one value"),
+    ("a sweep of Hydra's keys", "train -m hydra.run.dir=a,b", "hydra.run.dir=a,b: Hydra's own keys cannot be swept"),
     (
         "a study in a picture",
         "train -m hparams_search=optuna hydra.sweeper.storage=a.png",

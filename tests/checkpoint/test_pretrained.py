@@ -134,7 +134,7 @@ def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder, tmp
         assert problem.startswith("data.tokenizer: ")
     GPT2Tokenizer.train([python_source()], 300).to_folder(tmp_path, 16)
     (problem,) = validate_command_line("evaluate", [*line, f"data.tokenizer='{tmp_path}'"])
-    assert "data.tokenizer: its 300 tokens are more than the 257 that checkpoint=" in problem
+    assert "data.tokenizer: a tokenizer with 300 tokens does not fit checkpoint=" in problem
     text = ["data=text", "data.files=[corpus.txt]", f"checkpoint={folder}"]
     assert "loss" in workspace.run("evaluate.py", *text, "data.tokenizer=bytes").stdout
 
@@ -264,11 +264,11 @@ def test_other_tokenizer_than_that_of_the_weights_is_refused(folder, tmp_path):
         )
         assert (
             fault
-            == f"data.tokenizer: {tmp_path}/other is not the tokenizer of {key}={folder}; leave it out to use that one"
+            == f"data.tokenizer: {tmp_path}/other is not the tokenizer of {key}={folder}; leave it out to use its own"
         )
         assert not validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.tokenizer=bytes"])
         (problem,) = validate_command_line(name, [f"{key}='{folder}'", "data=stdlib", "data.vocab_size=300"])
-        assert problem.startswith("data.vocab_size: only a newly trained tokenizer has it")
+        assert problem.startswith("data.vocab_size: is for a newly trained tokenizer")
 
 
 def test_checkpoint_alone_suffices_for_generation(trained, tmp_path):

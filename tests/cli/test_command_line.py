@@ -211,7 +211,7 @@ def test_sweep_is_validated_in_combinations():
     [
         ("generate", ["-m", "inference.seed=1,2"], "-m: only train.py makes several runs"),
         ("train", ["-m", "resume=latest"], "one run at a time"),
-        ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search is many runs, it needs -m"),
+        ("train", ["hparams_search=optuna"], "hparams_search=optuna: a search has many runs, so it needs -m"),
         ("benchmark_generation", ["model=gpt2_nano"], "new_tokens: .* 192 do not fit into model.context_length=64"),
         ("benchmark_generation", ["batch_sizes=[]"], "batch_sizes: "),
         ("benchmark_training", ["precisions=[fp8]"], "expected one of"),
@@ -315,7 +315,7 @@ def test_module_runs_the_same_scripts(workspace):
     assert "export" in workspace.module("gpt2.main", "--help").stdout
     help_of_optimize = workspace.module("gpt2.main", "optimize", "--help").stdout
     assert help_of_optimize.startswith("Search hyperparameters")
-    assert "    n_trials: 50 # in all, over all processes\n" in help_of_optimize
+    assert "    n_trials: 50 # total number, over all processes\n" in help_of_optimize
     assert "      train.beta2: interval(0.9, 0.999)\n" in help_of_optimize
 
 

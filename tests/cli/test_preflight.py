@@ -71,7 +71,7 @@ def test_group_swept_over_what_is_no_word():
     ]
 
 
-SWEEP = "is a sweep: add -m; as one value, a list needs brackets and a text with a comma quotes"
+SWEEP = "is a sweep: add -m; if it is one value, a list needs brackets, a text with a comma quotes"
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ SWEEP = "is a sweep: add -m; as one value, a list needs brackets and a text with
         (["--cfg", "job", "--info"], ["--cfg: not together with --info"]),
         (["-m", "-r"], ["-m: not together with -r"]),
         (["--resolve"], ["--resolve: only with --cfg"]),
-        (["hydra.run.dir="], ["hydra.run.dir: is empty, a name is wanted"]),
+        (["hydra.run.dir="], ["hydra.run.dir: is empty; name a folder"]),
         (["hydra.run.dir=${x}"], ["hydra.run.dir: Interpolation key 'x' not found"]),
-        (["-m", "hydra.sweep.dir="], ["hydra.sweep.dir: is empty, a name is wanted"]),
+        (["-m", "hydra.sweep.dir="], ["hydra.sweep.dir: is empty; name a folder"]),
         (["-m", "hydra.sweep.dir=${x}"], ["hydra.sweep.dir: Interpolation key 'x' not found"]),
         (["name=${nowhere}"], ["name: Interpolation key 'nowhere' not found"]),
         (["-m", "name=${nowhere}", "train.seed=1,2"], ["name: Interpolation key 'nowhere' not found"]),
         (["--cfg", "job", "name=${oc.env:NOBODY_SET_IT}"], ["name: KeyError"]),
         (["name=???"], ["name: ??? stands for a value that is missing"]),
         (["name=${hydra.run.dir}", "hydra.run.dir=x/${name}"], ["name: Interpolation key 'hydra.run.dir' not found"]),
-        (["hydra.job.chdir=true"], ["hydra.job.chdir: relative paths are those of the folder the command starts in"]),
+        (["hydra.job.chdir=true"], ["hydra.job.chdir: relative paths start in the folder of the command"]),
         (["-m", "hydra.job.chdir=true"], ["hydra.job.chdir: relative paths"]),
         (["hydra.mode=MULTIRUN"], ["hydra.mode: -m makes several runs; leave it out"]),
         (["hydra.job.name=a/b"], ["hydra.job.name: 'a/b' is a path, a name is wanted"]),
@@ -133,7 +133,7 @@ def test_preset_that_is_no_yaml_or_chooses_by_what_is_no_word(tmp_path):
     (tmp_path / "mine").mkdir()
     for name, content, expected in [
         ("no_yaml", "a: [", "ParserError"),
-        ("no_word", "defaults:\n- override /wandb: off", "quotes make the word"),
+        ("no_word", "defaults:\n- override /wandb: off", "put the name into quotes"),
         ("a_list", "- 1", ""),
     ]:
         (tmp_path / "mine" / f"{name}.yaml").write_text(content)

@@ -267,7 +267,7 @@ def test_every_sampler_and_pruner_can_be_chosen(sampler, pruner):
         (["model.num_heads=choice(4,7)"], r"model.num_heads: 7 heads do not divide"),
         (["+hydra.sweeper.params.x=choice(4,7)"], r"a sweep is over other keys, such as train.beta2=0.9,0.99"),
         (["model.num_heads=choice(4,7"], r"not of the form key=value"),
-        (["study.trial=3"], r"study.trial=3: only a study sets that"),
+        (["study.trial=3"], r"study.trial=3: only a study sets this key"),
         (["resume=latest"], r"resume=latest: one run at a time, without -m"),
     ],
 )

@@ -70,7 +70,7 @@ def test_impossible_divisions_are_rejected_with_alternatives():
     assert validate(four) == validate(four, batch_size=2, accumulation_steps=2) == []
     assert validate(DistEnv(), batch_size=3) == []
     (problem,) = validate(four, batch_size=6)
-    assert "6 * train.accumulation_steps=1 blocks cannot be divided over 4 ranks, 4 or 8 * 1 can" in problem
+    assert "6 * train.accumulation_steps=1 blocks cannot be divided over 4 ranks; 4 or 8 * 1 can" in problem
     (problem,) = validate(four, batch_size=1, accumulation_steps=6)
     assert problem.endswith("over 4 ranks, 2 * 6 can")
     assert validate(DistEnv(), "fsdp", optimizer="muon") == []  # in a single process FSDP does nothing

@@ -99,7 +99,7 @@ def test_every_checkpoint_of_a_run_in_one_table_and_curve(trained: Workspace, fo
             ["limit: 0 is not a whole number of", "tasks: helaswag is none of ", "tasks: mmlu is none of hellaswag"],
         ),
         (["tasks=[piqa]", "tasks_folder=corpus.txt"], ["tasks_folder: there is no folder corpus.txt/baber/piqa"]),
-        (["tasks=[piqa]", "stride=3"], ["stride: is for a corpus, which tasks=[...] replace"]),
+        (["tasks=[piqa]", "stride=3"], ["stride: has no effect on tasks=[...], which need no corpus"]),
         (["limit=3"], ["tasks: is empty, but limit is only for tasks=[...]"]),
         (["checkpoint=[latest,[a]]"], ["is neither a name nor a list of names"]),
         (["checkpoint=nowhere", "all_checkpoints=true"], ["all_checkpoints: nowhere is no run folder with a"]),
