@@ -28,8 +28,8 @@ from gpt2.runtime.console import ConsoleHandler
 from gpt2.runtime.signals import Interrupted, blocked_in_children, defer_signals
 
 KEY = "hydra.launcher."
-STOP_FILE = ".interrupted"  # with this file in the folder of a sweep, joblib's processes begin no further job
-REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster warns with one of them
+STOP_FILE = ".interrupted"  # if a sweep's folder has this file, joblib's processes begin no further job
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)  # a cluster sends one of them before it ends a job
 
 
 def uses_submitit(launcher: DictConfig) -> bool:
@@ -75,9 +75,9 @@ def wait_for_all_jobs() -> Iterator[None]:
 
 @contextmanager
 def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
-    """Let the processes of joblib save their runs when a signal arrives, before it ends the sweep in `folder`.
+    """Pass signals on to joblib's processes, which save their runs before the signal ends the sweep in `folder`.
 
-    Without this, joblib kills them as soon as this process raises an exception.
+    Without this, joblib kills its processes as soon as this process raises an exception.
     """
     (folder / STOP_FILE).unlink(missing_ok=True)
     if getattr(launcher, "joblib", {}).get("backend") != "loky":
@@ -107,7 +107,7 @@ def jobs_save_first(launcher: Launcher, folder: Path) -> Iterator[None]:
 
 
 def validate_launcher(launcher: DictConfig) -> list[str]:
-    """Problems with the settings of a launcher, or the package that it needs."""
+    """Problems with the settings of a launcher, or with the package that it needs."""
     target = launcher._target_
     package = target.split(".")[1] if target.startswith("hydra_plugins.") else None
     if package is not None and find_spec(f"hydra_plugins.{package}") is None:
@@ -118,20 +118,15 @@ def validate_launcher(launcher: DictConfig) -> list[str]:
 
 def _validate_submitit(launcher: DictConfig) -> list[str]:
     settings: dict[str, Any] = OmegaConf.to_container(launcher, resolve=True)  # type: ignore[assignment]
-    minima = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1}
+    minima = {"timeout_min": 1, "max_num_timeout": 0, "nodes": 1, "tasks_per_node": 1, "signal_delay_s": 0}
     problems = [
         f"{KEY}{key}: {settings[key]} is not a whole number of at least {minimum}"
         for key, minimum in minima.items()
         if key in settings and (type(settings[key]) is not int or settings[key] < minimum)
     ]
-    if problems:
-        return problems
-    delay, minutes = settings.get("signal_delay_s", 30), settings["timeout_min"]
-    if type(delay) is not int or not 0 <= delay < minutes * 60:
-        return [
-            f"{KEY}signal_delay_s: {delay} is not a whole number of seconds below {KEY}timeout_min={minutes} minutes"
-        ]
-    return _try_submitit(settings, "slurm" if launcher._target_.endswith("SlurmLauncher") else "local")
+    if not problems and (delay := settings.get("signal_delay_s", 0)) >= 60 * (minutes := settings["timeout_min"]):
+        problems.append(f"{KEY}signal_delay_s: {delay} seconds are not less than {KEY}timeout_min={minutes} minutes")
+    return problems or _try_submitit(settings, "slurm" if launcher._target_.endswith("SlurmLauncher") else "local")
 
 
 def _try_submitit(settings: dict[str, Any], cluster: str) -> list[str]:

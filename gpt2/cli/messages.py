@@ -59,10 +59,10 @@ NEEDED_SETTINGS = {
 
 
 def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> dict[str, Any]:
-    """What identifies a run, its size and its machine, for `run.json` and W&B.
+    """The title, tags, size, machine and configuration of a run, for `run.json` and W&B.
 
     Args:
-        settings: The complete configuration as plain values; `.hydra` has only the one of the first start.
+        settings: The complete configuration as plain values. In a resumed run it may differ from the one in `.hydra`.
     """
     train, device = config.train, choose_device(config.train.device)
     precision = choose_precision(requested_precision(train), device)
@@ -114,7 +114,7 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
 
     Args:
         steps: None if they are not known.
-        limit: What ends the run beside steps and hours, in words.
+        limit: In words, the limit of the run beside steps and hours.
     """
     model, train, precision = work.model.config, work.train, plan.precision.name
     is_automatic = requested_precision(train) == "auto" and precision == "bf16" and plan.device.type == "cpu"
@@ -139,33 +139,30 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
 
 
 def notes(run: TrainRun, steps: int | None) -> list[str]:
-    """What the user may not have meant: a run or its warm-up is cut short, settings have no effect.
+    """Notes on probable mistakes: a run or its warm-up is cut short, settings have no effect.
 
     Args:
-        steps: Of the whole run; None if they are not known.
+        steps: The steps of the whole run; None if they are not known.
     """
-    warmup, result = run.train.warmup_steps, settings_without_effect(run)
-    if steps is not None and steps < (run.train.max_steps or 0):
-        epochs, wanted = run.train.max_epochs, run.train.max_steps
-        result.insert(
-            0, f"train.max_epochs={epochs:,} ends the run after {steps:,} steps, before train.max_steps={wanted:,}"
+    train, found = run.train, list[str]()
+    if steps is not None and train.warmup_steps > steps:
+        found.append(
+            f"train.warmup_steps={train.warmup_steps:,} is longer than the run: the learning rate never reaches its "
+            f"peak; train.warmup_steps={max(1, steps // 10):,} would be a tenth of the steps"
         )
-    if steps is not None and warmup > steps:
-        result.insert(
-            0,
-            f"train.warmup_steps={warmup:,} is longer than the run: the learning rate never reaches its peak; "
-            f"train.warmup_steps={max(1, steps // 10):,} would be a tenth of the steps",
-        )
-    return result
+    if steps is not None and steps < (train.max_steps or 0):
+        limits = f"train.max_epochs={train.max_epochs:,}", f"train.max_steps={train.max_steps:,}"
+        found.append(f"{limits[0]} ends the run after {steps:,} steps, before {limits[1]}")
+    return found + settings_without_effect(run)
 
 
 def print_plan(config: TrainRun) -> None:
-    """Print what a run costs on this machine. Its data are not touched, and its model need not fit into memory.
+    """Print what a run costs on this machine, without loading its data, and without its model in memory.
 
     Raises:
         UserError: There is no such device.
     """
-    keep_freed_memory()  # a run does so too
+    keep_freed_memory()  # as in a run, whose speed is measured
     train, work = config.train, planned_work(config)
     progress = read_record(Path(config.resume))["progress"] if config.resume else asdict(Progress(step=0))
     done = progress["step"]
@@ -180,7 +177,7 @@ def print_plan(config: TrainRun) -> None:
 
 
 def planned_work(config: TrainRun) -> Work:
-    """The `Work` of a configuration; its data are not loaded."""
+    """The `Work` of a configuration. The data are not loaded."""
     env, model = dist_env(), meta_model(replace(config.model, vocab_size=vocabulary_size(config)))
     is_sharded = config.distributed.strategy == "fsdp" and env.world_size > 1
     return Work(model, config.train, config.data.max_length, env.world_size, is_sharded)
@@ -224,13 +221,13 @@ def time_of_run(work: Work, plan: ComputePlan, steps: int | None, spent: float) 
 
 
 def vocabulary_size(config: TrainRun) -> int:
-    """The vocabulary that the model of a run will have, without preparing its data."""
+    """The size of the vocabulary that the model of a run will have, without preparing its data."""
     name = config.data.tokenizer
     if config.resume:
         return read_record(Path(config.resume))["model"]["vocab_size"]
     if config.train.init_from:
         return config.model.vocab_size
-    if name in OPENAI:  # no download for a known number
+    if name in OPENAI:  # known without a download
         return GPT2Config().vocab_size
     return config.data.vocab_size if name == "train" else open_tokenizer(name).vocab_size
 
@@ -293,7 +290,7 @@ def explain_failure(error: Exception, config: TrainRun, folder: Path, command: s
 
     Args:
         folder: The run folder.
-        command: What resumes it.
+        command: The command that resumes the run.
     """
     train, problem = config.train, machine_error(error)
     if isinstance(error, DivergenceError):
@@ -316,9 +313,9 @@ def explain_failure(error: Exception, config: TrainRun, folder: Path, command: s
         batch_size, passes = train.batch_size // parts, train.accumulation_steps * parts
         smaller = f"train.batch_size={batch_size} train.accumulation_steps={passes}"
     return ResourceError(
-        f"{problem}. A pass was train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
-        f"tokens, a step train.accumulation_steps={train.accumulation_steps} of them; {smaller} makes the same steps "
-        f"in less memory{alternative}{how_to_resume(folder, f'{command} {smaller} resume_changes=true')}"
+        f"{problem}. A pass had train.batch_size={train.batch_size} blocks of data.max_length={config.data.max_length} "
+        f"tokens, a step had train.accumulation_steps={train.accumulation_steps} passes; {smaller} makes the same "
+        f"steps in less memory{alternative}{how_to_resume(folder, f'{command} {smaller} resume_changes=true')}"
     )
 
 

@@ -88,7 +88,7 @@ def study_settings(sweeper: DictConfig) -> OptunaConfig:
 
 
 def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
-    """The sampler and the pruner. The seed is an interpolation that a job cannot resolve and does not need."""
+    """The sampler and the pruner. `seed` is separate: a job cannot resolve its interpolation and needs no seed."""
     from gpt2.search.algorithms import Algorithms
 
     def options(algorithm: DictConfig) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def algorithms_of(sweeper: DictConfig, seed: int | None = None) -> "Algorithms":
 
 
 def validate_study(sweeper: DictConfig, launcher: str) -> Problems:
-    """The problems of a study's settings, its space, sampler and pruner excepted.
+    """The problems of a study's settings. `search_space` finds those of the space, the sampler and the pruner.
 
     Args:
         launcher: The class of Hydra's launcher.
@@ -137,14 +137,14 @@ def swept_values(swept: list[Override]) -> list[list[str]]:
         values: list[str] = []
         if isinstance(value, IntervalSweep):
             problems.append(
-                f"{line}: an interval needs hparams_search=NAME; a sweep has values, as train.beta2=0.9,0.99"
+                f"{line}: an interval needs hparams_search=NAME; a sweep needs values, such as train.beta2=0.9,0.99"
             )
         elif problem := problem_of_range(override):
             problems.append(problem)
         elif isinstance(value, Glob):
             values = value.filter(group_options("train", override.key_or_group))
             if not values:
-                problems.append(f"{line}: no file of that group has such a name")
+                problems.append(f"{line}: no file of the group has such a name")
         else:
             every = override.sweep_iterator(transformer=_as_text)
             values = list(map(str, islice(every, MAX_RUNS + 1)))
@@ -157,7 +157,7 @@ def swept_values(swept: list[Override]) -> list[list[str]]:
 
 
 def with_choices_listed(override: Override) -> str:
-    """A sweep whose choices are a list, `key='a b',c`: where `choice('a b',c)` is parsed, the quotes are lost."""
+    """A sweep with its choices as a list, `key='a b',c`: Hydra loses the quotes in `choice('a b',c)`."""
     if not isinstance(override.value(), ChoiceSweep):
         return str(override.input_line)
     return f"{override.get_key_element()}={','.join(map(str, override.sweep_iterator(transformer=_as_text)))}"
@@ -174,10 +174,10 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
     """The sweeps of `hydra.sweeper.params` and of the command line, without the keys that the command line fixes.
 
     Returns:
-        Of each, one override for every choice, or for both ends of a range.
+        For each key, one override for every choice, or for both ends of a range.
 
     Raises:
-        UserError: The space is empty or invalid, or not one for the sampler, or the sampler or pruner is invalid.
+        UserError: The space is empty, invalid or not for this sampler, or the sampler or the pruner is invalid.
     """
     from gpt2.search.algorithms import extremes
     from gpt2.search.trial import quiet_optuna
@@ -189,12 +189,6 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
     given = {override.key_or_group for override in [*parsed(fixed), *swept]}
     space = [override for override in params if override.key_or_group not in given] + swept
     problems = [problem for override in space if (problem := _problem_of_sweep(override))]
-    problems += [
-        f"{override.key_or_group}: losses per token of different tokenizers do not compare; sweep it without a study, "
-        f"and compare bits per byte"
-        for override in space
-        if override.key_or_group in ("data.tokenizer", "data.vocab_size")
-    ]
     if not space:
         problems.append(f"{KEY}params: nothing is left to search, the command line fixes every parameter")
     drawn = {} if problems else distributions([str(override.input_line) for override in space])[0]
@@ -208,7 +202,10 @@ def search_space(sweeper: DictConfig, swept: list[Override], fixed: list[str]) -
 def _problem_of_sweep(override: Override) -> str | None:
     from gpt2.search.algorithms import extremes
 
-    line, value = override.input_line, override.value()
+    line, value, key = override.input_line, override.value(), override.key_or_group
+    if key in ("data.tokenizer", "data.vocab_size"):
+        reason = "losses per token cannot be compared between tokenizers"
+        return f"{key}: {reason}; sweep it without a study, and compare bits per byte"
     if not override.is_sweep_override():
         return f"{KEY}params: {line} has one value, a search needs a sweep"
     if tags := set(getattr(value, "tags", ())) - {"log"}:
@@ -223,7 +220,7 @@ def _problem_of_sweep(override: Override) -> str | None:
         return f"{line}: {one_line(error)}"
     choices = [choice for distribution in space.values() for choice in extremes(distribution)]
     if len(set(choices)) == 1 or not space:
-        return f"{line}: has one value; {override.key_or_group}=VALUE fixes it, a search needs two"
+        return f"{line}: has one value; {key}=VALUE fixes it, a search needs two"
     if twice := {str(choice) for choice in choices if choices.count(choice) > 1}:
         return f"{line}: {', '.join(sorted(twice))} is repeated"
     return None
@@ -236,7 +233,7 @@ def grammar_error(error: HydraException) -> str:
         hint = hint or "a value with special characters needs quotes: key='a,b'"
         return f"not of the form key=value ({hint})"
     reason = one_line(error.__cause__)  # raised by a function such as choice()
-    return "Hydra's functions take no null; key=null,1e-5 does" if "NoneType is incompatible" in reason else reason
+    return "Hydra's functions accept no null; write key=null,1e-5" if "NoneType is incompatible" in reason else reason
 
 
 def problem_of_range(override: Override) -> str | None:

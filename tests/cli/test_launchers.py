@@ -91,7 +91,10 @@ def test_requeueing_launcher_sets_requeue(submitted):
     [
         (["timeout_min=1h"], "hydra.launcher.timeout_min: 1h is not a whole number of at least 1"),
         (["max_num_timeout=-1"], "hydra.launcher.max_num_timeout: -1 is not a whole number of at least 0"),
-        (["timeout_min=2"], "hydra.launcher.signal_delay_s: 120 is not a whole number of seconds below "),
+        (
+            ["timeout_min=2"],
+            "hydra.launcher.signal_delay_s: 120 seconds are not less than ",
+        ),
         (["mem_gb=a lot"], 'hydra.launcher: Parameter "mem_gb" expected type'),
         (["partiton=gpu"], "Key 'partiton' is not in struct"),
     ],

@@ -141,15 +141,15 @@ def test_proposed_settings_keep_step_size(tmp_path, batch_size, accumulation_ste
     assert smaller * more == batch_size * accumulation_steps
     assert 1 <= smaller < batch_size
     assert smaller >= batch_size // 2 or all(batch_size % n for n in range(smaller + 1, batch_size))  # the next smaller
-    assert f"A pass was train.batch_size={batch_size} blocks of data.max_length=512 tokens" in message
-    assert f"a step train.accumulation_steps={accumulation_steps} of them" in message
+    assert f"A pass had train.batch_size={batch_size} blocks of data.max_length=512 tokens" in message
+    assert f"a step had train.accumulation_steps={accumulation_steps} passes" in message
 
 
 def test_batch_of_one_proposes_gradient_checkpointing(tmp_path):
     message = str(explain_failure(MemoryError(), run_of(1), tmp_path, RESUME))
     assert "train.gradient_checkpointing=true makes the same steps in less memory" in message
     assert "and so does" not in message
-    assert "accumulation_steps=1 of them" in message
+    assert "accumulation_steps=1 passes" in message
 
 
 def test_active_setting_is_not_proposed(tmp_path):
