@@ -22,7 +22,6 @@ class Evaluation:
     """An evaluation of one model that is ready to run."""
 
     evaluator: "Evaluator | TaskEvaluator"
-    name: str  # the split, or the names of the tasks
     title: str  # the printed line about the data or the tasks
     about: dict[str, Any]  # further entries of its result
 
@@ -56,14 +55,14 @@ def main(config: EvaluateRun) -> None:
             evaluation = (on_tasks if config.tasks else on_corpus)(one, model, group)
             if one is config:
                 if group.is_main:
-                    name = f"{trained.experiment} {evaluation.name}"
+                    name = f"{trained.experiment} {', '.join(config.tasks) or evaluation.about['split']}"
                     external = start_loggers(config, LoggedRun(name, trained.experiment, "evaluate", settings_of(one)))
                 tracked.enter_context(Tracker(external=external))
             figures = evaluation.evaluator.evaluate()
             device, precision = str(evaluation.evaluator.device), evaluation.evaluator.precision.name
-            circumstances = {"device": device, "precision": precision, "torch": torch.__version__, "time": now()}
+            about = {**evaluation.about, "device": device, "precision": precision, "torch": torch.__version__}
             step = trained.record and trained.record["progress"]["step"]
-            results.append({**figures, **settings_of(one), "step": step, **evaluation.about, **circumstances})
+            results.append({**figures, **settings_of(one), "step": step, **about, "time": now()})
             titles.append(evaluation.title)
             if group.is_main:
                 add_result(Path(str(one.output)), results[-1])
@@ -71,8 +70,7 @@ def main(config: EvaluateRun) -> None:
                 del model, evaluation  # only one model is in memory at a time
         if group.is_main:
             models = f"model  {trained.describe()}" if len(configs) == 1 else names_of_models(results)
-            circumstance = f"on     {device}, {config.quantization or precision}"
-            print(models, *dict.fromkeys(titles), circumstance, "", sep="\n")
+            print(models, *dict.fromkeys(titles), f"on     {device}, {config.quantization or precision}", "", sep="\n")
             if len(configs) == 1:
                 evaluation.evaluator.print_metrics(figures)
                 external.summarize(by_name(figures))
@@ -103,7 +101,7 @@ def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") ->
     evaluator = Evaluator(model, loader, config.device, config.precision, group)
     split, stride = blocks.path.stem, blocks.stride
     title = f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}"
-    return Evaluation(evaluator, split, title, {"split": split, "stride": stride})
+    return Evaluation(evaluator, title, {"split": split, "stride": stride})
 
 
 def on_tasks(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:
@@ -114,7 +112,7 @@ def on_tasks(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> 
     tasks = Tasks(config.tasks, tokenizer, context, config.batch_size, config.tasks_folder, config.limit, group)
     names, limit = ", ".join(config.tasks), f", limit={config.limit}" if config.limit else ""
     evaluator = TaskEvaluator(model, tasks, config.device, config.precision)
-    return Evaluation(evaluator, names, f"tasks  {names}{limit}", {"tokenizer": config.data.tokenizer})
+    return Evaluation(evaluator, f"tasks  {names}{limit}", {"tokenizer": config.data.tokenizer})
 
 
 if __name__ == "__main__":

@@ -150,10 +150,10 @@ def has_password(value: Any) -> bool:
 
 
 def replace_checked(config: Any, values: Mapping[str, Any]) -> Any:
-    """`dataclasses.replace` for plain values from a file or a terminal, whose keys, types and ranges may be wrong.
+    """Replace fields, as `dataclasses.replace` does, by unchecked plain values from a file or a terminal.
 
     Raises:
-        UserError: With all problems.
+        UserError: A key, a type or a value is wrong. The error has all problems.
     """
     result = from_plain(type(config), {**vars(config), **values})
     if problems := validate(result):
@@ -181,7 +181,7 @@ def require_valid(config: Any, prefix: str = "") -> None:
     """Refuse a configuration that cannot run.
 
     Raises:
-        UserError: With all problems that `validate` finds.
+        UserError: It is invalid. The error has all problems.
     """
     if problems := validate(config, prefix):
         raise UserError(*problems)

@@ -69,7 +69,7 @@ def resolve(name: str, composed: DictConfig, overrides: list[str]) -> Run:
     """Return a composed configuration as a validated dataclass, filled in from the checkpoint that it names.
 
     Raises:
-        UserError: With all problems.
+        UserError: The configuration is invalid. The error has all problems.
     """
     try:
         composed = typed(name, composed)

@@ -39,28 +39,26 @@ KEYS_WITHOUT_EFFECT = {
     *("loggers", "mlflow.tracking_uri", "mlflow.experiment"),
 }
 
-NANOGPT_NAMES = {  # our name: nanoGPT's name
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "d_model": "n_embd",
-    "context_length": "block_size",
-    "use_bias": "bias",
-    "max_steps": "max_iters",
-    "warmup_steps": "warmup_iters",
-    "min_learning_rate": "min_lr",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clip": "grad_clip",
-    "eval_every": "eval_interval",
-    "eval_batches": "eval_iters",
-    "log_every": "log_interval",
-    "precision": "dtype",
-    "num_return_sequences": "num_samples",
-    "prompt": "start",
-}
-OTHER_KEYS = {  # another word for a key or a group: the key of Hydra's own node, or the group
+SYNONYMS = {  # nanoGPT's names, and other words: the name of our key, a group, or a key of Hydra
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_embd": "d_model",
+    "block_size": "context_length",
+    "bias": "use_bias",
+    "max_iters": "max_steps",
+    "warmup_iters": "warmup_steps",
+    "min_lr": "min_learning_rate",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "grad_clip": "gradient_clip",
+    "eval_interval": "eval_every",
+    "eval_iters": "eval_batches",
+    "log_interval": "log_every",
+    "dtype": "precision",
+    "num_samples": "num_return_sequences",
+    "start": "prompt",
+    "dataset": "data",
     "out_dir": "hydra.run.dir",
     "n_trials": "hydra.sweeper.n_trials",
-    "dataset": "data",
 }
 
 
@@ -172,27 +170,21 @@ def schema_without_key(error: OmegaConfBaseException) -> type | None:
 
 
 def did_you_mean(schema: Any, key: str) -> str:
-    """A hint at the keys that the user may have meant, in any group.
+    """A hint at the keys and groups that the user may have meant.
 
-    A key is hinted at if the user typed its name, its initials or its name in nanoGPT. If there is no such key, the
-    hint has keys whose names contain the text or are similar.
+    They have this name, a synonym or these initials (lr: learning_rate). If there are none, their names contain the
+    text or are similar.
     """
-    named: dict[str, list[str]] = {}
-    others = {name: [full_key] for name, full_key in OTHER_KEYS.items()}  # keys by other words for their names
+    key, words = SYNONYMS.get(key, key), dict[str, list[str]]()
     for full_key in leaves(_defaults_of(schema), resolve=False):
-        name = full_key.rpartition(".")[2]
-        named.setdefault(name, []).append(full_key)
-        if group := full_key.rpartition(".")[0]:
-            others[group] = [group]
-        for word in ("".join(part[0] for part in name.split("_")), NANOGPT_NAMES.get(name)):  # lr is learning_rate
-            others.setdefault(word or name, []).append(full_key)
-    others |= named
-    words = [key] if key in others else [name for name in named if key in name][:3] or get_close_matches(key, others)
-    found = dict.fromkeys(full_key for word in words for full_key in others[word])
-    keys = [f"'{full_key}'" for full_key in found]
-    if not keys:
-        return "; --help lists the keys"
-    return f". Did you mean{' one of' if len(keys) > 1 else ''}: {', '.join(keys)}?"
+        group, _, name = full_key.rpartition(".")
+        words.setdefault(name, []).append(full_key)
+        words.setdefault("".join(part[0] for part in name.split("_")), []).append(full_key)
+        words.setdefault(group, [group])
+    similar = [key] if key in words else [word for word in words if key in word][:3] or get_close_matches(key, words)
+    found = dict.fromkeys([key] if key.startswith("hydra.") else (full for word in similar for full in words[word]))
+    keys = ", ".join(f"'{full_key}'" for full_key in found)
+    return f". Did you mean{' one of' if len(found) > 1 else ''}: {keys}?" if keys else "; --help lists the keys"
 
 
 def keyed_error(error: Exception, key: str | None = None) -> str:

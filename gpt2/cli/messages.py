@@ -113,7 +113,7 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     """The lines that describe a run before it begins: its model, its steps, its hardware and what it costs.
 
     Args:
-        steps: None if they are not known.
+        steps: The number of steps; None if it is not known.
         limit: In words, the limit of the run beside steps and hours.
     """
     model, train, precision = work.model.config, work.train, plan.precision.name
@@ -142,7 +142,7 @@ def notes(run: TrainRun, steps: int | None) -> list[str]:
     """Notes on probable mistakes: a run or its warm-up is cut short, settings have no effect.
 
     Args:
-        steps: The steps of the whole run; None if they are not known.
+        steps: The number of steps of the whole run; None if it is not known.
     """
     train, found = run.train, list[str]()
     if steps is not None and train.warmup_steps > steps:

@@ -69,7 +69,7 @@ def check_run(name: str, options: Namespace) -> DictConfig:
     """Compose a single run, with its `hydra` node. `gpt2.cli.complete.resolve` completes and validates it.
 
     Raises:
-        UserError: With all problems.
+        UserError: The command line is invalid. The error has all problems.
     """
     fixed, _, problems = check_overrides(name, options)
     with suppress(HydraException, OmegaConfBaseException):  # `validate_command_line` finds the causes
@@ -84,7 +84,7 @@ def check_sweep(name: str, options: Namespace) -> None:
     """Compose and validate everything that a sweep or a study of train.py would run.
 
     Raises:
-        UserError: With all problems.
+        UserError: The command line is invalid. The error has all problems.
     """
     fixed, swept, problems = check_overrides(name, options)
     problems += validate_command_line(name, fixed, problems) if problems else validate_sweep(fixed, swept)

@@ -48,16 +48,13 @@ def folder_of_run(composed: DictConfig, overrides: list[str]) -> RunFolder:
     Raises:
         UserError: The command line contradicts itself.
     """
-    chosen = [override.value() for override in parsed(overrides) if override.key_or_group == "hydra.run.dir"]
     resume = composed.resume
     if resume is None and not composed.train.auto_resume:
         return RunFolder(str(composed.hydra.run.dir))
-    if chosen and resume is not None:
+    if resume is None:
+        resume = resumable_folder("hydra.run.dir", composed.name, overrides)
+    elif any(override.key_or_group == "hydra.run.dir" for override in parsed(overrides)):
         raise UserError("hydra.run.dir: a resumed run writes to its own folder; drop one of the two")
-    if resume is None and chosen:
-        resume = plain_name("hydra.run.dir", chosen[-1])
-    elif resume is None:
-        resume = folder_of_command_line("runs", composed.name, overrides)
     path = resumed_checkpoint(str(resume))
     if path:
         refuse_links(path.parent.parent, "resume")
@@ -83,24 +80,28 @@ def sweep_arguments(overrides: list[str]) -> list[str]:
     if given.get("train.auto_resume") is False:
         requeueing = f"hydra.launcher.max_num_timeout={launcher.max_num_timeout}"
         raise UserError(f"train.auto_resume: {requeueing} restarts jobs, which then resume; drop one of the two")
-    if "hydra.sweep.dir" in given:
-        folder = plain_name("hydra.sweep.dir", given["hydra.sweep.dir"])
-    else:
-        folder = folder_of_command_line("sweeps", composed.name, overrides)
+    folder = resumable_folder("hydra.sweep.dir", composed.name, overrides)
     return ["train.auto_resume=true", f"hydra.sweep.dir={hydra_syntax(folder)}"]
 
 
-def plain_name(key: str, folder: Any) -> str:
-    """Refuse a folder whose name has interpolations: they may resolve to another name next time."""
-    if "${" in str(folder):
-        raise UserError(f"{key}: train.auto_resume needs a plain name; {folder} may be another folder at each start")
-    return str(folder)
+def resumable_folder(key: str, name: str, overrides: list[str]) -> str:
+    """The folder of a command line with `train.auto_resume`: the value of `key`, or else one named after the command.
 
+    The order of the arguments and the launcher do not change the name.
 
-def folder_of_command_line(kind: str, name: str, overrides: list[str]) -> str:
-    """The folder named after a command line. The order of arguments and the launcher do not change the name."""
-    last = {override.key_or_group: override.input_line for override in parsed(overrides)}
-    lines = [str(text) for key, text in last.items() if not key.startswith(("hydra.launcher.", "hydra/launcher"))]
+    Raises:
+        UserError: The value of `key` has interpolations, which may resolve to another folder next time.
+    """
+    last = {override.key_or_group: override for override in parsed(overrides)}
+    if key in last:
+        folder = str(last[key].value())
+        if "${" in folder:
+            raise UserError(
+                f"{key}: train.auto_resume needs a plain name; {folder} may be another folder at each start"
+            )
+        return folder
+    lines = [str(one.input_line) for k, one in last.items() if not k.startswith(("hydra.launcher.", "hydra/launcher"))]
+    kind = "runs" if key == "hydra.run.dir" else "sweeps"
     return f"outputs/{kind}/{name}/auto-{sha256(chr(10).join(sorted(lines)).encode()).hexdigest()[:8]}"
 
 

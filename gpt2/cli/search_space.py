@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # a run without a study does not wait for Optuna's import
     from gpt2.search.algorithms import Algorithms
 
 KEY = "hydra.sweeper."
-MAX_RUNS = 1_000  # in a sweep; all are checked before the first one starts
+MAX_RUNS = 1_000  # limit for a sweep, whose runs are all checked before the first one starts
 KEYS_WITHOUT_EFFECT_IN_STUDY = ("name", "study", "inference", "started_with")  # keys or groups
 
 
@@ -72,7 +72,7 @@ def study_sweeper(overrides: list[str]) -> DictConfig | None:
 
 
 def validate_sweeper(fixed: list[str]) -> Problems:
-    """Whether a command line chooses a sweeper that contradicts `hparams_search`, which chooses one."""
+    """The problem of a command line with a sweeper of its own, because `hparams_search` chooses the sweeper."""
     values = {override.key_or_group: override.value() for override in parsed(fixed)}
     chosen, search = values.get("hydra/sweeper"), values.get("hparams_search")
     if "hydra/sweeper" not in values or chosen == "study" or (chosen == "basic" and search is None):

@@ -72,7 +72,7 @@ def test_impossible_divisions_are_rejected_with_alternatives():
     (problem,) = validate(four, batch_size=6)
     assert "6 * train.accumulation_steps=1 blocks cannot be divided over 4 ranks; 4 or 8 * 1 can" in problem
     (problem,) = validate(four, batch_size=1, accumulation_steps=6)
-    assert problem.endswith("over 4 ranks, 2 * 6 can")
+    assert problem.endswith("over 4 ranks; 2 * 6 can")
     assert validate(DistEnv(), "fsdp", optimizer="muon") == []  # in a single process FSDP does nothing
     assert len(validate(four, "fsdp", precision="fp16", optimizer="muon")) == 2
     assert [problem.split(":")[0] for problem in validate(four, device="cuda:1")] == ["train.device"]
