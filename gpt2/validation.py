@@ -230,14 +230,13 @@ def _tasks(key: str, names: list[str], folder: str | None) -> Iterator[str]:
 
 
 def _data(config: DataConfig, prefix: str) -> Iterator[str]:
-    if config.files == []:
-        yield f"{prefix}files: the list is empty; name a file, or a pattern: 'corpus/**/*.txt', or 'tokens/*.bin'"
     if config.dataset_name.startswith((".", "/")) and not Path(config.dataset_name).is_dir():
         yield f"{prefix}dataset_name: there is no folder {config.dataset_name} (looked from {Path.cwd()})"
-    if config.validation_files == [] or (config.validation_files and not config.files):
-        problem = f"{prefix}files, for training, are missing" if config.validation_files else "the list is empty"
-        yield f"{prefix}validation_files: {problem}"
+    if config.validation_files and not config.files:
+        yield f"{prefix}validation_files: {prefix}files, for training, are missing"
     for name, patterns in (("files", config.files), ("validation_files", config.validation_files)):
+        if patterns == []:
+            yield f"{prefix}{name}: the list is empty; name a file, or a pattern: 'corpus/**/*.txt', or 'tokens/*.bin'"
         for pattern in patterns or []:
             if reason := no_file(pattern):
                 yield f"{prefix}{name}: {reason}"

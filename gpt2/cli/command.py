@@ -184,8 +184,6 @@ def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -
 
     with ExitStack() as places:
         places.enter_context(writable_folder(Path(composed.hydra.sweep.dir), "hydra.sweep.dir"))
-        if logs := composed.hydra.launcher.get("submitit_folder"):
-            places.enter_context(writable_folder(Path(str(logs).partition("%")[0]), "hydra.launcher.submitit_folder"))
         require_writable_places(composed, places)
         logging.disable(logging.NOTSET)
         start_garbage_collection()

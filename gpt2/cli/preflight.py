@@ -251,10 +251,7 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     launcher = whole.hydra.launcher
     problems += validate_composed("train", whole, "sweep") + validate_launcher(launcher)
     if sweeper:
-        found = validate_study(sweeper, launcher._target_)
-        if whole.hydra.sweeper.storage is None:  # the storage is a file in the folder of the sweep
-            found = [problem.replace("hydra.sweeper.storage:", "hydra.sweep.dir:") for problem in found]
-        problems += found
+        problems += validate_study(sweeper, launcher._target_)
     try:
         choices = search_space(sweeper, swept, fixed) if sweeper else swept_values(swept)
     except UserError as error:

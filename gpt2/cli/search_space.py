@@ -239,13 +239,9 @@ def grammar_error(error: HydraException) -> str:
 def problem_of_range(override: Override) -> str | None:
     """Why `range(...)` has no value; None for any other sweep."""
     value = override.value()
-    if not isinstance(value, RangeSweep):
+    if not isinstance(value, RangeSweep) or (value.step != 0 and next(iter(value.range()), None) is not None):
         return None
-    if value.step == 0:
-        return f"{override.input_line}: the step is 0, a range needs another"
-    if next(iter(value.range()), None) is None:
-        return f"{override.input_line}: no number from {value.start} to below {value.stop} in steps of {value.step}"
-    return None
+    return f"{override.input_line}: no number from {value.start} to below {value.stop} in steps of {value.step}"
 
 
 def distributions(overrides: list[str]) -> "tuple[dict[str, BaseDistribution], dict[str, Any]]":

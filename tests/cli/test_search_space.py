@@ -26,8 +26,8 @@ def problem(*arguments: str, study: bool = True) -> str:
     [
         ("train.seed=range(10,1)", "no number from 10 to below 1 in steps of 1"),
         ("train.seed=range(1,10,-1)", "no number from 1 to below 10 in steps of -1"),
-        ("train.seed=range(1,10,0)", "the step is 0, a range needs another"),
-        ("train.learning_rate=range(0.1,0.2,0.0)", "the step is 0, a range needs another"),
+        ("train.seed=range(1,10,0)", "no number from 1 to below 10 in steps of 0"),
+        ("train.learning_rate=range(0.1,0.2,0.0)", "no number from 0.1 to below 0.2 in steps of 0.0"),
         ("train.min_learning_rate=choice(null,1e-5)", "Hydra's functions accept no null; write key=null,1e-5"),
         ("train.seed=choice()", "empty choice is not legal"),
         ("train.learning_rate=interval(1e-4,abc)", "mismatch type argument end: str is incompatible with Union[int, f"),
