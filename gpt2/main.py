@@ -80,18 +80,9 @@ def compare() -> None:
     comparison = Comparison(find_runs(paths or ["outputs/runs"]), options.get("sort", ""), columns)
     others = [f"{comparison.rest}. columns=KEY,... shows others, html=FILE all of them."] if comparison.rest else []
     notes = [*comparison.notes, *others]
-    files: dict[str, bytes] = {}
-    if "html" in places:
-        from gpt2.analysis.compare_html import page
-
-        files[places["html"]] = page(comparison).encode(errors="replace")
     if "picture" in places and not any(run.values("val/loss") for run in comparison.runs):
+        del places["picture"]
         notes.append("No run has a validation loss yet, so no picture is drawn.")
-    elif "picture" in places:
-        from gpt2.analysis.compare_plot import curves
-        from gpt2.analysis.plotting import picture
-
-        files[picture_file] = picture(curves(comparison), kind)
     if "json" in options:
         finite = json.loads(json.dumps(comparison.records()), parse_constant=lambda _: None)  # JSON has no infinity
         print(json.dumps(finite, indent=2))
@@ -101,7 +92,16 @@ def compare() -> None:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
         print(f"{comparison.headline}\n\n{as_text(comparison.rows(), width)}\n")
         print("".join(f"{note}\n" for note in notes), end="")
-    for name, content in files.items():
+    for key, name in places.items():
+        if key == "html":
+            from gpt2.analysis.compare_html import page
+
+            content = page(comparison).encode(errors="replace")
+        else:
+            from gpt2.analysis.compare_plot import curves
+            from gpt2.analysis.plotting import picture
+
+            content = picture(curves(comparison), kind)
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)

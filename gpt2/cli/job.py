@@ -146,13 +146,12 @@ def setup_problem(error: BaseException) -> str:
     """Why Hydra could not start a run: its folder or log cannot be created, or one of its own keys is invalid."""
     if isinstance(error, OmegaConfBaseException):
         return keyed_error(error)
-    texts = [one_line(error)]
-    while error.__cause__:
-        error = error.__cause__
-        texts.append(one_line(error))
-    if isinstance(error, OSError):
-        return f"hydra.run.dir: cannot write {error.filename}: {reason(error)}"
-    return f"hydra: {': '.join(texts)}"
+    causes = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
+    if isinstance(causes[-1], OSError):
+        return f"hydra.run.dir: cannot write {causes[-1].filename}: {reason(causes[-1])}"
+    return f"hydra: {': '.join(map(one_line, causes))}"
 
 
 def collect_log() -> MemoryHandler:

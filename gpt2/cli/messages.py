@@ -264,13 +264,9 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
 
 def resume_command(folder: Path, config: TrainRun) -> str:
     """The command that resumes a run, with the settings that are not taken from its checkpoint."""
-    words, usual = [as_argument("resume", os.path.relpath(folder))], TrainRun()
-    for key in USER_KEYS:
-        group, _, name = key.partition(".")
-        value = getattr(getattr(config, group), name)
-        if value != getattr(getattr(usual, group), name):
-            words.append(as_argument(key, value))
-    return f"{dist_env().command()} train.py {' '.join(words)}"
+    values = {"resume": os.path.relpath(folder)}
+    values |= {key: value for key in USER_KEYS if (value := attrgetter(key)(config)) != attrgetter(key)(TrainRun())}
+    return f"{dist_env().command()} train.py {' '.join(as_argument(key, value) for key, value in values.items())}"
 
 
 @contextmanager
