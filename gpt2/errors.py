@@ -42,7 +42,7 @@ class ResourceError(UserError):
 
 
 class DivergenceError(UserError):
-    """The loss or gradient is not finite, too often to continue."""
+    """The loss or gradient is not finite, in too many steps to continue."""
 
     exit_code = 3
 
@@ -170,7 +170,7 @@ def _passwords_of(url: str) -> set[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Replace also users of databases and values in queries of URLs by stars, for texts that are uploaded."""
+    """For texts that are uploaded: replace also users of databases, and values in queries of URLs, by stars."""
     text = re.sub(r"(://)[^/@\s]*@", r"\1***@", without_password(text))
     return re.sub(r"([?&][\w.-]+=)[^&\s'\"]+", r"\1***", text)
 

@@ -55,7 +55,7 @@ POSITIVE = (_TINY, inf, "a finite number above 0")
 NOT_NEGATIVE = (0, inf, "a finite number of at least 0")
 PROBABILITY = (0, _BELOW_ONE, "at least 0 and below 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
-MAX_WEIGHTS = 10**12  # of a model: 4 terabytes
+MAX_WEIGHTS = 10**12  # of the largest model, which has 4 terabytes
 PASSWORD_REFUSED = "a URL with a user or a password, which would be written to all files of the run"
 FREE_TEXT_KEYS = ("prompt", "sample_prompt", "stop", "document_start", "started_with", "storage")
 
@@ -293,7 +293,7 @@ def validate_distributed(distributed: DistributedConfig, train: TrainingConfig, 
 def _loggers(config: TrainRun | EvaluateRun | GenerateRun, prefix: str = "") -> Problems:
     """The loggers whose packages are not installed."""
     specs = {name: find_spec(name) for name in config.loggers if name in EXTRA_LOGGERS}
-    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # None: just a folder
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]  # None: a plain folder
     return [f"loggers: {name} is not installed; pip install -e '.[{name}]', or leave it out" for name in missing]
 
 
@@ -313,7 +313,7 @@ def _train_run(config: TrainRun, prefix: str) -> Iterator[str]:
     if Path(folder).name != folder or folder in ("", "..") or len(folder) > 100:
         yield f"train.checkpoint_dir: {folder!r} must be the plain name of a folder, at most 100 characters"
     if not re.fullmatch(r"(?![.-])(?=.*[^\W_])[\w.-]{1,100}", config.name):
-        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, not first '.' or '-'"
+        yield f"name: {config.name!r} must be letters, digits, '.', '_' and '-', at most 100, the first not '.' or '-'"
 
 
 def _evaluate_run(config: EvaluateRun, prefix: str) -> Iterator[str]:
@@ -332,7 +332,7 @@ def _export_run(config: ExportRun, prefix: str) -> Iterator[str]:
     if config.to is None and config.push is None:
         yield "to: the folder to write is missing, to=FOLDER"
     if config.to is not None and os.path.lexists(config.to):
-        yield f"to: {config.to} exists already; name a folder that does not"
+        yield f"to: {config.to} exists already; name a new folder"
     formats = {
         "push": (r"[\w.-]+/[\w.-]+", "OWNER/NAME of a repository on the Hugging Face Hub"),
         "license": (r"[a-z0-9][a-z0-9.-]*", "the name of a licence on the Hugging Face Hub, such as mit or apache-2.0"),
