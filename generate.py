@@ -15,6 +15,8 @@ from gpt2.generation.prompts import decode_prompt, read_prompts
 if TYPE_CHECKING:
     from gpt2.inference import TextGenerator
 
+log = logging.getLogger("gpt2")  # prints on standard error, because standard output is for the texts
+
 
 @script("generate")  # Hydra completes the arguments only of files that contain the text @hydra.main
 def main(config: GenerateRun) -> None:
@@ -33,7 +35,7 @@ def main(config: GenerateRun) -> None:
     from gpt2.tracking.tracker import Tracker
 
     if config.quiet:
-        logging.getLogger("gpt2").setLevel(logging.WARNING)
+        log.setLevel(logging.WARNING)
     choose_device(config.device)  # a device that is not available is an error, before the model is loaded
     generator = TextGenerator(
         str(config.checkpoint),
@@ -42,11 +44,11 @@ def main(config: GenerateRun) -> None:
         texts=min(config.inference.num_return_sequences * max(1, len(records)), config.batch_size),
         allow_special_tokens=config.allow_special_tokens,
     )
-    report(config, generator.describe())
+    log.info(generator.describe())
 
     if config.prompt is None and not records:
         if config.loggers and (config.loggers != ["wandb"] or config.wandb.mode != "off"):
-            report(config, "Interactive sessions are not logged.")
+            log.info("Interactive sessions are not logged.")
         generator.interactive_mode(config.inference)
         return
 
@@ -59,15 +61,9 @@ def main(config: GenerateRun) -> None:
             rows.extend(map(list, generate(config, records, generator)))
         finally:  # texts before an interruption are logged too
             external.show_table("texts", ["prompt", "text"], rows)
-    report(config, generator.speed)
+    log.info(generator.speed)
     for line in external.where():
-        report(config, line)
-
-
-def report(config: GenerateRun, message: object) -> None:
-    """Print a message to standard error, because standard output is for the texts."""
-    if not config.quiet:
-        print(message, file=sys.stderr)
+        log.info(line)
 
 
 def generate(
