@@ -20,23 +20,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from gpt2.cli.schema import register
-from gpt2.config import SCHEMAS
+from gpt2.config import SCHEMAS, USER_KEYS
 from gpt2.errors import UserError, one_line, shortened, without_secrets
 from gpt2.runtime.repository import CONF
 
 # outputs/sweeps, which holds the presets of studies, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
-# Keys, or groups, without effect on a run's result.
+# Keys without effect on a run's result.
 KEYS_WITHOUT_EFFECT = {
-    *("sample_prompt", "plan", "profile", "train.detect_anomaly"),
-    *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.auto_resume"),
-    *("train.device", "train.num_workers", "train.pin_memory", "train.compile", "train.gradient_checkpointing"),
+    *USER_KEYS,
+    *("sample_prompt", "plan", "profile", "loggers", "resume", "resume_changes", "train.auto_resume"),
+    *("train.save_every", "train.keep_checkpoints", "train.log_every", "train.detect_anomaly", "train.deterministic"),
     *("train.eval_tasks", "train.eval_tasks_limit", "train.eval_tasks_folder"),
+    *("train.pin_memory", "train.compile", "train.gradient_checkpointing"),
     *("distributed.strategy", "distributed.timeout"),
-    *("train.deterministic", "data.cache_dir", "data.preprocessing_num_workers"),
-    *("wandb.mode", "wandb.project", "wandb.entity", "wandb.log_checkpoints", "resume", "resume_changes"),
-    *("loggers", "mlflow.tracking_uri", "mlflow.experiment"),
 }
 
 SYNONYMS = {  # nanoGPT's names, and other words: the name of our key, a group, or a key of Hydra
