@@ -56,7 +56,7 @@ The same command resumes the study. Every group and key of train.py may be an ov
 
 hydra/sweeper/sampler=tpe|gp|cmaes|random|grid|qmc    hydra/sweeper/pruner=median|asha|hyperband|none
 
-The defaults of the study, in conf/hparams_search/optuna.yaml:
+Keys (KEY=VALUE) and defaults, from conf/hparams_search/optuna.yaml (n_trials is hydra.sweeper.n_trials):
 
 """
 
