@@ -53,6 +53,7 @@ def run_command_line(name: str, task: Task, arguments: list[str]) -> None:
     """Compose `conf/<name>.yaml` with the arguments and run the script's function."""
     arguments, prompt = take_prompt(arguments) if name == "generate" else (arguments, None)
     options = parse_arguments(arguments)
+    refuse_deleted_folder()
     check_flags(options)
     if options.help:  # an abbreviation, such as --hel
         print(help_text(name))
@@ -76,6 +77,13 @@ def take_prompt(arguments: list[str]) -> tuple[list[str], str | None]:
         else:
             rest.append(argument)
     return rest, prompt
+
+
+def refuse_deleted_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError("the current folder does not exist any more") from error
 
 
 def call_hydra(name: str, task: Task, arguments: list[str]) -> None:
@@ -184,6 +192,8 @@ def run_sweep(name: str, task: Task, arguments: list[str], options: Namespace) -
 
     with ExitStack() as places:
         places.enter_context(writable_folder(Path(composed.hydra.sweep.dir), "hydra.sweep.dir"))
+        if logs := composed.hydra.launcher.get("submitit_folder"):
+            places.enter_context(writable_folder(Path(str(logs).partition("%")[0]), "hydra.launcher.submitit_folder"))
         require_writable_places(composed, places)
         logging.disable(logging.NOTSET)
         start_garbage_collection()

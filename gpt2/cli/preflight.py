@@ -235,7 +235,7 @@ def validate_hydra(composed: DictConfig, kind: str) -> list[str]:
         if value is not None and not value.strip():
             problems.append(f"{key}: is empty; name a folder")
         elif value is not None and "/" in value and not key.endswith(".dir"):
-            problems.append(f"{key}: {value!r} is a path; give a name")
+            problems.append(f"{key}: {value!r} is a path, a name is wanted")
     return problems
 
 
@@ -251,7 +251,10 @@ def validate_sweep(fixed: list[str], swept: list[Override]) -> list[str]:
     launcher = whole.hydra.launcher
     problems += validate_composed("train", whole, "sweep") + validate_launcher(launcher)
     if sweeper:
-        problems += validate_study(sweeper, launcher._target_)
+        found = validate_study(sweeper, launcher._target_)
+        if whole.hydra.sweeper.storage is None:  # the storage is a file in the folder of the sweep
+            found = [problem.replace("hydra.sweeper.storage:", "hydra.sweep.dir:") for problem in found]
+        problems += found
     try:
         choices = search_space(sweeper, swept, fixed) if sweeper else swept_values(swept)
     except UserError as error:

@@ -28,6 +28,7 @@ SHELL = [  # what, line of a shell, exit code, words of standard error
     ("ASCII alone", "LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {train} 'name=\"é!\"'", 2, "name"),
     ("a strict encoding", "PYTHONIOENCODING=ascii:strict {train} 'name=\"é!\"'", 2, "name: ... must be letters"),
     ("another working folder", "cd folder && {generate} prompt=x", 2, "checkpoint: no run with a checkpoint in"),
+    ("a working folder that is gone", "mkdir gone; cd gone; rmdir ../gone; {train} train.lrr=1", 2, "does not exist"),
     ("a linked script", "ln -s {root}/train.py x.py; {python} x.py train.lrr=1; code=$?; rm x.py; exit $code", 2, LINE),
     ("a proxy without a port", "HTTPS_PROXY=http://a:b:c {train} wandb=off", 2, "HTTPS_PROXY"),
     ("a rank that is a word", "RANK=first WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=a MASTER_PORT=1 {train}", 2, "RANK"),

@@ -36,7 +36,7 @@ def refusal(workspace: Workspace, *line: str) -> str:
         (["hydra.run.dir=corpus.txt"], "hydra.run.dir: cannot write to corpus.txt: not a folder"),
         ([f"hydra.run.dir=new/{LONG}/x"], f"hydra.run.dir: cannot write to new/{LONG}/x: File name too long"),
         (["-m", "train.seed=1,2", "hydra.sweep.dir=/proc/x"], "hydra.sweep.dir: cannot write to /proc/x: No such"),
-        (["-m", "hparams_search=optuna", "hydra.sweep.dir=corpus.txt"], "hydra.sweeper.storage: sqlite:///"),
+        (["-m", "hparams_search=optuna", "hydra.sweep.dir=corpus.txt"], "hydra.sweep.dir: sqlite:///"),
         (["-m", "train.seed=1", f"hydra.sweep.subdir={LONG}"], "hydra.sweep.subdir: cannot write to outputs"),
         (["-m", "train.seed=1", "hydra.sweep.subdir=/proc/x"], "hydra.sweep.subdir: cannot write to /proc/x: No such"),
         (["data.cache_dir=corpus.txt/x"], "data.cache_dir: cannot write to corpus.txt/x: Not a directory"),
