@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from gpt2.runtime.files import atomic_write
-from gpt2.tracking.loggers import LoggedRun
+from gpt2.tracking.loggers import Config, LoggedRun
 from gpt2.tracking.tracker import METRICS, Ended, ExternalLogger, Record, read_metrics
 
 
@@ -15,7 +15,7 @@ class CsvLogger(ExternalLogger):
 
     title = "CSV"
 
-    def __init__(self, run: LoggedRun):
+    def __init__(self, _config: Config, run: LoggedRun):
         assert run.folder is not None
         self.source, self.path = run.folder / METRICS, run.folder / "metrics.csv"
         self._bytes_written = 0  # size of the source that the table was made from

@@ -14,18 +14,29 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from gpt2.config import EvaluateRun, GenerateRun, TrainRun
 from gpt2.errors import one_line, without_secrets
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record
+from gpt2.tracking.wandb_runs import resolve_mode
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all time limits, for slow networks and machines
 ABANDON_SECONDS = 2.0
+
+# By the names in `gpt2.config.Logger`. Texts, because importing a module imports its library.
+LOGGERS = {
+    "wandb": "gpt2.tracking.wandb_logger:WandbLogger",
+    "tensorboard": "gpt2.tracking.tensorboard_logger:TensorBoardLogger",
+    "mlflow": "gpt2.tracking.mlflow_logger:MlflowLogger",
+    "csv": "gpt2.tracking.csv_logger:CsvLogger",
+}
+
 NOT_LOGGED = ("loggers", "wandb", "mlflow", "started_with", "resume", "resume_changes")  # keys of a configuration
 
 Config = TrainRun | EvaluateRun | GenerateRun
@@ -50,8 +61,10 @@ def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
     facts = {"name": run.name, "group": run.group, "config": run.config, "tags": [tag[:64] for tag in run.tags]}
     run, loggers = replace(run, **redact(facts)), []
     for name in dict.fromkeys(config.loggers):
+        if name == "wandb" and resolve_mode(config.wandb.mode) == "off":
+            continue
         try:
-            loggers += [logger] if (logger := LOGGERS[name](config, run)) else []
+            loggers.append(resolve_name(LOGGERS[name])(config, run))
         except Exception as error:  # noqa: BLE001  # a logger never ends a run
             log.warning("The logger %s did not start: %s", name, one_line(error))
     return Loggers(loggers) if loggers else ExternalLogger()
@@ -80,47 +93,6 @@ def start_run_loggers(
         wandb_id=wandb_id,
     )
     return start_loggers(config, run)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One module for each logger, which imports its library when it is chosen
-
-
-def _wandb(config: Config, run: LoggedRun) -> ExternalLogger | None:
-    from gpt2.tracking.wandb_runs import resolve_mode
-
-    if resolve_mode(config.wandb.mode) == "off":
-        return None
-    from gpt2.tracking.wandb_logger import WandbLogger
-
-    return WandbLogger(config.wandb, run)
-
-
-def _tensorboard(config: Config, run: LoggedRun) -> ExternalLogger | None:
-    from gpt2.tracking.tensorboard_logger import TensorBoardLogger
-
-    return TensorBoardLogger(run)
-
-
-def _mlflow(config: Config, run: LoggedRun) -> ExternalLogger | None:
-    from gpt2.tracking.mlflow_logger import MlflowLogger
-
-    return MlflowLogger(config.mlflow, run)
-
-
-def _csv(config: Config, run: LoggedRun) -> ExternalLogger | None:
-    from gpt2.tracking.csv_logger import CsvLogger
-
-    return CsvLogger(run)
-
-
-# By the names in `gpt2.config.Logger`. None: switched off by its own settings.
-LOGGERS: dict[str, Callable[[Config, LoggedRun], ExternalLogger | None]] = {
-    "wandb": _wandb,
-    "tensorboard": _tensorboard,
-    "mlflow": _mlflow,
-    "csv": _csv,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

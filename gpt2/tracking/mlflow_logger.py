@@ -9,10 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.config import MlflowConfig
 from gpt2.errors import without_secrets
 from gpt2.runtime.files import exclusive_change, remove
-from gpt2.tracking.loggers import LoggedRun, flat
+from gpt2.tracking.loggers import Config, LoggedRun, flat
 from gpt2.tracking.tracker import FINISHED, INTERRUPTED, PRUNED, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:
@@ -34,9 +33,9 @@ class MlflowLogger(ExternalLogger):
 
     title = "MLflow"
 
-    def __init__(self, config: MlflowConfig, run: LoggedRun):
+    def __init__(self, config: Config, run: LoggedRun):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would contact a server of its makers
-        self.uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(STORE)
+        self.uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(STORE)
         self.is_folder = "://" not in self.uri.removeprefix("file://")
         self.is_database = self.uri.startswith("sqlite:")  # on this machine
         if self.is_folder:
@@ -45,7 +44,7 @@ class MlflowLogger(ExternalLogger):
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it prints to standard error
         self.seconds = 30.0 if self.is_folder or self.is_database else 5.0  # creating the tables takes several
-        self.experiment, self.run, self.step = config.experiment, run, run.step
+        self.experiment, self.run, self.step = config.mlflow.experiment, run, run.step
         self.run_id = ""
         self._pending: list[Metric] = []
         self._table: tuple[str, Record] | None = None

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gpt2.tracking.loggers import LoggedRun, flat
+from gpt2.tracking.loggers import Config, LoggedRun, flat
 from gpt2.tracking.tracker import FINISHED, PRUNED, Ended, ExternalLogger, Record
 
 _report = threading.excepthook
@@ -23,7 +23,7 @@ class TensorBoardLogger(ExternalLogger):
 
     title = "TensorBoard"
 
-    def __init__(self, run: LoggedRun):
+    def __init__(self, _config: Config, run: LoggedRun):
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401  # imported in the main thread
 
         threading.excepthook = _report_unless_of_writer

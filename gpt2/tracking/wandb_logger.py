@@ -13,10 +13,9 @@ from typing import Any
 import wandb
 
 from gpt2.checkpoint.run_folder import find_checkpoint
-from gpt2.config import WandbConfig
 from gpt2.errors import UserError, one_line
 from gpt2.tracking import wandb_service as service
-from gpt2.tracking.loggers import LoggedRun, limit, within
+from gpt2.tracking.loggers import Config, LoggedRun, limit, within
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
 from gpt2.tracking.wandb_runs import ROOT, resolve_mode, stored_id, upload_command
 
@@ -28,17 +27,18 @@ class WandbLogger(ExternalLogger):
 
     title = "W&B"
 
-    def __init__(self, config: WandbConfig, run: LoggedRun):
-        self.config, self.logged = config, run
+    def __init__(self, config: Config, run: LoggedRun):
+        self.config, self.logged = config.wandb, run
         self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # `wandb agent` started the run and chose its id
         known_id = os.environ.get("WANDB_RUN_ID") if self.is_of_sweep else run.wandb_id
         self.id = stored_id(run.folder, known_id)
-        self.is_online = resolve_mode(config.mode) == "online"
-        self.finish_seconds = service.UPLOAD_SECONDS if config.log_checkpoints == "best" else service.FINISH_SECONDS
+        self.is_online = resolve_mode(self.config.mode) == "online"
+        uploads = self.config.log_checkpoints == "best"
+        self.finish_seconds = service.UPLOAD_SECONDS if uploads else service.FINISH_SECONDS
         self.seconds = self.finish_seconds + service.STAGING_SECONDS + 4 * service.LOCAL_SECONDS  # see wandb_service
         self.run: Any = None  # a wandb.Run, once it has started
         self.url: str | None = None
-        self._takes_tables, self._is_uploaded = True, False
+        self._takes_tables = True
         self._newest_table: tuple[str, list[str], list[Any]] | None = None  # name, columns, rows
         self._table_thread: threading.Thread | None = None
         self._rows_logged = 0
@@ -64,12 +64,12 @@ class WandbLogger(ExternalLogger):
             reinit="finish_previous",  # a run of this process that was not finished
             allow_val_change=True,  # a resumed run may train longer
         )
-        if run.offline:
-            self.finish_seconds = service.LOCAL_SECONDS
-        else:
+        if not run.offline:
             self.url = run.url
-        if self.config.mode == "online" and run.offline:
-            log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
+        else:
+            self.finish_seconds = service.LOCAL_SECONDS
+            if self.config.mode == "online":
+                log.warning("W&B: not logged in (see `wandb login`) or no answer from the server; this run is offline.")
         self._define_metrics(run)
 
     def _define_metrics(self, run: wandb.Run) -> None:
@@ -122,8 +122,7 @@ class WandbLogger(ExternalLogger):
             self._takes_tables = False
             self._log_ending(self.run, ended, folder)
         finally:
-            self._is_uploaded = service.finish(self.run, ended.exit_code, self.finish_seconds) and self.url is not None
-            if self._is_uploaded:
+            if service.finish(self.run, ended.exit_code, self.finish_seconds) and self.url is not None:
                 service.mark_as_synced(Path(self.run.dir).parent)
 
     def abandon(self, ended: Ended) -> None:

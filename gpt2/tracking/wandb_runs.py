@@ -64,13 +64,9 @@ def upload_command(run_ids: Collection[str]) -> str | None:
     if not names:
         return None
     is_offline = all(name.startswith("offline") for name in names)
-    if len(names) == 1:
-        pattern = names[0]
-    elif len(run_ids) == 1:
-        pattern = f"{'offline-' if is_offline else '*'}run-*-{next(iter(run_ids))}"
-    else:
-        begin = os.path.commonprefix(names)  # noqa: RUF071  # names begin with kind and time
-        pattern = f"{begin or '*run-'}*"
+    start = "offline-run-" if is_offline else "*run-"
+    first = os.path.commonprefix(names) or start  # noqa: RUF071  # names begin with kind and time
+    pattern = f"{start}*-{next(iter(run_ids))}" if len(run_ids) == 1 else f"{first}*"
     others = len({*not_uploaded(pattern)} - {*names})
     comment = f"  # and {counted(others, 'folder')} of other runs" if others else ""
     return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}{comment}"

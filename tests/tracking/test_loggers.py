@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gpt2.config import MlflowConfig, TrainRun
 from gpt2.runtime.signals import Interrupted
-from gpt2.tracking import loggers
-from gpt2.tracking.loggers import LOGGERS, LoggedRun, Loggers, start_loggers
+from gpt2.tracking import csv_logger, loggers
+from gpt2.tracking.loggers import LoggedRun, Loggers, start_loggers
 from gpt2.tracking.tracker import Ended, ExternalLogger, Tracker, read_about, read_metrics
 from gpt2.validation import validate
 from tests.conftest import TEXT, TINY, Workspace, made_once
@@ -136,7 +136,7 @@ def test_secrets_are_redacted_for_all_loggers(monkeypatch):
             calls.append(run)
 
     calls: list[Any] = []
-    monkeypatch.setitem(LOGGERS, "csv", lambda _config, run: Recording(run) and listener)
+    monkeypatch.setattr(csv_logger, "CsvLogger", lambda _config, run: Recording(run) and listener)
     listener = Listener()
     run = LoggedRun("https://me:word@host", "postgresql://me:word@host", "train", {"a": ["https://word@host"]})
     external = start_loggers(TrainRun(loggers=["csv", "csv"]), run)

@@ -245,7 +245,7 @@ def broken_logger(monkeypatch) -> tuple[BrokenRun, WandbLogger]:
     run = BrokenRun()
     run.define_metric = lambda *_args, **_more: None
     monkeypatch.setattr(wandb_service, "start", lambda *_, **__: run)
-    return run, WandbLogger(WandbConfig(), LoggedRun("n", "g", "train"))
+    return run, WandbLogger(TrainRun(), LoggedRun("n", "g", "train"))
 
 
 def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
@@ -442,7 +442,7 @@ def test_runs_that_wandb_lacks_are_named(tmp_path, monkeypatch):
     assert lacking(folders, "run") == (
         "W&B lacks 3 runs (2, 3, ...); upload with `wandb sync --include-online outputs/wandb/*run-*`"
     )
-    assert upload_command(["id3"]) == "wandb sync --include-online outputs/wandb/run-4-id3"
+    assert upload_command(["id3"]) == "wandb sync --include-online outputs/wandb/*run-*-id3"
     (tmp_path / "outputs" / "wandb" / "offline-run-26-id11").mkdir()
     assert upload_command(["id11"]) == "wandb sync outputs/wandb/offline-run-*-id11"
     assert lacking([tmp_path / "11", tmp_path / "2"], "trial") == (
