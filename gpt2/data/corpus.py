@@ -73,11 +73,6 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
                 yield document.parts()
 
 
-def cuts_documents(source: Source, config: DataConfig) -> bool:
-    """Whether the end of each document is used for validation."""
-    return source.validation is None and validation_sample(source, config.validation_fraction) is None
-
-
 def validation_sample(source: Source, fraction: float) -> set[int] | None:
     """The numbers of the documents that are used for validation, drawn with a fixed seed; None if they are too few.
 
@@ -186,13 +181,6 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
     }
     if only is not None:
         identity["splits"] = splits
-    if source.validation is None and not source.token_files:
-        size = round(source.count * config.validation_fraction)
-        if cuts_documents(source, config):
-            identity |= {"cut": source.length_unit} if source.length_unit else {}
-        elif size < MIN_VALIDATION_FILES:  # an earlier version cut them, under the key without this
-            identity["records"] = size
-
     identity["key"] = _sum_of(identity)[:16]
     in_place = files_in_place(source, splits, config)
     prepared = PreparedData(cache_folder(config) / "tokens" / identity["key"], in_place)

@@ -45,7 +45,6 @@ class Source:
     train: Documents
     validation: Documents | None = None
     test: Documents | None = None
-    length_unit: str | None = None  # unit in which `Document.parts` measures, if not characters
     text_bytes: int = 0  # size of all splits together; 0: unknown
     holds_records: bool = False  # the documents are records, not whole files
     token_files: dict[str, list[TokenFile]] | None = None  # files of each split, in place of its documents

@@ -188,7 +188,7 @@ def open_files(config: DataConfig) -> Source:
         raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
     text_bytes = sum(path.stat().st_size for path in [*documents.paths, *validation.paths])
     records = documents.hold_records()
-    source = Source(fingerprint, documents, length_unit="bytes", text_bytes=text_bytes, holds_records=records)
+    source = Source(fingerprint, documents, text_bytes=text_bytes, holds_records=records)
     if config.validation_files is not None:
         source.validation, source.fingerprint = validation, json.dumps([fingerprint, of_validation])
     return source
