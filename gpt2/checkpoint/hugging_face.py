@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import reprlib
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -174,29 +175,26 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    slices: list[tuple[str, Any]] = []
+    stored: list[tuple[str, Any]] = []
     for path in paths:
         try:
             file = files.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{source}: {path.name} is damaged or incomplete: {error}") from error
-        slices += [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118  # not a mapping
+        stored += [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118  # not a mapping
 
-    stored: dict[str, Any] = {}
-    names = _without_prefix([name for name, _ in slices])
+    names = _without_prefix([name for name, _ in stored])
     if any(".lora_" in name for name in names):
         raise UserError(f"{source}: its weights hold adapters of PEFT; save what merge_and_unload() returns")
-    for name, (_, tensor) in zip(names, slices, strict=True):
-        if name in stored:
-            raise UserError(f"{source}: its weights hold {name} a second time")
-        stored[name] = tensor
-    if heads := [name for name in stored if _OTHER_HEAD.match(name)]:
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(f"{source}: its weights hold {few(twice)} more than once")
+    if heads := [name for name in names if _OTHER_HEAD.match(name)]:
         log.warning(
             "%s: left out %s, the head of a classifier or of another task; the model below it may not predict tokens.",
             *(source, few(heads)),
         )
     ignored = re.compile(rf"{_OTHER_HEAD.pattern}|.*\.attn\.(masked_)?bias$")
-    return {name: tensor for name, tensor in stored.items() if not ignored.match(name)}
+    return {name: tensor for name, (_, tensor) in zip(names, stored, strict=True) if not ignored.match(name)}
 
 
 def _without_prefix(names: list[str]) -> list[str]:

@@ -107,12 +107,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_name(folder, Path.mkdir) as temporary:
-        try:
-            yield temporary
-            rename_to_disk(temporary, folder)
-        except OSError as error:
-            error.filename = error.filename or str(folder)  # a failed write does not name its file
-            raise
+        yield temporary
+        rename_to_disk(temporary, folder)
 
 
 def rename_to_disk(folder: Path, target: Path) -> None:

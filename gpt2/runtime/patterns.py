@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator
 from glob import escape, iglob
 from math import prod
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
-from stat import S_ISDIR
 
 import regex
 
@@ -37,14 +36,10 @@ def no_file(pattern: str) -> str | None:
     paths = list(files_matching(pattern))
     if not paths:
         return f"no file matches {pattern!r} (looked from {Path.cwd()})"
-    try:
-        is_folder = S_ISDIR(Path(paths[0]).stat().st_mode)
-    except OSError as error:  # a link to nothing or to itself
-        return f"{paths[0]!r} leads to no file ({error.strerror})"
-    if is_folder:
+    if isdir(paths[0]):
         like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
         return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"
-    return f"{paths[0]!r} is a pipe, a socket or a device; write its text to a file"
+    return f"{paths[0]!r} is a pipe, a socket, a device or a broken link; name a file"
 
 
 def no_expression(pattern: str) -> str | None:

@@ -320,7 +320,7 @@ REFUSED = [
     (lambda folder: (folder / "config.json").write_text(f"[{'[],' * 2**21}0]"), "config.json: more than 4 MiB"),
     (a_scalar_head, r"1 misshapen: lm_head.weight \(\) instead of \(257, 16\)"),
     (an_adapter, r"its weights hold adapters of PEFT; save what merge_and_unload\(\) returns$"),
-    (a_tensor_twice, "hold wte.weight a second time"),
+    (a_tensor_twice, "hold wte.weight more than once"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
     (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
     (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
