@@ -1,4 +1,4 @@
-"""From files of tokens to batches.
+"""Datasets of token blocks, and loaders of batches.
 
 The token files of `gpt2.data.corpus` are memory-mapped and divided into blocks. The order of the blocks is a pure
 function of (seed, epoch, position), so resuming is arithmetic. Data loading is rank-agnostic: every rank reads the
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 
 class TokenDataset(Dataset):
-    """A file of tokens as blocks of `length` inputs and `length` targets, the tokens that follow the inputs.
+    """A token file as blocks of `length` inputs and `length` targets, where a target is the token after its input.
 
     Block i starts at token i * stride. By default the stride is `length`, and the last target of a block is the first
-    input of the next. With a smaller stride the blocks overlap, and targets that an earlier block has are ignored, so
-    every token but the first of the file is predicted exactly once. The last block is padded with ignored targets.
+    input of the next. With a smaller stride the blocks overlap, and targets of an earlier block are ignored, so every
+    token but the first of the file is predicted exactly once. The last block is padded with ignored targets.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class TokenDataset(Dataset):
         """
         Args:
             path: The file; its name is that of the split.
-            dtype: Of the tokens in the file, by its numpy name.
+            dtype: The NumPy name of the tokens' type in the file.
             tokenizer: Saved in the checkpoints of models that are trained on these blocks.
-            fingerprint: Of the corpus; a resumed run compares it with its checkpoint's.
-            files: Where the tokens are, if they are not in `path`.
+            fingerprint: The corpus's; a resumed run compares it with the one in its checkpoint.
+            files: The token files, if the tokens are not in `path`.
         """
         self.path, self.dtype, self.length = path, dtype, length
         self.tokenizer, self.fingerprint = tokenizer, fingerprint
@@ -71,7 +71,7 @@ class TokenDataset(Dataset):
         return self.files[0].map(self.dtype) if len(self.files) == 1 else Tokens(self.files, self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for worker processes: without the memory map, which they open themselves, and the tokenizer."""
+        """The state for worker processes, without the tokenizer and the memory map, which they open themselves."""
         return {**{key: value for key, value in vars(self).items() if key != "tokens"}, "tokenizer": None}
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class ShuffledBatches(Sampler[list[int]]):
     def __init__(self, number_of_blocks: int, batch_size: int, seed: int):
         self.number_of_blocks, self.batch_size, self.seed = number_of_blocks, batch_size, seed
         self.epoch = 0
-        self.position = 0  # batches of the epoch that iteration skips: set when a run is resumed
+        self.position = 0  # batches of the epoch to skip; set when a run is resumed
 
     def __len__(self) -> int:
         return -(-self.number_of_blocks // self.batch_size)
@@ -114,7 +114,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 @progress_shown()
 def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset, TokenDataset, GPT2Tokenizer]:
-    """The training, validation and test blocks of a corpus, and its tokenizer.
+    """Load the training, validation and test blocks of a corpus, and its tokenizer.
 
     If the source has no test split, the validation split is used.
 
@@ -145,7 +145,7 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
 
 @progress_shown()
 def load_split(data_config: DataConfig, split: str, stride: int | None = None) -> TokenDataset:
-    """The blocks of one split, or of `all` splits together.
+    """Load the blocks of one split, or of `all` splits together.
 
     If the source has no test split, the validation split is used, with a warning.
 
@@ -153,7 +153,7 @@ def load_split(data_config: DataConfig, split: str, stride: int | None = None) -
         stride: Tokens between the starts of two blocks; None: `data_config.max_length`.
 
     Raises:
-        UserError: There is no such split, or see `gpt2.data.corpus.prepare`.
+        UserError: There is no such split; or see `gpt2.data.corpus.prepare`.
     """
     if split not in (*SPLITS, "all"):
         raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}, all")
@@ -178,7 +178,7 @@ def get_dataloaders(
     test_dataset: Dataset,
     training_config: TrainingConfig,
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of batches for `GPT2Model.forward`.
+    """Create loaders of batches for `GPT2Model.forward`.
 
     The training data are shuffled in each epoch. The validation data have one fixed random order, so that the first
     `eval_batches` are a fair sample. The test data are in order.
@@ -199,7 +199,7 @@ def get_dataloaders(
         "multiprocessing_context": "fork" if workers and is_joblib else None,
         "pin_memory": config.pin_memory and on_cuda,
         "worker_init_fn": ignore_signals,
-        # A loader draws a seed for its workers at each start. Without its own generator, this would change dropout.
+        # A loader draws a seed for its workers at each start. From the global generator, that would change dropout.
         "generator": torch.Generator(),
     }
     if isinstance(train_dataset, TokenDataset):
@@ -219,13 +219,13 @@ def identity_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def batch_size_of(loader: DataLoader) -> int | None:
-    """The number of blocks in a batch; None for a loader that `with_batch_size` cannot change."""
+    """The number of blocks in a batch; None if `with_batch_size` cannot change it."""
     sampler = loader.batch_sampler
     return sampler.batch_size if isinstance(sampler, ShuffledBatches) else loader.batch_size
 
 
 def with_batch_size(loader: DataLoader, batch_size: int | None) -> DataLoader:
-    """A loader of the same data in the same order with another batch size; the loader itself if that is None."""
+    """Return a loader of the same data in the same order with another batch size; the loader itself if it is None."""
     if batch_size is None:
         return loader
     names = ("num_workers", "multiprocessing_context", "collate_fn", "pin_memory", "timeout", "worker_init_fn")

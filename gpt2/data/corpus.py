@@ -1,7 +1,7 @@
 """Tokenize a corpus and cache it on disk.
 
-The tokens of all documents of a split are concatenated in one file, each document followed by `<|endoftext|>`. The
-files lie in a folder named by a fingerprint of everything that determines their contents.
+The tokens of all documents of a split are concatenated in one file, with `<|endoftext|>` after each document. The
+folder of the files is named by a hash of everything that determines their contents.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # version of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
-MIN_VALIDATION_FILES = 5  # with fewer, whole files are too small a sample of the corpus
+MIN_VALIDATION_FILES = 5  # fewer whole files are too small a sample of the corpus
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ MIN_VALIDATION_FILES = 5  # with fewer, whole files are too small a sample of th
 
 
 def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterator[Parts]:
-    """The documents of a split; `all` is the three splits together.
+    """Yield the documents of a split; `all` is the three splits together.
 
-    If the source has no validation split, a part of the training split is used: a random sample of the documents, or,
-    if there are too few for one, the end of each document.
+    If the source has no validation split, a part of the training split is used: a random sample of the documents, or
+    the end of each document if there are too few to sample.
     """
     if split == "all":
         for documents in filter(None, (source.train, source.validation, source.test)):
@@ -74,9 +74,9 @@ def documents_of_split(source: Source, split: str, config: DataConfig) -> Iterat
 
 
 def validation_sample(source: Source, fraction: float) -> set[int] | None:
-    """The numbers of the documents that are used for validation, drawn with a fixed seed; None if they are too few.
+    """Sample the numbers of the documents for validation, with a fixed seed; None if there are too few documents.
 
-    One record is enough: if records were cut, the model would learn to end texts where they do not end.
+    Of records, a sample of one suffices: if records were cut, the model would learn to end texts where they do not end.
     """
     size = round(source.count * fraction)
     if size < (1 if source.holds_records else MIN_VALIDATION_FILES):
@@ -93,7 +93,7 @@ class PreparedData:
     """A tokenized corpus on disk: `train.bin`, `validation.bin`, `test.bin`, `tokenizer.json` and `about.json`.
 
     Attributes:
-        in_place: The token files of each split that another program wrote; the folder then holds no `.bin` files.
+        in_place: The token files of each split, if another program wrote them; the folder then holds no `.bin` files.
     """
 
     folder: Path
@@ -103,7 +103,7 @@ class PreparedData:
     def about(self) -> dict[str, Any]:
         """The content of `about.json`: what determines the corpus, `tokens` of each split, `sha256` of each file, ...
 
-        Its `fingerprint` is made of these checksums: other tokens, or another tokenizer, have another one.
+        Its `fingerprint` is a hash of these checksums, so it changes with the tokens and the tokenizer.
 
         Raises:
             OSError, ValueError: The file cannot be read, or is damaged.
@@ -114,7 +114,7 @@ class PreparedData:
         return about
 
     def damage(self) -> str | None:
-        """What is wrong with the files of the folder; None if they are intact."""
+        """Say what is wrong with the files of the folder; None if they are intact."""
         try:
             return damaged_file(self.folder, self.about["sha256"])
         except OSError as error:
@@ -141,10 +141,10 @@ def _with_checksum(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds the result of `_with_checksum`, and verify and remove its checksum.
+    """Read the values of a JSON file that `_with_checksum` made, and verify them.
 
     Raises:
-        OSError, ValueError: It cannot be read, or is damaged.
+        OSError, ValueError: The file cannot be read, or is damaged.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -157,16 +157,16 @@ def _read_checked(path: Path) -> dict[str, Any]:
 
 
 def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
-    """The tokenized corpus, from the cache if it is there. Of several concurrent processes one tokenizes it.
+    """Return the tokenized corpus, from the cache if possible. Of several concurrent processes, one tokenizes it.
 
     Args:
-        only: Prepare this split alone, or `all`, the three splits in one file. `test` becomes `validation` if the
+        only: The only split to prepare, or `all` for the three splits in one file. `test` becomes `validation` if the
             source has no test split.
 
     Raises:
         UserError: The source cannot be reached, read or tokenized, or a split has no text.
     """
-    # Both are read by `tokenizers`. Without the second, forked data workers make it print a warning.
+    # `tokenizers` reads both. Without the second, it prints a warning when data workers are forked.
     os.environ.setdefault("RAYON_NUM_THREADS", str(config.preprocessing_num_workers))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -204,7 +204,7 @@ def prepare(config: DataConfig, only: str | None = None) -> PreparedData:
 
 
 def files_in_place(source: Source, splits: tuple[str, ...], config: DataConfig) -> dict[str, list[TokenFile]]:
-    """The files of tokens of each split, if the source has them; the end of `train` replaces a missing `validation`."""
+    """The token files of each split, if the source has any. The end of `train` replaces a missing `validation`."""
     if source.token_files is None:
         return {}
     files = {**source.token_files, "all": [*chain.from_iterable(source.token_files.values())]}
@@ -215,10 +215,10 @@ def files_in_place(source: Source, splits: tuple[str, ...], config: DataConfig) 
 
 @contextmanager
 def finished_corpus(unfinished: Path, folder: Path) -> Iterator[None]:
-    """Make the folder `unfinished`, in which the block makes a corpus, and rename it to `folder` at the end.
+    """Create the folder `unfinished`, in which the block writes a corpus, and rename it to `folder` at the end.
 
-    If the block raises, a folder in which something is committed stays, and the next preparation of the corpus
-    continues there. A mistake in the text removes it: the corrected text is another corpus.
+    If the block raises after a commit, the folder stays, and the next preparation of the corpus continues there. If the
+    text has a mistake, the folder is removed, because the corrected text is another corpus.
     """
     if not unfinished.is_dir():
         remove(unfinished)
@@ -228,7 +228,7 @@ def finished_corpus(unfinished: Path, folder: Path) -> Iterator[None]:
         rename_to_disk(unfinished, folder)
     except BaseException as error:
         if isinstance(error, OSError):
-            error.filename = error.filename or str(folder)  # a failed write does not name its file
+            error.filename = error.filename or str(folder)  # the error of a failed write names no file
         is_mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
         if is_mistake or not (unfinished / PROGRESS).exists():
             remove(unfinished)
@@ -238,10 +238,10 @@ def finished_corpus(unfinished: Path, folder: Path) -> Iterator[None]:
 
 
 def require_space(source: Source, tokenizer: GPT2Tokenizer | None, config: DataConfig, folder: Path) -> None:
-    """Check that there is space for the tokens of a text, estimated from its beginning.
+    """Check that the disk has space for the tokens of a text. Their number is estimated from the beginning of the text.
 
     Raises:
-        UserError: Less is free.
+        UserError: There is less free space.
     """
     tokens_per_byte = 1 / BYTES_PER_TOKEN
     if tokenizer:
@@ -263,11 +263,11 @@ def write_corpus(
     identity: dict[str, Any],
     in_place: dict[str, list[TokenFile]] | None = None,
 ) -> None:
-    """Tokenize the splits into files of a folder, from where an earlier call was interrupted.
+    """Tokenize the splits into files of a folder. Continue where an earlier call was interrupted.
 
     Args:
-        tokenizer: None: it is trained on the text.
-        in_place: Files of each split that hold its tokens already.
+        tokenizer: None: train one on the text.
+        in_place: The token files of each split, if they exist already.
 
     Raises:
         UserError: A split has no text, or a token is unknown.
@@ -287,7 +287,7 @@ def write_corpus(
         else:
             written = _write_split(folder, source, split, tokenizer, config)
             tokens[split], sums[f"{split}.bin"] = written.tokens, written.sha256
-        if not tokens[split] and (split != "test" or len(splits) == 1):  # validation can replace an empty test split
+        if not tokens[split] and (split != "test" or len(splits) == 1):  # validation replaces an empty test split
             hint = "; the name of a token file decides its split" if in_place else ""
             raise UserError(f"data: there is no text in the {split} split{hint}")
     about = {
@@ -303,7 +303,7 @@ def write_corpus(
 
 
 def _write_split(folder: Path, source: Source, split: str, tokenizer: GPT2Tokenizer, config: DataConfig) -> Written:
-    """Write the tokens of a split, from where an earlier call was interrupted."""
+    """Write the tokens of a split. Continue where an earlier call was interrupted."""
     try:
         progress = _read_checked(folder / PROGRESS)
     except (OSError, ValueError):

@@ -19,7 +19,7 @@ class Document(Protocol):
     """A text that may be larger than memory."""
 
     def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
-        """The text from one fraction of its length to another, in parts of bounded size.
+        """Yield the text from one fraction of its length to another, in parts of bounded size.
 
         `parts(0, x)` and `parts(x, 1)` together are the whole text.
         """
@@ -27,7 +27,7 @@ class Document(Protocol):
 
 
 class Documents(Protocol):
-    """Documents that can be counted and iterated over repeatedly, always in the same order."""
+    """Documents that can be counted, and iterated over repeatedly in the same order."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Documents(Protocol):
 class Source:
     """The documents of each split.
 
-    Without `validation`, a part of `train` is used for it; without `test`, the validation split is used.
+    A missing `validation` is replaced by a part of `train`, a missing `test` by the validation split.
     """
 
     fingerprint: str  # equal for equal documents
@@ -47,11 +47,11 @@ class Source:
     test: Documents | None = None
     text_bytes: int = 0  # size of all splits together; 0: unknown
     holds_records: bool = False  # the documents are records, not whole files
-    token_files: dict[str, list[TokenFile]] | None = None  # files of each split, in place of its documents
+    token_files: dict[str, list[TokenFile]] | None = None  # token files of each split, in place of documents
 
     @cached_property
     def count(self) -> int:
-        """The number of training documents, for which all of them may be read."""
+        """The number of training documents. To count them, all may have to be read."""
         return len(self.train)
 
 
@@ -71,12 +71,12 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def fingerprint_of(paths: Sequence[Path], config: DataConfig) -> str:
-    """A fingerprint of files, which is equal for equal contents in the same order."""
+    """A hash of the contents of files, in order."""
     return hashlib.sha256(b"".join(digests_of(paths, cache_folder(config)))).hexdigest()
 
 
 def digests_of(paths: Sequence[Path], cache: Path) -> Iterator[bytes]:
-    """The SHA-256 of each file. That of large files is remembered."""
+    """The SHA-256 of each file. If the files are large, the checksums are stored for the next call."""
     task = "Reading the files"
     if sum(path.stat().st_size for path in paths) < MANY_BYTES:
         return map(bytes.fromhex, sha256_of_each(paths, task))

@@ -33,7 +33,7 @@ MAX_PREAMBLE_ROWS = 10_000  # rows before the first document; more mean that `da
 
 
 class TableDocuments:
-    """The documents of a table: one a row, or, if there is a pattern, the rows from one match up to the next."""
+    """The documents of a table: one per row, or with `document_start`, the rows from one match to the next."""
 
     def __init__(self, table: "datasets.Dataset", column: str, document_start: str | None):
         self.table, self.column, self.document_start = table, column, document_start
@@ -49,7 +49,7 @@ class TableDocuments:
         try:
             for batch in self.table.iter(1000):
                 yield from (text or "" for text in batch[self.column])
-        except (ValueError, OSError, SystemError) as error:  # pyarrow raises them
+        except (ValueError, OSError, SystemError) as error:  # from pyarrow
             raise UserError(f"data.dataset_name: its cached table is damaged: {one_line(error)}") from error
 
     def _join(self, rows: Iterable[str]) -> Iterator[str]:
@@ -81,10 +81,10 @@ class TableDocuments:
 
 
 def open_dataset(config: DataConfig) -> Source:
-    """A dataset of the Hugging Face Hub or its cache, or a local folder laid out like one.
+    """Open a dataset of the Hugging Face Hub or its cache, or a local folder laid out like one.
 
     Raises:
-        UserError: It cannot be reached or read, or has no such configuration, split or text column.
+        UserError: The dataset cannot be reached or read, or has no such configuration, split or text column.
     """
     splits = [config.train_split, config.validation_split, config.test_split]
     column, pattern = config.text_column, config.document_start
@@ -104,21 +104,24 @@ def load_tables(
     column: str | None = None,
     key: str = "data.dataset_name",
 ) -> "tuple[list[datasets.Dataset | None], str | None]":
-    """Splits of a dataset of the Hub or its cache, or of a local folder laid out like one, and a folder's fingerprint.
+    """Load splits of a dataset of the Hub or its cache, or of a local folder laid out like one.
 
     Args:
-        splits: Their names; None is no split.
+        splits: The names of the splits. None is no split, and its table is None.
         column: A column that must hold text.
-        key: The option by which the user named the dataset, for the error message.
+        key: The option that names the dataset, for the error message.
+
+    Returns:
+        The tables of the splits, and the fingerprint of a local folder; None for other datasets.
 
     Raises:
-        UserError: It cannot be reached or read, or has no such configuration, split or column.
+        UserError: The dataset cannot be reached or read, or has no such configuration, split or column.
     """
     move_hub_cache()
     identity: str | None = None
     verified: AbstractContextManager[None] = nullcontext()
     if Path(name).is_dir():
-        # The cache of `datasets` mistakes a changed folder, or another one of the same name, for the cached one.
+        # `datasets` would use its cache even if the folder has changed, or is another folder of the same name.
         cache = Path(cache_dir) if cache_dir else caches()
         identity = _folder_fingerprint(Path(name), cache)
         cache_dir = str(cache / "datasets" / identity[:16])
@@ -143,7 +146,7 @@ def load_tables(
 
 
 def _bound_memory(builder: "datasets.DatasetBuilder") -> None:
-    """Keep pyarrow from reading whole files of parquet into memory."""
+    """Keep pyarrow from reading whole Parquet files into memory."""
     from pyarrow.dataset import ParquetFragmentScanOptions
 
     if hasattr(builder.config, "fragment_scan_options"):
@@ -163,7 +166,7 @@ def _loading_errors(name: str, column: str | None, key: str) -> Iterator[None]:
         raise UserError(
             f"could not reach dataset {name!r} on the Hugging Face Hub, nor find it in the cache; {instead}"
         ) from error
-    except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache gives any
+    except (ValueError, OSError, TypeError, AttributeError, DatasetsError) as error:  # a damaged cache raises any
         reason = " ".join(str(error.__cause__ or error).split())
         if any(sign in reason for sign in SIGNS_OF_DIFFERENT_COLUMNS):
             example = f", such as text as {column!r}" if column else ""
@@ -173,9 +176,9 @@ def _loading_errors(name: str, column: str | None, key: str) -> Iterator[None]:
 
 @contextmanager
 def verified_cache(folder: Path) -> Iterator[None]:
-    """Verify the files that `datasets` reads from its cache `folder` in this block: it does not notice changed bytes.
+    """Verify the files that `datasets` reads from its cache `folder` in this block: `datasets` itself does not.
 
-    The checksums of what it writes there are stored beside the folder. A damaged folder is removed first.
+    The checksums of the files that it writes there are stored beside the folder. A damaged folder is removed first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     file = folder.with_suffix(".json")
@@ -209,12 +212,12 @@ def _require_text(table: "datasets.Dataset", column: str) -> None:
 
 
 def _require_space(builder: "datasets.DatasetBuilder") -> None:
-    """Check that the disk has room for the table that `datasets` makes of a dataset's files, and for the download.
+    """Check that the disk has space for the table that `datasets` makes of a dataset's files, and for the download.
 
-    For local files it also needs room for the tokens.
+    For local files, space for the tokens is required too.
 
     Raises:
-        UserError: It has not.
+        UserError: There is less free space.
     """
     import fsspec
     from pyarrow import parquet
@@ -234,7 +237,7 @@ def _require_space(builder: "datasets.DatasetBuilder") -> None:
 
 
 def _folder_fingerprint(folder: Path, cache: Path) -> str:
-    """Equal for equal contents under the same names. Hidden files and folders are ignored."""
+    """A hash of the names and contents of the files in a folder, without hidden files and folders."""
     names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     visible = sorted(name for name in names if not any(part.startswith(".") for part in name.parts))
     digests = digests_of([folder.absolute() / name for name in visible], cache)

@@ -1,7 +1,7 @@
 """Sources of documents.
 
-To add a source, write a function that makes a `Source` of a `DataConfig`, and enter it in `SOURCES` under the fields of
-`DataConfig` that name it.
+To add a source, write a function that makes a `Source` from a `DataConfig`, and add it to `SOURCES` with the fields of
+`DataConfig` that select it.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from gpt2.data.documents import Source
 from gpt2.data.hub_datasets import open_dataset
 from gpt2.data.text_files import open_files
 
-# The fields of DataConfig that name a source. The first source whose first field is set is used.
+# Sources by the fields of DataConfig that name them. The first source whose first field is set is used.
 SOURCES: dict[tuple[str, ...], Callable[[DataConfig], Source]] = {
     ("files",): open_files,
     ("dataset_name", "dataset_config"): open_dataset,
@@ -19,10 +19,10 @@ SOURCES: dict[tuple[str, ...], Callable[[DataConfig], Source]] = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a configuration names.
+    """Open the source that a configuration names.
 
     Raises:
-        UserError: It cannot be reached or read.
+        UserError: The source cannot be reached or read.
     """
     return SOURCES[_names(config)](config)
 

@@ -24,7 +24,7 @@ from gpt2.runtime.patterns import as_pattern, files_matching, no_file
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 1 << 20  # read at a time
+CHUNK_BYTES = 1 << 20  # bytes read at a time
 INSTEAD = "convert it or leave it out (data.exclude)"
 # The first bytes of files that are not UTF-8 text.
 OTHER_KINDS = {
@@ -37,12 +37,12 @@ OTHER_KINDS = {
 
 @dataclass
 class TextFile:
-    """A UTF-8 file as a document, read in chunks. A byte order mark at its beginning is skipped."""
+    """A UTF-8 file as a document, read in chunks. A byte order mark at the beginning is skipped."""
 
     path: Path
 
     def parts(self, start: float = 0.0, stop: float = 1.0) -> Iterator[str]:
-        """See `Document`. Fractions are of the length in bytes, moved forward to the next beginning of a character.
+        """Implement `Document`. Fractions are of the length in bytes, rounded up to the beginning of a character.
 
         Raises:
             UserError: The file cannot be read, or this part of it is not UTF-8 or holds a NUL, as UTF-16 does.
@@ -82,9 +82,9 @@ class TextFile:
 
 
 def _next_character(file: BinaryIO, first: int, place: int) -> int:
-    """The first place at or after `place` where a character begins. Places are counted from byte `first` of a file."""
+    """Return the first place at or after `place` where a character begins. Places are offsets from byte `first`."""
     if place == 0:
-        return 0  # an invalid byte at the beginning of the text must be read, to be reported
+        return 0  # an invalid byte at the beginning of the text must be read, so that it is reported
     file.seek(first + place)
     data = file.read(3)  # at most three bytes of a character follow its first one
     return place + next((n for n, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
@@ -92,7 +92,10 @@ def _next_character(file: BinaryIO, first: int, place: int) -> int:
 
 @dataclass
 class FileDocuments:
-    """Each text file is a document. So is each record of a file of JSON lines or CSV, whose text is in one column."""
+    """Text files, each a document, and files of JSON lines or CSV, each record of which is a document.
+
+    The text of a record is in one column.
+    """
 
     paths: list[Path]
     column: str
@@ -108,7 +111,7 @@ class FileDocuments:
         return any(path.suffix.lower() in RECORDS for path in self.paths)
 
     def fingerprint(self, config: DataConfig) -> str:
-        """Equal for equal documents.
+        """A hash that is equal for equal documents.
 
         Raises:
             OSError: A file cannot be read.
@@ -139,7 +142,7 @@ class FileDocuments:
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
-    begun: list[str] = []  # the parts of a line, joined at its end only: there may be many
+    begun: list[str] = []  # parts of the current line: joined once at its end, because there may be many
     for part in parts:
         *ends, rest = part.split("\n")
         for end in ends:
@@ -153,7 +156,7 @@ def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
     return (json.loads(line) for line in lines if line.strip())
 
 
-# How records are read from the lines of a file, by the end of its name.
+# Functions that read records from the lines of a file, by the suffix of its name.
 RECORDS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
@@ -164,12 +167,12 @@ csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
 
 
 def open_files(config: DataConfig) -> Source:
-    """The documents, or the tokens, of the files that match `data.files`, identified by their contents.
+    """Open the documents, or the tokens, in the files that match `data.files`. Their fingerprint is of the contents.
 
     Files that match `data.validation_files` are the validation split, and are not trained on.
 
     Raises:
-        UserError: No file matches, or files of tokens are damaged.
+        UserError: No file matches, or token files are damaged.
     """
     validation = FileDocuments(find_files(config.validation_files or [], []), config.text_column)
     paths = find_files(config.files or [], config.exclude)
@@ -198,9 +201,9 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
     if others := [str(path) for path in paths if not is_token_file(path)]:
         raise UserError(f"data.files: {few(others)} is text beside files of tokens (.bin); name one kind")
     if config.tokenizer == "train":
-        raise UserError("data.tokenizer: data.files holds tokens, so none is learned; gpt2 is theirs (data=tokens)")
+        raise UserError("data.tokenizer: data.files holds tokens, so none can be trained; take data=tokens for gpt2's")
     if config.validation_files is not None:
-        raise UserError("data.validation_files: is for text; the name of a token file decides its split")
+        raise UserError("data.validation_files: this is for text; the name of a token file decides its split")
     splits = open_token_files(paths)
     contents = {split: fingerprint_of([file.path for file in files], config) for split, files in splits.items()}
     validation, test = (() if splits[split] else None for split in ("validation", "test"))
@@ -208,9 +211,9 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
 
 
 def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
-    """The files that match any pattern and no exclusion, each once, sorted by path.
+    """Return the files that match any pattern and no exclusion, each once, sorted by path.
 
-    A link is resolved unless its file has another name, as in the cache of the Hub: the link's name tells the format.
+    A link is resolved unless its target has another name, as in the Hub's cache: the link's name shows the format.
     """
     here = Path.cwd()
     files: dict[str, set[str]] = {}
@@ -226,7 +229,7 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
 
 
 def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:
-    """The paths, keys of `files`, of which one of the names matches a pattern. `*` also matches `/`."""
+    """Return the keys of `files` of which one of the names matches a pattern. `*` also matches `/`."""
     named = set(map(realpath, files_matching(pattern)))
     patterns = {as_pattern(pattern), as_pattern(realpath(pattern))}
     is_like = re.compile("|".join(map(translate, patterns))).match

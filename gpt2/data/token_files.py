@@ -1,7 +1,7 @@
-"""Files of tokens that other programs wrote, which are read in place.
+"""Token files of other programs, which are read in place.
 
-Two kinds exist, both of unsigned 16-bit numbers with `<|endoftext|>` between documents: those of nanoGPT, which hold
-nothing else, and the shards of llm.c and modded-nanogpt, which begin with a header of 256 32-bit numbers.
+There are two kinds, both of unsigned 16-bit tokens with `<|endoftext|>` between documents. Files of nanoGPT hold
+nothing else. Shards of llm.c and modded-nanogpt begin with a header of 256 32-bit numbers.
 """
 
 import os
@@ -20,12 +20,12 @@ DTYPE = np.dtype("uint16")
 MAGIC, VERSION = 20240520, 1  # the first two numbers of a header; the third is the number of tokens
 HEADER_BYTES = 256 * 4
 SPLITS_BY_NAME = {"val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-TOKENS_AT_ONCE = 1 << 24  # checked at a time
+TOKENS_AT_ONCE = 1 << 24  # tokens that are checked at a time
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens in a file: `count` of them from byte `offset` on."""
+    """`count` tokens in a file, from byte `offset` on."""
 
     path: Path
     offset: int
@@ -58,7 +58,7 @@ def is_token_file(path: Path) -> bool:
 
 
 def open_token_files(paths: Sequence[Path]) -> dict[str, list[TokenFile]]:
-    """The files of each split. Their names decide: `val.bin` and `fineweb_val_000000.bin` are for validation.
+    """Assign token files to splits by name: `val.bin` and `fineweb_val_000000.bin` are for validation.
 
     Raises:
         UserError: Files are damaged, or of another kind.
@@ -78,7 +78,7 @@ def open_token_files(paths: Sequence[Path]) -> dict[str, list[TokenFile]]:
 
 
 def _open_token_file(path: Path) -> TokenFile:
-    """The tokens of a file, after its header if it has one.
+    """Locate the tokens in a file, after its header if it has one.
 
     Raises:
         ValueError: The file is damaged or of another kind.
@@ -86,7 +86,7 @@ def _open_token_file(path: Path) -> TokenFile:
     with path.open("rb") as file:
         head, size = file.read(HEADER_BYTES), file.seek(0, os.SEEK_END)
     if size % DTYPE.itemsize:
-        raise ValueError(f"has {size:,} bytes, which is no whole number of 16-bit tokens")
+        raise ValueError(f"has {size:,} bytes, which is not a whole number of 16-bit tokens")
     header = np.frombuffer(head[: size // 4 * 4], "<i4")
     magic, version, count = [*header[:3].tolist(), 0, 0, 0][:3]
     if magic != MAGIC and (size < HEADER_BYTES or header[3:].any()):  # two tokens of GPT-2 cannot form MAGIC
@@ -110,12 +110,12 @@ def _open_token_file(path: Path) -> TokenFile:
 
 
 def _looks_32_bit(tokens: np.ndarray) -> bool:
-    """Whether 16-bit numbers are halves of 32-bit ones. As tokens of GPT-2, these zeros would be exclamation marks."""
+    """Whether 16-bit numbers are halves of 32-bit ones: every second is 0, which GPT-2 reads as an exclamation mark."""
     return len(tokens) >= 16 and not tokens[1::2].any() and bool(tokens[::2].any())
 
 
 def split_end(files: Sequence[TokenFile], fraction: float) -> tuple[list[TokenFile], list[TokenFile]]:
-    """Divide the tokens of files into two parts, of which the second is the last `fraction`."""
+    """Divide the tokens of files into two parts. The second part is the last `fraction` of the tokens."""
     left = count_tokens(files) - round(count_tokens(files) * fraction)
     first, second = [], []
     for file in files:

@@ -1,6 +1,6 @@
 """Tokenize documents into one file: pieces of bounded length, encoded in threads, committed at intervals.
 
-The tokens of all documents are concatenated, each document followed by `<|endoftext|>`.
+The tokens of all documents are concatenated, with `<|endoftext|>` after each document.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ Parts = Iterable[str]  # a document: its text, in parts
 # Lengths in characters.
 PIECE_LENGTH = 1 << 16  # length of an encoded string: the tokenizer slows down on longer ones
 MAX_PIECE_LENGTH = 1 << 20  # length of a string without a boundary: bounds memory
-BATCH_LENGTH = 1 << 18  # length of the strings that a thread encodes at a time: bounds memory, amortizes the hand-over
-BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space to Python and to the tokenizer's pattern alike
+BATCH_LENGTH = 1 << 18  # total length of the strings in a task of a thread: bounds memory, amortizes the overhead
+BOUNDARY = re.compile(r"(?<=\S)[ \t\n\r]")  # white space both to Python and to the tokenizer's pattern
 
-TOKENS_PER_COMMIT = 1 << 24  # the most that a kill loses: a few seconds of work
+TOKENS_PER_COMMIT = 1 << 24  # a kill loses at most this many tokens: a few seconds of work
 
 
 @dataclass(frozen=True)
 class Written:
-    """What is safely on disk in a file of tokens: those of the first pieces of its split."""
+    """The part of a token file that is safely on disk: the tokens of the first `pieces` of its split."""
 
     pieces: int = 0
     tokens: int = 0
@@ -55,17 +55,17 @@ def write_tokens(
     written: Written = Written(),
     commit: Callable[[Written], object] = lambda _: None,
 ) -> Written:
-    """Write the tokens of documents to a file, `<|endoftext|>` after each.
+    """Write the tokens of documents to a file, with `<|endoftext|>` after each document.
 
     Blank documents are left out. The tokens do not depend on where an earlier, interrupted call stopped.
 
     Args:
-        written: What an interrupted call passed to `commit` last; the file is continued from there.
-        commit: Called after every TOKENS_PER_COMMIT tokens, and at the end, with what is on disk.
+        written: The last argument of `commit` in an interrupted call; the file is continued from there.
+        commit: Called with the state on disk, after every TOKENS_PER_COMMIT tokens and at the end.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     end_of_text = np.array([tokenizer.eos_token_id])
-    tokenizer.encode_batch([])  # makes its encoder once, not in each thread
+    tokenizer.encode_batch([])  # creates the encoder once, not in each thread
     words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
     spells_end = False
 
@@ -129,7 +129,7 @@ def batched(documents: Iterable[Parts], words: Sequence[str], skip: int = 0) -> 
 
 
 def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
-    """The documents that are not blank. Of each, only the parts up to the first with text are read here."""
+    """Yield the documents that are not blank. Here, each is read only up to its first part with text."""
     for document in documents:
         parts, seen = iter(document), []
         for part in parts:
@@ -140,13 +140,13 @@ def without_blanks(documents: Iterable[Parts]) -> Iterator[Parts]:
 
 
 def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tuple[str, bool]]:
-    """Divide a document into pieces of about PIECE_LENGTH characters, each with whether it is the last.
+    """Divide a document into pieces of about PIECE_LENGTH characters, and yield each with whether it is the last.
 
-    Pieces begin at white space after another character. GPT-2's pattern always separates tokens there, so the pieces
-    have the tokens of the whole. Only a text of MAX_PIECE_LENGTH characters without such a place is cut anywhere.
+    Pieces begin at white space after another character. GPT-2's pattern always separates tokens there, so the tokens
+    are those of the whole document. A text without such a place is cut anywhere after MAX_PIECE_LENGTH characters.
 
     Args:
-        words: Words that were added to the tokenizer: no piece begins within one or, at white space, next to one.
+        words: Words that were added to the tokenizer. No piece begins within one or, at white space, next to one.
     """
     rest = ""
     for part in document:
@@ -160,24 +160,24 @@ def split_into_pieces(document: Parts, words: Sequence[str] = ()) -> Iterator[tu
 
 
 def _end_of_piece(text: str, start: int, words: Sequence[str]) -> int | None:
-    """The end of the piece that begins at `start`; None if it depends on text that is not read yet."""
+    """Return the end of the piece that begins at `start`; None if it depends on text that is not read yet."""
     longest, last = max(map(len, words), default=0), start + MAX_PIECE_LENGTH
     for boundary in BOUNDARY.finditer(text, start + PIECE_LENGTH, min(last, len(text) - longest)):
-        if not _meets(text, boundary.start(), words, margin=1):
+        if not _is_in_word(text, boundary.start(), words, margin=1):
             return boundary.start()
     if len(text) < last + longest:
         return None
-    return next((place for place in range(last, last - longest, -1) if not _meets(text, place, words)), last)
+    return next((place for place in range(last, last - longest, -1) if not _is_in_word(text, place, words)), last)
 
 
-def _meets(text: str, place: int, words: Sequence[str], margin: int = 0) -> bool:
-    """Whether a place in a text is within one of the words, or, with a margin, at its beginning or end."""
+def _is_in_word(text: str, place: int, words: Sequence[str], margin: int = 0) -> bool:
+    """Whether a place in a text is within one of the words or, with a margin of 1, at its beginning or end."""
     reaches = ((word, len(word) - 1 + margin) for word in words)
     return any(text.find(word, max(0, place - reach), place + reach) >= 0 for word, reach in reaches)
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Like `ThreadPoolExecutor.map`, but takes only a few items before their results are consumed."""
+    """Like `ThreadPoolExecutor.map`, but takes only a few items ahead of the results that are consumed."""
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:

@@ -20,8 +20,8 @@ from gpt2.runtime.waiting import end_waiting
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 10.0  # between log lines about a long task
-SECONDS_BETWEEN_UPDATES = 0.5  # between updates of a notebook's output, each of which is a message to the browser
+SECONDS_BETWEEN_LINES = 10.0  # interval of the log lines during a long task
+SECONDS_BETWEEN_UPDATES = 0.5  # minimum interval of updates in a notebook; each is a message to the browser
 
 # Characters that a terminal may act on instead of showing them: control characters except tab and newline, marks that
 # change the direction of text or end a line, and lone surrogates, which stand for bytes that are not UTF-8.
@@ -30,15 +30,15 @@ MOVES_OF_TQDM = re.compile(r"\r|(\n|\x1b\[A)*")
 
 
 def printable(text: str) -> str:
-    """A text with U+FFFD in place of each character that a terminal may act on."""
+    """Replace each character that a terminal may act on by U+FFFD."""
     return UNSAFE.sub("\ufffd", text)
 
 
 class TerminalText:
-    """A text stream that writes only what is `printable`.
+    """A text stream that passes all text through `printable`.
 
-    Generated text, names and files may contain anything. Only progress bars may write escape sequences: rich writes to
-    `unfiltered`, and bars of tqdm, which libraries use, are recognized by the module that calls `write`.
+    Generated text, names and files may contain anything. Only progress bars may write escape sequences. Those of rich
+    are written to `unfiltered`; those of tqdm, which libraries use, are recognized by the module that calls `write`.
     """
 
     def __init__(self, stream: TextIO):
@@ -70,7 +70,10 @@ class WithoutPasswords:
 
 
 class LogRecord(logging.LogRecord):
-    """A log record, of any library, without passwords. A record with the attribute `is_sample` is text of a model."""
+    """A log record of any library, without passwords.
+
+    A record with the attribute `is_sample` holds generated text, which is not changed.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -101,8 +104,8 @@ class ConsoleHandler(logging.StreamHandler):
     """Prints log records on standard output, above the progress line.
 
     `sys.stdout` is looked up each time, because rich replaces it while a progress line is shown. Records with the
-    attribute `in_file_only` are skipped, and those with `on_progress_line` where a progress line shows the same: on a
-    terminal and in a notebook.
+    attribute `in_file_only` are skipped. Records with `on_progress_line` are skipped on a terminal and in a notebook,
+    where the progress line shows the same.
     """
 
     def __init__(self) -> None:
@@ -118,7 +121,7 @@ class ConsoleHandler(logging.StreamHandler):
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Continue without output if nobody reads it any more, as after `| head` or when the terminal was closed."""
+        """Continue without output if the output is closed, as after `| head` or when the terminal was closed."""
         _raise_full_disk()
         if isinstance(sys.exc_info()[1], OSError):
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for the rest of the process
@@ -141,7 +144,7 @@ def progress_shown() -> Iterator[None]:
     """For the Python API: print the log lines of this package while a function runs, unless logging is configured.
 
     Logging counts as configured if records of level INFO reach a handler, if the logger `gpt2` has a level, or if the
-    effective level is above WARNING. Of several ranks, only the first prints.
+    effective level is above WARNING. Only rank 0 prints.
     """
     logger = logging.getLogger("gpt2")
     reaches_handler = logger.isEnabledFor(logging.INFO) and logger.hasHandlers()
@@ -184,9 +187,9 @@ def is_terminal() -> bool:
 
 
 class LiveProgress(Progress):
-    """A display of rich on standard output, if that is a terminal.
+    """A progress display of rich on standard output, if that is a terminal.
 
-    Other output appears above the display, printed by rich. It is filtered first, since rich obeys escape sequences.
+    Rich prints other output above the display. This output is filtered first, because rich interprets escape sequences.
     """
 
     def __init__(self, *columns: ProgressColumn):
@@ -202,10 +205,10 @@ class LiveProgress(Progress):
 
 @contextmanager
 def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
-    """Show the progress of a long task: on a terminal continuously, otherwise as a log line every ten seconds.
+    """Show the progress of a long task: continuously on a terminal, otherwise as a log line every ten seconds.
 
     Yields:
-        A function of the amount done and, if known, the total.
+        A function to call with the amount done and, if known, the total.
     """
     started = last_line = time.perf_counter()
     done = 0
@@ -230,7 +233,7 @@ def track(description: str, unit: str) -> Iterator[Callable[..., None]]:
 
 
 def time_left(seconds: float | None) -> str:
-    """Seconds as h:mm:ss or m:ss; -:-- if unknown."""
+    """Format seconds as h:mm:ss or m:ss; -:-- if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "-:--"
     minutes, seconds = divmod(round(seconds), 60)
@@ -239,7 +242,7 @@ def time_left(seconds: float | None) -> str:
 
 
 class ProgressLine:
-    """Step, loss, speed and time left on one line of a terminal; nothing if standard output is no terminal."""
+    """Step, loss, speed and time left on one line of a terminal; nothing if standard output is not a terminal."""
 
     def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         columns = (
@@ -266,7 +269,7 @@ class ProgressLine:
 
 
 class NotebookLine(ProgressLine):
-    """A `ProgressLine` for Jupyter: one output that is updated. rich would print a line for each state."""
+    """A `ProgressLine` for Jupyter, which updates one output. Rich would print a line for each update."""
 
     def __init__(self, total_steps: int, step: int = 0, label: str = ""):
         self.total_steps, self.label, self.at, self.figures = total_steps, printable(label), step, ""

@@ -57,18 +57,18 @@ PEAK_TERAFLOPS = {
     "V100": 125.0,  # the same: SXM2
     "T4": 65.0,  # T4, data sheet
 }
-# A name with one of these words in addition is that of another chip, or of a part of one.
+# A name of the table with one of these additional words denotes another chip, or a part of a chip.
 OTHER_CHIPS = {"Laptop", "Max", "Ti", "SUPER", "D", "MIG"}
 
-# Names in PyTorch's `get_capabilities`, first of x86, then of ARM.
+# Keys of `torch.cpu.get_capabilities()`: two of x86, then two of ARM.
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def choose_device(name: str, key: str = "device") -> torch.device:
-    """The device with a name. `auto` is CUDA, else Apple's GPU, else the CPU. A rank of torchrun gets its own GPU.
+    """Return the named device. `auto` is CUDA, else Apple's GPU, else the CPU. A rank of torchrun gets its own GPU.
 
     Args:
-        key: The configuration key of the name, for error messages.
+        key: The configuration key that holds the name, for error messages.
 
     Raises:
         UserError: This machine has no such device.
@@ -88,15 +88,15 @@ def choose_device(name: str, key: str = "device") -> torch.device:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if not available.get(device.type, False):
-        usable = [kind for kind, is_available in available.items() if is_available]
+    usable = [kind for kind, is_available in available.items() if is_available]
+    if device.type not in usable:
         others = f", and {dist_env().local_world_size} ranks need one each" if dist_env().by_torchrun else ""
-        raise UserError(f"{key}: there is no {device} here{others}; auto, or one of {usable}, would do")
+        raise UserError(f"{key}: there is no {device} here{others}; use auto or {' or '.join(usable)}")
     return device
 
 
 def cuda_or_fallback(name: str) -> torch.device:
-    """`choose_device`, but `cuda` on a machine without CUDA falls back to `auto` with a warning.
+    """Like `choose_device`, but `cuda` on a machine without CUDA falls back to `auto`, with a warning.
 
     For the Python API, where `cuda` is the default of classes that work on all devices.
     """
@@ -132,7 +132,7 @@ def requested_precision(config: TrainingConfig) -> str:
 
 
 def choose_precision(name: str, device: torch.device) -> Precision:
-    """The precision with a name. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
+    """Return the named precision. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
     if name != "auto":
         return Precision(name, device)
     if device.type == "cpu":
@@ -144,9 +144,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 
 
 def auto_without_training(name: str, device: torch.device) -> str:
-    """The name of the precision for evaluation and generation: `auto` is fp32, which is exact, except on CUDA.
+    """Return the precision for evaluation and generation: `auto` becomes fp32, which is exact, except on CUDA.
 
-    On CUDA, PyTorch multiplies fp32 matrices without tensor cores: an A100 reaches 19.5 TFLOP/s, instead of 312.
+    On CUDA, PyTorch multiplies fp32 matrices without tensor cores: an A100 reaches 19.5 TFLOP/s instead of 312.
     """
     return "fp32" if name == "auto" and device.type != "cuda" else name
 
@@ -154,13 +154,13 @@ def auto_without_training(name: str, device: torch.device) -> str:
 def computes_in_bf16() -> bool:
     """Whether this CPU has instructions for bf16 products. Other CPUs emulate them, which is slower than fp32.
 
-    This is not measured, because on a busy machine the same command could then get another precision.
+    The speed is not measured: on a busy machine, the same command could then get another precision.
     """
     return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8, min_seconds: float = 0.0) -> list[float]:
-    """The shortest time of each function in interleaved repetitions: other programs disturb it least.
+    """Return the shortest time of each function over interleaved repetitions. Other programs affect it least.
 
     Args:
         min_seconds: Fast functions are repeated more often, until all repetitions together take this long.
@@ -171,7 +171,7 @@ def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8, min
             began = time.perf_counter()
             way()
             taken.append(time.perf_counter() - began)
-    return [min(taken[1:]) for taken in seconds]  # without the first run, which may compile or allocate
+    return [min(taken[1:]) for taken in seconds]  # without the first call, which may compile or allocate
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def keep_freed_memory() -> None:
 def free_memory() -> None:
     """Release the memory of deleted models: reference cycles, and the caches of the C library and PyTorch."""
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # it stops compiling after a number of models
+        torch.compiler.reset()  # torch.compile stops compiling after a number of models
     gc.collect()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
@@ -243,7 +243,7 @@ def peak_flops(precision: Precision) -> float | None:
 def known_peak(name: str) -> float | None:
     """Peak FLOP/s by a device's name: the first entry of `PEAK_TERAFLOPS` whose words are all in the name.
 
-    Whole words count, because an A1000 is not an A100. The RTX 4090 of a laptop is another chip than the RTX 4090.
+    Whole words are compared, because an A1000 is not an A100. A laptop's RTX 4090 is another chip than the RTX 4090.
     """
     words = set(re.split(r"[\s-]+", name))
     for chip, teraflops in PEAK_TERAFLOPS.items():

@@ -18,7 +18,7 @@ from gpt2.errors import UserError, without_password
 
 @dataclass(frozen=True)
 class DistEnv:
-    """This process among those that torchrun started; by default a single process without torchrun."""
+    """The place of this process among the ranks of torchrun; by default a single process without torchrun."""
 
     rank: int = 0
     world_size: int = 1
@@ -64,7 +64,7 @@ def silence_unless_main() -> None:
 
 
 def report_to_torchrun(error: BaseException) -> None:
-    """Write an exception, without passwords, to the report that torchrun prints at its end."""
+    """Write an exception, without passwords, to the report that torchrun prints when it ends."""
     if name := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -104,10 +104,10 @@ def exit_without_finalization() -> Iterator[None]:
 
 
 def division(accumulation_steps: int, world_size: int) -> tuple[int, int]:
-    """How the micro-batches of a step are divided over the ranks.
+    """Divide the micro-batches of a step over the ranks.
 
-    Each group of ranks gets some of the micro-batches, and each rank of the group a slice of these. There are as many
-    groups as possible, since large passes are faster.
+    Each group of ranks gets some of the micro-batches, and each rank of a group gets a slice of every one of these.
+    There are as many groups as possible, because large passes are faster.
 
     Returns:
         The number of groups, and the number of ranks in a group.

@@ -1,4 +1,4 @@
-"""Atomic writes of files and folders, checksums, and locks: who changes a file, who uses a run folder."""
+"""Atomic writes of files and folders, checks for writable places and free space, checksums, and locks of folders."""
 
 import fcntl
 import glob
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 
 TEMPORARY_PREFIX = ".saving-"  # begins the name of an incomplete file or folder
 LOCK = ".lock"
-MANY_BYTES = 2**28  # reading as many takes a second on a slow disk
+MANY_BYTES = 2**28  # reading this much takes a second on a slow disk
 TIME_RESOLUTION = 2 * 10**9  # nanoseconds by which a file's times may be inexact
 
 
 @contextmanager
 def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Create the replacement of `target` under a name that no other process uses, and at the end remove that name.
+    """Create a replacement of `target` under a unique temporary name, which is removed at the end of the block.
 
-    It is locked (`flock`) until the block ends, so `remove_unfinished` can tell that its process is alive. What dead
-    processes left behind for the same target is removed first.
+    The replacement is locked (`flock`) until then, so `remove_unfinished` can tell that its process is alive. First,
+    the replacements that dead processes left for the same target are deleted.
 
     Args:
-        create: Makes a file, a folder or a link at a path.
+        create: Creates a file, a folder or a link at a path.
     """
     name = os.fsdecode(os.fsencode(target.name)[:200])  # with prefix and suffix, a name may have 255 bytes
     remove_unfinished(target.parent, name)
@@ -58,9 +58,13 @@ def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[P
 
 
 def remove_unfinished(folder: Path, name: str = "") -> None:
-    """Delete what killed processes left of unfinished writes in a folder. `name`: only those of targets named so."""
+    """Delete the temporary files and folders that killed processes left in a folder.
+
+    Args:
+        name: Only for targets whose names begin with it.
+    """
     for path in folder.glob(f"{TEMPORARY_PREFIX}{glob.escape(name)}*"):
-        with suppress(OSError):  # it is locked by the process that writes it, gone, or of another user
+        with suppress(OSError):  # locked by the process that writes it, already deleted, or owned by another user
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +74,7 @@ def remove_unfinished(folder: Path, name: str = "") -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -83,7 +87,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
     If the block raises, `path` is untouched. The file is flushed to disk before it is renamed, and its folder after
     that, so after a crash or a power failure `path` is the old file or the complete new one. Several processes may
-    write the same file at once: the last one to end wins.
+    write the same file at once: the last to finish wins.
     """
     try:
         with temporary_name(path, lambda new: new.touch(exist_ok=False)) as temporary:
@@ -101,9 +105,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which is flushed to disk and gets the name `folder` at the end of the block.
+    """Yield an empty folder, which is flushed to disk and renamed to `folder` at the end of the block.
 
-    If the block raises, the new folder is removed. Of several processes that make the same folder, one succeeds.
+    If the block raises, the new folder is removed. If several processes create the same folder, one succeeds.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_name(folder, Path.mkdir) as temporary:
@@ -112,7 +116,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def rename_to_disk(folder: Path, target: Path) -> None:
-    """Rename a folder when its content is on disk, so that after a crash it is complete under its new name."""
+    """Flush a folder to disk, then rename it: after a crash, a folder of the new name is complete."""
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
     folder.rename(target)
@@ -123,12 +127,16 @@ def rename_to_disk(folder: Path, target: Path) -> None:
 def writable_folder(
     folder: Path, key: str, file: Path | None = None, advice: str = "choose another place"
 ) -> Iterator[None]:
-    """Check that a folder can be written to, before the work whose results go there.
+    """Check that a folder is writable, before the work whose results go there.
 
     The folder and its parents are created. Those that are still empty at the end of the block are removed.
 
+    Args:
+        key: The setting that names the folder, for the error message.
+        file: Named in the error message instead of the folder.
+
     Raises:
-        UserError: It cannot be written to. `key` is the setting that names it.
+        UserError: The folder is not writable.
     """
     created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
@@ -146,7 +154,7 @@ def writable_folder(
 
 @contextmanager
 def writable_file(path: Path, key: str) -> Iterator[None]:
-    """`writable_folder` for a file that the block will write, or a folder that it will make."""
+    """Like `writable_folder`, for a file or a folder that the block creates."""
     with writable_folder(path.parent, key, path):
         if not path.name or os.path.isdir(path):  # noqa: PTH112  # `Path.is_dir` raises for a name that is too long
             raise UserError(f"{key}: {path} is a folder; name a file")
@@ -159,10 +167,10 @@ def writable_file(path: Path, key: str) -> Iterator[None]:
 
 
 def require_free_space(folder: Path, needed: int, task: str) -> None:
-    """Check that a task has enough disk space in a folder of the cache, and log how much it needs if that is much.
+    """Check that a folder of the cache has enough free disk space for a task, and log the need if it is large.
 
     Raises:
-        UserError: Less is free.
+        UserError: There is less free space.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -178,8 +186,8 @@ def in_bytes(size: int) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why a file or a folder could not be written, without its path."""
-    if isinstance(error, FileExistsError):  # a file in place of the folder
+    """Say why a file or a folder could not be written, without its path."""
+    if isinstance(error, FileExistsError):  # there is a file in place of the folder
         return "not a folder"
     return getattr(error, "strerror", None) or one_line(error)
 
@@ -195,7 +203,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def exclusive_change(folder: Path) -> Iterator[None]:
-    """Lock a folder while its files are read, changed and written: only one process at a time is inside this block.
+    """Lock a folder while its files are read, changed and written: only one process at a time runs this block.
 
     The lock is on the folder itself, so no lock file stays among the results.
     """
@@ -211,7 +219,7 @@ def exclusive_change(folder: Path) -> Iterator[None]:
 
 
 def sha256_of_next(file: BinaryIO, size: int) -> "hashlib._Hash":
-    """The SHA-256 of the next `size` bytes of a file, or of as many as it has."""
+    """The SHA-256 of the next `size` bytes of a file, or of the rest if that is shorter."""
     digest = hashlib.sha256()
     while block := file.read(min(size, 2**20)):
         digest.update(block)
@@ -220,10 +228,10 @@ def sha256_of_next(file: BinaryIO, size: int) -> "hashlib._Hash":
 
 
 def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
-    """The SHA-256 of each file. If they are large, progress is shown under the name of the task.
+    """Yield the SHA-256 of each file. If they are large, progress is shown with `task` as its description.
 
     Raises:
-        OSError: With the name of the file that cannot be read.
+        OSError: A file cannot be read; `filename` is its name.
     """
     size, done = sum(path.stat().st_size for path in paths), 0
     with track(task, unit="bytes") if size > MANY_BYTES else nullcontext(lambda *_: None) as advance:
@@ -236,23 +244,23 @@ def sha256_of_each(paths: Sequence[Path], task: str) -> Iterator[str]:
                         done += len(block)
                         advance(done, size)
             except OSError as error:
-                error.filename = str(path)  # a failed read names none
+                error.filename = str(path)  # the error of a failed read names no file
                 raise
             yield digest.hexdigest()
 
 
 def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]:
-    """The SHA-256 of each file. Files that are unchanged since an earlier call are not read again.
+    """Return the SHA-256 of each file. Files that are unchanged since an earlier call are not read again.
 
-    Reading for SHA-256 takes 0.7 s a GB where the processor has instructions for it. A file counts as unchanged while
-    its inode, size and times are the same. A file that was just written is not remembered yet: within the resolution of
-    its times it could change once more.
+    SHA-256 takes 0.7 s per GB where the processor has instructions for it. A file counts as unchanged while its inode,
+    size and times are the same. The checksum of a file that was just written is not stored: within the resolution of
+    its times, the file could change again.
 
     Args:
         memory: The JSON file that holds the checksums of earlier calls.
 
     Raises:
-        OSError: With the name of the file that cannot be read.
+        OSError: A file cannot be read; `filename` is its name.
     """
     known, now = read_dict(memory), time.time_ns()
     sums: dict[Path, str] = {}
@@ -278,9 +286,9 @@ def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]
 
 
 def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
-    """What is wrong with the files of a folder, given their checksums by name; None if they are intact.
+    """Say what is wrong with the files of a folder, given their checksums by name; None if they are intact.
 
-    Checksums are remembered in a file beside the folder, see `remembered_sums`.
+    Checksums are stored in a file beside the folder, see `remembered_sums`.
     """
     paths = [folder / name for name in sums]
     try:
@@ -292,7 +300,7 @@ def damaged_file(folder: Path, sums: dict[str, str]) -> str | None:
 
 
 def read_dict(path: Path) -> dict[str, Any]:
-    """The content of a JSON file; empty if it is missing, damaged or something else."""
+    """The dictionary in a JSON file; empty if the file is missing or damaged, or holds another type."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -309,7 +317,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder. The lock file also names the process that holds it.
 
     This is a POSIX record lock (`lockf`), which belongs to one process: the kernel releases it when that process is
-    killed, even if forked data workers outlive it. `filelock` uses `flock`, which these workers would inherit, so a
+    killed, even if forked data workers outlive it. `filelock` uses `flock`. The workers would inherit that lock, and a
     killed run could not be resumed until they end.
 
     Raises:
@@ -337,9 +345,9 @@ def run_lock(folder: Path) -> Iterator[None]:
 def is_locked(lock: Path) -> bool | None:
     """Whether another process holds the lock file of a run folder; None if unknown.
 
-    It is unknown if the file is missing, its filesystem has no locks, or its last holder was on another machine, whose
-    locks a network filesystem may not show. Do not call it for a lock that this process holds: closing the file would
-    release it.
+    It is unknown if the file is missing, if its filesystem has no locks, or if the last holder ran on another machine,
+    whose locks a network filesystem may not show. Do not call this function for a lock that this process holds: closing
+    the file would release it.
     """
     try:
         with open(lock, errors="replace", opener=lambda path, _: os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as file:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads, or its local cache if the Hub does not answer within seconds; uploads."""
+"""The Hugging Face Hub: downloads, or the local cache if the Hub does not answer within seconds; uploads."""
 
 import logging
 import os
@@ -28,9 +28,9 @@ OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names of OpenAI's m
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name is that of a model on the Hub: one of OpenAI's four, or OWNER/NAME.
+    """Whether a name denotes a model on the Hub: one of OpenAI's four, or OWNER/NAME.
 
-    A name that may be a local path is a path, except for OpenAI's: the package of this repository is a folder `gpt2`.
+    A name that could be a local path counts as a path, except OpenAI's names: this repository has a folder `gpt2`.
     """
     is_owner_and_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
     is_path = Path(name).parent.exists() or Path(name).suffix == ".pth"
@@ -40,7 +40,7 @@ def is_on_hub(name: str) -> bool:
 def caches() -> Path:
     """The default of `data.cache_dir`, for files that can be computed again.
 
-    It is a temporary folder if the home directory cannot be written to.
+    It is a temporary folder if the home directory is not writable.
     """
     return _writable_cache(_home() / "gpt2")
 
@@ -69,7 +69,7 @@ def _writable_cache(folder: Path) -> Path:
         instead = Path(tempfile.gettempdir(), f"gpt2-cache-{os.getuid()}")
         with suppress(FileExistsError):
             instead.mkdir(mode=0o700)
-        if instead.lstat().st_uid != os.getuid() or not instead.is_dir():  # another user could change what is in it
+        if instead.lstat().st_uid != os.getuid() or not instead.is_dir():  # another user could change its files
             instead = Path(tempfile.mkdtemp(prefix="gpt2-cache-"))
         log.warning("The cache %s cannot be written to (%s): %s is used instead.", folder, error.strerror, instead)
         return instead
@@ -77,12 +77,12 @@ def _writable_cache(folder: Path) -> Path:
 
 @cache
 def connect(seconds: float = 3.0) -> None:
-    """Check once whether the Hub answers. If not, make its libraries use their caches only.
+    """Check once whether the Hub answers. If not, make its libraries use only their caches.
 
-    Otherwise they would retry for half a minute.
+    Without this, the libraries retry for half a minute.
 
     Raises:
-        UserError: An environment variable does not hold a valid URL; the libraries would fail with another error.
+        UserError: An environment variable does not hold a valid URL; the libraries' own error would not name it.
     """
     address = _address_of_hub()
     move_hub_cache()
@@ -93,7 +93,7 @@ def connect(seconds: float = 3.0) -> None:
     except OSError as error:
         log.info("The Hugging Face Hub does not answer (%s): using what its cache holds.", error)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for name in ("huggingface_hub.constants", "datasets.config"):  # they may be imported already
+        for name in ("huggingface_hub.constants", "datasets.config"):  # if they are imported already
             if name in sys.modules:
                 sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
@@ -117,9 +117,9 @@ def _address(name: str) -> tuple[str, int]:
 
 
 def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
-    """A local folder with the files of a model repository that match the patterns, downloaded unless cached.
+    """Return a local folder with the files of a model repository that match the patterns, downloaded unless cached.
 
-    OpenAI's models may be cached without the name of their owner, which the Hub added later.
+    OpenAI's models may be cached under names without an owner, which the Hub added later.
 
     Args:
         instead: Advice for the error message.
@@ -150,10 +150,10 @@ def hub_folder(repository: str, patterns: list[str], instead: str) -> Path:
 
 
 def create_repository(name: str, private: bool) -> None:
-    """Create the repository of a model on the Hub, unless it exists. Call it before the files for it are made.
+    """Create a model's repository on the Hub, unless it exists. Call this before exporting the files to upload.
 
     Raises:
-        UserError: No account is logged in, or the account may not create or write it.
+        UserError: No account is logged in, or the account may not create or write the repository.
         ResourceError: The Hub does not answer.
     """
     move_hub_cache()
@@ -185,6 +185,7 @@ def upload(folder: Path, name: str) -> str:
 
 @contextmanager
 def _refusals_as_lines(name: str) -> Iterator[None]:
+    """Turn errors of the Hub into one-line errors."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:

@@ -1,11 +1,11 @@
-"""Patterns that users give: names of files with wildcards, and regular expressions."""
+"""Patterns in settings: names of files with wildcards, and regular expressions."""
 
 import os
 import re
 from collections.abc import Iterator
 from glob import escape, iglob
 from math import prod
-from os.path import isdir, isfile
+from os.path import isfile
 from pathlib import Path
 
 import regex
@@ -16,7 +16,7 @@ MAX_REPETITIONS = 10_000  # in a regular expression
 
 
 def as_pattern(name: str) -> str:
-    """A pattern in which names of existing folders and files are literal, such as `draft[1]` in `draft[1]/*.txt`."""
+    """Escape the parts of a pattern that are names of existing folders or files: `draft[1]` in `draft[1]/*.txt`."""
     path, parts = Path(), []
     for part in Path(name).parts:
         path /= part
@@ -25,30 +25,30 @@ def as_pattern(name: str) -> str:
 
 
 def files_matching(pattern: str) -> Iterator[str]:
-    """The files and folders that match a pattern, in which `**` is any number of folders; see also `as_pattern`."""
+    """Yield the files and folders that match a pattern; `**` matches any number of folders. See also `as_pattern`."""
     return iglob(as_pattern(pattern), recursive=True) if pattern else iter(())
 
 
 def no_file(pattern: str) -> str | None:
-    """Why a pattern matches no file; None if it matches one."""
+    """Say why a pattern matches no file; None if it matches one."""
     if any(map(isfile, files_matching(pattern))):  # stops at the first: a folder may hold a hundred thousand files
         return None
     paths = list(files_matching(pattern))
     if not paths:
         return f"no file matches {pattern!r} (looked from {Path.cwd()})"
-    if isdir(paths[0]):
+    if Path(paths[0]).is_dir():
         like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
         return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"
     return f"{paths[0]!r} is a pipe, a socket, a device or a broken link; name a file"
 
 
 def no_expression(pattern: str) -> str | None:
-    """Why a text is not a regular expression for both Python's `re` and the library `regex`; None if it is one.
+    """Say why a text is not a regular expression for both `re` and the library `regex`; None if it is one.
 
-    `re` excludes the additions of `regex`, such as recursion, which can exhaust the memory.
+    `re` rejects the additions of `regex`, such as recursion, which can exhaust the memory.
     """
     times = (max(1, int(number)) for number in re.findall(r"\{\s*(\d{1,9})", pattern))
-    if prod(times) > MAX_REPETITIONS:  # `regex` compiles one copy for each
+    if prod(times) > MAX_REPETITIONS:  # `regex` compiles one copy for each repetition
         return f"repetitions such as {{9}} may multiply to {MAX_REPETITIONS:,} at most"
     try:
         re.compile(pattern)

@@ -1,4 +1,4 @@
-"""Dataclasses from the plain values of a file, whose keys and types may be wrong."""
+"""Build dataclasses from the plain values of a file, and check their keys and types."""
 
 import reprlib
 from contextlib import suppress
@@ -12,12 +12,12 @@ NO_SUCH_KEY = "there is no such key"
 
 
 def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
-    """An instance of a dataclass from the plain values of a file. Keys and types are checked, ranges are not.
+    """Build a dataclass from the plain values of a file. Keys and types are checked, ranges are not.
 
-    A value that is missing is the default of its field; a dataclass inside must not be missing.
+    A missing value gets the default of its field. A nested dataclass must not be missing.
 
     Raises:
-        UserError: With all problems.
+        UserError: Keys or types are wrong; all problems are listed.
     """
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.')}: {brief(values)} is not a group of keys and values")
@@ -44,7 +44,7 @@ def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
 
 
 def brief(value: Any) -> str:
-    """A value of a file in a message: short, in one line, and a name without quotes."""
+    """Format a value for a message: short and on one line; a name without quotes."""
     return value if isinstance(value, str) and value.isidentifier() and len(value) < 30 else reprlib.repr(value)
 
 
@@ -53,10 +53,10 @@ TYPE_WORDS |= {list: "a list", dict: "a group of keys and values"}
 
 
 def _as_type(value: Any, hint: Any) -> Any:
-    """A value as an instance of a field's type. A text that is a number counts: YAML reads 1e-3 as a text.
+    """Convert a value to the type of a field. For a float, a text such as "1e-3" is accepted: YAML reads it as a text.
 
     Raises:
-        ValueError: It has another type; the message says in words which one is expected.
+        ValueError: The value has another type; the message describes the expected type.
     """
     for option in options_of(hint):
         kind, inner = get_origin(option), get_args(option)
@@ -77,7 +77,7 @@ def _as_type(value: Any, hint: Any) -> Any:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """The values of `Literal[...]`, and None where it is optional; empty for other types."""
+    """The values of `Literal[...]`, and None if the type is optional; empty for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     inner = [choice for option in options_of(hint) if option is not hint for choice in choices_of(option)]
@@ -85,7 +85,7 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; otherwise the type alone."""
+    """The types of a union; for another type, that type alone."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 

@@ -24,7 +24,7 @@ class RandomState:
 
     @classmethod
     def of_torch(cls, device: torch.device) -> "RandomState":
-        """The states of PyTorch only, from which models sample."""
+        """The states of PyTorch only, whose generators dropout uses."""
         states = {"cpu": torch.get_rng_state()}
         if device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(device)
@@ -39,7 +39,7 @@ class RandomState:
         return cls(device, cls.of_torch(device).tensors, elsewhere)
 
     def restore(self) -> None:
-        """Set the generators to these states. The state of another type of device is ignored."""
+        """Set the generators to these states. The state of a device of another type is ignored."""
         torch.set_rng_state(self.tensors["cpu"])
         if self.device.type == "cuda" and "cuda" in self.tensors:
             torch.cuda.set_rng_state(self.tensors["cuda"], self.device)
@@ -57,9 +57,9 @@ def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:
 
 
 def make_deterministic() -> None:
-    """Make PyTorch use deterministic algorithms, or raise an error if an operation has none.
+    """Make PyTorch use deterministic algorithms; operations without one raise an error.
 
-    CPU operations are deterministic anyway, for the same number of threads.
+    On a CPU, operations are deterministic anyway for the same number of threads.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when the device is first used
     torch.use_deterministic_algorithms(True)
@@ -80,7 +80,7 @@ def commit() -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of everything that the last bits of a result may depend on."""
+    """The versions of Python and the libraries that the last bits of a result may depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -32,7 +32,7 @@ class Interrupted(SystemExit):
 
 
 def exit_on_signals(also_by_ctrl_c: bool) -> None:
-    """From now on signals raise Interrupted. Without `also_by_ctrl_c`, Ctrl-C remains a KeyboardInterrupt."""
+    """Make signals raise Interrupted from now on. Without `also_by_ctrl_c`, Ctrl-C still raises KeyboardInterrupt."""
     for number in SIGNALS:
         if number != signal.SIGINT or also_by_ctrl_c:
             signal.signal(number, _raise_interrupted)
@@ -60,11 +60,11 @@ def reraise_interruption() -> Iterator[None]:
 def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     """Pass the first signal to `on_signal` instead of interrupting the block. A second Ctrl-C interrupts the block.
 
-    A second signal of another kind is ignored, because schedulers routinely send two. A terminal may deliver one
-    Ctrl-C twice, through the process group and through a parent process, so two within half a second count as one.
+    A second signal of another kind is ignored, because schedulers routinely send two. One Ctrl-C may arrive twice,
+    through the process group and through a parent process, so two within half a second count as one.
 
-    `on_signal` also receives a signal from before the block, whose exception may have been lost: Python ignores
-    exceptions that are raised in `__del__`, for example. Outside the main thread this function does nothing.
+    `on_signal` also receives a signal that arrived before the block, because its exception may have been lost: Python
+    ignores exceptions that are raised in `__del__`, for example. Outside the main thread this function does nothing.
     """
     first: float | None = None
     before: dict[int, Any] = {}
@@ -95,7 +95,7 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
             on_signal(_received)
         yield
     except Exception:
-        if dist_env().by_torchrun:  # its SIGTERM to all ranks when one fails must not interrupt the error handling
+        if dist_env().by_torchrun:  # if a rank fails, torchrun sends SIGTERM, which would interrupt the error handling
             before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
@@ -104,10 +104,11 @@ def defer_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def blocked_in_children() -> Iterator[None]:
-    """Start processes in the block with signals blocked: a signal during their imports would print tracebacks.
+    """Block signals in processes that start inside the block: a signal during their imports would print tracebacks.
 
-    They unblock signals with `admitted`. A new process inherits the mask of the thread that starts it, so this thread
-    blocks signals. Another thread receives them for this process, and Python calls the handlers in the main thread.
+    These processes unblock signals with `admitted`. A process inherits the signal mask of the thread that starts it, so
+    this thread blocks signals. Another thread receives them for this process, and Python calls the handlers in the main
+    thread.
     """
     from multiprocessing.resource_tracker import ensure_running
 
@@ -124,7 +125,7 @@ def blocked_in_children() -> Iterator[None]:
 
 @contextmanager
 def admitted() -> Iterator[None]:
-    """Receive signals inside the block, in a process that `blocked_in_children` started; outside it, signals wait."""
+    """Unblock signals inside the block, in a process of `blocked_in_children`. Outside it, they stay pending."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if not before.issuperset(SIGNALS):
         yield
@@ -139,17 +140,17 @@ def admitted() -> Iterator[None]:
 
 
 def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
-    """The result of a function that may compute for minutes in C or Rust, where no signal reaches Python's handlers.
+    """Call a function that may compute for minutes in C or Rust, where Python cannot handle signals.
 
-    The function runs in a thread, which ends with the process, so signals interrupt the caller at once. The caller
-    calls `meanwhile` twice a second.
+    The function runs in a daemon thread, so signals interrupt the caller at once. The caller runs `meanwhile` twice a
+    second.
     """
     result: Future[Result] = Future()
 
     def work() -> None:
         try:
             result.set_result(function())
-        except BaseException as error:  # noqa: BLE001  # a panic of Rust is no Exception
+        except BaseException as error:  # noqa: BLE001  # a panic of Rust is not an Exception
             result.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
@@ -159,7 +160,7 @@ def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None])
 
 
 def _print(text: str) -> None:
-    """Print on rank 0 without Python's buffers, because the signal may have interrupted code that uses them."""
+    """Print on rank 0, bypassing Python's buffers: the signal may have interrupted code that uses them."""
     if dist_env().is_main:
         with suppress(OSError):
             os.write(2, f"\n{text}\n".encode())

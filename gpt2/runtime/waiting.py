@@ -1,4 +1,4 @@
-"""A line on a terminal that says what a script waits for, until the script prints something. Imports nothing slow."""
+"""A line on a terminal that says what a script is waiting for, until it prints something. Imports nothing slow."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ _shown = ""
 
 
 def waiting_for(what: str) -> None:
-    """Show the line if all output goes to a terminal, and this is neither a worker nor another rank of torchrun."""
+    """Show the line if all output goes to a terminal and this is the main process of rank 0."""
     global _shown
     is_first = parent_process() is None and os.environ.get("RANK", "0") == "0"
     if is_first and all(stream and stream.isatty() for stream in (sys.__stdout__, sys.__stderr__)):

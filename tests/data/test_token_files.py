@@ -104,7 +104,7 @@ def test_links_keep_the_names_that_say_their_kind_and_split(tmp_path):
 
 SOME = TRAIN[:1000].tobytes()
 DAMAGES = {  # content of the file, and the end of the message
-    "odd.bin": (SOME + b"x", "has 2,001 bytes, which is no whole number of 16-bit tokens"),
+    "odd.bin": (SOME + b"x", "has 2,001 bytes, which is not a whole number of 16-bit tokens"),
     "empty.bin": (b"", "is empty"),
     "header_only.bin": (header(0), "is empty"),
     "magic.bin": (header(1000, magic=20240801) + SOME, "its first number is 20240801, not 20240520"),
