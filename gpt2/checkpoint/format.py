@@ -1,7 +1,7 @@
 """The checkpoint format: one safetensors file, with everything that is not a tensor as JSON in its header.
 
 There is no pickle, so loading a checkpoint never runs code. The file holds all that generation and resuming need. Every
-byte is covered by a checksum: each tensor has its own, and the header has one of itself.
+byte is covered by a checksum: there is one of each tensor, and one of the header.
 """
 
 import hashlib
@@ -22,17 +22,17 @@ from gpt2.runtime.plain_values import brief
 if TYPE_CHECKING:
     from torch import Tensor
 
-Shapes = dict[str, tuple[int, ...]]  # shapes by the names of tensors
+Shapes = dict[str, tuple[int, ...]]  # shapes of tensors by their names
 
 FORMAT = 2
 
-# Keys of `__metadata__` in the header of the file. In safetensors every value is a string.
+# Keys of `__metadata__` in the header of the file. In safetensors, each of its values is a string.
 RECORD, TENSOR_SUMS, HEADER_SUM = "gpt2", "sha256_of_tensors", "sha256_of_header"
-NO_SUM = "0" * 64  # placeholder for the header's own checksum while that is computed
+NO_SUM = "0" * 64  # placeholder for a checksum that is not computed yet
 MAX_HEADER_BYTES = 32 * 2**20  # a tokenizer of 50,000 tokens takes 5 MB
 SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SAFETENSORS_DTYPES |= {"int64": "I64", "uint8": "U8"}
-# A string of JSON, or the beginning of one at the end of a truncated text.
+# A string in JSON, or the beginning of a string at the end of a truncated text.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 
@@ -43,15 +43,15 @@ JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str, Any]) -> None:
     """Write a checkpoint atomically: `path` is either complete or, if this raises, untouched.
 
-    The header holds the checksums of the tensors and stands before them, so it is written twice: first to reserve its
+    The header holds the checksums of the tensors and comes before them, so it is written twice: first to reserve its
     space, then with the checksums. This way no tensor is copied in memory.
 
     Args:
-        tensors: By name. They may be on any device and need not be contiguous.
-        record: Everything else, as JSON can hold it.
+        tensors: Tensors by name, on any device, contiguous or not.
+        record: All else that the checkpoint holds, as JSON values.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written.
+        OSError: The disk is full, or the folder is not writable.
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def write_checkpoint(path: Path, tensors: "dict[str, Tensor]", record: dict[str,
 def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> None:
     """Write a plain safetensors file, see https://huggingface.co/docs/safetensors.
 
-    `safetensors.torch.save_file` makes files that only their owner may read, and hides the OSError of a full disk.
+    `safetensors.torch.save_file` creates files that only their owner may read, and hides the OSError of a full disk.
     """
     with path.open("wb") as file:
         file.write(_header(tensors, metadata))
@@ -92,12 +92,12 @@ def _checked_header(tensors: "dict[str, Tensor]", record: str, sums: dict[str, s
 
 
 def _sum_entry(header_sum: str) -> bytes:
-    """The JSON of a header's own checksum. It occurs once in a header: quotes inside strings are escaped."""
+    """The entry of the header's checksum, in JSON. It occurs once in a header: quotes inside strings are escaped."""
     return f'"{HEADER_SUM}":"{header_sum}"'.encode()
 
 
 def _layout(tensors: "dict[str, Tensor]") -> list[str]:
-    """The order of the tensors in a file: by falling element size, which keeps all of them aligned."""
+    """The order of the tensors in a file: by decreasing element size, which keeps all of them aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
@@ -126,7 +126,7 @@ class NewerVersionError(UserError):
 
 @dataclass
 class StoredTensor:
-    """The place of a tensor in a file, in bytes from the beginning of the file, and its checksum."""
+    """The position of a tensor in a file, in bytes from the beginning, and its checksum."""
 
     begin: int
     end: int
@@ -134,10 +134,10 @@ class StoredTensor:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint but its tensors. Fast for a model of any size, and does not import torch.
+    """Read everything in a checkpoint but its tensors. Fast for a model of any size, and does not import torch.
 
     Raises:
-        UserError: The file cannot be read, is not a checkpoint of ours, or its header is damaged.
+        UserError: The file cannot be read, is not a checkpoint of this program, or has a damaged header.
     """
     return _read_header(path)[0]
 
@@ -146,7 +146,7 @@ def verify(path: Path, prefix: str = "") -> dict[str, Any]:
     """Check a checkpoint against its checksums and return its record.
 
     Args:
-        prefix: Check only the tensors whose names begin with it.
+        prefix: Check only tensors whose names begin with it.
 
     Raises:
         UserError: The file is damaged; the message names the damaged tensors.
@@ -158,7 +158,7 @@ def verify(path: Path, prefix: str = "") -> dict[str, Any]:
 
 @lru_cache
 def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
-    """See `verify`. Cached until the file changes: a command verifies several times, and a large file takes seconds."""
+    """Implement `verify`, cached until the file changes: commands verify repeatedly, and a large file takes seconds."""
     record, tensors = _read_header(path)
     sums: dict[str, str] = {}
     with path.open("rb") as file:
@@ -171,7 +171,7 @@ def _verify(path: Path, prefix: str, _version: Any) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, prefix: str = "") -> "dict[str, Tensor]":
-    """The tensors whose names begin with `prefix`, verified, by their names without it.
+    """Read and verify the tensors whose names begin with `prefix`. The names in the result lack it.
 
     Raises:
         UserError: The tensors are damaged, or the file is not a checkpoint.
@@ -196,7 +196,7 @@ def _compare_sums(path: Path, sums: dict[str, str], stored: dict[str, StoredTens
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The record and the place of each tensor, after checking the header's checksum and the size of the file."""
+    """Read the record and the position of each tensor, and check the header's checksum and the size of the file."""
     if path.exists() and not path.is_file():  # opening a pipe would block
         raise UserError(f"checkpoint: cannot read {path}: it is not a file")
     try:
@@ -239,10 +239,10 @@ def _parse_header(text: bytes, file_size: int, path: Path) -> tuple[dict[str, An
 
 
 def _parse_json(text: bytes, file_size: int) -> Any:
-    """Parse JSON, but refuse text that would take much more memory than the file has bytes.
+    """Parse JSON, but refuse text that would take much more memory than the size of the file.
 
-    Many small values do, such as `[[],[],...]`, which takes 20 times its size; strings do not. A header that this
-    program wrote is mostly strings.
+    Strings do not, but many small values do: `[[],[],...]` takes 20 times its size. A header that this program wrote
+    is mostly strings.
     """
     outside_strings = len(text) - sum(match.end() - match.start() for match in JSON_STRING.finditer(text))
     if outside_strings > 2**18 + file_size // 64:
@@ -255,7 +255,7 @@ def _parse_json(text: bytes, file_size: int) -> Any:
 
 
 def shapes_of(config: GPT2Config) -> Shapes:
-    """The tensors of a model, derived from a model of one block, since all blocks are alike."""
+    """The names and shapes of a model's tensors, derived from a model of one block, because all blocks are alike."""
     from gpt2.model import meta_model
 
     weights = meta_model(replace(config, num_layers=1)).state_dict()
@@ -267,7 +267,7 @@ def shapes_of(config: GPT2Config) -> Shapes:
 
 
 def check_memory(config: GPT2Config, key: str) -> None:
-    """Raise a UserError if the weights of a model, in fp32, are more than this machine has memory."""
+    """Raise a UserError if the weights of a model, in fp32, exceed the memory of this machine."""
     needed = 4 * sum(prod(shape) for shape in shapes_of(config).values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -278,7 +278,7 @@ def check_memory(config: GPT2Config, key: str) -> None:
 
 
 def check_weights(source: str, tensors: "dict[str, Tensor]") -> None:
-    """Raise a UserError that names the tensors with NaN or infinity."""
+    """Raise a UserError that names the tensors with NaN or infinity, if there are any."""
     if wrong := nonfinite_names(tensors):
         raise UserError(f"{source}: NaN or infinity among the weights, in {few(wrong)}")
 
@@ -293,7 +293,7 @@ def nonfinite_names(tensors: "dict[str, Tensor]") -> list[str]:
 
 
 def check_tensor_shapes(source: str, actual: Shapes, expected: Shapes) -> None:
-    """Raise a UserError that counts the tensors that are missing, unexpected or misshapen, and names three of each."""
+    """Raise a UserError if tensors are missing, unexpected or misshapen, with their numbers and three names of each."""
     common = sorted(actual.keys() & expected.keys())
     kinds = {
         "missing": sorted(expected.keys() - actual.keys()),

@@ -1,6 +1,6 @@
 """GPT-2 in the format of `transformers`: a folder of `config.json`, `model.safetensors`, a tokenizer and a model card.
 
-It holds the numbers of `GPT2Model` under other names, and the weights of linear layers transposed, as in OpenAI's code
+It holds the weights of `GPT2Model` under other names. Those of linear layers are transposed, as in OpenAI's code
 (`Conv1D`). Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`, can run code.
 """
 
@@ -29,7 +29,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 MAX_JSON_BYTES = 4 * 2**20
 WEIGHT_FILES = [WEIGHTS, INDEX, "model-*-of-*.safetensors"]  # patterns
 
-# Names of modules of `GPT2Model` -> of `transformers`.
+# Names of modules in `GPT2Model` -> in `transformers`.
 _MODULES = {
     "token_embedding": "wte",
     "position_embedding": "wpe",
@@ -44,7 +44,7 @@ _MODULES = {
 }
 _MODULE = re.compile("|".join(map(re.escape, _MODULES)))
 
-# Fields of `GPT2Config` -> of `transformers`.
+# Fields of `GPT2Config` -> fields in `transformers`.
 FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -57,7 +57,7 @@ FIELDS = {
     "residual_dropout": "resid_pdrop",
     "layer_norm_epsilon": "layer_norm_epsilon",
     "initializer_range": "initializer_range",
-    "use_bias": "use_bias",  # transformers preserves this field, though its GPT-2 always has biases
+    "use_bias": "use_bias",  # transformers preserves this field, although its GPT-2 always has biases
 }
 
 # Other names that the `GPT2Config` of `transformers` accepts (its `attribute_map`).
@@ -71,7 +71,7 @@ _ALIASES = {
 # The values in `config.json` of a GPT-2 as OpenAI built it. Other values are refused.
 _REQUIRED = {
     "model_type": ("gpt2",),
-    # Five names of one function.
+    # These are five names of one function.
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -79,12 +79,12 @@ _REQUIRED = {
     "tie_word_embeddings": (True,),
 }
 
-# Heads for other tasks: of the GPT2For... and GPT2DoubleHeadsModel of `transformers`, and the value head of TRL.
+# Heads for other tasks: those of GPT2For... and GPT2DoubleHeadsModel in `transformers`, and the value head of TRL.
 _OTHER_HEAD = re.compile(r"(score|classifier|qa_outputs|multiple_choice_head|v_head)\.")
 
 
 def hf_name(name: str) -> str:
-    """`blocks.0.attention.qkv.weight` -> `h.0.attn.c_attn.weight`."""
+    """Translate a name to `transformers`: `blocks.0.attention.qkv.weight` -> `h.0.attn.c_attn.weight`."""
     return _MODULE.sub(lambda match: _MODULES[match[0]], name)
 
 
@@ -105,7 +105,7 @@ def _is_linear(name: str) -> bool:
 
 
 def read_config(folder: Path, source: str) -> GPT2Config:
-    """The configuration in `config.json`.
+    """Read the configuration in `config.json`.
 
     Raises:
         UserError: It does not describe a GPT-2 as OpenAI built it; every difference is named.
@@ -133,11 +133,11 @@ def read_config(folder: Path, source: str) -> GPT2Config:
 
 
 def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Tensor]":
-    """The weights in fp32, by the names of `GPT2Model`.
+    """Read the weights in fp32, with the names of `GPT2Model`.
 
     Raises:
-        UserError: The model does not fit into memory; a file is damaged; tensors are missing, unexpected or misshapen,
-            or not finite; or the output layer is not tied to the token embedding.
+        UserError: The model does not fit into memory; a file is damaged; tensors are missing, unexpected, misshapen or
+            not finite; or the output layer is not tied to the token embedding.
     """
     check_memory(config, source)
     shapes = shapes_of(replace(config, use_bias=True))
@@ -169,9 +169,9 @@ def _without_biases(tensors: "dict[str, Tensor]", config: GPT2Config, source: st
 
 
 def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
-    """The stored tensors as safetensors slices, which are not read yet, by their names without a prefix.
+    """Open the stored tensors as safetensors slices, which are not read yet, by their names without a prefix.
 
-    Causal masks, which old files hold, are left out, and so are heads for other tasks, with a warning.
+    Causal masks, which old files hold, are left out. Heads for other tasks are left out with a warning.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -198,10 +198,10 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
 
 
 def _without_prefix(names: list[str]) -> list[str]:
-    """`transformer.h.0.ln_1.bias` -> `h.0.ln_1.bias`.
+    """Remove the prefixes of names: `transformer.h.0.ln_1.bias` -> `h.0.ln_1.bias`.
 
-    Modules that wrap the model, such as those of DDP and PEFT, make the prefix longer. Those of torch.compile, FSDP and
-    checkpointing may also wrap parts of the model.
+    The prefix is longer if DDP or PEFT wrapped the model. torch.compile, FSDP and activation checkpointing may also
+    wrap parts of the model.
     """
     names = [re.sub(r"_(orig_mod|\w+_wrapped_module)\.", "", name) for name in names]
     prefix = next((name.removesuffix("wpe.weight") for name in names if name.endswith("wpe.weight")), "transformer.")
@@ -210,7 +210,7 @@ def _without_prefix(names: list[str]) -> list[str]:
 
 
 def _weight_files(folder: Path, source: str) -> list[Path]:
-    """`model.safetensors`, or the shards that its index names."""
+    """The paths of `model.safetensors`, or of the shards that the index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
@@ -249,10 +249,10 @@ def _read_json(path: Path, source: str) -> dict[str, Any]:
 def write_folder(
     folder: Path, config: GPT2Config, tensors: "dict[str, Tensor]", tokenizer: GPT2Tokenizer | None, card: str
 ) -> None:
-    """Fill a folder with what `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load.
+    """Write the files that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load.
 
     Args:
-        tensors: By the names of `GPT2Model`.
+        tensors: The weights, with the names of `GPT2Model`.
         card: The model card, written as README.md.
     """
     if config.parametrization == "mup":
@@ -280,7 +280,7 @@ def write_folder(
 
 
 def _in_standard(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":
-    """Multiply the factors of mup into weights: that of the scores into the queries, of the logits into the norm."""
+    """Multiply mup's factors into weights: the scores' into the queries, the logits' into the final norm."""
     folded = dict(tensors)
     for name, tensor in tensors.items():
         if ".qkv." in name:

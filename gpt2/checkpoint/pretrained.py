@@ -1,11 +1,11 @@
-"""Trained models from any source: opening one by its name, and exporting one for `transformers`.
+"""Open trained models from any source by name, and export them for `transformers`.
 
 A name is a run folder (its best checkpoint), `latest` for the latest run, a checkpoint file, a folder written by
 `save_pretrained` of `transformers`, or a model on the Hugging Face Hub: one of OpenAI's (`gpt2`, `gpt2-medium`,
 `gpt2-large`, `gpt2-xl`) or OWNER/NAME. Weights are read from safetensors only: a pickle, such as `pytorch_model.bin`,
 can run code.
 
-Opening a model reads its configuration only. Its weights, and torch, are loaded when they are needed.
+Opening a model reads only its configuration. Its weights, and torch, are loaded when they are needed.
 """
 
 import logging
@@ -41,13 +41,13 @@ class TrainedModel:
     def __init__(self, source: str, config: GPT2Config, record: dict[str, Any] | None = None):
         """
         Args:
-            source: Its name; `open_model` accepts it again.
-            record: The record of a checkpoint of ours (`run`, `progress`, ...).
+            source: The name of the model; `open_model` accepts it again.
+            record: The record of a checkpoint (`run`, `progress`, ...); None for other models.
         """
         self.source, self.config, self.record = source, config, record
 
     def tensors(self) -> "dict[str, Tensor]":
-        """Its weights in fp32, by the names of `GPT2Model`.
+        """Read the weights in fp32, with the names of `GPT2Model`.
 
         Raises:
             UserError: A file is damaged, or tensors are missing, unexpected or misshapen; all of them are named.
@@ -59,10 +59,10 @@ class TrainedModel:
 
     @cached_property
     def tokenizer(self) -> GPT2Tokenizer | None:
-        """The tokenizer stored with the model, if there is one.
+        """The tokenizer that is stored with the model; None if there is none.
 
         Raises:
-            UserError: It has more tokens than the model.
+            UserError: The tokenizer has more tokens than the model.
         """
         tokenizer, limit = self.read_tokenizer(), self.config.vocab_size
         if tokenizer and tokenizer.ids_in_use > limit:
@@ -70,36 +70,36 @@ class TrainedModel:
         return tokenizer
 
     def tokenizer_for_text(self) -> GPT2Tokenizer:
-        """The tokenizer stored with the model, or GPT-2's if there is none and the vocabulary has GPT-2's size.
+        """Return the stored tokenizer, or GPT-2's if there is none and the vocabulary has the size of GPT-2's.
 
         Raises:
-            UserError: There is none, and the vocabulary is of another size.
+            UserError: There is no tokenizer, and the vocabulary has another size.
         """
         if self.tokenizer is not None:
             return self.tokenizer
         if self.config.vocab_size != GPT2Config().vocab_size:
             raise UserError(f"{self.source} holds no tokenizer, so its tokens cannot be turned into text")
-        log.warning("%s holds no tokenizer; its vocabulary has the size of GPT-2's, which is used.", self.source)
+        log.warning("%s holds no tokenizer; GPT-2's is used, because the vocabularies have the same size.", self.source)
         return GPT2Tokenizer.from_hub()
 
     @property
     def run(self) -> dict[str, Any] | None:
-        """The configuration of the `train.py` run that trained it; None for other models."""
+        """The configuration of the `train.py` run that trained the model; None for other models."""
         return self.record and self.record["run"]
 
     @property
     def experiment(self) -> str:
-        """The name of the run that trained it, or else its source."""
+        """The name of the run that trained the model; for other models, the source."""
         return self.run["name"] if self.run else self.source
 
     def describe(self) -> str:
         return self.source if self.record is None else f"{self.source} (step {self.record['progress']['step']:,})"
 
     def build(self, config: GPT2Config | None = None) -> "GPT2Model":
-        """The model with its weights, on the CPU.
+        """Build the model with its weights, on the CPU.
 
         Args:
-            config: From `finetuning_config`, if not the model's own. With a shorter context the last position
+            config: The result of `finetuning_config`; None: the model's own. With a shorter context, the last position
                 embeddings are dropped.
 
         Raises:
@@ -148,7 +148,7 @@ class HuggingFaceModel(TrainedModel):
     def __init__(self, source: str, fetch: Callable[[list[str]], Path]):
         """
         Args:
-            fetch: Returns the model's folder, after downloading those of its files that match some patterns.
+            fetch: Downloads the model's files that match some patterns, if necessary, and returns the model's folder.
         """
         self.fetch = fetch
         super().__init__(source, hugging_face.read_config(fetch([hugging_face.CONFIG]), source))
@@ -162,10 +162,10 @@ class HuggingFaceModel(TrainedModel):
 
 
 def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel:
-    """Open a trained model by its name, see the top of this file; None: the best checkpoint of the latest run.
+    """Open a trained model by its name, see the top of this file. None is the best checkpoint of the latest run.
 
     Args:
-        key: The option by which the user named it, for the error message.
+        key: The option that names the model, for the error message.
 
     Raises:
         UserError: There is no such model, or it cannot be read.
@@ -192,10 +192,10 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
 
 
 def open_tokenizer(name: str) -> GPT2Tokenizer:
-    """The tokenizer of a trained model or in a folder, by its name; `bytes` is the one without merges.
+    """Open a tokenizer by name: `bytes`, a folder with its files, or a trained model that holds one.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such tokenizer.
     """
     if name == "bytes":
         return GPT2Tokenizer.of_bytes()
@@ -219,12 +219,12 @@ CHANGEABLE = ("dropout", "attention_dropout", "residual_dropout", "initializer_r
 
 
 def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: set[str]) -> GPT2Config:
-    """The configuration of a model that is initialized from trained weights.
+    """Return the configuration of a model that is initialized from trained weights.
 
-    It is the configuration of the weights, except for dropout rates and a shorter context, which may be requested.
+    It is the configuration of the weights, except that other dropout rates and a shorter context may be requested.
 
     Args:
-        explicit: Fields that the user set. Other fields count as requested if they differ from their default.
+        explicit: Fields that the user set. Other fields count as requested if they differ from their defaults.
 
     Raises:
         UserError: The request contradicts the weights; every such field is named.
@@ -249,7 +249,7 @@ def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: se
 
 
 def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = None) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` of `transformers` load, completely or not at all.
+    """Write a folder, completely or not at all, that the Auto classes of `transformers` load.
 
     Args:
         about: Licence, language and repository for the model card.
@@ -277,7 +277,7 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
 def model_card(trained: TrainedModel, about: ExportRun | None = None) -> str:
     """The README of an exported folder: how to use the model, how it was trained, its loss and its shape.
 
-    It contains no path of this machine.
+    It contains no local paths.
     """
     from huggingface_hub import ModelCardData
 
@@ -341,7 +341,7 @@ def _training(record: dict[str, Any]) -> str:
 
 
 def _text_of(run: dict[str, Any]) -> str:
-    """The files or the dataset that a run was trained on."""
+    """The names of the files, or of the dataset, that a run was trained on."""
     data, choice = run["data"], run.get("choices", {}).get("data", "text")
     if data["files"]:
         return ", ".join(dict.fromkeys(Path(name).name for name in data["files"])) if choice == "text" else choice
@@ -350,17 +350,17 @@ def _text_of(run: dict[str, Any]) -> str:
 
 
 def _public_name(source: str) -> str:
-    """The name of a model on the Hub, or a path without the folders of this machine."""
+    """The name of a model on the Hub, or the last part of a local path."""
     return _repository(source) or Path(source).name
 
 
 def _repository(source: str) -> str | None:
-    """The name on the Hub of a model that has one."""
+    """The name of a model on the Hub; None for a local model."""
     return (f"openai-community/{source}" if source in OPENAI else source) if is_on_hub(source) else None
 
 
 def _is_dataset_on_hub(name: str) -> bool:
-    """Whether a name is that of a dataset on the Hub, not of a folder. Old names, such as `wikitext`, have no owner."""
+    """Whether a name denotes a dataset on the Hub, not a folder. Old names, such as `wikitext`, have no owner."""
     return is_on_hub(name) or (re.fullmatch(r"[\w-]+", name) is not None and not Path(name).exists())
 
 

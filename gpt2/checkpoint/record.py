@@ -1,7 +1,7 @@
 """The record of a checkpoint that `Trainer` wrote: its entries and their types.
 
 Checksums prove that a checkpoint is complete, not that it can be trusted: its author may have written any value.
-All readers get the values from here, as plain data whose types are checked once.
+All readers get the values from this module, as plain data whose types are checked once.
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from gpt2.validation import NOT_NEGATIVE, SEED, out_of_bounds, validate
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int  # optimizer updates
     epoch: int = 0
     position: int = 0  # batches of this epoch that were trained on
-    tokens: int = 0  # predicted
-    seconds: float = 0.0  # spent in `train`, over all resumptions
+    tokens: int = 0  # predicted tokens
+    seconds: float = 0.0  # time spent in `train`, over all resumptions
     evaluated_at: int = 0  # step of the newest evaluation
     val_loss: float | None = None
     best_val_loss: float | None = None
-    best_at: int = 0  # step of the best evaluation; the first of equal ones
-    learning_rate: float = 0.0  # that of the newest step
+    best_at: int = 0  # step of the best evaluation; of equal ones, the first
+    learning_rate: float = 0.0  # at the newest step
 
     def advance(self, batches: int, batches_per_epoch: int, tokens: int) -> None:
         """Count a step. The end of an epoch is stored as position 0 of the next one."""
@@ -42,13 +42,13 @@ class Progress:
             self.epoch, self.position = self.epoch + 1, 0
 
     def next_step(self, batches: int) -> str:
-        """Number of the step that follows, and its place in the data, for messages."""
+        """Describe the next step for messages: its number and its place in the data."""
         first = self.position + 1
         place = f"batch {first}" if batches == 1 else f"batches {first} to {first + batches - 1}"
         return f"step {self.step + 1} ({place} of epoch {self.epoch + 1})"
 
     def limits_reached(self, config: TrainingConfig) -> list[str]:
-        """The settings that end training here; empty if there is more to train."""
+        """The settings whose limit is reached, so that training ends here."""
         limits = {
             f"train.max_steps={config.max_steps}": self.step >= (config.max_steps or inf),
             f"train.max_epochs={config.max_epochs}": self.epoch >= config.max_epochs,
@@ -72,15 +72,15 @@ BOUNDS = {
 
 @dataclass
 class Record:
-    """The entries that are read, with their types. Callbacks may add others."""
+    """The entries of a record that are read, with their types. Callbacks may add others."""
 
     model: GPT2Config
     train: TrainingConfig
     progress: Progress
-    run: TrainRun | None  # null: not trained by train.py
-    tokenizer: str | None  # the JSON of `GPT2Tokenizer.to_json`
+    run: TrainRun | None  # None: not trained by train.py
+    tokenizer: str | None  # result of `GPT2Tokenizer.to_json`
     versions: dict[str, str | None]
-    data: Any = None  # fingerprint
+    data: Any = None  # fingerprint of the corpus
     machine: dict[str, str | int | bool | None] = field(default_factory=dict)
     scaler: dict[str, int | float] = field(default_factory=dict)
     steps_left_out: dict[str, int] = field(default_factory=dict)
@@ -88,10 +88,10 @@ class Record:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint, with values of the types of `Record`.
+    """Read the record of a checkpoint, and check that its values have the types of `Record`.
 
     Raises:
-        UserError: The file cannot be read or is damaged, or a value has another type; all such values are named.
+        UserError: The file cannot be read or is damaged, or values have other types; all such values are named.
     """
     record = checkpoint.read_record(path)
     with wrong_values(path):
@@ -105,7 +105,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_progress(path: Path, record: dict[str, Any]) -> Progress:
-    """The progress in a record: all that is needed to see whether a checkpoint has the right name."""
+    """Return the progress in a record, after checking its values."""
     with wrong_values(path):
         values = record.get("progress")
         if isinstance(values, dict):
@@ -118,7 +118,7 @@ def check_progress(path: Path, record: dict[str, Any]) -> Progress:
 
 @contextmanager
 def wrong_values(path: Path) -> Iterator[None]:
-    """Turn errors about values of a record into one line that names its file."""
+    """Turn errors about values of a record into one line that names the file."""
     try:
         yield
     except UserError as error:

@@ -1,7 +1,7 @@
 """The checkpoints of a run: their names, which one to load, and which ones to delete.
 
-A run keeps its newest checkpoints as `step_<number>.pth`. `last.pth` and `best_model.pth` are hard links to two of
-them, under the names that the API promises.
+A run keeps its newest checkpoints as `step_<number>.pth`. `last.pth` and `best_model.pth` are hard links to the newest
+and the best.
 """
 
 import logging
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 BEST, LAST = "best_model.pth", "last.pth"  # safetensors files, despite their names
 STEP_NAME = re.compile(r"step_(\d{8,})\.pth")
 
-# The folders that `latest_run` returned, with the times of their checkpoints; None: `name_if_latest` has logged it.
+# The folders that `latest_run` returned, with the times of their checkpoints; None after `name_if_latest` logged it.
 _found: dict[Path, float | None] = {}
 
 
@@ -39,12 +39,12 @@ def step_of(path: Path) -> int | None:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints named by step, oldest first."""
+    """The checkpoints that are named by their step, oldest first."""
     return sorted((step, path) for path in folder.glob("step_*") if (step := step_of(path)) is not None)
 
 
 def add_name(path: Path, name: str) -> None:
-    """Give a checkpoint the additional name `name` in its folder: a hard link, or a copy on a filesystem without links.
+    """Give a checkpoint an additional name in its folder: a hard link, or a copy on a filesystem without hard links.
 
     A link is safe because checkpoints are replaced, never changed in place.
     """
@@ -59,9 +59,9 @@ def add_name(path: Path, name: str) -> None:
 
 
 def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints up to `step`.
+    """Delete all checkpoints but the newest `keep` up to `step`.
 
-    Later checkpoints are deleted too: the run has been resumed from an earlier one, which makes them obsolete.
+    Checkpoints of later steps are obsolete, because the run was resumed from an earlier one.
 
     Args:
         spared: Checkpoints of another run in this folder, which are neither counted nor deleted.
@@ -77,12 +77,12 @@ def prune(folder: Path, keep: int, step: int, spared: Collection[Path] = ()) -> 
 
 
 def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
-    """The first of some checkpoints that exists and is not damaged; None if none exists.
+    """Return the first of some checkpoints that exists and is not damaged; None if none exists.
 
     Logs a warning for each damaged one before it.
 
     Args:
-        prefix: Check only the tensors whose names begin with it.
+        prefix: Check only tensors whose names begin with it.
 
     Raises:
         UserError: All of them are damaged, or one before the first intact one is of a newer version of this program.
@@ -114,10 +114,10 @@ def first_intact(candidates: Iterable[Path], prefix: str = "") -> Path | None:
 
 
 def _wrong_name(path: Path, progress: Progress) -> str | None:
-    """Why an intact checkpoint should not have its name; None if the name is right."""
+    """Say why an intact checkpoint should not have its name; None if the name is right."""
     number = step_of(path)
     if number is not None and number != progress.step:
-        return f"checkpoint: {path} is not that of step {number}, but of step {progress.step}"
+        return f"checkpoint: {path} is not of step {number}, but of step {progress.step}"
     is_best = progress.evaluated_at == progress.step and progress.val_loss == progress.best_val_loss
     if path.name == BEST and progress.evaluated_at and not is_best:
         return f"checkpoint: {path} is not the best checkpoint of its run"
@@ -136,32 +136,32 @@ def best_first(folder: Path) -> list[Path]:
 
 
 def every_step(folder: Path) -> list[Path]:
-    """A checkpoint of each step that is in a folder, oldest first.
+    """Return one checkpoint of each step in a folder, oldest first.
 
     Raises:
-        UserError: One is damaged.
+        UserError: A checkpoint is damaged.
     """
     by_step: dict[int, Path] = {}
-    for path in newest_first(folder):  # the best one may have no file that is named by its step
+    for path in newest_first(folder):  # the best checkpoint may have no other name
         by_step.setdefault(read_record(path)["progress"]["step"], path)
     return [path for _, path in sorted(by_step.items())]
 
 
 def refuse_links(folder: Path, key: str) -> None:
-    """Raise a UserError if files of a run folder are links: writing to them would change files elsewhere."""
+    """Raise a UserError if files of a run folder are symbolic links: writing to them would change files elsewhere."""
     if linked := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()):
         raise UserError(f"{key}: files in {folder} are links to other places, {few(linked)}; replace them by files")
 
 
 def checkpoint_folder_of(run: Path) -> Path | None:
-    """The folder with the checkpoints of a run; `run` itself may be that folder. None if there are none."""
+    """Return the folder with the checkpoints of a run, which may be `run` itself; None if there are no checkpoints."""
     folders = {path.parent for pattern in ("[!.]*.pth", "*/[!.]*.pth") for path in run.glob(pattern)}
-    default = TrainingConfig().checkpoint_dir  # preferred if there is also, for example, a backup of it
+    default = TrainingConfig().checkpoint_dir  # preferred to other folders, such as a backup of it
     return min(folders, key=lambda folder: (folder != run, folder.name != default, folder.name), default=None)
 
 
 def latest_run(runs: Path = Path("outputs/runs")) -> Path:
-    """The run folder with the most recently saved checkpoint.
+    """Return the run folder with the most recently saved checkpoint.
 
     Raises:
         UserError: There is no checkpoint.
@@ -179,33 +179,33 @@ def latest_run(runs: Path = Path("outputs/runs")) -> Path:
 
 
 def newest_run_in(place: Path) -> str:
-    """A hint for who named a folder of runs instead of a run; empty if the folder holds none."""
+    """A hint for an error message: the newest run in a folder of runs; empty if the folder holds no run."""
     checkpoints = [path for runs in ("*", "*/*") for path in place.glob(f"{runs}/*/[!.]*.pth")]
     newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
     return "" if newest is None else f"; the newest run in it is {newest.parent.parent}"
 
 
 def name_if_latest(folder: Path) -> None:
-    """Log which run is used and its age, once, if `latest_run` chose it: the user may expect another one."""
+    """If `latest_run` chose a run, log its name and age, once: the user may expect another run."""
     if (saved := _found.get(folder)) is not None:
         log.info("latest run: %s, %s", folder, ago(time.time() - saved))
         _found[folder] = None
 
 
 def ago(seconds: float) -> str:
-    """A duration in its largest unit, such as `3 minutes ago`."""
+    """Format a past duration in its largest unit, such as `3 minutes ago`."""
     units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
     unit, number = next(((unit, int(seconds // size)) for unit, size in units if seconds >= size), ("second", 0))
     return f"{counted(number, unit)} ago"
 
 
 def find_checkpoint(path: str | None, key: str = "checkpoint") -> Path:
-    """The checkpoint that a user names: a file, or the best one of a run folder; None: that of the latest run.
+    """Find the checkpoint that a path names: a file, or the best in a run folder. None is the latest run.
 
-    If a run has no best checkpoint, its newest is used; if the best is damaged, with a warning.
+    If a run has no best checkpoint, its newest is used. If the best is damaged, a warning is logged too.
 
     Args:
-        key: The option by which the user named it, for the error message.
+        key: The option that names the checkpoint, for the error message.
 
     Raises:
         UserError: There is no checkpoint, or all of them are damaged.

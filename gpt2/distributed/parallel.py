@@ -1,4 +1,4 @@
-"""Strategies for training a model on several ranks: with DDP each rank holds the whole model, with FSDP2 a shard of it.
+"""Strategies for training on several ranks: with DDP, each rank holds the whole model; with FSDP2, a shard of it.
 
 The trainer calls them through one interface, which does nothing on a single device.
 """
@@ -17,9 +17,9 @@ from gpt2.runtime.device import Precision
 
 
 class SingleDevice:
-    """A single process with the whole model. The other strategies override what differs."""
+    """A single process with the whole model; the base class of the other strategies."""
 
-    is_sharded = False  # whether a rank holds only a part of each tensor
+    is_sharded = False  # whether each rank holds only a part of each tensor
 
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         self.model, self.group = model, group
@@ -29,23 +29,23 @@ class SingleDevice:
         return compute
 
     def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Context of one forward and backward pass of a step. Ranks exchange gradients only in the last one."""
+        """The context of a forward and backward pass of a step. Ranks exchange gradients only in the last pass."""
         return nullcontext()
 
     def gathered(self) -> AbstractContextManager[None]:
-        """In this context each rank has the whole model and may run it alone, without gradients."""
+        """A context in which each rank has the whole model and may run it alone, without gradients."""
         return nullcontext()
 
     def full_norms(self, local: Tensor) -> Tensor:
-        """Norms (n,) of n whole tensors, from the norms of this rank's parts."""
+        """Compute the norms (n,) of n whole tensors from the norms of this rank's parts."""
         return local
 
     def full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, on rank 0. A collective operation: all ranks must call it."""
+        """Gather the whole tensors on rank 0. This is a collective operation: all ranks must call it."""
         return tensors
 
     def local_parts(self, tensors: dict[str, Tensor], of: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, sharded like the tensors in `of` with the same names."""
+        """Return this rank's parts of whole tensors, sharded like the tensors of the same names in `of`."""
         return tensors
 
 
@@ -63,7 +63,7 @@ class DataParallel(SingleDevice):
         )
 
     def forward(self, compute: Forward) -> Forward:
-        self.module.compute = partial(compute)  # a module as attribute would register the weights twice
+        self.module.compute = partial(compute)  # a module as an attribute would be registered, with its weights
         return self.ddp
 
     def pass_context(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -71,7 +71,7 @@ class DataParallel(SingleDevice):
 
 
 class _DDPModule(nn.Module):
-    """The module that DDP wraps. Its forward pass can be another function of the weights, such as a compiled one."""
+    """The module that DDP wraps. Its forward pass may be another function of the weights, such as a compiled one."""
 
     def __init__(self, model: GPT2Model):
         super().__init__()
@@ -97,7 +97,7 @@ class FullySharded(SingleDevice):
 
         super().__init__(model, precision, group)
         mesh = init_device_mesh(precision.device.type, (group.size,))
-        # The inputs are not cast: one is the divisor of the loss, a count of tokens that bf16 would round.
+        # The inputs are not cast: one of them divides the loss, and bf16 would round this number of tokens.
         policy = MixedPrecisionPolicy(precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for parameter in model.parameters():  # start from the weights of rank 0, as DDP does
             torch.distributed.broadcast(parameter.detach(), 0)
@@ -140,7 +140,7 @@ class FullySharded(SingleDevice):
 
         def part(tensor: Tensor, like: Any) -> Tensor:
             tensor = tensor.to(like.device)
-            if tensor.shape != like.shape:  # a count of steps in the optimizer's state, which is not sharded
+            if tensor.shape != like.shape:  # a number of steps in the optimizer's state, which is not sharded
                 return tensor
             return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -151,7 +151,7 @@ STRATEGIES: dict[str, type[SingleDevice]] = {"ddp": DataParallel, "fsdp": FullyS
 
 
 def build_strategy(name: str, model: GPT2Model, precision: Precision, group: ProcessGroup) -> SingleDevice:
-    """Wrap the model in a strategy; a single process always uses SingleDevice."""
+    """Wrap a model in the named strategy; a single process always uses SingleDevice."""
     if group.size == 1:
         return SingleDevice(model, precision, group)
     return STRATEGIES[name](model, precision, group)

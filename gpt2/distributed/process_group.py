@@ -1,7 +1,7 @@
 """The process group that torchrun starts: collectives over its ranks. In a single process everything is a no-op.
 
 Data loading is rank-agnostic: every rank reads the global batch and computes its slice of it. So the order of the data,
-the position in it and the number of tokens by which the loss is divided do not depend on the number of ranks.
+the position in the data and the number of tokens that divides the loss do not depend on the number of ranks.
 """
 
 import json
@@ -26,13 +26,13 @@ Batch = dict[str, Tensor]
 
 SECONDS_TO_RECEIVE = 60.0
 
-# Keeps groups alive until the process ends. Otherwise DDP frees the group, and while it holds the interpreter lock, it
-# waits for threads that may need this lock.
+# Keeps groups alive until the process ends. Otherwise DDP frees the group while it holds the interpreter lock, and waits
+# for threads that may need this lock.
 _groups: list[Any] = []
 
 
 class ProcessGroup:
-    """One rank's view of the ranks that train together; by default a single process."""
+    """The ranks that train together, as seen by one of them; by default a single process."""
 
     def __init__(self, env: DistEnv | None = None):
         self.env = env or DistEnv()
@@ -42,8 +42,8 @@ class ProcessGroup:
     def local_main_first(self, what: str) -> Iterator[None]:
         """Run a block on the first rank of each machine, then on its other ranks. All ranks leave it together.
 
-        Preparing data may take hours, so no rank waits in a collective, which `distributed.timeout` would end. The
-        ranks poll the store instead, because signals do not interrupt a blocking wait.
+        Preparing data may take hours, and `distributed.timeout` would end a collective. So the ranks wait at the store.
+        They poll it, because signals do not interrupt a blocking wait.
         """
         is_local_main = self.env.local_rank == 0
         if not is_local_main:
@@ -60,11 +60,11 @@ class ProcessGroup:
     def shard(self, micro_batches: list[Batch], accumulation_steps: int) -> list[Batch]:
         """This rank's share of a step, divided as evenly as possible.
 
-        Every rank gets the same number of micro-batches, because ranks wait for each other in each pass. A rank for
-        which no rows are left at the end of an epoch gets one row without targets.
+        Every rank gets the same number of micro-batches, because ranks wait for each other in each pass. If no rows are
+        left for a rank at the end of an epoch, it gets one row without targets.
 
         Args:
-            micro_batches: Of the whole step, each a dictionary of tensors (b, t).
+            micro_batches: Those of the whole step, each a dictionary of tensors (b, t).
             accumulation_steps: The number of micro-batches in a full step.
         """
         if self.size == 1:
@@ -89,7 +89,7 @@ class ProcessGroup:
         return tensor
 
     def all_gather(self, numbers: list[int]) -> list[list[int]]:
-        """The numbers of each rank, on all ranks. Runs on the host, without synchronizing the GPU."""
+        """Return the numbers of each rank, on all ranks. Runs on the host, without synchronizing the GPU."""
         if self.size == 1:
             return [numbers]
         own = torch.tensor(numbers, dtype=torch.int64)
@@ -98,14 +98,14 @@ class ProcessGroup:
         return [tensor.tolist() for tensor in gathered]
 
     def broadcast_object(self, value: Any) -> Any:
-        """The value of rank 0, on all ranks."""
+        """Return the value of rank 0, on all ranks."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def gather_object(self, value: Any) -> list[Any]:
-        """The values of all ranks on rank 0; on the others only their own."""
+        """Return the values of all ranks on rank 0, and only the own value on other ranks."""
         if self.size == 1:
             return [value]
         gathered = [None] * self.size if self.is_main else None
@@ -114,9 +114,10 @@ class ProcessGroup:
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """The JSON value of rank 0, on each rank. For use before `init_distributed`, once per process.
+    """Return the JSON value of rank 0, on all ranks. Call this before `init_distributed`, once per process.
 
-    Rank 0 may serve the store and end right after this, so it waits at most SECONDS_TO_RECEIVE until all have read it.
+    Rank 0 may serve the store and end right after this call. So it waits until all ranks have read the value, but at
+    most SECONDS_TO_RECEIVE.
     """
     store, env = _store(), dist_env()
     if not env.is_main:
@@ -135,8 +136,8 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
     """Join the process group that torchrun's environment variables describe, until the end of the block.
 
     Args:
-        timeout: Seconds that a collective operation may take, `distributed.timeout`.
-        device_name, key: See `choose_device`.
+        timeout: Seconds that a collective operation may take (`distributed.timeout`).
+        device_name, key: Arguments of `choose_device`.
 
     Raises:
         UserError: This machine has no such device.
@@ -166,7 +167,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
 
 
 def _lost_rank(error: RuntimeError) -> LostRankError | None:
-    """The LostRankError for an error of torch.distributed about another rank; None for any other error."""
+    """Translate an error of torch.distributed about another rank to a LostRankError; None for any other error."""
     text = str(error)
     if "Timed out waiting" in text:
         return RankTimeoutError("another rank did not answer within distributed.timeout: it hangs, or needs more time")
@@ -182,8 +183,8 @@ def _store() -> dist.Store:
     store, _, _ = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store
-    # torchrun's store outlives the ranks that it restarts, so the keys of each attempt need a prefix. The count of
-    # restarts cannot be the prefix on several machines: a machine without a failed rank does not count the restart.
+    # torchrun's store outlives the ranks that it restarts, so the keys of each attempt need a prefix. On several
+    # machines the count of restarts cannot be the prefix: a machine without a failed rank does not count the restart.
     restarts, machines = int(os.environ["TORCHELASTIC_MAX_RESTARTS"]), int(os.environ["GROUP_WORLD_SIZE"])
     if restarts and machines > 1:
         raise UserError("torchrun: --max-restarts on several machines needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

@@ -1,4 +1,4 @@
-"""The `ExternalLogger` that keeps `metrics.csv` in a run folder: `metrics.jsonl` as a table with one header."""
+"""The `ExternalLogger` that writes `metrics.csv` in a run folder: `metrics.jsonl` as a table with one header."""
 
 import csv
 import io
@@ -11,22 +11,22 @@ from gpt2.tracking.tracker import METRICS, Ended, ExternalLogger, Record, read_m
 
 
 class CsvLogger(ExternalLogger):
-    """Makes the table from `metrics.jsonl`, which a resumed run rewinds and whose records may have new keys."""
+    """Converts the whole `metrics.jsonl`: a resumed run removes records from it, and new records may have new keys."""
 
     title = "CSV"
 
     def __init__(self, _config: Config, run: LoggedRun):
         assert run.folder is not None
         self.source, self.path = run.folder / METRICS, run.folder / "metrics.csv"
-        self._bytes_written = 0  # size of the source that the table was made from
+        self._converted_bytes = 0  # size of the source at the last conversion
 
     def log(self, record: Record) -> None:
-        """Write the table if its source grew by a tenth: it is written whole each time."""
-        if self.source.stat().st_size >= 1.1 * self._bytes_written:
+        """Write the table if its source grew by a tenth, because each time the whole table is written."""
+        if self.source.stat().st_size >= 1.1 * self._converted_bytes:
             self._write()
 
     def _write(self) -> None:
-        self._bytes_written = self.source.stat().st_size
+        self._converted_bytes = self.source.stat().st_size
         records = read_metrics(self.source)
         columns = dict.fromkeys(key for record in records for key in record if key != "sample")
         text = io.StringIO()

@@ -1,4 +1,4 @@
-"""The file with the results of `evaluate.py`: `evaluation.json` of a run folder, or one in `outputs/evaluations`."""
+"""The result file of `evaluate.py`: `evaluation.json` in a run folder or in `outputs/evaluations`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from gpt2.runtime.files import atomic_write, exclusive_change
 
 
 def earlier_results(path: Path) -> list[dict[str, Any]]:
-    """The results in a result file, oldest first.
+    """Read the results in a result file, oldest first.
 
     Raises:
         UserError: The file cannot be read, or is of another kind.
@@ -34,7 +34,7 @@ def earlier_results(path: Path) -> list[dict[str, Any]]:
 
 
 def add_result(path: Path, result: dict[str, Any]) -> None:
-    """Add a result to a result file, as the newest. Other processes may add theirs at the same time.
+    """Add a result to a result file, as the newest. Several processes may do so at the same time.
 
     NaN and infinity, which JSON does not have, become null.
     """
@@ -50,7 +50,7 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def settings_of(config: EvaluateRun) -> dict[str, Any]:
-    """The settings of an evaluation that its result is stored with."""
+    """The settings of an evaluation that are stored with its result."""
     unused = {"loggers", "wandb", "mlflow", "all_checkpoints"}
     unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
     return {key: value for key, value in asdict(config).items() if key not in unused}

@@ -1,8 +1,8 @@
 """The table of external loggers, and the protection of a run from their failures.
 
-Each logger works in its own thread, so a logger that raises or hangs does not stop the run. Its first error is a
-warning and disables it. The end of a run waits for a limited time. The facts of a run are redacted here, so no secrets
-reach a logger.
+Each logger works in its own thread, so a logger that raises or hangs does not stop the run. Its first error is logged
+as a warning and disables it. At its end, a run waits for the loggers for a limited time. Secrets are removed here from
+all that loggers receive about a run.
 """
 
 import logging
@@ -26,10 +26,10 @@ from gpt2.tracking.wandb_runs import resolve_mode
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: a factor for all time limits, for slow networks and machines
+PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: factor of all time limits, for slow networks and machines
 ABANDON_SECONDS = 2.0
 
-# By the names in `gpt2.config.Logger`. Texts, because importing a module imports its library.
+# The classes by their names in `gpt2.config.Logger`, as texts: importing a module imports its library.
 LOGGERS = {
     "wandb": "gpt2.tracking.wandb_logger:WandbLogger",
     "tensorboard": "gpt2.tracking.tensorboard_logger:TensorBoardLogger",
@@ -44,20 +44,20 @@ Config = TrainRun | EvaluateRun | GenerateRun
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger gets to know about a run."""
+    """The description of a run that a logger receives."""
 
     name: str
     group: str  # the experiment or the study
     job_type: str  # train, trial, evaluate or generate
     config: Record = field(default_factory=dict)  # nested
     tags: list[str] = field(default_factory=list)
-    folder: Path | None = None  # the run folder, where a logger keeps what it needs to continue a resumed run
-    step: int = 0  # of the checkpoint from which the run is resumed
-    wandb_id: str | None = None  # in that checkpoint
+    folder: Path | None = None  # the run folder, where a logger stores what it needs to continue a resumed run
+    step: int = 0  # step of the checkpoint from which the run is resumed
+    wandb_id: str | None = None  # W&B id in that checkpoint
 
 
 def start_loggers(config: Config, run: LoggedRun) -> ExternalLogger:
-    """The loggers that a configuration chooses. They start in the background."""
+    """Start the loggers that a configuration selects, in the background."""
     facts = {"name": run.name, "group": run.group, "config": run.config, "tags": [tag[:64] for tag in run.tags]}
     run, loggers = replace(run, **redact(facts)), []
     for name in dict.fromkeys(config.loggers):
@@ -78,7 +78,7 @@ def start_run_loggers(
     Args:
         about: The content of `run.json`.
         wandb_id: The W&B id in the checkpoint of a resumed run.
-        step: That of this checkpoint.
+        step: The step of this checkpoint.
     """
     study = config.study
     facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
@@ -134,7 +134,7 @@ class Loggers(ExternalLogger):
 
 
 class _Isolated:
-    """A logger whose methods are called in order in a thread. After an error, only `finish` is called."""
+    """Calls the methods of a logger in order, in a thread. After an error, it calls only `finish`."""
 
     def __init__(self, logger: ExternalLogger):
         self.logger, self.where = logger, list[str]()
@@ -166,10 +166,10 @@ class _Isolated:
         if self._works:
             self._works = False
             title = self.logger.title
-            log.warning("%s failed and gets nothing more of this run; metrics.jsonl has all: %s", title, problem)
+            log.warning("%s failed and logs nothing more of this run; metrics.jsonl is complete: %s", title, problem)
 
     def wait(self, began: float) -> None:
-        """Wait a limited time, from `began` on, until `finish` has returned."""
+        """Wait until `finish` has returned, but only for the logger's time limit, counted from `began`."""
         seconds = limit(self.logger.seconds)
         if not self._done.wait(max(0.0, began + seconds - time.monotonic())):
             self._disable(f"no answer within {seconds:g} s")
@@ -190,10 +190,10 @@ def limit(seconds: float) -> float:
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
-    """Call a function in a thread, and return or raise its result if it takes less than `limit(seconds)`.
+    """Call a function in a thread, and return its result or raise its error if it takes less than `limit(seconds)`.
 
     Raises:
-        TimeoutError: It takes longer. Its thread keeps running and is ignored.
+        TimeoutError: The call takes longer. Its thread keeps running and is ignored.
     """
     future: Future[T] = Future()
 
@@ -213,11 +213,11 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What loggers get to know about a run
+# The description of a run
 
 
 def comparable(config: Record) -> Record:
-    """A nested configuration without the keys that are irrelevant when runs are compared."""
+    """Return a nested configuration without the keys that do not matter when runs are compared."""
     values = {key: value for key, value in config.items() if key not in NOT_LOGGED}
     if "study" in values:
         values["study"] = {key: value for key, value in values["study"].items() if key != "claim"}
@@ -225,7 +225,7 @@ def comparable(config: Record) -> Record:
 
 
 def redact(value: Any) -> Any:
-    """Replace possible secrets in all strings of nested dictionaries and lists, see `without_secrets`."""
+    """Mask possible secrets in all strings of nested dictionaries and lists, see `without_secrets`."""
     if isinstance(value, dict):
         return {key: redact(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -234,7 +234,7 @@ def redact(value: Any) -> Any:
 
 
 def flat(nested: Record, prefix: str = "") -> Record:
-    """The values of nested dictionaries by their dotted keys; an empty dictionary is a value."""
+    """Flatten nested dictionaries to dotted keys; an empty dictionary counts as a value."""
     result: Record = {}
     for key, value in nested.items():
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}

@@ -17,12 +17,12 @@ from gpt2.tracking.tracker import FINISHED, INTERRUPTED, PRUNED, Ended, External
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-ID = "mlflow_id"  # file in a run folder
+ID = "mlflow_id"  # name of the file in a run folder
 STORE = Path("outputs/mlruns")
 ARTIFACTS = Path("outputs/mlartifacts")  # files of runs in a database on this machine; MLflow's default is ./mlruns
-STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # other endings: FAILED
-MAX_KEY, MAX_VALUE = 250, 6000  # characters that MLflow accepts
-MAX_METRICS, MAX_PARAMS = 1000, 100  # the most that MLflow accepts in a request
+STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # for other endings: FAILED
+MAX_KEY, MAX_VALUE = 250, 6000  # MLflow's limits, in characters
+MAX_METRICS, MAX_PARAMS = 1000, 100  # MLflow's limits for a request
 
 
 class MlflowLogger(ExternalLogger):
@@ -34,7 +34,7 @@ class MlflowLogger(ExternalLogger):
     title = "MLflow"
 
     def __init__(self, config: Config, run: LoggedRun):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would contact a server of its makers
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self.uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or str(STORE)
         self.is_folder = "://" not in self.uri.removeprefix("file://")
         self.is_database = self.uri.startswith("sqlite:")  # on this machine
@@ -43,7 +43,7 @@ class MlflowLogger(ExternalLogger):
         import mlflow  # noqa: F401  # imported in the main thread
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it prints to standard error
-        self.seconds = 30.0 if self.is_folder or self.is_database else 5.0  # creating the tables takes several
+        self.seconds = 30.0 if self.is_folder or self.is_database else 5.0  # creating a database takes several seconds
         self.experiment, self.run, self.step = config.mlflow.experiment, run, run.step
         self.run_id = ""
         self._pending: list[Metric] = []
@@ -82,12 +82,12 @@ class MlflowLogger(ExternalLogger):
         try:
             return self.client.get_run(path.read_text(errors="replace"))
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # it is on another server
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # of another server
                 return None
             raise
 
     def _experiment_id(self) -> str:
-        """The id of the experiment, which one process creates if it is missing: a folder would get two of a name."""
+        """The id of the experiment. It is created under a lock, or two processes could create two of the same name."""
         STORE.parent.mkdir(exist_ok=True)
         with exclusive_change(STORE.parent) if self.is_folder or self.is_database else nullcontext():
             if known := self.client.get_experiment_by_name(self.experiment):
@@ -109,7 +109,7 @@ class MlflowLogger(ExternalLogger):
             self.flush()
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """Log a table if it grew by a tenth, as MLflow stores each version whole; `finish` logs the last one anyway."""
+        """Log a table if it grew by a tenth, as MLflow stores every version whole. `finish` logs the last version."""
         self._table = f"{name}.json", {"columns": columns, "data": rows}
         if len(rows) >= 1.1 * self._rows_logged:
             self._rows_logged = len(rows)
@@ -135,7 +135,7 @@ class MlflowLogger(ExternalLogger):
         if folder and (picture := folder / "curves.png").exists():
             self.client.log_artifact(self.run_id, str(picture))
         self.client.set_tag(self.run_id, "state", ended.state)
-        self.client.set_tag(self.run_id, "reason", ended.reason or "")  # empty, to replace that of an earlier end
+        self.client.set_tag(self.run_id, "reason", ended.reason or "")  # replaces the reason of an earlier end
         self.client.set_terminated(self.run_id, STATUS.get(ended.state, "FAILED"))
 
     def where(self) -> list[str]:

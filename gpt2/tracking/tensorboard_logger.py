@@ -13,7 +13,7 @@ _report = threading.excepthook
 
 
 def _report_unless_of_writer(failed: "threading.ExceptHookArgs") -> None:
-    """Do not print errors of TensorBoard's thread: its next call raises them again, which becomes our warning."""
+    """Skip errors of TensorBoard's thread: the next call of its writer raises them again, and a warning is logged."""
     if not failed.thread or not type(failed.thread).__module__.startswith("tensorboard."):
         _report(failed)
 
@@ -34,7 +34,7 @@ class TensorBoardLogger(ExternalLogger):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        resumed = {"purge_step": self.step + 1} if self.step else {}  # a resumed run repeats what follows
+        resumed = {"purge_step": self.step + 1} if self.step else {}  # a resumed run repeats later steps
         self.writer: Any = SummaryWriter(str(self.folder), **resumed)
         config = flat(self.run.config)
         values = {key: v if isinstance(v, bool | int | float | str) else json.dumps(v) for key, v in config.items()}
@@ -51,12 +51,12 @@ class TensorBoardLogger(ExternalLogger):
                 self.writer.add_scalar(key, value, self.step)
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """Add the last row, a step and a text. The table of samples grows by one row with each call."""
+        """Add the last row, a step and a text: the table of samples has one more row with each call."""
         step, text = rows[-1]
         self._add_text(name, text, step)
 
     def _add_text(self, tag: str, text: str, step: int | None = None) -> None:
-        """Add a text as a block of code: TensorBoard renders Markdown, which would drop line breaks and spaces."""
+        """Add a text as a code block: TensorBoard renders Markdown, which would drop line breaks and spaces."""
         self.writer.add_text(tag, "".join(f"    {line}\n" for line in text.split("\n")), step or self.step)
 
     def _add_summary(self, summary: Any) -> None:

@@ -32,17 +32,17 @@ ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEM
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, without damaged lines, such as a last line that a crash left incomplete."""
+    """Read the records of a `metrics.jsonl`. Damaged lines, such as the last line after a crash, are left out."""
     return metrics_in(path.read_bytes()) if path.exists() else []
 
 
 def metrics_in(content: bytes) -> list[Record]:
-    """The records of a part of a `metrics.jsonl`."""
+    """Parse the records in a part of a `metrics.jsonl`."""
     records = []
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # invalid JSON or UTF-8, or a million brackets
+        except (ValueError, RecursionError):  # invalid JSON or UTF-8, or very deep nesting
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -55,7 +55,7 @@ def read_about(folder: Path) -> Record:
 
 
 def record_failure(folder: Path, error: Exception) -> None:
-    """Write to `run.json` that a run failed before it began; a run that began has written how it ended."""
+    """Write to `run.json` that a run failed before it began. A run that began has recorded its end itself."""
     about = read_about(folder)
     if about.get("state", FAILED) == FAILED and not (folder / METRICS).exists():
         ended = {"started": now(), **about, **vars(Ended.by(error)), "ended": now()}
@@ -64,7 +64,7 @@ def record_failure(folder: Path, error: Exception) -> None:
 
 @dataclass
 class Ended:
-    """How a run ended. The exit code of a trial is the one that the run would have outside of its study."""
+    """How a run ended. A trial's exit code is the one that the same run would have outside of a study."""
 
     state: str
     exit_code: int = 0
@@ -83,12 +83,12 @@ class Ended:
 class ExternalLogger:
     """Base class for external loggers; does nothing. `gpt2.tracking.loggers` calls it in its own thread."""
 
-    title = "This logger"  # its name in messages
+    title = "This logger"  # name in messages
     seconds = 30.0  # how long the end of a run waits until everything is logged
     id: str | None = None  # stored in checkpoints
 
     def start(self) -> None:
-        """Called first. Slow work, such as connecting, belongs here; importing a library belongs in `__init__`."""
+        """Called first. Do slow work here, such as connecting, but import libraries in `__init__`."""
 
     def log(self, record: Record) -> None:
         """Log one record of `metrics.jsonl`."""
@@ -106,7 +106,7 @@ class ExternalLogger:
         """End the run; `folder` is the run folder with its files. Called even after an error."""
 
     def abandon(self, ended: Ended) -> None:
-        """Called, in another thread, if `finish` takes too long: release what would keep the process from ending."""
+        """Called in another thread if `finish` takes too long: release what would keep the process from exiting."""
 
     def where(self) -> list[str]:
         """Lines that say where the run can be viewed."""
@@ -116,7 +116,7 @@ class ExternalLogger:
 class LoggedSteps:
     """The steps at which training records, evaluations and samples were logged, as ranges [first, last, interval].
 
-    A checkpoint stores them, so that a resumed run notices what is missing from its files.
+    A checkpoint stores them, so that a resumed run detects what is missing from its files.
     """
 
     def __init__(self, saved: Any = None):
@@ -136,7 +136,7 @@ class LoggedSteps:
         return any(step in steps for steps in self._steps(kind))
 
     def missing_from(self, present: dict[str, set[int]]) -> str:
-        """The logged steps that are not present, in words; empty if there are none. Does not enumerate the ranges."""
+        """Name the logged steps that are not present; empty if none is missing. Does not enumerate the ranges."""
         parts = []
         for kind in KINDS:
             steps = self._steps(kind)
@@ -155,13 +155,13 @@ class LoggedSteps:
 class Tracker:
     """Writes a run's records to the files of its folder, if it has one, and to an external logger, if there is one.
 
-    As a context manager, it writes to `run.json` that the run is running, and at the end how it ended.
+    As a context manager, it records in `run.json` that the run is running and, at the end, how it ended.
     """
 
     def __init__(self, folder: Path | None = None, external: ExternalLogger | None = None, about: Record | None = None):
         """
         Args:
-            about: Facts that are known before the run starts, for `run.json`.
+            about: Entries of `run.json` that are known before the run starts.
         """
         self.folder = folder
         self.external = external or ExternalLogger()
@@ -177,8 +177,10 @@ class Tracker:
     def rewind(self, step: int, evaluated_at: int, logged: LoggedSteps | None = None) -> None:
         """Remove training records after `step` and evaluations after `evaluated_at`: a resumed run repeats them.
 
-        Samples that are in only one of `metrics.jsonl` and `samples.md` are kept. A warning names steps of `logged`,
-        which the checkpoint stores, that are in neither.
+        A sample that only one of `metrics.jsonl` and `samples.md` holds is restored in the other.
+
+        Args:
+            logged: The steps that the checkpoint stores. A warning names those that the files lack.
 
         Raises:
             UserError: A file cannot be read or replaced.
@@ -220,7 +222,7 @@ class Tracker:
     def log(self, record: Record, sample: str | None = None) -> None:
         """Add one record, which has `step`, `tokens` and `seconds`; NaN and infinity become null.
 
-        A sample of text becomes a part of the record in `metrics.jsonl` and a section of `samples.md`.
+        A text sample is added to the record in `metrics.jsonl`, and as a section to `samples.md`.
         """
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         self._append(METRICS, json.dumps(finite if sample is None else {**finite, "sample": sample}) + "\n")
@@ -264,7 +266,7 @@ class Tracker:
                 raise
         finally:
             self.external.finish(ended, self.folder)
-            for line in self.external.where() if error else ():  # otherwise the script prints it
+            for line in self.external.where() if error else ():  # without an error, the script prints them
                 log.info(line)
 
     def _write_about(self, about: Record) -> None:
@@ -273,7 +275,7 @@ class Tracker:
 
 
 def now() -> str:
-    """The time in UTC, to the second, as ISO 8601 writes it."""
+    """The time in UTC, to the second, in ISO 8601 format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -286,7 +288,7 @@ def _section(step: int, sample: str) -> str:
 
 
 def _samples_in(text: str) -> dict[int, str]:
-    """The samples by step of a text that consists of sections."""
+    """Parse the samples, by step, of the sections of `samples.md`."""
     sections = re.findall(r"^## Step ([\d,]+)\n\n```\n(.*?)\n```\n\n(?=## Step |\Z)", text, re.DOTALL | re.MULTILINE)
     return {int(step.replace(",", "")): sample for step, sample in sections}
 

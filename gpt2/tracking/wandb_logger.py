@@ -29,8 +29,8 @@ class WandbLogger(ExternalLogger):
 
     def __init__(self, config: Config, run: LoggedRun):
         self.config, self.logged = config.wandb, run
-        self.is_of_sweep = "WANDB_SWEEP_ID" in os.environ  # `wandb agent` started the run and chose its id
-        known_id = os.environ.get("WANDB_RUN_ID") if self.is_of_sweep else run.wandb_id
+        self.is_in_sweep = "WANDB_SWEEP_ID" in os.environ  # `wandb agent` started the run and chose its id
+        known_id = os.environ.get("WANDB_RUN_ID") if self.is_in_sweep else run.wandb_id
         self.id = stored_id(run.folder, known_id)
         self.is_online = resolve_mode(self.config.mode) == "online"
         uploads = self.config.log_checkpoints == "best"
@@ -73,10 +73,10 @@ class WandbLogger(ExternalLogger):
         self._define_metrics(run)
 
     def _define_metrics(self, run: wandb.Run) -> None:
-        for name in ("tokens", "step", "seconds"):  # possible x axes, not curves
+        for name in ("tokens", "step", "seconds"):  # for x axes, not as curves
             run.define_metric(name, hidden=True)
         run.define_metric("*", step_metric="tokens")
-        if self.is_of_sweep:  # the server of a sweep compares plain numbers
+        if self.is_in_sweep:  # W&B's sweeps compare plain numbers
             return
         for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
             run.define_metric(name, step_metric="tokens", summary="min,last")  # "min" alone would drop the last
@@ -85,13 +85,13 @@ class WandbLogger(ExternalLogger):
         self.run.log({key: value for key, value in record.items() if value is not None})
 
     def show_table(self, name: str, columns: list[str], rows: list[Any]) -> None:
-        """Log a table if it grew by a tenth, as W&B stores each version whole; `finish` logs the last one anyway."""
+        """Log a table if it grew by a tenth, as W&B stores every version whole. `finish` logs the last version."""
         self._newest_table = name, columns, rows
         if len(rows) >= 1.1 * self._rows_logged:
             self._log_newest_table()
 
     def _log_newest_table(self) -> None:
-        """Log it in a thread: wandb contacts the server first, which blocks for 20 s if the server does not answer."""
+        """Log the newest table in a thread: wandb contacts the server first, and without an answer blocks for 20 s."""
         is_busy = self._table_thread is not None and self._table_thread.is_alive()
         if is_busy or self._newest_table is None or not self._takes_tables:
             return
@@ -104,8 +104,8 @@ class WandbLogger(ExternalLogger):
         try:
             self.run.log({name: wandb.Table(columns=[*columns], data=[list(row) for row in rows])})
         except Exception as error:  # noqa: BLE001  # tracking never ends a run
-            if self._takes_tables:  # else the run has finished in the meantime
-                log.warning("W&B gets no more samples of this run; samples.md has all: %s", one_line(error))
+            if self._takes_tables:  # otherwise the run has finished in the meantime
+                log.warning("W&B logs no more samples of this run; samples.md is complete: %s", one_line(error))
             self._takes_tables = False
 
     def summarize(self, figures: Record) -> None:

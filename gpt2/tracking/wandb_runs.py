@@ -1,4 +1,4 @@
-"""The W&B runs of this machine: their ids in run folders, and what the server lacks. Does not import wandb."""
+"""The W&B runs of this machine: their ids in run folders, and which are not uploaded. Does not import wandb."""
 
 import os
 import re
@@ -9,14 +9,14 @@ from pathlib import Path
 from gpt2.errors import counted
 from gpt2.runtime.files import remove
 
-ID = "wandb_id"  # file in a run folder
-ROOT = Path("outputs")  # all runs share its folder `wandb`, so that `wandb sync` and `wandb leet` find them
+ID = "wandb_id"  # name of the file in a run folder
+ROOT = Path("outputs")  # all runs share the folder `wandb` in it, so that `wandb sync` and `wandb leet` find them
 
 
 def resolve_mode(mode: str) -> str:
     """`online`, `offline` or `off`; `auto` follows the environment variable WANDB_MODE, as other programs do."""
     if mode != "auto":
-        os.environ.pop("WANDB_MODE", None)  # wandb.login would follow it
+        os.environ.pop("WANDB_MODE", None)  # wandb.login would obey it
         return mode
     variable = os.environ.get("WANDB_MODE", "online")
     return {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(variable, "online")
@@ -32,7 +32,7 @@ def read_id(run_folder: Path) -> str | None:
 
 
 def stored_id(run_folder: Path | None, known_id: str | None) -> str:
-    """The W&B id in a run folder; without one there, `known_id` or a new id, which is written to the folder.
+    """Return the W&B id in a run folder. If there is none, write `known_id` or a new id to the folder.
 
     With the same id, a resumed run continues its W&B run.
     """
@@ -46,7 +46,7 @@ def stored_id(run_folder: Path | None, known_id: str | None) -> str:
 
 
 def not_uploaded(pattern: str) -> list[str]:
-    """The names of the folders of W&B that match a pattern and are not uploaded completely.
+    """The names of W&B's folders that match a pattern and are not completely uploaded.
 
     A run has a folder for each of its starts, `*run-*-ID`.
     """
@@ -55,10 +55,10 @@ def not_uploaded(pattern: str) -> list[str]:
 
 
 def upload_command(run_ids: Collection[str]) -> str | None:
-    """The command that uploads what the server lacks of some W&B runs; None if it lacks nothing.
+    """The command that uploads the missing parts of some W&B runs; None if all is uploaded.
 
-    For several runs it is a pattern, and the command says so in a comment if it matches other runs too. `wandb sync`
-    skips what was uploaded before.
+    The folders are given by a pattern. A comment in the command counts folders of other runs that also match it.
+    `wandb sync` skips what was uploaded before.
     """
     names = [name for run_id in run_ids for name in not_uploaded(f"*run-*-{run_id}")]
     if not names:
@@ -73,9 +73,12 @@ def upload_command(run_ids: Collection[str]) -> str | None:
 
 
 def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
-    """How many of some runs W&B lacks, because they are offline or their upload failed, in a line; None if it has all.
+    """A line that counts the runs W&B lacks, because they are offline or their upload failed; None if it has all.
 
-    The line names the first two and the command that uploads all. `unit` is what a run is called, such as `trial`.
+    The line names the first two of them and the command that uploads all.
+
+    Args:
+        unit: The word for a run, such as `trial`.
     """
     ids = {
         folder.name: run_id

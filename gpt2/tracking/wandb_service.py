@@ -1,11 +1,11 @@
 """Start and stop wandb non-interactively, with a timeout on every call.
 
-wandb starts in the background, while the run trains. With a server that accepts connections and never answers, this
-takes 8 seconds (3 for the login, 5 to create the run), and the end of a run 7 (1 for tables, 5 to finish and 1 to end
-wandb's process). wandb's own timeouts bound only a part of this, so each call runs in a thread with a time limit.
+wandb starts in the background, while the run trains. If the server accepts connections but never answers, the start
+takes 8 seconds (3 for the login, 5 to create the run), and the end of the run takes 7 (1 for tables, 5 to finish, 1 to
+end wandb's process). wandb's own timeouts bound only a part of this, so each call runs in a thread with a time limit.
 
-This module alone uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
-`service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they move.
+Only this module uses private and unstable parts of wandb: the settings `x_*`, and the handle of its process in
+`service_process`. Checked with wandb 0.31.0; `test_private_api_of_wandb` fails when they change.
 """
 
 import logging
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 LOGIN_SECONDS = 3.0  # one small request
 INIT_SECONDS = 4.0  # time to create the run on the server
-TABLE_SECONDS = 0.5  # time to hand over a table at the end of a run, which happens twice
-FINISH_SECONDS = 4.0  # time to upload the rest at the end
+TABLE_SECONDS = 0.5  # time to log a table at the end of a run, which happens twice
+FINISH_SECONDS = 4.0  # time to upload the rest at the end of a run
 UPLOAD_SECONDS = 600.0  # the same if a checkpoint is uploaded
-STAGING_SECONDS = 60.0  # time to copy a checkpoint into the folder of uploads
+STAGING_SECONDS = 60.0  # time to copy a checkpoint into wandb's upload folder
 GRACE_SECONDS = 1.0  # time by which wandb may exceed its own timeouts
 LOCAL_SECONDS = 60.0  # time to start wandb's process, and for each offline call; only a busy machine needs so much
 RETRY_SECONDS = 600.0  # time after which a server that failed is contacted again
@@ -37,9 +37,9 @@ _offline_until = 0.0  # time.monotonic() until which the runs of this process ar
 
 
 def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
-    """Silent settings with timeouts that exclude names of machine and user, command line, terminal, code and packages.
+    """Settings with timeouts and without terminal output. No machine, user, command line, code or package is uploaded.
 
-    To be called for each run: wandb stores the run's id and name in the object.
+    Call this for each run: wandb stores the run's id and name in the object.
     """
     return wandb.Settings(
         silent=True,
@@ -65,16 +65,16 @@ def settings(init_seconds: float, finish_seconds: float) -> wandb.Settings:
 
 
 def prepare() -> None:
-    """Set environment variables for `start`. In the main thread, as changing them is not thread-safe in C."""
+    """Set environment variables for `start`. Call this in the main thread: changing them is not thread-safe in C."""
     os.environ.pop("WANDB_SERVICE", None)  # set by a parent process, which may end before this one
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # without a network, reports delay the exit by 20 s
 
 
 def start(is_online: bool, finish_seconds: float = FINISH_SECONDS, **arguments: Any) -> Any:
-    """`wandb.init(**arguments)`: online if requested and possible, else offline.
+    """Call `wandb.init(**arguments)`: online if requested and possible, else offline.
 
     Raises:
-        Exception: Offline failed as well.
+        Exception: The offline start failed as well.
     """
     wandb.setup(wandb.Settings(silent=True, x_service_wait=limit(LOCAL_SECONDS)))  # silences the login too
     if is_online and can_go_online(LOGIN_SECONDS):
@@ -103,7 +103,7 @@ def _init(
 
 
 def can_go_online(seconds: float) -> bool:
-    """Whether there is a key that a server accepts. Never prompts."""
+    """Whether there is an API key that the server accepts. Never prompts."""
     if time.monotonic() < _offline_until:
         return False
     try:
@@ -114,7 +114,7 @@ def can_go_online(seconds: float) -> bool:
 
 
 def finish(run: Any, exit_code: int, seconds: float) -> bool:
-    """Finish a run. Returns whether all of it was uploaded, or written if offline. Its files hold it in any case."""
+    """Finish a run. Returns whether all of it was uploaded, or written if offline. The files are complete anyway."""
     try:
         within(seconds + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
     except Exception as error:  # noqa: BLE001
@@ -125,7 +125,7 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
 
 
 def mark_as_synced(folder: Path) -> None:
-    """Make the file that tells `wandb sync` that this folder of a run is uploaded."""
+    """Create the file that tells `wandb sync` that this folder of a run is uploaded."""
     for file in folder.glob("*.wandb"):
         file.with_name(f"{file.name}.synced").touch()
 
@@ -147,7 +147,7 @@ def end_service(exit_code: int) -> None:
 
 
 def _stay_offline(what: str, error: Exception) -> None:
-    """Log what an error of W&B means for a run, and contact no server for a while."""
+    """Log the consequence of an error of W&B, and do not contact the server for RETRY_SECONDS."""
     global _offline_until
     log.warning("W&B %s: %s", what, one_line(error))
     _offline_until = time.monotonic() + RETRY_SECONDS

@@ -92,7 +92,7 @@ def test_no_fault_of_a_logger_reaches_the_run_or_another_logger(tmp_path, caplog
     assert names == ["start", *["log", "log", "show_table"] * steps, "summarize", "finish", "where"]
     warnings = [entry.getMessage() for entry in caplog.records]
     assert len(warnings) == (method != "where" or fault == "hangs"), warnings
-    assert all("Faulty failed and gets nothing more of this run" in line and "word" not in line for line in warnings)
+    assert all("Faulty failed and logs nothing more of this run" in line and "word" not in line for line in warnings)
 
 
 def test_second_interruption_ends_the_waiting(tmp_path, monkeypatch):
@@ -285,7 +285,7 @@ def test_mlflow_server_that_fails_costs_seconds_and_changes_nothing(trained, wor
         uri = url if server == "silent" else "http://127.0.0.1:9"
         done = workspace.run("train.py", *TINY, "sample_prompt=def f", "loggers=[mlflow]", f"mlflow.tracking_uri={uri}")
     assert [line for line in done.stdout.splitlines() if "MLflow" in line] == [
-        "MLflow failed and gets nothing more of this run; metrics.jsonl has all: no answer within 5 s"
+        "MLflow failed and logs nothing more of this run; metrics.jsonl is complete: no answer within 5 s"
     ]
     losses = [[r.get("train/loss", r.get("val/loss")) for r in records_of(w.runs()[0])] for w in (trained, workspace)]
     assert losses[0] == losses[1]

@@ -257,7 +257,7 @@ def test_failure_of_wandb_is_one_warning(tmp_path, caplog, monkeypatch):
             tracker.log(record(step), sample="text")
     assert run.calls.count("log") == 1
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
-    assert sum("gets nothing more" in r.getMessage() for r in caplog.records) == 1
+    assert sum("logs nothing more" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_within_raises_timeout_error():
