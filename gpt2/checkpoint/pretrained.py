@@ -170,15 +170,13 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
     Raises:
         UserError: There is no such model, or it cannot be read.
     """
-    if name is None:
+    if name is None or (str(name) == "latest" and not Path(name).exists()):
         return CheckpointModel(run_folder.find_checkpoint(None, key))
     name, path = str(name), Path(name)
     if is_on_hub(name):
         return HuggingFaceModel(name, partial(hub_folder, name, instead=OFFLINE_MODELS))
     if (path / hugging_face.CONFIG).is_file():
         return HuggingFaceModel(name, lambda patterns: path)
-    if name == "latest" and not path.exists():  # as `resume=latest`
-        return CheckpointModel(run_folder.find_checkpoint(None, key))
     if not name or not path.exists():
         raise UserError(
             f"{key}: there is no {name!r} here; latest is the latest run, and on the Hub are {', '.join(OPENAI)} "
@@ -334,7 +332,7 @@ def _training(record: dict[str, Any]) -> str:
             "validation loss": loss,
             "started from": _public_name(train["init_from"]) if train.get("init_from") else "random weights",
             **{name: train[name] for name in settings},
-            "parametrization": record["model"]["parametrization"],  # of the training; the exported weights are standard
+            "parametrization": record["model"]["parametrization"],  # in training; exported weights are standard
             "PyTorch": record["versions"].get("torch"),
         }
     )

@@ -20,7 +20,7 @@ from gpt2.config import DataConfig
 from gpt2.data.documents import Document, Source, TextDocument, fingerprint_of
 from gpt2.data.token_files import is_token_file, open_token_files
 from gpt2.errors import UserError, few
-from gpt2.runtime.patterns import as_pattern, files_matching, no_file
+from gpt2.runtime.patterns import as_pattern, files_matching
 
 log = logging.getLogger(__name__)
 
@@ -172,17 +172,15 @@ def open_files(config: DataConfig) -> Source:
     Files that match `data.validation_files` are the validation split, and are not trained on.
 
     Raises:
-        UserError: No file matches, or token files are damaged.
+        UserError: No file is left, or token files are damaged.
     """
     validation = FileDocuments(find_files(config.validation_files or [], []), config.text_column)
     paths = find_files(config.files or [], config.exclude)
     documents = FileDocuments([path for path in paths if path not in validation.paths], config.text_column)
-    if not documents.paths:
-        reasons = filter(None, map(no_file, config.files or []))
-        others = {"exclude": config.exclude, "validation_files": config.validation_files or []}
+    if not documents.paths:  # every pattern matches a file: see `gpt2.validation`
+        others = {"exclude": config.exclude, "validation_files": config.validation_files}
         without = " and ".join(f"data.{name}={patterns}" for name, patterns in others.items() if patterns)
-        left = f"data.files: nothing of {config.files} is left without {without}"
-        raise UserError(*[f"data.files: {reason}" for reason in reasons] or [left])
+        raise UserError(f"data.files: nothing of {config.files} is left without {without}")
     try:
         if any(map(is_token_file, documents.paths)):
             return _source_of_tokens(documents.paths, config)

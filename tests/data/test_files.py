@@ -10,6 +10,7 @@ from gpt2.config import DataConfig
 from gpt2.data import text_files
 from gpt2.data.corpus import prepare
 from gpt2.data.text_files import find_files
+from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
 from gpt2.validation import validate
 from tests.data.test_corpus import config_of, documents_of
@@ -91,7 +92,7 @@ def test_what_is_no_file_is_named(texts, name, complaint):
     assert problem.startswith(f"data.files: {complaint}")
     assert find_files([name, "f1.txt"], []) == [texts / "f1.txt"]
     with pytest.raises(UserError) as refused:
-        prepare(DataConfig(files=[name], tokenizer="bytes"))
+        load_text_data(DataConfig(files=[name], tokenizer="bytes"))
     assert refused.value.problems == [problem]
 
 
