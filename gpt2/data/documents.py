@@ -12,7 +12,7 @@ from gpt2.data.token_files import TokenFile
 from gpt2.runtime.files import MANY_BYTES, remembered_sums, sha256_of_each
 from gpt2.runtime.hub import caches
 
-BYTES_PER_TOKEN = 4.4  # for English text and GPT-2's tokenizer
+BYTES_PER_TOKEN = 4.4  # of English text with GPT-2's tokenizer
 
 
 class Document(Protocol):

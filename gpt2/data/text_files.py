@@ -199,7 +199,7 @@ def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:
     if others := [str(path) for path in paths if not is_token_file(path)]:
         raise UserError(f"data.files: {few(others)} is text beside files of tokens (.bin); name one kind")
     if config.tokenizer == "train":
-        raise UserError("data.tokenizer: data.files holds tokens, so none can be trained; take data=tokens for gpt2's")
+        raise UserError("data.tokenizer: data.files holds tokens, so name their tokenizer, usually gpt2 (data=tokens)")
     if config.validation_files is not None:
         raise UserError("data.validation_files: this is for text; the name of a token file decides its split")
     splits = open_token_files(paths)

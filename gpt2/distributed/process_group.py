@@ -26,8 +26,8 @@ Batch = dict[str, Tensor]
 
 SECONDS_TO_RECEIVE = 60.0
 
-# Keeps groups alive until the process ends. Otherwise DDP frees the group while it holds the interpreter lock, and waits
-# for threads that may need this lock.
+# Keeps groups alive until the process ends. Otherwise DDP frees the group while it holds the interpreter lock, and
+# waits for threads that may need this lock.
 _groups: list[Any] = []
 
 

@@ -200,7 +200,7 @@ def _refusals_as_lines(name: str) -> Iterator[None]:
             403: f"does not let you write to {name}; perhaps your token can only read",
         }.get(status, f"refuses {name}")
         raise UserError(f"push: the Hugging Face Hub {what}: {reason}") from error
-    except ValueError as error:  # about the model card
+    except ValueError as error:  # an invalid model card
         raise UserError(f"push: the Hugging Face Hub refuses {name}: {one_line(error)}") from error
     except (HTTPError, OSError, RuntimeError) as error:
         raise ResourceError(f"push: the Hugging Face Hub does not answer: {one_line(error)}") from error

@@ -19,7 +19,7 @@ class RandomState:
     """The states of the global generators of PyTorch (CPU and `device`), Python and NumPy."""
 
     device: torch.device
-    tensors: dict[str, Tensor]  # PyTorch's, by device type
+    tensors: dict[str, Tensor]  # the states of PyTorch, by device type
     elsewhere: dict[str, Any] = field(default_factory=dict)  # the states of Python and NumPy, as JSON values
 
     @classmethod

@@ -82,7 +82,7 @@ class MlflowLogger(ExternalLogger):
         try:
             return self.client.get_run(path.read_text(errors="replace"))
         except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # of another server
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # an id of another server
                 return None
             raise
 

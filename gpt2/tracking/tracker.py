@@ -27,7 +27,7 @@ Sample = tuple[int, str]  # step and text
 METRICS, SAMPLES, ABOUT = "metrics.jsonl", "samples.md", "run.json"
 KINDS = ("training records", "evaluations", "samples")
 RUNNING, FINISHED, INTERRUPTED, FAILED, DIVERGED = "running", "finished", "interrupted", "failed", "diverged"
-PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # only of trials
+PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME = "pruned", "out of memory", "past its time"  # trials only
 ENDINGS = frozenset((FINISHED, INTERRUPTED, FAILED, DIVERGED, PRUNED, OUT_OF_MEMORY, PAST_ITS_TIME))
 
 

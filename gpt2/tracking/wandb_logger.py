@@ -17,7 +17,7 @@ from gpt2.errors import UserError, one_line
 from gpt2.tracking import wandb_service as service
 from gpt2.tracking.loggers import Config, LoggedRun, limit, within
 from gpt2.tracking.tracker import ENDINGS, Ended, ExternalLogger, Record
-from gpt2.tracking.wandb_runs import ROOT, resolve_mode, stored_id, upload_command
+from gpt2.tracking.wandb_runs import OUTPUTS, resolve_mode, stored_id, upload_command
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ class WandbLogger(ExternalLogger):
         self._table_thread: threading.Thread | None = None
         self._rows_logged = 0
         service.prepare()
-        os.environ.setdefault("WANDB_DATA_DIR", str((ROOT / "wandb").absolute()))  # by default in the home directory
+        os.environ.setdefault("WANDB_DATA_DIR", str((OUTPUTS / "wandb").absolute()))  # by default in the home directory
 
     def start(self) -> None:
         """Start or resume the run without prompting."""
-        ROOT.mkdir(parents=True, exist_ok=True)
+        OUTPUTS.mkdir(parents=True, exist_ok=True)
         self.run = run = service.start(
             self.is_online,
             self.finish_seconds,
@@ -57,7 +57,7 @@ class WandbLogger(ExternalLogger):
             config=self.logged.config,
             project=self.config.project,
             entity=self.config.entity,
-            dir=str(ROOT),
+            dir=str(OUTPUTS),
             id=self.id,
             resume="allow",
             job_type=self.logged.job_type,

@@ -10,7 +10,7 @@ from gpt2.errors import counted
 from gpt2.runtime.files import remove
 
 ID = "wandb_id"  # name of the file in a run folder
-ROOT = Path("outputs")  # all runs share the folder `wandb` in it, so that `wandb sync` and `wandb leet` find them
+OUTPUTS = Path("outputs")  # all runs share the folder `wandb` in it, so that `wandb sync` and `wandb leet` find them
 
 
 def resolve_mode(mode: str) -> str:
@@ -50,7 +50,7 @@ def not_uploaded(pattern: str) -> list[str]:
 
     A run has a folder for each of its starts, `*run-*-ID`.
     """
-    folders = (ROOT / "wandb").glob(pattern)
+    folders = (OUTPUTS / "wandb").glob(pattern)
     return [folder.name for folder in folders if not any(folder.glob("*.wandb.synced"))]  # a file of `wandb sync`
 
 
@@ -69,7 +69,7 @@ def upload_command(run_ids: Collection[str]) -> str | None:
     pattern = f"{start}*-{next(iter(run_ids))}" if len(run_ids) == 1 else f"{first}*"
     others = len({*not_uploaded(pattern)} - {*names})
     comment = f"  # and {counted(others, 'folder')} of other runs" if others else ""
-    return f"wandb sync {'' if is_offline else '--include-online '}{ROOT / 'wandb' / pattern}{comment}"
+    return f"wandb sync {'' if is_offline else '--include-online '}{OUTPUTS / 'wandb' / pattern}{comment}"
 
 
 def lacking(run_folders: Iterable[Path], unit: str) -> str | None:

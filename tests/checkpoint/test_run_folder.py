@@ -238,7 +238,7 @@ def test_checkpoint_under_the_name_of_another_step_is_skipped(tmp_path, caplog):
     save(tmp_path, 2)
     save(tmp_path, 3, name=step_name(9))
     assert run_folder.first_intact(run_folder.newest_first(tmp_path)).name == step_name(2)
-    assert "step_00000009.pth is not that of step 9, but of step 3" in caplog.text
+    assert "step_00000009.pth is not of step 9, but of step 3" in caplog.text
 
 
 @pytest.mark.parametrize("record", [{}, {"progress": None}, {"progress": {}}])
