@@ -129,7 +129,7 @@ def read_config(folder: Path, source: str) -> GPT2Config:
     try:
         return replace_checked(GPT2Config(), values)
     except UserError as error:
-        raise UserError(f"{source}: its {CONFIG} describes no valid model: {few(error.problems, '; ')}") from error
+        raise UserError(f"{source}: its {CONFIG} describes an invalid model: {few(error.problems, '; ')}") from error
 
 
 def read_tensors(folder: Path, config: GPT2Config, source: str) -> "dict[str, Tensor]":
@@ -238,7 +238,7 @@ def _read_json(path: Path, source: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: cannot read its {path.name}: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{source}: its {path.name} holds no object")
+        raise UserError(f"{source}: its {path.name} is not a JSON object")
     return content
 
 

@@ -179,11 +179,11 @@ def open_model(name: str | Path | None, key: str = "checkpoint") -> TrainedModel
         return HuggingFaceModel(name, lambda patterns: path)
     if not name or not path.exists():
         raise UserError(
-            f"{key}: there is no {name!r} here; latest is the latest run, and on the Hub are {', '.join(OPENAI)} "
-            f"and OWNER/NAME"
+            f"{key}: there is no {name!r} here; use a path, latest for the latest run, or a name on the Hub: "
+            f"{', '.join(OPENAI)} or OWNER/NAME"
         )
     if (path / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {name} is an adapter of PEFT and no whole model; save what merge_and_unload() returns")
+        raise UserError(f"{key}: {name} is a PEFT adapter, not a whole model; save what merge_and_unload() returns")
     if path.suffix in (".safetensors", ".bin"):
         raise UserError(f"{key}: {name} belongs to a Hugging Face folder; name the folder")
     return CheckpointModel(run_folder.find_checkpoint(name, key))

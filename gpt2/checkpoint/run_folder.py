@@ -150,7 +150,7 @@ def every_step(folder: Path) -> list[Path]:
 def refuse_links(folder: Path, key: str) -> None:
     """Raise a UserError if files of a run folder are symbolic links: writing to them would change files elsewhere."""
     if linked := sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.is_dir()):
-        raise UserError(f"{key}: files in {folder} are links to other places, {few(linked)}; replace them by files")
+        raise UserError(f"{key}: files in {folder} are symbolic links: {few(linked)}; replace them by files")
 
 
 def checkpoint_folder_of(run: Path) -> Path | None:

@@ -68,7 +68,7 @@ class TextFile:
             if 0 in data:
                 place = position + data.index(0)
                 raise UserError(
-                    f"data.files: {self.path} has a NUL at byte {place}, so it is UTF-16 or no text at all; {INSTEAD}"
+                    f"data.files: {self.path} has a NUL at byte {place}, so it is UTF-16 or not text; {INSTEAD}"
                 )
             try:
                 text = decoder.decode(data, final=not data)

@@ -67,11 +67,11 @@ def write_tokens(
     end_of_text = np.array([tokenizer.eos_token_id])
     tokenizer.encode_batch([])  # creates the encoder once, not in each thread
     words = [token["content"] for token in tokenizer.added] if tokenizer.added_words else []
-    spells_end = False
+    contains_end = False
 
     def encode(batch: list[tuple[str, bool]]) -> tuple[int, np.ndarray]:
-        nonlocal spells_end
-        spells_end = spells_end or any(END_OF_TEXT in text for text, _ in batch)
+        nonlocal contains_end
+        contains_end = contains_end or any(END_OF_TEXT in text for text, _ in batch)
         encoded = tokenizer.encode_batch([text for text, _ in batch])
         arrays = ((ids, end_of_text) if is_last else (ids,) for ids, (_, is_last) in zip(encoded, batch, strict=True))
         return len(batch), np.concatenate([*chain.from_iterable(arrays)], dtype=dtype, casting="unsafe")
@@ -99,10 +99,10 @@ def write_tokens(
                 committed = total
                 commit(state())
         commit(result := state(is_complete=True))
-    if spells_end:
+    if contains_end:
         log.warning(
-            "Note: the text spells %s, which is encoded as ordinary characters. As records of a .jsonl file, documents "
-            "are separated by that token.",
+            "Note: the text contains %s, which is encoded as ordinary characters. To separate documents by that token, "
+            "make them records of a .jsonl file.",
             END_OF_TEXT,
         )
     return result

@@ -18,7 +18,7 @@ def decode_prompt(data: bytes, place: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{place} is not UTF-8 text at byte {error.start}") from error
     if b"\0" in data:
-        raise UserError(f"{place} has a NUL at byte {data.index(0)}, so it is UTF-16 or no text at all; give UTF-8")
+        raise UserError(f"{place} has a NUL at byte {data.index(0)}, so it is UTF-16 or not text; give UTF-8")
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 

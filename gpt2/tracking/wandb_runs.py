@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from gpt2.errors import counted
+from gpt2.errors import counted, few
 from gpt2.runtime.files import remove
 
 ID = "wandb_id"  # name of the file in a run folder
@@ -75,7 +75,7 @@ def upload_command(run_ids: Collection[str]) -> str | None:
 def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
     """A line that counts the runs W&B lacks, because they are offline or their upload failed; None if it has all.
 
-    The line names the first two of them and the command that uploads all.
+    The line names the first three of them and the command that uploads all.
 
     Args:
         unit: The word for a run, such as `trial`.
@@ -88,5 +88,4 @@ def lacking(run_folders: Iterable[Path], unit: str) -> str | None:
     if not ids:
         return None
     names = sorted(ids, key=lambda name: (len(name), name))  # numbers in order
-    first = ", ".join([*names[:2], "..."] if len(names) > 2 else names)
-    return f"W&B lacks {counted(len(names), unit)} ({first}); upload with `{upload_command(ids.values())}`"
+    return f"W&B lacks {counted(len(names), unit)} ({few(names)}); upload with `{upload_command(ids.values())}`"

@@ -56,7 +56,7 @@ RANGES = [
     ("no time", "train train.max_training_hours=0", "train.max_training_hours: 0.0 is not"),
     ("no time for others", "train distributed.timeout=1", "distributed.timeout: 1.0 is not between 5 and"),
     ("no such device to examine", "doctor device=gpu", "device: 'gpu' is none of auto, cuda"),
-    ("a device that is not here", "doctor device=cuda:99", "device: there is no cuda:99 here; use auto or ...; "),
+    ("a device that is not here", "doctor device=cuda:99", "device: there is no cuda:99 here; use auto or ... ; "),
     ("a folder as a file", "doctor json=outputs", "json: outputs is a folder; name a file"),
     ("no such key of a machine", "doctor network=false", "network=false: Key 'network' not in 'DoctorRun'"),
     ("a folder of checkpoints elsewhere", "train train.checkpoint_dir=../x", "train.checkpoint_dir: '../x' must be"),

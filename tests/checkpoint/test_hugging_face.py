@@ -205,7 +205,7 @@ def test_head_of_another_task_is_left_out_with_a_warning(folder, caplog, kind, h
 
 def test_adapter_without_its_model_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is an adapter of PEFT and no whole model; save what merge_and_unload\(\)"):
+    with pytest.raises(UserError, match=r"is a PEFT adapter, not a whole model; save what merge_and_unload\(\)"):
         open_model(str(tmp_path))
 
 
@@ -322,12 +322,12 @@ REFUSED = [
     (an_adapter, r"its weights hold adapters of PEFT; save what merge_and_unload\(\) returns$"),
     (a_tensor_twice, "hold wte.weight more than once"),
     (lambda folder: (folder / "config.json").write_text("[" * 200_000), "cannot read its config.json"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "its config.json holds no object"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "its config.json is not a JSON object"),
     (lambda folder: describe(folder, tie_word_embeddings=False), "tie_word_embeddings is False, not True"),
     (lambda folder: describe(folder, add_cross_attention=True), "add_cross_attention is True, not False"),
     (lambda folder: describe(folder, scale_attn_weights=False), "scale_attn_weights is False, not True"),
     *(
-        (lambda folder, values=values: describe(folder, **values), f"describes no valid model: {complaint}")
+        (lambda folder, values=values: describe(folder, **values), f"describes an invalid model: {complaint}")
         for values, complaint in (
             ({"n_layer": 2.5}, "num_layers: "),
             ({"n_layer": None}, "num_layers: "),

@@ -105,7 +105,7 @@ def test_keys_of_another_version_are_named(run):
     best = run / "checkpoints" / "best_model.pth"
     rewrite_record(best, lambda record: with_value(with_value(record, "run.train.unheard_of", 1), "run.a:b", 1))
     for script, (line,) in problems_of_each_script(run).items():
-        problem = "is of another version of this program: this one does not know its run.'a:b', run.train.unheard_of"
+        problem = "is from another version of this program: this one does not know run.'a:b', run.train.unheard_of"
         assert line.endswith(f"{best} {problem}"), script
 
 
@@ -295,7 +295,7 @@ def test_run_folder_with_links_to_other_files_is_not_written_to(run, workspace):
     for script, argument, key in (("train.py", "resume", "resume"), ("evaluate.py", "checkpoint", "output")):
         (line,) = workspace.run(script, f"{argument}={run}", "wandb=off", expect=2).stderr.splitlines()
         assert line.startswith(f"error: {key}: files in ")
-        assert line.endswith(f"are links to other places, {', '.join(links[:3])} and 1 more; replace them by files")
+        assert line.endswith(f"are symbolic links: {', '.join(links[:3])} and 1 more; replace them by files")
     assert kept.read_bytes() == before
 
 

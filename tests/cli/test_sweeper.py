@@ -137,7 +137,7 @@ def test_each_trial_is_a_wandb_run_with_its_state(studied):
     assert all(run["group"] == "mine" and run["summary"]["state"] in run["tags"] for run in runs)
     (line,) = [line for line in studied.output.splitlines() if line.startswith("W&B lacks")]
     begin, _, pattern = line.partition("`wandb sync ")
-    assert begin == "W&B lacks 4 trials (0, 1, ...); upload with "
+    assert begin == "W&B lacks 4 trials (0, 1, 2 and 1 more); upload with "
     assert len([*studied.folder.glob(pattern.rstrip("`"))]) == len(runs) == 4
 
 

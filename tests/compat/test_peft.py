@@ -32,7 +32,7 @@ def test_adapters_train_and_their_merge_is_opened_again(exported, tmp_path):
     assert all("lora_" in name for name in moved)
 
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="is an adapter of PEFT"):
+    with pytest.raises(UserError, match="is a PEFT adapter"):
         open_model(tmp_path / "adapter")
     merged = model.merge_and_unload().eval()
     merged.save_pretrained(tmp_path / "merged")

@@ -233,7 +233,7 @@ def test_small_validation_split_is_noted(tmp_path, caplog):
 def test_spelled_end_of_text_is_noted(tmp_path, caplog, text, notes):
     (tmp_path / "a.txt").write_text(text)
     prepare(config_of(tmp_path))
-    assert caplog.text.count("the text spells <|endoftext|>, which is encoded as ordinary characters") == notes
+    assert caplog.text.count("the text contains <|endoftext|>, which is encoded as ordinary characters") == notes
 
 
 def test_files_for_validation_are_not_trained_on(tmp_path):

@@ -149,8 +149,8 @@ UNREADABLE = {
     "a.txt": [
         (utf16(b"\xff\xfe", "utf-16-le"), r"data.files: .*a.txt is UTF-16, not UTF-8 text; convert it or leave it out"),
         (utf16(b"\xfe\xff", "utf-16-be"), r"a.txt is UTF-16, not UTF-8 text"),
-        (utf16(b"", "utf-16-le"), r"a.txt has a NUL at byte 1, so it is UTF-16 or no text at all; convert it"),
-        (utf16(b"", "utf-16-be"), r"a.txt has a NUL at byte 0, so it is UTF-16 or no text"),
+        (utf16(b"", "utf-16-le"), r"a.txt has a NUL at byte 1, so it is UTF-16 or not text; convert it"),
+        (utf16(b"", "utf-16-be"), r"a.txt has a NUL at byte 0, so it is UTF-16 or not text"),
         (b"plain text " * 9 + b"\0" + b"text " * 9, r"a.txt has a NUL at byte 99"),
         (gzip.compress(b"plain text", mtime=0), r"a.txt is compressed, not UTF-8 text"),
         (b"PK\3\4 and so on", r"a.txt is a zip, not UTF-8 text"),

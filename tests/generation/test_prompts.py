@@ -31,7 +31,7 @@ def test_json_lines_preserve_other_keys(tmp_path):
         ("p.txt", b"\n \n", r"p.txt has no prompt"),
         ("p.txt", b"\xef\xbb\xbfab\xe9", r"p.txt is not UTF-8 text at byte 5"),
         ("p.txt", b"\xff\xfe", r"p.txt is not UTF-8 text at byte 0"),
-        ("p.txt", "ab".encode("utf-16-le"), r"p.txt has a NUL at byte 1, so it is UTF-16 or no text at all"),
+        ("p.txt", "ab".encode("utf-16-le"), r"p.txt has a NUL at byte 1, so it is UTF-16 or not text"),
         ("p.jsonl", '{"prompt": "a"}'.encode("utf-16-be"), r"p.jsonl has a NUL at byte 0, so it is UTF-16"),
         ("p.txt", "a".encode("utf-16"), r"p.txt .*UTF-"),
         ("p.jsonl", b'{"prompt": "a"}\nb\n', r"p.jsonl, line 2: not JSON"),

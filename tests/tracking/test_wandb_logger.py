@@ -440,7 +440,7 @@ def test_runs_that_wandb_lacks_are_named(tmp_path, monkeypatch):
         wandb_service.mark_as_synced(with_file(tmp_path / "outputs" / "wandb" / uploaded))
     folders = [path for path in tmp_path.iterdir() if path.name != "outputs"]
     assert lacking(folders, "run") == (
-        "W&B lacks 3 runs (2, 3, ...); upload with `wandb sync --include-online outputs/wandb/*run-*`"
+        "W&B lacks 3 runs (2, 3, 11); upload with `wandb sync --include-online outputs/wandb/*run-*`"
     )
     assert upload_command(["id3"]) == "wandb sync --include-online outputs/wandb/*run-*-id3"
     (tmp_path / "outputs" / "wandb" / "offline-run-26-id11").mkdir()
