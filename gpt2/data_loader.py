@@ -133,10 +133,8 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
     share, wanted = tokens["validation"] / (tokens["train"] + tokens["validation"]), data_config.validation_fraction
     if prepared.about["validation_fraction"] is not None and share < wanted / 4:  # None: the source has its own split
         log.warning(
-            "Note: the validation split has %.2g %% of the tokens, not data.validation_fraction=%g: its documents were "
-            "drawn at random, and are shorter than the others.",
-            100 * share,
-            wanted,
+            f"Note: the validation split has {100 * share:.2g} % of the tokens, not data.validation_fraction={wanted:g}"
+            ": its documents were drawn at random, and are shorter than the others."
         )
     splits = ("train", "validation", "test" if tokens["test"] > 1 else "validation")
     train, validation, test = (_blocks(prepared, split, data_config) for split in splits)

@@ -190,8 +190,8 @@ def _open(files: ExitStack, paths: list[Path], source: str) -> dict[str, Any]:
         raise UserError(f"{source}: its weights hold {few(twice)} more than once")
     if heads := [name for name in names if _OTHER_HEAD.match(name)]:
         log.warning(
-            "%s: left out %s, the head of a classifier or of another task; the model below it may not predict tokens.",
-            *(source, few(heads)),
+            f"{source}: left out {few(heads)}, the head of a classifier or of another task; the model below it may not "
+            "predict tokens."
         )
     ignored = re.compile(rf"{_OTHER_HEAD.pattern}|.*\.attn\.(masked_)?bias$")
     return {name: tensor for name, (_, tensor) in zip(names, stored, strict=True) if not ignored.match(name)}

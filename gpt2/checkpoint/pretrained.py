@@ -256,9 +256,8 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
         UserError: The model cannot be read, or the folder exists or cannot be written.
     """
     folder = Path(folder)
-    exists_already = UserError(f"to: {folder} exists already; name a folder that does not")
     if folder.exists():
-        raise exists_already
+        raise UserError(f"to: {folder} exists already; name a folder that does not")
     if trained.tokenizer is None:
         log.warning("%s holds no tokenizer, so the exported folder has none either.", trained.source)
     tensors = trained.tensors()
@@ -267,8 +266,6 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
         with atomic_folder(folder) as target:
             hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, card)
     except OSError as error:
-        if folder.exists():  # another process has created it in the meantime
-            raise exists_already from error
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
 
 

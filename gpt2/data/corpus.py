@@ -339,8 +339,6 @@ def _train_tokenizer(source: Source, config: DataConfig) -> GPT2Tokenizer:
         tokenizer = interruptibly(lambda: GPT2Tokenizer.train(texts(), config.vocab_size), lambda: advance(total))
         advance(total)
     if tokenizer.vocab_size < config.vocab_size:
-        found = f"{tokenizer.vocab_size:,}"
-        log.warning(
-            "Note: this text has only %s tokens to learn, not data.vocab_size=%s.", found, f"{config.vocab_size:,}"
-        )
+        wanted = f"data.vocab_size={config.vocab_size:,}"
+        log.warning(f"Note: this text has only {tokenizer.vocab_size:,} tokens to learn, not {wanted}.")
     return tokenizer

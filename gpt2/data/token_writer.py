@@ -101,9 +101,8 @@ def write_tokens(
         commit(result := state(is_complete=True))
     if contains_end:
         log.warning(
-            "Note: the text contains %s, which is encoded as ordinary characters. To separate documents by that token, "
-            "make them records of a .jsonl file.",
-            END_OF_TEXT,
+            f"Note: the text contains {END_OF_TEXT}, which is encoded as ordinary characters. To separate documents by "
+            "that token, make them records of a .jsonl file."
         )
     return result
 

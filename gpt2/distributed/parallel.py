@@ -55,12 +55,7 @@ class DataParallel(SingleDevice):
     def __init__(self, model: GPT2Model, precision: Precision, group: ProcessGroup):
         super().__init__(model, precision, group)
         self.module = _DDPModule(model)
-        on_gpu = precision.device.type == "cuda"
-        self.ddp = nn.parallel.DistributedDataParallel(
-            self.module,
-            device_ids=[precision.device] if on_gpu else None,
-            gradient_as_bucket_view=True,
-        )
+        self.ddp = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
 
     def forward(self, compute: Forward) -> Forward:
         self.module.compute = partial(compute)  # a module as an attribute would be registered, with its weights

@@ -273,10 +273,8 @@ def remembered_sums(paths: Sequence[Path], memory: Path, task: str) -> list[str]
                 sums[path] = sha256
     new = [path for path in paths if path not in sums]
     sums |= zip(new, sha256_of_each(new, task), strict=True)
-    settled_before = now - TIME_RESOLUTION
-    settled = {
-        str(path): [sums[path], *version] for path, version in versions.items() if max(version[2:]) < settled_before
-    }
+    is_settled = {path: max(version[2:]) < now - TIME_RESOLUTION for path, version in versions.items()}
+    settled = {str(path): [sums[path], *version] for path, version in versions.items() if is_settled[path]}
     if settled != known:
         with suppress(OSError):  # a read-only folder
             memory.parent.mkdir(parents=True, exist_ok=True)
