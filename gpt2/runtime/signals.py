@@ -142,9 +142,16 @@ def admitted() -> Iterator[None]:
 def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None]) -> Result:
     """Call a function that may compute for minutes in C or Rust, where Python cannot handle signals.
 
-    The function runs in a daemon thread, so signals interrupt the caller at once. The caller runs `meanwhile` twice a
-    second.
+    The function runs in a thread, so signals interrupt the caller at once. The caller runs `meanwhile` twice a second.
     """
+    result = start_in_thread(function)
+    while not wait([result], timeout=0.5).done:
+        meanwhile()
+    return result.result()
+
+
+def start_in_thread(function: Callable[[], Result]) -> Future[Result]:
+    """Call a function in a daemon thread, which does not keep the process from exiting."""
     result: Future[Result] = Future()
 
     def work() -> None:
@@ -154,9 +161,7 @@ def interruptibly(function: Callable[[], Result], meanwhile: Callable[[], None])
             result.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    while not wait([result], timeout=0.5).done:
-        meanwhile()
-    return result.result()
+    return result
 
 
 def _print(text: str) -> None:

@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 from gpt2.config import EvaluateRun, GenerateRun, TrainRun
 from gpt2.errors import one_line, without_secrets
+from gpt2.runtime.signals import start_in_thread
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record
 from gpt2.tracking.wandb_runs import resolve_mode
 
@@ -195,15 +195,7 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     Raises:
         TimeoutError: The call takes longer. Its thread keeps running and is ignored.
     """
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="logger").start()
+    future = start_in_thread(call)
     try:
         return future.result(limit(seconds))
     except TimeoutError:
