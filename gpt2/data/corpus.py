@@ -41,7 +41,7 @@ from gpt2.tokenizer import GPT2Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # version of the cached files; a new number invalidates every cached corpus
+FORMAT = 3  # version of the cached files; a new number invalidates every cached corpus
 ABOUT, TOKENIZER, PROGRESS = "about.json", "tokenizer.json", "progress.json"
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 MIN_VALIDATION_FILES = 5  # fewer whole files are too small a sample of the corpus
