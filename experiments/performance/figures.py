@@ -112,13 +112,13 @@ ELSEWHERE = {
     "README.md": [f"takes {quickstart['seconds']:.0f} s on two cores of an AMD EPYC"],
     "docs/training.md": [f"| `quickstart` | {quickstart['evaluations'][-1]['val/loss']:.2f} |"],
     "docs/performance.md": [
-        "The rest is {}, {} and {} % for the three models in bf16".format(*percent["bf16"]),
+        "the gain is {}, {} and {} % for the three models".format(*percent["bf16"]),
         "and {}, {} and {} % with `train.compile=true`".format(*percent["compiled"]),
-        "In fp32 it is {} and {} %".format(*percent["fp32"][:2]),
+        "In fp32 it is {} and {} % for the larger two".format(*percent["fp32"][:2]),
         f"packed {ours['ratio']:.1f} times as fast as with `GPT2TokenizerFast`",
-        f"is answered in {start['train.py --help']['seconds']:.2f} s and a mistake in the command in "
+        f"takes {start['train.py --help']['seconds']:.2f} s, a mistake in the command is reported after "
         f"{start['train.py, a mistake']['seconds']:.2f} s",
-        f"comes after {start['train.py, one step: to its line']['seconds']:.1f} s",
+        f"is done after {start['train.py, one step: to its line']['seconds']:.1f} s",
     ],
 }
 GIVEN = [

@@ -1,7 +1,7 @@
-"""Print the tables of docs/performance.md and README.md from the JSON files.
+"""Print the tables of README.md, and the summary of them in docs/performance.md, from the JSON files.
 
 Run: python experiments/performance/table.py
-tests/benchmarks/test_scripts.py checks that both pages have these tables.
+tests/benchmarks/test_scripts.py checks that both pages have them.
 """
 
 import json
@@ -42,11 +42,35 @@ def table(rows):
     return "\n".join(lines)
 
 
-def tables():
+def recorded():
+    """The rows of each file, by the description of its model and batch."""
     files = {title: FOLDER / f"{name}.json" for name, title in SHAPES.items()}
-    recorded = {title: json.loads(file.read_text())["results"] for title, file in files.items() if file.exists()}
-    return "\n\n".join(f"{title}:\n\n{table(rows)}" for title, rows in recorded.items())
+    return {title: json.loads(file.read_text())["results"] for title, file in files.items() if file.exists()}
+
+
+def tables():
+    return "\n\n".join(f"{title}:\n\n{table(rows)}" for title, rows in recorded().items())
+
+
+def summary():
+    """The milliseconds per step of each model: the fastest variant of other programs, and ours with and without
+    compilation."""
+    models = [{row["contestant"]: row["step_seconds"] for row in rows} for rows in recorded().values()]
+
+    def fastest(model, program, precision):
+        return min(value for name, value in model.items() if name.startswith(program) and name.endswith(precision))
+
+    lines = {"nanoGPT, fp32, unmodified": [model["nanoGPT, fp32"] for model in models]}
+    for precision in ("fp32", "bf16"):
+        for program in ("transformers", "nanoGPT"):
+            lines[f"{program}, {precision}, fastest"] = [fastest(model, program, precision) for model in models]
+        for name in ("", "compiled, "):
+            lines[f"this repository, {name}{precision}"] = [model[f"gpt2, {name}{precision}"] for model in models]
+    return "\n".join(
+        f"| {line} | {' | '.join(f'{1e3 * each:,.{0 if each >= 0.1 else 1}f}' for each in seconds)} |"
+        for line, seconds in lines.items()
+    )
 
 
 if __name__ == "__main__":
-    print(tables())
+    print(tables(), summary(), sep="\n\n")
