@@ -1,4 +1,4 @@
-"""A workspace for tests that run the real scripts, and the material that may lie beside the checkout."""
+"""Fixtures shared by all tests, above all the workspace in which the real scripts run."""
 
 import atexit
 import gc
@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from tests import fault_injection, no_sync, warm
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small only wait for a second thread
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs this way
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second thread only slows down models this small
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 fault_injection.enable()  # in this process; `tests/site` does both in the scripts that a `Workspace` runs
@@ -46,7 +46,7 @@ TINY = [
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than cores: some tests wait for processes that wait themselves."""
+    """One worker more than cores, because some tests mostly wait for other processes."""
     return (os.cpu_count() or 1) + 1
 
 
@@ -61,13 +61,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests come first: one that begins last is waited for by all cores but one."""
+    """Run the longest tests first, so that no core is idle while another one finishes a long test."""
     items.sort(key=lambda item: not any(name in item.name for name in LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What is imported is no garbage. Searching it takes most of a second, at the end of each trial for example."""
+    """Exclude imported modules from garbage collection, which would take most of a second at the end of each trial."""
     gc.disable()
     try:
         return (yield)
@@ -83,7 +83,7 @@ def as_expected(done: subprocess.CompletedProcess, code: int) -> subprocess.Comp
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first of the processes of these tests makes, for all of them."""
+    """A folder that the first test process makes and all of them share."""
     folder, is_made = FOR_ALL_WORKERS / name, FOR_ALL_WORKERS / f"{name} is made"
     with FileLock(f"{folder}.lock"):
         if not is_made.exists():
@@ -95,7 +95,7 @@ def made_once(name: str, make: Callable[[Path], object]) -> Path:
 
 
 def measure_products(folder: Path) -> None:
-    """A cache that knows how this machine multiplies fastest: measured in each workspace, runs in two might differ."""
+    """Store this machine's fastest matrix product in a cache: separate measurements could make runs differ."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     measure = "from gpt2.ops.linear import faster_linear; faster_linear()"
     subprocess.run([sys.executable, "-c", measure], cwd=ROOT, env=environment, check=True)
@@ -116,7 +116,7 @@ class Workspace:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": fault_injection.SITE,
             "PYTHONUNBUFFERED": "1",
-            "WANDB_MODE": "disabled",  # where a test does not say otherwise
+            "WANDB_MODE": "disabled",  # unless a test sets another mode
             "GPT2_WANDB_PATIENCE": "10",  # a busy machine must not take wandb offline
         }
         (folder / "home").mkdir(exist_ok=True)
@@ -126,20 +126,20 @@ class Workspace:
         return [sys.executable, str(ROOT / script), *arguments]
 
     def run(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-        """Run a script of the repository here; its output is text, and its exit code is what is expected."""
+        """Run a script of the repository here and check its exit code. The output is text."""
         return as_expected(warm.run([str(ROOT / script), *arguments], self.folder, self.environment, 600), expect)
 
     def run_anew(self, script: str, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-        """The same from nothing, by a separate interpreter: it imports what it needs, and its hashes are others."""
+        """Like `run`, but in a new interpreter, with its own imports and hash seed."""
         return as_expected(self._started(*self.command(script, *arguments)), expect)
 
     def start(self, script: str, *arguments: str, **options: Any) -> warm.Process:
-        """Start a script, or `-m` and a module, and do not wait for it."""
+        """Start a script, or `-m` and a module, without waiting for its end."""
         place = script if script == "-m" else str(ROOT / script)
         return warm.Process([place, *arguments], self.folder, self.environment, **options)
 
     def on_terminal(self, *command: str, expect: int = 0) -> str:
-        """Run a script, or `-m` and a module, on a terminal. Returns all that it sent there, to the byte."""
+        """Run a script, or `-m` and a module, on a terminal. Returns its exact output."""
         master, slave = pty.openpty()
         tty.setraw(slave)
         place, *arguments = command if command[0] == "-m" else (str(ROOT / command[0]), *command[1:])
@@ -147,7 +147,7 @@ class Workspace:
         process = warm.Process([place, *arguments], self.folder, environment, terminal=slave)
         os.close(slave)
         sent = b""
-        with suppress(OSError):  # that is how Linux says that no process has the terminal any more
+        with suppress(OSError):  # Linux raises it once no process has the terminal open
             while data := os.read(master, 2**16):
                 sent += data
         os.close(master)
@@ -155,7 +155,7 @@ class Workspace:
         return sent.decode()
 
     def module(self, *arguments: str) -> subprocess.CompletedProcess:
-        """Run `python -m` here, to any end."""
+        """Run `python -m` here, with any exit code."""
         return warm.run(["-m", *arguments], self.folder, self.environment, 600)
 
     def module_anew(self, *arguments: str) -> subprocess.CompletedProcess:
@@ -166,7 +166,7 @@ class Workspace:
         return subprocess.run(command, cwd=self.folder, env=self.environment, timeout=600, **streams)
 
     def cache_as_from_hub(self, name: str, folder: Path) -> Path:
-        """Lay a folder where `huggingface_hub` keeps what it has downloaded."""
+        """Copy a folder to where `huggingface_hub` stores downloads."""
         repository = self.folder / "cache" / "huggingface" / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
         (repository / "refs").mkdir()
@@ -186,7 +186,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with one finished run, for tests that only look at it. Its standard output is `trained.output`."""
+    """A workspace with one finished run, for tests that do not change it. Its standard output is `trained.output`."""
 
     def train(folder: Path) -> None:
         (folder / "run").mkdir()
@@ -202,8 +202,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What `save_pretrained` of transformers makes of a small model without zeros or ones among its weights."""
-    from tests.helpers import noisy_model, tiny_config, transformers_twin  # torch is for those who ask for it
+    """A folder by `save_pretrained` of transformers, of a small model without zeros or ones among its weights."""
+    from tests.helpers import noisy_model, tiny_config, transformers_twin  # imports torch, which few tests need
 
     transformers_twin(noisy_model(tiny_config(vocab_size=257), std=0.1)).save_pretrained(tmp_path / "theirs")
     return tmp_path / "theirs"

@@ -120,7 +120,7 @@ def only_a_pickle(folder: Path) -> None:
 
 
 def without_numbers(model: GPT2Model, device: str) -> GPT2Model:
-    """Give a model weights that are tensors of the current mode, such as `FakeTensorMode`, on any device."""
+    """Replace the weights with empty tensors on a device, made by the current mode, such as `FakeTensorMode`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape, device=device)))
@@ -160,7 +160,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def rewrite_record(path: Path, change: Callable[[dict], dict], tensors: dict[str, Tensor] | None = None) -> None:
-    """Change the record of a checkpoint, or some of its tensors, with valid checksums. Its other names keep the old."""
+    """Change the record of a checkpoint, or some of its tensors, with valid checksums. Hard links keep the old file."""
     record, stored = checkpoint.read_record(path), checkpoint.read_tensors(path)
     path.unlink()
     checkpoint.write_checkpoint(path, {**stored, **(tensors or {})}, change(record))

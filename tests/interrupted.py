@@ -1,6 +1,6 @@
 """Run a script that gets Ctrl-C in a certain phase: interrupted.py MODULE:FUNCTION[#CALL] SCRIPT ARGUMENTS.
 
-The signal arrives when the function is called, which is where its module finds it; by default at the first call.
+The signal is sent at the given call of the function, by default the first. MODULE is the module that calls it.
 """
 
 import os

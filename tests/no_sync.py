@@ -1,4 +1,4 @@
-"""Do not wait for the disk: no test cuts the power, and a study of 20 trials waits for 1,500 transactions.
+"""Skip fsync: no test cuts the power, and a study of 20 trials would wait for 1,500 transactions.
 
 Imports nothing but the standard library, because `tests/site` calls it when Python starts.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def skip_disk_sync() -> None:
-    """Make `os.fsync` return at once, and let each connection to SQLite leave the writing to the system."""
+    """Make `os.fsync` do nothing, and switch it off in each connection to SQLite."""
     connect = sqlite3.dbapi2.connect
 
     @wraps(connect)

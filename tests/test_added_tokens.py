@@ -50,7 +50,7 @@ def bases(tmp_path_factory) -> list[Path]:
 
 
 def with_added(base: Path, folder: Path, added: list) -> Path:
-    """What `transformers` saves after `add_tokens`."""
+    """Save the tokenizer of a folder with `transformers` after `add_tokens`."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -165,8 +165,8 @@ def test_words_are_decoded_counted_and_part_of_the_identity():
     assert len({other.fingerprint for other in [tokenizer, *others]}) == 4
 
 
-def test_tokenizers_saved_before_words_were_kept_are_read_as_they_were():
-    """Their checkpoints list no added tokens: those that no merge makes are special."""
+def test_tokenizer_saved_without_added_tokens_is_read():
+    """Checkpoints of an earlier version list no added tokens: tokens that no merge makes are special."""
     old = json.dumps({"vocabulary": {**GPT2Tokenizer.of_bytes().vocabulary, "[PAD]": 257}, "merges": []})
     tokenizer = GPT2Tokenizer.from_json(old)
     assert json.loads(tokenizer.to_json()) == json.loads(old)
@@ -175,7 +175,7 @@ def test_tokenizers_saved_before_words_were_kept_are_read_as_they_were():
 
 
 @pytest.mark.parametrize("flag", ["", "lstrip", "rstrip", "single_word"])
-def test_no_piece_of_a_text_cuts_a_word(tmp_path, monkeypatch, flag):
+def test_pieces_of_a_text_do_not_cut_added_words(tmp_path, monkeypatch, flag):
     monkeypatch.setattr(token_writer, "PIECE_LENGTH", 3)
     words = ["new york", "foo", " x", "x ", "a\nb", "longer than a piece"]
     tokenizer = ordinary(*words, **({flag: True} if flag else {}))

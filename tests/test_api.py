@@ -1,6 +1,6 @@
-"""The promised Python API, section by section as its reference has them: each default, each signature, each example.
+"""The promised Python API, in the order of its reference: each default, each signature, each example.
 
-What `docs/api.md` says is held against the code as well.
+`docs/api.md` is compared with the code too.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ SIGNATURES = [
 
 
 def parameters(function) -> list[str]:
-    """The parameters of a function or constructor as one writes them, without types."""
+    """The parameters of a function or constructor in Python's syntax, without types."""
     found = inspect.signature(function).parameters.values()
     bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in found if parameter.name != "self"]
     assert all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in bare)
@@ -163,7 +163,7 @@ def test_signatures_begin_as_promised_and_what_follows_has_a_default(function, p
     assert all("=" in parameter for parameter in found[len(expected) :])
 
 
-# The examples, from data to text. A small model and a text of two pages stand for the reader's own.
+# The examples, from data to text, with a small model and a text of two pages.
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ GROUPS = {"model": GPT2Config, "train": TrainingConfig, "data": DataConfig, "inf
 
 
 def run_with(group: str, **fields) -> TrainRun:
-    """The default run but for some fields of one group."""
+    """The default run with some fields of one group changed."""
     return TrainRun(**{group: GROUPS[group](**fields)})
 
 
@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_api_reference(config):
     actual = vars(config())
     for field, default in promised.items():
         assert (actual[field], type(actual[field])) == (default, type(default)), field
-    # Whoever passes them by position counts on the promised order.
+    # Positional arguments depend on the promised order.
     assert list(actual)[: len(promised)] == list(promised)
 
 
@@ -105,7 +105,7 @@ def test_value_out_of_bounds_is_reported(group, field, bad):
 
 
 def numeric_fields() -> list[tuple[str, str]]:
-    """All fields that hold a number, in all groups, so that a new field without a bound is noticed."""
+    """All fields that hold a number, in all groups, so that a new field without a bound is detected."""
     return [
         (group, name)
         for group, config in GROUPS.items()
@@ -218,7 +218,7 @@ def test_checkpoint_dir_must_be_a_plain_name(folder):
 
 
 def test_integer_beyond_float_range_is_rejected():
-    """YAML's whole numbers have no end."""
+    """Integers in YAML have no upper limit."""
     assert [problem.split(":")[0] for problem in validate(run_with("train", seed=10**400))] == ["train.seed"]
 
 

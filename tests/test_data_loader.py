@@ -147,7 +147,7 @@ def test_worker_processes_give_the_same_batches(tmp_path):
             assert all(torch.equal(batch[key], same[key]) for key in batch)
 
 
-def test_a_program_that_keeps_its_loaders_ends(tmp_path):
+def test_program_with_open_loaders_exits(tmp_path):
     """Workers ignore SIGTERM, by which multiprocessing ends them at exit."""
     program = """
 import sys
@@ -183,7 +183,7 @@ def test_order_of_training_validation_and_test(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_does_not_advance_the_global_generator(tmp_path, num_workers):
-    """Dropout uses it, and the training result must not depend on how often a run is validated."""
+    """Dropout uses that generator, and the result of training must not depend on how often a run is validated."""
     train, validation, _ = loaders_of(blocks_of(tmp_path, 90, 8), num_workers=num_workers)
     before = torch.get_rng_state()
     next(iter(train)), next(iter(validation))
@@ -210,7 +210,7 @@ def test_other_batch_size_keeps_the_order(tmp_path):
         assert torch.equal(*rows)
 
 
-def test_other_batch_size_of_a_loader_that_is_not_ours():
+def test_other_batch_size_of_a_plain_data_loader():
     numbers = torch.utils.data.DataLoader(torch.arange(7), batch_size=3, drop_last=True)
     assert [batch.tolist() for batch in with_batch_size(numbers, 2)] == [[0, 1], [2, 3], [4, 5]]
     one_by_one = torch.utils.data.DataLoader(torch.arange(2), batch_size=None)

@@ -48,7 +48,7 @@ def scripts(page: Path) -> list[list[str]]:
 
 
 def as_composed(words: list[str]) -> tuple[str, list[str]] | None:
-    """The configuration that a command composes, and its overrides; of a sweep the first values. None: it has none."""
+    """The name of a command's configuration and its overrides, with the first value of sweeps. None without one."""
     script, *rest = [word for word in words if not word.startswith(("--nproc", "--nnodes", "--rdzv", "--max-restarts"))]
     if script == "-m":
         if rest[0] != "gpt2.main" or rest[1] in ("compare", "study"):
@@ -147,7 +147,7 @@ def prepare(folder: Path) -> None:
 
 @pytest.fixture
 def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """A workspace with what the commands find in a clone, tiny weights in the Hub's cache for OpenAI's, and a run."""
+    """A workspace with the files of a clone, a run, and tiny weights in the Hub's cache in place of OpenAI's."""
     prepared = made_once("clone", prepare)
     workspace.environment["XDG_CACHE_HOME"] = str(prepared / "cache")  # all pages use the same corpora
     shutil.copytree(prepared / "outputs", workspace.folder / "outputs", symlinks=True)
@@ -167,8 +167,8 @@ def clone(workspace: Workspace, tmp_path: Path) -> Workspace:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if scripts(page) and page.name != "scale.md"], ids=name_of)
 def test_commands_run_in_order(clone: Workspace, page):
-    """As printed, except that runs have two steps and a tiny model. What needs a GPU or text that is not on this
-    machine only composes (above); other tests run the benchmarks and the fault injection."""
+    """Run the commands as printed, except that runs have two steps and a tiny model. Commands that need a GPU or text
+    that is not on this machine are only composed (above); other tests run the benchmarks and the fault injection."""
     for script, *arguments in scripts(page):
         line = " ".join([script, *arguments])
         if needs_more(line) or {"benchmark", "doctor", "tests.stress"} & set(arguments):

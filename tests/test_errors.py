@@ -1,4 +1,4 @@
-"""Problems are lines; stars for credentials, whatever form a library gives them."""
+"""Each problem is one line, and stars replace credentials in every form in which libraries print them."""
 
 import logging
 import pickle
@@ -62,7 +62,7 @@ def test_each_problem_is_one_line():
 )
 @pytest.mark.parametrize("secret", ["t0k3n", SECRET], ids=["simple", "signs"])
 def test_credentials_are_starred(text, shown, secret):
-    if "SECRET@" not in text or text.startswith("https:user"):  # only the password of a URL holds all of its signs
+    if "SECRET@" not in text or text.startswith("https:user"):  # elsewhere its signs would end the secret
         secret = "t0k3n"
     for begin, end in (("", ""), ("failed: ", " (again)"), ("first line\n", "\nthird line")):
         assert without_password(f"{begin}{text.replace('SECRET', secret)}{end}") == f"{begin}{shown}{end}"
@@ -115,7 +115,7 @@ OTHER_TEXTS = [
 ]
 
 
-def test_text_that_only_looks_alike_is_unchanged():
+def test_text_without_credentials_is_unchanged():
     texts = [*URLS_WITHOUT_CREDENTIALS, *OTHER_TEXTS]
     assert [without_password(text) for text in texts] == texts
     assert [without_password(f"a=['{text}', 'b']") for text in texts] == [f"a=['{text}', 'b']" for text in texts]
@@ -227,7 +227,7 @@ def test_credentials_in_a_composed_configuration_are_not_printed(workspace: Work
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_credentials_in_an_address_that_is_none_are_in_no_output(workspace: Workspace, name, arguments):
+def test_credentials_in_an_invalid_url_are_in_no_output(workspace: Workspace, name, arguments):
     workspace.environment[name] = f"http://user:{SECRET}@127.0.0.1:9"
     done = workspace.run(*arguments, expect=2)
     assert done.stderr.startswith(f"error: {name}: not the URL of a server, such as http://USER:PASSWORD@HOST:3128; ")

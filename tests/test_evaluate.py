@@ -20,7 +20,7 @@ from gpt2.tracking.evaluations import earlier_results
 from tests.conftest import ROOT, TEXT, TINY, Workspace
 from tests.helpers import noisy_model, tiny_config, transformers_twin
 
-LENGTH = 16  # of a window: the context of `tiny_config`
+LENGTH = 16  # tokens in a window: the context of `tiny_config`
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,10 @@ def evaluate(model: GPT2Model, blocks: TokenDataset, batch_size: int = 4) -> dic
 
 
 def loss_by_transformers(model: GPT2Model, path: Path, stride: int) -> float:
-    """The mean loss of each token but the first, by a loop that knows nothing of ours: a window at a time, each token
-    scored by the first window that holds it."""
+    """The mean loss over all tokens but the first, by an independent loop over windows.
+
+    Each token is scored in the first window that contains it.
+    """
     theirs = transformers_twin(model).eval()
     ids = torch.from_numpy(np.fromfile(path, dtype=np.uint16).astype(np.int64))
     losses, scored = [], 1
@@ -113,7 +115,7 @@ def test_bits_per_byte_count_text_without_document_ends(model, tokens):
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
-    """A model that knows nothing pays log2(v) bits a token: bits per byte follow from the text alone."""
+    """A model with uniform predictions needs log2(v) bits per token, so bits per byte follow from the text alone."""
     (tmp_path / "text.txt").write_text(TEXT)
     tokenizers = {"bytes": GPT2Tokenizer.of_bytes(), "trained": GPT2Tokenizer.train([TEXT], 300)}
     for name, tokenizer in tokenizers.items():
@@ -130,14 +132,14 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
         torch.nn.init.zeros_(knows_nothing.token_embedding.weight)
         metrics = evaluate(knows_nothing, load_split(data, "train"))
         characters = int(len(TEXT) * 0.9)
-        first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # of this token nothing is predicted
+        first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # the first token is not predicted
         assert metrics["bytes"] == characters - first
         expected = metrics["tokens"] * math.log2(tokenizer.vocab_size) / (characters - first)
         assert metrics["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_sum_is_double_precision(model, tokens):
-    """In single precision, a sum of a hundred losses is off by 1e-7 of itself."""
+    """In single precision, a sum of a hundred losses has a relative error of 1e-7."""
     loader = DataLoader(windows(tokens), 100, collate_fn=identity_collate)
     (batch,) = map(as_inputs, loader)
     with torch.no_grad():
@@ -277,7 +279,7 @@ def test_results_of_concurrent_evaluations_are_all_stored(trained: Workspace):
     (trained.folder / "many.json").unlink()
 
 
-def test_file_that_is_no_result_is_not_replaced(tmp_path):
+def test_file_without_results_is_not_replaced(tmp_path):
     evaluate = runpy.run_path(str(ROOT / "evaluate.py"))
     path = tmp_path / "mine.json"
     for content in (b"", b"[]", b"{}", b'{"earlier": "ab"}', b'{"earlier": {"a": 1}}', b"[" * 9999, b"\xff"):

@@ -15,7 +15,7 @@ EVALUATE = ["evaluate.py", "checkpoint=run", "wandb=off", "output=new/result.jso
 EXPORT = ["gpt2/main.py", "export", "checkpoint=run", "to=new/exported"]
 OF_RUN = ["checkpoints/last.pth", "curves.png", "metrics.jsonl", "run.json", "train.log"]
 
-# The phase, the function that begins it, the command, and what is in the folder `new` afterwards, at least.
+# The phase, the function that begins it, the command, and files that must be in the folder `new` afterwards.
 PHASES = [
     ("composition", "gpt2.cli.preflight:compose", TRAIN, []),
     ("reading the data", "gpt2.data.text_files:fingerprint_of", TRAIN, []),
@@ -36,7 +36,7 @@ PHASES = [
 
 @pytest.fixture(scope="module")
 def workspace(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """One with a finished run, in the folder `run`."""
+    """A workspace with a finished run in the folder `run`."""
     folder = tmp_path_factory.mktemp("interrupted")
     shutil.copy(trained.folder / "corpus.txt", folder)
     shutil.copytree(trained.runs()[0], folder / "run")

@@ -44,7 +44,7 @@ def test_notebook_runs_and_shows_its_progress(workspace: Workspace, monkeypatch)
     assert "\x1b" not in "".join(text for cell in cells_with_code(notebook) for text in texts_of(cell.outputs))
 
 
-def test_stored_outputs_are_of_the_notebook_and_name_no_place_of_a_machine():
+def test_stored_outputs_are_current_and_contain_no_local_path():
     nbformat = pytest.importorskip("nbformat")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)

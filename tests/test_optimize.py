@@ -130,8 +130,8 @@ def test_best_parameters_reproduce_the_best_loss(tmp_path, caplog, capfd):
         ["trial", f"{number}", "complete", f"{value:.4f}"] for number, value in enumerate(values)
     ]
     assert ("the best so far" if values[-1] == min(values) else f"best {min(values):.4f} (trial ") in lines[-1]
-    assert capfd.readouterr().err == ""  # Optuna itself says nothing
-    assert optuna.logging.get_verbosity() == optuna.logging.INFO  # but to others it does
+    assert capfd.readouterr().err == ""  # Optuna's own log lines are suppressed
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO  # but its verbosity is restored
 
 
 def test_study_in_a_storage_is_filled_up_with_new_trials(tmp_path):
@@ -221,15 +221,15 @@ def test_hyperband_prunes(tmp_path):
 
 
 class Fragile(GPT2Model):
-    """A model that is NaN with much dropout and raises with little. No other instance may exist beside it."""
+    """A model with a loss of NaN at high dropout and an error at low dropout. Only one instance may exist at a time."""
 
     alive: ClassVar = weakref.WeakSet()
 
     def __init__(self, config: GPT2Config):
-        assert not self.alive, "the model of the trial before is still there"
+        assert not self.alive, "the model of the previous trial still exists"
         super().__init__(config)
         self.alive.add(self)
-        self.circle = [self]  # only a collection frees it
+        self.circle = [self]  # a reference cycle, which only garbage collection frees
         if config.dropout < 0.1:
             raise RuntimeError("too dry")
         if config.dropout > 0.2:

@@ -1,4 +1,4 @@
-"""`model.parametrization=mup`: what does not change with the width, and that everything else works with it."""
+"""`model.parametrization=mup`: quantities that do not depend on the width, and its use with all other features."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def mup(width: int = 32, heads: int = 4, parametrization: str = "mup", **fields)
 
 
 def trained(config: GPT2Config, steps: int = 4, **train) -> GPT2Model:
-    """A model after some steps on one batch, at a rate that matters."""
+    """A model after some steps on one batch, at a rate high enough to change its outputs."""
     torch.manual_seed(0)
     model = GPT2Model(config)
     optimizer = build_optimizer(model, TrainingConfig(learning_rate=1e-2, weight_decay=0.1, **train))
@@ -80,7 +80,7 @@ def growth(optimizer: str, parametrization: str, heads: int) -> dict[str, float]
 
 @pytest.mark.parametrize("heads", [4, 0], ids=["wider heads", "more heads"])
 @pytest.mark.parametrize("optimizer", SCALED)
-def test_steps_change_activations_by_the_same_amount_at_any_width_with_mup_alone(optimizer, heads):
+def test_updates_change_activations_independently_of_width_only_with_mup(optimizer, heads):
     grown = growth(optimizer, "mup", heads)
     assert 1 / 4 < grown.pop("scores") < 1.5, "those of narrow heads begin with more noise"
     assert all(0.7 < ratio < 1.4 for ratio in grown.values()), grown
@@ -177,7 +177,7 @@ def test_a_run_with_mup_logs_the_rate_of_the_schedule(workspace: Workspace):
     assert logged == [learning_rate(step, 8, config) for step in range(8)]
 
 
-def test_weights_of_mup_are_never_taken_for_standard_ones(tmp_path):
+def test_fine_tuning_keeps_the_parametrization_of_the_weights(tmp_path):
     save_checkpoint(tmp_path / "a.pth", mup(), GPT2Tokenizer.of_bytes())
     trained = open_model(str(tmp_path / "a.pth"))
     assert finetuning_config(trained, GPT2Config(dropout=0.3), {"dropout"}) == mup(dropout=0.3)

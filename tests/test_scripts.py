@@ -195,12 +195,12 @@ def test_sweep_runs_each_value_in_its_own_folder(workspace: Workspace):
 
 
 def wait_for(condition, seconds: float = 300) -> None:
-    """Look again and again, after a pause that is longer where looking costs more, as in a database."""
-    deadline, looked = time.monotonic() + seconds, time.process_time()
+    """Poll a condition, with pauses that are longer where a poll takes more CPU time, as with a database."""
+    deadline, polled = time.monotonic() + seconds, time.process_time()
     while not condition():
         assert time.monotonic() < deadline, "timeout"
-        time.sleep(min(0.2, max(0.02, 4 * (time.process_time() - looked))))
-        looked = time.process_time()
+        time.sleep(min(0.2, max(0.02, 4 * (time.process_time() - polled))))
+        polled = time.process_time()
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_missing_device_memory_and_wrong_vocabulary_are_rejected(workspace: Work
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number):
-    """As a terminal's Ctrl-C, or `timeout`, or a scheduler sends it: the data workers get it too."""
+    """The data workers get the signal too, as from Ctrl-C on a terminal, `timeout` or a scheduler."""
     options = ["train.max_steps=100000", "train.max_epochs=100000", "train.log_every=5", "train.num_workers=2"]
     running = workspace.start("train.py", *TINY, *options, start_new_session=True)
     wait_for(
@@ -293,7 +293,7 @@ def test_signal_to_the_process_group_saves_the_run(workspace: Workspace, number)
     assert checkpoint.read_record(workspace.runs()[0] / "checkpoints" / run_folder.LAST)["progress"]["step"] > 0
 
 
-# What takes minutes
+# Slow tests
 
 
 @pytest.mark.slow
@@ -302,7 +302,7 @@ def test_shakespeare_loss_matches_nanogpt(workspace: Workspace):
     """nanoGPT with this model and text: 1.893 nats a character over the whole validation split, in 2,000 steps
     (experiments/shakespeare_char/nanogpt.json).
 
-    Muon is there in 300. experiments/shakespeare_char has the whole run with AdamW and nanoGPT's own schedule, 1.873.
+    Muon reaches it in 300. experiments/shakespeare_char has the whole run with AdamW and nanoGPT's own schedule, 1.873.
     """
     corpus = SHARED / "datasets/tinyshakespeare/input.txt"
     here = [f"data.files=[{corpus}]", "wandb=off", "inference.max_new_tokens=20"]

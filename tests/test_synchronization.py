@@ -1,9 +1,8 @@
-"""The host hands work to the device and does not wait for it: it reads no number back and makes no blocking copy.
+"""The host does not wait for the device: it reads no number back and makes no blocking copy.
 
-On the device `meta`, tensors have shapes but no numbers, so that whatever reads one raises an error: `.item()`,
-`.cpu()`, `bool()`, indexing by a mask. The code does there what it does on CUDA, but for what is done on CUDA alone.
-Where PyTorch is built for CUDA, its fake CUDA tensors show that too, without a GPU, up to the backward pass.
-tests/gpu has the same on a GPU.
+On the device `meta`, tensors have shapes but no numbers, so every operation that reads a number raises an error:
+`.item()`, `.cpu()`, `bool()`, indexing by a mask. Most code is the same there as on CUDA. If PyTorch is built for CUDA,
+its fake CUDA tensors test the rest up to the backward pass, without a GPU. tests/gpu has the same tests for a GPU.
 """
 
 from contextlib import nullcontext
@@ -34,9 +33,9 @@ built_for_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="
 
 
 class NoBlockingCopy(TorchDispatchMode):
-    """Raises an error where a copy between the host and a device lets the host wait.
+    """Raises an error if the host waits for a copy between itself and a device.
 
-    A number of the host, which is handed over with a kernel, is no copy.
+    A Python number that is passed to a kernel is not a copy.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -69,7 +68,7 @@ def trainer_of(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(nonfinite, "_copy_to_host", lambda tensor: (torch.zeros(tensor.shape), None))
 
-    def drop_found_inf(optimizer: torch.optim.Optimizer, *_) -> None:  # only fused kernels know it
+    def drop_found_inf(optimizer: torch.optim.Optimizer, *_) -> None:  # only fused kernels accept it
         vars(optimizer).pop("found_inf", None)
 
     def make(**options) -> train.Trainer:
@@ -111,7 +110,7 @@ def test_forward_pass_of_training(monkeypatch, precision, recomputed):
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["dynamic cache", "static cache"])
 def test_decoding_and_sampling(device, is_static, monkeypatch):
-    """Between two moves of the window; with a move, to which the host must contribute, no number is read either."""
+    """No copy blocks between two moves of the window, and even a move, which needs the host, reads no number back."""
     sampler = partial(next_token, params=FILTERED)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it makes its own fake tensors
     compiled = CompiledDecoding() if is_static else None

@@ -236,7 +236,7 @@ def test_text_never_contains_added_tokens(caplog):
 
 
 def test_tiktoken_matches_tokenizers_for_random_merges():
-    """Some of these vocabularies suit tiktoken and some do not; all must give the right tokens."""
+    """tiktoken can encode with some of these vocabularies and not with others; all must give the right tokens."""
     random = np.random.default_rng(0)
     suitable = 0
     for _ in range(200):

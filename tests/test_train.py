@@ -81,7 +81,7 @@ def logged(folder: Path) -> list[dict]:
 
 
 def test_accumulation_matches_larger_batch(blocks, tmp_path):
-    # A large epsilon: Adam must not blow gradients that are nothing but rounding up to full steps.
+    # A large epsilon, so that Adam does not turn gradients of pure rounding error into full steps.
     whole = make_trainer(blocks, tmp_path, batch_size=8, max_steps=3, epsilon=1e-2)
     parts = make_trainer(blocks, tmp_path, batch_size=2, accumulation_steps=4, max_steps=3, epsilon=1e-2)
     whole.train_epoch()  # 20 blocks: the last step has 4, one of them short
@@ -504,7 +504,7 @@ def test_profile_that_cannot_be_written_is_a_warning(blocks, tmp_path, caplog):
 
 
 def test_a_trainer_on_a_cpu_keeps_freed_memory(blocks, tmp_path, monkeypatch):
-    """So that users of the library have it too."""
+    """The setting is that of `Trainer`, so it applies without the scripts too."""
     called = []
     monkeypatch.setattr(train, "keep_freed_memory", lambda: called.append(True))
     make_trainer(blocks, tmp_path)

@@ -1,4 +1,4 @@
-"""What a W&B run left in its `.wandb` file, read without wandb's own process."""
+"""Reads the `.wandb` file of a W&B run, without wandb's own process."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ BLOCK, HEADER = 32 * 1024, 7  # LevelDB's log: blocks of chunks, each after a ch
 
 
 def records(path: Path) -> list[Record]:
-    """All that are whole; of a process that was killed the last seconds are missing."""
+    """All complete records. The last seconds of a killed process are missing."""
     data, at, found, record = path.read_bytes(), HEADER, [], b""
     while at + HEADER <= len(data):
         if BLOCK - at % BLOCK < HEADER:  # padding
@@ -18,14 +18,14 @@ def records(path: Path) -> list[Record]:
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         chunk, at = data[at + HEADER : at + HEADER + length], at + HEADER + length
-        record = chunk if kind in (1, 2) else record + chunk  # the full, or the first of it
-        if kind in (1, 4) and len(chunk) == length:  # the full, or the last
+        record = chunk if kind in (1, 2) else record + chunk  # a whole record, or its first chunk
+        if kind in (1, 4) and len(chunk) == length:  # a whole record, or its last chunk
             found.append(Record.FromString(record))
     return found
 
 
 def read_wandb(path: Path) -> dict[str, Any]:
-    """One run of its file, or the folder with it. What is nested in history and summary has its keys joined by dots."""
+    """Read a run from its file, or the folder with the file. Nested keys of history and summary are joined by dots."""
     run: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "metrics": {}, "exit_code": None}
     for record in records(path if path.is_file() else next(path.glob("*.wandb"))):
         kind = record.WhichOneof("record_type")
@@ -47,5 +47,5 @@ def read_wandb(path: Path) -> dict[str, Any]:
             summary = [field.name for field, value in part.summary.ListFields() if value]
             run["metrics"][part.name or part.glob_name] = {"step_metric": part.step_metric, "summary": summary}
         elif kind == "exit":
-            run["exit_code"] = part.exit_code  # the last counts
+            run["exit_code"] = part.exit_code  # the last one is valid
     return run

@@ -1,4 +1,4 @@
-"""Scripts that start in a moment, from the side of the tests: see `tests/warm_server.py`."""
+"""The client of `tests/warm_server.py`, which starts scripts quickly."""
 
 import json
 import os
@@ -16,23 +16,23 @@ from pathlib import Path
 
 from filelock import FileLock
 
-# What a process may find otherwise in its environment than the one that it is forked from: nothing has looked yet.
-# With any other difference a new process is started.
+# Environment variables that may differ between a script and its server, because the server has not read them.
+# For any other difference a new server is started.
 READ_LATER = {
     *("HTTPS_PROXY", "ALL_PROXY", "http_proxy", "MY_SECRET"),
     *("HOME", "XDG_CACHE_HOME", "PYTHONUNBUFFERED", "GPT2_FAULT", "TERM", "COLUMNS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("STARTED_BY", "STUDIES", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PATH", "FAKE_SLURM"),
 }
-OF_LIBRARIES = ("HF_", "WANDB_", "HUGGING", "PYTEST_")  # not imported yet, or not started
+OF_LIBRARIES = ("HF_", "WANDB_", "HUGGING", "PYTEST_")  # libraries that the server has not imported or started
 
 
 @cache
 def server(environment: tuple[tuple[str, str], ...]) -> str:
-    """The address of a server that all processes of these tests share, and that lives for as long as one of them."""
+    """The address of a server that all test processes share, and that ends with the last of them."""
     folder = Path(os.environ["GPT2_TESTS"]) / sha256(repr(environment).encode()).hexdigest()[:16]
     with FileLock(f"{folder}.lock"):
-        lifeline = folder / "lifeline"  # a pipe: each of them holds an end until it ends, the server the other
+        lifeline = folder / "lifeline"  # a pipe: each test process holds its write end open, the server its read end
         try:
             os.open(lifeline, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:  # there is no server, or it has ended
@@ -49,7 +49,7 @@ def server(environment: tuple[tuple[str, str], ...]) -> str:
 
 
 def server_for(environment: dict[str, str]) -> str:
-    """The address of a server whose processes find this environment as if they had been started with it."""
+    """The address of a server whose processes behave as if they had been started with this environment."""
     at_start = (
         (name, value)
         for name, value in sorted(environment.items())
@@ -59,7 +59,7 @@ def server_for(environment: dict[str, str]) -> str:
 
 
 class Process:
-    """A script under way, as `subprocess.Popen` has it. What it prints goes to files."""
+    """A running script, with the interface of `subprocess.Popen`. Its output is written to files."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Process:
     ):
         """
         Args:
-            terminal: The file descriptor of a terminal that the script is to have as all its streams.
-            given: Its standard input.
+            terminal: The file descriptor of a terminal for all streams of the script.
+            given: The content of standard input.
         """
         self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
         self._files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
@@ -84,16 +84,16 @@ class Process:
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(server_for(environment))
         message = json.dumps([arguments, str(folder), environment, start_new_session, [0, 1, 2], []]).encode()
-        assert len(message) < 2**16  # it is read in one go
+        assert len(message) < 2**16  # the server reads it in one call
         socket.send_fds(self._connection, [message], numbers)
         self._answers = self._connection.makefile()
         self.pid = int(self._answers.readline())
 
     def wait(self, timeout: float | None = None) -> int:
-        """Returns the exit code, minus the signal that ended it.
+        """Returns the exit code, or minus the number of the signal that ended it.
 
         Raises:
-            subprocess.TimeoutExpired: It did not end in time.
+            subprocess.TimeoutExpired: The script did not end in time.
         """
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
@@ -109,13 +109,13 @@ class Process:
         return tuple(self.printed(stream) for stream in (1, 2))
 
     def poll(self) -> int | None:
-        """Returns the exit code, None as long as there is none."""
+        """Returns the exit code, or None while the script runs."""
         with suppress(subprocess.TimeoutExpired):
             return self.wait(timeout=0)
         return None
 
     def printed(self, stream: int) -> str:
-        """What it has printed so far."""
+        """The output so far."""
         file = self._files[stream]
         content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
         return content.decode().replace("\r\n", "\n").replace("\r", "\n")

@@ -1,11 +1,11 @@
-"""A process that has imported what the scripts will ask for, and forks one of them for each request.
+"""A server that has imported the modules of the scripts, and forks itself to run a script for each request.
 
-A script of ours takes a second, but starting Python and importing torch takes three. `tests/conftest.py` starts this
-file once, and gets from it processes that are as they would be had they been started by themselves, but for the
-imports: working directory, environment, streams, arguments, exit code, signals, threads and exit handlers are theirs.
+A script takes a second, but starting Python and importing torch takes three. `tests/warm.py` starts one server for all
+test processes. Except for the imports, a forked script behaves like a new process: it has its own working directory,
+environment, streams, arguments, exit code, signals, threads and exit handlers.
 
-Not among the imports are the libraries of Hugging Face, which look at the environment while they are imported, and
-pyarrow, which starts a thread.
+The libraries of Hugging Face are not imported, because they read the environment during their import, nor is pyarrow,
+because it starts a thread.
 """
 
 import atexit
@@ -28,18 +28,18 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     arguments: list[str]  # a script with its arguments, or -m with a module and its own
     folder: str
     environment: dict[str, str]
     new_session: bool
-    files: list[int]  # the numbers that the files sent along are to have
+    files: list[int]  # the file descriptors of the script for the files that are sent with the request
     blocked: list[int]  # signals
 
 
 def imports() -> None:
     import matplotlib.figure
-    import torch._dynamo  # which the first optimizer imports
+    import torch._dynamo  # imported by the first optimizer
     import torch.distributed.run  # noqa: F401
     from optuna.storages import RDBStorage
 
@@ -61,14 +61,14 @@ def imports() -> None:
     for name in ("train", "evaluate", "generate"):
         compose_defaults(name, with_hydra=True), compose_defaults(name)
     usual = ["data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "model=gpt2_nano", "train.max_steps=8"]
-    check_run("train", parse_arguments([*usual, "wandb=off"]))  # fills the caches of the grammars' parsers and of types
+    check_run("train", parse_arguments([*usual, "wandb=off"]))  # fills the caches of the parsers and of types
     RDBStorage("sqlite://")  # imports alembic
     import_wandb()
-    matplotlib.figure.Figure.savefig = without_painting(matplotlib.figure.Figure.savefig)
+    matplotlib.figure.Figure.savefig = without_rendering(matplotlib.figure.Figure.savefig)
 
 
 def import_wandb() -> None:
-    """Import wandb. The folder for media that it makes then, and removes at exit, lies beside the socket instead."""
+    """Import wandb. Its folder for media is made beside the socket, and is not removed when a script exits."""
     tempfile.tempdir = str(Path(sys.argv[1]).parent)
     from wandb.sdk.data_types._private import MEDIA_TMP
 
@@ -79,10 +79,10 @@ def import_wandb() -> None:
     MEDIA_TMP._finalizer.detach()
 
 
-def without_painting(savefig: Callable[..., None]) -> Callable[..., None]:
-    """`Figure.savefig` that writes one pixel of four channels as PNG: painting takes a fifth of a small run's time.
+def without_rendering(savefig: Callable[..., None]) -> Callable[..., None]:
+    """Return a `Figure.savefig` that writes a PNG of one pixel, because rendering takes a fifth of a small run's time.
 
-    The figures are made as always, and tests of pictures paint them in their own process.
+    The figures are still made, and tests of pictures render them in their own process.
     """
     pixel = b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAAC0lEQVR4nGP4DwQACfsD/fteaysAAAAASUVORK5CYII=")
 
@@ -97,29 +97,29 @@ def without_painting(savefig: Callable[..., None]) -> Callable[..., None]:
     return save
 
 
-def serve(listening: socket.socket) -> Asked:
-    """Fork a process for each request, and answer with its id and, when it has ended, with its exit code.
+def serve(listening: socket.socket) -> Request:
+    """Fork a process for each request, and send its id and, after its end, its exit code.
 
-    Returns in the processes that are to be scripts. When standard input is closed, or the client of a process ends
-    before it, such as a `warm_python` that is killed, the process is killed.
+    Returns only in the forked processes. If standard input is closed, or the client of a process ends first, such as a
+    killed `warm_python`, the process is killed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C ends the scripts, and their exit codes are sent
-    running: dict[int, tuple[int, socket.socket]] = {}  # by the descriptor of a process its id, and who waits for it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal ends the scripts, not the server
+    running: dict[int, tuple[int, socket.socket]] = {}  # descriptor of a process: its id, and its client
     while True:
         clients = [client for _, client in running.values()]
         ready, _, _ = select.select([listening, sys.stdin, *running, *clients], [], [])
         if listening in ready:
             connection, _ = listening.accept()
             message, files, _, _ = socket.recv_fds(connection, 2**20, 100)
-            asked = Asked(*json.loads(message))
+            request = Request(*json.loads(message))
             process = os.fork()
             if process == 0:
                 for descriptor in (listening.detach(), connection.detach(), *running):
                     os.close(descriptor)
                 for client in clients:
                     client.close()
-                become(asked, files)
-                return asked
+                become(request, files)
+                return request
             for file in files:
                 os.close(file)
             connection.sendall(f"{process}\n".encode())
@@ -142,20 +142,20 @@ def answer(process: int, client: socket.socket) -> None:
         client.sendall(f"{os.waitstatus_to_exitcode(status)} {usage.ru_utime + usage.ru_stime}\n".encode())
 
 
-def become(asked: Asked, files: list[int]) -> None:
-    """Make this process what a new one would be. What it starts with `sys.executable` is forked as well."""
-    if asked.new_session:
+def become(request: Request, files: list[int]) -> None:
+    """Turn this process into one that looks newly started. What it starts with `sys.executable` is forked too."""
+    if request.new_session:
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, asked.blocked)
-    os.chdir(asked.folder)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
+    os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(asked.environment, WARM_SERVER=sys.argv[1], WARM_PYTHON=sys.executable)
+    os.environ.update(request.environment, WARM_SERVER=sys.argv[1], WARM_PYTHON=sys.executable)
     sys.executable = str(Path(__file__).with_name("warm_python"))
-    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 500) for file in files]  # out of the way of the numbers wanted
+    copies = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 500) for file in files]  # numbers that no wanted descriptor has
     for file in files:
         os.close(file)
-    for copy, number in zip(copies, asked.files, strict=True):
+    for copy, number in zip(copies, request.files, strict=True):
         os.dup2(copy, number)
         os.close(copy)
     is_unbuffered = "PYTHONUNBUFFERED" in os.environ
@@ -164,14 +164,14 @@ def become(asked: Asked, files: list[int]) -> None:
     sys.stderr = sys.__stderr__ = open(2, "w", closefd=False, errors="backslashreplace")  # noqa: SIM115
     sys.stdout.reconfigure(write_through=is_unbuffered)
     sys.stderr.reconfigure(line_buffering=True, write_through=is_unbuffered)
-    sys.modules["numpy"].random.seed()  # `random` sees to itself
-    tempfile.gettempdir()  # or a thread finds it while a loader forks, whose workers then wait for the lock forever
+    sys.modules["numpy"].random.seed()  # `random` reseeds itself after a fork
+    tempfile.gettempdir()  # now, because a thread that computes it while a loader forks leaves the workers a held lock
 
 
 def leave(codes: list[int]) -> None:
-    """The last thing at exit: spare the interpreter the taking apart of all that was imported."""
+    """End the process at once, so that the interpreter does not tear down all imported modules. Called last at exit."""
     if codes:
-        with suppress(OSError):  # which the interpreter reports itself
+        with suppress(OSError):  # the interpreter reports it
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(codes[0])
@@ -184,20 +184,20 @@ def main() -> None:
     gc.disable()
     imports()
     gc.enable()
-    gc.freeze()  # garbage collection would touch, and so copy, the pages that all children share
+    gc.freeze()  # a collection would write to, and so copy, the pages shared with all children
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(sys.argv[1])
         listening.listen()
         print("ready", flush=True)
-        asked = serve(listening)
-    first, *rest = asked.arguments
+        request = serve(listening)
+    first, *rest = request.arguments
     try:
         if first == "-m":
-            sys.path[0] = asked.folder
+            sys.path[0] = request.folder
             sys.argv = rest
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = asked.arguments
+            sys.argv = request.arguments
             runpy.run_path(first, run_name="__main__")
     except SystemExit as end:
         if isinstance(end.code, int):

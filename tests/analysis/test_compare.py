@@ -103,7 +103,7 @@ def test_places_without_a_run_are_errors(tmp_path):
 
 
 def test_missing_keys_have_their_defaults(tmp_path):
-    """A run of an earlier version does not differ in keys that are newer."""
+    """A run of an earlier version does not differ from others in newer keys."""
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"train.on_nonfinite": "stop"})
     assert differences([first, second]) == []
     third = make_run(tmp_path / "c", **{"train.on_nonfinite": "skip"})
@@ -126,7 +126,7 @@ def test_table_begins_with_results_and_is_sorted(two):
 
 
 STDLIB = [f"/usr/lib/python3.11/{part}/**/*.py" for part in ("json", "xml")]
-DIFFERENT = [  # runs as they lie in an `outputs/runs` after a week
+DIFFERENT = [  # runs in a typical `outputs/runs`
     {"name": "quickstart"},
     {"name": "again", "train.seed": 2, "train.precision": "fp32", "machine.ranks": 2, "train.device": "cuda:0"},
     {"name": "rates", "train.learning_rate": 0.0056788, "train.warmup_steps": 7, "train.beta2": 0.9},
@@ -142,7 +142,7 @@ DIFFERENT = [  # runs as they lie in an `outputs/runs` after a week
 
 
 def test_table_of_different_runs_has_six_keys_and_counts_the_others(tmp_path):
-    """Each run differs from each other one in what is shown: the keys that tell runs apart come first."""
+    """The keys that distinguish runs come first, so every two runs look different."""
     for number, config in enumerate(DIFFERENT):
         make_run(tmp_path / str(number), (3.0 + number,), **{"machine.ranks": 1, **config})
     found = Comparison(find_runs([str(tmp_path)]))
@@ -167,7 +167,7 @@ def test_table_of_different_runs_has_six_keys_and_counts_the_others(tmp_path):
 
 
 def test_keys_of_a_study_are_its_search_space(tmp_path):
-    """Every trial has other values of all its parameters, and one dropout is set for three places."""
+    """Trials differ in all parameters, and one parameter sets three kinds of dropout."""
     for rate, decay, dropout in ((1e-3, 0.01, 0.123456), (2e-3, 0.02, 0.1234567), (3e-3, 0.03, 0.3)):
         config = {f"model.{place}dropout": dropout for place in ("", "attention_", "residual_")}
         config |= {"train.learning_rate": rate, "train.weight_decay": decay, "train.beta2": 1 - rate}

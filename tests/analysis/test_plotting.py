@@ -42,12 +42,12 @@ def test_names_cover_no_curve(tmp_path, losses):
     FigureCanvasAgg(figure).draw()  # the canvas of a bare figure draws nothing
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} == {"training", f"validation, best {min(losses):.3f}"}
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the line that leads to it
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without its leader line
     for box in boxes:
         assert figure.bbox.fully_containsx(box.x1 - 1)
         assert figure.bbox.fully_containsy(box.y0 + 1)
         assert figure.bbox.fully_containsy(box.y1 - 1)
-        assert not box.overlaps(axes.bbox)  # to which the curves are clipped
+        assert not box.overlaps(axes.bbox)  # curves are clipped to it
     assert not boxes[0].overlaps(boxes[1])
 
 

@@ -1,4 +1,4 @@
-"""Run folders whose files hold anything at all: such a run is named and left out, and the others are compared."""
+"""Run folders with arbitrary files: a damaged run is named and left out, and the others are compared."""
 
 import json
 import os
@@ -139,7 +139,7 @@ def test_a_name_that_is_too_long_is_an_error():
 
 
 def test_values_of_another_run_are_escaped_in_the_page(tmp_path):
-    """No text of a run folder becomes markup, whatever place it has in the page."""
+    """No text of a run folder becomes markup, anywhere in the page."""
     mark = "<i>&\"'$title"
     for name in ("a", f"b{mark}".replace("/", "")):
         folder = tmp_path / mark / name

@@ -1,4 +1,4 @@
-"""The folder that all rows share: they leave nothing behind. It holds a finished run and every bad file they name."""
+"""The folder that all rows share, because they leave nothing behind: a finished run and all bad files."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The bad files that the tables name."""
+"""Bad files for the tables of tests."""
 
 import gzip
 import json

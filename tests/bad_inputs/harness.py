@@ -1,4 +1,4 @@
-"""Bad inputs as tables, and what holds for each of them.
+"""Tables of bad inputs, and the checks that apply to every row.
 
 A row is `("what", command, expected)`. The command is typed as in a shell, the command of `gpt2.main` first. `expected`
 are the words of the one line on standard error, in this order; `...` stands for anything between them. A fourth value
@@ -18,10 +18,10 @@ from tests import warm
 from tests.conftest import ROOT, Workspace
 
 SCRIPTS = ("train", "evaluate", "generate")
-MOST_CPU_SECONDS = 20  # of a refusal: they take one or two on a machine with nothing else to do
+MOST_CPU_SECONDS = 20  # of a refusal, which takes one or two on an idle machine
 LONGEST_LINE = 1500
 LIMITED = str(Path(__file__).with_name("limited.py"))
-# A run of one step, should it begin.
+# A run of one step, in case it starts.
 TRAIN = (
     "train wandb=off data=text data.files=[corpus.txt] data.tokenizer=bytes model=gpt2_nano model.num_layers=1 "
     "train.num_workers=0 train.max_steps=1 train.warmup_steps=0 train.eval_batches=1 train.precision=fp32"
@@ -42,7 +42,7 @@ def rows(table: Sequence) -> pytest.MarkDecorator:
 
 
 def arguments_of(command: str) -> list[str]:
-    """What the warm server runs. `user:` and `full:` before it take rights away, see `limited.py`."""
+    """The arguments for the warm server. The prefixes `user:` and `full:` limit the process, see `limited.py`."""
     name, *words = shlex.split(command)
     limit, _, name = name.rpartition(":")
     script = [str(ROOT / f"{name}.py")] if name in SCRIPTS else ["gpt2.main", name]
@@ -61,7 +61,7 @@ def run(place: Workspace, row: Row) -> tuple[warm.Process, str, str]:
 
 
 def check(place: Workspace, row: Row) -> None:
-    """Run a row and check what holds for every bad input."""
+    """Run a row and make the checks of every bad input."""
     before = tree(place.folder.parent)
     process, output, errors = run(place, row)
     assert process.returncode == row.code, output[-2000:] + errors[-2000:]
@@ -83,7 +83,7 @@ Tree = dict[str, tuple[int, int] | None]
 
 
 def tree(folder: Path) -> Tree:
-    """Every path in a folder but those of caches, the home and locks; of files also size and time of change."""
+    """All paths in a folder except caches, the home and locks; for files with size and time of change."""
     found: Tree = {}
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name not in ("cache", "home")]

@@ -1,6 +1,6 @@
-"""Run a script with fewer rights: `limited.py user SCRIPT ARGUMENT ...`, or `full` in the place of `user`.
+"""Run a script with fewer rights: `limited.py user SCRIPT ARGUMENT ...`, or `full` instead of `user`.
 
-`user` gives up what lets root read and write every file; `full` bounds the size of files, as a full disk does.
+`user` drops root's right to read and write every file; `full` limits the size of files, like a full disk.
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import resource
 import runpy
 import sys
 
-BYTES = 4096  # that a file may have
+BYTES = 4096  # the size limit of a file
 
 
 def give_up_rights() -> None:

@@ -1,4 +1,4 @@
-"""Secrets of the environment reach no file and no output: not the run's, not W&B's, no log, traceback or checkpoint."""
+"""Secrets in the environment are in no file and no output: run folder, W&B, log, traceback or checkpoint."""
 
 import base64
 
@@ -30,7 +30,7 @@ def test_no_secret_is_written_or_printed(workspace: Workspace):
     output += printed(workspace, "evaluate.py", "quantization=int8", code=0)
     output += printed(workspace, "generate.py", "prompt=x", "wandb=auto", code=0)
     output += printed(workspace, "-m", "gpt2.main", "export", "to=exported", code=0)
-    output += printed(workspace, "train.py", "train.init_from=a/b", code=2)  # asks for it through the proxy
+    output += printed(workspace, "train.py", "train.init_from=a/b", code=2)  # connects to the Hub through the proxy
     workspace.environment["GPT2_FAULT"] = "exception@3"
     output += printed(workspace, "train.py", *tiny, "name=crashed", ALL, code=1)
     output += printed(workspace, "train.py", "-m", *tiny, "train.seed=1,2", "name=swept", code=1)
@@ -38,9 +38,9 @@ def test_no_secret_is_written_or_printed(workspace: Workspace):
         workspace, "train.py", "-m", *tiny, "hparams_search=optuna", f"hydra.sweeper.storage='{STORAGE}'", code=2
     )
     output += printed(workspace, "-m", "gpt2.main", "compare", "outputs", "html=all.html", code=0)
-    assert "Traceback" in output  # of the crash
+    assert "Traceback" in output  # the crash has one
     files = {path: path.read_bytes() for path in workspace.folder.rglob("*") if path.is_file()}
-    assert any(b"name=good" in content for content in files.values())  # the search finds what is there
+    assert any(b"name=good" in content for content in files.values())  # the search works
     assert any("offline-run" in str(path) for path in files)
     for canary in CANARIES:
         forms = [canary.encode(), base64.b64encode(canary.encode()).rstrip(b"="), canary.encode("utf-16-le")]

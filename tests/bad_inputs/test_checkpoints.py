@@ -26,7 +26,7 @@ DAMAGED = [
     ("a model of the Hub without a network", "a/b", "a/b: ... without a network"),
     ("OpenAI's without a network", "gpt2", "gpt2: ... without a network"),
 ]
-KEYS = {  # that a refusal names, by the first word of a forged record's name
+KEYS = {  # names in the error line, by the first word of a forged record's name
     "step": "step",
     "progress": "progress",
     "run": "run",
@@ -65,7 +65,7 @@ def test_damaged_checkpoints(place, bad_checkpoints, row):
 
 
 def reader(name: str) -> str:
-    """What reads the part of a record that a forged one has wrong."""
+    """The command that reads the wrong part of a forged record."""
     return "evaluate wandb=off" if name in ("no_data", "length_is_text") else "generate prompt=x"
 
 

@@ -202,12 +202,12 @@ PRESET_WORDS = {
 
 
 @rows([*TYPES, *RANGES, *CONTRADICTIONS])
-def test_values_that_cannot_be(place, row):
+def test_invalid_values(place, row):
     check(place, row)
 
 
 @rows([*UNKNOWN, *GRAMMAR, *YAML_WORDS, *SWEEPS])
-def test_words_that_mean_nothing(place, row):
+def test_unknown_names(place, row):
     check(place, row)
 
 

@@ -1,4 +1,4 @@
-"""Text that is missing, unreadable, too short or no text; places that cannot be read or written; no network."""
+"""Text that is missing, unreadable, too short or binary; paths that cannot be read or written; no network."""
 
 import pytest
 

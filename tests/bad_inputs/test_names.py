@@ -1,4 +1,4 @@
-"""Names of runs, studies and outputs that are paths, commands or no names: nothing is written elsewhere."""
+"""Names of runs, studies and outputs that are paths, commands or invalid: nothing is written elsewhere."""
 
 from tests.bad_inputs.harness import TRAIN, check, rows
 

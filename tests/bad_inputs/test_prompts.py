@@ -1,4 +1,4 @@
-"""Prompts that are no text, files of prompts, and sampling options."""
+"""Binary prompts, files of prompts, and sampling options."""
 
 from tests.bad_inputs.files import PROMPTS
 from tests.bad_inputs.harness import check, rows

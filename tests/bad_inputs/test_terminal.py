@@ -62,7 +62,7 @@ def test_streams_and_environments(place: Workspace, what, line, code, expected):
 
 
 def on_terminal(place: Workspace, columns: int, *arguments: str, **environment: str) -> str:
-    """What a script shows on a terminal of this width."""
+    """The output of a script on a terminal of a certain width."""
     import fcntl
     import struct
     import termios
@@ -90,7 +90,7 @@ def on_terminal(place: Workspace, columns: int, *arguments: str, **environment: 
 def test_narrow_terminal_without_colours(place):
     shown = on_terminal(place, 20, "train.py", "train.lrr=1", NO_COLOR="1")
     waiting, _, rest = shown.partition(f"\r{' ' * len('starting ...')}\r")
-    assert waiting == "starting ..."  # the first sign of life, before the imports
+    assert waiting == "starting ..."  # printed before the imports
     assert rest.startswith("error: train.lrr=1: Key 'lrr'")
     assert "\x1b" not in shown
 
@@ -98,4 +98,4 @@ def test_narrow_terminal_without_colours(place):
 def test_ctrl_c_during_the_imports_of_the_command_line():
     code = "import gpt2.cli; raise KeyboardInterrupt"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "\nInterrupted.\n")  # which a shell shows as 130
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "\nInterrupted.\n")  # a shell shows it as 130

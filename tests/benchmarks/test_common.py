@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns, medians and the JSON file."""
+"""Functions shared by the benchmarks: order of repetitions, medians and the JSON file."""
 
 import json
 

@@ -37,7 +37,7 @@ def test_both_generate_the_same_tokens_from_the_same_weights():
     assert torch.equal(*(timing.tokens for timing in timings))
     assert timings[0].tokens.shape == (3, 8)
     assert len(set(timings[0].tokens.flatten().tolist())) > 2
-    assert comparison.weights == comparison.model.num_parameters() - 16 * 16  # the position table
+    assert comparison.weights == comparison.model.num_parameters() - 16 * 16  # without the position table
 
 
 def test_a_contestant_that_fails_is_left_out_with_a_warning(monkeypatch, caplog):

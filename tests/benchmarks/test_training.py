@@ -85,7 +85,7 @@ def test_losses_show_rounding(tmp_path):
     assert [row["precision"] for row in rows] == ["fp32", "fp32", "bf16", "bf16"]
     assert all(row["first_loss"] == pytest.approx(rows[0]["first_loss"], abs=0.05) for row in rows)
     assert rows[2]["first_loss"] != rows[0]["first_loss"]
-    assert rows[0]["ratio"] == 1  # no other peer, and its first precision
+    assert rows[0]["ratio"] == 1  # it is the baseline: the only peer, in its first precision
 
 
 def test_unsupported_precision_of_a_peer_is_left_out(tmp_path, peer, caplog):
@@ -96,7 +96,7 @@ def test_unsupported_precision_of_a_peer_is_left_out(tmp_path, peer, caplog):
     assert "toy, bf16 is left out: fp32 only" in caplog.text
 
 
-def test_a_peer_has_several_ways_and_ours_is_compiled_beside_it(tmp_path, peer):
+def test_peer_has_several_variants_and_ours_is_compiled_too(tmp_path, peer):
     train = {"compile": True}
     workload = Workload(small(peer=f"{peer}:ways", precisions=["fp32", "bf16"], train=train), tmp_path, 1)
     lines = ["transformers", "transformers, compiled", "slow", "other", "gpt2", "gpt2, compiled"]

@@ -1,4 +1,4 @@
-"""Exported folders: what `transformers` reads, and what the model card says."""
+"""Exported folders as `transformers` reads them, and the model card."""
 
 import json
 import resource
@@ -107,7 +107,7 @@ def test_export_states_special_tokens_and_length(tmp_path):
 
 
 def full_disk(folder: Path) -> Path:
-    """Limit the size of files, which fails a write like a full disk."""
+    """Limit the size of files, so that a write fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return folder / "out"
 
@@ -164,7 +164,7 @@ def test_model_card_states_training_and_shape(tmp_path):
 
 @pytest.fixture
 def finetuned(tmp_path):
-    """A checkpoint of which a test says how it was trained."""
+    """A function that returns a trained model with given training settings in its record."""
     save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
     trained = open_model(str(tmp_path / "a.pth"))
 
@@ -230,7 +230,7 @@ def test_metadata_of_the_model_card(finetuned):
     assert 'pipeline("text-generation", "me/first")' in card.content
 
 
-def test_unchanged_weights_have_no_folder_either(folder):
+def test_model_card_of_unchanged_weights_names_no_folder(folder):
     card = ModelCard(model_card(open_model(str(folder))))
     assert "The weights are those of theirs, unchanged." in card.content
     assert (card.data.base_model, card.data.license) == (None, "unknown")

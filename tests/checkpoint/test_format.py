@@ -1,4 +1,4 @@
-"""The checkpoint format: atomic writes, no pickle, and every damage is detected."""
+"""The checkpoint format: atomic writes, no pickle, and detection of all damage."""
 
 import errno
 import hashlib
@@ -125,7 +125,7 @@ def test_checkpoint_is_found_by_file_run_folder_or_age(tmp_path, monkeypatch):
     assert (
         run_folder.find_checkpoint(str(old / "checkpoints" / run_folder.LAST)) == old / "checkpoints" / run_folder.LAST
     )
-    assert run_folder.find_checkpoint(None) == new / "checkpoints" / run_folder.LAST  # not evaluated, so it has no best
+    assert run_folder.find_checkpoint(None) == new / "checkpoints" / run_folder.LAST  # no evaluation, no best
 
 
 @pytest.mark.parametrize("path", [None, "nowhere", "."])
@@ -336,7 +336,7 @@ def test_tensors_that_overlap_or_leave_gaps_are_refused(tmp_path, first, second)
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_the_header_has_at_most_32_mb(tmp_path, more):
-    """Its checksum is right and the file has the bytes: only the limit keeps it out of memory."""
+    """The checksum and the size of the file are right: only the limit prevents that it is read into memory."""
     path = tmp_path / "step.pth"
     forge(path, json.dumps({"format": checkpoint.FORMAT, "tokenizer": ""}))
     missing = 32 * 2**20 - header_length(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The format of `transformers`: reading what it writes, and writing what it reads."""
+"""Reading and writing the format of `transformers`."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def describe(folder: Path, **fields) -> None:
 
 @pytest.mark.parametrize("size", ["gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"])
 def test_logits_and_greedy_text_match_transformers(tmp_path, size):
-    """With the layers and heads of each size, but narrow."""
+    """The models have the layers and heads of each size, but are narrow."""
     shape = OmegaConf.load(ROOT / "conf" / "model" / f"{size}.yaml")
     width = 4 * shape.num_heads
     shape = {"d_model": width, "d_ff": 4 * width, "num_heads": shape.num_heads, "num_layers": shape.num_layers}
@@ -93,12 +93,12 @@ def in_shards(folder: Path) -> None:
 
 
 def with_the_head_only(folder: Path) -> None:
-    """One tensor has two names, and a tool chose the other one."""
+    """The embedding has two names, and some tools store only the one of the output layer."""
     rewrite(folder, lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))
 
 
 def by_save_model_of_safetensors(folder: Path) -> None:
-    """Which keeps one of two names of a tensor."""
+    """`save_model` stores one of two names of a tensor."""
     from safetensors.torch import save_model
     from transformers import GPT2LMHeadModel
 
@@ -107,7 +107,7 @@ def by_save_model_of_safetensors(folder: Path) -> None:
 
 
 def inside(around: str, within: str = ""):
-    """As the state of a model that DDP, PEFT, FSDP or torch.compile has wrapped."""
+    """Add a prefix to the names, as DDP, PEFT, FSDP and torch.compile do."""
 
     def store(folder: Path) -> None:
         def wrap(tensors):

@@ -124,7 +124,7 @@ def test_missing_path_is_not_looked_up_on_the_hub(workspace, name):
     assert f"checkpoint: there is no '{name}' here" in line
 
 
-def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder, tmp_path):
+def test_weights_without_a_tokenizer_are_refused_or_use_a_given_one(workspace, folder, tmp_path):
     for name, key in (("train", "train.init_from"), ("evaluate", "checkpoint")):
         line = [f"{key}='{folder}'", "data=stdlib"]
         (problem,) = validate_command_line(name, line)
@@ -140,7 +140,7 @@ def test_no_tokenizer_is_invented_for_weights_without_one(workspace, folder, tmp
 
 
 def test_weights_of_gpt2_size_without_tokenizer_use_that_of_gpt2(workspace, tmp_path):
-    """From another repository of the Hub. The cached tokenizer of GPT-2 is one of bytes here."""
+    """The weights are from another repository of the Hub. The cached tokenizer of GPT-2 is a byte tokenizer here."""
     transformers_twin(noisy_model(tiny_config(vocab_size=50257))).save_pretrained(tmp_path / "weights")
     workspace.cache_as_from_hub("someone/model", tmp_path / "weights")
     write_tokenizer(tmp_path / "weights")
@@ -154,7 +154,7 @@ def test_weights_of_gpt2_size_without_tokenizer_use_that_of_gpt2(workspace, tmp_
 
 
 def test_added_tokens_are_accepted(workspace, folder):
-    """Such as a padding token beyond the model's vocabulary, which text is never encoded to."""
+    """An example is a padding token beyond the model's vocabulary, which no text is encoded to."""
     tokenizer = GPT2Tokenizer.of_bytes()
     padded = GPT2Tokenizer({**tokenizer.vocabulary, "[PAD]": 257}, [])
     write_tokenizer(folder, padded)
@@ -190,7 +190,7 @@ def test_fine_tuning_takes_shape_and_tokenizer_and_resumes_without_the_weights(w
     assert trained.tokenizer.fingerprint == tokenizer.fingerprint
     before, after = open_model(str(folder)).tensors(), trained.tensors()
     moved = max((before[name] - after[name]).abs().max() for name in before)
-    assert 0 < moved < 0.05  # after 8 steps from these weights
+    assert 0 < moved < 0.05  # close to the weights after 8 steps
     assert trained.run["train"]["init_from"] == str(folder)
     resolved = OmegaConf.load(run / ".hydra" / "config.yaml")
     assert (resolved.model.d_model, resolved.data.max_length, resolved.data.tokenizer) == (16, 16, str(folder))

@@ -1,4 +1,4 @@
-"""Records whose checksums are right and whose values are not; what a record may decide."""
+"""Records with right checksums and wrong values, and the settings that a record may decide."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def workspace(trained: Workspace, tmp_path_factory: pytest.TempPathFactory) -> W
 
 @pytest.fixture
 def run(trained: Workspace, workspace: Workspace, monkeypatch) -> Path:
-    """A copy of a run with one checkpoint, to be changed. It is always in one place: command lines compose once."""
+    """A copy of a run with one checkpoint, for changes. Its path never changes, so that command lines compose once."""
     monkeypatch.chdir(workspace.folder)
     shutil.rmtree("downloaded", ignore_errors=True)
     shutil.copytree(trained.runs()[0], "downloaded", ignore=shutil.ignore_patterns("step_*", "last.pth"))
@@ -44,7 +44,7 @@ TEXT = ["data=text", "data.files=[corpus.txt]"]
 
 
 def problems_of_each_script(run: Path) -> dict[str, list[str]]:
-    """What generate, evaluate, fine-tuning, resuming and export say about the checkpoint of a run."""
+    """The errors of generate, evaluate, fine-tuning, resuming and export about the checkpoint of a run."""
     problems = {
         "generate": validate_command_line("generate", ["checkpoint=downloaded"]),
         "evaluate": validate_command_line("evaluate", ["checkpoint=downloaded"]),
@@ -120,7 +120,7 @@ def test_numbers_in_texts_and_whole_numbers_are_numbers(run):
 def test_wrong_tokenizer_is_refused(run, text):
     rewrite_record(run / "checkpoints" / "best_model.pth", lambda record: {**record, "tokenizer": text})
     problems = problems_of_each_script(run)
-    assert not problems.pop("generate")  # which reads it together with the weights
+    assert not problems.pop("generate")  # it reads the tokenizer together with the weights
     assert problems.keys() == {"evaluate", "fine-tune", "resume", "export"}
     for script, (line,) in problems.items():
         assert "best_model.pth: tokenizer: not one that was saved by this program" in line, script
@@ -187,7 +187,7 @@ def test_state_that_does_not_fit_is_refused(run, change, tensors, complaint):
     assert str(best) in str(refused.value)
 
 
-def test_unknown_ways_to_compute_are_chosen_anew(run):
+def test_unknown_implementations_are_chosen_again(run):
     best, machine = run / "checkpoints" / "best_model.pth", {"device": "cpu", "precision": "x", "linear": "y"}
     rewrite_record(best, lambda record: {**record, "machine": machine})
     trainer = trainer_of(best, precision="auto")
@@ -196,7 +196,7 @@ def test_unknown_ways_to_compute_are_chosen_anew(run):
 
 
 def trainer_of(path: Path, **settings: str) -> Trainer:
-    """A Trainer with the model, the data and, but for some, the settings of a checkpoint."""
+    """A Trainer with the model, the data and the settings of a checkpoint, some of them changed."""
     record = checkpoint.read_record(path)
     train = TrainingConfig(**{**record["train"], **settings})
     *sets, _ = load_text_data(DataConfig(**{**record["run"]["data"], "cache_dir": "cache"}))
@@ -205,7 +205,7 @@ def trainer_of(path: Path, **settings: str) -> Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a record may decide
+# Settings that a record may decide
 
 ACCOUNTS_AND_PLACES = {
     "wandb": {"mode": "online", "project": "theirs", "entity": "theirs", "log_checkpoints": "best"},
@@ -216,7 +216,7 @@ ACCOUNTS_AND_PLACES = {
 
 
 def test_list_of_what_a_checkpoint_decides():
-    """A new key must be listed here: may a stranger's file set it?"""
+    """Each new key must be listed here, after deciding whether an untrusted file may set it."""
     everything = {
         f"{group}.{key}" if isinstance(inner, dict) and group != "choices" else group
         for group, inner in asdict(TrainRun()).items()
@@ -243,7 +243,7 @@ def test_a_run_from_before_a_default_of_generation_changed_is_resumed(run):
     assert resolve("train", compose("train", line), line).inference.precision == "auto"
 
 
-def test_no_account_place_or_device_comes_from_a_checkpoint(run, caplog):
+def test_no_account_folder_or_device_comes_from_a_checkpoint(run, caplog):
     caplog.set_level(logging.INFO, "gpt2")
 
     def theirs(record: dict) -> dict:
@@ -285,7 +285,7 @@ def test_resumed_run_keeps_its_loggers(run):
 
 
 def test_run_folder_with_links_to_other_files_is_not_written_to(run, workspace):
-    """Opening the lock, for one, would empty the file to which it leads."""
+    """For example, opening a lock that is a link would empty its target."""
     kept, links = workspace.folder / "kept", [".evaluation.json.lock", ".lock", "metrics.jsonl", "wandb_id"]
     kept.write_text((run / "metrics.jsonl").read_text())
     before = kept.read_bytes()
@@ -304,7 +304,7 @@ LURE = "${oc.env:MY_SECRET} ${HOME} ${train.seed} \\${x} ${"
 
 
 def test_interpolations_in_a_checkpoint_are_text(run, workspace, monkeypatch):
-    """The scripts read a checkpoint with an interpolation in each text that they print, log or store."""
+    """The scripts read a checkpoint that has an interpolation in each text that they print, log or store."""
 
     def lure(record: dict) -> dict:
         record["run"] |= {"sample_prompt": LURE, "started_with": [LURE], "choices": {"model": LURE}}

@@ -82,7 +82,7 @@ def test_checkpoints_are_ordered_by_step(tmp_path):
 def test_add_name_links_the_same_file(tmp_path):
     first = save(tmp_path, 1)
     run_folder.add_name(first, LAST)
-    run_folder.add_name(first, LAST)  # when both names are one file already
+    run_folder.add_name(first, LAST)  # both names are the same file already
     assert (tmp_path / LAST).samefile(first)
     assert names(tmp_path) == [LAST, step_name(1)]
     second = save(tmp_path, 2)
@@ -152,7 +152,7 @@ def test_prune_deletes_step_checkpoints_only(tmp_path):
 
 
 def test_failed_prune_is_a_warning(tmp_path, caplog):
-    (tmp_path / step_name(2)).mkdir()  # a folder, which not even root can unlink
+    (tmp_path / step_name(2)).mkdir()  # a folder: not even root can unlink it
     for step in (1, 3, 4):
         save(tmp_path, step)
     run_folder.prune(tmp_path, 1, 4)
@@ -195,7 +195,7 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
 
 
 def test_checkpoint_of_a_newer_version_is_not_skipped(tmp_path):
-    """Resuming from an older one would delete it."""
+    """Resuming from an older checkpoint would delete the newer one."""
     save(tmp_path, 1)
     checkpoint.write_checkpoint(tmp_path / step_name(2), {}, {"format": 99})
     with pytest.raises(UserError, match=f"{step_name(2)} was written by a newer version"):
@@ -251,7 +251,7 @@ def test_step_checkpoint_without_progress_is_skipped(tmp_path, record):
 @pytest.mark.parametrize(
     "other",
     [
-        {"is_best": False},  # evaluated, and worse
+        {"is_best": False},  # evaluated, but worse
         {"is_best": True, "evaluated_at": 2},  # saved after the best one, before the next evaluation
     ],
 )

@@ -161,10 +161,10 @@ def test_sampling_options_come_from_the_checkpoint_unless_overridden(trained: Wo
         assert isinstance(config, GenerateRun)
         return config.inference
 
-    assert inference().max_new_tokens == 12  # as the run had it
+    assert inference().max_new_tokens == 12  # the value of the run
     assert inference("inference.top_k=7").max_new_tokens == 12
     assert inference("inference.top_k=7").top_k == 7
-    assert inference("inference=greedy").max_new_tokens == 100  # a whole group takes the place of the run's
+    assert inference("inference=greedy").max_new_tokens == 100  # a group replaces all values of the run
     assert inference(r"inference.stop=['a\n','b ']").stop == ["a\n", "b "]
 
 
@@ -241,7 +241,7 @@ def test_printed_arguments_are_quoted_for_shell_and_hydra(value):
     assert compose("train", [argument]).resume == value
 
 
-def test_texts_of_files_are_read_back_as_they_are():
+def test_texts_of_files_are_read_back_unchanged():
     random = Random(1)
     texts = ["".join(random.choices("$$${{{}\\\\\\a:.'\" \n", k=random.randint(1, 12))) for _ in range(500)]
     nested = {"texts": [*texts, "${oc.env:HOME}", "1e-3", "null", "2 # x"], "inner": {"text": "${x}"}, "number": 1.5}
@@ -269,7 +269,7 @@ def test_help_needs_neither_torch_nor_hydra(script):
     )
     assert "Keys (KEY=VALUE):" in done.stdout
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
-    assert "gpt2.config" in imported  # the pattern finds imports
+    assert "gpt2.config" in imported  # the pattern matches imports
     slow = {"torch", "hydra", "omegaconf", "transformers", "datasets", "wandb", "numpy", "optuna", "joblib", "submitit"}
     assert not imported & slow
 
@@ -289,7 +289,7 @@ def test_help_shows_every_key_with_its_default_and_comment(name):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_defaults_in_help_are_what_a_command_line_would_set(name):
-    """`as_typed` quotes without Hydra what `hydra_syntax` quotes by its grammar."""
+    """`as_typed` quotes without Hydra exactly the values that `hydra_syntax` quotes with Hydra's grammar."""
     for key, default in leaves(OmegaConf.structured(SCHEMAS[name]), resolve=False).items():
         if not isinstance(default, dict):
             assert as_typed(default) == hydra_syntax(default), key

@@ -1,4 +1,4 @@
-"""Launchers: their settings, and jobs that are requeued, on this machine and by a stand-in for Slurm."""
+"""Launchers: their settings, and requeued jobs, on this machine and with a simulation of Slurm."""
 
 import os
 import re
@@ -27,7 +27,7 @@ SWEEP = [*TINY, "train.seed=1,2", "train.max_steps=24", "train.save_every=5", "m
 
 @pytest.fixture
 def with_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Install stand-ins for the commands of Slurm; the folder in which they record what they did."""
+    """Install simulations of Slurm's commands. Returns the folder of their records."""
     folder = tmp_path / "slurm"
     folder.mkdir()
     for name, value in slurm.install(folder).items():
@@ -158,7 +158,7 @@ def has_begun(run: Path, rows: int = 6) -> bool:
 
 
 def warn_each(sweep: Path, warnings: dict[str, signal.Signals]) -> None:
-    """Send a signal to each run as soon as it has begun."""
+    """Send a signal to each run as soon as it has started."""
 
     def are_all_warned() -> bool:
         for pattern in list(warnings):
@@ -170,7 +170,7 @@ def warn_each(sweep: Path, warnings: dict[str, signal.Signals]) -> None:
 
 
 def assert_both_resumed(workspace: Workspace, sweep: Path) -> None:
-    """Both runs of a sweep were interrupted, and have the metrics of uninterrupted ones."""
+    """Assert that both runs of a sweep were interrupted, and have the metrics of uninterrupted ones."""
     workspace.environment.pop("GPT2_FAULT", None)
     workspace.run("train.py", "-m", *SWEEP, "hydra.sweep.dir=straight")
     for number in "01":
@@ -198,7 +198,7 @@ def test_failed_and_lost_jobs_are_reported(workspace: Workspace):
     line = ["-m", *TINY, "train.seed=1,2", "hydra/launcher=submitit_local"]
     workspace.environment["GPT2_FAULT"] = "kill@6"
     lost = workspace.run("train.py", *line, expect=1)
-    (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one for all that the sweep writes
+    (folder,) = workspace.folder.glob("outputs/sweeps/gpt2/*")  # one folder for all files of the sweep
     assert "\t#1 : " in lost.stdout
     *errors, summary = lost.stderr.splitlines()
     for number, error in enumerate(errors):

@@ -1,4 +1,4 @@
-"""Command lines that Hydra itself does not answer with a line: each has one here, and nothing is left behind."""
+"""Command lines for which Hydra has no one-line error: each gives one here, and leaves nothing behind."""
 
 import re
 
@@ -15,7 +15,7 @@ from tests.conftest import TINY, Workspace
 
 
 def problems(script: str, *arguments: str) -> list[str]:
-    """What is printed about a command line, whose form alone is checked."""
+    """The error lines of a command line, of which only the syntax is checked."""
     options = parse_arguments(list(arguments))
     with pytest.raises(UserError) as caught:
         check_flags(options)
@@ -53,17 +53,17 @@ MODELS = "not one of gpt2, gpt2_large, gpt2_medium, gpt2_mini, gpt2_nano, gpt2_x
         ("train", "+model=gpt2_mini", "+model=gpt2_mini: the group is chosen already, leave out the +"),
     ],
 )
-def test_group_chosen_by_what_is_no_word(script, argument, line):
-    found, *_ = problems(script, argument)  # without a checkpoint, some scripts have another problem
+def test_group_with_a_value_that_is_no_name(script, argument, line):
+    found, *_ = problems(script, argument)  # without a checkpoint, some scripts report another problem too
     assert line in found
 
 
 @pytest.mark.parametrize("flag", ["-m", "--cfg=job", "--info", "--hydra-help"])
-def test_group_chosen_by_what_is_no_word_with_a_flag(flag):
+def test_group_with_a_value_that_is_no_name_and_a_flag(flag):
     assert problems("train", "model=null", flag) == [f"model=null: {MODELS}"]
 
 
-def test_group_swept_over_what_is_no_word():
+def test_group_swept_over_values_that_are_no_names():
     assert problems("train", "-m", "wandb=offline,false", "experiment=quickstart,2", "model=range(1,3)") == [
         "wandb=false: not one of auto, off, offline, online; wandb=off switches it off",
         f"experiment=2: not one of {PRESETS}",
@@ -129,7 +129,7 @@ def test_overrides_are_recorded_as_typed():
     assert overrides_of(composed.hydra) == ["sample_prompt=${oc.env:HOME}"]
 
 
-def test_preset_that_is_no_yaml_or_chooses_by_what_is_no_word(tmp_path):
+def test_preset_that_is_no_yaml_or_has_a_group_value_that_is_no_name(tmp_path):
     (tmp_path / "mine").mkdir()
     for name, content, expected in [
         ("no_yaml", "a: [", "ParserError"),

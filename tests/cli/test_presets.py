@@ -1,4 +1,4 @@
-"""The presets of conf/experiment: they compose, say what a step is, and `plan=true` says what they cost."""
+"""The presets of conf/experiment: composition, the tokens of a step in their comments, and `plan=true`."""
 
 import re
 from dataclasses import replace
@@ -36,7 +36,7 @@ def composed(name: str, text: Path, *more: str) -> TrainRun:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_valid_and_its_comment_says_what_a_step_takes(name, tmp_path):
+def test_every_preset_is_valid_and_its_comment_has_the_tokens_of_a_step(name, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     config = composed(name, tmp_path / "a.txt")
     assert validate(config) == []
@@ -71,7 +71,7 @@ def test_large_presets_are_the_recipes_they_name(name, tmp_path):
     assert train.optimizer == ("muon" if data == "muon" else "adamw")
     for ranks in (1, 2, 4, 8, 16):
         assert validate_distributed(config.distributed, train, DistEnv(0, ranks, 0, 8, by_torchrun=ranks > 1)) == []
-    hours_on_one_gpu = train.max_steps * 524_288 / 30_000 / 3600  # of the largest model
+    hours_on_one_gpu = train.max_steps * 524_288 / 30_000 / 3600  # for the largest model
     assert train.max_training_hours > hours_on_one_gpu
     assert train.max_epochs * 9e9 > train.max_steps * 480 * 1024
 
@@ -97,7 +97,7 @@ def test_debug_exercises_everything_in_a_few_steps(workspace: Workspace):
     assert [record["step"] for record in records if "val/loss" in record] == [2, 4, 5]
     assert (run / "checkpoints" / "best_model.pth").exists()
     assert (run / "samples.md").read_text().count("## Step ") == 3
-    assert done.stdout.count(" left\n") == 4  # from the second step on
+    assert done.stdout.count(" left\n") == 4  # from the second step
     assert "W&B" not in done.stdout
 
 
@@ -135,7 +135,7 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "_time_part", time_part)
     monkeypatch.setattr(cost, "ENOUGH_SECONDS", 0.3)
     monkeypatch.setattr(messages, "memory_of", lambda _device: 80e9)
-    monkeypatch.setattr(messages, "keep_freed_memory", lambda: None)  # for the rest of this process
+    monkeypatch.setattr(messages, "keep_freed_memory", lambda: None)  # it would change the rest of this process
     messages.print_plan(composed("gpt2_1558m_openwebtext", tmp_path, "train.device=cpu", "train.precision=bf16"))
     out = capsys.readouterr().out
     assert "1,557,611,200 parameters" in out
@@ -164,7 +164,7 @@ def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_plan_warns_of_the_limit_of_hours(tmp_path, monkeypatch, seconds, spent, end):
-    """The 450 steps of the quickstart take from an eighth of its limit to more than it."""
+    """The 450 steps of the quickstart take between an eighth of its time limit and more than the limit."""
     config = composed("quickstart", tmp_path, "train.device=cpu", "data.tokenizer=bytes")
     work = messages.planned_work(config)
     timing = SimpleNamespace(step=seconds, layers=work.model.config.num_layers, rows=work.rows, tokens=work.length)

@@ -1,4 +1,4 @@
-"""Places that cannot be written, settings of Hydra's own node, file names that are no text, shell completion."""
+"""Paths that cannot be written, settings of the node `hydra`, file names that are not UTF-8, shell completion."""
 
 import json
 import os
@@ -16,7 +16,7 @@ LONG = "n" * 300
 
 
 def refusal(workspace: Workspace, *line: str) -> str:
-    """The only line that a script or a module prints about a place, before any work, and leaves nothing behind."""
+    """The only line that a script or module prints about a path, before any work. It must leave nothing behind."""
     before = sorted(workspace.folder.rglob("*"))
     if line[0] == "-m":
         done = workspace.module(*line[1:])
@@ -46,7 +46,7 @@ def refusal(workspace: Workspace, *line: str) -> str:
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
-def test_place_of_a_run_that_cannot_be_written(workspace: Workspace, arguments, message):
+def test_run_folder_that_cannot_be_written(workspace: Workspace, arguments, message):
     assert refusal(workspace, "train.py", *TINY, *arguments).startswith(message)
 
 
@@ -113,7 +113,7 @@ def test_cache_that_cannot_be_written_is_replaced(workspace: Workspace, tmp_path
         caplog.clear()
     assert instead.stat().st_mode & 0o077 == 0
     instead.rmdir()
-    instead.symlink_to(tmp_path)  # as another user could have made it
+    instead.symlink_to(tmp_path)  # as if another user had made it
     monkeypatch.setattr(hub.os, "getuid", lambda: 12345)
     (tmp_path / "tmp" / "gpt2-cache-12345").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/y")
@@ -136,7 +136,7 @@ def test_settings_of_hydra_that_work(workspace: Workspace, settings):
 
 
 def test_file_name_that_is_not_utf8(workspace: Workspace):
-    """It is found by a pattern."""
+    """A pattern matches the file."""
     (workspace.folder / "caf\udce9.text").write_text(TEXT)
     files = ["train.max_steps=2", "train.eval_batches=1", "data.files=['caf*.text']"]
     workspace.run("train.py", *TINY, *files)
@@ -194,7 +194,7 @@ def test_shell_completion_in_bash(workspace: Workspace):
 
 @pytest.mark.parametrize(("arguments", "runs"), [([], 1), (["-m", "train.seed=1,2"], 2)])
 def test_garbage_is_collected_while_a_command_runs(workspace: Workspace, arguments, runs):
-    """It is not while a command line is checked."""
+    """Garbage collection is off only while a command line is checked."""
     program = workspace.folder / "program.py"
     task = "import gc\nfrom gpt2.cli.script import script\n@script('train')\ndef main(config):\n    "
     program.write_text(f"{task}print('collects', gc.isenabled())\nmain()")

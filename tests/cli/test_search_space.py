@@ -1,4 +1,4 @@
-"""Search spaces and sweeps in Hydra's notation: what Optuna cannot take is one line before the first run."""
+"""Search spaces and sweeps in Hydra's notation. Values that Optuna cannot search are reported before the first run."""
 
 import pytest
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -51,7 +51,7 @@ def test_sweep_without_values_is_refused(sweep, reason, study):
         ("train.learning_rate=tag(b,a,interval(1e-4,1))", "there is no tag a, b, only log"),
     ],
 )
-def test_space_that_is_none_is_refused(sweep, reason):
+def test_invalid_space_is_refused(sweep, reason):
     assert problem(sweep).startswith(f"{sweep}: {reason}")
 
 
@@ -75,7 +75,7 @@ def test_tokenizers_are_not_searched():
     assert problem("data.tokenizer=bytes,train").startswith("data.tokenizer: losses per token cannot be compared")
 
 
-def test_interval_of_a_whole_number_says_how():
+def test_interval_of_an_integer_key_suggests_the_syntax():
     assert "; int(...) around an interval draws whole numbers" in problem("train.seed=interval(1,3)")
     check("-m", "data=stdlib", "hparams_search=optuna", "train.seed=int(interval(1,3))")
 
@@ -106,8 +106,8 @@ def test_sweeper_beside_a_study_is_refused(name):
         assert problem(f"hydra/sweeper={name}", study=False).endswith("a study is hparams_search=NAME; leave it out")
 
 
-def test_choices_are_arguments_again():
-    """Hydra loses the quotes in choice('a,b',c), and the job would be another sweep."""
+def test_choices_are_quoted_as_arguments():
+    """Hydra drops the quotes in choice('a,b',c), which would make the job another sweep."""
     texts = ["it's", 'say "x"', "a,b", " c", "", "d e"]
     quoted = ",".join(QuotedString(text, Quote.single).with_quotes() for text in texts)
     for sweep in (f"sample_prompt=choice({quoted})", f"sample_prompt={quoted}"):

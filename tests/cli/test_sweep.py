@@ -29,7 +29,7 @@ def sweep_of(workspace: Workspace) -> Path:
 def test_failed_runs_are_named_and_the_others_continue(workspace: Workspace):
     (workspace.folder / "short.txt").write_text("a")
     over = ["data.files=[short.txt],[corpus.txt]", "train.learning_rate=1e30,1e-3"]
-    done = workspace.run("train.py", "-m", *TWO_STEPS, *over, expect=1)  # one code is 2, another 3
+    done = workspace.run("train.py", "-m", *TWO_STEPS, *over, expect=1)  # the codes are 2 and 3
     *errors, summary = done.stderr.splitlines()
     assert errors[0] == f"error: run 0 (data.files=[short.txt] train.learning_rate=1e+30): {NO_TEXT}"
     assert errors[1] == f"error: run 1 (data.files=[short.txt] train.learning_rate=0.001): {NO_TEXT}"
@@ -71,7 +71,7 @@ def test_runs_that_would_share_a_folder_are_refused(workspace: Workspace, folder
     assert not (workspace.folder / "outputs").exists()
 
 
-def test_folders_may_be_named_by_what_is_swept_and_choices_keep_their_quotes(workspace: Workspace):
+def test_folders_may_be_named_by_swept_values_and_choices_keep_their_quotes(workspace: Workspace):
     over = ["train.seed=choice(1,2)", "sample_prompt=choice(\"it's, 'x'\",b)", "train.eval_every=9"]
     folder = ["hydra.sweep.subdir='seed_${train.seed}_${hydra.job.num}'", "hydra.sweeper.max_batch_size=3"]
     workspace.run("train.py", "-m", *TWO_STEPS, *over, *folder)
@@ -129,7 +129,7 @@ def test_runs_of_other_processes_are_named_too(workspace: Workspace, launcher):
 def test_killed_worker_does_not_end_the_runs_that_wait(workspace: Workspace):
     line = ["train.seed=1,2,3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "train.auto_resume=true"]
     workspace.environment["GPT2_FAULT"] = "kill@2"
-    for number in "12":  # left by an earlier start of this sweep
+    for number in "12":  # from an earlier start of this sweep
         (workspace.folder / "outputs/sweeps/sweep/again" / number).mkdir(parents=True)
         earlier = {"state": "failed", "reason": "UserError: no text", "exit_code": 2}
         (sweep_of(workspace) / number / "run.json").write_text(json.dumps(earlier))
@@ -156,7 +156,7 @@ def test_interrupted_sweep_keeps_its_exit_code(workspace: Workspace, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_processes_of_an_interrupted_sweep_save_their_runs(workspace: Workspace, number):
-    """A terminal sends Ctrl-C to all of them; `kill` sends SIGTERM to the first alone."""
+    """A terminal sends Ctrl-C to all processes; `kill` sends SIGTERM only to the first."""
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     line = ["train.max_steps=90", "train.seed=1,2,3,4", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     process = workspace.start("train.py", "-m", *TWO_STEPS, *line, start_new_session=True)

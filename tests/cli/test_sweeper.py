@@ -1,4 +1,4 @@
-"""Studies from the command line: `train.py -m` on runs of a second, and the files that it writes."""
+"""Studies from the command line: `train.py -m` with runs of one second, and the files that it writes."""
 
 import csv
 import os
@@ -32,12 +32,12 @@ from tests.conftest import ROOT, TINY, Workspace
 from tests.test_scripts import wait_for
 from tests.wandb_file import read_wandb
 
-TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # it would not be searched
+TRIAL = [argument for argument in TINY if not argument.startswith("train.warmup_steps=")]  # which is searched
 STUDY = ["-m", "hparams_search=optuna", "hydra.sweeper.study_name=mine", *TRIAL, "train.eval_every=2"]
 PRUNING = ["hydra/sweeper/pruner=median", "hydra.sweeper.pruner.n_startup_trials=1"]
 PRUNING += ["hydra.sweeper.pruner.n_warmup_steps=0", "hydra.sweeper.n_trials=4"]
-PRUNING += ["hydra.sweeper.sampler.seed=23"]  # by which trial 2 is pruned
-STORAGE = "sqlite:///kept-elsewhere.db"
+PRUNING += ["hydra.sweeper.sampler.seed=23"]  # with this seed trial 2 is pruned
+STORAGE = "sqlite:///separate-storage.db"
 
 
 def study_in(folder: Path, name: str = "mine", storage: str | None = None) -> optuna.Study:
@@ -47,7 +47,7 @@ def study_in(folder: Path, name: str = "mine", storage: str | None = None) -> op
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with one finished study, for tests that only look at it."""
+    """A workspace with one finished study, for tests that do not change it."""
     from tests.conftest import TEXT
 
     folder = tmp_path_factory.mktemp("studied")
@@ -123,10 +123,10 @@ def test_each_trial_prints_one_line(studied):
 def test_storage_url_is_in_no_file_and_no_output(studied):
     """The URL may contain a password."""
     files = [path for path in studied.folder.rglob("*") if path.is_file()]
-    texts = [path for path in files if not path.name.startswith("kept-elsewhere")]
+    texts = [path for path in files if not path.name.startswith("separate-storage")]
     assert len(texts) > 20
-    assert [path for path in texts if b"kept-elsewhere" in path.read_bytes()] == []
-    assert "kept-elsewhere" not in studied.output
+    assert [path for path in texts if b"separate-storage" in path.read_bytes()] == []
+    assert "separate-storage" not in studied.output
 
 
 def test_each_trial_is_a_wandb_run_with_its_state(studied):
@@ -334,7 +334,7 @@ def test_files_of_samplers_and_pruners_match_the_table(kind, table):
         line = [f"hydra/sweeper/{kind}={name}", "hydra.sweeper.n_startup_trials=3", "hydra.sweeper.n_warmup_steps=1"]
         algorithm = composed_study(*line)[kind]
         options = table[algorithm.name].options(OptunaConfig(n_startup_trials=3, n_warmup_steps=1))
-        if name != "median_early":  # whose point is other options
+        if name != "median_early":  # its options differ on purpose
             assert {key: algorithm[key] for key in options.keys() & algorithm.keys()} == {
                 key: value for key, value in options.items() if key in algorithm
             }
@@ -365,12 +365,12 @@ def test_settings_of_a_study_have_the_defaults_of_the_python_api():
 
 @pytest.mark.slow
 def test_killed_worker_loses_only_its_own_trial(workspace: Workspace):
-    """Of joblib; submitit has a process for each run anyway, see tests/cli/test_launchers.py."""
-    workspace.environment["GPT2_FAULT"] = "kill@3#1,slow@1-99#0"  # the one that is slow outlives the one that is killed
+    """For joblib. submitit has a process for each run anyway, see tests/cli/test_launchers.py."""
+    workspace.environment["GPT2_FAULT"] = "kill@3#1,slow@1-99#0"  # the slow trial outlives the killed one
     two = ["hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3", "hydra/launcher=joblib", "train.max_steps=30"]
-    two.append("train.num_workers=1")  # processes of processes
+    two.append("train.num_workers=1")  # workers that have processes of their own
     process = workspace.start("train.py", *STUDY, *two, "hydra/sweeper/pruner=none")
-    assert process.wait(600) == 0  # PyTorch may print how a loader of the killed worker lost its parent
+    assert process.wait(600) == 0  # PyTorch may print that a loader lost its parent
     trials = study_in(workspace.folder).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert trials[1].user_attrs["reason"].startswith("its process died 3 times, ")
@@ -381,7 +381,7 @@ def trials_with_a_checkpoint(workspace: Workspace) -> set[str]:
 
 
 def pids_in(folder: Path) -> list[int]:
-    """The processes whose working directory that is."""
+    """The processes with this working directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -404,7 +404,7 @@ def states(workspace: Workspace) -> list[str]:
 
 @pytest.mark.slow
 def test_terminated_worker_and_interrupted_study_resume(workspace: Workspace):
-    """SIGTERM to a worker: another one resumes its trial. Ctrl-C reaches all processes: the study ends and resumes."""
+    """After SIGTERM to a worker, another one resumes its trial. After Ctrl-C to all processes, the study resumes."""
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
     process = workspace.start("train.py", *PARALLEL, start_new_session=True)
     wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
@@ -422,7 +422,7 @@ def test_terminated_worker_and_interrupted_study_resume(workspace: Workspace):
 @pytest.mark.slow
 def test_workers_of_a_killed_sweeper_end_and_the_study_resumes(workspace: Workspace):
     workspace.environment["GPT2_FAULT"] = "slow@1-99"
-    command = workspace.command("train.py", *PARALLEL)  # not forked: the workers notice that their parent is gone
+    command = workspace.command("train.py", *PARALLEL)  # not forked, as the workers watch their parent
     process = subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: trials_with_a_checkpoint(workspace) == {"0", "1"})
     process.kill()
@@ -435,7 +435,7 @@ def test_workers_of_a_killed_sweeper_end_and_the_study_resumes(workspace: Worksp
 
 @pytest.mark.slow
 def test_memory_does_not_grow_over_trials(workspace: Workspace):
-    """A process trains 7 models, one after another, each of 10 MB of weights and twice that in its optimizer."""
+    """A process trains 7 models in sequence, each with 10 MB of weights and twice that in its optimizer."""
     large = ["model.d_model=256", "model.d_ff=1024", "model.num_layers=3", "train.max_steps=2", "train.eval_every=2"]
     script = f"""
 import resource, runpy, sys, gpt2.search.trial as trial

@@ -1,4 +1,4 @@
-"""An exported model with a learned tokenizer, for other tools to open."""
+"""An exported model with a trained tokenizer, to be opened by other tools."""
 
 from pathlib import Path
 

@@ -32,8 +32,8 @@ def convert(folder: Path, checkout: Path) -> subprocess.CompletedProcess:
 
 
 def knowing_all_tokenizers(checkout: Path, folder: Path) -> Path:
-    """A copy of the converter, changed as docs/models.md says."""
-    for name in (CONVERTER, "conversion", "gguf-py"):  # newer checkouts have most of it in the second
+    """A copy of the converter with the change of docs/models.md."""
+    for name in (CONVERTER, "conversion", "gguf-py"):  # newer checkouts have most of the code in the second
         if (checkout / name).is_dir():
             shutil.copytree(checkout / name, folder / name)
         elif (checkout / name).is_file():
@@ -46,7 +46,7 @@ def knowing_all_tokenizers(checkout: Path, folder: Path) -> Path:
 
 
 def check(folder: Path) -> None:
-    """`transformers` reads the file back as the same model and tokenizer."""
+    """Check that `transformers` reads the file as the same model and tokenizer."""
     ids = torch.arange(40).view(2, 20)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf").eval()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def check(folder: Path) -> None:
     assert tokenizer(text)["input_ids"] == open_model(folder).tokenizer.encode(text)
 
 
-# The loader of transformers knows no context but 1,024.
+# The loader of transformers assumes a context of 1,024.
 
 
 def test_folder_with_the_tokenizer_of_openai_converts(tmp_path):
@@ -66,7 +66,7 @@ def test_folder_with_the_tokenizer_of_openai_converts(tmp_path):
     check(folder)
 
 
-def test_learned_tokenizer_converts_once_the_converter_knows_it(tmp_path):
+def test_trained_tokenizer_converts_with_the_changed_converter(tmp_path):
     folder = export_model(tmp_path, GPT2Tokenizer.train([CORPUS], 300), context_length=1024)
     checkout = Path(os.environ["LLAMA_CPP"])
     refused = convert(folder, checkout)

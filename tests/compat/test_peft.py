@@ -1,4 +1,4 @@
-"""LoRA with `peft`: what it merges is opened again."""
+"""LoRA with `peft`: its merged models are opened."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ peft = pytest.importorskip("peft", reason="needs peft: pip install -e '.[compat]
 pytestmark = pytest.mark.slow
 
 
-def test_adapters_train_and_their_merge_is_opened_again(exported, tmp_path):
+def test_adapters_train_and_the_merged_model_is_opened(exported, tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(exported), config)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -23,8 +23,8 @@ def test_auto_classes_compute_the_same(exported):
             assert_close(theirs(ids).logits, ours.build().eval()(ids)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_pipeline_writes_in_batches_what_it_writes_one_by_one(exported):
-    from transformers import pipeline  # takes seconds, and each process of the tests collects this file
+def test_pipeline_generates_the_same_in_batches_and_one_by_one(exported):
+    from transformers import pipeline  # here, because it takes seconds and each test process collects this file
 
     write = pipeline("text-generation", str(exported))
     options = {"do_sample": False, "max_new_tokens": 12}

@@ -1,4 +1,4 @@
-"""The cache of tokenized corpora: what makes a corpus another one, damage, concurrent processes."""
+"""The cache of tokenized corpora: changes that need another corpus, damage, concurrent processes."""
 
 import json
 import logging
@@ -70,7 +70,7 @@ def test_changed_text_is_another_corpus(tmp_path):
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle, and the modification time as before."""
+    """Flip one bit in the middle, and restore the modification time."""
     times, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -102,7 +102,7 @@ DAMAGES: list[Callable[[Path], object]] = [
 
 @pytest.mark.parametrize("file", ["train.bin", "validation.bin", "tokenizer.json", "about.json"])
 def test_damaged_corpus_is_prepared_again(tmp_path, monkeypatch, caplog, file):
-    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)  # what was verified is remembered at once
+    monkeypatch.setattr(files, "TIME_RESOLUTION", 0)  # so that verified files are recorded at once
     write_files(tmp_path, 3)
     first = prepare(config_of(tmp_path))
     whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
@@ -139,7 +139,7 @@ def test_corpus_under_the_name_of_another_is_damaged(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("what", ["tokens/*/", "tokens/*.verified"])
-def test_cache_is_replaced_whatever_is_in_its_place(tmp_path, monkeypatch, what):
+def test_invalid_cache_entry_is_replaced(tmp_path, monkeypatch, what):
     monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
     write_files(tmp_path, 3)
     prepare(config_of(tmp_path))
@@ -169,14 +169,14 @@ def test_verified_files_are_not_read_again(tmp_path, monkeypatch, caplog):
     names = ["test.bin", "tokenizer.json", "train.bin", "validation.bin"]
     assert files_read() == []  # the checksums are computed while the corpus is written
     assert files_read() == names
-    assert files_read() == names  # written a moment ago: they could change without another time
+    assert files_read() == names  # written a moment ago: a change might not change their times
     monkeypatch.setattr(files, "TIME_RESOLUTION", 0)
     assert files_read() == names
     assert files_read() == []
     train = next((tmp_path / "cache").rglob("train.bin"))
     os.utime(train)
     assert "bytes in" not in caplog.text
-    monkeypatch.setattr(files, "MANY_BYTES", 100)  # such files take long to read
+    monkeypatch.setattr(files, "MANY_BYTES", 100)  # now all files count as large
     caplog.set_level(logging.INFO)
     assert files_read() == ["train.bin"]
     assert re.search(r"Reading the files: [\d,]+ bytes in [\d.]+ s\n", caplog.text)
@@ -213,7 +213,7 @@ def test_large_sources_are_read_once_and_again_when_they_change(tmp_path, monkey
 
 
 def test_fingerprint_is_that_of_the_contents(tmp_path):
-    """Other inputs that give the same tokens, as of a file of another name, are the same corpus to a resumed run."""
+    """Other inputs with the same tokens, such as a renamed file, are the same corpus for a resumed run."""
     write_files(tmp_path, 3)
     one = prepare(config_of(tmp_path))
     same = prepare(config_of(tmp_path, cache_dir=str(tmp_path / "elsewhere")))

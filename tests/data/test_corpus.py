@@ -86,7 +86,7 @@ def test_pieces_are_bounded_and_the_last_one_is_marked():
 
 @pytest.mark.parametrize("space", [chr(i) for i in range(0x10000) if chr(i).isspace()], ids=ascii)
 def test_pieces_end_at_token_boundaries_for_every_white_space(monkeypatch, space):
-    """Some characters are white space to Python but not to the tokenizer, so tokens can contain them."""
+    """Some characters are white space for Python but not for the tokenizer, so tokens can contain them."""
     monkeypatch.setattr(token_writer, "PIECE_LENGTH", 2)
     document = f"ab,{space},cd" * 5
     tokenizer = GPT2Tokenizer.train([document] * 10, 400)
@@ -182,7 +182,7 @@ def write_files(folder: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25])
-def test_end_of_a_single_file_is_held_out(tmp_path, fraction):
+def test_end_of_a_single_file_is_for_validation(tmp_path, fraction):
     text = python_source()[:10_000]
     (tmp_path / "a.txt").write_bytes(text.encode())
     prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
@@ -191,7 +191,7 @@ def test_end_of_a_single_file_is_held_out(tmp_path, fraction):
     assert len(validation) == pytest.approx(fraction * len(text), abs=1)
 
 
-def test_end_of_each_of_few_files_is_held_out(tmp_path):
+def test_end_of_each_of_few_files_is_for_validation(tmp_path):
     texts = write_files(tmp_path, 20)
     prepared = prepare(config_of(tmp_path))
     parts = zip(documents_of(prepared, "train"), documents_of(prepared, "validation"), strict=True)
@@ -199,7 +199,7 @@ def test_end_of_each_of_few_files_is_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "fraction"), [(60, 0.1), (60, 0.5), (11, 0.5)])
-def test_whole_files_are_held_out_of_many(tmp_path, count, fraction):
+def test_whole_files_of_many_are_for_validation(tmp_path, count, fraction):
     texts = write_files(tmp_path, count)
     prepared = prepare(config_of(tmp_path, validation_fraction=fraction))
     train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
@@ -213,7 +213,7 @@ def write_records(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def test_records_are_held_out_whole(tmp_path):
+def test_whole_records_are_for_validation(tmp_path):
     texts = [f"{number:02}. The answer is forty-two." for number in range(20)]
     write_records(tmp_path / "a.jsonl", texts)
     prepared = prepare(config_of(tmp_path, files=[str(tmp_path / "a.jsonl")]))
@@ -362,8 +362,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, files, kind):
             content = [b"the beginning ", *[text] * (size // files // len(text)), b" the end"]
             (folder / f"{number}.txt").write_bytes(b"".join(content))
         needed.append(memory_to_prepare(folder, tokenizer))
-    assert needed[0] > 10  # as the pieces that it works on
-    assert needed[1] < needed[0] + 25  # threads hold more pieces, or fewer
+    assert needed[0] > 10  # it works on pieces of this size
+    assert needed[1] < needed[0] + 25  # the number of pieces in threads varies
 
 
 def test_excluding_all_files_is_a_user_error(tmp_path):

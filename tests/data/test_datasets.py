@@ -58,7 +58,7 @@ def test_split_and_column_names_are_configurable(tmp_path):
     assert packed == {"train": ["learn body"], "validation": ["check body"], "test": ["exam body"]}
 
 
-def test_rows_are_held_out_without_a_validation_split(tmp_path):
+def test_rows_are_for_validation_without_a_validation_split(tmp_path):
     rows = [f"row {number}" for number in range(100)]
     folder = write_dataset(tmp_path / "tiny", train=rows, test=["test row"])
     config = dataset_config(folder, tmp_path, document_start=None, validation_split=None)
@@ -73,7 +73,7 @@ def test_rows_are_held_out_without_a_validation_split(tmp_path):
     assert test.path == validation.path
 
 
-def test_tenth_of_few_documents_in_many_rows_is_held_out(tmp_path):
+def test_tenth_of_few_documents_in_many_rows_is_for_validation(tmp_path):
     rows = [row for number in range(3) for row in (f" = {number} = ", *["a line of text"] * 99)]
     folder = write_dataset(tmp_path / "tiny", train=rows)
     prepared = prepare(dataset_config(folder, tmp_path, validation_split=None, test_split=None))
@@ -160,10 +160,7 @@ UNREACHABLE = {
 
 @pytest.mark.parametrize("what", UNREACHABLE)
 def test_unreachable_hub_is_reported_quickly_with_alternatives(tmp_path, what):
-    """In a separate process, because the libraries remember whether they are online.
-
-    Online, they would retry for 23 s.
-    """
+    """In a separate process, because the libraries cache whether they are online. Online, they retry for 23 s."""
     write_dataset(tmp_path / "tiny", train=["text"] * 3, validation=["text"] * 3, test=["text"] * 3)
     output, _ = start_preparing(tmp_path, **UNREACHABLE[what]).communicate("\n", timeout=300)
     *_, offline, message = output.splitlines()
@@ -178,7 +175,7 @@ def test_document_start_that_never_matches_is_a_user_error(tmp_path):
 
 
 def test_document_start_that_takes_too_long_is_a_user_error(tmp_path):
-    """Also in the thread that trains a tokenizer, in which `re` would keep every signal from being handled."""
+    """Also in the thread that trains a tokenizer, where `re` would block the handling of signals."""
     folder = write_dataset(tmp_path / "tiny", train=["a" * 300 + "!"] * 9, validation=["a row"] * 9)
     options = {"document_start": "(a|aa)+$", "test_split": None, "tokenizer": "train", "vocab_size": 260}
     with pytest.raises(UserError, match=r"data\.document_start: '\(a\|aa\)\+\$' takes more than 1 s for the row 'aaa"):

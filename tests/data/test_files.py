@@ -1,4 +1,4 @@
-"""Which files `data.files` and `data.exclude` name, and what is read from them."""
+"""The files that `data.files` and `data.exclude` select, and the documents read from them."""
 
 import gzip
 import os
@@ -37,7 +37,7 @@ def texts(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-# What is named, what is left out (HERE is the absolute path of the folder), and what remains.
+# `data.files`, `data.exclude` (HERE is the absolute path of the folder), and the files that remain.
 EXCLUDED = [
     (["g*.txt"], ["g[1].txt"], ["g1.txt"]),
     (["HERE/f*.txt"], ["f1.txt"], ["f2.txt"]),
@@ -59,13 +59,13 @@ EXCLUDED = [
 
 
 @pytest.mark.parametrize(("files", "exclude", "remaining"), EXCLUDED, ids=str)
-def test_files_are_left_out_whatever_they_are_called(texts, caplog, files, exclude, remaining):
+def test_files_are_excluded_by_any_form_of_their_path(texts, caplog, files, exclude, remaining):
     files, exclude = ([name.replace("HERE", str(texts)) for name in names] for names in (files, exclude))
     assert find_files(files, exclude) == sorted(texts / name for name in remaining)
     assert not caplog.text
 
 
-def test_an_exclusion_that_matches_nothing_is_said(texts, caplog):
+def test_exclusion_that_matches_nothing_is_noted(texts, caplog):
     assert find_files(["f*.txt"], ["f3.txt", "f1.txt", "g1.txt"]) == [texts / "f2.txt"]
     assert caplog.messages == ["Note: data.exclude: no file of data.files matches 'f3.txt', 'g1.txt'."]
 
@@ -84,7 +84,7 @@ def test_an_exclusion_that_matches_nothing_is_said(texts, caplog):
         ("", "no file matches ''"),
     ],
 )
-def test_what_is_no_file_is_named(texts, name, complaint):
+def test_names_that_are_no_files_are_reported(texts, name, complaint):
     (texts / "gone.txt").symlink_to("missing.txt")
     (texts / "loop.txt").symlink_to("loop.txt")
     os.mkfifo(texts / "pipe")
@@ -122,7 +122,7 @@ def test_records_are_sampled_and_identified_by_their_column(tmp_path, monkeypatc
     lines = [f'{{"a": "left {number}", "b": "right {number}"}}\n' for number in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     prepared = [prepare(config_of(tmp_path, files=[str(tmp_path / "*.jsonl")], text_column=column)) for column in "ab"]
-    assert len(passes) == 2 * 4  # they are counted, looked at for the space they need, and read for two splits
+    assert len(passes) == 2 * 4  # passes: count, estimate of space, two splits
     assert prepared[0].folder != prepared[1].folder
     assert len(documents_of(prepared[0], "validation")) == 10
     everything = documents_of(prepared[1], "train") + documents_of(prepared[1], "validation")

@@ -1,4 +1,4 @@
-"""Documents of text files: any two parts are the whole text, and invalid UTF-8 is reported."""
+"""Documents of text files: two parts make up the whole text for any cut, and invalid UTF-8 is reported."""
 
 import numpy as np
 import pytest

@@ -26,7 +26,7 @@ def header(count: int, magic: int = MAGIC, version: int = 1) -> bytes:
 
 
 def write_nanogpt(folder: Path) -> list[str]:
-    """`train.bin` and `val.bin` as its `prepare.py` writes them; the pattern that names them."""
+    """Write `train.bin` and `val.bin` like nanoGPT's `prepare.py`. Returns the pattern for them."""
     folder.mkdir()
     TRAIN.tofile(folder / "train.bin")
     VALIDATION.tofile(folder / "val.bin")
@@ -34,7 +34,7 @@ def write_nanogpt(folder: Path) -> list[str]:
 
 
 def write_shards(folder: Path) -> list[str]:
-    """The same tokens as shards with a header."""
+    """Write the same tokens as shards with a header."""
     folder.mkdir()
     shards = {f"fineweb_train_{number:06}": part for number, part in enumerate(np.array_split(TRAIN, 3), start=1)}
     for name, tokens in {**shards, "fineweb_val_000000": VALIDATION}.items():
@@ -92,8 +92,8 @@ def test_fingerprint_is_that_of_contents_and_splits(tmp_path):
     assert prepare(moved).about["fingerprint"] != first
 
 
-def test_links_keep_the_names_that_say_their_kind_and_split(tmp_path):
-    """The cache of the Hub holds a file under its checksum, and a link with its name."""
+def test_kind_and_split_come_from_the_name_of_a_link(tmp_path):
+    """In the cache of the Hub, a file is named by its checksum and has a link with its own name."""
     write_shards(tmp_path / "blobs")
     (tmp_path / "bin").mkdir()
     for number, path in enumerate(sorted((tmp_path / "blobs").iterdir())):
@@ -159,7 +159,7 @@ def test_run_resumes_exactly_and_is_evaluated(workspace: Workspace):
     write_nanogpt(workspace.folder / "nanogpt")
     write_shards(workspace.folder / "shards")
     tokens = [*(word for word in TINY if not word.startswith("data")), "data=tokens", "data.tokenizer=bytes"]
-    tokens += ["train.lr_schedule=wsd", "train.decay_fraction=0"]  # which do not depend on the last step
+    tokens += ["train.lr_schedule=wsd", "train.decay_fraction=0"]  # a schedule that does not depend on the last step
     workspace.run("train.py", *tokens, "data.files=[nanogpt/*.bin]", "hydra.run.dir=whole")
     workspace.run("train.py", *tokens, "data.files=[shards/*.bin]", "hydra.run.dir=resumed", "train.max_steps=4")
     workspace.run("train.py", "resume=resumed", "train.max_steps=8", "wandb=off")

@@ -1,4 +1,4 @@
-"""Preparations that are killed, interrupted or fail: the next one continues, and ends with the same bytes."""
+"""Preparations that are killed, interrupted or fail: the next one continues, and produces the same bytes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def text(tmp_path) -> Path:
 
 
 def after_batches(monkeypatch, number: int, stop: Callable[[], object]) -> None:
-    """Call a function when so many batches of a preparation, of all splits, were tokenized."""
+    """Call a function after a preparation has tokenized a number of batches, counted over all splits."""
     original, done = token_writer.map_in_threads, 0
 
     def counted(*arguments):
@@ -52,7 +52,7 @@ def after_batches(monkeypatch, number: int, stop: Callable[[], object]) -> None:
 
 
 def kill_after(number: int, config) -> None:
-    """Prepare a corpus in another process, which is killed when it has tokenized so many batches."""
+    """Prepare a corpus in another process, which is killed after it has tokenized a number of batches."""
     if (child := os.fork()) == 0:
         with pytest.MonkeyPatch.context() as patch:
             after_batches(patch, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -99,7 +99,7 @@ def test_rows_of_a_dataset_continue_in_each_split(tmp_path, monkeypatch):
 
 
 class StopNowError(Exception):
-    """In place of a failure of the machine."""
+    """Simulates a failure of the machine."""
 
 
 def stop(error: BaseException) -> Callable[[], None]:
@@ -110,7 +110,7 @@ def stop(error: BaseException) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), StopNowError()])
-def test_what_is_committed_survives_a_failure(text, monkeypatch, error, caplog):
+def test_committed_tokens_survive_a_failure(text, monkeypatch, error, caplog):
     caplog.set_level("INFO")
     config = config_of(text, tokenizer="train", vocab_size=300)
     with monkeypatch.context() as patch:
@@ -126,14 +126,14 @@ def test_what_is_committed_survives_a_failure(text, monkeypatch, error, caplog):
 
 
 @pytest.mark.parametrize(("number", "error"), [(1, KeyboardInterrupt()), (8, UserError("a mistake in the text"))])
-def test_nothing_stays_where_nothing_is_committed_or_the_text_is_wrong(text, monkeypatch, number, error):
+def test_nothing_remains_without_a_commit_or_after_invalid_text(text, monkeypatch, number, error):
     after_batches(monkeypatch, number, stop(error))
     with pytest.raises(type(error)):
         prepare(config_of(text))
     assert [path.suffix for path in (text / "cache" / "tokens").iterdir()] == [".lock"]
 
 
-def test_damaged_or_foreign_remains_are_written_anew(text, monkeypatch, caplog):
+def test_damaged_or_foreign_unfinished_folder_is_replaced(text, monkeypatch, caplog):
     whole = contents(prepare(config_of(text)).folder)
     config = config_of(text, cache_dir=str(text / "other"))
 
@@ -166,7 +166,7 @@ def test_damaged_or_foreign_remains_are_written_anew(text, monkeypatch, caplog):
         files.remove(prepared.folder)
 
 
-def test_space_is_said_before_and_must_be_free(text, monkeypatch, caplog):
+def test_needed_space_is_logged_and_must_be_free(text, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(files, "MANY_BYTES", 1000)
     config = config_of(text)
@@ -185,7 +185,7 @@ def test_space_is_said_before_and_must_be_free(text, monkeypatch, caplog):
 def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path, monkeypatch, caplog, kind):
     rows = ["a long row " * 50] * 100
     folder = write_dataset(tmp_path / "tiny", train=rows)
-    if kind == "parquet":  # which is compressed
+    if kind == "parquet":  # parquet is compressed
         parquet.write_table(Table.from_pydict({"text": rows}), folder / "train.parquet", use_dictionary=False)
         (folder / "README.md").write_text((folder / "README.md").read_text().replace("train.jsonl", "train.parquet"))
         assert (folder / "train.parquet").stat().st_size < 10_000
@@ -195,7 +195,7 @@ def test_space_for_the_table_of_a_dataset_is_checked_before_it_is_made(tmp_path,
         prepare(config)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000))
-    if kind == "parquet":  # of which pyarrow would read whole files into memory
+    if kind == "parquet":  # because pyarrow would read whole files into memory
         make = Parquet.download_and_prepare
         options = []
         monkeypatch.setattr(

@@ -48,7 +48,7 @@ def events(monkeypatch):
 @pytest.mark.parametrize(
     ("strategy", "gradient_checkpointing"), [(DataParallel, False), (DataParallel, True), (FullySharded, False)]
 )
-def test_a_block_is_compiled_once_and_its_gradients_are_ready_before_those_of_the_block_before_it(
+def test_a_block_is_compiled_once_and_its_gradients_are_ready_before_the_next_backward_pass(
     strategy, gradient_checkpointing, group, events
 ):
     model = noisy_model(tiny_config(num_layers=3))
@@ -72,6 +72,6 @@ def test_a_block_is_compiled_once_and_its_gradients_are_ready_before_those_of_th
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             whole = parameter.grad.full_tensor() if strategy is FullySharded else parameter.grad
             torch.testing.assert_close(whole, gradient)
-        if strategy is not FullySharded:  # which has its own hooks
+        if strategy is not FullySharded:  # FSDP has its own hooks
             passes = [events[: events.index(f"blocks.{n}.attention.qkv.weight")].count("backward") for n in (2, 1, 0)]
             assert passes == [2, 3, 4]  # the first is that of the loss

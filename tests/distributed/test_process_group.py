@@ -1,4 +1,4 @@
-"""The process group without processes: shares of a step, waiting for data, validation."""
+"""The process group without other processes: shares of a step, waiting for data, validation."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +53,7 @@ def test_local_main_runs_first_on_each_machine(monkeypatch):
     ]
 
 
-def test_single_process_waits_for_nobody():
+def test_single_process_does_not_wait():
     group = ProcessGroup()
     with group.local_main_first("data"):
         pass

@@ -1,4 +1,4 @@
-"""Several ranks compute the same run as one and end together: gloo on the CPU, started by torchrun where it matters."""
+"""Several ranks compute the same run as one process and end together: gloo on a CPU, with torchrun where needed."""
 
 import os
 import secrets
@@ -31,7 +31,7 @@ DRY = [f"model.{name}=0" for name in ("dropout", "attention_dropout", "residual_
 
 
 class Torchrun(Process):
-    """A script that torchrun starts. Arguments that begin with -- are torchrun's."""
+    """A script under torchrun, which gets the arguments that begin with --."""
 
     def __init__(self, workspace: Workspace, size: int, *arguments: str, script: str = "train.py", **environment: str):
         self.name = secrets.token_hex(8)
@@ -46,7 +46,7 @@ class Torchrun(Process):
 
 
 def finish(*torchruns: Torchrun, fails: bool = False) -> tuple[str, str]:
-    """Wait for torchruns to end. Returns their output and errors; no process of them is left."""
+    """Wait for torchruns to end. Returns their output and errors, and checks that none of their processes remains."""
     try:
         printed = [process.communicate(timeout=240) for process in torchruns]
     finally:
@@ -62,7 +62,7 @@ def finish(*torchruns: Torchrun, fails: bool = False) -> tuple[str, str]:
 
 
 def ranks_of(*torchruns: Torchrun) -> dict[int, int]:
-    """The ranks that run, and their process ids. A rank whose torchrun is gone is still found, by its environment."""
+    """The process ids of running ranks, found by their environment even if their torchrun is gone."""
     ranks = {}
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -83,7 +83,7 @@ def free_port() -> str:
 def start_ranks(
     workspace: Workspace, size: int, *arguments: str, script: str = "train.py", **environment: str
 ) -> list[Process]:
-    """Start the ranks of a script without torchrun, forked from a process that has imported torch: in less time."""
+    """Start the ranks of a script without torchrun, forked from a process that has imported torch, which is faster."""
     port = free_port()
     return [
         Process(
@@ -106,7 +106,7 @@ def start_ranks(
 def run_ranks(
     workspace: Workspace, size: int, *arguments: str, script: str = "train.py", code: int = 0, **environment: str
 ) -> tuple[str, str]:
-    """Run ranks without torchrun. Returns their output and errors; at least one ends with the exit code."""
+    """Run ranks without torchrun. Returns their output and errors, and checks that one has the expected exit code."""
     processes = start_ranks(workspace, size, *arguments, script=script, **environment)
     try:
         printed = [process.communicate(timeout=240) for process in processes]
@@ -128,7 +128,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def trained(place: Workspace, size: int, *more: str) -> Path:
-    """The folder of a run with so many ranks, which is made once."""
+    """The folder of a run with a number of ranks. Each run is made once."""
     name = "-".join(["run", str(size), *(word.rpartition("=")[2] for word in more)])
     if not (place.folder / name).exists():
         dropout = [] if more == tuple(LONG) else DRY
@@ -149,7 +149,7 @@ def numbers(folder: Path) -> list[Record]:
 
 
 def assert_close(one: Path, other: Path) -> None:
-    """Two runs have the same metrics, but for the rounding of sums in another order."""
+    """Assert that two runs have the same metrics, up to the rounding of sums in another order."""
     assert len(numbers(one)) == len(numbers(other)) > 16
     for a, b in zip(numbers(one), numbers(other), strict=True):
         assert a.keys() == b.keys()
@@ -177,7 +177,7 @@ def test_ranks_match_a_single_process(place, size, more):
 
 
 def test_torchrun_restarts_killed_ranks_which_resume_with_the_same_result(place):
-    """The files and the weights of the restarted run are those of a run in a single process."""
+    """The restarted run has the files and the weights of a run in a single process."""
     options = ["--max-restarts=1", "train.auto_resume=true", "hydra.run.dir=restarted"]
     single, restarted = trained(place, 1), place.folder / "restarted"
     out, err = finish(Torchrun(place, 2, *SAME, *DRY, *options, GPT2_FAULT="kill@7%1"))
@@ -242,7 +242,7 @@ FAILURES = {  # the fault: the error line of a rank, and the root cause in torch
 def test_failure_of_one_rank_ends_all_and_leaves_the_checkpoint_intact(place, fault):
     name = fault.replace("%", "-")
     options = [*SAME, *DRY, f"hydra.run.dir={name}"]
-    if fault.startswith("hang"):  # it does not react to SIGTERM either
+    if fault.startswith("hang"):  # a hanging rank ignores SIGTERM too
         options += ["distributed.timeout=20", "--shutdown_timeout=2"]
     _, err = finish(Torchrun(place, 2, *options, GPT2_FAULT=fault), fails=True)
     printed, _, report = err.partition("ChildFailedError")
@@ -300,7 +300,7 @@ def test_skipped_checkpoint_is_reported_by_rank_0_only(place):
 
 @pytest.mark.slow
 def test_ranks_of_two_machines_are_restarted_together(place):
-    """Two torchruns, as on two machines. One of them sees its rank killed, the other its rank lose the connection."""
+    """Two torchruns, as on two machines. The rank of one is killed, the rank of the other loses the connection."""
     whole, restarted = trained(place, 2), place.folder / "machines"
     meeting = ["--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=1", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     options = [*SAME, *DRY, *meeting, "hydra.run.dir=machines", "train.auto_resume=true", "--max-restarts=1"]

@@ -1,4 +1,4 @@
-"""The checks find nothing wrong here, and do find what is broken on purpose."""
+"""The checks find nothing wrong on this machine, and find faults that the tests inject."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_compilation_without_a_compiler_and_one_that_fails(tmp_path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", lambda *_args, **_options: broken)
     row = found(tmp_path, "torch.compile")
-    assert row.status == SLOW  # a run continues without it
+    assert row.status == SLOW  # runs continue without it
     assert "no backend" in row.value
     monkeypatch.setattr(correctness, "find_compiler", lambda: None)
     assert found(tmp_path, "torch.compile").status == MISSING
@@ -78,13 +78,13 @@ def test_slow_optimizer(tmp_path, monkeypatch):
     assert found(tmp_path, "AdamW").status == SLOW
 
 
-def test_nan_that_is_not_left_out(tmp_path, monkeypatch):
+def test_step_with_nan_that_changes_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(NonFiniteGuard, "check", lambda *_: True)
     row = found(tmp_path, "a NaN")
     assert (row.status, row.value.split()[:2]) == (WRONG, ["it", "changed"])
 
 
-def test_steps_that_are_all_left_out(tmp_path, monkeypatch):
+def test_finite_step_that_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(NonFiniteGuard, "check", lambda *_: False)
     assert found(tmp_path, "a NaN").value == "the step after it is lost"
 
@@ -95,7 +95,7 @@ def test_wrong_cache(tmp_path, monkeypatch):
     assert found(tmp_path, "cached decoding").status == WRONG
 
 
-def test_step_that_is_not_repeated(tmp_path, monkeypatch):
+def test_step_that_is_not_repeatable(tmp_path, monkeypatch):
     real = optimizer.learning_rate
     count = iter(range(1, 100))
     monkeypatch.setattr("gpt2.train.learning_rate", lambda *rest: real(*rest) * (1 + 1e-3 * next(count)))
@@ -115,7 +115,7 @@ def test_errors_in_a_format_are_judged_by_its_rounding():
     assert judged(Errors(3e-6, 0.0, 1e-6), "fp32", "a").status == OK
     assert judged(Errors(1e-3, 0.0, 1e-2), "bf16", "a").status == OK
     assert judged(Errors(1e-3, 0.0, 1e-5), "TF32", "a").status == OK
-    assert judged(Errors(1e-6, 0.0, 1e-5), "TF32", "a").status == SLOW  # it was fp32
+    assert judged(Errors(1e-6, 0.0, 1e-5), "TF32", "a").status == SLOW  # fp32 was used instead
     assert judged(Errors(float("inf"), 0.0, 0.0), "bf16", "a").status == WRONG
     assert difference(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
 
@@ -128,12 +128,12 @@ def test_backend_of_attention(precision, t, backend):
     assert attention_backend(CPU, Precision(precision, CPU), t, width=32, num_heads=2) == backend
 
 
-def test_plain_attention_is_noticed(monkeypatch):
+def test_plain_attention_is_detected(monkeypatch):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert attention_backend(CPU, Precision("fp32", CPU), 256, width=32, num_heads=2) == "math"
 
 
-def test_errors_of_each_way_to_multiply(tmp_path, monkeypatch):
+def test_errors_of_each_implementation_of_products(tmp_path, monkeypatch):
     for name in correctness.linear.LINEARS:
         monkeypatch.setattr("gpt2.training.compile.faster_linear", lambda name=name: name)
         assert max(errors_in(Machine(CPU, tmp_path), "fp32")) < 4e-6

@@ -1,4 +1,4 @@
-"""What the rows say about machines that lack something."""
+"""The rows for machines that lack something."""
 
 import errno
 import resource
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch) -> Machine:
-    """This one, in an empty folder, with an empty cache and no GPU."""
+    """This machine, in an empty folder, with an empty cache and no GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(environment, "nvidia_smi", list)
@@ -52,7 +52,7 @@ def test_versions_that_differ(machine, monkeypatch):
     assert found.figures["others"]["numpy"] == "9.9"
     assert "constraints.txt" in found.advice
     monkeypatch.setattr(environment, "installed_version", lambda name: "2.12.0" if name == "torch" else real(name))
-    assert row(machine, "packages").status == WRONG  # pyproject.toml wants one version
+    assert row(machine, "packages").status == WRONG  # pyproject.toml requires one version
     assert "torch==2.13.0" in row(machine, "packages").value
     monkeypatch.setattr(environment, "installed_version", lambda name: None if name == "einops" else real(name))
     assert "einops" in row(machine, "packages").value
@@ -181,7 +181,7 @@ def test_gpus_of_pytorch(machine, monkeypatch):
     assert "only 10% of the memory is free" in found.value
 
 
-def test_network_is_not_asked_if_the_environment_says_so(machine, monkeypatch):
+def test_network_is_not_used_if_the_environment_forbids_it(machine, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert row(machine, "Hugging Face Hub").value == "not contacted, by HF_HUB_OFFLINE=1"
@@ -193,7 +193,7 @@ def test_network_that_does_not_answer(machine, monkeypatch):
     monkeypatch.setattr(environment, "connect", hub.connect.__wrapped__)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert row(machine, "Hugging Face Hub").status == MISSING
-    monkeypatch.delenv("HF_HUB_OFFLINE")  # which it set for the libraries
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # set by the check for the libraries
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr("gpt2.tracking.wandb_service.can_go_online", lambda seconds: False)
     assert row(machine, "Weights & Biases").value == "not logged in"

@@ -1,4 +1,4 @@
-"""The command: rows, exit codes, the JSON file, interruptions. What is checked is tested in the other files."""
+"""The command: rows, exit codes, the JSON file, interruptions. Other files test the checks."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_slow_and_missing_are_not_wrong(tmp_path, capsys):
     assert "3 checks: 1 OK, 1 slow, 1 missing, 0 WRONG, in 0 s" in printed
 
 
-def test_check_that_fails_is_wrong_in_a_line_and_the_others_are_run(tmp_path, capsys):
+def test_exception_of_a_check_is_a_wrong_row_and_the_others_run(tmp_path, capsys):
     code, found = examined(tmp_path, {"bad": fails, **GOOD})
     assert code == 1
     first, *others = found["rows"]
@@ -50,7 +50,7 @@ def test_check_that_fails_is_wrong_in_a_line_and_the_others_are_run(tmp_path, ca
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_interruption_prints_and_writes_what_there_is(tmp_path, capsys):
+def test_interruption_prints_and_writes_the_rows_so_far(tmp_path, capsys):
     def interrupted(_machine: Machine) -> Row:
         raise KeyboardInterrupt
 
@@ -62,7 +62,7 @@ def test_interruption_prints_and_writes_what_there_is(tmp_path, capsys):
     assert "interrupted after 3 checks" in capsys.readouterr().out
 
 
-def test_rows_are_short_lines_with_what_to_do():
+def test_rows_are_short_lines_with_advice():
     row = Row("word " * 40, MISSING, "pip install " * 12, name="shared memory")
     lines = as_lines(row).splitlines()
     assert lines[0].startswith("  missing shared memory       ")
@@ -71,7 +71,7 @@ def test_rows_are_short_lines_with_what_to_do():
     assert "->" not in as_lines(Row("word", advice="pip", name="x"))
 
 
-def test_warnings_do_not_tear_the_table(tmp_path, capsys, recwarn):
+def test_warnings_do_not_interrupt_the_table(tmp_path, capsys, recwarn):
     import logging
     import warnings
 

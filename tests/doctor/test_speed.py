@@ -1,4 +1,4 @@
-"""Every measurement runs with a tiny model; what follows from the figures. Speed itself is not tested."""
+"""Every measurement runs with a tiny model, and the status follows from the figures. Speed is not tested."""
 
 import math
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ def machine(tmp_path, monkeypatch) -> Machine:
     monkeypatch.setattr(speed, "LOADED_TOKENS", 4000)
     monkeypatch.setattr(speed, "PROMPT_TOKENS", 4)
     monkeypatch.setattr(speed, "NEW_TOKENS", 4)
-    monkeypatch.setattr("gpt2.ops.cpu_inference.MIN_HEAD_BYTES", 0)  # weights are laid out as those of GPT-2 124M
+    monkeypatch.setattr("gpt2.ops.cpu_inference.MIN_HEAD_BYTES", 0)  # weights have the layout of GPT-2 124M
     monkeypatch.setattr(speed, "matmul_flops", lambda precision: 1e9 * precision.dtype.itemsize)
     return Machine(CPU, tmp_path)
 
@@ -41,7 +41,7 @@ def test_every_measurement_runs(machine):
     assert rows["training 124M"].figures["mfu"] > 0
     assert math.log(61) == pytest.approx(rows["training 124M"].figures["loss"], abs=0.5)
     decoding, bandwidth = rows["decoding 124M"].figures, rows["memory bandwidth"].figures["bytes_per_second"]
-    read = 4 * (speed.meta_model(speed.GPT2).num_parameters() - 16 * 16)  # all but the table of positions
+    read = 4 * (speed.meta_model(speed.GPT2).num_parameters() - 16 * 16)  # all weights but the table of positions
     assert decoding["share_of_floor"] == pytest.approx(read * decoding["tokens_per_second"] / bandwidth)
     assert rows["loading data"].figures["tokens_per_second"] > 0
 
@@ -60,7 +60,7 @@ def test_every_measurement_runs(machine):
         ("model=gpt2", {"seconds": 1e4}, SLOW),
     ],
 )
-def test_figures_decide(machine, monkeypatch, name, fields, status):
+def test_status_follows_from_the_figures(machine, monkeypatch, name, fields, status):
     monkeypatch.setattr(speed, "timed_steps", lambda _: steps(**fields))
     row = speed.CHECKS[name](machine)
     assert row.status == status

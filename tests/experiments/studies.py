@@ -19,7 +19,7 @@ lines: model.d_model
 
 
 def write_study(folder: Path, plan: str = PLAN) -> Path:
-    """A study of tiny models, in a folder where presets are found."""
+    """Write a study of tiny models into a folder of the search path for presets."""
     study = folder / "outputs" / "sweeps" / "tiny"
     study.mkdir(parents=True)
     (folder / "corpus.txt").write_text(TEXT)
@@ -38,7 +38,7 @@ def write_study(folder: Path, plan: str = PLAN) -> Path:
 
 
 def finished(folder: Path, monkeypatch, plan: str = PLAN) -> tuple[Results, list[PlannedRun]]:
-    """Results of runs as a finished study has them: the loss depends on learning rate, width and seed."""
+    """Results of a finished study, whose loss depends on learning rate, width and seed."""
     study = write_study(folder, plan)
     monkeypatch.chdir(folder)
     runs = planned_runs(read_plan(study), "tiny")

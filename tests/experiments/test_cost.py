@@ -1,4 +1,4 @@
-"""What a recorded study costs."""
+"""The cost of a recorded study."""
 
 import shutil
 from math import isnan
@@ -37,7 +37,7 @@ def test_runs_count_by_their_flops(study):
     assert long == pytest.approx(10 * short)
     assert wide[0] > short
     assert cost.share_done == 0
-    assert isnan(cost.seconds_left(jobs=2))  # nothing is known yet
+    assert isnan(cost.seconds_left(jobs=2))  # before any measurement
     logged(study.runs[1], 40, 20)
     cost.update(study.runs[1])
     assert cost.share_done == pytest.approx(long / 2 / sum(cost.flops.values()))
@@ -47,12 +47,12 @@ def test_runs_count_by_their_flops(study):
 
 def test_time_left_is_that_of_the_flops_left(study):
     logged(study.runs[0], 8, 4, "finished")
-    logged(study.runs[1], 40, 20)  # narrow: half a second a step
+    logged(study.runs[1], 40, 20)  # narrow: half a second per step
     logged(study.runs[2], 8, 8, "finished")  # wide: a second
     cost = StudyCost(study.configs)
     seconds = [20 + SECONDS_BESIDE, 80 + SECONDS_BESIDE]
     assert cost.seconds_left(jobs=1) == pytest.approx(sum(seconds))
-    assert cost.seconds_left(jobs=2) == pytest.approx(max(seconds))  # one run is not divided
+    assert cost.seconds_left(jobs=2) == pytest.approx(max(seconds))  # one run is not split over jobs
     logged(study.runs[2], 2, 2, "diverged")
     assert StudyCost(study.configs).left[study.runs[2]] == 0
     (study.runs[2].folder / "metrics.jsonl").write_text("damaged")
@@ -61,7 +61,7 @@ def test_time_left_is_that_of_the_flops_left(study):
 
 def test_size_without_runs_is_measured(study):
     logged(study.runs[0], 8, 4, "finished")
-    logged(study.runs[3], 0, 1)  # an evaluation before the first step
+    logged(study.runs[3], 0, 1)  # only an evaluation before the first step
     cost = StudyCost(study.configs)
     narrow, wide = (cost.kinds[run] for run in study.runs[::2])
     assert cost.seconds_per_flop(wide) == pytest.approx(cost.seconds_per_flop(narrow) * 5 / 4)
@@ -102,7 +102,7 @@ def test_optimizers_differ_in_speed(tmp_path, monkeypatch):
     assert cost.seconds_left(jobs=2) == pytest.approx(8 + SECONDS_BESIDE)
 
 
-def test_plan_is_of_what_is_missing_within_the_hours_of_a_run(tmp_path, monkeypatch):
+def test_plan_counts_missing_runs_within_the_time_limit_of_a_run(tmp_path, monkeypatch):
     key = "train.max_training_hours"
     folder = write_study(tmp_path, f"variants: [narrow]\nsweep: {{{key}: [1e-3, 1]}}\nseeds: [1, 2]\nx: {key}")
     monkeypatch.chdir(tmp_path)
@@ -117,7 +117,7 @@ def test_plan_is_of_what_is_missing_within_the_hours_of_a_run(tmp_path, monkeypa
     assert "about 0:21 for the missing runs" in cost.plan(1)
 
 
-def test_plan_says_what_is_missing_and_starts_nothing(workspace: Workspace):
+def test_plan_prints_the_missing_runs_and_starts_nothing(workspace: Workspace):
     folder = write_study(workspace.folder, PLAN)
     before = sorted(folder.iterdir())
     done = workspace.module("gpt2.main", "study", "outputs/sweeps/tiny", "--plan", "jobs=2", "threads=1")

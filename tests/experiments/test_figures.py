@@ -1,8 +1,8 @@
-"""Every figure and picture of the READMEs in experiments/ is that of the data beside it.
+"""Every figure and picture of the READMEs in experiments/ matches the data in the same folder.
 
-`figures.py` in the folder of a study computes `FIGURES`, the texts of its README with figures in them, and
-`ELSEWHERE`, those of other pages. `GIVEN` are texts whose numbers are settings, dates and names. Together they cover
-every number of the README outside code, links and the generated part.
+`figures.py` in the folder of a study computes `FIGURES`, texts of its README that contain figures, and `ELSEWHERE`,
+texts of other pages. `GIVEN` are texts whose numbers are settings, dates and names. Together they cover every number of
+the README outside code, links and the generated part.
 """
 
 import re
@@ -35,14 +35,14 @@ def computed(folder: Path) -> dict:
 
 
 def prose(text: str) -> str:
-    """A page in one line, without its generated part, blocks of code, and where links lead."""
+    """A page in one line, without its generated part, blocks of code, and targets of links."""
     for pattern in (f"{re.escape(OPENING)}.*?{re.escape(CLOSING)}", r"^```.*?^```$", r"(?<=\])\([^)]*\)"):
         text = re.sub(pattern, "", text, flags=re.DOTALL | re.MULTILINE)
     return " ".join(text.split())
 
 
 def problems(text: str, figures: list[str], given: list[str]) -> list[str]:
-    """Texts that a page lacks, and numbers on it that no text covers."""
+    """Texts that a page lacks, and numbers of the page that no text covers."""
     page = prose(text)
     lacking = [f"lacks: {each}" for each in [*figures, *given] if each not in page]
     for each in sorted([*figures, *given], key=len, reverse=True):
@@ -66,7 +66,7 @@ def test_changed_figure_is_found():
 
 
 def test_changed_data_are_found(tmp_path):
-    """A loss in `results.csv` changes: the sentence, the generated part and the picture are no longer its own."""
+    """After a change in `results.csv`, the sentence, the generated part and the picture no longer match."""
     folder = shutil.copytree(ROOT / "experiments" / "depth_or_width", tmp_path / "depth_or_width")
     data, readme = (folder / "results.csv"), (folder / "README.md").read_text()
     data.write_text(data.read_text().replace(",1.79", ",1.78"))

@@ -27,10 +27,10 @@ def test_there_are_recorded_studies():
 
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: folder.name)
 def test_recorded_study_composes_and_has_a_result_for_every_run(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # none of its runs is here
+    monkeypatch.chdir(tmp_path)  # without any of its runs
     (tmp_path / "input.txt").write_text("What a study may read that is not ours.")
     plan = read_plan(folder)
-    validated_runs(replace(plan, seeds=plan.seeds[:1]), folder)  # other seeds compose as the first one does
+    validated_runs(replace(plan, seeds=plan.seeds[:1]), folder)  # other seeds compose like the first one
     with (folder / "results.csv").open() as file:
         rows = [(row["variant"], row["train.seed"]) for row in csv.DictReader(file)]
     runs = planned_runs(plan, folder.name)
@@ -155,7 +155,7 @@ def test_runs_of_an_earlier_plan_are_refused(tmp_path, monkeypatch):
         UserError, match=r"seed=1 and 1 more: started with train.max_steps=9, the study now has 8;"
     ) as refused:
         RecordedStudy(folder)
-    assert "precision" not in str(refused.value)  # neither what the machine made of it nor what training does not use
+    assert "precision" not in str(refused.value)  # chosen by the machine
 
 
 def test_plan_is_data(tmp_path):

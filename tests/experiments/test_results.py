@@ -100,10 +100,10 @@ def test_results_are_compared_with_the_recorded_ones(tmp_path, monkeypatch):
     results, _ = finished(tmp_path, monkeypatch)
     assert results.compare_with_recorded() == []
     assert "results.csv, results.png, README.md" in results.write()
-    assert results.compare_with_recorded() == []  # they are the same runs
+    assert results.compare_with_recorded() == []  # the runs are the same
     path = results.folder / "results.csv"
     path.write_text(path.read_text().replace(",2.16,", ",2.96,"))
-    assert "1 of 1 means are within" in results.compare_with_recorded()[0]  # the range has grown too
+    assert "1 of 1 means are within" in results.compare_with_recorded()[0]  # their range has grown
     path.write_text(path.read_text().replace(",2.96,", ",2.36,").replace(",2.26,", ",2.36,"))
     (line,) = results.compare_with_recorded()
     assert "0 of 1 means are within" in line
@@ -114,7 +114,7 @@ def test_only_runs_of_the_same_seed_are_compared(tmp_path, monkeypatch):
     results, _ = finished(tmp_path, monkeypatch)
     path = results.folder / "results.csv"
     first = [line for line in results.text.splitlines() if ",2,finished," not in line]
-    path.write_text("\n".join(first) + "\n")  # as before the study got its second seed
+    path.write_text("\n".join(first) + "\n")  # as if recorded with one seed
     assert results.compare_with_recorded() == []
     path.write_text(path.read_text().replace(",2.16,", ",2.15,"))
     assert results.compare_with_recorded() == ["Compared with the recorded results: the largest difference is 0.0100"]

@@ -27,14 +27,14 @@ def test_variant_is_found_from_any_folder(workspace: Workspace):
 
 @pytest.mark.slow
 def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
-    """Stopped by Ctrl-C and by SIGTERM; meanwhile a second process is refused."""
+    """The study is stopped by Ctrl-C and by SIGTERM. A second process is refused while it runs."""
     folder = write_study(workspace.folder, PLAN.replace("seeds: [1, 2]", "seeds: [1]"))
     command = ("gpt2.main", "study", "outputs/sweeps/tiny")
     for number, (sent, rate) in enumerate([(signal.SIGINT, "0.003"), (signal.SIGTERM, "0.001")]):
         running = workspace.start("-m", *command, "jobs=1", "threads=1", errors_in_output=True)
         name = f"{('narrow', 'wide')[number]},learning_rate={rate},seed=1"
         lock = workspace.folder / "outputs" / "studies" / "tiny" / name / ".lock"
-        # Until it has printed what it does, and this run has begun. The first process may have begun it as well.
+        # Wait until this process has printed its plan. An earlier process may have started the run.
         while not ("1 thread each" in running.printed(1) and lock.exists() and lock.read_text()):
             time.sleep(0.05)
             assert running.poll() is None
@@ -63,7 +63,7 @@ def test_interrupted_study_resumes_and_writes_its_results(workspace: Workspace):
     assert {row["state"] for row in rows} == {"finished"}
     assert (folder / "results.png").exists()
     again = workspace.module(*command)
-    assert re.search(r"4 of them done\n.*\n\n\| ", again.stdout)  # the header, and then the table
+    assert re.search(r"4 of them done\n.*\n\n\| ", again.stdout)  # the header, then the table
     assert "Compared with" not in again.stdout
 
 
@@ -74,7 +74,7 @@ def test_run_has_a_low_priority_and_its_threads(tmp_path, monkeypatch):
     run = RunProcess(PlannedRun("tiny", "narrow", {}), threads=3)
     try:
         assert os.getpriority(os.PRIO_PROCESS, run.process.pid) == lower
-        while not (environment := Path(f"/proc/{run.process.pid}/environ").read_bytes()):  # it is just starting
+        while not (environment := Path(f"/proc/{run.process.pid}/environ").read_bytes()):  # while the run starts
             assert not run.has_ended()
         assert b"\0OMP_NUM_THREADS=3\0" in b"\0" + environment
     finally:
@@ -89,7 +89,7 @@ def test_failed_run_is_reported_and_the_others_continue(workspace: Workspace):
     done = workspace.module("gpt2.main", "study", "outputs/sweeps/tiny")
     assert done.returncode == 1
     failure, count = done.stderr.splitlines()
-    assert failure.startswith("error: wide seed=1: exit code 2, gpt2: there is no such folder here")  # no Hub here
+    assert failure.startswith("error: wide seed=1: exit code 2, gpt2: there is no such folder here")  # without the Hub
     assert count == "error: 1 of 2 runs failed; the same command tries them again"
     assert re.search(r"wide seed=1 +failed", done.stdout)
     assert "val loss" in done.stdout
@@ -124,7 +124,7 @@ def test_unwritable_place_of_the_runs_is_refused_before_any_work(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs" / "studies").mkdir()
     (tmp_path / "outputs" / "studies" / "tiny").touch()
-    monkeypatch.setattr(runner, "RecordedStudy", None)  # not even opened
+    monkeypatch.setattr(runner, "RecordedStudy", None)  # the study is not even opened
     with pytest.raises(
         UserError, match=r"^study: cannot write to outputs/studies/tiny: not a folder; run the command in"
     ):

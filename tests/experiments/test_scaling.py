@@ -1,4 +1,4 @@
-"""The scaling study: its law is recovered from made-up data, and its prediction is made before the run."""
+"""The scaling study: its law is recovered from synthetic data, and its prediction is made before the run."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from gpt2.runtime.repository import ROOT
 from tests.analysis.test_compare import make_run
 
 FOLDER = ROOT / "experiments" / "scaling"
-sys.path.insert(0, str(FOLDER))  # its modules belong to no package
+sys.path.insert(0, str(FOLDER))  # its modules are not in a package
 
 import fit as study  # noqa: E402
 import law as laws  # noqa: E402
@@ -25,7 +25,7 @@ NOISE = 0.004
 
 
 def write_results(folder: Path, loss_of) -> study.Runs:
-    """A results.csv as the study writes it, of made-up losses with the noise of seeds."""
+    """Write a results.csv as the study does, with synthetic losses and noise between seeds."""
     random = np.random.default_rng(0)
     lines = ["variant,model.d_model,state,steps,tokens,loss,seconds"]
     for number, flops in enumerate(BUDGETS, 1):
@@ -41,7 +41,7 @@ def write_results(folder: Path, loss_of) -> study.Runs:
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> study.Fit:
-    """A fit to data of the law TRUE."""
+    """A fit to synthetic data that follow the law TRUE."""
     return study.Fit(write_results(tmp_path_factory.mktemp("known"), TRUE.loss), samples=30)
 
 
@@ -50,7 +50,7 @@ def test_a_known_law_lies_within_the_intervals(known, name):
     low, high = laws.interval([getattr(law, name) for law in known.laws])
     true = getattr(TRUE, name)
     assert low < true < high
-    assert high - low < 0.6 * true  # an interval that holds everything would say nothing
+    assert high - low < 0.6 * true  # the interval must not be so wide that it always contains the value
 
 
 def test_a_law_without_noise_is_recovered_exactly(known):
@@ -62,7 +62,7 @@ def test_a_law_without_noise_is_recovered_exactly(known):
 def test_a_wrong_law_leaves_residuals_that_noise_does_not_explain(known, tmp_path):
     assert np.std(known.residuals) < 1.3 * NOISE
 
-    def other(n, d):  # whose best size does not grow: half of the text's gain is lost beyond a million parameters
+    def other(n, d):  # the best size does not grow: beyond a million parameters half of the text's gain is lost
         return 0.75 + 0.7 * d**-0.45 + 0.1 * np.log(n / 0.5) ** 2
 
     wrong = study.Fit(write_results(tmp_path, other), samples=1)
@@ -149,7 +149,7 @@ def test_presets_give_every_size_the_same_compute(width):
     assert 6e6 * study.size(width) * tokens == pytest.approx(BUDGETS[1], rel=0.02)
 
 
-def test_picture_over_compute_labels_the_star_in_its_colour_and_says_what_counts_as_parameters(known):
+def test_picture_over_compute_labels_the_star_and_defines_parameters(known):
     (axes,) = study.over_compute(known, study.prediction(known), {"loss": 1.2}).axes
     colours = {text.get_text().split("\n")[0]: text.get_color() for text in axes.texts}
     (star,) = [line for line in axes.lines if line.get_marker() == "*"]

@@ -1,4 +1,4 @@
-"""Decoding: with and without a cache, alone and side by side, dynamic and compiled, the text is the same."""
+"""Decoding gives the same text with and without a cache, alone and in a batch, dynamic and compiled."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ greedy = partial(next_token, params=SamplingParams(do_sample=False, repetition_p
 
 def test_beyond_the_context_a_window_moves_by_a_quarter():
     model = noisy_model(tiny_config(context_length=8), seed=5, std=0.4).eval()
-    prompt = random_ids(model.config, 2, 11)  # already longer than the context
+    prompt = random_ids(model.config, 2, 11)  # longer than the context
     tokens, text = finish(model.generate(prompt, 14, do_sample=False))
     for length, token in enumerate(tokens, start=11):
         window = text[:, window_start(length, 8) : length]
@@ -41,7 +41,7 @@ def test_the_window_holds_at_least_three_quarters_of_the_context(context):
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.3}], ids=str)
 @pytest.mark.parametrize("length", [1, 5, 16, 23])
 def test_cached_text_equals_uncached_text(options, length):
-    """From one token, up to the context, and far beyond it."""
+    """For prompts of one token to far more than the context."""
     model = noisy_model(tiny_config(), seed=length)
     prompt = random_ids(model.config, 3, length)
     cached, recomputed = (finish(model.generate(prompt, 30, **options, use_cache=flag))[1] for flag in (True, False))
@@ -80,7 +80,7 @@ def test_the_cache_has_the_number_format_of_autocast():
 
 
 def test_the_cache_of_a_bf16_model_is_in_fp32_on_a_cpu():
-    """Where attention to bf16 is several times slower."""
+    """Attention to keys and values in bf16 is several times slower on a CPU."""
     model = noisy_model(tiny_config()).to(torch.bfloat16).eval()
     texts, real = padded(texts_of_lengths(model, 3, 9, 23), "left")
     decoder = Decoder(model, texts, 9, real)
@@ -90,7 +90,7 @@ def test_the_cache_of_a_bf16_model_is_in_fp32_on_a_cpu():
             decoder.append(logits.argmax(-1))
     assert (logits.dtype, decoder.cache.layers[0].memory.dtype) == (torch.bfloat16, torch.float32)
     for row, text in enumerate(decoder.text):
-        n = decoder.lengths[row] - 1  # all but the last choice
+        n = decoder.lengths[row] - 1  # all but the last token
         window = text[-n - 1 : -1][window_start(n, 16) :]
         assert_close(logits[row], model(window[None])[0][0, -1], atol=0.1, rtol=0.1)
 
@@ -121,7 +121,7 @@ def new_tokens(steps) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("lengths", [(1, 5, 3), (16, 2), (9, 23, 14, 1), (4, 4)], ids=str)
 def test_a_text_in_a_batch_equals_the_text_alone(lengths, side, use_cache):
-    """Also beyond the context, where each window moves at its own time."""
+    """Also beyond the context, where each text's window moves at a different step."""
     model = noisy_model(tiny_config(), seed=3)
     texts = texts_of_lengths(model, *lengths)
     input_ids, real = padded(texts, side)
@@ -204,7 +204,7 @@ def test_the_static_cache_gives_the_logits_of_the_dynamic_one(lengths, backend):
     input_ids, real = padded(texts_of_lengths(model, *lengths), "left")
     compiled = CompiledDecoding(backend=backend)
     expected = list(decode(model, input_ids, 30, greedy, real))
-    for _ in range(2):  # the second time in the memory of the first
+    for _ in range(2):  # the second text reuses the memory of the first
         for step, (tokens, logits) in zip(decode(model, input_ids, 30, greedy, real, compiled=compiled), expected):  # noqa: B905
             assert torch.equal(step[0], tokens)
             assert_close(step[1], logits, **close)
@@ -226,7 +226,7 @@ def test_two_texts_that_share_a_static_cache_do_not_affect_each_other():
     compiled = CompiledDecoding(backend="eager")
     expected = [new_tokens(decode(model, text, 9, greedy)) for text in texts]
     streams = [decode(model, text, 9, greedy, compiled=compiled) for text in texts]
-    interleaved = zip(*zip(*streams, strict=True), strict=True)  # a step of one, a step of the other, ...
+    interleaved = zip(*zip(*streams, strict=True), strict=True)  # alternating steps of both
     for steps, tokens in zip(interleaved, expected, strict=True):
         assert torch.equal(new_tokens(steps), tokens)
 
@@ -240,7 +240,7 @@ def test_more_shapes_compile_than_the_compiler_caches():
 
 
 def test_a_compiled_step_changes_only_inputs_of_fixed_address():
-    """The compiler makes no CUDA graph of a step that changes others."""
+    """The compiler makes no CUDA graph of a step that changes other inputs."""
     seen = []
 
     def compiler(graph, _inputs):
@@ -276,7 +276,7 @@ def test_align_right():
     assert moved.tolist() == [[2, 2, 1, 2], [5, 3, 4, 5], [7, 7, 6, 7], [1, 2, 3, 4]]
 
 
-def test_only_texts_whose_window_moves_are_read_again():
+def test_tokens_are_recomputed_only_when_a_window_moves():
     model = noisy_model(tiny_config(context_length=64))
     input_ids, real = padded(texts_of_lengths(model, *range(30, 62, 4)), "left")
     read = []

@@ -1,4 +1,4 @@
-"""Speculative decoding: the same tokens in fewer passes, whatever is drafted."""
+"""Speculative decoding gives the same tokens in fewer passes, whatever the drafts are."""
 
 from functools import partial
 
@@ -27,20 +27,20 @@ def drafted(text: list[int], length: int) -> list[list[int]] | None:
         ([1, 2, 3, 9, 1, 2, 3], [9, 1, 2, 3]),
         ([1, 2, 3, 7, 1, 2, 3, 8, 5, 6, 4, 1, 2, 3], [8, 5, 6, 4]),  # the latest occurrence
         ([1, 2, 3, 7, 5, 5, 3, 8, 5, 6, 1, 2, 3], [7, 5, 5, 3]),  # the longest ending
-        ([4, 3, 8, 5, 6, 1, 3], [8, 5, 6, 1]),  # a single token, if nothing longer occurred
-        ([5, 5], [5, 5, 5, 5]),  # what followed is repeated
+        ([4, 3, 8, 5, 6, 1, 3], [8, 5, 6, 1]),  # a single token, if no longer match occurred
+        ([5, 5], [5, 5, 5, 5]),  # a draft may repeat itself
         ([1, 2, 1, 2], [1, 2, 1, 2]),
         ([1, 2, 3], None),
         ([1], None),
     ],
 )
-def test_the_draft_is_what_followed_before(text, draft):
+def test_the_draft_is_the_continuation_of_an_earlier_match(text, draft):
     assert drafted(text, 4) == (draft and [draft])
 
 
-def test_texts_side_by_side_are_drafted_together():
+def test_texts_of_a_batch_are_drafted_together():
     lookup = PromptLookup([[1, 1], [2]], Drafts())
-    assert lookup.draft(2) is None  # the second text has nothing to repeat
+    assert lookup.draft(2) is None  # the second text has no match
     lookup.append(1, 2)
     assert lookup.draft(2) == [[1, 1], [2, 2]]
 
@@ -56,12 +56,12 @@ def test_a_draft_is_as_long_as_the_rows_of_a_pass_allow():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same tokens
+# Equal tokens
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT2Model:
-    """A model that was trained on texts that run in circles, half of them with an end of text in each, and on noise."""
+    """A model trained on periodic texts, half of them with an end of text in each period, and on noise."""
     torch.manual_seed(0)
     model = GPT2Model(tiny_config(vocab_size=257))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -105,7 +105,7 @@ PARAMS = [
 @pytest.mark.parametrize("params", PARAMS, ids=["greedy", "penalty", "sampled"])
 @pytest.mark.parametrize("prompts", PROMPTS, ids=lambda prompts: str([len(prompt) for prompt in prompts]))
 def test_the_tokens_are_those_of_plain_decoding(model, prompts, params):
-    """From one token to far beyond the context of 16, alone and side by side, for each number of tokens."""
+    """For prompts of one token to far beyond the context of 16, alone and in batches, for each number of tokens."""
     expected = tokens_of(model, prompts, 40, params)
     drafts = Drafts()
     assert torch.equal(tokens_of(model, prompts, 40, params, drafts=drafts), expected)
@@ -132,7 +132,7 @@ def test_a_repeating_text_takes_few_passes(model):
     assert drafts.passes <= 4  # the prompt, and two of six tokens each
     ignored = Drafts()
     tokens_of(model, [[50, 51, 50]] * (MAX_PASS_TOKENS // 2 + 1), 10, PARAMS[0], drafts=ignored)
-    assert ignored == Drafts()  # so many texts leave no room for a draft
+    assert ignored == Drafts()  # with so many texts a pass has no room for drafts
 
 
 @torch._dynamo.config.patch(recompile_limit=2)  # one token, and a whole draft
@@ -150,7 +150,7 @@ def test_two_texts_that_share_a_static_cache_do_not_affect_each_other(model):
     prompts = [torch.tensor([[50, 51, 50, 51]]), torch.tensor([[60, 61, 62, 60]])]
     expected = [torch.cat([token for token, _ in decode(model, prompt, 12, sampler)]) for prompt in prompts]
     streams = [decode(model, prompt, 12, sampler, compiled=compiled, drafts=Drafts()) for prompt in prompts]
-    interleaved = zip(*zip(*streams, strict=True), strict=True)  # a step of one, a step of the other, ...
+    interleaved = zip(*zip(*streams, strict=True), strict=True)  # alternating steps of both
     for steps, tokens in zip(interleaved, expected, strict=True):
         assert torch.equal(torch.cat([token for token, _ in steps]), tokens)
 
@@ -162,7 +162,7 @@ def test_two_texts_that_share_a_static_cache_do_not_affect_each_other(model):
 @pytest.mark.parametrize("count", [1, 7, 30])
 @pytest.mark.parametrize("stop", [[], ["32"], ["\x00"]], ids=str)
 def test_pieces_stops_and_probabilities_are_the_same(model, stop, count):
-    """Also where a stop text, or the end of the text, lies in the middle of an accepted draft."""
+    """Also if a stop text, or the end of the text, is in the middle of an accepted draft."""
     config = InferenceConfig(max_new_tokens=count, do_sample=False, repetition_penalty=1.0, stop=stop)
     seen = []
     for drafts in (None, Drafts()):
@@ -178,7 +178,7 @@ def test_pieces_stops_and_probabilities_are_the_same(model, stop, count):
 
 
 def test_the_end_of_a_text_inside_an_accepted_draft(model):
-    """For each token of a text that repeats itself, as if it were the end."""
+    """Each token of a repeating text is used as the end-of-text token once."""
     config = InferenceConfig(max_new_tokens=30, do_sample=False, repetition_penalty=1.0)
     accepted = []
 

@@ -29,7 +29,7 @@ VOCABULARY = 50
 
 
 def test_sampling_params_are_fields_of_the_config():
-    """An option reaches `next_token` by its name alone."""
+    """Options are passed to `next_token` by name."""
     params, config = get_type_hints(SamplingParams), get_type_hints(InferenceConfig)
     assert params == {name: config[name] for name in params}
     assert FILTERS.keys() <= params.keys()
@@ -116,8 +116,8 @@ def test_greedy_is_the_argmax_after_the_penalty(greedy):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-8, 9e-6])
-def test_greedy_needs_neither_luck_nor_small_logits(temperature):
-    """Of equal tokens the first is taken, and logits that a division by the temperature would make infinite count."""
+def test_greedy_is_the_first_maximum_for_ties_and_huge_logits(temperature):
+    """Ties give the first token, and huge logits are not divided by the temperature, which would make them infinite."""
     logits = torch.tensor([[0.0, 1.0, 1.0, 1.0], [0.0, 1e35, 2e35, 1e34]]).repeat(50, 1)
     tokens = next_token(logits, torch.zeros(100, 0, dtype=torch.long), SamplingParams(temperature=temperature))
     assert tokens.tolist() == [1, 2] * 50
@@ -131,7 +131,7 @@ def test_a_low_temperature_samples():
 
 @pytest.mark.parametrize("p", [0.125, 0.25, 0.5, 0.75])
 def test_top_p_keeps_no_more_tokens_than_it_needs(p):
-    """Of eight equal tokens, whose probabilities and sums are exact."""
+    """With eight equal tokens, whose probabilities and sums are exact."""
     kept = keep_top_p(torch.zeros(3, 8), p).isfinite().sum(-1)
     assert kept.tolist() == [8 * p] * 3
     assert TopPLogitsWarper(p)(None, torch.zeros(3, 8)).isfinite().sum(-1).tolist() == kept.tolist()
@@ -148,7 +148,7 @@ def test_frequencies_follow_the_softmax(temperature):
     expected = (logits / temperature).softmax(-1) * draws
     assert observed[6] == 0
     chi_square = ((observed - expected)[:6] ** 2 / expected[:6]).sum()
-    assert chi_square < 20.5  # of 5 degrees of freedom: passed by 999 seeds in 1000
+    assert chi_square < 20.5  # 5 degrees of freedom: 999 of 1000 seeds pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The interactive session: its commands, and the real thing on a terminal."""
+"""The interactive session: its commands, and a session on a terminal."""
 
 import codecs
 import os
@@ -17,7 +17,7 @@ from tests.conftest import Workspace
 
 @pytest.fixture
 def session() -> Session:
-    """A session that only records what it should generate, in `session.generated`."""
+    """A session that records requests in `session.generated` instead of generating."""
     generated: list[tuple[str, InferenceConfig]] = []
     session = Session(lambda text, config: generated.append((text, config)), InferenceConfig(seed=3))
     session.generated = generated
@@ -30,8 +30,8 @@ def test_a_line_is_continued_and_an_empty_one_is_not(session):
     assert [text for text, _ in session.generated] == ["Once upon", "  indented "]
 
 
-def test_a_line_that_is_not_utf8_is_said(session, monkeypatch, capsys):
-    """Where Python's standard input is strict."""
+def test_a_line_that_is_not_utf8_is_reported(session, monkeypatch, capsys):
+    """With a standard input that is strict about UTF-8."""
     lines = iter([b"caf\xe9", b"text"])
 
     def typed(_prompt: str) -> str:

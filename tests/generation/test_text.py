@@ -24,7 +24,7 @@ def model() -> GPT2Model:
 
 
 def cut(text: str, stops: list[str]) -> str:
-    """The expected result of `before_stop`: the shortest beginning that ends with a stop string, without it."""
+    """The expected result of `before_stop`: the shortest prefix that ends with a stop string, without that string."""
     for end in range(len(text) + 1):
         if found := [stop for stop in stops if text[:end].endswith(stop)]:
             return text[: end - max(map(len, found))]
@@ -41,7 +41,7 @@ def test_a_text_ends_before_its_first_stop_string_for_any_pieces(stops):
         assert "".join(before_stop(iter(pieces), stops)) == cut(text, stops)
 
 
-def test_only_the_possible_beginning_of_a_stop_string_is_held_back():
+def test_only_a_possible_prefix_of_a_stop_string_is_delayed():
     pieces = list(before_stop(iter(["one", " two\n", "\r three", "\n", "\n four"]), ["\n\n"]))
     assert pieces == ["one", " two", "\n\r three", "", ""]
 
@@ -79,7 +79,7 @@ def test_min_p_of_one_is_greedy(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Side by side
+# Batches
 
 PROMPTS = ["ab", "c" * 12, "\N{SNOWMAN}", "d" * 40]  # the last one is longer than the context
 
@@ -103,7 +103,7 @@ def test_texts_can_be_read_in_any_order_and_lazily(model):
     expected = ["".join(text) for text in batch(model, PROMPTS, config).texts()]
     some = batch(model, PROMPTS, config)
     first, last = iter(some.texts()[0]), iter(some.texts()[-1])
-    pieces = list(zip(first, last, strict=True))  # a piece of one, a piece of the other, ...
+    pieces = list(zip(first, last, strict=True))  # alternating pieces of both
     assert ["".join(text) for text in zip(*pieces, strict=True)] == [expected[0], expected[-1]]
     assert len(some.results) == 30
     lazy = batch(model, PROMPTS, config)
@@ -132,7 +132,7 @@ def test_only_tokens_up_to_the_end_are_counted(model):
     whole = batch(model, ["ab"], config)
     list(whole.texts()[0])
     ids = [int(step[0][0]) for step in whole.results]
-    stop = next(i for i in ids[5:] if i < 128)  # a character that is a token
+    stop = next(i for i in ids[5:] if i < 128)  # a token that is a character
     config.stop = [chr(stop)]
     speed = Speed()
     (text,) = batch(model, ["ab"], config, speed=speed).texts()

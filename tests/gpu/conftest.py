@@ -1,6 +1,6 @@
-"""What tests for a machine with a CUDA device share. Elsewhere each is skipped; GPT2_GPU_TESTS=cpu runs them on a CPU.
+"""Fixtures of the tests for a CUDA device. Without a device they are skipped; GPT2_GPU_TESTS=cpu runs them on a CPU.
 
-On a CPU a test does as much of itself as a CPU can, so that no line of it is first executed on a GPU.
+On a CPU a test does everything that a CPU supports, so that its lines have been executed before they run on a GPU.
 """
 
 import os
@@ -25,7 +25,7 @@ if DEVICE == "cuda":
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if Path(__file__).parent in item.path.parents]
-    # The number of devices is asked of the driver's library, without starting CUDA in this process.
+    # Count devices with the driver's library, which does not initialize CUDA in this process.
     is_skipped = bool(ours) and DEVICE == "cuda" and torch.cuda.device_count() == 0
     for item in ours:
         item.add_marker(pytest.mark.gpu)
@@ -40,7 +40,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def cuda(device: torch.device) -> torch.device:
-    """The device of a test of which nothing can be done on a CPU."""
+    """The device of a test that cannot run on a CPU."""
     if device.type != "cuda":
         pytest.skip("a CPU has nothing like it")
     return device
@@ -48,7 +48,7 @@ def cuda(device: torch.device) -> torch.device:
 
 @contextmanager
 def no_wait(device: torch.device) -> Iterator[None]:
-    """Makes CUDA raise an error where the host waits for the device."""
+    """Makes CUDA raise an error when the host waits for the device."""
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -60,7 +60,7 @@ def no_wait(device: torch.device) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def settings_as_before() -> Iterator[None]:
-    """Restores what a training sets for the whole process."""
+    """Restores settings that training changes for the whole process."""
     deterministic, products = torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     yield
     torch.use_deterministic_algorithms(deterministic)

@@ -1,4 +1,4 @@
-"""Decoding on a CUDA device: compiled into a CUDA graph it writes the same texts, and no step waits for the device."""
+"""Decoding on a CUDA device: a CUDA graph generates the same texts, and no step waits for the device."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +24,7 @@ FILTERED = SamplingParams(temperature=0.8, repetition_penalty=1.2, top_k=20, top
 
 @pytest.fixture
 def compiled(device) -> CompiledDecoding:
-    """With the options of the product; on a CPU without the compiler's kernels."""
+    """Compiled decoding with the options of the product; on a CPU without compiled kernels."""
     counters.clear()
     return CompiledDecoding(**({} if device.type == "cuda" else {"backend": "aot_eager"}))
 
@@ -44,7 +44,7 @@ def test_compiled_step_gives_the_same_text_and_logits(device, compiled, lengths,
         return chosen[:, number[0] - 1].contiguous()
 
     def logits_of(compiled: CompiledDecoding | None) -> list[torch.Tensor]:
-        """Of the same text, because rounding may decide between two tokens."""
+        """The logits of a fixed text, because rounding may decide between two generated tokens."""
         steps = decode(model, input_ids, 40, partial(forced, [0]), real, compiled=compiled)
         return [logits.clone() for _, logits in steps]
 
@@ -54,7 +54,7 @@ def test_compiled_step_gives_the_same_text_and_logits(device, compiled, lengths,
             assert_close(one, other, **near)
     if dtype == torch.float32:
         assert torch.equal(new_tokens(decode(model, input_ids, 40, greedy, real, compiled=compiled)), chosen)
-    assert not counters["inductor"]["cudagraph_skips"]  # such as for an input that it changes
+    assert not counters["inductor"]["cudagraph_skips"]  # for example because the step changes an input
 
 
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
@@ -65,7 +65,7 @@ def test_no_step_waits_for_the_device(device, compiled, lengths, is_compiled):
     input_ids, real = (tensor.to(device) for tensor in padded(texts_of_lengths(model, *lengths), "left"))
     generators = [torch.Generator(device).manual_seed(seed) for seed in range(len(lengths))]
     sampler = partial(next_token, params=FILTERED, generators=generators)
-    for is_watched in (False, True):  # the first time it compiles
+    for is_watched in (False, True):  # the first run compiles
         steps = decode(model, input_ids, 30, sampler, real, compiled=compiled if is_compiled else None)
         next(steps)  # reads the prompts
         with no_wait(device) if is_watched else nullcontext():
@@ -74,7 +74,7 @@ def test_no_step_waits_for_the_device(device, compiled, lengths, is_compiled):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_generator_writes_the_same_texts_compiled(folder: Path, device, precision):
-    """Of several prompts at once, beyond the context, by greedy decoding and by sampling with a seed."""
+    """Several prompts in a batch, beyond the context, by greedy decoding and by sampling with a seed."""
     write_tokenizer(folder)
     config = InferenceConfig(max_new_tokens=30, num_return_sequences=2, seed=1, stop_at_end_of_text=False)
     both = [

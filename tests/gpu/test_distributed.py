@@ -36,7 +36,7 @@ def rank(device, monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_strategy_trains_as_a_single_process(blocks, tmp_path, rank, device, strategy, precision, monkeypatch):
-    """A single rank needs no strategy, so it gets one here: hooks, buckets and shards, but nothing to exchange."""
+    """A single rank usually has no strategy. Here it has hooks, buckets and shards, but nothing to exchange."""
     expected = make_trainer(blocks, tmp_path, device=str(device), max_steps=6, precision=precision)
     expected.train()
 

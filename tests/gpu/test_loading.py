@@ -1,4 +1,4 @@
-"""Batches for a CUDA device come in page-locked memory, faster than it can train on them."""
+"""Batches for a CUDA device are loaded into pinned memory faster than it can train on them."""
 
 import time
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ from tests.gpu.test_memory import blocks_of
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_is_never_the_bottleneck(tmp_path, device, num_workers):
-    """Loading a batch takes less than a quarter of the time of its step, and no step waits for the device by itself."""
+    """Loading a batch takes less than a quarter of the time of its step, and no step makes the host wait."""
     is_gpu = device.type == "cuda"
     config = GPT2Config() if is_gpu else GPT2Config(8192, 256, 256, 4, 2, 1024)
     options = {"batch_size": 8, "num_workers": num_workers, "precision": "bf16", "compile": False}
@@ -34,7 +34,7 @@ def test_loading_is_never_the_bottleneck(tmp_path, device, num_workers):
         began = time.perf_counter()
         batch = next(batches)
         loaded = time.perf_counter()
-        with no_wait(device) if number else nullcontext():  # the first step allocates
+        with no_wait(device) if number else nullcontext():  # the first step allocates memory
             trainer.train_step([batch])
         if is_gpu:
             torch.cuda.synchronize(device)

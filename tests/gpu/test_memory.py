@@ -1,4 +1,4 @@
-"""Memory of a CUDA device: a training takes what the formulas say, and the error of a full device says what helps."""
+"""Memory of a CUDA device: training takes as much as the formulas give, and the error of a full device has advice."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def blocks_of(folder: Path, config: GPT2Config, count: int) -> TokenDataset:
 
 
 def peak_memory(trainer: Trainer, act: Callable[[], object]) -> int:
-    """The most bytes of tensors that exist at a time while a function runs."""
+    """The peak memory of tensors while a function runs, in bytes."""
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(trainer.device)
         act()
@@ -42,8 +42,8 @@ def peak_memory(trainer: Trainer, act: Callable[[], object]) -> int:
 def test_peak_is_that_of_the_formulas(tmp_path, device, options, precision, monkeypatch):
     """A step of two passes: in the second, gradients and activations exist at the same time, as the formulas assume."""
     is_gpu = device.type == "cuda"
-    monkeypatch.setattr(attention, "MAX_WEIGHT_BYTES", 0)  # a CPU too takes the fused kernel
-    config = GPT2Config() if is_gpu else GPT2Config(8192, 256, 256, 4, 4, 1024, **NO_DROPOUT)  # masks are larger there
+    monkeypatch.setattr(attention, "MAX_WEIGHT_BYTES", 0)  # a CPU uses the fused kernel too
+    config = GPT2Config() if is_gpu else GPT2Config(8192, 256, 256, 4, 4, 1024, **NO_DROPOUT)  # its masks are larger
     fields = {"batch_size": 8, "accumulation_steps": 2, "device": str(device), "precision": precision, **options}
     train = TrainingConfig(**fields, num_workers=0, compile=False)
     blocks = blocks_of(tmp_path, config, 16)
@@ -57,8 +57,8 @@ def test_peak_is_that_of_the_formulas(tmp_path, device, options, precision, monk
     assert sum(needed.values()) == pytest.approx(measured, rel=0.1), needed
 
 
-def test_full_device_is_one_line_that_says_what_helps(workspace: Workspace, device):
-    """The device of a GPU is made small; on a CPU the error is injected."""
+def test_full_device_is_one_line_with_advice(workspace: Workspace, device):
+    """The memory of a GPU is limited; on a CPU the error is injected."""
     workspace.environment[fault_injection.VARIABLE] = "out_of_memory@1" if device.type == "cpu" else ""
     if device.type == "cuda":
         fraction = 0.5e9 / memory_of(device)

@@ -1,4 +1,4 @@
-"""Training on a CUDA device: it waits for the device only to log, and computes what a CPU computes."""
+"""Training on a CUDA device: the host waits only to log, and results equal those of a CPU."""
 
 from functools import partial
 
@@ -22,13 +22,13 @@ FIRST_STEP = {"fp32": 5e-5, "tf32": 2e-3, "bf16": 2e-2, "fp16": 5e-3}  # relativ
 
 
 def in_precision(name: str) -> dict[str, str]:
-    """The option of a precision; TF32 is set for the whole process."""
+    """The options of a precision; TF32 is a setting of the whole process."""
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return {"precision": "fp32" if name == "tf32" else name}
 
 
 class NoHiddenWait(Callback):
-    """Makes CUDA raise an error where the host waits for it, except in steps that log."""
+    """Makes CUDA raise an error when the host waits for the device, except in steps that log."""
 
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.progress.step in (1, trainer.total_steps):
@@ -122,7 +122,7 @@ def test_nonfinite_step_stops_the_run_and_keeps_its_checkpoints(blocks, tmp_path
 
 
 def test_accumulation_and_checkpointing_change_no_result(blocks, tmp_path, device):
-    options = {"device": str(device), "max_epochs": 2, "epsilon": 1e-2}  # so large that rounding causes no full steps
+    options = {"device": str(device), "max_epochs": 2, "epsilon": 1e-2}  # no full steps from rounding errors
     whole = make_trainer(blocks, tmp_path, batch_size=4, **options)
     parts = make_trainer(blocks, tmp_path, batch_size=2, accumulation_steps=2, gradient_checkpointing=True, **options)
     for trainer in (whole, parts):
@@ -141,8 +141,8 @@ def test_evaluation_gives_the_loss_of_a_cpu(blocks, tmp_path, device):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_takes_the_flash_kernel_of_attention(device, checkpointing):
-    """An error says that it does not support these tensors."""
+def test_training_uses_the_flash_kernel_of_attention(device, checkpointing):
+    """The kernel raises an error if it does not support these tensors."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         pytest.skip("older GPUs have no such kernel")
     config = GPT2Config(257, 256, 128, 2, 2, 256, **{**NO_DROPOUT, "attention_dropout": 0.1 * (device.type == "cuda")})

@@ -57,5 +57,5 @@ def test_dropout_acts_on_the_attention_weights():
     value = torch.ones(1, 64, 4)
     qkv = torch.cat([torch.zeros(1, 64, 8), value], dim=2).requires_grad_()
     mixed = attend(qkv, num_heads=1, dropout=0.5)
-    assert 0.9 < mixed[0, 32:].mean() < 1.1  # the rest is scaled up
+    assert 0.9 < mixed[0, 32:].mean() < 1.1  # the remaining weights are scaled up
     assert mixed[0, 32:].std() > 0.05

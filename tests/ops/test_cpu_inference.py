@@ -34,7 +34,7 @@ shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5), (8, 1)], ids=
 
 
 @pytest.mark.skipif(not onednn.is_available(), reason="the figures are of a PyTorch with oneDNN")
-def test_rule_takes_the_layout_that_was_measured_to_be_fastest():
+def test_rule_chooses_the_layout_that_was_measured_to_be_fastest():
     rows = json.loads((ROOT / "experiments" / "generation" / "layouts.json").read_text())["results"]
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     for row in rows:
@@ -130,7 +130,7 @@ def test_private_int4_operations_are_where_they_were():
 
 @pytest.fixture(scope="module")
 def learned() -> GPT2Model:
-    """A trained model, whose weights and activations are no longer noise."""
+    """A trained model, whose weights and activations are not random."""
     model = GPT2Model(tiny_config(vocab_size=128, context_length=32, d_model=64, d_ff=256))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     text = torch.tensor(list(CORPUS.encode()))
@@ -157,11 +157,11 @@ def test_a_quantized_model_has_nearly_the_same_perplexity(learned, quantization,
 
 
 def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """What the 4-bit integers of a weight stand for."""
+    """The values that the 4-bit integers of a weight represent."""
     return Int4Linear(weight)(torch.eye(weight.size(1))).T
 
 
-@pytest.mark.parametrize("inputs", [128, 200])  # one group; two, of which the second is filled up
+@pytest.mark.parametrize("inputs", [128, 200])  # one group; two groups, the second one padded
 def test_an_int4_layer_is_the_plain_layer_of_weights_within_half_a_step(inputs):
     torch.manual_seed(0)
     weight, x, offset = torch.randn(50, inputs), torch.randn(3, 5, inputs).bfloat16().float(), torch.randn(50)
@@ -202,7 +202,7 @@ def test_an_int8_layer_is_near_the_plain_layer(shape):
 def test_int8_tokens_are_independent():
     torch.manual_seed(0)
     layer, x = Int8Linear(torch.randn(50, 24)), torch.randn(3, 5, 24)
-    x[0, 0] *= 1e4  # with a common scale, nothing would be left of the others
+    x[0, 0] *= 1e4  # a common scale would round the others to zero
     x[1, 1] = 0.0
     together = layer(x)
     assert torch.equal(together[1, 1], torch.zeros(50))

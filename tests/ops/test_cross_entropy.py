@@ -17,7 +17,7 @@ def problem(n: int = 50, ignored: int = 7, size: float = 1.0):
     hidden_states = (size * torch.randn(n, C, generator=generator)).requires_grad_()
     weight = torch.randn(V, C, generator=generator).requires_grad_()
     targets = torch.randint(V, (n,), generator=generator)
-    targets[torch.randperm(n, generator=generator)[:ignored]] = -100  # as in transformers
+    targets[torch.randperm(n, generator=generator)[:ignored]] = -100  # the ignored index of transformers
     return hidden_states, weight, targets
 
 
@@ -147,7 +147,7 @@ def test_sums_over_many_tokens_do_not_overflow_fp16():
 
 
 def test_other_negative_targets_are_refused():
-    """Some programs ignore -1; here it is an error, not token 0."""
+    """Some programs ignore -1; here it is an error."""
     hidden_states, weight, targets = problem()
     targets[3] = -1
     with pytest.raises(RuntimeError, match="out of bounds"):

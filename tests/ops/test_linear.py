@@ -73,7 +73,7 @@ def test_products_that_need_a_copy_are_left_to_pytorch(monkeypatch):
         ([[4.0, 8.0]], "PyTorch"),
     ],
 )
-def test_the_fastest_product_is_used_stored_and_said_once(seconds, chosen, monkeypatch, tmp_path, caplog):
+def test_the_fastest_product_is_used_stored_and_logged_once(seconds, chosen, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = iter(seconds)
     monkeypatch.setattr(onednn, "fastest_seconds", lambda *_: next(measured))

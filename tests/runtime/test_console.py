@@ -26,7 +26,7 @@ def test_time_left_format(seconds, text):
     assert time_left(seconds) == text
 
 
-def test_printable_replaces_what_a_terminal_obeys_and_nothing_else():
+def test_printable_replaces_control_characters_and_nothing_else():
     assert printable(ORDERS) == SHOWN
     directions = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x61C]
     unsafe = {*map(chr, [*range(0x20), *range(0x7F, 0xA0), *directions, 0x2028, 0x2029, 0xD800, 0xDFFF])} - {"\n", "\t"}
@@ -35,7 +35,7 @@ def test_printable_replaces_what_a_terminal_obeys_and_nothing_else():
     assert printable(harmless) == harmless
 
 
-def test_bars_of_tqdm_move_the_cursor_and_others_do_not():
+def test_only_progress_bars_of_tqdm_may_move_the_cursor():
     sent = io.StringIO()
     stream = TerminalText(sent)
     with tqdm(desc=ORDERS, total=2, file=stream, mininterval=0, ascii=True) as bar:
@@ -61,7 +61,7 @@ def test_label_of_the_progress_line_and_text_above_it_are_printable(monkeypatch)
         print(ORDERS, file=sys.stderr)
     sent = terminal.getvalue()
     assert sent.count(SHOWN) > 2
-    assert "\x1b[2K" in sent  # rich itself clears its line
+    assert "\x1b[2K" in sent  # rich clears its own line
     assert not any(order in sent for order in ("\x1b]", "\x07", "\x1b[31;41m", "\x9b", "\u202e"))
 
 
@@ -80,7 +80,7 @@ def test_warnings_and_tracebacks_are_without_passwords(monkeypatch):
     file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stderr", file)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    for _ in range(2):  # each job of a sweep does it
+    for _ in range(2):  # as each job of a sweep does
         protect_output()
     error = OSError("https://user:t0k3n@host is down")
     sys.stderr.write(warnings.formatwarning(error, UserWarning, "x.py", 1, line="connect(password='t0k3n')"))
@@ -98,7 +98,7 @@ def test_warnings_and_tracebacks_are_without_passwords(monkeypatch):
 
 
 def only_text(sent: str) -> str:
-    """What a terminal received, which must not contain anything that it obeys."""
+    """The output on a terminal, which must not contain control sequences."""
     assert printable(sent) == sent
     return sent
 
@@ -106,10 +106,10 @@ def only_text(sent: str) -> str:
 def test_generated_text_on_a_terminal_and_in_a_pipe(trained: Workspace):
     free = ["inference.temperature=3", "inference.top_p=null", "inference.top_k=null", "inference.max_new_tokens=200"]
     command = ["generate.py", f"prompt={ORDERS}", *free, "inference.seed=1"]
-    prompt = ORDERS.replace("\r", "\n")  # `run` takes it for the end of a line
+    prompt = ORDERS.replace("\r", "\n")  # `run` treats it as the end of a line
     piped = trained.run(*command).stdout
     assert piped.startswith(prompt)
-    assert set(piped.removeprefix(prompt)) & set("\x00\x01\x02\x03\x1b\x7f")  # the model is tiny: any byte may come
+    assert set(piped.removeprefix(prompt)) & set("\x00\x01\x02\x03\x1b\x7f")  # the text is random bytes
     assert SHOWN in only_text(trained.on_terminal(*command))
     assert only_text(trained.on_terminal(*command, "inference.stream=false", "quiet=true")).startswith(SHOWN)
 
@@ -159,9 +159,9 @@ def test_errors_on_a_terminal(trained: Workspace, command):
 
 @pytest.mark.parametrize(
     ("root", "package", "printed", "handled"),
-    [  # levels of the root logger, which has a handler unless its level is None, and of the logger `gpt2`
+    [  # level of the root logger, which has a handler unless that is None; level of the logger `gpt2`
         (None, logging.NOTSET, "step 1\n", ""),
-        (logging.WARNING, logging.NOTSET, "step 1\n", "careful\n"),  # a plain basicConfig(), or a notebook of Colab
+        (logging.WARNING, logging.NOTSET, "step 1\n", "careful\n"),  # basicConfig(), or a notebook on Colab
         (logging.INFO, logging.NOTSET, "", "step 1\ncareful\n"),
         (logging.ERROR, logging.NOTSET, "", ""),
         (logging.WARNING, logging.WARNING, "", "careful\n"),

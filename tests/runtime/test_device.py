@@ -109,7 +109,7 @@ def test_bf16_is_chosen_by_capability_and_never_by_time(capabilities, computes, 
     assert choose_precision("auto", torch.device("cpu")).name == ("bf16" if computes else "fp32")
 
 
-def test_fastest_seconds_calls_functions_in_turn():
+def test_fastest_seconds_alternates_between_functions():
     calls = []
     seconds = fastest_seconds([lambda: calls.append("a"), lambda: (calls.append("b"), time.sleep(2e-3))], repetitions=3)
     assert calls == ["a", "b"] * 4

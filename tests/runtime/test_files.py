@@ -91,7 +91,7 @@ def test_unfinished_writes_are_removed_once_their_process_is_dead(tmp_path, what
         process.communicate()
     with atomic_write(tmp_path / "other") as file:
         file.write(b"other")
-    assert unfinished.exists()  # other processes may use another kind of lock, so each target has its own names
+    assert unfinished.exists()  # each target has its own temporary files, which may be locked in another way
     with atomic_write(target) as file:
         file.write(b"again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
@@ -161,7 +161,7 @@ def test_lock_names_its_holder_until_that_is_killed(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         with run_lock(tmp_path), pytest.raises(AssertionError), holder(tmp_path):
-            pass  # now this process holds it
+            pass  # now this process holds the lock
         with run_lock(tmp_path):
             assert (tmp_path / LOCK).read_text().count("process") == 1  # the previous holder is no longer named
 
@@ -181,7 +181,7 @@ def test_lock_is_released_when_a_child_outlives_its_holder(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-def test_lock_is_kept_when_a_child_of_its_holder_ends(tmp_path):
+def test_lock_remains_when_a_child_of_its_holder_ends(tmp_path):
     then = "pid = os.fork() or os._exit(0); os.waitpid(pid, 0); print('ended', flush=True); time.sleep(99)"
     with holder(tmp_path, then) as process:
         assert process.stdout.readline() == "ended\n"

@@ -1,4 +1,4 @@
-"""`export push=`, against a Hub of our own."""
+"""`export push=`, with a fake Hub."""
 
 import subprocess
 
@@ -34,7 +34,7 @@ def test_push_uploads_what_export_writes_and_nothing_else(trained):
         assert 'pipeline("text-generation", "me/first")' in card.content
 
         before = sorted(trained.folder.iterdir())
-        again = export(trained, "push=me/first")  # the repository exists, and no folder is asked for
+        again = export(trained, "push=me/first")  # the repository exists, and no `to` is given
         assert "To state licence and language in the model card, add them: license=mit language=en" in again.stdout
         assert server.repositories["me/first"].keys() == pushed.keys()
         assert sorted(trained.folder.iterdir()) == before
@@ -65,7 +65,7 @@ def test_public_repository(server):
     assert server.created["me/open"]["visibility"] == "public"
 
 
-def test_nobody_is_logged_in(server, monkeypatch):
+def test_push_without_a_login(server, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="push: not logged in to the Hugging Face Hub: run `hf auth login`"):
         hub.create_repository("me/first", private=True)

@@ -1,4 +1,4 @@
-"""Signals that end a process: deferred until a step is done, raised as an exception, ignored by children."""
+"""Signals that end a process: deferred to the end of a step, raised as an exception, ignored by children."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def test_first_signal_is_deferred_and_only_a_second_ctrl_c_acts(handled, capfd, 
     received: list[int] = []
     with defer_signals(received.append):
         assert capfd.readouterr().err == ""
-        send(first, second)  # at once, as one Ctrl-C that arrives twice
+        send(first, second)  # at once, like a Ctrl-C that is delivered twice
         assert (received, handled) == ([first], [])
         assert "finishing this step, then saving" in capfd.readouterr().err
         now += 1
@@ -194,8 +194,8 @@ def test_signal_is_deferred_without_standard_error(capfd):
     assert received == [signal.SIGTERM]
 
 
-def test_what_computes_without_looking_for_signals_is_left():
-    """Its thread ends with the process."""
+def test_computation_that_ignores_signals_is_abandoned():
+    """The thread of the computation ends with the process."""
     calls, never = [], threading.Event()
 
     def meanwhile() -> None:
@@ -208,13 +208,13 @@ def test_what_computes_without_looking_for_signals_is_left():
     never.set()
 
 
-def test_result_or_error_of_what_computes_in_a_thread():
+def test_result_or_error_of_a_computation_in_a_thread():
     assert interruptibly(lambda: 7, pytest.fail) == 7
     with pytest.raises(ZeroDivisionError):
         interruptibly(lambda: 1 // 0, pytest.fail)
 
 
-def test_children_start_with_signals_blocked_until_they_admit_them(handled):
+def test_children_start_with_signals_blocked_until_they_unblock_them(handled):
     child = """
 import os, signal
 from gpt2.runtime.signals import SIGNALS, Interrupted, admitted
@@ -229,7 +229,7 @@ os.kill(os.getpid(), signal.SIGINT)  # blocked again
 """
     with blocked_in_children():
         done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
-        os.kill(os.getpid(), signal.SIGUSR1)  # this process receives them, if only in another thread
+        os.kill(os.getpid(), signal.SIGUSR1)  # this process receives them, in another thread
         wait_for(lambda: handled == [signal.SIGUSR1])
     assert (done.returncode, done.stdout) == (0, "143\n")
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(SIGNALS)

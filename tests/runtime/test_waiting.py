@@ -1,4 +1,4 @@
-"""The line that says what a script waits for."""
+"""The line that names what a script waits for."""
 
 import io
 import sys

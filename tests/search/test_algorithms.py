@@ -16,7 +16,7 @@ def is_in_space(values: dict) -> bool:
 
 @pytest.mark.parametrize("name", ["TPE", "Random", "CmaEs", "GP", "QMC"])
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-def test_every_sampler_draws_within_the_space_and_by_its_seed(name):
+def test_every_sampler_samples_within_the_space_and_reproducibly(name):
     def draws(spelling: str, seed: int) -> list[dict]:
         config = OptunaConfig(sampler=spelling, n_startup_trials=1)
         study = optuna.create_study(sampler=Algorithms(config, seed).sampler(0, SPACE))
@@ -73,7 +73,7 @@ def test_every_sampler_is_in_the_documented_list():
 
 
 @pytest.mark.parametrize("sweep", ["range(1, 3)", "tag(lin, interval(0, 1))", "interval(0, 1, 2)", "3"])
-def test_other_sweeps_are_refused_in_the_yaml_of_the_default_space(sweep):
+def test_unsupported_sweeps_in_the_default_space_are_refused(sweep):
     import ast
 
     with pytest.raises(ValueError, match="is not choice"):

@@ -33,7 +33,7 @@ def attributes() -> dict:
 def test_live_process_is_alive(tmp_path, attributes):
     assert attributes[WORKER]["pid"] == os.getpid()
     assert status(attributes, tmp_path / "0") == Status.ALIVE
-    attributes[HEARTBEAT] = time.time() - DEAD_AFTER_SECONDS - 1  # the id is that of a later process
+    attributes[HEARTBEAT] = time.time() - DEAD_AFTER_SECONDS - 1  # a later process has the same id
     assert status(attributes, tmp_path / "0") == Status.DEAD
 
 
@@ -68,7 +68,7 @@ def test_killed_process_that_is_not_collected_is_not_running():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     assert lease._is_running(process.pid)
     process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and stays uncollected
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie: it has ended and is not collected
     assert not lease._is_running(process.pid)
     process.wait()
     assert not lease._is_running(process.pid)

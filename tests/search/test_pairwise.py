@@ -1,4 +1,4 @@
-"""Which combinations of a sweep are validated before it starts."""
+"""The combinations of a sweep that are validated before it starts."""
 
 from itertools import combinations, product
 
@@ -39,4 +39,4 @@ def test_many_combinations_contain_every_pair(sizes):
     pairs = {pair for one, other in combinations(choices, 2) for pair in product(one, other)}
     assert pairs == {pair for row in rows for pair in combinations(row, 2)}
     largest = sorted(sizes)[-2:]
-    assert len(rows) <= 3 * largest[0] * largest[1]  # no fewer can have the pairs of the two longest
+    assert len(rows) <= 3 * largest[0] * largest[1]  # the two longest axes alone need a third of this

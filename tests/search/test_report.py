@@ -73,7 +73,7 @@ def test_best_trial_of_a_maximized_study():
 def test_summary_counts_the_tokens_that_pruning_saved():
     summary = report.summary(study_of(12))
     assert "12 trials: 8 complete, 3 pruned, 1 failed." in summary
-    # Trials of 400 and of 800 tokens. Three were pruned when half was done, two of them small; a large one failed.
+    # Trials of 400 and of 800 tokens. Two small ones and a large one were pruned after one half; a large one failed.
     spent, spared = 4 * 400 + 4 * 800 + 2 * 200 + 400 + 400, 2 * 200 + 400
     assert (
         f"It trained on {spent:,} tokens; pruning saved {spared:,}, {spared / (spent + spared):.0%} of all." in summary
@@ -181,7 +181,7 @@ def test_report_of_the_process_that_ends_last_has_all_trials(tmp_path, monkeypat
             study.add_trial(study.trials[0])
             others.append(threading.Thread(target=report.write, args=(study, tmp_path)))
             others[0].start()
-            others[0].join(0.5)  # it would end within this time if it did not have to wait
+            others[0].join(0.5)  # without waiting it would end within this time
         return content
 
     monkeypatch.setattr(report, "csv_of", csv_while_another_process_ends)

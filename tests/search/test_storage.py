@@ -1,4 +1,4 @@
-"""Storages: shared between processes, intact after a crash, and their password in no output."""
+"""Storages: shared between processes, intact after a crash, and without passwords in any output."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ from gpt2.search.storage import exclusive, file_of, open_storage, validate_stora
 from tests.test_scripts import wait_for
 from tests.warm import Process
 
-SECRET = "s3/cr:et@x"  # a password that is not escaped
+SECRET = "s3/cr:et@x"  # not escaped in the URL
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def make_storage(folder: Path, scheme: str) -> Path:
         ("journal", lambda content: content + b"\xff\x00", " is no entry of Optuna's journal"),
     ],
 )
-def test_file_that_is_no_storage_is_refused_and_unchanged(tmp_path, scheme, damage, reason):
+def test_invalid_storage_file_is_refused_and_unchanged(tmp_path, scheme, damage, reason):
     file = make_storage(tmp_path, scheme)
     for lock in tmp_path.glob("*lock"):
         lock.unlink()
@@ -200,9 +200,9 @@ def postgresql():
     initdb = next(filter(None, binaries), None)
     if initdb is None or (os.geteuid() == 0 and shutil.which("runuser") is None):
         pytest.skip("there is no PostgreSQL here")
-    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # pytest's folder is closed to other users
+    folder = Path(tempfile.mkdtemp(prefix="postgresql-"))  # other users cannot read pytest's folder
     as_user = []
-    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         as_user = ["runuser", "-u", "nobody", "--"]
         shutil.chown(folder, "nobody")
     (folder / "password").write_text("secret")
@@ -244,7 +244,7 @@ def wait_for_study(name: str, storage: str) -> optuna.Study:
 
 
 def kill_in_the_middle_of_a_trial(study: optuna.Study, processes: list[Process], most: int) -> dict[int, int]:
-    """Kill `most` of the processes, each in another trial. Returns the trial of each, by process id."""
+    """Kill `most` processes, each during another trial. Returns the trials by process id."""
     killed: dict[int, int] = {}
 
     def are_killed() -> bool:

@@ -1,4 +1,4 @@
-"""Handing trials out: exactly their number, to any number of processes, also if these are killed."""
+"""Handing out trials: exactly `n_trials`, to any number of processes, also if processes are killed."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ def test_no_trial_is_handed_out_after_the_timeout(tmp_path):
 
 def test_settings_may_change_until_there_is_a_result(tmp_path):
     with study_in(tmp_path, steps=1) as study:
-        study.claim()  # and no more
+        study.claim()  # no more than one
     assert states(study) == ["WAITING"]
     with study_in(tmp_path, steps=2) as study:
         (trial,) = study.claim()
@@ -83,7 +83,7 @@ def test_trial_of_a_killed_process_is_handed_out_again_with_its_parameters(tmp_p
     with study_in(tmp_path) as study:
         before = [trial.params for trial in study.optuna.trials]
         assert states(study) == ["RUNNING", "RUNNING"]
-        (first,) = study.claim(3)  # alone, because it may have killed the process
+        (first,) = study.claim(3)  # alone, because it may be the cause of the kill
         assert (first.number, first.params) == (0, before[0])
         study.optuna.tell(first.number, 1.0)
         (second,) = study.claim(3)
@@ -91,7 +91,7 @@ def test_trial_of_a_killed_process_is_handed_out_again_with_its_parameters(tmp_p
 
 
 def kill_process_of_trial(folder: Path, times: int) -> None:
-    """Claim the next trial with a worker that is gone without a release, as after a SIGKILL."""
+    """Claim the next trial with a worker that ends without a release, as after SIGKILL."""
     for _ in range(times):
         with study_in(folder) as study:
             (trial,) = study.claim()
@@ -118,7 +118,7 @@ def test_progress_of_a_trial_resets_the_count_of_deaths(tmp_path):
         assert [trial.number for trial in study.claim()] == [0]
 
 
-def test_job_that_does_not_end_its_trial_is_tried_again_and_then_fails(tmp_path):
+def test_trial_that_its_job_does_not_end_is_repeated_and_then_fails(tmp_path):
     with study_in(tmp_path, n_trials=1) as study:
         for attempt in range(MAX_DEATHS):
             trials = study.claim()
@@ -129,7 +129,7 @@ def test_job_that_does_not_end_its_trial_is_tried_again_and_then_fails(tmp_path)
             study.best_or_failure()
 
 
-def test_draws_depend_on_the_number_of_a_trial_and_not_on_the_process(tmp_path):
+def test_samples_depend_on_the_number_of_a_trial_not_on_the_process(tmp_path):
     def draws(folder: Path, *counts: int) -> list[dict]:
         folder.mkdir()
         for n_trials in counts:

@@ -1,6 +1,6 @@
-"""Inject many kinds of faults into runs: `python -m tests.stress`. Prints a table; fails if a fault did harm.
+"""Inject many kinds of faults into runs: `python -m tests.stress`. Prints a table, and fails if a fault did damage.
 
-`--small` does a little of each, as the tests do; names of experiments do only those.
+`--small` injects a few of each kind, as the tests do; names of experiments select them.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tests.stress.studies import deaths, shared_studies, sweeper_kills
 from tests.stress.table import Row
 
 EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], int, int]] = {
-    # how often in all, and in the tests of every change
+    # number of faults, and with --small
     "kills": (kills, 200, 2),
     "calls": (kills_at_every_call, 1000, 0),
     "signals": (signals, 30, 1),
@@ -29,19 +29,19 @@ EXPERIMENTS: dict[str, tuple[Callable[[int, Path, random.Random], list[Row]], in
     "disks": (full_disks, 10, 2),
     "hostile": (hostile_files, 11, 11),
     "numbers": (not_finite, 12, 2),
-    "studies": (sweeper_kills, 50, 0),  # tests/test_optimize.py has one
+    "studies": (sweeper_kills, 50, 0),  # tests/test_optimize.py kills one
     "shared": (shared_studies, 50, 0),  # tests/search/test_storage.py has four workers of one study
-    "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the worst of them
+    "deaths": (deaths, 8, 0),  # tests/cli/test_sweeper.py has the most severe ones
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__)
     parser.add_argument("experiments", nargs="*", choices=[*EXPERIMENTS, []], help=", ".join(EXPERIMENTS))
-    parser.add_argument("--small", action="store_true", help="a little of each")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="repeats what another run did")
+    parser.add_argument("--small", action="store_true", help="a few faults of each kind")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6, help="seed of the run to repeat")
     options = parser.parse_args()
-    logging.disable()  # the warnings are what is tested
+    logging.disable()  # they would warn about every fault
     print(f"{platform.machine()}, Python {platform.python_version()}, seed {options.seed}\n")
     print(f"{'fault':<58}{'injected':>8}  {'':<38}{'found':>5}  remark")
     wrong = 0

@@ -1,4 +1,4 @@
-"""Disks that are full, and disks that do not hold what was written to them."""
+"""Full disks and damaged files."""
 
 import random
 import re
@@ -17,7 +17,7 @@ from tests.stress.warm import SMALL, Place, Result
 
 
 class Damage:
-    """The ways to damage a checkpoint, each time from its good content."""
+    """The ways to damage a checkpoint, each starting from its intact content."""
 
     def __init__(self, path: Path, others: list[Path], random: random.Random):
         self.path, self.others, self.random = path, others, random
@@ -68,7 +68,7 @@ class Damage:
 
 
 def damages(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Checkpoints with a flipped bit, cut, exchanged or gone, each to be seen and the one before it to be taken."""
+    """Damage checkpoints: flipped bit, cut, exchanged, gone. Each must be detected, and the previous one used."""
     place = Place(folder / "damaged")
     options = ["train.keep_checkpoints=3", "train.max_steps=12", "train.eval_every=4"]
     accepted = list(complain(place, place.run("train.py", *SMALL, *options), {0}))
@@ -114,7 +114,7 @@ def is_read(path: Path) -> bool:
 
 
 def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """No room for more than so many bytes a file: while preparing, logging, saving."""
+    """Limit the size of files, during preparation, logging and saving."""
     reference = Place(folder / "straight")
     lost = list(complain(reference, reference.run("train.py", *SMALL), {0}))
     expected, last = Result.of(reference), reference.checkpoints() / run_folder.LAST
@@ -125,7 +125,7 @@ def full_disks(count: int, folder: Path, random: random.Random) -> list[Row]:
         limit = int(100 * (0.95 * size / 100) ** (number / max(1, count - 1)))
         place = Place(folder / f"limit {limit}")
         has_begun = number % 2 == 1
-        if has_begun:  # the disk is full in the midst of a run, else from its beginning
+        if has_begun:  # the disk is full during a run, else from its start
             shutil.copytree(begun.folder, place.folder, dirs_exist_ok=True)
         command = ["resume=latest", "train.max_steps=40"] if has_begun else SMALL
         before = place.newest_step()

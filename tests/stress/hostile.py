@@ -1,4 +1,4 @@
-"""Files that would run code, or take all memory or for ever, given as a checkpoint."""
+"""Checkpoints that would run code, exhaust memory or never finish loading."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from tests.stress.warm import Place
 
 
 class Hostile:
-    """What a pickle does when it is loaded."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __init__(self, canary: Path):
         self.canary = canary
@@ -33,7 +33,7 @@ class Hostile:
 
 
 class Forger:
-    """Writes hostile files. Where one of them runs code, there is a file `canary`."""
+    """Writes hostile files. If one of them runs code, a file `canary` exists."""
 
     def __init__(self, folder: Path):
         self.canary = folder / "canary"
@@ -99,7 +99,7 @@ def _write(path: Path, header: bytes, data: bytes = b"") -> None:
 
 
 def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Each is opened by the library and by generate.py: refused, soon, without much memory, and nothing is run."""
+    """Open each file by the library and by generate.py: refused quickly, with little memory, without running code."""
     folder.mkdir(parents=True)
     forger = Forger(folder)
     kinds = forger.kinds[:count]
@@ -130,7 +130,7 @@ def hostile_files(count: int, folder: Path, random: random.Random) -> list[Row]:
 
 def load(path: Path) -> None:
     """Load a file in a separate process, which writes the outcome and its peak memory in bytes into another file."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _memory("VmRSS")
     try:
         open_model(path).build()
@@ -141,7 +141,7 @@ def load(path: Path) -> None:
 
 
 def _memory(key: str) -> int:
-    """Bytes of this process."""
+    """A memory figure of this process by the kernel, in bytes."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024

@@ -22,7 +22,7 @@ CALLS = ("write", "fsync", "rename", "link", "unlink")
 
 
 def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """SIGKILL at random moments, the same command again after each, until runs have finished and `count` is reached."""
+    """Send SIGKILL at random moments and repeat the command, until `count` is reached and runs have finished."""
     reference = Place(folder / "straight")
     ended = reference.run("train.py", *SMALL)
     lost, longest = list(complain(reference, ended, {0})), ended.seconds
@@ -40,7 +40,7 @@ def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
                 os.kill(process, signal.SIGKILL)
             ended = place.wait(process)
             if ended.code == 0 and not may_end:
-                longest *= 0.9  # it was faster than the first, which prepared the data, or the machine was busy
+                longest *= 0.9  # it was faster than the first run, which prepared the data, or the machine was busy
             try:
                 step = place.newest_step()
             except UserError as error:
@@ -66,7 +66,7 @@ def kills(count: int, folder: Path, random: random.Random) -> list[Row]:
 
 
 def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """SIGKILL at every system call of a save that changes the disk, or at `count` of them, by strace."""
+    """Send SIGKILL with strace at every system call of a save that changes the disk, or at `count` of them."""
     fault = "SIGKILL at each write, flush and rename of a save"
     if shutil.which("strace") is None:
         return [Row(fault, 0, "runs lost", [], "skipped: there is no strace here")]
@@ -126,7 +126,7 @@ def kills_at_every_call(count: int, folder: Path, random: random.Random) -> list
 
 
 def signals(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Runs that are interrupted one to five times by a mix of signals, in six configurations."""
+    """Interrupt runs one to five times with different signals, in six configurations."""
     kinds = [
         ["train.accumulation_steps=2"],
         ["train.accumulation_steps=1", "train.eval_every=5"],

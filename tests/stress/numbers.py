@@ -1,4 +1,4 @@
-"""NaN and infinity where numbers should be."""
+"""NaN and infinity in training."""
 
 import math
 import random
@@ -14,7 +14,7 @@ from tests.stress.warm import SMALL, Place
 
 
 def not_finite(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """NaN and infinity in loss, gradient or weight: never saved, and the run resumes from an intact checkpoint."""
+    """Inject NaN and infinity into loss, gradient or weight: never saved, and the run resumes intact."""
     skip, limit = "train.on_nonfinite=skip", "train.nonfinite_limit=3"
     cases: list[tuple[str, list[str], int]] = [
         ("nan_loss@9", [], 3),

@@ -1,4 +1,4 @@
-"""Resume a run for one step and save it: `python -m tests.stress.one_save RUN_FOLDER`, which the caller kills."""
+"""Resume a run for one step and save it: `python -m tests.stress.one_save RUN_FOLDER`. Its caller kills it."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
     if before:
         trainer.load_checkpoint(str(before))
     config.max_steps = trainer.progress.step + 1
-    trainer.train()  # one step, an evaluation that is the best so far, a save with all that belongs to it
+    trainer.train()  # one step, an evaluation that is the best so far, and a save
 
 
 if __name__ == "__main__":

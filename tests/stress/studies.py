@@ -1,4 +1,4 @@
-"""Studies whose processes are killed, share a storage, or start at once, and trials that die in every way."""
+"""Studies whose processes are killed, share a storage or start at once, and trials that die in different ways."""
 
 import os
 import random
@@ -14,7 +14,7 @@ from gpt2.search.storage import open_storage
 from tests.stress.table import Row, complain
 from tests.stress.warm import Place
 
-# A trial of 8 steps with four evaluations; a study draws two at random, then TPE.
+# A trial has 8 steps and four evaluations; a study samples two trials at random, then with TPE.
 TRIAL = [
     *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off"),
     *("model=gpt2_nano", "model.num_layers=1", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
@@ -33,7 +33,7 @@ def trials_of(place: Place) -> list[FrozenTrial]:
 
 
 def complaints(trials: list[FrozenTrial], count: int) -> list[str]:
-    """What is wrong with a study that should have ended with so many trials."""
+    """The problems of a study that should have ended with a number of trials."""
     found = [] if len(trials) == count else [f"{len(trials)} trials, not {count}"]
     found += [f"trial {t.number} is {t.state.name}" for t in trials if not t.state.is_finished()]
     draws = {tuple(trial.params.values()) for trial in trials}
@@ -45,7 +45,7 @@ def results(trials: list[FrozenTrial]) -> list[tuple]:
 
 
 def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """SIGKILL at random moments, the same command again after each, until studies have ended and `count` is reached."""
+    """Send SIGKILL at random moments and repeat the command, until `count` is reached and studies have ended."""
     command = [*STUDY, "hydra.sweeper.n_trials=4", NO_PRUNER]
     straight = Place(folder / "straight")
     ended = straight.run("train.py", *command)
@@ -76,7 +76,7 @@ def sweeper_kills(count: int, folder: Path, random: random.Random) -> list[Row]:
 
 
 def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """Three processes that start one study on a fresh storage in the same moment."""
+    """Start one study on a new storage by three processes at the same moment."""
     lost: list[str] = []
     for number in range(count):
         file = folder / f"{number}" / "shared"
@@ -97,7 +97,7 @@ def shared_studies(count: int, folder: Path, random: random.Random) -> list[Row]
     return [Row("three processes begin one study at once", count, "lost or double trials, lost workers", lost)]
 
 
-WAYS_TO_DIE = {  # the state of the trial, and what its reason says
+WAYS_TO_DIE = {  # the state of the trial, and a part of its reason
     "exception@3": ("FAIL", "RuntimeError: on purpose"),
     "memory_error@3": ("PRUNED", "out of memory"),
     "out_of_memory@3": ("PRUNED", "out of memory"),
@@ -110,7 +110,7 @@ WAYS_TO_DIE = {  # the state of the trial, and what its reason says
 
 
 def deaths(count: int, folder: Path, random: random.Random) -> list[Row]:
-    """A study in which all trials but the first and the last die, each in its own way; the others must not notice."""
+    """Run a study in which all trials but the first and the last die in different ways, without effect on others."""
     ways = list(WAYS_TO_DIE.items())[:count]
     random.shuffle(ways)
     place = Place(folder, {"GPT2_FAULT": ",".join(f"{fault}#{number + 1}" for number, (fault, _) in enumerate(ways))})

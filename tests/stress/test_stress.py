@@ -1,4 +1,4 @@
-"""A little of every fault. `python -m tests.stress` does all of it, and prints the same table."""
+"""A few faults of each kind. `python -m tests.stress` injects all, and prints the same table."""
 
 import pytest
 

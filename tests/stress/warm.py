@@ -1,4 +1,4 @@
-"""Runs of the real scripts that start in a moment: each is a fork of one process that has imported everything."""
+"""Fast starts of the real scripts: each run is a fork of one process that has imported everything."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ import gpt2.data.corpus
 import gpt2.inference
 import gpt2.optimize
 import gpt2.search.report
-import gpt2.train  # noqa: F401  # what the scripts will ask for
+import gpt2.train  # noqa: F401  # imported by the scripts
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
 from gpt2.tracking.tracker import read_metrics
@@ -32,7 +32,7 @@ from tests.conftest import ROOT, made_once, measure_products
 
 TEXT = "".join(f"def function_{i}(argument):\n    return argument + {i * i}\n\n\n" for i in range(75))
 
-# A run of 40 steps, 14 an epoch: it logs each, evaluates and samples every 6, saves every 4.
+# A run of 40 steps, 14 per epoch: it logs every step, evaluates and samples every 6, saves every 4.
 SMALL = [
     *("data=text", "data.files=[corpus.txt]", "data.tokenizer=bytes", "wandb=off", "train.auto_resume=true"),
     *("model=gpt2_nano", "model.num_layers=2", "model.d_model=32", "model.d_ff=64", "model.context_length=32"),
@@ -65,7 +65,7 @@ class Place:
         shutil.copytree(made_once("measured", measure_products), self.folder / "cache", dirs_exist_ok=True)
 
     def start(self, script: str, *arguments: str, before: Callable[[], None] = lambda: None) -> int:
-        """Start a script of the repository here, once `before` has been called there. Returns its process."""
+        """Start a script of the repository here, after calling `before` in its process. Returns the process."""
         process = os.fork()
         if process:
             return process
@@ -78,7 +78,7 @@ class Place:
                 os.dup2(output, stream)
             cache = str(self.folder / "cache")
             os.environ.update(self.environment, XDG_CACHE_HOME=cache, PYTHONPATH=fault_injection.SITE)
-            logging.disable(logging.NOTSET)  # only this process is silent
+            logging.disable(logging.NOTSET)  # logging is disabled in this process only
             before()
             sys.argv = [script, *arguments]
             runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -96,7 +96,7 @@ class Place:
 
     @staticmethod
     def wait_until_it_hears(process: int) -> None:
-        """Wait until a process has installed its handler of SIGTERM: only then is it one of our scripts."""
+        """Wait until a process has installed its handler of SIGTERM, because earlier signals would end it at once."""
         caught = 0
         while not caught & 1 << signal.SIGTERM - 1:
             caught = int(re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process}/status").read_text())[1], 16)
@@ -131,14 +131,14 @@ class Place:
         return checkpoint.read_record(path)["progress"]["step"] if path else 0
 
     def leftovers(self) -> list[Path]:
-        """Files that a process leaves which is killed while it writes."""
+        """Temporary files of a process that was killed while it wrote."""
         pattern = re.compile(r"\.(saving-.*|making-.*|metrics\.jsonl|samples\.md)")
         return [path for path in self.folder.rglob(".*") if pattern.fullmatch(path.name)]
 
 
 @dataclass
 class Result:
-    """What must not differ between an interrupted run and the uninterrupted one."""
+    """The results that must be equal in an interrupted run and the uninterrupted one."""
 
     logged: list[dict]
     tensors: dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Made-up documents of each task, in the layout of its dataset, and a model whose greedy next token is known."""
+"""Synthetic documents of each task, in the layout of its dataset, and a model whose greedy next token is known."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def tokenizer() -> GPT2Tokenizer:
 
 
 def model_that_says(tokenizer: GPT2Tokenizer, word: str) -> GPT2Model:
-    """A model that finds a word of one token the likeliest everywhere, by a little."""
+    """A model for which a word of one token is slightly the most likely one everywhere."""
     model = noisy_model(tiny_config(vocab_size=tokenizer.vocab_size, context_length=CONTEXT)).eval()
     (token,) = tokenizer.encode(word)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tasks as a user runs them: `evaluate.py tasks=[...]`, several models at once, and `train.eval_tasks`."""
+"""Tasks from the command line: `evaluate.py tasks=[...]`, several models at once, and `train.eval_tasks`."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_each_name_has_a_task():
     assert TASK_TABLE.keys() == TASKS.keys()
 
 
-def test_questions_are_asked_in_the_words_of_the_field(folder):
+def test_prompts_of_each_task(folder):
     pairs = {name: load_questions(name, str(folder), None, "tasks")[0].pairs for name in TASKS}
     assert pairs["hellaswag"][:3] == (
         ("Baking: A man runs. He opens", " the door."),

@@ -39,7 +39,7 @@ def cache(tmp_path_factory):
 
 
 def by_transformers(twin, words: GPT2Tokenizer, context: str, continuation: str) -> tuple[float, bool]:
-    """The plain way: one sequence, all its logits, the last of which belong to the continuation."""
+    """The reference: the log-likelihood of a continuation from all logits of one sequence."""
     whole = words.encode(context + continuation)
     before = words.encode(context.rstrip(" "))
     if not before:
@@ -119,7 +119,7 @@ def test_results_match_lm_eval_document_by_document(folder, words, model, tmp_pa
     transformers_twin(model).save_pretrained(tmp_path / "model")
     words.to_folder(tmp_path / "model", CONTEXT)
     files = []
-    for name, file in THEIRS.items():  # their tasks, with our documents
+    for name, file in THEIRS.items():  # lm-eval's tasks, with our documents
         files.append(tmp_path / f"{name}.yaml")
         splits = {"training_split", "validation_split", "test_split"} - {f"{TASK_TABLE[name].split}_split"}
         lines = [f"include: {Path(lm_eval.__file__).parent / 'tasks' / file}.yaml", f"task: {name}"]
@@ -141,5 +141,5 @@ def test_results_match_lm_eval_document_by_document(folder, words, model, tmp_pa
             assert [found[m] for m in metrics if m != "perplexity"] == [sample[m] for m in metrics if m != "perplexity"]
         found, expected = figures(metrics, questions, likelihoods), theirs["results"][name]
         assert [found[m] for m in metrics] == pytest.approx([expected[f"{m},none"] for m in metrics], rel=1e-4)
-        for metric in set(metrics) - {"perplexity"}:  # whose standard error they find by resampling
+        for metric in set(metrics) - {"perplexity"}:  # lm-eval computes its standard error by resampling
             assert found[f"{metric}_stderr"] == pytest.approx(expected[f"{metric}_stderr,none"])

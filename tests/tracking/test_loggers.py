@@ -1,4 +1,4 @@
-"""Loggers side by side: each gets everything, and a failure of one changes neither the run nor the others."""
+"""Several loggers: each gets everything, and a failure of one affects neither the run nor the others."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def record(step: int, **values: float) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Faults: whatever a logger does, the run is the same
+# Faults: no fault of a logger changes the run
 
 
 class Listener(ExternalLogger):
@@ -47,7 +47,7 @@ class Listener(ExternalLogger):
 
 
 class Faulty(Listener):
-    """Raises or hangs in one of its methods. `abandon` is called only if `finish` hangs, so that does then too."""
+    """Raises or hangs in one method. `abandon` is called only after `finish` hangs, so in that case both do."""
 
     title, seconds = "Faulty", 0.05
 
@@ -110,7 +110,7 @@ def test_second_interruption_ends_the_waiting(tmp_path, monkeypatch):
     assert ("abandon", Ended("finished")) in hanging.calls
 
 
-def test_slow_start_delays_nothing_and_loses_nothing(tmp_path):
+def test_slow_start_does_not_delay_the_run_or_lose_records(tmp_path):
     started, calls = threading.Event(), []
 
     class Slow(Listener):
@@ -175,7 +175,7 @@ def test_full_disk_is_one_warning_of_each_logger(tmp_path, monkeypatch, caplog, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What each logger has of a run that was killed and resumed
+# The records of each logger after a run was killed and resumed
 
 
 def kill_and_resume(folder: Path) -> None:
@@ -197,7 +197,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
     return read_metrics(run / "metrics.jsonl")
 
 
-def test_run_says_where_each_logger_has_it(resumed):
+def test_run_prints_where_each_logger_writes(resumed):
     lines = (resumed / "output").read_text().splitlines()
     assert "  TensorBoard: tensorboard --logdir ." in lines
     assert "  MLflow: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri outputs/mlruns" in lines
@@ -242,9 +242,7 @@ def test_mlflow_continues_the_run(resumed):
     assert list(experiment.glob("*/tags")) == [folder / "tags"]
     metrics = [line.split() for line in (folder / "metrics" / "train" / "loss").read_text().splitlines()]
     written = {r["step"]: r["train/loss"] for r in records_of(resumed / "run") if "train/loss" in r}
-    assert {
-        int(step): float(value) for _, value, step in metrics
-    } == written  # steps that were repeated are there twice
+    assert {int(step): float(value) for _, value, step in metrics} == written  # repeated steps are recorded twice
     assert (folder / "params" / "model.d_model").read_text() == "32"
     tags = {path.name: path.read_text() for path in (folder / "tags").iterdir()}
     assert (tags["group"], tags["job_type"], tags["state"]) == ("gpt2", "train", "finished")
@@ -256,7 +254,7 @@ def test_mlflow_continues_the_run(resumed):
 
 
 def test_tensorboard_has_the_sample_of_the_step_that_is_resumed(tmp_path):
-    """Of a run that was interrupted in its validation, which the resumed run repeats."""
+    """The run was interrupted during a validation, which the resumed run repeats."""
     run = LoggedRun("n", "g", "train", folder=tmp_path, step=8)
     with Tracker(tmp_path, start_loggers(TrainRun(loggers=["tensorboard"]), run)) as tracker:
         tracker.log(record(8, **{"val/loss": 2.0}), sample="of step 8")

@@ -68,7 +68,7 @@ def test_logged_steps_take_little_space_and_name_what_is_missing():
 
 
 @pytest.mark.parametrize("value", [None, 5, "abc", [[1, 2]], [[1, 2, "x"]], [[1, 2, None]], [[1, float("inf"), 1]]])
-def test_nothing_is_taken_from_a_wrong_value(value):
+def test_value_of_a_wrong_type_counts_as_no_logged_steps(value):
     for saved in (value, dict.fromkeys(KINDS, value), {"samples": []}):
         assert LoggedSteps(saved).missing_from({kind: set() for kind in KINDS}) == ""
 
@@ -93,9 +93,7 @@ def test_samples_of_either_file_are_kept(tmp_path):
     assert [step for step, _ in resumed.samples] == [2000, 3000]
     assert (tmp_path / "samples.md").read_bytes() == b"## Step 2,000" + parts[1]
     later = Tracker(tmp_path)
-    logged = LoggedSteps(
-        {**resumed.logged.ranges, "samples": [[2000, 2000, 0]]}
-    )  # as a checkpoint of step 2,500 has it
+    logged = LoggedSteps({**resumed.logged.ranges, "samples": [[2000, 2000, 0]]})  # as in a checkpoint of step 2,500
     later.rewind(2500, 2500, logged)
     assert (tmp_path / "samples.md").read_bytes() == b"## Step 2,000" + parts[1].split(b"## Step 3,000")[0]
 

@@ -1,4 +1,4 @@
-"""What W&B receives, read from the files that its process writes; and that its failures never change a run."""
+"""The data that W&B receives, read from the files of its process, and failures of W&B, which never change a run."""
 
 import os
 import re
@@ -27,7 +27,7 @@ from tests.wandb_server import KEY, WandbServer, black_hole
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch):
-    """Calls in this process have ten times as long, as in a `Workspace`."""
+    """Give calls in this process ten times the time limit, as in a `Workspace`."""
     monkeypatch.setenv(PATIENCE, "10")
 
 
@@ -99,7 +99,7 @@ def test_no_secrets_are_written(workspace):
     workspace.run_anew("train.py", *TINY[:-4], "train.max_steps=1", "sample_prompt='marker-of-prompt'", "wandb=auto")
     (folder,) = (workspace.folder / "outputs" / "wandb").glob("*run-*")
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file() and "debug" not in path.name)
-    assert b"marker-of-prompt" in written  # it is in the configuration
+    assert b"marker-of-prompt" in written  # the prompt is in the configuration
     for secret in ("marker-of-environment", sys.executable, "train.py", "wandb=auto", "Stopped"):
         assert secret.encode() not in written, secret
     assert read_wandb(folder)["host"] == "-"
@@ -226,7 +226,7 @@ def test_off_writes_nothing(tmp_path, monkeypatch):
 
 
 class BrokenRun:
-    """A W&B run whose connection is gone."""
+    """A W&B run that has lost its connection."""
 
     offline, id, dir, job_type, url = True, "x", "/tmp/x/files", "train", None
 

@@ -1,4 +1,4 @@
-"""conf/wandb_sweep.yaml: what a W&B agent runs is a run of train.py that the server of the sweep can compare."""
+"""conf/wandb_sweep.yaml: a W&B agent starts runs of train.py that the server of the sweep can compare."""
 
 import yaml
 from wandb import Settings
@@ -15,19 +15,19 @@ SMALL = [argument for argument in TINY if argument != "wandb=off"]
 
 
 def parameters(which: int) -> dict[str, dict]:
-    """The first or the last value of each parameter, as the server sends them."""
+    """The first or the last value of each parameter, in the format of the server."""
     ends = {name: (space.get("values") or [space["min"], space["max"]]) for name, space in SWEEP["parameters"].items()}
     return {name: {"value": values[which]} for name, values in ends.items()}
 
 
 def agents_command(args: dict[str, dict]) -> list[str]:
-    """As `Agent._command_run` of wandb makes it."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args  # which takes a second
+    """The command as `Agent._command_run` of wandb makes it."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args  # slow to import
 
     variables = {**create_sweep_command_args({"args": args}), "interpreter": ["python"], "env": ["/usr/bin/env"]}
     variables["program"] = [SWEEP["program"]]
     words = [[word] if not word.startswith("${") else variables[word[2:-1]] for word in SWEEP["command"]]
-    assert create_sweep_command(SWEEP["command"]) == SWEEP["command"]  # without variables of the environment
+    assert create_sweep_command(SWEEP["command"]) == SWEEP["command"]  # the command contains no environment variables
     return [word for part in words for word in part]
 
 

@@ -16,7 +16,7 @@ def loss_of(model, token=0):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_starts_without_dynamo(optimizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # an import raises an error
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # makes its import raise an error
     model = GPT2Model(CONFIG)
     assert meta_model(CONFIG).num_parameters() == model.num_parameters()
     built = build_optimizer(model, TrainingConfig(optimizer=optimizer))
@@ -33,7 +33,7 @@ def test_adamw_is_that_of_pytorch():
         torch.manual_seed(0)
         model = GPT2Model(CONFIG)
         optimizer = build_optimizer(model, TrainingConfig())
-        if kind:  # the same groups, with all settings
+        if kind:  # the same groups, with all options
             optimizer = kind(optimizer.param_groups)
         for token in range(3):
             loss_of(model, token).backward()

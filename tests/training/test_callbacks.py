@@ -1,4 +1,4 @@
-"""When a Trainer calls its callbacks, and what the callbacks of the scripts do."""
+"""The calls of a Trainer's callbacks, and the effects of the callbacks that the scripts use."""
 
 import logging
 import os

@@ -79,7 +79,7 @@ def test_chunks_of_logits_grow_with_the_memory_of_a_gpu(monkeypatch):
     sizes = {gigabytes: chunk_bytes(gigabytes) for gigabytes in (0.5, 7.6, 23.2, 40, 79.1, 139)}
     assert [size >> 20 for size in sizes.values()] == [256, 256, 256, 512, 1024, 2048]
     machine = {"device": "cuda", "precision": "bf16", "linear": "PyTorch", "compiled": False}
-    assert chunk_bytes(139, {**machine, "chunk_bytes": 3 << 20}) == 3 << 20  # so that a resumed run computes the same
+    assert chunk_bytes(139, {**machine, "chunk_bytes": 3 << 20}) == 3 << 20  # the size of the resumed run
     assert chunk_bytes(23.2, {**machine, "chunk_bytes": 2 << 30}) == 256 << 20  # of a larger GPU
     assert (
         chunk_bytes(139, {**machine, "chunk_bytes": "many"})

@@ -1,4 +1,4 @@
-"""What a training costs: how the ranks divide it, memory by formula, time from a part."""
+"""The cost of training: its division over ranks, memory by formula, and time extrapolated from a part."""
 
 from dataclasses import replace
 
@@ -45,8 +45,8 @@ def test_memory_is_that_of_the_table_in_docs_scale():
     assert gigabytes(XL)[:2] == [28.0, 24.5]
     assert gigabytes(XL, train={"gradient_checkpointing": True})[1] == 2.5
     assert gigabytes(XL, plan=planned("fp32"))[0] == 24.9
-    assert gigabytes(XL, 8, 8, ranks=8, is_sharded=True)[0] == 3.3  # 3.1 of a shard, and what is gathered
-    assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # whole gradients
+    assert gigabytes(XL, 8, 8, ranks=8, is_sharded=True)[0] == 3.3  # a shard of 3.1 and gathered weights
+    assert gigabytes(XL, 8, 16, ranks=8, is_sharded=True)[0] == 3.3 + 6.2  # unsharded gradients
     assert gigabytes(XL, train={"optimizer": "muon"})[0] == 28.0 - 5.9  # one average less for 1.47 billion weights
     assert gigabytes(XL, train={"optimizer": "adafactor"})[0] == 28.0 - 12.4  # no averages
     assert gigabytes(XL, train={"optimizer": "schedule_free"})[0] == 28.0 + 6.3  # a copy of the weights
@@ -76,7 +76,7 @@ def test_memory_is_that_of_the_tensors_of_a_step(precision, recomputes, rows, mo
     monkeypatch.setattr(cross_entropy, "_is_one", lambda number: False)
     monkeypatch.setitem(cross_entropy.CHUNK_BYTES, "cpu", cross_entropy.CHUNK_BYTES["cuda"])
     monkeypatch.setattr(cross_entropy, "SOFTMAX_BYTES", 1 << 60)
-    config = GPT2Config(num_layers=2, **NO_DROPOUT)  # masks are larger on a CPU
+    config = GPT2Config(num_layers=2, **NO_DROPOUT)  # dropout masks are larger on a CPU
     with FakeTensorMode():
         model = without_numbers(meta_model(config), "cpu").train()
         model.gradient_checkpointing = recomputes
@@ -99,13 +99,13 @@ EVERY_PART = [(1, 1, 4), (2, 1, 4), (4, 1, 4), (5, 1, 4), (5, 1, 8), (5, 1, 16),
     ("overhead", "long", "timed"),
     [
         (0.0, 0.0, EVERY_PART[:1]),
-        (0.0, 0.0142, [EVERY_PART[0], (5, 1, 8)]),  # the first that takes as long
+        (0.0, 0.0142, [EVERY_PART[0], (5, 1, 8)]),  # the first part that takes long enough
         (0.0, 1e9, [EVERY_PART[0], EVERY_PART[-1]]),
         (0.001, 0.016, [EVERY_PART[0], (5, 1, 4), (5, 2, 16)]),  # a part is shorter than the first suggests
     ],
 )
 def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, overhead, long, timed):
-    """A machine whose passes take 1 s per GFLOP, and more for one layer, and whose updates take 1 s per million."""
+    """On a simulated machine: passes take 1 s per GFLOP (more for one layer), updates 1 s per million weights."""
     seen = []
 
     def time_part(part: Work, _plan: ComputePlan) -> tuple[float, float]:
@@ -124,7 +124,7 @@ def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, overhead, long, 
     assert (timing.layers, timing.rows, timing.tokens) == seen[-1]
 
 
-def test_nothing_is_timed_that_does_not_fit(monkeypatch):
+def test_parts_that_do_not_fit_into_memory_are_not_timed(monkeypatch):
     monkeypatch.setattr(cost, "memory_of", lambda device: 1000)
     assert time_step(work(tiny_config()), planned()) is None
 

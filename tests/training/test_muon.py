@@ -71,8 +71,8 @@ def test_q_k_and_v_are_orthogonal_each():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
-def test_step_is_skipped_without_the_host(value, first):
-    """Neither weights nor momenta change, and what follows is the same to the last bit."""
+def test_step_is_skipped_without_a_host_sync(value, first):
+    """Neither weights nor momenta change, and later steps are the same to the last bit."""
     torch.manual_seed(0)
     models = [GPT2Model(tiny_config()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -103,8 +103,8 @@ class Counted(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_few_products_and_no_look_at_a_value():
-    """A step of GPT-2 124M: the meta device has no values, so that any look at one would raise."""
+def test_few_products_and_no_read_of_a_value():
+    """A step of GPT-2 124M on the meta device, which has no values, so that reading one would raise an error."""
     model = meta_model(GPT2Config())
     optimizer, _ = build_optimizer(model, CONFIG).parts
     for weight in model.parameters():

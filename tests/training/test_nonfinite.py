@@ -29,7 +29,7 @@ both_ways = pytest.mark.parametrize("ahead", [False, True], ids=["host_waits", "
 
 
 def make_guard(ahead: bool = False, loss_is_scaled: bool = False, **options) -> NonFiniteGuard:
-    """The guard of a small model. `ahead`: as on CUDA, where the optimizer skips and the host is notified later."""
+    """The guard of a small model. `ahead`: the optimizer skips steps and the host is notified later, as on CUDA."""
     config = TrainingConfig(learning_rate=1e-2, **options)
     model = noisy_model(tiny_config())
     guard = NonFiniteGuard(model, build_optimizer(model, config), config, loss_is_scaled)
@@ -78,7 +78,7 @@ def test_stop_raises_before_weights_change(ahead, wrong, message, number):
     before = state(guard)
     with pytest.raises(DivergenceError, match=f"^step {number}: {message}; the weights are as before it") as end:
         take_step(guard, number, **wrong)
-        assert ahead  # it is raised during the next step, before that changes anything
+        assert ahead  # raised during the next step, before it changes weights
         take_step(guard, number + 1)
     assert_same({name: tensor for name, tensor in state(guard).items() if name in before}, before)
     assert "\n" not in str(end.value)
@@ -171,7 +171,7 @@ def test_count_of_skipped_steps_is_resumed(ahead):
 @both_ways
 def test_fp16_accepts_gradient_overflow_but_not_nan_loss(ahead):
     guard = make_guard(ahead, loss_is_scaled=True, nonfinite_limit=2)  # and on_nonfinite=stop
-    assert take_step(guard, 1, spoiled=FIRST, value=inf)  # the scaler itself skips it
+    assert take_step(guard, 1, spoiled=FIRST, value=inf)  # the scaler skips the step
     guard.poll()
     with pytest.raises(DivergenceError, match="step 2: the loss is nan"):
         take_step(guard, 2, loss=nan)
@@ -194,7 +194,7 @@ def test_fp16_skips_step_with_nonfinite_loss():
 
 def test_nonfinite_names():
     good = {
-        "large": torch.full((9,), 3e38),  # whose sum is infinite
+        "large": torch.full((9,), 3e38),  # the sum is infinite
         "bf16": torch.full((9,), 3e38, dtype=torch.bfloat16),
         "fp16": torch.full((9,), 65504.0, dtype=torch.float16),
         "fp64": torch.tensor([1e308, 1e308], dtype=torch.float64),
@@ -299,7 +299,7 @@ def test_skipping_run_logs_and_saves_only_finite_values(blocks, tmp_path, fault,
     assert_finite_checkpoints(tmp_path, *range(1, 10))
     assert trainer.progress.step == 9
     by_step = losses(tmp_path)
-    # With only the gradient spoiled there is a loss; a step without a loss is logged as null.
+    # If only the gradient is not finite, the loss is logged; else it is logged as null.
     without = {1, 4, 5, 6} if kind in ("nan_loss", "inf_loss") else set()
     assert {step for step, loss in by_step.items() if loss is None} == without
     assert all(1 < loss < 5 for loss in by_step.values() if loss is not None)
@@ -392,7 +392,7 @@ def test_fp16_lowers_scale_at_overflow_and_stops_at_nan_loss(blocks, tmp_path, f
     assert_same(before, after)
     assert None not in losses(tmp_path).values()
     norms = {r["train/grad_norm"] for r in read_metrics(tmp_path / "metrics.jsonl") if "train/grad_norm" in r}
-    assert all(0.1 < norm < 10 for norm in norms - {None})  # without the scale
+    assert all(0.1 < norm < 10 for norm in norms - {None})  # not multiplied by the loss scale
     fault("nan_loss@4")
     with pytest.raises(DivergenceError, match=r"^step 4 .*the loss is nan"):
         run(blocks, tmp_path / "stopped", **options)

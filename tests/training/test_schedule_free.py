@@ -69,7 +69,7 @@ def test_averages_are_evaluated_and_saved(blocks, tmp_path):
     mean = weights(trainer)
     for step in range(4):
         trainer.train_step([blocks.__getitems__([step])])
-        for name, parameter in trainer.model.named_parameters():  # at a constant rate it is the mean of all points
+        for name, parameter in trainer.model.named_parameters():  # at a constant rate, the mean over steps
             mean[name] += (trainer.optimizer.state[parameter]["z"] - mean[name]) / (step + 1)
     trainer.train()
     tensors = checkpoint.read_tensors(tmp_path / "best_model.pth")
@@ -78,7 +78,7 @@ def test_averages_are_evaluated_and_saved(blocks, tmp_path):
         assert torch.equal(tensors[f"model/{name}"], watch.evaluated[name])
 
 
-def test_what_it_needs(monkeypatch):
+def test_missing_package_and_unsupported_settings(monkeypatch):
     assert validate(CONFIG, "train.") == []
     monkeypatch.setattr(validation, "find_spec", lambda name: None if name == "schedulefree" else name)
     problems = validate(TrainingConfig(optimizer="schedule_free", beta1=0), "train.")

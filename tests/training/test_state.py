@@ -22,7 +22,7 @@ RAISED = "Changed: the learning rate of the next step is"
 
 
 def resume(blocks, folder, caplog, name: str = run_folder.LAST, **options) -> tuple[train.Trainer, str]:
-    """A Trainer that continues a checkpoint, and what it logs about that."""
+    """A Trainer that resumes a checkpoint, and its log."""
     caplog.clear()
     trainer = make_trainer(blocks, folder, **{"learning_rate": 1e-3, **options})
     with caplog.at_level("INFO"):
@@ -30,8 +30,8 @@ def resume(blocks, folder, caplog, name: str = run_folder.LAST, **options) -> tu
     return trainer, caplog.text
 
 
-def test_a_longer_schedule_says_that_it_raises_the_learning_rate(blocks, tmp_path, caplog):
-    """The lengths of the command in docs/reliability.md, divided by 100: 17 steps, then 25."""
+def test_note_about_a_learning_rate_raised_by_a_longer_schedule(blocks, tmp_path, caplog):
+    """A run of 17 steps is extended to 25."""
     options = {"learning_rate": 1e-3, "warmup_steps": 1, "save_every": 10, "eval_every": 99}
     trainer = make_trainer(blocks, tmp_path, max_steps=17, **options)
     trainer.train()
@@ -64,7 +64,7 @@ def test_with_wsd_a_run_is_made_longer_at_the_same_rate_until_its_decay(blocks, 
     assert f"{RAISED} 1.00e-03, it was 1.90e-04" in text
 
 
-def test_a_rising_warmup_is_no_change(blocks, tmp_path, caplog):
+def test_no_note_during_warmup(blocks, tmp_path, caplog):
     make_trainer(blocks, tmp_path, max_steps=2, warmup_steps=8).train()
     for longer in ({"max_steps": 2}, {"max_steps": 9}):
         _, text = resume(blocks, tmp_path, caplog, warmup_steps=8, learning_rate=1e-2, **longer)
@@ -104,7 +104,7 @@ def test_the_position_is_the_same_block_in_other_batches_and_the_start_in_other_
     assert progress == Progress(step=7, epoch=1, position=position)
 
 
-def test_other_data_must_be_accepted_and_another_shape_never_is():
+def test_other_data_needs_consent_and_another_shape_is_refused():
     check_compatible(Path("x"), SAVED, SAVED, accept_other_data=False)
     check_compatible(Path("x"), SAVED, {**SAVED, "data": "b"}, accept_other_data=True)
     with pytest.raises(UserError, match=r"x was trained on other data \(fingerprint a, not b\)"):
@@ -115,7 +115,7 @@ def test_other_data_must_be_accepted_and_another_shape_never_is():
             check_compatible(Path("x"), SAVED, other, accept_other_data=True)
 
 
-def test_another_parametrization_is_refused_and_the_base_matters_with_mup_alone():
+def test_another_parametrization_is_refused_and_the_base_counts_only_with_mup():
     mup = {**SAVED, "model": {**SAVED["model"], "parametrization": "mup"}}
     for key in PARAMETRIZATION:
         other = {**mup, "model": {**mup["model"], key: "mup" if key == "parametrization" else 7}}
