@@ -128,9 +128,9 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(tmp_path):
             max_length=LENGTH,
             cache_dir=str(tmp_path / "cache"),
         )
-        knows_nothing = GPT2Model(tiny_config(vocab_size=tokenizer.vocab_size))
-        torch.nn.init.zeros_(knows_nothing.token_embedding.weight)
-        metrics = evaluate(knows_nothing, load_split(data, "train"))
+        uniform = GPT2Model(tiny_config(vocab_size=tokenizer.vocab_size))
+        torch.nn.init.zeros_(uniform.token_embedding.weight)
+        metrics = evaluate(uniform, load_split(data, "train"))
         characters = int(len(TEXT) * 0.9)
         first = len(tokenizer.token_bytes[tokenizer.encode(TEXT)[0]])  # the first token is not predicted
         assert metrics["bytes"] == characters - first

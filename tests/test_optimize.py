@@ -66,7 +66,7 @@ def states(optimizer: OptunaOptimizer) -> list[str]:
     return [trial.state.name for trial in optimizer.study.trials]
 
 
-def kept_folders(folder: Path) -> list[str]:
+def remaining_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "kept").glob("trial_*"))
 
 
@@ -140,7 +140,7 @@ def test_study_in_a_storage_is_filled_up_with_new_trials(tmp_path):
         optimizer = make_optimizer(tmp_path, n_trials=n_trials, storage=storage, sampler="random")
         assert optimizer.optimize() == optimizer.study.best_params
         assert states(optimizer) == ["COMPLETE"] * trials
-        assert kept_folders(tmp_path) == [f"trial_{optimizer.study.best_trial.number}"]
+        assert remaining_folders(tmp_path) == [f"trial_{optimizer.study.best_trial.number}"]
     assert len({trial.params["train.beta2"] for trial in optimizer.study.trials}) == 4
 
 
@@ -178,7 +178,7 @@ def test_only_the_best_trial_keeps_its_checkpoints(tmp_path, direction):
     optimizer = make_optimizer(tmp_path, n_trials=3, sampler="random", direction=direction)
     optimizer.optimize()
     best = (min if direction == "minimize" else max)(optimizer.study.trials, key=lambda trial: trial.value)
-    assert kept_folders(tmp_path) == [f"trial_{best.number}"]
+    assert remaining_folders(tmp_path) == [f"trial_{best.number}"]
     record = checkpoint.read_record(tmp_path / "kept" / f"trial_{best.number}" / run_folder.BEST)
     assert record["progress"]["val_loss"] == best.value
     assert record["train"]["learning_rate"] == best.params["train.learning_rate"]
@@ -204,7 +204,7 @@ def test_trial_behind_the_others_is_pruned_after_the_warm_up(tmp_path, pruner, n
     assert list(slow.intermediate_values) == evaluations
     if state == "PRUNED":
         assert slow.user_attrs["reason"] == f"behind other trials at step {2 * len(evaluations)}"
-    assert kept_folders(tmp_path) == ["trial_0"]
+    assert remaining_folders(tmp_path) == ["trial_0"]
 
 
 def test_hyperband_prunes(tmp_path):
@@ -253,7 +253,7 @@ def test_diverged_trial_is_pruned_broken_trial_failed_and_study_continues(tmp_pa
     assert 'raise RuntimeError("too dry")' in optimizer.study.trials[1].user_attrs["traceback"]
     lines = [record.getMessage() for record in caplog.records if record.name == "study"]
     assert all((reason or "complete") in line for reason, line in zip(reasons, lines, strict=True))
-    assert kept_folders(tmp_path) == ["trial_2"]
+    assert remaining_folders(tmp_path) == ["trial_2"]
     assert not Fragile.alive
 
 

@@ -267,7 +267,7 @@ def a_shard_too_few(folder: Path) -> None:
     next(folder.glob("model-00002-*")).unlink()
 
 
-def an_index_that_leads_elsewhere(folder: Path) -> None:
+def an_index_with_a_path_outside(folder: Path) -> None:
     in_shards(folder)
     index = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -350,7 +350,7 @@ REFUSED = [
     (a_head_of_its_own, "its lm_head differs from its token embedding"),
     (whole_numbers, "stored as I8, not as plain floats"),
     (a_shard_too_few, "missing: model-00002-of-"),
-    (an_index_that_leads_elsewhere, "missing: ../model.safetensors"),
+    (an_index_with_a_path_outside, "missing: ../model.safetensors"),
     (a_config_of_words, "cannot read its config.json"),
     (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
     (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),

@@ -78,10 +78,10 @@ def test_deterministic_run_resumes_bit_for_bit(blocks, tmp_path, device, precisi
             yield str(token.tolist())
 
     def run(folder, *callbacks) -> Trainer:
-        itself: list[Trainer] = []
-        callbacks = [*callbacks, Samples(partial(draw, itself))]
-        itself.append(make_trainer(blocks, folder, 0.1, callbacks=callbacks, **options))
-        return itself[0]
+        trainers: list[Trainer] = []
+        callbacks = [*callbacks, Samples(partial(draw, trainers))]
+        trainers.append(make_trainer(blocks, folder, 0.1, callbacks=callbacks, **options))
+        return trainers[0]
 
     run(tmp_path / "whole").train()
     first = run(tmp_path / "parts", InterruptAt(3))

@@ -150,7 +150,7 @@ def signals(count: int, folder: Path, random: random.Random) -> list[Row]:
         for _ in range(random.randint(1, 5)):
             process = place.start("train.py", *SMALL, *options)
             kind = random.choice((*SIGNALS, signal.SIGKILL))
-            place.wait_until_it_hears(process)
+            place.wait_for_handler(process)
             time.sleep(random.uniform(0, usual))
             os.kill(process, kind)
             ended = place.wait(process)

@@ -95,7 +95,7 @@ class Place:
             os._exit(code)
 
     @staticmethod
-    def wait_until_it_hears(process: int) -> None:
+    def wait_for_handler(process: int) -> None:
         """Wait until a process has installed its handler of SIGTERM, because earlier signals would end it at once."""
         caught = 0
         while not caught & 1 << signal.SIGTERM - 1:

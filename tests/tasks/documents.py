@@ -74,7 +74,7 @@ def tokenizer() -> GPT2Tokenizer:
     return GPT2Tokenizer.train([json.dumps(DOCUMENTS, ensure_ascii=False)], 320)
 
 
-def model_that_says(tokenizer: GPT2Tokenizer, word: str) -> GPT2Model:
+def model_that_predicts(tokenizer: GPT2Tokenizer, word: str) -> GPT2Model:
     """A model for which a word of one token is slightly the most likely one everywhere."""
     model = noisy_model(tiny_config(vocab_size=tokenizer.vocab_size, context_length=CONTEXT)).eval()
     (token,) = tokenizer.encode(word)

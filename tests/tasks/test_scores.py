@@ -13,7 +13,7 @@ from gpt2.tasks.scores import Likelihood, TaskScorer, encode_pairs, figures, pac
 from gpt2.tasks.table import TASK_TABLE, Question, load_questions
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.helpers import transformers_twin
-from tests.tasks.documents import CONTEXT, model_that_says, tokenizer, write_tasks
+from tests.tasks.documents import CONTEXT, model_that_predicts, tokenizer, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def words() -> GPT2Tokenizer:
 
 @pytest.fixture(scope="module")
 def model(words):
-    return model_that_says(words, " door")
+    return model_that_predicts(words, " door")
 
 
 @pytest.fixture(scope="module", autouse=True)

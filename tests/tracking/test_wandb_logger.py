@@ -122,10 +122,10 @@ def test_resumed_run_is_the_same_wandb_run_and_one_command_uploads_all_of_it(wor
     with WandbServer() as server:
         environment = {**workspace.environment, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         environment |= {"PATH": f"{Path(wandb.__file__).parents[4]}/bin:{os.environ['PATH']}"}
-        for said in ("Syncing 4 run(s)", "No runs to sync"):  # the second time
+        for message in ("Syncing 4 run(s)", "No runs to sync"):  # the second time
             shell = {"shell": True, "cwd": workspace.folder, "env": environment, "text": True}
             synced = subprocess.run(command, **shell, capture_output=True, timeout=600, check=True)
-            assert said in synced.stdout + synced.stderr
+            assert message in synced.stdout + synced.stderr
     history = server.runs[first["id"]]["history"]
     assert [row["step"] for row in history if "val/loss" in row] == [4, 6, 8]
     assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 4, 6, 8]
