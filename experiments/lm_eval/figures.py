@@ -20,7 +20,7 @@ FIGURES = [
     f"| lm-eval | {bits:.4f} | {order['acc,none']:.3f} ± {order['acc_stderr,none']:.3f} |",
     f"| `evaluate.py` | {ours['bits_per_byte']:.4f} |",
     f"| `evaluate.py` with `stride=32` | {strided['bits_per_byte']:.4f} |",
-    f"compares {lines} lines",
+    f"whether {lines} lines",
     f"{lines} lines are few",
     f"lm-eval {theirs['lm_eval_version']}, transformers {theirs['transformers_version']}",
 ]

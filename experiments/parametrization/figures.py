@@ -50,7 +50,7 @@ FIGURES = [
     f"The best rate of width 128 costs the model of width 512 {costs('standard', 128):.2f} nats with `standard` and "
     f"{costs('mup', 128):.2f} with `mup`; that of width 32 costs it {costs('standard', 32):.2f} and "
     f"{costs('mup', 32):.2f}",
-    f"no seed alone has its best rate more than a factor of {farthest:.0f} away from that of their mean",
+    f"the best rate of each single seed is within a factor of {farthest:.0f} of that of the mean",
     f"At the best rates seeds differ by a standard deviation of {noise:.3f} nats, beyond them by {noise_beyond:.3f}.",
     f"at its best rate the widest model ends at {lowest['mup', 512]:.3f} with `mup` and at "
     f"{lowest['standard', 512]:.3f} with `standard`",

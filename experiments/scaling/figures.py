@@ -38,10 +38,10 @@ FIGURES = [
     f"{tokens_per_step(narrow):,} bytes a step at width {narrow}, {tokens_per_step(wide):,} at {wide}",
     f"The longest run reads {longest:.1f} million bytes, the text {longest / TRAINING:.1f} times",
     f"They add {more[narrow]:.0%} more at width {narrow} and {more[wide]:.0%} more at {wide}".replace("%", " %"),
-    f"one rate for all was chosen from {len(pilots)} short runs (`pilots.csv`). At width 64 it ends {long:.2f} "
-    f"nats above half of it in 1,987 steps of 1,024 bytes, and {-short:.2f} below in 497 steps of 4,096",
+    f"one rate for all was chosen from {len(pilots)} short runs (`pilots.csv`). At width 64 this rate ends {long:.2f} "
+    f"nats above half the rate in 1,987 steps of 1,024 bytes, and {-short:.2f} below in 497 steps of 4,096",
     f"It ended {behind:.2f} nats above Muon at width 64 in 497 steps (on 2 % of the files)",
-    f"at the smallest budget the widest makes {min(row['steps'] for row in rows)} steps",
+    f"at the smallest budget the widest has {min(row['steps'] for row in rows)} steps",
 ]
 GIVEN = [
     "6 N D from 6.25e11 to 1e13 operations",
