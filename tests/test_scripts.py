@@ -125,22 +125,6 @@ def test_batched_prompts_match_single_prompts(trained, tmp_path):
     assert all(line["tokens"] == 12 and line["log_probability"] < 0 for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["prompts_file=nowhere.txt"], "prompts_file: nowhere.txt cannot be read"),
-        (["prompts_file=corpus.txt", "prompt=x"], "prompts_file: contradicts prompt"),
-        (["prompt=x", "inference.quantization=int8", "device=cuda"], "device: there is no cuda here"),
-    ],
-)
-def test_invalid_generation_requests(trained, arguments, complaint):
-    if "device=cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = trained.run("generate.py", *arguments, expect=2)
-    assert done.stdout == ""
-    assert complaint in done.stderr
-
-
 def test_output_errors_without_traceback(trained, tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"prompt": "\\ud800"}\n')
     command = shlex.join(trained.command("generate.py", "inference.max_new_tokens=5"))
@@ -185,13 +169,6 @@ def test_simultaneous_runs_get_separate_folders(workspace: Workspace):
     assert [process.wait(timeout=300) for process in started] == [0, 0]
     assert len(workspace.runs()) == 2
     assert len(list(workspace.folder.glob("cache/gpt2/tokens/*/train.bin"))) == 1
-
-
-def test_sweep_runs_each_value_in_its_own_folder(workspace: Workspace):
-    workspace.run("train.py", *TINY, "-m", "train.learning_rate=1e-3,1e-2", "train.max_steps=2", "name=sweep")
-    (sweep,) = workspace.folder.glob("outputs/sweeps/sweep/*")
-    rates = [read_metrics(sweep / str(number) / "metrics.jsonl")[0]["train/learning_rate"] for number in (0, 1)]
-    assert rates == pytest.approx([1e-3 / 2, 1e-2 / 2])
 
 
 def wait_for(condition, seconds: float = 300) -> None:
@@ -248,33 +225,9 @@ def test_resumed_run_may_be_longer_but_not_different(workspace: Workspace):
     assert (run / "samples.md").read_text().count("${HOME}") == 3
 
 
-def test_existing_run_is_not_overwritten(workspace: Workspace):
-    workspace.run("train.py", *TINY, "train.max_steps=1", "hydra.run.dir=outputs/mine")
-    before = (workspace.folder / "outputs/mine/metrics.jsonl").read_text()
-    refused = workspace.run("train.py", *TINY, "hydra.run.dir=outputs/mine", expect=2)
-    assert "resume=outputs/mine" in refused.stderr
-    assert (workspace.folder / "outputs/mine/metrics.jsonl").read_text() == before
-
-
-def test_resume_rejects_other_data_and_fewer_steps(workspace: Workspace):
-    workspace.run("train.py", *TINY, "data.tokenizer=train", "data.vocab_size=270")
-    backwards = workspace.run("train.py", "resume=latest", "train.max_steps=2", expect=2)
-    assert "the run has made 8 steps already" in backwards.stderr
-    (workspace.folder / "corpus.txt").write_text("something else entirely\n" * 500)
-    changed = workspace.run("train.py", "resume=latest", "train.max_steps=12", expect=2)
-    assert "was trained on other data" in changed.stderr
-
-
-@pytest.mark.parametrize(
-    ("override", "complaint"),
-    [
-        ("train.device=cuda:9", "there is no cuda:9 here"),
-        ("model.vocab_size=4096", "is not the tokenizer's 257"),
-        ("model.d_model=400000", "tokens takes 2,641 GB, this machine has"),
-    ],
-)
-def test_missing_device_memory_and_wrong_vocabulary_are_rejected(workspace: Workspace, override, complaint):
-    assert complaint in workspace.run("train.py", *TINY, override, expect=2).stderr
+def test_model_larger_than_the_memory_is_refused(workspace: Workspace):
+    refused = workspace.run("train.py", *TINY, "model.d_model=400000", expect=2)
+    assert "tokens takes 2,641 GB, this machine has" in refused.stderr
     assert workspace.runs() == []
 
 

@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from gpt2 import train
 from gpt2.checkpoint import format as checkpoint
 from gpt2.checkpoint import run_folder
-from gpt2.config import OPTIMIZERS, DataConfig, GPT2Config, InferenceConfig, TrainingConfig
-from gpt2.data_loader import TokenDataset, get_dataloaders, load_text_data
+from gpt2.config import OPTIMIZERS, GPT2Config, TrainingConfig
+from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.errors import DivergenceError, UserError
-from gpt2.evaluate import Evaluator, score
-from gpt2.inference import TextGenerator
+from gpt2.evaluate import score
 from gpt2.model import GPT2Model
 from gpt2.ops import linear as onednn
 from gpt2.runtime import device
@@ -367,33 +366,6 @@ def test_checkpoint_of_other_shape_is_refused(blocks, tmp_path):
     other.model.config.num_heads = 4
     with pytest.raises(UserError, match="holds a model of another shape: num_heads=2, not 4"):
         other.load_checkpoint(str(tmp_path / run_folder.LAST))
-
-
-# The public API from text to text, without Hydra
-
-
-def test_library_without_hydra(tmp_path, capsys):
-    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 200)
-    data = DataConfig(
-        files=[str(tmp_path / "text.txt")], tokenizer="bytes", max_length=LENGTH, cache_dir=str(tmp_path / "cache")
-    )
-    train_set, val_set, test_set, tokenizer = load_text_data(data)
-    config = TrainingConfig(
-        max_steps=60, learning_rate=1e-2, warmup_steps=5, num_workers=0, checkpoint_dir=str(tmp_path / "checkpoints")
-    )
-    train_loader, val_loader, test_loader = get_dataloaders(train_set, val_set, test_set, config)
-    model = GPT2Model(GPT2Config(tokenizer.vocab_size, LENGTH, 32, 2, 1, 64, 0.0, 0.0, 0.0))
-    Trainer(model, train_loader, val_loader, config).train()
-
-    evaluator = Evaluator(model, test_loader)
-    metrics = evaluator.evaluate()
-    evaluator.print_metrics(metrics)
-    assert metrics["perplexity"] == pytest.approx(np.exp(metrics["loss"]))
-    assert metrics["loss"] < 3.5
-
-    generator = TextGenerator(str(tmp_path / "checkpoints" / "best_model.pth"))
-    generator.generate_text("All work", InferenceConfig(max_new_tokens=10, do_sample=False))
-    assert "All work" in capsys.readouterr().out
 
 
 # The compute plan

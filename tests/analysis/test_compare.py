@@ -421,13 +421,6 @@ def test_wrong_arguments_are_errors(tmp_path, monkeypatch, arguments, message):
     assert raised.value.problems[0].startswith(message)
 
 
-def test_error_of_the_command_is_one_line(workspace):
-    done = workspace.module("gpt2.main", "compare", "outputs/runs/gone")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: outputs/runs/gone does not exist")
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_help_lists_the_options(workspace):
     done = workspace.module("gpt2.main", "compare", "--help")
     assert done.returncode == 0

@@ -1,13 +1,12 @@
 """Configurations that cannot run: types, ranges, contradictions, names that do not exist, presets of users.
 
-`tests/cli` checks more of them without a process for each.
+`tests/test_config.py` and `tests/cli` check more of them without a process for each.
 """
 
 from tests.bad_inputs.files import PRESETS
 from tests.bad_inputs.harness import check, rows
 
 TYPES = [
-    ("a fraction for a count", "train train.max_steps=1.5", "train.max_steps=1.5: ... Integer"),
     ("true for a count", "train train.batch_size=true", "train.batch_size=true: ... Integer"),
     ("a list for a count", "train train.batch_size=[1]", "train.batch_size=[1]: ... Integer"),
     ("a mapping for a count", "train train.batch_size={a:1}", "train.batch_size={a:1}: ... Integer"),
@@ -36,24 +35,11 @@ TYPES = [
 
 RANGES = [
     ("no rate", "train train.learning_rate=0", "train.learning_rate: 0.0 is not a finite number above 0"),
-    ("a negative rate", "train train.learning_rate=-1e-3", "train.learning_rate: -0.001 is not"),
-    ("a rate that is not a number", "train train.learning_rate=nan", "train.learning_rate: nan is not"),
-    ("an infinite rate", "train train.learning_rate=inf", "train.learning_rate: inf is not"),
     ("a negative warm-up", "train train.warmup_steps=-1", "train.warmup_steps: -1 is not ... at least 0"),
     ("a negative seed", "train train.seed=-1", "train.seed: -1 is not between 0 and 2^63 - 1"),
-    ("a seed of 20 digits", "train train.seed=99999999999999999999", "train.seed: ... is not between 0 and 2^63 - 1"),
     ("dropout of all", "train model.dropout=1", "model.dropout: 1.0 is not at least 0 and below 1"),
-    ("no layers", "train model.num_layers=0", "model.num_layers: 0 is not between 1 and"),
     ("too many layers", "train model.num_layers=100000", "model.num_layers: 100000 is not between 1 and"),
-    ("too wide", "train model.d_model=1000000000", "model.d_model: 1000000000 is not between 1 and"),
     ("too few tokens", "train data.vocab_size=256", "data.vocab_size: 256 is not at least 257"),
-    (
-        "all for validation",
-        "train data.validation_fraction=1",
-        "data.validation_fraction: 1.0 is not above 0 and below",
-    ),
-    ("beta of 1", "train train.beta2=1", "train.beta2: 1.0 is not at least 0 and below 1"),
-    ("no time", "train train.max_training_hours=0", "train.max_training_hours: 0.0 is not"),
     ("no time for others", "train distributed.timeout=1", "distributed.timeout: 1.0 is not between 5 and"),
     ("no such device to examine", "doctor device=gpu", "device: 'gpu' is none of auto, cuda"),
     ("a device that is not here", "doctor device=cuda:99", "device: there is no cuda:99 here; use auto or ... ; "),
@@ -97,7 +83,6 @@ CONTRADICTIONS = [
 ]
 
 UNKNOWN = [
-    ("a key with a slip", "train train.lrr=1", "train.lrr=1: Key 'lrr'"),
     ("a forced key", "train ++train.new=1", "Key 'new' not in 'TrainingConfig'"),
     ("a new key at the top", "train +new.key=1", "Key 'new' not in 'TrainRun'"),
     ("a group that is not there", "train +nogroup=x", "nogroup"),
@@ -134,7 +119,6 @@ UNKNOWN = [
 ]
 
 GRAMMAR = [
-    ("a word alone", "train word", "word: not of the form key=value"),
     ("a value alone", "train =5", "=5: "),
     ("lines alone", "train 'a\n\x85b'", r"a\n\nb: not of the form key=value"),
     ("an open list", "train data.files=[a", "data.files=[a: not of the form key=value"),
@@ -158,14 +142,12 @@ YAML_WORDS = [
 ]
 
 SWEEPS = [
-    ("a value of a sweep", "train -m train.batch_size=4,0", "train.batch_size: 0 is not a whole number"),
     (
         "a file of a sweep",
         "train -m data=text data.files=[corpus.txt],[no.txt]",
         "data.files: no file matches 'no.txt'",
     ),
     ("a key of a sweep", "train -m train.sede=1 train.seed=1,2", "train.sede=1: Key 'sede'"),
-    ("a group of a sweep", "train -m model=gpt2,gtp2", "model=gtp2: ... gpt2_nano"),
     ("a folder for many runs", "train -m hydra.run.dir=a train.seed=1,2", "hydra.run.dir=a: is for one run; with -m"),
     ("a configuration of nanoGPT", "train config/train_gpt2.py", "config/train_gpt2.py: ... experiment=NAME chooses"),
     ("an option of nanoGPT", "train --n_layer=6", "unrecognized arguments: --n_layer=6; settings have no dashes"),
