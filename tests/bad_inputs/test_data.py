@@ -28,34 +28,38 @@ FILES = [
     ("a picture", "picture.txt", "data.files: ... picture.txt"),
     ("a file of tokens", "tokens.bin", "data.files: ... tokens.bin"),
     ("a pattern without a match", "'*.md'", "data.files: no file matches '*.md'"),
-    ("a pattern of folders alone", "'fold*'", "data.files: ... is a folder"),
-    ("a path through a file", "corpus.txt/a.txt", "data.files: no file matches 'corpus.txt/a.txt'"),
+    ("a pattern that matches only folders", "'fold*'", "data.files: ... is a folder"),
+    ("a path below a file", "corpus.txt/a.txt", "data.files: no file matches 'corpus.txt/a.txt'"),
     ("a name of 300 characters", "a" * 300, "data.files: no file matches 'aaa"),
     ("an empty name", "''", "data.files: no file matches ''"),
-    ("a name that ends the colour", "'esc*.txt'", "data.files: ... esc"),
+    ("a name with an escape sequence", "'esc*.txt'", "data.files: ... esc"),
 ]
 
 OTHERS = [
     ("no files", "data.files=[]", "data.files: the list is empty"),
     ("all files excluded", "data.files=[corpus.txt] data.exclude=[corpus.txt]", "data.exclude"),
-    ("a tokenizer that is not there", "data.files=[corpus.txt] data.tokenizer=nowhere", "data.tokenizer: 'nowhere'"),
-    ("a tokenizer of a folder without one", "data.files=[corpus.txt] data.tokenizer=folder", "data.tokenizer: folder"),
+    ("a missing tokenizer", "data.files=[corpus.txt] data.tokenizer=nowhere", "data.tokenizer: 'nowhere'"),
+    ("a folder without a tokenizer", "data.files=[corpus.txt] data.tokenizer=folder", "data.tokenizer: folder"),
     ("a tokenizer that is a text", "data.files=[corpus.txt] data.tokenizer=corpus.txt", "corpus.txt"),
     (
         "GPT-2's tokenizer without a network",
         "data.files=[corpus.txt] data.tokenizer=gpt2",
         "gpt2 ... without a network",
     ),
-    ("a tokenizer of the Hub without it", "data.files=[corpus.txt] data.tokenizer=a/b", "a/b ... without a network"),
+    (
+        "a tokenizer on the Hub without a network",
+        "data.files=[corpus.txt] data.tokenizer=a/b",
+        "a/b ... without a network",
+    ),
     ("a dataset without a network", "data=wikitext2 data.files=null", "'wikitext' ... without a network"),
     (
-        "a folder that is not there",
+        "a missing folder",
         "data=wikitext2 data.files=null data.dataset_name=./nowhere",
         "data.dataset_name: there is no folder",
     ),
     ("a cache that is a file", "data.files=[corpus.txt] data.cache_dir=corpus.txt", "data.cache_dir: ... corpus.txt"),
-    ("a cache in no filesystem", "data.files=[corpus.txt] data.cache_dir=/proc/a", "data.cache_dir: ... /proc/a"),
-    ("an expression with a slip", "data.files=[corpus.txt] 'data.document_start=\"[\"'", "data.document_start"),
+    ("a cache in /proc", "data.files=[corpus.txt] data.cache_dir=/proc/a", "data.cache_dir: ... /proc/a"),
+    ("an invalid regular expression", "data.files=[corpus.txt] 'data.document_start=\"[\"'", "data.document_start"),
     ("a vocabulary of another size", "data.files=[corpus.txt] model.vocab_size=300", "model.vocab_size: 300 is not"),
 ]
 

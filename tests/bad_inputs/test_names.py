@@ -3,30 +3,38 @@
 from tests.bad_inputs.harness import TRAIN, check, rows
 
 NAMES = [
-    ("the folder above", "../x"),
+    ("a path to the parent folder", "../x"),
     ("a command", r"\$(touch p)"),
     ("a line break", "a\nb"),
     ("an option", "-rf"),
     ("an emoji", "🦜"),
-    ("nothing", ""),
+    ("an empty name", ""),
     ("a control character", "a\x1b[31m"),
-    ("a change of direction", "a\u202eb"),
+    ("a mark that changes the direction of text", "a\u202eb"),
 ]
 
 PLACES = [
     (
-        "a study above",
+        "a study in the parent folder",
         "train -m hparams_search=optuna hydra.sweeper.study_name=../x",
         "hydra.sweeper.study_name: '../x'",
     ),
-    ("a study of a group", "train -m hparams_search=optuna hydra.sweeper.study_name=model", "hydra.sweeper.study_name"),
-    ("checkpoints above", "train train.checkpoint_dir=..", "train.checkpoint_dir: '..' must be the plain name"),
-    ("checkpoints anywhere", "train train.checkpoint_dir=/tmp/x", "train.checkpoint_dir: '/tmp/x' must be"),
-    ("a run in no filesystem", f"{TRAIN} hydra.run.dir=/proc/x", "hydra.run.dir: ... /proc/x"),
+    (
+        "a study with the name of a group",
+        "train -m hparams_search=optuna hydra.sweeper.study_name=model",
+        "hydra.sweeper.study_name",
+    ),
+    (
+        "checkpoints in the parent folder",
+        "train train.checkpoint_dir=..",
+        "train.checkpoint_dir: '..' must be the plain name",
+    ),
+    ("checkpoints at an absolute path", "train train.checkpoint_dir=/tmp/x", "train.checkpoint_dir: '/tmp/x' must be"),
+    ("a run in /proc", f"{TRAIN} hydra.run.dir=/proc/x", "hydra.run.dir: ... /proc/x"),
     ("a run in a file", f"{TRAIN} hydra.run.dir=corpus.txt", "hydra.run.dir: ... corpus.txt"),
-    ("a run without a place", f"{TRAIN} hydra.run.dir=''", "hydra.run.dir"),
-    ("a sweep in no filesystem", f"{TRAIN} -m train.seed=1,2 hydra.sweep.dir=/proc/x", "hydra.sweep.dir: ... /proc/x"),
-    ("a result in no filesystem", "evaluate wandb=off output=/proc/x.json", "output: cannot write"),
+    ("an empty run folder", f"{TRAIN} hydra.run.dir=''", "hydra.run.dir"),
+    ("a sweep in /proc", f"{TRAIN} -m train.seed=1,2 hydra.sweep.dir=/proc/x", "hydra.sweep.dir: ... /proc/x"),
+    ("a result in /proc", "evaluate wandb=off output=/proc/x.json", "output: cannot write"),
     (
         "a result in a file",
         "evaluate wandb=off output=corpus.txt/x.json",
@@ -34,8 +42,8 @@ PLACES = [
     ),
     ("a result over a text", "evaluate wandb=off output=corpus.txt", "output: corpus.txt exists and is not a result"),
     ("an export in a file", "export to=corpus.txt/x", "to: ... corpus.txt/x"),
-    ("an export in no filesystem", "export to=/proc/x", "to: ... /proc/x"),
-    ("a page in no filesystem", "compare html=/proc/x.html", "/proc/x.html"),
+    ("an export in /proc", "export to=/proc/x", "to: ... /proc/x"),
+    ("a page in /proc", "compare html=/proc/x.html", "/proc/x.html"),
     ("a picture in a file", "compare picture=corpus.txt/x.png", "corpus.txt/x.png"),
     ("a name of 300 characters", f"evaluate wandb=off output={'a' * 300}", "output: cannot write"),
 ]

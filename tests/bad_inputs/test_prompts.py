@@ -23,15 +23,15 @@ OPTIONS = [
 
 LINES = [
     ("two sources", "generate prompt=x prompts_file=prompts/nothing.txt", "prompts_file: contradicts prompt"),
-    ("a file that is not there", "generate prompts_file=nowhere.txt", "prompts_file: nowhere.txt cannot be read"),
+    ("a missing file", "generate prompts_file=nowhere.txt", "prompts_file: nowhere.txt cannot be read"),
     ("a folder", "generate prompts_file=folder", "prompts_file: folder"),
     ("a loop of links", "generate prompts_file=loop.txt", "prompts_file: loop.txt"),
-    ("a name of nothing", "generate prompts_file=", "prompts_file: "),
+    ("an empty name", "generate prompts_file=", "prompts_file: "),
     ("a list of files", "generate prompts_file=[a,b]", "prompts_file=[a,b]: "),
     ("a prompt of a sweep", "generate -m prompt=a,b", "-m: only train.py makes several runs"),
-    ("a device that is not there", "generate prompt=x device=cuda:99", "device: there is no cuda"),
-    ("a device of no kind", "generate prompt=x device=tpu", "device: 'tpu' is none of auto"),
-    ("a sample of no length", "train inference.max_new_tokens=0", "inference.max_new_tokens: 0 is not"),
+    ("a missing device", "generate prompt=x device=cuda:99", "device: there is no cuda"),
+    ("an unknown device", "generate prompt=x device=tpu", "device: 'tpu' is none of auto"),
+    ("samples without tokens", "train inference.max_new_tokens=0", "inference.max_new_tokens: 0 is not"),
 ]
 FILE_WORDS = {
     "nothing.txt": "has no prompt",
