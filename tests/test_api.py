@@ -157,7 +157,7 @@ def parameters(function) -> list[str]:
 
 
 @pytest.mark.parametrize(("function", "promised"), SIGNATURES, ids=lambda value: getattr(value, "__qualname__", ""))
-def test_signatures_begin_as_promised_and_what_follows_has_a_default(function, promised):
+def test_signatures_begin_as_promised_and_other_parameters_have_defaults(function, promised):
     found, expected = parameters(function), promised.split(", ") if promised else []
     assert found[: len(expected)] == expected
     assert all("=" in parameter for parameter in found[len(expected) :])

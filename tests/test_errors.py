@@ -127,7 +127,7 @@ def test_urls_without_credentials_may_be_settings():
         assert has_password(url), url
 
 
-def test_known_secrets_are_starred_wherever_they_occur(monkeypatch):
+def test_known_secrets_are_starred_anywhere(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "0123456789")
     monkeypatch.setenv("HTTPS_PROXY", "user:pr/xy@host:3128")
     monkeypatch.setenv("MIRROR", "--index-url https://user:p%40ss@host")

@@ -329,7 +329,7 @@ def test_zero_new_tokens_return_the_prompt():
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
-def test_all_ways_to_be_greedy_are_equal(options):
+def test_greedy_options_give_equal_text(options):
     model = noisy_model(tiny_config())
     prompt = random_ids(model.config, 3, 4)
     assert torch.equal(

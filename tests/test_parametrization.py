@@ -134,7 +134,7 @@ def test_initial_embeddings_do_not_depend_on_the_width_and_hidden_matrices_do():
 # Everything else
 
 
-def test_all_ways_to_compute_with_mup_agree():
+def test_all_implementations_agree_with_mup():
     model = noisy_model(mup(64, heads=2)).eval()
     ids = random_ids(model.config, 3, 12)
     logits, loss = model(ids, labels=ids)

@@ -323,7 +323,7 @@ def test_run_killed_after_last_save_matches_uninterrupted(blocks, tmp_path):
     assert_same_state(tmp_path / "straight" / run_folder.LAST, tmp_path / "killed" / run_folder.LAST)
 
 
-def test_run_resumed_from_older_checkpoint_repeats_itself(blocks, tmp_path):
+def test_run_resumed_from_older_checkpoint_repeats_the_same_steps(blocks, tmp_path):
     options = {"dropout": 0.1, "max_steps": 9, "eval_every": 100, "save_every": 4, "log_every": 3}
     tracker = Tracker(tmp_path)
     trainer = make_trainer(blocks, tmp_path / "a", tracker=tracker, **options)

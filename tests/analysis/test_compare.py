@@ -93,7 +93,7 @@ def test_folder_names_with_pattern_characters(tmp_path, monkeypatch):
     assert len(find_runs(["a[1]=b", str(tmp_path / "a[1]=b")])) == 1
 
 
-def test_places_without_a_run_are_errors(tmp_path):
+def test_paths_without_a_run_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError) as refused:
         find_runs([str(tmp_path / "empty"), str(tmp_path / "gone"), str(tmp_path / "no*")])

@@ -119,7 +119,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS.keys())
-def test_odd_run_is_shown_in_every_output(tmp_path, caplog, change):
+def test_unusual_run_is_shown_in_every_output(tmp_path, caplog, change):
     make_run(tmp_path / "good")
     make_run(tmp_path / "odd", state="running")
     change(tmp_path / "odd")

@@ -89,7 +89,7 @@ def test_files(place, row):
 
 
 @rows(training_on(OTHERS))
-def test_places_and_settings(place, row):
+def test_paths_and_settings(place, row):
     check(place, row)
 
 

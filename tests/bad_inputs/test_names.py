@@ -59,5 +59,5 @@ def test_names_of_runs(place, row):
 
 
 @rows(PLACES)
-def test_places(place, row):
+def test_paths(place, row):
     check(place, row)

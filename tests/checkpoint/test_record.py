@@ -215,7 +215,7 @@ ACCOUNTS_AND_PLACES = {
 }
 
 
-def test_list_of_what_a_checkpoint_decides():
+def test_settings_that_a_checkpoint_decides():
     """Each new key must be listed here, after deciding whether an untrusted file may set it."""
     everything = {
         f"{group}.{key}" if isinstance(inner, dict) and group != "choices" else group

@@ -54,7 +54,7 @@ def test_out_of_memory_names_requested_size():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_full_disk_names_reason_and_place(tmp_path, number):
+def test_full_disk_names_reason_and_path(tmp_path, number):
     path = tmp_path / "not there yet" / "step.pth"
     message = machine_error(OSError(number, os.strerror(number), str(path)))
     assert re.fullmatch(rf"{os.strerror(number)}: {re.escape(str(path))} \([\d,.]+ MB are free there\)", message)

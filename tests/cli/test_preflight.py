@@ -111,7 +111,7 @@ SWEEP = "is a sweep: add -m; if it is one value, a list needs brackets, a text w
     ],
     ids=lambda value: " ".join(value).encode("utf-8", "backslashreplace").decode()[:40],
 )
-def test_line_about_a_mistake(arguments, lines):
+def test_error_line_of_each_mistake(arguments, lines):
     found = problems("train", "data=stdlib", *arguments)
     assert len(found) == len(lines), found
     for line, expected in zip(found, lines, strict=True):

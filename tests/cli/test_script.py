@@ -91,7 +91,7 @@ def test_refused_run_leaves_no_folder(workspace: Workspace):
     assert not (workspace.folder / "outputs").exists()
 
 
-def test_file_in_the_way_during_a_run_is_one_line(workspace: Workspace):
+def test_file_in_place_of_a_folder_during_a_run_is_one_line(workspace: Workspace):
     (workspace.folder / "run").mkdir()
     (workspace.folder / "run" / "checkpoints").write_text("")
     done = workspace.run("train.py", *TINY, "hydra.run.dir=run", expect=1)

@@ -119,7 +119,7 @@ def test_invalid_arguments_are_a_one_line_error(workspace, arguments, message):
 
 
 @pytest.mark.parametrize("act", [run_study, print_plan])
-def test_unwritable_place_of_the_runs_is_refused_before_any_work(tmp_path, monkeypatch, act):
+def test_unwritable_folder_of_runs_is_refused_before_any_work(tmp_path, monkeypatch, act):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs" / "studies").mkdir()
@@ -131,7 +131,7 @@ def test_unwritable_place_of_the_runs_is_refused_before_any_work(tmp_path, monke
         act(folder, 1, 1)
 
 
-def test_unwritable_folder_of_a_study_is_refused_with_a_place_that_is_allowed(tmp_path, monkeypatch):
+def test_unwritable_folder_of_a_study_is_refused_with_an_alternative(tmp_path, monkeypatch):
     folder = write_study(tmp_path)
     monkeypatch.chdir(tmp_path)
     temporary = tempfile.TemporaryFile

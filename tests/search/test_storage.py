@@ -170,7 +170,7 @@ def test_database_of_another_program_is_refused(tmp_path):
         ("{folder}/" + "n" * 250, "File name too long"),
     ],
 )
-def test_place_that_cannot_hold_a_storage_is_refused_at_once(tmp_path, scheme, name, reason):
+def test_unusable_path_of_a_storage_is_refused_at_once(tmp_path, scheme, name, reason):
     (tmp_path / "file").touch()
     url = f"{scheme}:///{name.format(folder=tmp_path)}"
     assert validate_storage(url) == f"{url} cannot be opened: {reason}"

@@ -277,7 +277,7 @@ def test_mlflow_database_writes_below_outputs_only(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("server", ["silent", "refuses"])
-def test_mlflow_server_that_fails_costs_seconds_and_changes_nothing(trained, workspace, server):
+def test_failing_mlflow_server_costs_seconds_and_changes_nothing(trained, workspace, server):
     del workspace.environment[loggers.PATIENCE]  # the product's limits
     with black_hole() as url:
         uri = url if server == "silent" else "http://127.0.0.1:9"

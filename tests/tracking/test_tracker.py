@@ -79,7 +79,7 @@ def test_huge_ranges_are_not_enumerated():
     assert missing == f"samples of steps 1, 2, 3, ... {10**30}"
 
 
-def test_samples_of_either_file_are_kept(tmp_path):
+def test_samples_of_either_file_are_restored(tmp_path):
     tracker = Tracker(tmp_path)
     for step in (1000, 2000, 3000):
         tracker.log(record(step, **{"val/loss": 2.0}), sample=f"text {step}\r\n## Step 7\n\n```\n")
