@@ -33,7 +33,7 @@ GIVEN = [
 ]
 ELSEWHERE = {
     "docs/training.md": [f"| `shakespeare_char` | {nanogpt}; {loss} here |"],
-    "conf/experiment/shakespeare_char.yaml": [f"On the whole validation split nanoGPT ends at {nanogpt}, this preset at {loss}"],
+    "conf/experiment/shakespeare_char.yaml": [f"ends at {nanogpt}, this preset at {loss}"],
 }
 
 if __name__ == "__main__":
