@@ -122,7 +122,6 @@ def test_batches_match_those_of_peers_and_all_differ(tmp_path):
         ({"peer": "nowhere.py:step"}, "peer: 'nowhere.py:step' must be FILE.py:FUNCTION with an existing file"),
         ({"peer": str(ROOT / "train.py")}, "must be FILE.py:FUNCTION"),
         ({"precisions": []}, "precisions: "),
-        ({"precisions": ["fp8"]}, "precisions: "),
         ({"precisions": ["bf16"], "train": {"mixed_precision": False}}, "contradict train.mixed_precision=false"),
         ({"steps": 0}, "steps: 0 is not"),
         ({"warmup": 0}, "warmup: 0 is not"),
