@@ -99,9 +99,9 @@ def on_corpus(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") ->
     is_pinned = choose_device(config.device).type == "cuda"  # for asynchronous copies to the GPU
     loader = DataLoader(blocks, batch_size=config.batch_size, collate_fn=identity_collate, pin_memory=is_pinned)
     evaluator = Evaluator(model, loader, config.device, config.precision, group)
-    split, stride = blocks.path.stem, blocks.stride
+    split, stride, tokenizer = blocks.path.stem, blocks.stride, getattr(blocks.tokenizer, "fingerprint", None)
     title = f"data   {describe_source(config.data)}: {split}, windows of {blocks.length} tokens, stride {stride}"
-    return Evaluation(evaluator, title, {"split": split, "stride": stride})
+    return Evaluation(evaluator, title, {"split": split, "stride": stride, "tokenizer_fingerprint": tokenizer})
 
 
 def on_tasks(config: EvaluateRun, model: "GPT2Model", group: "ProcessGroup") -> Evaluation:

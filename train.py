@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ def main(config: TrainRun, trial: "RunningTrial | None" = None) -> float | None:
         settings, wandb_id = saved_settings(config)
         tracker, callbacks = Tracker(), list[Callback]()
         if group.is_main:
-            tracker = Tracker(folder, about=run_facts(config, model, {**settings, "model": asdict(model.config)}))
+            tracker = Tracker(folder, about=run_facts(config, model, tokenizer, settings))
             samples = Samples(partial(stream_sample, model, tokenizer, config))
             callbacks = [ConsoleLog(trial.label), trial] if trial else [samples]
             callbacks += [TrackerLog(tracker), *([StepProfiler(folder)] if config.profile else [])]

@@ -204,7 +204,9 @@ class Comparison:
 
     @property
     def tokenizers_differ(self) -> bool:
-        return not TOKENIZER.isdisjoint(self.keys)
+        """Whether the runs have different tokenizers. If it is not recorded, different settings count."""
+        tokenizers = {run.about.get("tokenizer") for run in self.runs}
+        return not TOKENIZER.isdisjoint(self.keys) if None in tokenizers else len(tokenizers) > 1
 
     @property
     def in_bits(self) -> bool:

@@ -40,9 +40,7 @@ def _shown(metric: str, value: float) -> str:
 def names_of_models(results: list[Result]) -> str:
     """Return a line: the number of models, their folder if it is the same, and whether their losses compare."""
     folder, *others = {str(Path(result["checkpoint"]).parent) for result in results}
-    names = {Path(result["data"]["tokenizer"]) for result in results if "data" in result}
-    # The checkpoints of a run share their tokenizer.
-    tokenizers = {name.parent if name.suffix == ".pth" else name for name in names}
+    tokenizers = {result["tokenizer_fingerprint"] for result in results if "tokenizer_fingerprint" in result}
     note = "; their tokenizers differ: only bits per byte compare" if len(tokenizers) > 1 else ""
     return f"models {len(results)}{'' if others or folder == '.' else f' of {folder}'}{note}"
 

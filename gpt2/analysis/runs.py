@@ -34,7 +34,7 @@ FACTS = {"train.precision": "precision", "train.device": "device", "machine.rank
 
 # Types of the values in run.json and in a line of metrics.jsonl.
 ABOUT_TYPES = {
-    **dict.fromkeys(("title", "state", "reason", "started", "ended"), str),
+    **dict.fromkeys(("title", "state", "reason", "started", "ended", "tokenizer"), str),
     **dict.fromkeys(("repository", "machine", "versions", "config"), dict),
     **dict.fromkeys(("parameters", "flops_per_token"), float),
     "tags": list,

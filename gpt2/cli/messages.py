@@ -42,6 +42,7 @@ from gpt2.runtime.dist_env import dist_env
 from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.rng import commit, versions
 from gpt2.runtime.waiting import waiting_for
+from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
 from gpt2.train import Trainer
 from gpt2.training.compile import ComputePlan, choose_plan
@@ -58,8 +59,8 @@ NEEDED_SETTINGS = {
 }
 
 
-def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> dict[str, Any]:
-    """The title, tags, size, machine and configuration of a run, for `run.json` and W&B.
+def run_facts(config: TrainRun, model: GPT2Model, tokenizer: GPT2Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
+    """The title, tags, size, tokenizer, machine and configuration of a run, for `run.json` and W&B.
 
     Args:
         settings: The complete configuration as plain values. In a resumed run it may differ from the one in `.hydra`.
@@ -72,10 +73,11 @@ def run_facts(config: TrainRun, model: GPT2Model, settings: dict[str, Any]) -> d
         "parameters": model.num_parameters(),
         "flops_per_token": model.flops_per_token(config.data.max_length),
         "tokens_per_step": train.batch_size * train.accumulation_steps * config.data.max_length,
+        "tokenizer": tokenizer.fingerprint[:16],
         "repository": commit(),
         "machine": {**hardware(device), "precision": precision.name, "ranks": dist_env().world_size},
         "versions": versions(),
-        "config": settings,
+        "config": {**settings, "model": asdict(model.config)},  # with the vocabulary of the tokenizer
     }
 
 

@@ -12,6 +12,9 @@ from gpt2.config import EvaluateRun
 from gpt2.errors import UserError
 from gpt2.runtime.files import atomic_write, exclusive_change
 
+# Fields of `DataConfig` that `files` replaces.
+OF_DATASETS = ("dataset_name", "dataset_config", "train_split", "validation_split", "test_split", "document_start")
+
 
 def earlier_results(path: Path) -> list[dict[str, Any]]:
     """Read the results in a result file, oldest first.
@@ -53,7 +56,10 @@ def settings_of(config: EvaluateRun) -> dict[str, Any]:
     """The settings of an evaluation that are stored with its result."""
     unused = {"loggers", "wandb", "mlflow", "all_checkpoints"}
     unused |= {"data", "split", "stride"} if config.tasks else {"tasks", "limit", "tasks_folder"}
-    return {key: value for key, value in asdict(config).items() if key not in unused}
+    settings = {key: value for key, value in asdict(config).items() if key not in unused}
+    if config.data.files and not config.tasks:
+        settings["data"] = {key: value for key, value in settings["data"].items() if key not in OF_DATASETS}
+    return settings
 
 
 def default_output(source: str) -> Path:

@@ -269,6 +269,15 @@ def test_notes_on_incomparable_runs(tmp_path, changed, note):
     assert notes == [] if note is None else note in notes[-1]
 
 
+def test_tokenizers_are_compared_by_their_content_if_it_is_recorded(tmp_path):
+    for name, tokenizer, recorded in (("a", "train", "1"), ("b", "a/best_model.pth", "1"), ("c", "train", "2")):
+        run = make_run(tmp_path / name, **{"data.tokenizer": tokenizer})
+        about = json.loads((run.folder / "run.json").read_text())
+        (run.folder / "run.json").write_text(json.dumps({**about, "tokenizer": recorded}))
+    for names, differ in (("ab", False), ("ac", True), ("bc", True)):
+        assert Comparison(find_runs([str(tmp_path / name) for name in names])).tokenizers_differ == differ
+
+
 @pytest.mark.parametrize(("locked", "state"), [(True, "running"), (False, "killed")])
 def test_state_of_a_running_and_of_a_killed_run(tmp_path, locked, state):
     folder = tmp_path / "a"
