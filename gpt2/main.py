@@ -46,7 +46,8 @@ def export(config: ExportRun) -> None:
             print(f"{trained.describe()} is now on the Hugging Face Hub: {upload(folder, config.push)}")
     if config.license == "unknown" or config.language is None:
         print("To state licence and language in the model card, add them: license=mit language=en, for example.")
-    print(f"\nIn Python:  transformers.pipeline('text-generation', {config.push or config.to!r})")
+    use = "pipeline('text-generation', " if trained.tokenizer else "AutoModelForCausalLM.from_pretrained("
+    print(f"\nIn Python:  transformers.{use}{config.push or config.to!r})")
 
 
 def compare() -> None:

@@ -43,6 +43,7 @@ _MODULES = {
     "final_norm": "ln_f",
 }
 _MODULE = re.compile("|".join(map(re.escape, _MODULES)))
+_EXPORTED = re.compile(rf"(blocks\.\d+\.)?({_MODULE.pattern})\.(weight|bias)")
 
 # Fields of `GPT2Config` -> fields in `transformers`.
 FIELDS = {
@@ -254,7 +255,12 @@ def write_folder(
     Args:
         tensors: The weights, with the names of `GPT2Model`.
         card: The model card, written as README.md.
+
+    Raises:
+        UserError: There are tensors that the GPT-2 of `transformers` does not have.
     """
+    if others := [name for name in tensors if not _EXPORTED.fullmatch(name)]:
+        raise UserError(f"checkpoint: cannot be exported, because GPT-2 of transformers has no {few(others)}")
     if config.parametrization == "mup":
         tensors = _in_standard(tensors, config)
     if not config.use_bias:
@@ -277,6 +283,21 @@ def write_folder(
     if tokenizer is not None:
         tokenizer.to_folder(folder, config.context_length)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def logits(folder: Path, input_ids: "Tensor") -> "Tensor":
+    """Compute the logits (b, t, v) of the model in a folder with `transformers`."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging as progress  # of loading
+
+    shows_bars = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        model = GPT2LMHeadModel.from_pretrained(folder)
+    finally:
+        if shows_bars:
+            progress.enable_progress_bar()
+    return model.eval()(input_ids).logits
 
 
 def _in_standard(tensors: "dict[str, Tensor]", config: GPT2Config) -> "dict[str, Tensor]":

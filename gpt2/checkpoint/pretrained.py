@@ -213,6 +213,7 @@ def _holds_tokenizer(folder: Path) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuning
 
+MAX_LOGIT_DIFFERENCE = 1e-3  # of an exported model, relative to the largest logit
 CHANGEABLE = ("dropout", "attention_dropout", "residual_dropout", "initializer_range")  # no weight depends on them
 
 
@@ -249,11 +250,13 @@ def finetuning_config(trained: TrainedModel, requested: GPT2Config, explicit: se
 def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = None) -> None:
     """Write a folder, completely or not at all, that the Auto classes of `transformers` load.
 
+    The logits of the written model are compared with those of `trained`.
+
     Args:
         about: Licence, language and repository for the model card.
 
     Raises:
-        UserError: The model cannot be read, or the folder exists or cannot be written.
+        UserError: The model cannot be read or is no GPT-2 of `transformers`, or the folder exists or cannot be written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -265,8 +268,26 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
     try:
         with atomic_folder(folder) as target:
             hugging_face.write_folder(target, trained.config, tensors, trained.tokenizer, card)
+            del tensors
+            _check_logits(trained, target)
     except OSError as error:
         raise UserError(f"to: cannot write {folder}: {error.strerror or error}") from error
+
+
+def _check_logits(trained: TrainedModel, folder: Path) -> None:
+    """Refuse an exported model that computes other logits, because this code was changed: to another attention, say."""
+    import torch
+
+    config = trained.config
+    ids = (7919 * torch.arange(min(64, config.context_length)) % config.vocab_size)[None]  # of the whole vocabulary
+    with torch.no_grad():
+        logits = trained.build().eval()(ids)[0]
+        difference = float((hugging_face.logits(folder, ids) - logits).abs().max())
+    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, float(logits.abs().max())):
+        raise UserError(
+            f"checkpoint: {trained.source} cannot be exported: as GPT-2 of transformers its logits differ by up to "
+            f"{difference:.2g}. This is a model of changed code, not OpenAI's GPT-2"
+        )
 
 
 def model_card(trained: TrainedModel, about: ExportRun | None = None) -> str:

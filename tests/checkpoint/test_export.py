@@ -11,10 +11,13 @@ import torch
 from huggingface_hub import ModelCard
 from torch.testing import assert_close
 
+from gpt2 import model
 from gpt2.checkpoint import format as checkpoint
+from gpt2.checkpoint.hugging_face import write_folder
 from gpt2.checkpoint.pretrained import export, model_card, open_model
 from gpt2.config import DataConfig, ExportRun, GPT2Config, TrainingConfig
 from gpt2.errors import UserError
+from gpt2.model import GPT2Model
 from gpt2.runtime.rng import versions
 from gpt2.tokenizer import GPT2Tokenizer
 from tests.conftest import ROOT, SHARED
@@ -137,6 +140,31 @@ def test_failed_export_leaves_nothing(folder, place, complaint):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path.name for path in folder.parent.rglob("*")} - {path.name for path in before} <= {"file", "out"}
     assert not list(folder.parent.glob("out/*"))
+
+
+class ExtraGain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(1))
+
+
+def test_model_of_changed_code_is_not_exported(tmp_path, monkeypatch):
+    """Forks change the attention. Without new weights, only the logits show it."""
+    save_checkpoint(tmp_path / "a.pth", tiny_config(vocab_size=257), GPT2Tokenizer.of_bytes())
+    usual = model.attend
+
+    def normalised(qkv, *others):
+        return usual(torch.nn.functional.layer_norm(qkv, qkv.shape[-1:]), *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "attend", normalised)
+        with pytest.raises(UserError, match="its logits differ by up to"):
+            export(open_model(str(tmp_path / "a.pth")), tmp_path / "out")
+    patched = GPT2Model(tiny_config(vocab_size=257))
+    patched.blocks[0].attention.extra = ExtraGain()
+    with pytest.raises(UserError, match=r"GPT-2 of transformers has no blocks\.0\.attention\.extra\.gain"):
+        write_folder(tmp_path, patched.config, patched.state_dict(), None, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth"}
 
 
 def test_model_without_tokenizer_is_exported_with_a_warning(folder, caplog):
