@@ -132,7 +132,7 @@ def fill_from_checkpoint_generate(composed: DictConfig, overrides: list[str]) ->
 
 
 def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) -> list[Values]:
-    """For each model: its tokenizer, windows as long as its training blocks, and the file for its result.
+    """For each model: its tokenizer, windows as long as its training blocks, loggers, and the file for its result.
 
     All models are evaluated on the data of the first one, so that their losses can be compared. Tasks need no data.
     """
@@ -143,6 +143,7 @@ def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) ->
     data = {} if composed.tasks else saved_group(models[0], "data", keys)
     if "data.files" in keys:  # the run's validation files are no part of other files
         data.pop("data.validation_files", None)
+    data |= loggers_of_run(models[0], composed, keys)
     for trained in models:
         values = {**data, "checkpoint": trained.source, "all_checkpoints": False}
         values["output"] = composed.output or str(default_output(trained.source))
@@ -163,6 +164,14 @@ def fill_from_checkpoint_evaluate(composed: DictConfig, overrides: list[str]) ->
     if problems:
         raise UserError(*problems)
     return filled
+
+
+def loggers_of_run(trained: TrainedModel, composed: DictConfig, keys: set[str]) -> Values:
+    """Of the loggers of `evaluate.py` those that the run had, unless the command line chooses loggers or W&B's mode."""
+    if not trained.run or not keys.isdisjoint(("loggers", "wandb", "wandb.mode")):
+        return {}
+    unused = {"wandb"} if trained.run["wandb"]["mode"] == "off" else set()
+    return {"loggers": [name for name in composed.loggers if name in trained.run["loggers"] and name not in unused]}
 
 
 def checkpoints_named(composed: DictConfig) -> list[str | None]:

@@ -5,13 +5,14 @@ import shlex
 import subprocess
 import sys
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from gpt2.cli.command import take_prompt
-from gpt2.cli.complete import resolve
-from gpt2.cli.compose import as_argument, compose, escaped, hydra_syntax, leaves, title, to_yaml
+from gpt2.cli.complete import loggers_of_run, resolve
+from gpt2.cli.compose import as_argument, compose, escaped, hydra_syntax, keys_of, leaves, title, to_yaml
 from gpt2.cli.help import as_typed, help_text
 from gpt2.cli.hydra_private import parse_arguments
 from gpt2.cli.preflight import check_run, check_sweep, validate_command_line
@@ -166,6 +167,24 @@ def test_sampling_options_come_from_the_checkpoint_unless_overridden(trained: Wo
     assert inference("inference.top_k=7").top_k == 7
     assert inference("inference=greedy").max_new_tokens == 100  # a group replaces all values of the run
     assert inference(r"inference.stop=['a\n','b ']").stop == ["a\n", "b "]
+
+
+@pytest.mark.parametrize(
+    ("run", "line", "loggers"),
+    [
+        ({"loggers": ["wandb"]}, [], ["wandb"]),
+        ({"loggers": ["tensorboard"]}, [], []),
+        ({"wandb": {"mode": "off"}}, [], []),
+        ({"wandb": {"mode": "off"}}, ["wandb=offline"], ["wandb"]),
+        ({"loggers": []}, ["loggers=[mlflow]"], ["mlflow"]),
+        (None, [], ["wandb"]),
+    ],
+)
+def test_evaluation_is_logged_where_its_run_was(run, line, loggers):
+    saved = run and {"loggers": ["wandb"], "wandb": {"mode": "auto"}, **run}
+    composed = compose("evaluate", line)
+    values = loggers_of_run(SimpleNamespace(run=saved), composed, keys_of(line))
+    assert values.get("loggers", list(composed.loggers)) == loggers
 
 
 # The scripts themselves
