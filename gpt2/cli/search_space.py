@@ -230,7 +230,7 @@ def grammar_error(error: HydraException) -> str:
     """What is wrong with an argument that Hydra cannot parse."""
     if not isinstance(error.__cause__, TypeError | ValueError):
         hint = "experiment=NAME chooses a preset" if re.search(r"\.(py|ya?ml)\b", str(error)) else ""
-        hint = hint or "a value with special characters needs quotes: key='a,b'"
+        hint = hint or """quote a value with special characters for Hydra and the shell: "key='a,b'\""""
         return f"not of the form key=value ({hint})"
     reason = one_line(error.__cause__)  # raised by a function such as choice()
     return "Hydra's functions accept no null; write key=null,1e-5" if "NoneType is incompatible" in reason else reason
