@@ -390,7 +390,7 @@ class StudyPlan:
     seeds: list[int] = field(default_factory=lambda: [1])  # values of train.seed
     metric: str = "loss"  # what is compared: a column of gpt2/analysis/runs.py
     x: str = "variant"  # x axis of the plot: a key or a column
-    lines: str = "variant"  # key whose values are the lines of the plot
+    lines: str = "variant"  # key whose values are the lines of the plot; the key of x: one line
     panels: str | None = None  # key whose values are the panels of the plot, one below the other
 
 

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from itertools import count
 from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -113,8 +114,13 @@ def out_of_bounds(values: Mapping[str, Any], bounds: Bounds, prefix: str) -> Pro
     return [
         f"{prefix}{key}: {reprlib.repr(values[key])} is not {wanted}"
         for key, (low, high, wanted) in bounds.items()
-        if values[key] is not None and not (low <= values[key] <= high and values[key] < inf)
+        if values[key] is not None and not _is_within(values[key], low, high)
     ]
+
+
+def _is_within(value: Any, low: float, high: float) -> bool:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    return is_number and low <= value <= high and value < inf
 
 
 def validate_lists(config: Any, prefix: str) -> Problems:
@@ -136,7 +142,7 @@ def validate_fields(config: Any, prefix: str) -> Problems:
         value, choices = getattr(config, key), choices_of(hint)
         if choices and value not in choices:
             problems.append(f"{prefix}{key}: {value!r} is none of {', '.join(map(shown, choices))}")
-        elif key == "device" and not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        elif key == "device" and not (isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value)):
             problems.append(f"{prefix}{key}: {value!r} is none of auto, cuda, cuda:N, mps, cpu")
         elif key not in FREE_TEXT_KEYS and has_password(value):
             problems.append(f"{prefix}{key}: {PASSWORD_REFUSED}")
@@ -170,7 +176,11 @@ def validate(config: Any, prefix: str = "") -> Problems:
     problems = validate_lists(config, prefix)
     if not problems:
         problems += validate_fields(config, prefix)
-        problems += RELATIONS.get(type(config), lambda *_: [])(config, prefix)
+        try:
+            problems += RELATIONS.get(type(config), lambda *_: [])(config, prefix)
+        except TypeError:  # a field of a wrong type, from Python
+            if not problems:
+                raise
     for field in fields(config):
         if is_dataclass(value := getattr(config, field.name)):
             problems += validate(value, f"{prefix}{field.name}.")

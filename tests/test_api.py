@@ -366,6 +366,9 @@ def test_the_interactive_mode_continues_each_line_until_the_end(monkeypatch, cap
             "train.precision: 'fp8' is none of",
         ),
         (lambda model, a, b: Trainer(model, a, b, TrainingConfig(max_steps=-1)), "train.max_steps: -1 is not"),
+        (lambda model, a, b: Trainer(model, a, b, TrainingConfig(max_steps=True)), "train.max_steps: True is not"),
+        (lambda model, a, b: Trainer(model, a, b, TrainingConfig(learning_rate="1")), "train.learning_rate: '1' is"),
+        (lambda model, a, b: Trainer(model, a, b, TrainingConfig(device=torch.device("cpu"))), "train.device: device"),
         (
             lambda model, a, b: Trainer(
                 GPT2Model(dataclasses.replace(model.config, vocab_size=99)), a, b, TrainingConfig()

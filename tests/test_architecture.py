@@ -68,7 +68,7 @@ def test_functions_of_the_journeys_exist(function, file):
 
 def test_every_addition_has_a_diff_and_an_example():
     sections = re.split(r"^### ", HOW_TO_ADD, flags=re.MULTILINE)[1:]
-    wanted = ("attention", "optimizer", "data source", "sampling option", "logger", "callback", "preset")
+    wanted = ("attention", "optimizer", "schedule", "data source", "sampling option", "logger", "callback", "preset")
     assert len(sections) == len(wanted)
     for name, section in zip(wanted, sections, strict=True):
         assert section.splitlines()[0].endswith(name)

@@ -186,24 +186,31 @@ class Results:
             cells.setdefault(setting, Cell(setting, self.plan.metric)).runs.append(row)
         self.cells = list(cells.values())
 
+    @property
+    def line_key(self) -> str | None:
+        """The key of the lines; None if it is the x axis as well: then all cells are one line."""
+        return None if self.plan.lines == self.plan.x else self.plan.lines
+
     def panels(self) -> dict[Any, dict[Any, list[Cell]]]:
         """Return the cells by panel and by line of the picture, in the order of the plan."""
         panels: dict[Any, dict[Any, list[Cell]]] = defaultdict(lambda: defaultdict(list))
         for cell in self.cells:
-            panels[cell.value_of(self.plan.panels or "")][cell.value_of(self.plan.lines)].append(cell)
+            panels[cell.value_of(self.plan.panels or "")][cell.value_of(self.line_key or "")].append(cell)
         return panels
 
     def table(self) -> str:
         """Return a Markdown table: a row per line of the picture, a column per x. The best cell of a row is bold."""
         key = column_key(self.plan)
         heads = list(dict.fromkeys(cell.value_of(key) for cell in self.cells))
-        names = ", ".join(_short(name) for name in (self.plan.panels, self.plan.lines) if name)
-        rows = [[f"{names} \\ {_short(key)}", *map(shown_value, heads)]]
+        row_keys = (self.plan.panels, self.line_key)
+        names = ", ".join(_short(name) for name in row_keys if name)
+        rows = [[f"{names} \\ {_short(key)}" if names else _short(key), *map(shown_value, heads)]]
         lines = {(panel, line): cells for panel, lines in self.panels().items() for line, cells in lines.items()}
         for name, cells in lines.items():
             best = min(cells, key=lambda cell: cell.loss)
             shown = {c.value_of(key): f"**{c.shown()}**" if c is best and c.loss < inf else c.shown() for c in cells}
-            words = ", ".join(map(shown_value, name[0 if self.plan.panels else 1 :]))
+            words = ", ".join(shown_value(value) for row_key, value in zip(row_keys, name, strict=True) if row_key)
+            words = words or COLUMNS[self.plan.metric].header
             rows.append([words, *(shown.get(head, "") for head in heads)])
         return as_markdown(rows)
 
@@ -240,7 +247,7 @@ class Results:
                 axes.set_title(as_label(shown_value(panel)))
         for axes, named in zip(column, ends, strict=True):
             axes.label_outer()
-            if self.plan.lines != self.plan.x:
+            if self.line_key:
                 label_ends(axes, named, len(panels))
         return figure
 
@@ -255,7 +262,7 @@ class Results:
             drawn = [(places[cell.value_of(x)], cell) for cell in cells if cell.results]
             drawn.sort(key=lambda item: item[0])
             if drawn:
-                _plot_line(axes, drawn, colour)
+                _plot_line(axes, drawn, colour, "-" if self.line_key or is_number else "none")
                 name = f"{_short(self.plan.lines)} " if isinstance(line, int | float) else ""
                 ends.append((drawn[-1][0], mean(drawn[-1][1].results), f"{name}{shown_value(line)}", colour))
         if is_number and min(names) > 0 and max(names) >= 8 * min(names):
@@ -305,9 +312,9 @@ class Results:
         return [f"Compared with the recorded results: {share}the largest difference is {max(compared)[0]:.4f}"]
 
 
-def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str) -> None:
+def _plot_line(axes: Axes, cells: list[tuple[Any, Cell]], colour: str, style: str) -> None:
     x, results = [place for place, _ in cells], [cell.results for _, cell in cells]
-    axes.plot(x, list(map(mean, results)), "-", color=colour, linewidth=1.6)
+    axes.plot(x, list(map(mean, results)), linestyle=style, color=colour, linewidth=1.6)
     axes.vlines(x, list(map(min, results)), list(map(max, results)), color=colour, linewidth=1)
     for place, values in zip(x, results, strict=True):
         axes.plot([place] * len(values), values, ".", color=colour, markersize=5)

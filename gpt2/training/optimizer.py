@@ -190,8 +190,12 @@ def _fraction(step: int, start: int, end: int) -> float:
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))
 
 
-# Each gives the height of the rate after the warm-up, from 1 (the peak) to 0 (`min_learning_rate`).
-SCHEDULES: dict[str, Callable[[int, int, TrainingConfig], float]] = {"cosine": cosine, "linear": linear, "wsd": wsd}
+# Functions of step, total_steps and config: the rate after the warm-up, from 1 (the peak) to 0 (`min_learning_rate`).
+SCHEDULES: dict[str, Callable[[int, int, TrainingConfig], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+}
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:

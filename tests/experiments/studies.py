@@ -43,7 +43,7 @@ def finished(folder: Path, monkeypatch, plan: str = PLAN) -> tuple[Results, list
     monkeypatch.chdir(folder)
     runs = planned_runs(read_plan(study), "tiny")
     for run in runs:
-        rate, seed = run.values["train.learning_rate"], run.values["train.seed"]
+        rate, seed = run.values.get("train.learning_rate", 1e-3), run.values["train.seed"]
         width = {"narrow": 16, "wide": 32}[run.variant]
         loss = round(2 - 100 * rate + seed / 10 + width / 100, 4)
         config = {"model.d_model": width, "train.learning_rate": rate, "train.seed": seed}

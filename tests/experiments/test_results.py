@@ -42,6 +42,16 @@ def test_panels_divide_the_picture_and_the_table(tmp_path, monkeypatch):
     assert [text.get_text() for axes in results.over_x().axes for text in axes.texts] == ["narrow", "wide"]
 
 
+def test_study_of_variants_alone_is_one_row(tmp_path, monkeypatch):
+    plan = "variants: [narrow, wide]\nseeds: [1, 2]\n"
+    results, _ = finished(tmp_path, monkeypatch, plan)
+    assert results.table().split("|")[1:4] == [" variant ", " narrow ", " wide "]
+    (cells,) = [row.split("|")[1:4] for row in results.table().splitlines()][2:]
+    assert [cell.strip()[:2] for cell in cells] == ["va", "**", "2."]  # the best of both is bold
+    rings = [line for line in results.over_x().axes[0].lines if line.get_marker() == "o"]
+    assert len(rings) == 1
+
+
 def test_diverged_setting_is_never_the_best(tmp_path, monkeypatch):
     results, _ = finished(tmp_path, monkeypatch, PLAN.replace("3e-3", "1.0"))
     assert "| 16 | **2.2100 ± 0.050** | diverged |" in results.table()
