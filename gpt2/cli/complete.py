@@ -258,7 +258,7 @@ def tokenizer_name(trained: TrainedModel, key: str, composed: DictConfig, keys: 
         if trained.tokenizer is not None and tokenizer.fingerprint != trained.tokenizer.fingerprint:
             raise UserError(f"data.tokenizer: {wanted} is not the tokenizer of {model}; leave it out to use its own")
     if tokenizer.ids_in_use > trained.config.vocab_size:
-        known = f"{model}, which knows {trained.config.vocab_size}"
+        known = f"{model}, which has {trained.config.vocab_size}"
         raise UserError(f"data.tokenizer: a tokenizer with {tokenizer.ids_in_use} tokens does not fit {known}")
     return str(wanted)
 

@@ -47,7 +47,7 @@ from gpt2.validation import FREE_TEXT_KEYS, PASSWORD_REFUSED, has_password
 
 
 def asks_for_information(options: Namespace) -> bool:
-    """Whether a command line asks Hydra for information, such as --cfg, instead of running something."""
+    """Whether a command line requests information from Hydra, such as --cfg, instead of running something."""
     return any((options.hydra_help, options.cfg, options.info, options.shell_completion))
 
 

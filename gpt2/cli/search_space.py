@@ -72,7 +72,7 @@ def study_sweeper(overrides: list[str]) -> DictConfig | None:
 
 
 def validate_sweeper(fixed: list[str]) -> Problems:
-    """The problem of a command line with a sweeper of its own, because `hparams_search` chooses the sweeper."""
+    """The problem of a command line with a custom sweeper, because `hparams_search` chooses the sweeper."""
     values = {override.key_or_group: override.value() for override in parsed(fixed)}
     chosen, search = values.get("hydra/sweeper"), values.get("hparams_search")
     if "hydra/sweeper" not in values or chosen == "study" or (chosen == "basic" and search is None):

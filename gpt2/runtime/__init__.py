@@ -1,4 +1,4 @@
 """The process and its machine: device, terminal, signals, files, random states, the Hub, torchrun's environment.
 
-Nothing here knows about models, data or configuration groups.
+Nothing here depends on models, data or configuration groups.
 """

@@ -17,7 +17,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update once, without the decorators of PyTorch's method: one imports torch._dynamo, another is added anew."""
+        """Update once, without the decorators of PyTorch's method: one imports torch._dynamo, each step adds one."""
         inspect.unwrap(torch.optim.Adam.step)(self, closure)
 
 
