@@ -122,23 +122,27 @@ class FileDocuments:
         return json.dumps([contents, [path.suffix for path in self.paths], self.column])
 
     def _records(self, path: Path) -> Iterator[Document]:
-        rows, number = RECORDS[path.suffix.lower()](_lines(TextFile(path).parts())), 0
+        number = 0  # of the last line that was read
+
+        def lines() -> Iterator[str]:
+            nonlocal number
+            for number, line in enumerate(_lines(TextFile(path).parts()), start=1):  # noqa: B007  # for the messages
+                yield line
+
         try:
-            for number, row in enumerate(rows, start=1):
+            for row in RECORDS[path.suffix.lower()](lines()):
                 if not isinstance(row, dict) or self.column not in row:
                     known = few(list(map(str, row))) if isinstance(row, dict) else "no names"
                     raise UserError(
-                        f"data.text_column: record {number} of {path} has {known}, not {self.column!r}; "
+                        f"data.text_column: line {number} of {path} has {known}, not {self.column!r}; "
                         f"name its column or leave the file out (data.exclude)"
                     )
                 if not isinstance(text := row[self.column], str | None):
                     kind = type(text).__name__
-                    raise UserError(
-                        f"data.text_column: {self.column!r} in record {number} of {path} is {kind}, not text"
-                    )
+                    raise UserError(f"data.text_column: {self.column!r} in line {number} of {path} is {kind}, not text")
                 yield TextDocument(text or "")
         except (ValueError, RecursionError, csv.Error) as error:
-            raise UserError(f"data.files: record {number + 1} of {path} cannot be read: {error}") from error
+            raise UserError(f"data.files: line {number} of {path} cannot be read: {error}") from error
 
 
 def _lines(parts: Iterable[str]) -> Iterator[str]:
@@ -187,12 +191,25 @@ def open_files(config: DataConfig) -> Source:
         fingerprint, of_validation = documents.fingerprint(config), validation.fingerprint(config)
     except OSError as error:
         raise UserError(f"data.files: cannot read {error.filename}: {error.strerror}") from error
+    _note_arrays(documents.paths)
     text_bytes = sum(path.stat().st_size for path in [*documents.paths, *validation.paths])
     records = documents.hold_records()
     source = Source(fingerprint, documents, text_bytes=text_bytes, holds_records=records)
     if config.validation_files is not None:
         source.validation, source.fingerprint = validation, json.dumps([fingerprint, of_validation])
     return source
+
+
+def _note_arrays(paths: list[Path]) -> None:
+    """Note files with an array of JSON objects, which are not read as records."""
+    arrays = []
+    for path in paths:
+        if path.suffix.lower() == ".json":
+            with path.open("rb") as file:
+                arrays += [str(path)] if file.read(64).lstrip().startswith(b"[") else []
+    if arrays:
+        what = "is read as plain text; for a document per record, write one JSON object per line into a .jsonl file"
+        log.warning(f"Note: {few(arrays)} {what}.")
 
 
 def _source_of_tokens(paths: list[Path], config: DataConfig) -> Source:

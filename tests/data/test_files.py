@@ -9,7 +9,7 @@ import pytest
 from gpt2.config import DataConfig
 from gpt2.data import text_files
 from gpt2.data.corpus import prepare
-from gpt2.data.text_files import find_files
+from gpt2.data.text_files import find_files, open_files
 from gpt2.data_loader import load_text_data
 from gpt2.errors import UserError
 from gpt2.validation import validate
@@ -129,21 +129,29 @@ def test_records_are_sampled_and_identified_by_their_column(tmp_path, monkeypatc
     assert sorted(everything) == sorted(f"right {number}" for number in range(100))
 
 
+def test_array_of_records_in_a_json_file_is_noted(tmp_path, caplog):
+    (tmp_path / "records.json").write_text('\n [{"text": "a"}]')
+    (tmp_path / "settings.json").write_text('{"text": ["a"]}')
+    open_files(DataConfig(files=[str(tmp_path / "*.json")]))
+    (note,) = caplog.messages
+    assert note.startswith(f"Note: {tmp_path / 'records.json'} is read as plain text; for a document per record")
+
+
 def utf16(mark: bytes, kind: str) -> bytes:
     return mark + ("plain text\n" * 9).encode(kind)
 
 
 UNREADABLE = {
     "a.jsonl": [
-        (b'{"text": "a"}\n{"body": "b", "id": 3}', r"data.text_column: record 2 of .*a.jsonl has body, id, not 'text'"),
-        (b'{"text": "a"}\n{"text": 3}', r"data.text_column: 'text' in record 2 of .*a.jsonl is int, not text"),
-        (b'{"text": "a"}\n\n{"text": \n', r"data.files: record 2 of .*a.jsonl cannot be read: Expecting value"),
-        (b"[1]\n", r"data.text_column: record 1 of .*a.jsonl has no names, not 'text'"),
+        (b'{"text": "a"}\n{"body": "b", "id": 3}', r"data.text_column: line 2 of .*a.jsonl has body, id, not 'text'"),
+        (b'{"text": "a"}\n{"text": 3}', r"data.text_column: 'text' in line 2 of .*a.jsonl is int, not text"),
+        (b'{"text": "a"}\n\n{"text": \n', r"data.files: line 3 of .*a.jsonl cannot be read: Expecting value"),
+        (b"[1]\n", r"data.text_column: line 1 of .*a.jsonl has no names, not 'text'"),
         (b'{"text": "\xe9"}', r"data.files: .*a.jsonl is not UTF-8 at byte 10; convert it or leave it out"),
-        (b'{"a":' * 100_000, r"data.files: record 1 of .*a.jsonl cannot be read: "),
+        (b'{"a":' * 100_000, r"data.files: line 1 of .*a.jsonl cannot be read: "),
     ],
     "a.csv": [
-        (b"body,id\nb,3\n", r"data.text_column: record 1 of .*a.csv has body, id, not 'text'"),
+        (b"body,id\nb,3\n", r"data.text_column: line 2 of .*a.csv has body, id, not 'text'"),
         (b'id,text\n1,"a\n', r"data: there is no text in the validation split"),
     ],
     "a.txt": [
