@@ -144,7 +144,8 @@ def time_step(work: Work, plan: ComputePlan) -> Timing | None:
     parts = deque(takewhile(lambda part: sum(memory_needed(part, plan).values()) <= available, _parts(work)))
     while parts:
         part = parts.popleft()
-        a_pass, update = _time_part(part, plan)
+        # A whole pass that is fast is repeated: on a busy machine the shortest of many is right.
+        a_pass, update = _time_part(part, plan, min_seconds=0.0 if parts else ENOUGH_SECONDS / 2)
         seconds = partial(_extrapolated, part, a_pass, update)
         timing = Timing(seconds(work), part.model.config.num_layers, part.rows, part.length)
         if a_pass + update > ENOUGH_SECONDS:
@@ -175,7 +176,7 @@ def _doubled(first: int, last: int) -> list[int]:
     return [first, *_doubled(min(2 * first, last), last)] if first < last else [last]
 
 
-def _time_part(part: Work, plan: ComputePlan) -> tuple[float, float]:
+def _time_part(part: Work, plan: ComputePlan, min_seconds: float) -> tuple[float, float]:
     """Seconds of a forward and backward pass, and of an update."""
     with plan.device:
         model = GPT2Model(part.model.config).train()
@@ -197,6 +198,5 @@ def _time_part(part: Work, plan: ComputePlan) -> tuple[float, float]:
             optimizer.step()
         model.final_norm.weight[0].item()
 
-    # The shortest of many passes is right on a busy machine too.
-    a_pass, an_update = fastest_seconds([forward_backward, update], repetitions=2, min_seconds=ENOUGH_SECONDS)
+    a_pass, an_update = fastest_seconds([forward_backward, update], repetitions=2, min_seconds=min_seconds)
     return a_pass, an_update
