@@ -129,7 +129,7 @@ def test_plan_of_a_resumed_run_counts_the_steps_that_are_left(trained: Workspace
 
 
 def test_plan_of_a_large_model_times_a_part(tmp_path, monkeypatch, capsys):
-    def time_part(part: cost.Work, _plan: object) -> tuple[float, float]:
+    def time_part(part: cost.Work, _plan: object, min_seconds: float) -> tuple[float, float]:
         return part.flops_per_step / 1e12, 0.0  # at 1 TFLOP/s, the first part takes 0.18 s and 4 layers 0.34
 
     monkeypatch.setattr(cost, "_time_part", time_part)

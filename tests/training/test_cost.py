@@ -108,7 +108,7 @@ def test_time_is_extrapolated_by_flops_and_weights(monkeypatch, overhead, long, 
     """On a simulated machine: passes take 1 s per GFLOP (more for one layer), updates 1 s per million weights."""
     seen = []
 
-    def time_part(part: Work, _plan: ComputePlan) -> tuple[float, float]:
+    def time_part(part: Work, _plan: ComputePlan, min_seconds: float) -> tuple[float, float]:
         seen.append((part.model.config.num_layers, part.rows, part.length))
         more = overhead if part.model.config.num_layers == 1 else 0
         return part.flops_per_step / 1e9 + more, part.model.num_parameters() / 1e6
