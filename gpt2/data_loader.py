@@ -131,10 +131,11 @@ def load_text_data(data_config: DataConfig) -> tuple[TokenDataset, TokenDataset,
             message = "Note: the %s split has only %s tokens, less than one block of data.max_length=%s."
             log.warning(message, split, f"{tokens[split]:,}", length)
     share, wanted = tokens["validation"] / (tokens["train"] + tokens["validation"]), data_config.validation_fraction
-    if prepared.about["validation_fraction"] is not None and share < wanted / 4:  # None: the source has its own split
+    if prepared.about["validation_fraction"] is not None and not wanted / 4 <= share <= 4 * wanted:
+        lengths = "shorter" if share < wanted else "longer"  # validation_fraction is None if the source has the split
         log.warning(
             f"Note: the validation split has {100 * share:.2g} % of the tokens, not data.validation_fraction={wanted:g}"
-            ": its documents were drawn at random, and are shorter than the others."
+            f": its documents were drawn at random, and are {lengths} than the others."
         )
     splits = ("train", "validation", "test" if tokens["test"] > 1 else "validation")
     train, validation, test = (_blocks(prepared, split, data_config) for split in splits)

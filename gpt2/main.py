@@ -13,7 +13,7 @@ from gpt2.cli.error_lines import errors_as_lines
 from gpt2.cli.help import study_help
 from gpt2.cli.script import script
 from gpt2.config import ExportRun
-from gpt2.errors import UserError, few
+from gpt2.errors import ResourceError, UserError, few
 from gpt2.runtime.console import protect_output
 from gpt2.runtime.files import writable_file
 from gpt2.runtime.repository import ROOT
@@ -103,8 +103,11 @@ def compare() -> None:
             from gpt2.analysis.plotting import picture
 
             content = picture(curves(comparison), kind)
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(content)
+        try:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_bytes(content)
+        except OSError as error:
+            raise ResourceError(f"{key}: cannot write {name}: {error.strerror}") from error
         print(f"written to {name}", file=sys.stderr if {"json", "markdown"} & options.keys() else sys.stdout)
 
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from logging.handlers import MemoryHandler
 from multiprocessing import parent_process
 from pathlib import Path
@@ -37,6 +39,8 @@ from gpt2.runtime.waiting import waiting_for
 from gpt2.tracking.tracker import ABOUT, INTERRUPTED, read_about, record_failure
 
 log = logging.getLogger(__name__)
+
+_job_runs = threading.Lock()  # held while a process of joblib runs a job
 
 Task = Callable[..., Any]
 
@@ -150,7 +154,7 @@ def setup_problem(error: BaseException) -> str:
     while cause := causes[-1].__cause__:
         causes.append(cause)
     if isinstance(causes[-1], OSError):
-        return f"hydra.run.dir: cannot write {causes[-1].filename}: {reason(causes[-1])}"
+        return f"hydra.run.dir: cannot write {causes[-1].filename or 'the files of the run'}: {reason(causes[-1])}"
     return f"hydra: {': '.join(map(one_line, causes))}"
 
 
@@ -189,8 +193,10 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
     """
     protect_output()  # the launcher may have started this process
     is_worker = parent_process() is not None
+    if is_worker:
+        end_with_parent()
     try:
-        with clean_up_on_error(), admitted():
+        with _job_runs if is_worker else nullcontext(), clean_up_on_error(), admitted():
             if is_worker and Path(HydraConfig.get().sweep.dir, STOP_FILE).exists():
                 raise Interrupted.by(signal.SIGINT)
             run = resumable_job(composed, partial(run_locked, task, composed))
@@ -203,6 +209,24 @@ def run_sweep_job(task: Task, swept: set[str], composed: DictConfig) -> Any:
         if is_worker:
             return interruption
         raise
+
+
+@cache
+def end_with_parent() -> None:
+    """In a process of joblib: when its parent has been killed, save the run, as after SIGTERM, and end.
+
+    Otherwise a killed sweep would leave processes that train or wait for jobs.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with _job_runs:  # the run has saved
+            os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def loss_or_error(run: Callable[[], Any], swept: set[str]) -> Any:

@@ -43,7 +43,7 @@ from gpt2.runtime.hub import OPENAI
 from gpt2.runtime.rng import commit, versions
 from gpt2.runtime.waiting import waiting_for
 from gpt2.tokenizer import GPT2Tokenizer
-from gpt2.tracking.tracker import METRICS, Tracker, read_metrics
+from gpt2.tracking.tracker import METRICS, SAMPLES, Tracker, read_metrics
 from gpt2.train import Trainer
 from gpt2.training.compile import ComputePlan, choose_plan
 from gpt2.training.cost import Work, memory_needed, memory_of, time_step
@@ -250,7 +250,8 @@ def conclude(trainer: Trainer, tracker: Tracker, config: TrainRun, folder: Path)
     checkpoints = ", ".join([*(name for name in (BEST, LAST) if name in names), "step_*.pth"])
     place = os.path.relpath(folder)
     log.info(f"  everything is in {place}:")
-    log.info(f"    {config.train.checkpoint_dir}/ ({checkpoints}), curves.png, samples.md, metrics.jsonl, train.log")
+    files = [name for name in ("curves.png", SAMPLES, METRICS, "train.log") if (folder / name).exists()]
+    log.info(f"    {config.train.checkpoint_dir}/ ({checkpoints}), {', '.join(files)}")
     for line in tracker.external.where():
         log.info(f"  {line}")
     if trainer.interrupted_by:

@@ -137,6 +137,8 @@ class FileDocuments:
                         f"data.text_column: line {number} of {path} has {known}, not {self.column!r}; "
                         f"name its column or leave the file out (data.exclude)"
                     )
+                if None in row:  # the fields beyond the header
+                    raise UserError(f"data.files: line {number} of {path} has more fields than the header; quote texts")
                 if not isinstance(text := row[self.column], str | None):
                     kind = type(text).__name__
                     raise UserError(f"data.text_column: {self.column!r} in line {number} of {path} is {kind}, not text")
@@ -164,8 +166,8 @@ def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
 RECORDS: dict[str, Callable[[Iterable[str]], Iterator[Any]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
-    ".csv": csv.DictReader,
-    ".tsv": partial(csv.DictReader, delimiter="\t"),
+    ".csv": partial(csv.DictReader, strict=True),  # an open quote is an error
+    ".tsv": partial(csv.DictReader, delimiter="\t", strict=True),
 }
 csv.field_size_limit(sys.maxsize)  # a document may be longer than 128 KiB
 

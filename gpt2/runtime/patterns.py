@@ -35,7 +35,8 @@ def no_file(pattern: str) -> str | None:
         return None
     paths = list(files_matching(pattern))
     if not paths:
-        return f"no file matches {pattern!r} (looked from {Path.cwd()})"
+        hint = "; write $HOME instead of ~" if pattern.startswith("~") else ""
+        return f"no file matches {pattern!r} (looked from {Path.cwd()}){hint}"
     if Path(paths[0]).is_dir():
         like = "*.bin" if any(Path(paths[0]).glob("*.bin")) else "**/*.txt"
         return f"{paths[0]!r} is a folder; name its files, such as {str(Path(paths[0], like))!r}"

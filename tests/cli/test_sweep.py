@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from gpt2.cli.sweep import _reasons, named
 from gpt2.errors import DivergenceError, UserError
+from tests.cli.test_sweeper import pids_in
 from tests.conftest import TINY, Workspace
 from tests.test_scripts import wait_for
 
@@ -169,3 +171,19 @@ def test_processes_of_an_interrupted_sweep_save_their_runs(workspace: Workspace,
         assert about(run)["state"] == "interrupted"
         assert (run / "checkpoints" / "last.pth").is_file()
     assert "Traceback" not in process.printed(2)
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_sweep_save_their_runs_and_end(workspace: Workspace):
+    workspace.environment["GPT2_FAULT"] = "slow@1-99"
+    line = ["train.max_steps=90", "train.seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = workspace.command("train.py", "-m", *TWO_STEPS, *line)  # not forked, as the processes watch their parent
+    process = subprocess.Popen(command, cwd=workspace.folder, env=workspace.environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len([*workspace.folder.glob("outputs/sweeps/sweep/*/*/metrics.jsonl")]) == 2)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not pids_in(workspace.folder))
+    for number in "01":
+        (run,) = workspace.folder.glob(f"outputs/sweeps/sweep/*/{number}")
+        assert about(run)["state"] == "interrupted"
+        assert (run / "checkpoints" / "last.pth").is_file()

@@ -152,7 +152,8 @@ UNREADABLE = {
     ],
     "a.csv": [
         (b"body,id\nb,3\n", r"data.text_column: line 2 of .*a.csv has body, id, not 'text'"),
-        (b'id,text\n1,"a\n', r"data: there is no text in the validation split"),
+        (b'id,text\n1,"a\n', r"data.files: line 3 of .*a.csv cannot be read: unexpected end of data"),
+        (b"id,text\n0,hello, world\n", r"data.files: line 2 of .*a.csv has more fields than the header; quote texts"),
     ],
     "a.txt": [
         (utf16(b"\xff\xfe", "utf-16-le"), r"data.files: .*a.txt is UTF-16, not UTF-8 text; convert it or leave it out"),
