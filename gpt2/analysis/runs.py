@@ -35,7 +35,7 @@ FACTS = {"train.precision": "precision", "train.device": "device", "machine.rank
 # Types of the values in run.json and in a line of metrics.jsonl.
 ABOUT_TYPES = {
     **dict.fromkeys(("title", "state", "reason", "started", "ended", "tokenizer"), str),
-    **dict.fromkeys(("repository", "machine", "versions", "config"), dict),
+    **dict.fromkeys(("repository", "machine", "versions", "config", "reached"), dict),
     **dict.fromkeys(("parameters", "flops_per_token"), float),
     "tags": list,
 }
@@ -126,6 +126,7 @@ def read_checked_about(path: Path) -> Record:
     problems = _problems_of(about, ABOUT_TYPES)
     if not problems:
         problems += _problems_of(_present(about.get("repository", {})), REPOSITORY_TYPES, "repository.")
+        problems += _problems_of(_present(about.get("reached", {})), RECORD_TYPES, "reached.")
         try:
             from_plain(TrainRun, _known(TrainRun, about.get("config", {})), "config.")
         except UserError as error:
@@ -205,7 +206,10 @@ class RunResult:
         return [record[key] for record in self.records if key in record]
 
     def last(self, key: str) -> float | None:
-        return next(reversed(self.values(key)), None)
+        """Return the last value of a metric. An interrupted run has made steps after its last record."""
+        value = next(reversed(self.values(key)), None)
+        reached, step = self.about.get("reached", {}), next(reversed(self.values("step")), 0)
+        return reached[key] if key in reached and reached.get("step", 0) > step else value
 
     @property
     def tokens_per_second(self) -> float | None:

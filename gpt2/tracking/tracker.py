@@ -168,6 +168,7 @@ class Tracker:
         self.about = about or {}
         self.samples: list[Sample] = []
         self.logged = LoggedSteps()
+        self.reached: Record = {}  # step, tokens and seconds at the end; an interrupted run has not logged them
         self.outcome: Ended | None = None  # None: determined by the exception that ends the context
 
     @property
@@ -259,7 +260,9 @@ class Tracker:
     def __exit__(self, _type: Any, error: BaseException | None, *_: Any) -> None:
         ended = self.outcome or (Ended.by(error) if error else Ended(FINISHED))
         try:
-            self._write_about({**read_about(self.folder), **vars(ended), "ended": now()} if self.folder else {})
+            reached = {"reached": self.reached} if self.reached else {}
+            about = {**read_about(self.folder), **vars(ended), **reached, "ended": now()} if self.folder else {}
+            self._write_about(about)
         except OSError as full:
             if not error:
                 ended = Ended.by(full)

@@ -152,6 +152,13 @@ class TrackerLog(Callback):
         record = {key: value for key, value in metrics.items() if key != "sample"}
         self.tracker.log(record, metrics.get("sample"))
 
+    def on_train_end(self, trainer: Any) -> None:
+        progress = trainer.progress
+        self.tracker.reached = {key: getattr(progress, key) for key in ("step", "tokens", "seconds")}
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.on_train_end(trainer)
+
     def before_checkpoint(self, trainer: Any) -> None:
         self.tracker.flush()
 

@@ -269,6 +269,17 @@ def test_notes_on_incomparable_runs(tmp_path, changed, note):
     assert notes == [] if note is None else note in notes[-1]
 
 
+def test_steps_after_the_last_record_of_an_interrupted_run_count(tmp_path):
+    run = make_run(tmp_path / "a", state="interrupted")  # 20 steps are recorded
+    about = json.loads((run.folder / "run.json").read_text())
+    for step, tokens in ((25, 2500), (20, 2000)):
+        reached = {"step": step, "tokens": 2500, "seconds": 80.0}
+        (run.folder / "run.json").write_text(json.dumps({**about, "reached": reached}))
+        found = RunResult(run.folder)
+        assert (found.last("step"), found.last("tokens")) == (step, tokens)
+    assert found.last("val/loss") == 2.0
+
+
 def test_tokenizers_are_compared_by_their_content_if_it_is_recorded(tmp_path):
     for name, tokenizer, recorded in (("a", "train", "1"), ("b", "a/best_model.pth", "1"), ("c", "train", "2")):
         run = make_run(tmp_path / name, **{"data.tokenizer": tokenizer})
