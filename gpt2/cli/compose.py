@@ -270,7 +270,7 @@ def preset(overrides: list[str], searched: set[str]) -> tuple[dict[str, str], di
 def title(overrides: list[str]) -> str:
     """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
-    Keys without effect on the result and long values are left out.
+    Keys without effect on the result and long values are left out; numbers with many digits are rounded.
     """
     words: dict[str, str] = {}  # if a key is repeated, its last value counts
     try:
@@ -281,6 +281,8 @@ def title(overrides: list[str]) -> str:
         key, value = override.key_or_group, str(override.input_line).partition("=")[2]
         if key in KEYS_WITHOUT_EFFECT or key.startswith("hydra.") or key == "wandb":
             continue
+        if re.fullmatch(r"\d+\.\d{6,}(e-?\d+)?", value):  # a sampled number
+            value = f"{float(value):.4g}"
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
     return shortened(without_secrets(" ".join(words.values())), 100)

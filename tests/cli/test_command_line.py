@@ -347,6 +347,7 @@ def test_module_runs_the_same_scripts(workspace):
         (["+learning_rate=width_64"], "width_64"),
         ([f"data.files=[{'x' * 60}]"], "files=…"),
         (["train.seed=1", "train.seed=2"], "seed=2"),
+        (["train.learning_rate=0.00123869525906173", "train.beta2=0.95"], "learning_rate=0.001239 beta2=0.95"),
         (
             [f"train.{key}={'1' * 39}" for key in ("seed", "max_steps", "warmup_steps")],
             f"seed={'1' * 39} max_steps={'1' * 39} warm…",
