@@ -81,7 +81,7 @@ TASKS = {
 
 @dataclass
 class TrainingConfig:
-    """Training. One optimizer step sees batch_size * accumulation_steps blocks of data.max_length tokens."""
+    """Training. One optimizer step reads batch_size * accumulation_steps blocks of data.max_length tokens."""
 
     batch_size: int = 8  # blocks in a forward pass
     learning_rate: float = 3e-4  # peak of the schedule

@@ -127,7 +127,7 @@ class TextGenerator:
         context = self.model.config.context_length
         if max(map(len, prompt_ids)) + config.max_new_tokens > context and not self.has_warned_of_window:
             self.has_warned_of_window = True
-            log.info("Beyond its context of %s tokens, the model sees only the end of the text.", f"{context:,}")
+            log.info("Beyond its context of %s tokens, the model reads only the end of the text.", f"{context:,}")
         seeds = [None if config.seed is None else config.seed + number for number in numbers]
         return TextBatch(self.model, self.tokenizer, prompt_ids, config, seeds, self.speed, self.compiled, **options)
 

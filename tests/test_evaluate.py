@@ -328,7 +328,7 @@ def test_other_data_use_tokenizer_of_model(trained: Workspace, tmp_path):
         (["stride=33"], "stride: 33 is not between 1 and data.max_length=32"),
         (["stride=0"], "stride: 0 is not between 1"),
         (["data.max_length=64"], "data.max_length: windows of 64 tokens do not fit into the context"),
-        (["data.tokenizer=train"], "does not know the tokens of a new tokenizer; leave it out"),
+        (["data.tokenizer=train"], "was not trained on the tokens of a new tokenizer; leave it out"),
         (["checkpoint=nowhere"], "checkpoint: there is no 'nowhere' here"),
         (["data=text", "data.files=[nowhere.txt]"], "no file matches"),
         (["device=tpu"], "is none of auto"),

@@ -121,7 +121,7 @@ def _header(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
 
 
 class NewerVersionError(UserError):
-    """A checkpoint was written by a newer version of this program, in a format that this version does not know."""
+    """A checkpoint was written by a newer version of this program, in a format that this version cannot read."""
 
 
 @dataclass

@@ -275,7 +275,7 @@ def export(trained: TrainedModel, folder: str | Path, about: ExportRun | None = 
 
 
 def _check_logits(trained: TrainedModel, folder: Path) -> None:
-    """Refuse an exported model that computes other logits, because this code was changed: to another attention, say."""
+    """Refuse an exported model that computes other logits because this code was changed, such as its attention."""
     import torch
 
     config = trained.config

@@ -125,5 +125,5 @@ def wrong_values(path: Path) -> Iterator[None]:
         unknown = [problem.partition(f": {NO_SUCH_KEY}")[0] for problem in error.problems if NO_SUCH_KEY in problem]
         problem = f"was not written by Trainer: {few(error.problems, '; ')}"
         if unknown:
-            problem = f"is from another version of this program: this one does not know {few(unknown)}"
+            problem = f"is from another version of this program: this one has no {few(unknown)}"
         raise UserError(f"checkpoint: {path} {problem}") from error

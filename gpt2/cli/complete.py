@@ -3,8 +3,9 @@
 A checkpoint provides the model's shape, its tokenizer, its sampling options and its data, or the whole configuration of
 a run to resume. These values replace defaults, never values that the command line sets.
 
-A checkpoint may come from a stranger. Therefore OmegaConf never resolves its texts, because `${oc.env:NAME}` would read
-an environment variable, and it provides only the keys of `SAVED_GROUPS` and `SAVED_KEYS` that are not in `USER_KEYS`.
+A checkpoint may come from an untrusted source. Therefore OmegaConf never resolves its texts, because `${oc.env:NAME}`
+would read an environment variable, and it provides only the keys of `SAVED_GROUPS` and `SAVED_KEYS` that are not in
+`USER_KEYS`.
 """
 
 import logging
@@ -251,7 +252,7 @@ def tokenizer_name(trained: TrainedModel, key: str, composed: DictConfig, keys: 
         wanted = trained.source if trained.tokenizer else "gpt2"  # the same choice as in `tokenizer_for_text`
     elif wanted == "train":
         raise UserError(
-            f"data.tokenizer: {model} does not know the tokens of a new tokenizer; leave it out to use the model's own"
+            f"data.tokenizer: {model} was not trained on the tokens of a new tokenizer; leave it out to use its own"
         )
     else:
         tokenizer = open_tokenizer(wanted)

@@ -186,7 +186,7 @@ def open_files(config: DataConfig) -> Source:
     if not documents.paths:  # every pattern matches a file: see `gpt2.validation`
         others = {"exclude": config.exclude, "validation_files": config.validation_files}
         without = " and ".join(f"data.{name}={patterns}" for name, patterns in others.items() if patterns)
-        raise UserError(f"data.files: nothing of {config.files} is left without {without}")
+        raise UserError(f"data.files: nothing of {config.files} is left{f' without {without}' if without else ''}")
     try:
         if any(map(is_token_file, documents.paths)):
             return _source_of_tokens(documents.paths, config)

@@ -37,7 +37,7 @@ class LanguageModel(Protocol):
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Index of the first token that the model sees of a text of `length` tokens; 0 as long as all of it fits.
+    """Index of the first token that the model reads of a text of `length` tokens; 0 as long as all of it fits.
 
     Beyond the context, the window moves by a quarter of the context at a time. Positions count from the start of the
     window, so each move invalidates the cache: moving at every token would make the cache useless.
@@ -53,13 +53,13 @@ def decode_step(
 
     Args:
         columns: Of the cache, where the first of these tokens is stored, (b,).
-        visible: Number of columns that attention reads; each token sees those up to its own.
+        visible: Number of columns that attention reads; each token attends to those up to its own.
         is_last: Whether the tokens of all texts are stored in the last visible columns.
     """
     t = tokens.size(1)
     positions = rearrange(columns, "b -> b 1") + torch.arange(t, device=columns.device)
     mask = None
-    if not is_last or t > 1:  # a single token in the last visible column sees all of them
+    if not is_last or t > 1:  # a single token in the last visible column attends to all of them
         mask = torch.arange(visible, device=columns.device) <= rearrange(positions, "b t -> b 1 t 1")
     past = [partial(layer.append, visible=visible, columns=None if is_last else columns) for layer in cache.layers]
     return model.last_logits(tokens, past, mask, positions, each=True)

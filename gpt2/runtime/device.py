@@ -197,7 +197,7 @@ def available_cores() -> int:
 
 
 def container_limit(name: str) -> str:
-    """A limit of the control group that a container sees as its root, such as `memory.max`; empty if there is none."""
+    """A limit of the root control group inside a container, such as `memory.max`; empty if there is none."""
     file = Path("/sys/fs/cgroup", name)
     return file.read_text().strip() if file.exists() else ""
 

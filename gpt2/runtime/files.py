@@ -31,7 +31,7 @@ TIME_RESOLUTION = 2 * 10**9  # nanoseconds by which a file's times may be inexac
 def temporary_name(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
     """Create a replacement of `target` under a unique temporary name, which is removed at the end of the block.
 
-    The replacement is locked (`flock`) until then, so `remove_unfinished` can tell that its process is alive. First,
+    The replacement is locked (`flock`) until then, so `remove_unfinished` detects that its process is alive. First,
     the replacements that dead processes left for the same target are deleted.
 
     Args:

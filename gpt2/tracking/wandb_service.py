@@ -125,7 +125,7 @@ def finish(run: Any, exit_code: int, seconds: float) -> bool:
 
 
 def mark_as_synced(folder: Path) -> None:
-    """Create the file that tells `wandb sync` that this folder of a run is uploaded."""
+    """Create the file by which `wandb sync` recognizes an uploaded run folder."""
     for file in folder.glob("*.wandb"):
         file.with_name(f"{file.name}.synced").touch()
 

@@ -39,7 +39,7 @@ from tests.helpers import (
     ("change", "complaint"),
     [
         (lambda record: {}, "was not written by Trainer: model: missing; train: missing; progress: missing and 3 more"),
-        (lambda record: with_value(record, "model.depth", 3), "this one does not know model.depth$"),
+        (lambda record: with_value(record, "model.depth", 3), "this one has no model.depth$"),
         (lambda record: with_value(record, "model.num_layers", 3), r"12 missing: blocks.2.(\S+ ){3}and 9 more$"),
         (lambda record: with_value(record, "model.num_layers", 1), r"12 unexpected: blocks.1.(\S+ ){3}and 9 more$"),
     ],

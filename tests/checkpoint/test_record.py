@@ -105,7 +105,7 @@ def test_keys_of_another_version_are_named(run):
     best = run / "checkpoints" / "best_model.pth"
     rewrite_record(best, lambda record: with_value(with_value(record, "run.train.unheard_of", 1), "run.a:b", 1))
     for script, (line,) in problems_of_each_script(run).items():
-        problem = "is from another version of this program: this one does not know run.'a:b', run.train.unheard_of"
+        problem = "is from another version of this program: this one has no run.'a:b', run.train.unheard_of"
         assert line.endswith(f"{best} {problem}"), script
 
 
