@@ -13,11 +13,12 @@ BATCH_ELEMENTS = 2**25  # of the matrices that are orthogonalized at once: bound
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon` for groups of weights of one shape, whose updates are orthogonalized in batches.
+    """`torch.optim.Muon` for groups of weights whose updates are orthogonalized in batches.
 
-    A weight that holds several matrices one above the other, such as those of q, k and v, counts as several: its group
-    has their number in `stacked`. The update of a matrix is scaled to the size of AdamW's, a root mean square of 0.2
-    times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning rate fits both.
+    A group has matrices of one shape, which its entry `shape` has as (short side, long side). Some may lie on their
+    side, and a weight may hold several, one above the other, such as those of q, k and v. The update of a matrix is
+    scaled to the size of AdamW's, a root mean square of 0.2 times the rate (Liu et al., 2025, "Muon is scalable for LLM
+    training"), so one learning rate fits both.
 
     Like PyTorch's fused optimizers, it skips the step if its attribute `found_inf`, a scalar on the device, is 1.
     """
@@ -30,7 +31,7 @@ class Muon(torch.optim.Muon):
         assert closure is None
         for group in self.param_groups:
             weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
-            count = max(1, BATCH_ELEMENTS // weights[0].numel()) if weights else 1
+            count = max(1, BATCH_ELEMENTS // max((weight.numel() for weight in weights), default=1))
             for first in range(0, len(weights), count):
                 self._update(weights[first : first + count], group)
 
@@ -41,16 +42,20 @@ class Muon(torch.optim.Muon):
         if skip is not None:  # a momentum whose gradient is the momentum itself does not change
             gradients = [torch.where(skip, *both) for both in zip(momenta, gradients, strict=True)]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
 
-        matrices = updates.unflatten(1, (group["stacked"], -1)).flatten(0, 1)
-        rows, columns = matrices.shape[1:]
-        rate, kept = -group["lr"] * 0.2 * sqrt(max(rows, columns)), 1 - group["lr"] * group["weight_decay"]
+        short, long = group["shape"]
+        wide = [
+            update.view(-1, short, long) if update.size(1) == long else update.view(-1, long, short).mT
+            for update in updates
+        ]
+        rate, kept = -group["lr"] * 0.2 * sqrt(long), 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
             rate, kept = torch.where(skip, 0.0, rate), torch.where(skip, 1.0, kept)
-        changes = orthogonal(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"]).float() * rate
+        x = orthogonal(torch.cat(wide), group["ns_coefficients"], group["ns_steps"], group["eps"]).float() * rate
+        parts = zip(weights, x.split([len(matrices) for matrices in wide]), strict=True)
         torch._foreach_mul_(weights, kept)
-        torch._foreach_add_(weights, list(changes.view_as(updates)))
+        torch._foreach_add_(weights, [(p if w.size(1) == long else p.mT).reshape(w.shape) for w, p in parts])
 
     def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
@@ -60,10 +65,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """Matrices (n, r, c) with their singular values moved near 1, in bf16, by a quintic Newton-Schulz iteration."""
-    rows, columns = matrices.shape[-2:]
-    if rows > columns:
-        return orthogonal(matrices.mT, coefficients, steps, epsilon).mT.contiguous()
+    """Matrices (n, r, c), r <= c, with their singular values moved near 1, in bf16, by quintic Newton-Schulz steps."""
     a, b, c = coefficients
     x = matrices.bfloat16()
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=epsilon)

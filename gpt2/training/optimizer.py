@@ -94,7 +94,8 @@ def build_muon(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimize
     shared = hidden_group(sqrt(model.config.width_ratio), config)
     for name, stacked in model.matrices().items():
         if (matrix := rest.pop(name, None)) is not None:
-            group = groups.setdefault((matrix.shape, stacked), {"params": [], "stacked": stacked, **shared})
+            shape = tuple(sorted((matrix.size(0) // stacked, matrix.size(1))))
+            group = groups.setdefault(shape, {"params": [], "shape": shape, **shared})
             group["params"].append(matrix)
     if not groups:
         return build_adamw(model, config)

@@ -34,8 +34,9 @@ def test_batches_equal_matrices_one_by_one(rows, columns, stacked, batch, monkey
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(7)]
     parts = [torch.nn.Parameter(part.clone()) for weight in weights for part in weight.detach().chunk(stacked)]
+    shape = tuple(sorted((rows // stacked, columns)))
     options = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
-    ours = Muon([{"params": weights, "stacked": stacked}], **options)
+    ours = Muon([{"params": weights, "shape": shape}], **options)
     theirs = torch.optim.Muon(parts, **options, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         give_gradients(weights, step)

@@ -96,7 +96,10 @@ def test_parts_update_as_separate_optimizers():
     parts = [copy.deepcopy(model) for _ in range(2)]
     update(model, build_optimizer(model, config), 0)
     update(parts[0], build_optimizer(parts[0], replace(config, optimizer="adamw")), 0)
-    groups = [{"params": [parts[1].get_parameter(n)], "stacked": count} for n, count in model.matrices().items()]
+    groups = []
+    for name, count in model.matrices().items():
+        matrix = parts[1].get_parameter(name)
+        groups.append({"params": [matrix], "shape": sorted((matrix.size(0) // count, matrix.size(1)))})
     update(parts[1], Muon(groups, lr=1e-2, weight_decay=0.1), 0)
     for name, parameter in model.named_parameters():
         is_matrix = name.startswith("blocks.") and parameter.dim() == 2
