@@ -27,6 +27,7 @@ class GPT2Config:
     # Standard deviation of initial weights. For residual projections it is divided by sqrt(2 * num_layers).
     initializer_range: float = 0.02
     use_bias: bool = True  # whether linear layers have a bias
+    activation: Literal["gelu_new", "gelu"] = "gelu_new"  # of feed-forward layers; new: OpenAI's tanh approximation
     parametrization: Literal["standard", "mup"] = "standard"  # mup: the best learning rate is the same for all widths
     mup_base_width: int = 256  # d_model at which mup has GPT-2's initialization, rates and logits
     mup_base_head_width: int = 64  # d_model / num_heads at which mup has GPT-2's attention

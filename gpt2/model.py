@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al., 2019) with its axes named in einops patterns.
 
-Pre-LayerNorm blocks, learned positions, tanh GELU, an output head tied to the token embedding. Logits, loss, gradients
+Pre-LayerNorm blocks, learned positions, GELU, an output head tied to the token embedding. Logits, loss, gradients
 and greedy text equal those of `GPT2LMHeadModel` in transformers.
 
 Axes: b batch, t time, c channel (d_model), v vocabulary.
@@ -35,6 +35,8 @@ from gpt2.validation import validate
 
 Forward = Callable[..., tuple[Tensor | None, Tensor | None]]  # as `GPT2Model.forward`
 Run = Callable[..., Tensor]  # calls its first argument, a block or the loss, with the others
+
+APPROXIMATIONS = {"gelu_new": "tanh", "gelu": "none"}  # of GELU, by `GPT2Config.activation`
 
 
 def call(part: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -81,17 +83,18 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a GELU in the tanh approximation, which OpenAI used."""
+    """Two linear layers around a GELU: in the tanh approximation, as in OpenAI's GPT-2, or exact."""
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool):
+    def __init__(self, d_model: int, d_ff: int, dropout: float, use_bias: bool, activation: str = "gelu_new"):
         super().__init__()
         self.up = Linear(d_model, d_ff, bias=use_bias)
         self.down = Linear(d_ff, d_model, bias=use_bias)
         self.dropout = nn.Dropout(dropout)
+        self.approximate = APPROXIMATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, t, c) -> (b, t, c)."""
-        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+        return self.dropout(self.down(F.gelu(self.up(x), approximate=self.approximate)))
 
 
 class DecoderBlock(nn.Module):
@@ -106,13 +109,14 @@ class DecoderBlock(nn.Module):
         attention_dropout: float,
         layer_norm_epsilon: float,
         use_bias: bool,
+        activation: str = "gelu_new",
     ):
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
         self.attention = MultiHeadAttention(d_model, num_heads, attention_dropout, use_bias)
         self.dropout = nn.Dropout(dropout)
         self.feed_forward_norm = nn.LayerNorm(d_model, eps=layer_norm_epsilon)
-        self.feed_forward = FeedForward(d_model, d_ff, dropout, use_bias)
+        self.feed_forward = FeedForward(d_model, d_ff, dropout, use_bias, activation)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, past: PastKeyValues | None = None
@@ -173,6 +177,7 @@ class GPT2Model(nn.Module):
                 config.attention_dropout,
                 config.layer_norm_epsilon,
                 config.use_bias,
+                config.activation,
             )
             for _ in range(config.num_layers)
         )

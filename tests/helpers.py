@@ -95,6 +95,7 @@ def transformers_twin(model: GPT2Model):
             n_head=ours.num_heads,
             n_layer=ours.num_layers,
             n_inner=ours.d_ff,
+            activation_function=ours.activation,
             layer_norm_epsilon=ours.layer_norm_epsilon,
             embd_pdrop=ours.dropout,
             attn_pdrop=ours.attention_dropout,

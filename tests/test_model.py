@@ -30,6 +30,7 @@ SHAPES = [
     {"num_heads": 1, "num_layers": 1},
     {"d_model": 24, "num_heads": 3, "d_ff": 24, "num_layers": 3, "vocab_size": 7},
     {"d_model": 8, "num_heads": 8, "context_length": 33, "layer_norm_epsilon": 1e-2},
+    {"activation": "gelu"},
 ]
 close = {"atol": 1e-5, "rtol": 1e-5}
 

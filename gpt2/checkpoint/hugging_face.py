@@ -59,6 +59,7 @@ FIELDS = {
     "layer_norm_epsilon": "layer_norm_epsilon",
     "initializer_range": "initializer_range",
     "use_bias": "use_bias",  # transformers preserves this field, although its GPT-2 always has biases
+    "activation": "activation_function",
 }
 
 # Other names that the `GPT2Config` of `transformers` accepts (its `attribute_map`).
@@ -69,11 +70,16 @@ _ALIASES = {
     "max_position_embeddings": "n_positions",
 }
 
-# The values in `config.json` of a GPT-2 as OpenAI built it. Other values are refused.
+# Values of `GPT2Config.activation` -> names of the same function in `transformers`.
+_ACTIVATIONS = {
+    "gelu_new": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "gelu": ("gelu", "gelu_python"),
+}
+
+# The values in `config.json` of a GPT-2. Other values are refused.
 _REQUIRED = {
     "model_type": ("gpt2",),
-    # These are five names of one function.
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate", "gelu_python_tanh"),
+    "activation_function": (*_ACTIVATIONS["gelu_new"], *_ACTIVATIONS["gelu"]),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
@@ -124,6 +130,8 @@ def read_config(folder: Path, source: str) -> GPT2Config:
         raise UserError(f"{source}: its {CONFIG} does not describe OpenAI's GPT-2: {'; '.join(wrong)}")
 
     values = {ours: stored[theirs] for ours, theirs in FIELDS.items() if theirs in stored}
+    if "activation" in values:
+        values["activation"] = next(ours for ours, names in _ACTIVATIONS.items() if values["activation"] in names)
     width = values.get("d_model", GPT2Config.d_model)
     if values.get("d_ff") is None:
         values["d_ff"] = 4 * width if isinstance(width, int) else GPT2Config.d_ff  # the default of transformers

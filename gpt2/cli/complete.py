@@ -61,7 +61,7 @@ CHANGEABLE = KEYS_WITHOUT_EFFECT | {
 
 # The keys that no resumed run may change.
 FIXED = {
-    *(f"model.{key}" for key in (*SHAPE, *PARAMETRIZATION)),
+    *(f"model.{key}" for key in (*SHAPE, "activation", *PARAMETRIZATION)),
     *("data.tokenizer", "data.vocab_size", "train.init_from"),
 }
 

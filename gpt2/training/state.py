@@ -70,7 +70,8 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
     """Compare the descriptions of the saved and of the current run.
 
     Raises:
-        UserError: The model has another shape or parametrization, or the data are others and are not accepted.
+        UserError: The model has another shape, activation or parametrization, or the data are others and are not
+            accepted.
     """
     if saved["data"] != current["data"] and not accept_other_data:
         raise UserError(
@@ -79,7 +80,7 @@ def check_compatible(path: Path, saved: Mapping[str, Any], current: Mapping[str,
         )
     model, other = saved["model"], current["model"]
     scaling = PARAMETRIZATION if other["parametrization"] == "mup" else PARAMETRIZATION[:1]  # only mup has a base
-    for kind, keys in (("shape", SHAPE), ("parametrization", scaling)):
+    for kind, keys in (("shape", SHAPE), ("activation", ("activation",)), ("parametrization", scaling)):
         if problems := [f"{key}={model.get(key)}, not {other[key]}" for key in keys if model.get(key) != other[key]]:
             raise UserError(f"checkpoint: {path} holds a model of another {kind}: {', '.join(problems)}")
 

@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from gpt2.checkpoint.hugging_face import _REQUIRED, WEIGHT_FILES
+from gpt2.checkpoint.hugging_face import _ACTIVATIONS, WEIGHT_FILES
 from gpt2.checkpoint.pretrained import open_model
 from gpt2.config import GPT2Config
 from gpt2.errors import UserError
-from gpt2.model import GPT2Model
+from gpt2.model import APPROXIMATIONS, GPT2Model
 from tests.conftest import ROOT
 from tests.helpers import noisy_model, only_a_pickle, tiny_config, transformers_twin
 
@@ -163,14 +163,16 @@ def test_all_names_of_transformers_for_a_field_are_accepted(folder):
     assert open_model(str(folder)).config == expected
 
 
-def test_all_names_of_the_activation_are_accepted(folder):
+def test_all_names_of_an_activation_are_accepted(folder):
     from transformers.activations import ACT2FN
 
     x = torch.linspace(-9, 9, 999)
-    for name in _REQUIRED["activation_function"]:
-        describe(folder, activation_function=name)
-        assert open_model(str(folder)).config.d_model == 16
-        assert_close(ACT2FN[name](x), torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6, rtol=0)
+    for activation, names in _ACTIVATIONS.items():
+        for name in names:
+            describe(folder, activation_function=name)
+            assert open_model(str(folder)).config.activation == activation
+            expected = torch.nn.functional.gelu(x, approximate=APPROXIMATIONS[activation])
+            assert_close(ACT2FN[name](x), expected, atol=1e-6, rtol=0)
 
 
 def test_configuration_without_a_model_type_is_accepted_if_it_names_the_fields_of_gpt2(folder):
@@ -353,7 +355,7 @@ REFUSED = [
     (an_index_with_a_path_outside, "missing: ../model.safetensors"),
     (a_config_of_words, "cannot read its config.json"),
     (lambda folder: describe(folder, model_type="llama"), "model_type is 'llama', not 'gpt2'"),
-    (lambda folder: describe(folder, activation_function="gelu"), "activation_function is 'gelu', not 'gelu_new'"),
+    (lambda folder: describe(folder, activation_function="relu"), "activation_function is 'relu', not 'gelu_new'"),
     (lambda folder: describe(folder, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True"),
     (lambda folder: describe(folder, n_head=3), "3 heads do not divide d_model=16"),
     (lambda folder: describe(folder, use_bias=False), "has use_bias=false, but"),

@@ -115,6 +115,12 @@ def test_other_data_needs_consent_and_another_shape_is_refused():
             check_compatible(Path("x"), SAVED, other, accept_other_data=True)
 
 
+def test_another_activation_is_refused():
+    other = {**SAVED, "model": {**SAVED["model"], "activation": "gelu"}}
+    with pytest.raises(UserError, match="another activation: activation=gelu_new, not gelu"):
+        check_compatible(Path("x"), SAVED, other, accept_other_data=True)
+
+
 def test_another_parametrization_is_refused_and_the_base_counts_only_with_mup():
     mup = {**SAVED, "model": {**SAVED["model"], "parametrization": "mup"}}
     for key in PARAMETRIZATION:
