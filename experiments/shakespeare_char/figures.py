@@ -26,9 +26,10 @@ FIGURES = [
 ]
 GIVEN = [
     "4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, learning rate 1e-3 to 1e-4",
+    "all 256 bytes",
     "1,115,394 bytes",
     "one thread, seed 1337, 30 November 2026",
-    "on 2 cores of an AMD EPYC, PyTorch 2.13.0 (CPU), Python 3.11.7, fp32, 22 November 2026",
+    "on 2 cores of an Intel Xeon, PyTorch 2.13.0 (CPU), Python 3.11.7, fp32, 1 December 2026",
     "the seed was 1 here and 1337 there",
 ]
 ELSEWHERE = {

@@ -174,12 +174,11 @@ def non_names(override: Override) -> list[Any]:
 def problem_of_choice(name: str, override: Override) -> str | None:
     """Why a value names no file of its group; None if it may be a name, or the key is no group."""
     group, value = override.key_or_group, override.value()
-    if "." in group:
+    if "." in group or not (options := group_options(name, group)):
         return None
     is_new, values = override.type != OverrideType.CHANGE, non_names(override)
     is_chosen = group in compose_defaults(name, with_hydra=True).hydra.runtime.choices
-    is_usual = is_chosen and not is_new and not values
-    if is_usual or not (options := group_options(name, group)):
+    if is_chosen and not is_new and not values:
         return None
     if is_new and is_chosen:
         return f"{override.input_line}: the group is chosen already, leave out the +"
