@@ -67,16 +67,14 @@ def test_products_that_need_a_copy_are_left_to_pytorch(monkeypatch):
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ([[4.0, 4.2], [4.0, 3.2]], "oneDNN"),
-        ([[4.0, 4.2], [4.0, 3.21]], "oneDNN without copies"),
-        ([[4.0, 4.21]], "PyTorch"),
-        ([[4.0, 8.0]], "PyTorch"),
+        ([4.0, 4.1, 4.19], "oneDNN"),
+        ([4.0, 4.3, 4.19], "oneDNN without copies"),
+        ([4.0, 4.3, 4.21], "PyTorch"),
     ],
 )
 def test_the_fastest_product_is_used_stored_and_logged_once(seconds, chosen, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = iter(seconds)
-    monkeypatch.setattr(onednn, "fastest_seconds", lambda *_: next(measured))
+    monkeypatch.setattr(onednn, "fastest_seconds", lambda *_: seconds)
     onednn.faster_linear.cache_clear()
     with caplog.at_level(logging.INFO, "gpt2"):
         assert onednn.faster_linear() == chosen
@@ -92,7 +90,7 @@ def test_the_fastest_product_is_used_stored_and_logged_once(seconds, chosen, mon
 @pytest.mark.parametrize("content", [b"", b"oneDNN without\n", b"\xff\xfe", b"PyTorch\nPyTorch\n", None])
 def test_damaged_measurement_is_repeated(content, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(onednn, "fastest_seconds", lambda *_: [1.0, 0.5])
+    monkeypatch.setattr(onednn, "fastest_seconds", lambda *_: [1.0, 0.5, 0.9])
     onednn.faster_linear.cache_clear()
     assert onednn.faster_linear() == "oneDNN"
     (file,) = (path for path in tmp_path.glob("gpt2/linear-*") if not path.suffix)
