@@ -16,7 +16,8 @@ def rows_of(name):
     return {row["contestant"]: row for row in recorded(name)["results"]}
 
 
-MODELS = [rows_of(name) for name in ("gpt2", "small", "shakespeare")]
+SHAPES = ("gpt2", "small", "shakespeare")
+MODELS, AMX = ([rows_of(name + machine) for name in SHAPES] for machine in ("", "_amx"))
 seconds_of_each = [[row["step_seconds_of_each"] for row in model.values()] for model in MODELS]
 spreads = [100 * median((max(each) - min(each)) / median(each) for each in model) for model in seconds_of_each]
 
@@ -31,6 +32,7 @@ bf16, compiled, fp32, fp32_compiled = (
     [f"{to_best(model, ours):.2f}" for model in MODELS]
     for ours in ("gpt2, bf16", "gpt2, compiled, bf16", "gpt2, fp32", "gpt2, compiled, fp32")
 )
+amx = {name: [f"{to_best(model, f'gpt2, {name}'):.2f}" for model in AMX] for name in ("bf16", "compiled, bf16", "fp32")}
 COMPARED = {"bf16": bf16, "compiled": compiled, "fp32": fp32}
 unmodified = {f"{model['gpt2, bf16']['ratio']:.1f}" for model in MODELS[:2]}
 best_mfu = [
@@ -105,6 +107,13 @@ FIGURES = [
     + " {:.2f} ({:.2f} to {:.2f})".format(*speeds(theirs)),
     f"{ours['ratio']:.1f} times as fast, the same tokens",
     "differ by {:.0f}, {:.0f} and {:.0f} % of their median".format(*spreads),
+    "products of 2048 x 2048 matrices reach {:.1f} TFLOP/s in bf16".format(
+        max(recorded(f"{name}_amx")["peak_flops"]["bf16"] for name in SHAPES) / 1e12
+    ),
+    "it is {}, {} and {} times as fast as the fastest nanoGPT, and compiled {}, {} and {}".format(
+        *amx["bf16"], *amx["compiled, bf16"]
+    ),
+    "in fp32 {}, {} and {}".format(*amx["fp32"]),
 ]
 percent = {name: [f"{100 * (float(each) - 1):.0f}" for each in known] for name, known in COMPARED.items()}
 quickstart = recorded("quickstart")
@@ -115,6 +124,7 @@ ELSEWHERE = {
         "the gain is {}, {} and {} % for the three models".format(*percent["bf16"]),
         "and {}, {} and {} % with `train.compile=true`".format(*percent["compiled"]),
         "In fp32 it is {} and {} % for the larger two".format(*percent["fp32"][:2]),
+        "in bf16 is {}, {} and {} times as fast".format(*amx["bf16"]),
         f"packed {ours['ratio']:.1f} times as fast as with `GPT2TokenizerFast`",
         f"takes {start['train.py --help']['seconds']:.2f} s, a mistake in the command is reported after "
         f"{start['train.py, a mistake']['seconds']:.2f} s",
@@ -135,5 +145,6 @@ GIVEN = [
     "23 November 2026",
     "differences under 5 % mean",
     "a multiple of 128 inside",
+    "1 December 2026",
     "chunks of 256 MiB",
 ]
