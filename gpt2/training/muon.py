@@ -15,10 +15,10 @@ BATCH_ELEMENTS = 2**25  # of the matrices that are orthogonalized at once: bound
 class Muon(torch.optim.Muon):
     """`torch.optim.Muon` for groups of weights whose updates are orthogonalized in batches.
 
-    A group has matrices of one shape, which its entry `shape` has as (short side, long side). Some may lie on their
-    side, and a weight may hold several, one above the other, such as those of q, k and v. The update of a matrix is
-    scaled to the size of AdamW's, a root mean square of 0.2 times the rate (Liu et al., 2025, "Muon is scalable for LLM
-    training"), so one learning rate fits both.
+    The matrices of a group have the sides `shape`, (short, long), either of which may be the rows. A weight may hold
+    several, one above the other, such as those of q, k and v. The update of a matrix is scaled to the size of AdamW's,
+    a root mean square of 0.2 times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning
+    rate fits both.
 
     Like PyTorch's fused optimizers, it skips the step if its attribute `found_inf`, a scalar on the device, is 1.
     """
