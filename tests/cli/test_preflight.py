@@ -157,3 +157,9 @@ def test_mistakes_among_many_overrides_take_few_compositions(monkeypatch):
     assert first.startswith("train.lr=1: Key 'lr' not in 'TrainingConfig'")
     assert second.startswith("model=gtp2: Could not find 'model/gtp2'")
     assert len(composed) < 10
+
+
+def test_values_of_keys_are_checked_without_composing_the_defaults(monkeypatch):
+    monkeypatch.setattr(preflight, "compose_defaults", lambda *_, **__: pytest.fail("composes the defaults"))
+    arguments = ["loggers=[]", "plan=true", "train.max_steps=7", "model=gpt2_nano"]
+    assert preflight.check_overrides("train", parse_arguments(arguments)) == (arguments, [], [])
