@@ -387,10 +387,10 @@ def test_resumed_run_matches_uninterrupted_with(option, blocks, tmp_path):
 
 @pytest.mark.parametrize(("then", "today"), [(True, False), (False, True)])
 def test_resumed_run_keeps_automatic_precision(then, today, blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "computes_in_bf16", lambda: then)
+    monkeypatch.setattr(device, "computes_in_bf16", lambda device: then)
     first = make_trainer(blocks, tmp_path, max_steps=2, precision="auto")
     first.train()
-    monkeypatch.setattr(device, "computes_in_bf16", lambda: today)
+    monkeypatch.setattr(device, "computes_in_bf16", lambda device: today)
     resumed = make_trainer(blocks, tmp_path, max_steps=4, precision="auto")
     assert resumed.plan.precision.name != first.plan.precision.name
     resumed.load_checkpoint(str(tmp_path / "last.pth"))

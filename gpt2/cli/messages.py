@@ -118,9 +118,11 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
         steps: The number of steps; None if it is not known.
         limit: In words, the limit of the run beside steps and hours.
     """
-    model, train, precision = work.model.config, work.train, plan.precision.name
-    is_automatic = requested_precision(train) == "auto" and precision == "bf16" and plan.device.type == "cpu"
-    why = ", which is faster on this CPU (train.precision=fp32 is exact)" if is_automatic else ""
+    model, train, why = work.model.config, work.train, ""
+    if plan.precision.is_emulated:
+        why = ", which this device emulates: train.precision=fp32 is faster"
+    elif requested_precision(train) == "auto" and plan.precision.name == "bf16" and plan.device.type == "cpu":
+        why = ", which is faster on this CPU (train.precision=fp32 is exact)"
     ranks = f"{work.ranks} ranks ({strategy}), each on " if work.ranks > 1 else ""
     count, per = (1, " a step") if steps is None else (steps, "")
     memory, available = memory_needed(work, plan), memory_of(plan.device)
@@ -133,7 +135,7 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
         f"Run     {'steps' if steps is None else counted(steps, 'step')} of {work.tokens_per_step:,} tokens "
         f"({counted(train.batch_size * train.accumulation_steps, 'block')}), {limit}, "
         f"at most {counted(train.max_training_hours, 'hour')}\n"
-        f"On      {ranks}{describe(plan.device)}, {precision}{why}\n"
+        f"On      {ranks}{describe(plan.device)}, {plan.precision.name}{why}\n"
         f"Cost    {count * work.tokens_per_step:,} tokens and {count * work.flops_per_step:.2g} FLOPs{per}\n"
         f"Memory  about {sum(memory.values()) / 1e9:.2g} GB {'' if work.ranks == 1 else 'for each rank '}({parts}); "
         f"there are {available / 1e9:.2g} GB{less if sum(memory.values()) > available else ''}"

@@ -23,7 +23,7 @@ from gpt2.generation.decode import CompiledDecoding
 from gpt2.inference import precision_of_weights
 from gpt2.model import GPT2Model, meta_model
 from gpt2.ops.cpu_inference import pack_linears
-from gpt2.runtime.device import Precision, computes_in_bf16, free_memory, peak_flops
+from gpt2.runtime.device import Precision, free_memory, peak_flops
 from gpt2.runtime.hub import OPENAI
 from gpt2.training.compile import ComputePlan, chunk_bytes_of
 from gpt2.training.cost import Work, largest_batch_size, memory_needed, memory_of
@@ -74,7 +74,7 @@ def check_products(machine: Machine) -> Row:
         advice = "the clock is throttled (nvidia-smi -q -d PERFORMANCE), or another program uses the GPU"
         status = OK if rates[name] >= MIN_SHARE_OF_DATA_SHEET * sheet else SLOW
         return Row(value, status, advice, f"{MIN_SHARE_OF_DATA_SHEET:.0%} of the data sheet", rates)
-    is_slow = machine.device.type == "cpu" and computes_in_bf16() and rates["bf16"] < MIN_BF16_GAIN * rates["fp32"]
+    is_slow = machine.device.type == "cpu" and name == "bf16" and rates["bf16"] < MIN_BF16_GAIN * rates["fp32"]
     advice = "bf16 is hardly faster than fp32 here: measure again on an idle machine, or use train.precision=fp32"
     return Row(value, SLOW if is_slow else OK, advice, f"bf16 {MIN_BF16_GAIN} times as fast as fp32", rates)
 

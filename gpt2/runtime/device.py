@@ -118,6 +118,11 @@ class Precision:
     def dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.name]
 
+    @property
+    def is_emulated(self) -> bool:
+        """Whether the products are slower than those of fp32, because the device has no instructions for them."""
+        return self.name == "bf16" and self.device.type != "mps" and not computes_in_bf16(self.device)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
 
@@ -135,12 +140,9 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     """Return the named precision. `auto` is bf16 where the chip is fast in it, else fp16 on CUDA, else fp32."""
     if name != "auto":
         return Precision(name, device)
-    if device.type == "cpu":
-        return Precision("bf16" if computes_in_bf16() else "fp32", device)
-    if device.type != "cuda":
-        return Precision("fp32", device)
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)  # older GPUs emulate bf16
-    return Precision("bf16" if has_bf16 else "fp16", device)
+    if computes_in_bf16(device):
+        return Precision("bf16", device)
+    return Precision("fp16" if device.type == "cuda" else "fp32", device)
 
 
 def auto_without_training(name: str, device: torch.device) -> str:
@@ -151,12 +153,15 @@ def auto_without_training(name: str, device: torch.device) -> str:
     return "fp32" if name == "auto" and device.type != "cuda" else name
 
 
-def computes_in_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products. Other CPUs emulate them, which is slower than fp32.
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether this CPU or CUDA device has instructions for bf16 products. Others emulate them, slower than fp32.
 
     The speed is not measured: on a busy machine, the same command could then get another precision.
     """
-    return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(capabilities.get(name) for name in BF16_INSTRUCTIONS)
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8, min_seconds: float = 0.0) -> list[float]:

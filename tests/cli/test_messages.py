@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from gpt2.checkpoint.run_folder import LAST, step_name
-from gpt2.cli.messages import explain_failure, notes, settings_without_effect
+from gpt2.cli.messages import explain_failure, notes, planned_computation, settings_without_effect, size_of_run
 from gpt2.config import DataConfig, GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import DivergenceError, ResourceError, is_out_of_memory, machine_error
+from gpt2.model import meta_model
+from gpt2.runtime import device
+from gpt2.training.cost import Work
+from tests.helpers import tiny_config
 
 RESUME = "python train.py resume=outputs/runs/a/1"
 
@@ -184,3 +188,20 @@ def test_resume_command_follows_if_checkpoint_exists(tmp_path, error, kind, exit
     assert str(saved).endswith(f". Step 1,200 is saved, resume with: {RESUME} {command}".rstrip())
     assert len(saved.problems) == 1
     assert "\n" not in saved.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "computes", "expected"),
+    [
+        ("auto", True, "bf16, which is faster on this CPU (train.precision=fp32 is exact)"),
+        ("auto", False, "fp32"),
+        ("bf16", True, "bf16"),
+        ("bf16", False, "bf16, which this device emulates: train.precision=fp32 is faster"),
+    ],
+)
+def test_precision_of_a_run_is_announced(precision, computes, expected, monkeypatch):
+    monkeypatch.setattr(device, "computes_in_bf16", lambda _: computes)
+    train = TrainingConfig(device="cpu", precision=precision)
+    work = Work(meta_model(tiny_config()), train, 8, ranks=1, is_sharded=False)
+    text = size_of_run(work, planned_computation(work, 1), "ddp", 1, "")
+    assert re.search(r"^On +cpu, \d+ threads?, (.+)$", text, re.MULTILINE)[1] == expected

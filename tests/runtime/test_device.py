@@ -75,7 +75,7 @@ def test_missing_device_is_rejected_and_api_default_falls_back(caplog):
 @pytest.mark.parametrize("computes", [False, True])
 @pytest.mark.parametrize("requested", ["auto", "fp32", "bf16"])
 def test_precision_on_a_cpu(requested, computes, monkeypatch):
-    monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
+    monkeypatch.setattr(device, "computes_in_bf16", lambda device: computes)
     precision = choose_precision(requested, torch.device("cpu"))
     assert precision.name == ({False: "fp32", True: "bf16"}[computes] if requested == "auto" else requested)
     assert not precision.scaler().is_enabled()
@@ -83,7 +83,7 @@ def test_precision_on_a_cpu(requested, computes, monkeypatch):
 
 @pytest.mark.parametrize("computes", [False, True])
 def test_auto_is_exact_without_training_except_on_cuda(computes, monkeypatch):
-    monkeypatch.setattr(device, "computes_in_bf16", lambda: computes)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": computes})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if computes else (7, 0))
 
     def chosen(name: str, kind: str) -> str:

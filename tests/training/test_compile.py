@@ -64,7 +64,7 @@ SAVED = {"device": "cpu", "precision": "fp32", "linear": "PyTorch", "compiled": 
 )
 def test_plan_follows_the_configuration_then_the_checkpoint_then_the_machine(options, saved, expected, monkeypatch):
     monkeypatch.setattr(compilation, "faster_linear", lambda: "oneDNN")
-    monkeypatch.setattr(device, "computes_in_bf16", lambda: False)
+    monkeypatch.setattr(device, "computes_in_bf16", lambda device: False)
     plan = choose_plan(TrainingConfig(**options), CPU, 1e18, ProcessGroup(), saved)
     assert (plan.device, plan.precision.name, plan.linear, plan.compiled) == (CPU, *expected)
 

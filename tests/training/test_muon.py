@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.model import GPT2Model, meta_model
 from gpt2.training import muon
-from gpt2.training.muon import Muon
+from gpt2.training.muon import Muon, orthogonal
 from gpt2.training.optimizer import build_optimizer
 from tests.helpers import tiny_config
 
@@ -31,6 +31,7 @@ def give_gradients(weights: list[torch.nn.Parameter], seed: int, value: float | 
 def test_batches_equal_matrices_one_by_one(rows, columns, stacked, batch, monkeypatch):
     """torch.optim.Muon gets each stacked matrix as a separate parameter."""
     monkeypatch.setattr(muon, "BATCH_ELEMENTS", batch * rows * columns)
+    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: True)  # as torch.optim.Muon, which always does
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(7)]
     parts = [torch.nn.Parameter(part.clone()) for weight in weights for part in weight.detach().chunk(stacked)]
@@ -93,15 +94,32 @@ def test_step_is_skipped_without_a_host_sync(value, first):
 
 
 class Counted(TorchDispatchMode):
-    """Counts the operations by name."""
+    """Counts the operations by name, and the number formats of their results."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.dtypes = Counter(), Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.counts[operation.overloadpacket.__name__] += 1
-        return operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        self.dtypes[operation.overloadpacket.__name__, getattr(result, "dtype", None)] += 1
+        return result
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_products_are_in_bf16_only_where_the_device_computes_in_it(computes, monkeypatch):
+    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: computes)
+    matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
+    with Counted() as counted:
+        result = orthogonal(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    dtype = torch.bfloat16 if computes else torch.float32
+    assert counted.dtypes["bmm", dtype] == counted.counts["bmm"] == 5
+    assert counted.dtypes["baddbmm", dtype] == counted.counts["baddbmm"] == 10
+    exact = torch.linalg.svd(matrices, full_matrices=False)
+    values = exact.U.mT @ result.float() @ exact.Vh.mT  # near the diagonal of ones
+    torch.testing.assert_close(values, torch.diag_embed(values.diagonal(dim1=1, dim2=2)), rtol=0, atol=0.05)
+    assert 0.6 < values.diagonal(dim1=1, dim2=2).min() and values.diagonal(dim1=1, dim2=2).max() < 1.3
 
 
 def test_few_products_and_no_read_of_a_value():
