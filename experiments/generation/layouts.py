@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gpt2.ops.cpu_inference import InferenceLinear, PackedLinear, SlicedLinear, kind_for
+from gpt2.ops.linear import is_available
 from gpt2.runtime.device import fastest_seconds, hardware
 
 WIDTHS, TEXTS, OUTPUTS = (384, 768, 1600), (1, 2, 4, 6, 8, 16, 32), 16_384
@@ -25,9 +26,9 @@ LAYOUTS = {
 def measure(dtype: torch.dtype, width: int, texts: int) -> dict:
     """Return the shortest time of a product in each layout, over interleaved repetitions."""
     weight, x = torch.randn(OUTPUTS, width, dtype=dtype), torch.randn(texts, 1, width, dtype=dtype)
-    layers = [kind(weight) for kind in LAYOUTS[dtype]]
-    seconds = fastest_seconds([partial(layer, x) for layer in layers], REPETITIONS)
-    taken = {kind.__name__: each for kind, each in zip(LAYOUTS[dtype], seconds, strict=True)}
+    kinds = [kind for kind in LAYOUTS[dtype] if kind is not PackedLinear or is_available(dtype)]
+    seconds = fastest_seconds([partial(kind(weight), x) for kind in kinds], REPETITIONS)
+    taken = {kind.__name__: each for kind, each in zip(kinds, seconds, strict=True)}
     chosen = kind_for(dtype, texts).__name__
     return {
         "dtype": str(dtype).removeprefix("torch."),

@@ -30,8 +30,10 @@ INSTEAD = "convert it or leave it out (data.exclude)"
 OTHER_KINDS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
-    b"\x1f\x8b": "compressed",
+    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh"), "compressed"),  # gzip, zstd, xz, bzip2
     b"PK\3\4": "a zip",
+    b"PAR1": "Parquet (data.dataset_name=FOLDER reads it)",
+    b"%PDF": "a PDF",
 }
 
 
@@ -49,7 +51,7 @@ class TextFile:
         """
         try:
             with self.path.open("rb") as file:
-                head = file.read(4)
+                head = file.read(max(map(len, OTHER_KINDS)))
                 if kind := next((kind for sign, kind in OTHER_KINDS.items() if head.startswith(sign)), None):
                     raise UserError(f"data.files: {self.path} is {kind}, not UTF-8 text; {INSTEAD}")
                 first = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0

@@ -1,6 +1,8 @@
 """The files that `data.files` and `data.exclude` select, and the documents read from them."""
 
+import bz2
 import gzip
+import lzma
 import os
 from pathlib import Path
 
@@ -163,6 +165,9 @@ UNREADABLE = {
         (b"plain text " * 9 + b"\0" + b"text " * 9, r"a.txt has a NUL at byte 99"),
         (gzip.compress(b"plain text", mtime=0), r"a.txt is compressed, not UTF-8 text"),
         (b"PK\3\4 and so on", r"a.txt is a zip, not UTF-8 text"),
+        (lzma.compress(b"a text"), r"a.txt is compressed, not UTF-8 text"),
+        (bz2.compress(b"a text"), r"a.txt is compressed, not UTF-8 text"),
+        (b"PAR1 and so on", r"a.txt is Parquet \(data.dataset_name=FOLDER reads it\), not UTF-8 text"),
     ],
 }
 

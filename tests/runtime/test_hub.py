@@ -19,12 +19,14 @@ def export(workspace: Workspace, *arguments: str, expect: int = 0) -> subprocess
     return done
 
 
-def test_push_uploads_what_export_writes_and_nothing_else(trained):
+def test_push_uploads_what_export_writes_and_nothing_else(trained, tmp_path, monkeypatch):
     with HubServer() as server:
-        trained.environment |= {"HF_TOKEN": TOKEN, "HF_ENDPOINT": server.url}
-        done = export(trained, "push=me/first", "to=pushed", "license=mit", "language=en de")
+        monkeypatch.setattr(
+            trained, "environment", trained.environment | {"HF_TOKEN": TOKEN, "HF_ENDPOINT": server.url}
+        )
+        done = export(trained, "push=me/first", f"to={tmp_path / 'pushed'}", "license=mit", "language=en de")
         assert server.created["me/first"]["visibility"] == "private"
-        pushed = {path.name: path.read_bytes() for path in (trained.folder / "pushed").iterdir()}
+        pushed = {path.name: path.read_bytes() for path in (tmp_path / "pushed").iterdir()}
         assert server.repositories["me/first"] == pushed
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= pushed.keys()
         assert f"is now on the Hugging Face Hub: {server.url}/me/first/commit/" in done.stdout
