@@ -24,7 +24,7 @@ from gpt2.errors import shortened
 from gpt2.generation.decode import decode
 from gpt2.model import GPT2Model, MultiHeadAttention
 from gpt2.ops import linear
-from gpt2.ops.cpu_inference import InferenceLinear, PackedLinear, SlicedLinear, pack_linears
+from gpt2.ops.cpu_inference import QUANTIZED, InferenceLinear, PackedLinear, SlicedLinear, pack_linears
 from gpt2.train import Trainer
 from gpt2.training.optimizer import build_optimizer
 
@@ -46,6 +46,7 @@ WEIGHT_NOISE = 0.1  # added to the initial weights, so that attention is far fro
 ROUNDING = {"fp32": 2.0**-23, "TF32": 2.0**-10, "bf16": 2.0**-7, "fp16": 2.0**-10}
 MAX_ROUNDINGS, MAX_ROUNDINGS_FP32 = 4, 32
 MIN_ROUNDINGS = 1 / 32  # a smaller error shows that another format was used
+QUANTIZATION_ERROR = {"int8": 0.05, "int4": 0.2}  # relative; measured: 0.016 on a CPU without VNNI, and 0.1
 FP32_TOLERANCE = 1e-4  # relative difference between logits with and without a cache, and between updates
 
 
@@ -197,6 +198,28 @@ def check_decoding(machine: Machine) -> Row:
     return Row(value, status, advice, f"at most {FP32_TOLERANCE:.0e}", found)
 
 
+@torch.no_grad()
+def quantization_error(kind: type[InferenceLinear]) -> float:
+    """The relative error of a layer: of random numbers, or of ones, which give sums as large as integers can."""
+    weight, x = (torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)) for rows in (128, 8))
+    cases = [(weight, x), (torch.ones_like(weight), torch.ones_like(x))]
+    return max(difference(kind(weight)(x), F.linear(x, weight)) for weight, x in cases)
+
+
+def check_quantization(machine: Machine) -> Row | None:
+    if machine.device.type != "cpu":
+        return None
+    found = {name: quantization_error(kind) for name, kind in QUANTIZED.items() if kind.is_available()}
+    if not found:
+        return Row("this PyTorch has no such products for this CPU", MISSING, "leave inference.quantization=null")
+    value = f"errors of a layer: {', '.join(f'{name} {error:.0e}' for name, error in found.items())}"
+    limits = {name: QUANTIZATION_ERROR[name] for name in found}
+    wrong = [name for name, error in found.items() if not error <= limits[name]]
+    expected = ", ".join(f"{name} at most {limit:.0e}" for name, limit in limits.items())
+    advice = f"text generated in {' and '.join(wrong)} is wrong on this CPU: leave inference.quantization=null"
+    return Row(value, WRONG if wrong else OK, advice, expected, found)
+
+
 BACKENDS = {  # key: the beginning of the name of the backward function
     "ScaledDotProductFlashAttentionForCpu": "flash for CPUs",
     "ScaledDotProductFlash": "flash",
@@ -328,6 +351,7 @@ CHECKS: dict[str, Check] = {
     "attention": check_attention,
     "AdamW": check_optimizer,
     "cached decoding": check_decoding,
+    "int8 and int4": check_quantization,
     "a NaN": check_nan,
     "a repeated step": partial(check_repeated, restore=False),
     "save and restore": partial(check_repeated, restore=True),

@@ -8,6 +8,7 @@ from gpt2.doctor import correctness
 from gpt2.doctor.correctness import CHECKS, Errors, attention_backend, difference, errors_in, judged
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Machine, Row, run_checks
 from gpt2.generation.kv_cache import LayerKVCache
+from gpt2.ops.cpu_inference import QUANTIZED
 from gpt2.runtime.device import Precision
 from gpt2.training import optimizer
 from gpt2.training.nonfinite import NonFiniteGuard
@@ -93,6 +94,21 @@ def test_wrong_cache(tmp_path, monkeypatch):
     real = LayerKVCache.append
     monkeypatch.setattr(LayerKVCache, "append", lambda self, kv, **rest: real(self, 1.01 * kv, **rest))
     assert found(tmp_path, "cached decoding").status == WRONG
+
+
+@pytest.mark.parametrize("kind", QUANTIZED.values())
+def test_wrong_quantized_products(tmp_path, kind, monkeypatch):
+    real = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: real(self, x).clamp(max=100))  # as if a sum overflowed
+    row = found(tmp_path, "int8 and int4")
+    assert row.status == WRONG
+    assert f"text generated in {next(name for name in QUANTIZED if QUANTIZED[name] is kind)} is wrong" in row.advice
+
+
+def test_pytorch_without_quantized_products(tmp_path, monkeypatch):
+    for kind in QUANTIZED.values():
+        monkeypatch.setattr(kind, "is_available", lambda: False)
+    assert found(tmp_path, "int8 and int4").status == MISSING
 
 
 def test_step_that_is_not_repeatable(tmp_path, monkeypatch):
