@@ -118,7 +118,10 @@ FIGURES = [
 percent = {name: [f"{100 * (float(each) - 1):.0f}" for each in known] for name, known in COMPARED.items()}
 quickstart = recorded("quickstart")
 ELSEWHERE = {
-    "README.md": [f"takes {quickstart['seconds']:.0f} s on two cores of an AMD EPYC"],
+    "README.md": [
+        f"takes {quickstart['seconds']:.0f} s on two cores of an AMD EPYC, "
+        f"{recorded('quickstart_avx2')['seconds']:.0f} s on an older one without bf16"
+    ],
     "docs/training.md": [f"| `quickstart` | {quickstart['evaluations'][-1]['val/loss']:.2f} |"],
     "docs/performance.md": [
         "the gain is {}, {} and {} % for the three models".format(*percent["bf16"]),

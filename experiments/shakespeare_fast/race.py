@@ -8,7 +8,7 @@ In a clone of https://github.com/karpathy/nanoGPT, then in this repository, with
     python experiments/shakespeare_fast/race.py ../nanoGPT
 
 nanoGPT is unmodified, with its configuration for a CPU, which has a fixed seed. The recorded race.json has two series;
-race_epyc.json is from another machine and an earlier preset.
+race_avx2.json is from a CPU without bf16.
 """
 
 import json
