@@ -46,6 +46,13 @@ ratio = {(row["contestant"], row["batch_size"]): row["ratio"] for row in cpu}
 one, eight = ({row["contestant"]: row for row in cpu if row["batch_size"] == size} for size in (1, 8))
 floor = {name: f"{100 * row['share_of_floor']:.0f} %" for name, row in one.items()}
 pairs = {name: [f"{ratio[f'gpt2, {name}', size]:.1f}" for size in (1, 8)] for name in ("fp32", "bf16", "int8", "int4")}
+avx2 = {(row["contestant"].removeprefix("gpt2, "), row["batch_size"]): row for row in recorded("cpu_avx2")["results"]}
+avx2_ratios = {kind: [f"{avx2[kind, size]['ratio']:.1f}" for size in (1, 8)] for kind in ("fp32", "bf16", "int8")}
+prefill = avx2["bf16", 1]["prefill_seconds"] / avx2["fp32", 1]["prefill_seconds"]
+assert avx2["bf16", 8]["tokens_per_second"] < avx2["fp32", 8]["tokens_per_second"]
+for size in (1, 8):
+    plain = [kind for kind, of in avx2 if of == size and "lookup" not in kind]
+    assert max(plain, key=lambda kind: avx2[kind, size]["tokens_per_second"]) == "int8"
 attention = [row["ratio"] for row in recorded("attention")["results"]]
 layouts = recorded("layouts")["results"]
 slower = [row["of_best"] for row in layouts if row["of_best"] > 1]
@@ -63,6 +70,9 @@ FIGURES = [
     f"in fp32 one text is at {floor['gpt2, fp32']} of what reading the weights allows, where `transformers` is at "
     f"{floor['transformers, static, compiled']}",
     *map(of_cpu, cpu),
+    f"fp32 is {avx2_ratios['fp32'][0]} times as fast for one text and {avx2_ratios['fp32'][1]} times for eight, and "
+    f"int8, the fastest there, {avx2_ratios['int8'][0]} and {avx2_ratios['int8'][1]} times. bf16 is emulated: "
+    f"{avx2_ratios['bf16'][0]} times as fast for one text, but a prompt takes {prefill:.1f} times as long as in fp32",
     *(
         f"Batch {size}, memory bandwidth measured at {speed / 1e9:.1f} GB/s:"
         for size, speed in {row["batch_size"]: row["read_bytes_per_second"] for row in cpu}.items()
@@ -80,6 +90,7 @@ FIGURES = [
 ]
 GIVEN = [
     "124M",
+    "(Zen 3, 48 new tokens, medians of 3",
     "prompts of 64 tokens, 128 new tokens, greedy, medians of 5 interleaved repetitions",
     "slices of 32 outputs",
     "an offset per 128 inputs",
