@@ -250,6 +250,7 @@ def test_diverged_trial_is_pruned_broken_trial_failed_and_study_continues(tmp_pa
     diverged = reasons[0]
     assert diverged.startswith("step 1 (batch 1 of epoch 1): the loss is nan")
     assert reasons == [diverged, "RuntimeError: too dry", None, "RuntimeError: too dry", diverged]
+    assert not any("tokens_saved" in trial.user_attrs.get("spent", {}) for trial in optimizer.study.trials)
     assert 'raise RuntimeError("too dry")' in optimizer.study.trials[1].user_attrs["traceback"]
     lines = [record.getMessage() for record in caplog.records if record.name == "study"]
     assert all((reason or "complete") in line for reason, line in zip(reasons, lines, strict=True))

@@ -27,6 +27,8 @@ from gpt2.runtime.repository import CONF
 # outputs/sweeps, which holds the presets of studies, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
+MAX_TITLE = 100  # characters
+
 # Keys without effect on a run's result.
 KEYS_WITHOUT_EFFECT = {
     *USER_KEYS,
@@ -270,7 +272,8 @@ def preset(overrides: list[str], searched: set[str]) -> tuple[dict[str, str], di
 def title(overrides: list[str]) -> str:
     """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
-    Keys without effect on the result and long values are left out; numbers with many digits are rounded.
+    Keys without effect on the result and long values are left out; numbers with many digits are rounded. A long title
+    loses words after the first: the last ones are usually what distinguishes the runs of a sweep.
     """
     words: dict[str, str] = {}  # if a key is repeated, its last value counts
     try:
@@ -285,7 +288,12 @@ def title(overrides: list[str]) -> str:
             value = f"{float(value):.4g}"
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
-    return shortened(without_secrets(" ".join(words.values())), 100)
+    result = without_secrets(" ".join(words.values()))
+    first, *rest = result.split(" ")
+    while len(result) > MAX_TITLE and len(rest) > 1:
+        rest = rest[1:]
+        result = " ".join([first, "…", *rest])
+    return shortened(result, MAX_TITLE)
 
 
 def keys_of(overrides: list[str]) -> set[str]:

@@ -47,8 +47,7 @@ def summary(study: optuna.Study) -> str:
     if counts["complete"] < MIN_TRIALS_FOR_IMPORTANCES:
         lines.append(f"importances.png needs {MIN_TRIALS_FOR_IMPORTANCES} complete trials.")
     spent = sum(trial.user_attrs.get(SPENT, {}).get("tokens", 0) for trial in trials)
-    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
-    if saved := sum(trial.user_attrs.get(SPENT, {}).get("tokens_left", 0) for trial in pruned):
+    if saved := sum(trial.user_attrs.get(SPENT, {}).get("tokens_saved", 0) for trial in trials):
         share = saved / (saved + spent)
         lines.append(f"It trained on {spent:,} tokens; pruning saved {saved:,}, {share:.0%} of all.")
     return "\n".join(lines)

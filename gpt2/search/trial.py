@@ -191,9 +191,10 @@ class RunningTrial(Callback):
     def _end(self, trainer: Any, outcome: Outcome) -> None:
         progress = trainer.progress
         self._interrupted_by = trainer.interrupted_by
-        left = max(0.0, seconds_left(trainer)) / (progress.seconds or 1)  # relative to the time so far
         self._spent = {"steps": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
-        self._spent["tokens_left"] = round(left * progress.tokens)
+        if outcome.ending == Ending.PRUNED:
+            left = max(0.0, seconds_left(trainer)) / (progress.seconds or 1)  # relative to the time so far
+            self._spent["tokens_saved"] = round(left * progress.tokens)
         code = outcome.ending.exit_code
         if outcome.ending == Ending.INTERRUPTED:
             code += trainer.interrupted_by or SIGTERM

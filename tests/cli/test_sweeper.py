@@ -73,8 +73,8 @@ def test_trials_are_complete_or_pruned_early(studied):
         assert 1 <= evaluations <= 3 if trial in pruned else evaluations == 4
         spent = trial.user_attrs["spent"]
         assert spent["steps"] == 2 * evaluations
-        assert spent["tokens_left"] == spent["tokens"] // spent["steps"] * (8 - spent["steps"])
         if trial in pruned:
+            assert spent["tokens_saved"] == spent["tokens"] // spent["steps"] * (8 - spent["steps"])
             assert trial.user_attrs["reason"] == f"behind other trials at step {2 * evaluations}"
         else:
             assert trial.value == min(trial.intermediate_values.values())

@@ -42,7 +42,7 @@ def study_of(count: int, direction: str = "minimize") -> optuna.Study:
                         "steps": 10 * len(steps),
                         "tokens": tokens * len(steps),
                         "seconds": 1.5,
-                        "tokens_left": tokens * (len(course) - len(steps)),
+                        "tokens_saved": 0 if has_failed else tokens * (len(course) - len(steps)),
                     },
                     "reason": "RuntimeError: a | b" if has_failed else None,
                 },
