@@ -7,8 +7,8 @@ int4 4.5 times (experiments/generation, cpu.json).
 Which layout is fastest depends on the number format and on the number of texts, see `kind_for`.
 
 This is the only module that uses PyTorch's private int8 and int4 operations (`torch.ops.quantized`,
-`_is_vnni_supported`, `torch.ops.aten._weight_int4pack_mm_for_cpu`), which its compiler emits. Checked with PyTorch
-2.13; tests/ops/test_cpu_inference.py fails when they move.
+`torch.ops.aten._weight_int4pack_mm_for_cpu`), which its compiler emits. Checked with PyTorch 2.13;
+tests/ops/test_cpu_inference.py fails when they move.
 """
 
 import warnings
@@ -98,7 +98,7 @@ class Int8Linear(InferenceLinear):
         self.offset = torch.zeros(()) if bias is None else bias.detach()
         # Inputs are the unsigned integers from 1 to 2 * largest + 1. Without VNNI, pairs of their products with weights
         # are added in 16 bits, in which only inputs below 128 do not overflow.
-        self.largest = 127 if torch.cpu._is_vnni_supported() else 63
+        self.largest = 127 if torch.cpu.get_capabilities().get("avx512_vnni") else 63
 
     @staticmethod
     def is_available() -> bool:

@@ -119,7 +119,6 @@ def test_private_int8_operations_are_where_they_were():
     assert not missing, (
         f"PyTorch {torch.__version__} has moved torch.ops.quantized.{missing}, which int8 inference uses"
     )
-    assert hasattr(torch.cpu, "_is_vnni_supported"), "PyTorch has moved torch.cpu._is_vnni_supported, which int8 uses"
 
 
 def test_private_int4_operations_are_where_they_were():
@@ -194,10 +193,10 @@ def test_an_int4_model_has_the_logits_of_its_rounded_weights(learned):
     assert (logits - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("has_vnni", [False, *[True] * torch.cpu._is_vnni_supported()])
+@pytest.mark.parametrize("has_vnni", [False, *[True] * bool(torch.cpu.get_capabilities().get("avx512_vnni"))])
 @shapes
 def test_an_int8_layer_is_near_the_plain_layer(shape, has_vnni, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": has_vnni})
     torch.manual_seed(0)
     weight, x, offset = (torch.randn(*size) for size in ((50, 24), (*shape, 24), (50,)))
     layer, expected = Int8Linear(weight, offset), F.linear(x, weight, offset)
