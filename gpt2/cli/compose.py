@@ -162,8 +162,7 @@ def override_at_fault(error: Exception, overrides: list[str]) -> str | None:
 def schema_without_key(error: OmegaConfBaseException) -> type | None:
     """The command's schema if the error is about a key that it lacks; None for other errors and for keys of Hydra."""
     key, parent = error.full_key or "", error.parent_node
-    is_missing = isinstance(error, ConfigAttributeError) or (isinstance(error, ConfigKeyError) and "." in key)
-    if not is_missing or parent is None or key.startswith("hydra."):
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError) or parent is None or key.startswith("hydra."):
         return None
     schema = OmegaConf.get_type(parent._get_root())
     return schema if schema in SCHEMAS.values() else None
@@ -176,7 +175,8 @@ def did_you_mean(schema: Any, key: str) -> str:
     text or are similar.
     """
     key, words = SYNONYMS.get(key, key), dict[str, list[str]]()
-    for full_key in leaves(_defaults_of(schema), resolve=False):
+    full_keys = [key for key in leaves(_defaults_of(schema), resolve=False) if not key.startswith("study.")]
+    for full_key in full_keys:  # those for users
         group, _, name = full_key.rpartition(".")
         words.setdefault(name, []).append(full_key)
         words.setdefault("".join(part[0] for part in name.split("_")), []).append(full_key)

@@ -89,6 +89,8 @@ PROBLEMS = [
     (["lr=1"], ["Key 'lr' not in 'TrainRun'. Did you mean: 'train.learning_rate'?"]),
     (["++train.lr=1"], ["Key 'lr' not in 'TrainingConfig'. Did you mean: 'train.learning_rate'?"]),
     (["model.n_embd=64"], ["Key 'n_embd' not in 'GPT2Config'. Did you mean: 'model.d_model'?"]),  # nanoGPT's name
+    (["+batch_size=4"], ["batch_size: Key 'batch_size' not in 'TrainRun'. Did you mean: 'train.batch_size'?"]),
+    (["++nothing=4"], ["nothing: Key 'nothing' not in 'TrainRun'; --help lists the keys"]),
     (["block_size=64"], ["Key 'block_size' not in 'TrainRun'. Did you mean: 'model.context_length'?"]),
     (["train.max_iters=9"], ["Key 'max_iters' not in 'TrainingConfig'. Did you mean: 'train.max_steps'?"]),
     (
