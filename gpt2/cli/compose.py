@@ -175,8 +175,9 @@ def did_you_mean(schema: Any, key: str) -> str:
     text or are similar.
     """
     key, words = SYNONYMS.get(key, key), dict[str, list[str]]()
-    full_keys = [key for key in leaves(_defaults_of(schema), resolve=False) if not key.startswith("study.")]
-    for full_key in full_keys:  # those for users
+    for full_key in leaves(_defaults_of(schema), resolve=False):
+        if full_key.startswith("study."):  # which only a sweep sets
+            continue
         group, _, name = full_key.rpartition(".")
         words.setdefault(name, []).append(full_key)
         words.setdefault("".join(part[0] for part in name.split("_")), []).append(full_key)
