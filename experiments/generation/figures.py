@@ -107,6 +107,7 @@ ELSEWHERE = {
     "gpt2/ops/cpu_inference.py": [f"slower in {len(layouts) - len(slower)} of {len(layouts)} cases"],
     "docs/performance.md": [
         *map(of_both_batches, one),
+        "AVX-512, it is {} and {} in fp32, {} and {} in int8".format(*avx2_ratios["fp32"], *avx2_ratios["int8"]),
         f"from {perplexity['fp32']:.3f} to {perplexity['int8']:.3f}, int4 to {perplexity['int4']:.3f}",
     ],
 }
