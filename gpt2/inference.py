@@ -83,6 +83,8 @@ class TextGenerator:
         self.device = cuda_or_fallback(device)
         kept = precision_of_weights(precision, self.device)
         self.format = quantization or kept.name
+        if kept.is_emulated:
+            log.info("inference.precision=bf16: this device emulates it; prompts and batches are slower than in fp32.")
         if quantization:
             refuse_quantization(quantization, self.device)
         self.trained = open_model(model_path)

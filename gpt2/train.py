@@ -40,6 +40,7 @@ from gpt2.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,
     stepping,
+    use_precision,
 )
 from gpt2.training.state import RunCheckpoints
 from gpt2.training.throughput import Throughput
@@ -489,6 +490,7 @@ class Trainer:
     def _use_plan(self, plan: ComputePlan) -> None:
         self.plan = plan
         self.scaler = plan.precision.scaler()
+        use_precision(self.optimizer, plan.precision)
         self.guard = NonFiniteGuard(self.model, self.optimizer, self.config, self.scaler.is_enabled())
         self.model.use_linear(LINEARS["PyTorch" if plan.compiled else plan.linear])
         self.model.chunk_bytes = plan.chunk_bytes

@@ -8,6 +8,7 @@ import torch
 from gpt2.config import InferenceConfig
 from gpt2.errors import UserError
 from gpt2.inference import TextGenerator
+from gpt2.runtime import device
 from tests.helpers import write_tokenizer
 
 
@@ -47,6 +48,14 @@ def test_sequential_and_batched_texts_are_equal(trained, capsys):
         printed.append(capsys.readouterr().out)
     assert len(set(printed)) == 1
     assert printed[0].count("-" * 80) == 4
+
+
+@pytest.mark.parametrize("emulates", [False, True])
+def test_emulated_bf16_is_noted(trained, emulates, caplog, monkeypatch):
+    monkeypatch.setattr(device, "computes_in_bf16", lambda _: not emulates)
+    with caplog.at_level("INFO"):
+        TextGenerator(trained, device="cpu", precision="bf16")
+    assert ("this device emulates it" in caplog.text) == emulates
 
 
 def test_precision_quantization_and_special_tokens(trained):

@@ -388,14 +388,16 @@ def test_resumed_run_matches_uninterrupted_with(option, blocks, tmp_path):
 @pytest.mark.parametrize(("then", "today"), [(True, False), (False, True)])
 def test_resumed_run_keeps_automatic_precision(then, today, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "computes_in_bf16", lambda device: then)
-    first = make_trainer(blocks, tmp_path, max_steps=2, precision="auto")
+    first = make_trainer(blocks, tmp_path, max_steps=2, precision="auto", optimizer="muon")
     first.train()
     monkeypatch.setattr(device, "computes_in_bf16", lambda device: today)
-    resumed = make_trainer(blocks, tmp_path, max_steps=4, precision="auto")
+    resumed = make_trainer(blocks, tmp_path, max_steps=4, precision="auto", optimizer="muon")
     assert resumed.plan.precision.name != first.plan.precision.name
+    assert resumed.optimizer.parts[0].dtype != first.optimizer.parts[0].dtype
     resumed.load_checkpoint(str(tmp_path / "last.pth"))
     assert resumed.plan.precision.name == first.plan.precision.name == ("bf16" if then else "fp32")
-    explicit = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16")
+    assert resumed.optimizer.parts[0].dtype == first.optimizer.parts[0].dtype == first.plan.precision.dtype
+    explicit = make_trainer(blocks, tmp_path, max_steps=4, precision="bf16", optimizer="muon")
     explicit.load_checkpoint(str(tmp_path / "last.pth"))
     assert explicit.plan.precision.name == "bf16"
 

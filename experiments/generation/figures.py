@@ -70,9 +70,11 @@ FIGURES = [
     f"in fp32 one text is at {floor['gpt2, fp32']} of what reading the weights allows, where `transformers` is at "
     f"{floor['transformers, static, compiled']}",
     *map(of_cpu, cpu),
-    f"fp32 is {avx2_ratios['fp32'][0]} times as fast for one text and {avx2_ratios['fp32'][1]} times for eight, and "
-    f"int8, the fastest there, {avx2_ratios['int8'][0]} and {avx2_ratios['int8'][1]} times. bf16 is emulated: "
-    f"{avx2_ratios['bf16'][0]} times as fast for one text, but a prompt takes {prefill:.1f} times as long as in fp32",
+    f"int8 is the fastest: {avx2_ratios['int8'][0]} times as fast as `transformers` at its best for one text, "
+    f"{avx2_ratios['int8'][1]} times for eight. In fp32 it is {' and '.join(avx2_ratios['fp32'])} times",
+    f"One text is {avx2_ratios['bf16'][0]} times as fast as with `transformers`, but its prompt takes {prefill:.1f} "
+    "times as long as in our fp32",
+    "{fp32:.2f} in fp32 and {int8:.2f} in int8".format(**recorded("quickstart_avx2")["perplexity"]),
     *(
         f"Batch {size}, memory bandwidth measured at {speed / 1e9:.1f} GB/s:"
         for size, speed in {row["batch_size"]: row["read_bytes_per_second"] for row in cpu}.items()
@@ -90,7 +92,8 @@ FIGURES = [
 ]
 GIVEN = [
     "124M",
-    "(Zen 3, 48 new tokens, medians of 3",
+    "two cores of Zen 3 (AVX2 only; 48 new tokens, medians of 3",
+    "int8 inputs have 7 bits",
     "prompts of 64 tokens, 128 new tokens, greedy, medians of 5 interleaved repetitions",
     "slices of 32 outputs",
     "an offset per 128 inputs",

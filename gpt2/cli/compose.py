@@ -289,12 +289,12 @@ def title(overrides: list[str]) -> str:
             value = f"{float(value):.4g}"
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
-    result = without_secrets(" ".join(words.values()))
-    first, *rest = result.split(" ")
-    while len(result) > MAX_TITLE and len(rest) > 1:
-        rest = rest[1:]
-        result = " ".join([first, "…", *rest])
-    return shortened(result, MAX_TITLE)
+    shown, left_out = list(words.values()), 0
+    result = " ".join(shown)
+    while len(result) > MAX_TITLE and left_out < len(shown) - 2:
+        left_out += 1
+        result = " ".join([shown[0], "…", *shown[left_out + 1 :]])
+    return shortened(without_secrets(result), MAX_TITLE)
 
 
 def keys_of(overrides: list[str]) -> set[str]:

@@ -120,7 +120,8 @@ def size_of_run(work: Work, plan: ComputePlan, strategy: str, steps: int | None,
     """
     model, train, why = work.model.config, work.train, ""
     if plan.precision.is_emulated:
-        why = ", which this device emulates: train.precision=fp32 is faster"
+        faster = choose_precision("auto", plan.device).name
+        why = f", which this device emulates: train.precision={faster} is faster"
     elif requested_precision(train) == "auto" and plan.precision.name == "bf16" and plan.device.type == "cpu":
         why = ", which is faster on this CPU (train.precision=fp32 is exact)"
     ranks = f"{work.ranks} ranks ({strategy}), each on " if work.ranks > 1 else ""

@@ -30,7 +30,8 @@ INSTEAD = "convert it or leave it out (data.exclude)"
 OTHER_KINDS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
-    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zX", b"BZh"), "compressed"),  # gzip, zstd, xz, bzip2
+    **dict.fromkeys((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ"), "compressed"),  # gzip, zstd, xz
+    **dict.fromkeys((b"BZh%d1AY" % level for level in range(1, 10)), "compressed"),  # bzip2
     b"PK\3\4": "a zip",
     b"PAR1": "Parquet (data.dataset_name=FOLDER reads it)",
     b"%PDF": "a PDF",

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 
 from gpt2.doctor.report import MISSING, OK, SLOW, WRONG, Check, Machine, Row, collected_warnings
 from gpt2.errors import UserError, counted, few
-from gpt2.runtime.device import available_cores, hardware
+from gpt2.runtime.device import BF16_INSTRUCTIONS, available_cores, hardware
 from gpt2.runtime.files import in_bytes, reason, writable_folder
 from gpt2.runtime.hub import caches, connect
 from gpt2.runtime.repository import ROOT
@@ -28,7 +28,7 @@ from gpt2.tracking.loggers import within
 from gpt2.tracking.wandb_runs import resolve_mode
 from gpt2.training.cost import memory_of
 
-FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon", "sve", "bf16")  # used by PyTorch
+FEATURES = ("avx2", "avx512_f", "avx512_vnni", *BF16_INSTRUCTIONS, "neon", "sve")  # used by PyTorch
 NETWORK_SECONDS = 1.0  # the server of W&B and the Hub have this long to answer
 WRITTEN_BYTES = 64 << 20  # the size of a file that measures the speed of writing
 

@@ -96,8 +96,8 @@ class Int8Linear(InferenceLinear):
             integers = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(integers, None)
         self.offset = torch.zeros(()) if bias is None else bias.detach()
-        # Inputs are the unsigned integers from 1 to 2 * largest + 1. Without VNNI, pairs of their products with weights
-        # are added in 16 bits, in which only inputs below 128 do not overflow.
+        # Inputs are the unsigned integers from 1 to 2 * largest + 1, weights those from -127 to 127. Without AVX-512's
+        # VNNI, two products are added in 16 bits: 2 * 127 * 127 is below 2^15, 2 * 255 * 127 is not.
         self.largest = 127 if torch.cpu.get_capabilities().get("avx512_vnni") else 63
 
     @staticmethod
@@ -116,9 +116,9 @@ class Int8Linear(InferenceLinear):
 class Int4Linear(InferenceLinear):
     """The weight in 4-bit integers with a scale and an offset for each group of 128 inputs of an output.
 
-    The fastest for one text: it reads half the bytes of int8. For several rows int8 is faster: here numbers are
-    multiplied in fp32, so many rows take about as long as with `F.linear`. Inputs and outputs are rounded to bf16,
-    because the operation is over ten times slower in fp32.
+    With AVX-512 the fastest for one text: it reads half the bytes of int8. For several rows int8 is faster: here
+    numbers are multiplied in fp32, so many rows take about as long as with `F.linear`. Inputs and outputs are rounded
+    to bf16, because the operation is over ten times slower in fp32.
     """
 
     GROUP, OUTPUTS = 128, 16  # the operation needs multiples of these, so weights are padded with zeros

@@ -36,8 +36,10 @@ REPETITIONS = 15
 
 
 def is_available(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this CPU multiplies matrices of fp32 or bf16 by oneDNN, which needs AVX-512 or newer for bf16 on x86."""
-    operations = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    """Whether oneDNN multiplies matrices of this format here. Not every CPU has the instructions for bf16."""
+    operations = ["_linear_pointwise", "_reorder_linear_weight"]
+    if dtype != torch.float32:
+        operations.append("_is_mkldnn_bf16_supported")
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operations):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

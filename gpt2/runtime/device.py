@@ -120,8 +120,8 @@ class Precision:
 
     @property
     def is_emulated(self) -> bool:
-        """Whether the products are slower than those of fp32, because the device has no instructions for them."""
-        return self.name == "bf16" and self.device.type != "mps" and not computes_in_bf16(self.device)
+        """Whether this is bf16 on a CPU or CUDA device that has no instructions for it."""
+        return self.name == "bf16" and self.device.type in ("cpu", "cuda") and not computes_in_bf16(self.device)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.name != "fp32")
@@ -154,14 +154,15 @@ def auto_without_training(name: str, device: torch.device) -> str:
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether this CPU or CUDA device has instructions for bf16 products. Others emulate them, slower than fp32.
+    """Whether this CPU or CUDA device has instructions for bf16 products and PyTorch uses them; False for MPS.
 
     The speed is not measured: on a busy machine, the same command could then get another precision.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return any(capabilities.get(name) for name in BF16_INSTRUCTIONS)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # only oneDNN uses them
+        return False
+    return any(torch.cpu.get_capabilities().get(name) for name in BF16_INSTRUCTIONS)
 
 
 def fastest_seconds(ways: Sequence[Callable[[], Any]], repetitions: int = 8, min_seconds: float = 0.0) -> list[float]:

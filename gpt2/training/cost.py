@@ -19,7 +19,7 @@ from gpt2.runtime.device import container_limit, fastest_seconds
 from gpt2.runtime.dist_env import division
 from gpt2.training.compile import ComputePlan
 from gpt2.training.nonfinite import clip_gradients, gradient_norms
-from gpt2.training.optimizer import build_optimizer, stepping
+from gpt2.training.optimizer import build_optimizer, stepping, use_precision
 
 MIN_TOKENS = 256  # in a timed pass: with fewer, reading the weights takes longer than multiplying by them
 ENOUGH_SECONDS = 1.0  # parts grow until a pass and an update take this long
@@ -184,6 +184,7 @@ def _time_part(part: Work, plan: ComputePlan, min_seconds: float) -> tuple[float
     model.use_linear(LINEARS[plan.linear])
     model.gradient_checkpointing = part.train.gradient_checkpointing
     optimizer = build_optimizer(model, part.train)
+    use_precision(optimizer, plan.precision)
 
     def forward_backward() -> None:
         with plan.precision.autocast():

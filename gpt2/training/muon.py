@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.runtime.device import computes_in_bf16
-
 BATCH_ELEMENTS = 2**25  # of the matrices that are orthogonalized at once: bounds the memory of a step
 
 
@@ -22,10 +20,13 @@ class Muon(torch.optim.Muon):
     a root mean square of 0.2 times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning
     rate fits both.
 
+    Updates are computed in bf16, as in `torch.optim.Muon`, or in the format `dtype`: some devices emulate bf16.
+
     Like PyTorch's fused optimizers, it skips the step if its attribute `found_inf`, a scalar on the device, is 1.
     """
 
     found_inf: Tensor | None = None
+    dtype: torch.dtype = torch.bfloat16
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -54,7 +55,8 @@ class Muon(torch.optim.Muon):
         rate, kept = -group["lr"] * 0.2 * sqrt(long), 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
             rate, kept = torch.where(skip, 0.0, rate), torch.where(skip, 1.0, kept)
-        x = orthogonal(torch.cat(wide), group["ns_coefficients"], group["ns_steps"], group["eps"]).float() * rate
+        matrices = torch.cat(wide).to(self.dtype)
+        x = orthogonal(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"]).float() * rate
         parts = zip(weights, x.split([len(matrices) for matrices in wide]), strict=True)
         torch._foreach_mul_(weights, kept)
         torch._foreach_add_(weights, [(p if w.size(1) == long else p.mT).reshape(w.shape) for w, p in parts])
@@ -67,14 +69,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, epsilon: float) -> Tensor:
-    """Matrices (n, r, c), r <= c, with their singular values moved near 1 by quintic Newton-Schulz steps.
-
-    Computed in bf16, as in the reference implementation, but in fp32 on a device that would emulate bf16: on a CPU
-    with AVX2 only, products in bf16 take 10 times as long.
-    """
+    """Matrices (n, r, c), r <= c, with their singular values moved near 1 by quintic Newton-Schulz steps."""
     a, b, c = coefficients
-    x = matrices.to(torch.bfloat16 if computes_in_bf16(matrices.device) else torch.float32)
-    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=epsilon)
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=epsilon)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

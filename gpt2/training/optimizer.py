@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpt2.config import OPTIMIZERS, TrainingConfig
 from gpt2.model import GPT2Model
+from gpt2.runtime.device import Precision
 from gpt2.training.adamw import AdamW, start_without_dynamo
 from gpt2.training.muon import Muon
 
@@ -54,6 +55,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.found_inf = self.found_inf  # type: ignore[union-attr]
             part.step()
+
+
+def use_precision(optimizer: torch.optim.Optimizer, precision: Precision) -> None:
+    """Let Muon compute in the precision of the training: bf16, or fp32 for fp32 and fp16."""
+    if isinstance(optimizer, MuonWithAdamW):
+        optimizer.parts[0].dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
 
 
 def build_optimizer(model: GPT2Model, config: TrainingConfig) -> torch.optim.Optimizer:

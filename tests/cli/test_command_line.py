@@ -359,6 +359,10 @@ def test_module_runs_the_same_scripts(workspace):
             f"quickstart seed={'1' * 39} text_column=…",
         ),
         (
+            ["model=gpt2", f"data.text_column='{'a b ' * 9}'", f"train.x={'1' * 39}", f"train.y={'2' * 39}"],
+            f"gpt2 … x={'1' * 39} y={'2' * 39}",
+        ),
+        (
             ["model=gpt2", *(f"train.beta{n}=0.12345" for n in range(1, 9)), "train.learning_rate=1e-3"],
             "gpt2 … beta4=0.12345 beta5=0.12345 beta6=0.12345 beta7=0.12345 beta8=0.12345 learning_rate=1e-3",
         ),

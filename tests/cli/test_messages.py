@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from gpt2.checkpoint.run_folder import LAST, step_name
+from gpt2.cli import messages
 from gpt2.cli.messages import explain_failure, notes, planned_computation, settings_without_effect, size_of_run
 from gpt2.config import DataConfig, GPT2Config, TrainingConfig, TrainRun
 from gpt2.errors import DivergenceError, ResourceError, is_out_of_memory, machine_error
 from gpt2.model import meta_model
 from gpt2.runtime import device
+from gpt2.runtime.device import Precision
+from gpt2.training.compile import ComputePlan
 from gpt2.training.cost import Work
 from tests.helpers import tiny_config
 
@@ -188,6 +191,16 @@ def test_resume_command_follows_if_checkpoint_exists(tmp_path, error, kind, exit
     assert str(saved).endswith(f". Step 1,200 is saved, resume with: {RESUME} {command}".rstrip())
     assert len(saved.problems) == 1
     assert "\n" not in saved.problems[0]
+
+
+def test_faster_precision_of_an_older_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(messages, "memory_of", lambda _: 16e9)
+    gpu = torch.device("cuda")
+    work = Work(meta_model(tiny_config()), TrainingConfig(precision="bf16"), 8, ranks=1, is_sharded=False)
+    text = size_of_run(work, ComputePlan(gpu, Precision("bf16", gpu), "PyTorch", compiled=False), "ddp", 1, "")
+    assert "On      Tesla T4, bf16, which this device emulates: train.precision=fp16 is faster\n" in text
 
 
 @pytest.mark.parametrize(

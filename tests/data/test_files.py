@@ -167,6 +167,8 @@ UNREADABLE = {
         (b"PK\3\4 and so on", r"a.txt is a zip, not UTF-8 text"),
         (lzma.compress(b"a text"), r"a.txt is compressed, not UTF-8 text"),
         (bz2.compress(b"a text"), r"a.txt is compressed, not UTF-8 text"),
+        (b"\x28\xb5\x2f\xfd and so on", r"a.txt is compressed, not UTF-8 text"),
+        (b"%PDF-1.7 and so on", r"a.txt is a PDF, not UTF-8 text"),
         (b"PAR1 and so on", r"a.txt is Parquet \(data.dataset_name=FOLDER reads it\), not UTF-8 text"),
     ],
 }

@@ -106,8 +106,10 @@ def test_wrong_quantized_products(tmp_path, kind, monkeypatch):
 
 
 def test_pytorch_without_quantized_products(tmp_path, monkeypatch):
-    for kind in QUANTIZED.values():
-        monkeypatch.setattr(kind, "is_available", lambda: False)
+    monkeypatch.setattr(QUANTIZED["int8"], "is_available", lambda: False)
+    row = found(tmp_path, "int8 and int4")
+    assert (row.status, row.value[:27]) == (OK, "errors of a layer: no int8,")
+    monkeypatch.setattr(QUANTIZED["int4"], "is_available", lambda: False)
     assert found(tmp_path, "int8 and int4").status == MISSING
 
 

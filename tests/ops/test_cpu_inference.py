@@ -208,9 +208,26 @@ def test_an_int8_layer_is_near_the_plain_layer(shape, has_vnni, monkeypatch):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_of_the_largest_int8_products_do_not_overflow(sign):
-    """On a CPU without VNNI, pairs of products are added in 16 bits."""
-    weight, x = torch.full((16, 128), 1.0), torch.full((3, 128), float(sign))
+    """On a CPU without VNNI, two products are added in 16 bits."""
+    weight, x = torch.full((16, 128), float(sign)), torch.ones(3, 128)
     assert_close(Int8Linear(weight)(x), F.linear(x, weight), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_vnni", [False, True])
+def test_range_of_int8_inputs(has_vnni, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": has_vnni})
+    layer, given = Int8Linear(torch.randn(16, 24)), {}
+
+    def product(x, scale, zero_point, packed):
+        given.update(scale=scale, zero_point=zero_point)
+        return torch.zeros(len(x), 16)
+
+    monkeypatch.setattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", product)
+    layer(torch.randn(3, 24))
+    lowest, highest = (given["zero_point"] + sign / given["scale"] for sign in (-1, 1))
+    assert lowest == pytest.approx(1)
+    assert highest == pytest.approx(255 if has_vnni else 127)
+    assert has_vnni or 2 * 127 * highest < 2**15
 
 
 def test_int8_tokens_are_independent():

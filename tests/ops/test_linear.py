@@ -15,9 +15,17 @@ needs_onednn = pytest.mark.skipif(not onednn.is_available(), reason="this PyTorc
 
 def test_private_onednn_operations_are_where_they_were():
     """If this fails after an update of PyTorch, find the new names for `gpt2.ops.linear`."""
-    operations = ("_linear_pointwise", "_reorder_linear_weight")
+    operations = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     missing = [name for name in operations if not hasattr(torch.ops.mkldnn, name)]
     assert not missing, f"PyTorch {torch.__version__} has moved torch.ops.mkldnn.{missing}: fp32 on a CPU gets slower"
+
+
+@needs_onednn
+@pytest.mark.parametrize("supports", [False, True])
+def test_bf16_needs_a_processor_with_its_instructions(supports, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supports, raising=False)
+    available = [onednn.is_available(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    assert available == [True, supports, False]
 
 
 @pytest.mark.parametrize("name", NAMES)

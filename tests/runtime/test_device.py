@@ -8,6 +8,7 @@ import torch
 from gpt2.errors import UserError
 from gpt2.runtime import device
 from gpt2.runtime.device import (
+    Precision,
     auto_without_training,
     choose_device,
     choose_precision,
@@ -81,6 +82,17 @@ def test_precision_on_a_cpu(requested, computes, monkeypatch):
     assert not precision.scaler().is_enabled()
 
 
+@pytest.mark.parametrize(
+    ("kind", "capability", "emulates"),
+    [("cuda", (7, 5), True), ("cuda", (8, 0), False), ("mps", None, False), ("cpu", None, True)],
+)
+def test_emulated_bf16(kind, capability, emulates, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert Precision("bf16", torch.device(kind)).is_emulated == emulates
+    assert not Precision("fp32", torch.device(kind)).is_emulated
+
+
 @pytest.mark.parametrize("computes", [False, True])
 def test_auto_is_exact_without_training_except_on_cuda(computes, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": computes})
@@ -107,6 +119,8 @@ def test_bf16_is_chosen_by_capability_and_never_by_time(capabilities, computes, 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(device, "fastest_seconds", None)
     assert choose_precision("auto", torch.device("cpu")).name == ("bf16" if computes else "fp32")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # a PyTorch that emulates bf16
+    assert choose_precision("auto", torch.device("cpu")).name == "fp32"
 
 
 def test_fastest_seconds_alternates_between_functions():

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt2.config import GPT2Config, TrainingConfig
 from gpt2.model import GPT2Model, meta_model
+from gpt2.runtime.device import Precision
 from gpt2.training import muon
 from gpt2.training.muon import Muon, orthogonal
-from gpt2.training.optimizer import build_optimizer
+from gpt2.training.optimizer import build_optimizer, use_precision
 from tests.helpers import tiny_config
 
 CONFIG = TrainingConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.1, muon_momentum=0.9)
@@ -31,7 +32,6 @@ def give_gradients(weights: list[torch.nn.Parameter], seed: int, value: float | 
 def test_batches_equal_matrices_one_by_one(rows, columns, stacked, batch, monkeypatch):
     """torch.optim.Muon gets each stacked matrix as a separate parameter."""
     monkeypatch.setattr(muon, "BATCH_ELEMENTS", batch * rows * columns)
-    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: True)  # as torch.optim.Muon, which always does
     torch.manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(rows, columns)) for _ in range(7)]
     parts = [torch.nn.Parameter(part.clone()) for weight in weights for part in weight.detach().chunk(stacked)]
@@ -93,6 +93,20 @@ def test_step_is_skipped_without_a_host_sync(value, first):
             assert torch.equal(optimizers[0].state[a][key], state)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float32)]
+)
+def test_products_have_the_precision_of_the_training(precision, dtype):
+    model = GPT2Model(tiny_config())
+    optimizer = build_optimizer(model, CONFIG)
+    give_gradients(list(model.parameters()), 0)
+    use_precision(optimizer, Precision(precision, torch.device("cpu")))
+    with Counted() as counted:
+        optimizer.step()
+    assert counted.dtypes["bmm", dtype] == counted.counts["bmm"] > 0
+    assert counted.dtypes["baddbmm", dtype] == counted.counts["baddbmm"] > 0
+
+
 class Counted(TorchDispatchMode):
     """Counts the operations by name, and the number formats of their results."""
 
@@ -107,13 +121,11 @@ class Counted(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("computes", [False, True])
-def test_products_are_in_bf16_only_where_the_device_computes_in_it(computes, monkeypatch):
-    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: computes)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_updates_are_orthogonal_in_each_format(dtype):
     matrices = torch.randn(3, 16, 48, generator=torch.Generator().manual_seed(0))
     with Counted() as counted:
-        result = orthogonal(matrices, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-    dtype = torch.bfloat16 if computes else torch.float32
+        result = orthogonal(matrices.to(dtype), (3.4445, -4.7750, 2.0315), 5, 1e-7)
     assert counted.dtypes["bmm", dtype] == counted.counts["bmm"] == 5
     assert counted.dtypes["baddbmm", dtype] == counted.counts["baddbmm"] == 10
     exact = torch.linalg.svd(matrices, full_matrices=False)
