@@ -274,7 +274,7 @@ def title(overrides: list[str]) -> str:
     """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
     Keys without effect on the result and long values are left out; numbers with many digits are rounded. A long title
-    loses words after the first: the last ones are usually what distinguishes the runs of a sweep.
+    loses its first values: the last ones are usually what distinguishes the runs of a sweep.
     """
     words: dict[str, str] = {}  # if a key is repeated, its last value counts
     try:
@@ -289,11 +289,12 @@ def title(overrides: list[str]) -> str:
             value = f"{float(value):.4g}"
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
-    shown, left_out = list(words.values()), 0
-    result = " ".join(shown)
-    while len(result) > MAX_TITLE and left_out < len(shown) - 2:
-        left_out += 1
-        result = " ".join([shown[0], "…", *shown[left_out + 1 :]])
+    result = " ".join(words.values())
+    groups = [word for key, word in words.items() if "." not in key]
+    values = [word for key, word in words.items() if "." in key]
+    while len(result) > MAX_TITLE and len(values) > 1:
+        values = values[1:]
+        result = " ".join([*groups, "…", *values])
     return shortened(without_secrets(result), MAX_TITLE)
 
 

@@ -352,7 +352,7 @@ def test_module_runs_the_same_scripts(workspace):
         (["train.learning_rate=0.00123869525906173", "train.beta2=0.95"], "learning_rate=0.001239 beta2=0.95"),
         (
             [f"train.{key}={'1' * 39}" for key in ("seed", "max_steps", "warmup_steps")],
-            f"seed={'1' * 39} … warmup_steps={'1' * 39}",
+            f"… warmup_steps={'1' * 39}",
         ),
         (
             ["experiment=quickstart", f"train.seed={'1' * 39}", f"data.text_column={'a' * 90}"],
