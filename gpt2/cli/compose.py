@@ -27,8 +27,6 @@ from gpt2.runtime.repository import CONF
 # outputs/sweeps, which holds the presets of studies, need not exist.
 warnings.filterwarnings("ignore", message="provider=hydra.searchpath in main")
 
-MAX_TITLE = 100  # characters
-
 # Keys without effect on a run's result.
 KEYS_WITHOUT_EFFECT = {
     *USER_KEYS,
@@ -273,8 +271,7 @@ def preset(overrides: list[str], searched: set[str]) -> tuple[dict[str, str], di
 def title(overrides: list[str]) -> str:
     """A short name of a run, from its command line: `model=gpt2_xl train.seed=2` becomes `gpt2_xl seed=2`.
 
-    Keys without effect on the result and long values are left out; numbers with many digits are rounded. A long title
-    loses its first values: the last ones are usually what distinguishes the runs of a sweep.
+    Keys without effect on the result and long values are left out; numbers with many digits are rounded.
     """
     words: dict[str, str] = {}  # if a key is repeated, its last value counts
     try:
@@ -289,13 +286,7 @@ def title(overrides: list[str]) -> str:
             value = f"{float(value):.4g}"
         last = key.rpartition(".")[2]
         words[key] = f"{last}={value if len(value) <= 40 else '…'}" if "." in key else value
-    result = " ".join(words.values())
-    groups = [word for key, word in words.items() if "." not in key]
-    values = [word for key, word in words.items() if "." in key]
-    while len(result) > MAX_TITLE and len(values) > 1:
-        values = values[1:]
-        result = " ".join([*groups, "…", *values])
-    return shortened(without_secrets(result), MAX_TITLE)
+    return shortened(without_secrets(" ".join(words.values())), 100)
 
 
 def keys_of(overrides: list[str]) -> set[str]:

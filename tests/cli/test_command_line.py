@@ -352,19 +352,7 @@ def test_module_runs_the_same_scripts(workspace):
         (["train.learning_rate=0.00123869525906173", "train.beta2=0.95"], "learning_rate=0.001239 beta2=0.95"),
         (
             [f"train.{key}={'1' * 39}" for key in ("seed", "max_steps", "warmup_steps")],
-            f"… warmup_steps={'1' * 39}",
-        ),
-        (
-            ["experiment=quickstart", f"train.seed={'1' * 39}", f"data.text_column={'a' * 90}"],
-            f"quickstart seed={'1' * 39} text_column=…",
-        ),
-        (
-            ["model=gpt2", f"data.text_column='{'a b ' * 9}'", f"train.x={'1' * 39}", f"train.y={'2' * 39}"],
-            f"gpt2 … x={'1' * 39} y={'2' * 39}",
-        ),
-        (
-            ["model=gpt2", *(f"train.beta{n}=0.12345" for n in range(1, 9)), "train.learning_rate=1e-3"],
-            "gpt2 … beta4=0.12345 beta5=0.12345 beta6=0.12345 beta7=0.12345 beta8=0.12345 learning_rate=1e-3",
+            f"seed={'1' * 39} max_steps={'1' * 39} warm…",
         ),
     ],
 )
