@@ -16,12 +16,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt2.checkpoint import run_folder
 from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning_config, open_model, open_tokenizer
-from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose_defaults, keyed_error, keys_of, leaves, merged, parsed
+from gpt2.cli.compose import (
+    KEYS_WITHOUT_EFFECT,
+    compose_defaults,
+    defaults_of,
+    keyed_error,
+    keys_of,
+    leaves,
+    merged,
+    parsed,
+)
 from gpt2.config import (
     PARAMETRIZATION,
     SCHEMAS,
@@ -103,11 +112,22 @@ def completed(composed: DictConfig, values: Values) -> Run:
 
 
 def typed(name: str, composed: DictConfig) -> DictConfig:
-    """A composed configuration without the `hydra` node, merged into its schema: no unknown keys, no missing values."""
-    plain = OmegaConf.create({key: value for key, value in OmegaConf.to_container(composed).items() if key != "hydra"})  # type: ignore
-    if missing := sorted(OmegaConf.missing_keys(plain)):
+    """A composed configuration without the `hydra` node. It has no unknown keys, which `+key=value` adds.
+
+    Raises:
+        OmegaConfBaseException: It has an unknown key.
+        UserError: It has missing values.
+    """
+    if "hydra" in composed:
+        composed = deepcopy(composed)
+        with open_dict(composed):
+            del composed["hydra"]
+    if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
-    return merged(SCHEMAS[name], plain)  # rejects keys that are not in the schema, from `+key=value`
+    schema: type = SCHEMAS[name]
+    if leaves(composed, resolve=False).keys() - leaves(defaults_of(schema), resolve=False).keys():
+        merged(schema, OmegaConf.to_container(composed))  # raises, unless the key is in a value of type Any
+    return composed
 
 
 def saved_values(run: Mapping[str, Any]) -> Values:

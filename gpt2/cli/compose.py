@@ -173,7 +173,7 @@ def did_you_mean(schema: Any, key: str) -> str:
     text or are similar.
     """
     key, words = SYNONYMS.get(key, key), dict[str, list[str]]()
-    for full_key in leaves(_defaults_of(schema), resolve=False):
+    for full_key in leaves(defaults_of(schema), resolve=False):
         if full_key.startswith("study."):  # which only a sweep sets
             continue
         group, _, name = full_key.rpartition(".")
@@ -213,12 +213,12 @@ def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
     return plain[kind]
 
 
-_defaults_of = cache(OmegaConf.structured)
+defaults_of = cache(OmegaConf.structured)  # of a schema; shared, so it must not be changed
 
 
 def merged(schema: type, values: Any) -> DictConfig:
     """Merge values into a schema's defaults. OmegaConf checks each key and type."""
-    return OmegaConf.merge(_defaults_of(schema), values)  # type: ignore[return-value]  # merge copies the defaults
+    return OmegaConf.merge(defaults_of(schema), values)  # type: ignore[return-value]  # merge copies the defaults
 
 
 def as_argument(key: str, value: Any) -> str:

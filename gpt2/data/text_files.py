@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import partial
 from itertools import chain
-from os.path import isfile, realpath, split
+from os.path import isdir, isfile, realpath, split
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -234,18 +234,27 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
     """Return the files that match any pattern and no exclusion, each once, sorted by path.
 
     A link is resolved unless its target has another name, as in the Hub's cache: the link's name shows the format.
+    Broken links, pipes and the like are left out with a note.
     """
     here = Path.cwd()
     files: dict[str, set[str]] = {}
     named: dict[str, Path] = {}
-    for name in sorted(filter(isfile, chain.from_iterable(map(files_matching, patterns)))):
+    unreadable: set[str] = set()
+    for name in sorted(chain.from_iterable(map(files_matching, patterns))):
         path = realpath(name)
+        if isdir(path):  # noqa: PTH112  # `Path.is_dir` raises in a folder that may be listed but not entered
+            continue
+        if not isfile(path):  # noqa: PTH113
+            unreadable.add(path)
         files.setdefault(path, set()).update((name, str(here / name), path))
         named[path] = Path(path) if split(path)[1] == split(name)[1] else here / name
     excluded = {pattern: _matches(pattern, files) for pattern in exclude}
     if useless := [repr(pattern) for pattern, paths in excluded.items() if not paths]:
         log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
-    return sorted(named[path] for path in files.keys() - set().union(*excluded.values()))
+    remaining = files.keys() - set().union(*excluded.values())
+    if skipped := sorted(str(named[path]) for path in remaining & unreadable):
+        log.warning("Note: %s left out: a pipe, a socket, a device or a broken link.", few(skipped))
+    return sorted(named[path] for path in remaining - unreadable)
 
 
 def _matches(pattern: str, files: dict[str, set[str]]) -> set[str]:

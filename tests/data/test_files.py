@@ -72,6 +72,17 @@ def test_exclusion_that_matches_nothing_is_noted(texts, caplog):
     assert caplog.messages == ["Note: data.exclude: no file of data.files matches 'f3.txt', 'g1.txt'."]
 
 
+def test_broken_links_and_pipes_are_left_out_with_a_note(texts, caplog):
+    (texts / "fa.txt").symlink_to("gone")
+    os.mkfifo(texts / "fb.txt")
+    assert find_files(["f*.txt"], []) == [texts / "f1.txt", texts / "f2.txt"]
+    (note,) = caplog.messages
+    assert note == f"Note: {texts}/fa.txt, {texts}/fb.txt left out: a pipe, a socket, a device or a broken link."
+    caplog.clear()
+    assert find_files(["f*.txt"], ["fa.txt", "fb*"]) == [texts / "f1.txt", texts / "f2.txt"]
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
