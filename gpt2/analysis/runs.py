@@ -18,8 +18,7 @@ from typing import Any, get_type_hints
 from gpt2.config import TrainRun
 from gpt2.errors import UserError, few
 from gpt2.runtime.files import LOCK, is_locked
-from gpt2.runtime.plain_values import TYPE_WORDS, brief, choices_of, from_plain
-from gpt2.tracking.loggers import flat
+from gpt2.runtime.plain_values import TYPE_WORDS, brief, choices_of, flat, from_plain
 from gpt2.tracking.tracker import ABOUT, METRICS, RUNNING, Record, metrics_in
 
 log = logging.getLogger(__name__)

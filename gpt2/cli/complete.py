@@ -24,11 +24,10 @@ from gpt2.checkpoint.pretrained import CheckpointModel, TrainedModel, finetuning
 from gpt2.cli.compose import (
     KEYS_WITHOUT_EFFECT,
     compose_defaults,
-    defaults_of,
     keyed_error,
     keys_of,
+    keys_of_schema,
     leaves,
-    merged,
     parsed,
 )
 from gpt2.config import (
@@ -124,9 +123,9 @@ def typed(name: str, composed: DictConfig) -> DictConfig:
             del composed["hydra"]
     if missing := sorted(OmegaConf.missing_keys(composed)):
         raise UserError(*(f"{key}: ??? stands for a value that is missing; give one" for key in missing))
-    schema: type = SCHEMAS[name]
-    if leaves(composed, resolve=False).keys() - leaves(defaults_of(schema), resolve=False).keys():
-        merged(schema, OmegaConf.to_container(composed))  # raises, unless the key is in a value of type Any
+    if leaves(composed, resolve=False).keys() - keys_of_schema(SCHEMAS[name]):
+        # It raises, unless the key is in a value of type Any.
+        OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), OmegaConf.to_container(composed))
     return composed
 
 

@@ -3,9 +3,10 @@
 import re
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from gpt2.cli.schema import register
 from gpt2.config import SCHEMAS, USER_KEYS
 from gpt2.errors import UserError, one_line, shortened, without_secrets
+from gpt2.runtime.plain_values import flat
 from gpt2.runtime.repository import CONF
 
 # outputs/sweeps, which holds the presets of studies, need not exist.
@@ -173,7 +175,7 @@ def did_you_mean(schema: Any, key: str) -> str:
     text or are similar.
     """
     key, words = SYNONYMS.get(key, key), dict[str, list[str]]()
-    for full_key in leaves(defaults_of(schema), resolve=False):
+    for full_key in keys_of_schema(schema):
         if full_key.startswith("study."):  # which only a sweep sets
             continue
         group, _, name = full_key.rpartition(".")
@@ -213,12 +215,9 @@ def overrides_of(hydra_node: Any, kind: str = "task") -> list[str]:
     return plain[kind]
 
 
-defaults_of = cache(OmegaConf.structured)  # of a schema; shared, so it must not be changed
-
-
-def merged(schema: type, values: Any) -> DictConfig:
-    """Merge values into a schema's defaults. OmegaConf checks each key and type."""
-    return OmegaConf.merge(defaults_of(schema), values)  # type: ignore[return-value]  # merge copies the defaults
+def keys_of_schema(schema: Any) -> KeysView[str]:
+    """The full keys of a schema, in the order of their declaration."""
+    return flat(asdict(schema())).keys()
 
 
 def as_argument(key: str, value: Any) -> str:
@@ -298,8 +297,4 @@ def leaves(config: DictConfig, resolve: bool = True) -> dict[str, Any]:
     """The values of a configuration by their full keys. A list is one value."""
     plain = OmegaConf.to_container(config, resolve=resolve)
     assert isinstance(plain, dict)
-    result: dict[str, Any] = {}
-    for key, value in plain.items():
-        inner = value if isinstance(value, dict) else {}
-        result |= {f"{key!s}.{name}": v for name, v in inner.items()} or {str(key): value}
-    return result
+    return flat(plain)  # type: ignore[arg-type]  # our keys are texts

@@ -307,8 +307,9 @@ def validate_command_line(name: str, overrides: list[str], earlier: Sequence[str
         earlier: Known problems. No further problem of their keys is returned.
     """
     found, accepted = dict[str, str](), list(overrides)
-    compose_defaults(name)  # raises if `conf/` itself is broken, so that no override is blamed
     while error := failure_of_composition(name, accepted):
+        if not accepted:
+            compose_defaults(name)  # raises: `conf/` itself is broken
         blamed = override_at_fault(error, accepted)
         if blamed is None:
             blamed, error = first_at_fault(name, accepted)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from gpt2.benchmarks.common import READ_BYTES, matmul_flops, peak_bytes, read_bandwidth, reset_peak
 from gpt2.benchmarks.contestants import Contestant, Workload, build_ours
 from gpt2.benchmarks.generation import ours
-from gpt2.cli.compose import compose, merged
+from gpt2.cli.compose import compose
 from gpt2.config import GPT2Config, InferenceConfig, TrainingBenchmark, TrainingConfig
 from gpt2.data_loader import TokenDataset, get_dataloaders
 from gpt2.doctor.environment import find_compiler
@@ -270,7 +270,7 @@ def check_sizes(machine: Machine) -> Row:
 
 
 def model_named(name: str) -> GPT2Config:
-    config: Any = OmegaConf.to_object(merged(GPT2Config, compose("train", [f"model={name}"]).model))
+    config: Any = OmegaConf.to_object(compose("train", [f"model={name}"]).model)
     return config
 
 

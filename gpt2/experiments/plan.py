@@ -17,9 +17,8 @@ from gpt2.cli.compose import KEYS_WITHOUT_EFFECT, compose, composition_error, hy
 from gpt2.cli.preflight import validate_command_line, with_values
 from gpt2.config import StudyPlan, TrainRun
 from gpt2.errors import UserError, one_line
-from gpt2.runtime.plain_values import from_plain
+from gpt2.runtime.plain_values import flat, from_plain
 from gpt2.runtime.repository import ROOT
-from gpt2.tracking.loggers import flat
 from gpt2.tracking.tracker import DIVERGED, FINISHED
 
 PLAN = "study.yaml"

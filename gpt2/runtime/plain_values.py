@@ -43,6 +43,15 @@ def from_plain(kind: type, values: Any, prefix: str = "") -> Any:
     return kind(**arguments)
 
 
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted keys; an empty dictionary counts as a value."""
+    result: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        result |= inner or {f"{prefix}{key}": value}
+    return result
+
+
 def brief(value: Any) -> str:
     """Format a value for a message: short and on one line; a name without quotes."""
     return value if isinstance(value, str) and value.isidentifier() and len(value) < 30 else reprlib.repr(value)

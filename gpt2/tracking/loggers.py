@@ -223,12 +223,3 @@ def redact(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact(inner) for inner in value]
     return without_secrets(value) if isinstance(value, str) else value
-
-
-def flat(nested: Record, prefix: str = "") -> Record:
-    """Flatten nested dictionaries to dotted keys; an empty dictionary counts as a value."""
-    result: Record = {}
-    for key, value in nested.items():
-        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        result |= inner or {f"{prefix}{key}": value}
-    return result

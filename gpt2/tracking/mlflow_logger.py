@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.errors import without_secrets
 from gpt2.runtime.files import exclusive_change, remove
-from gpt2.tracking.loggers import Config, LoggedRun, flat
+from gpt2.runtime.plain_values import flat
+from gpt2.tracking.loggers import Config, LoggedRun
 from gpt2.tracking.tracker import FINISHED, INTERRUPTED, PRUNED, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from gpt2.tracking.loggers import Config, LoggedRun, flat
+from gpt2.runtime.plain_values import flat
+from gpt2.tracking.loggers import Config, LoggedRun
 from gpt2.tracking.tracker import FINISHED, PRUNED, Ended, ExternalLogger, Record
 
 _report = threading.excepthook
