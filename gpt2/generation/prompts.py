@@ -6,6 +6,8 @@ from typing import Any
 
 from gpt2.errors import UserError
 
+JSON_LINES = (".jsonl", ".ndjson")
+
 
 def decode_prompt(data: bytes, place: str) -> str:
     """The text of UTF-8 bytes, without a byte order mark, and with the line ends of Unix.
@@ -25,7 +27,7 @@ def decode_prompt(data: bytes, place: str) -> str:
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file, each with a string under "prompt" and the other keys of its JSON object.
 
-    A file whose name ends in `.jsonl` holds JSON objects, any other file plain prompts. Empty lines are skipped: an
+    A file whose name ends in `.jsonl` or `.ndjson` holds JSON objects, any other file plain prompts. Empty lines are skipped: an
     empty prompt, or one of several lines, needs JSON.
 
     Raises:
@@ -39,7 +41,7 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not numbered:
         raise UserError(f"prompts_file: {path} has no prompt")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in JSON_LINES:
         return [{"prompt": line} for _, line in numbered]
     return [_parse_record(line, f"prompts_file: {path}, line {number}") for number, line in numbered]
 

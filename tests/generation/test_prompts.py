@@ -18,8 +18,9 @@ def test_a_byte_order_mark_is_not_part_of_the_prompt(tmp_path):
         assert read_prompts(tmp_path / name) == [{"prompt": "one\rstill"}]
 
 
-def test_json_lines_preserve_other_keys(tmp_path):
-    file = tmp_path / "prompts.jsonl"
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.JSONL", "prompts.ndjson"])
+def test_json_lines_preserve_other_keys(tmp_path, name):
+    file = tmp_path / name
     file.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt": ""}\n')
     assert read_prompts(str(file)) == [{"prompt": "a\nb", "id": 7}, {"prompt": ""}]
 
