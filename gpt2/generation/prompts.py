@@ -27,8 +27,8 @@ def decode_prompt(data: bytes, place: str) -> str:
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     """The records of a file, each with a string under "prompt" and the other keys of its JSON object.
 
-    A file whose name ends in `.jsonl` or `.ndjson` holds JSON objects, any other file plain prompts. Empty lines are skipped: an
-    empty prompt, or one of several lines, needs JSON.
+    A file whose name ends in `.jsonl` or `.ndjson` holds JSON objects, any other file plain prompts. Empty lines are
+    skipped: an empty prompt, or one of several lines, needs JSON.
 
     Raises:
         UserError: The file cannot be read, has no prompt, or a line is invalid.

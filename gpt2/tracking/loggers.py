@@ -19,15 +19,18 @@ from typing import Any, TypeVar
 
 from gpt2.config import EvaluateRun, GenerateRun, TrainRun
 from gpt2.errors import one_line, without_secrets
+from gpt2.runtime.files import remove
 from gpt2.runtime.signals import start_in_thread
 from gpt2.tracking.tracker import Ended, ExternalLogger, Record
-from gpt2.tracking.wandb_runs import resolve_mode
+from gpt2.tracking.wandb_runs import ID as WANDB_ID
+from gpt2.tracking.wandb_runs import resolve_mode, stored_id
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = "GPT2_WANDB_PATIENCE"  # environment variable: factor of all time limits, for slow networks and machines
 ABANDON_SECONDS = 2.0
+MLFLOW_ID = "mlflow_id"  # name of the file in a run folder
 
 # The classes by their names in `gpt2.config.Logger`, as texts: importing a module imports its library.
 LOGGERS = {
@@ -80,6 +83,11 @@ def start_run_loggers(
         wandb_id: The W&B id in the checkpoint of a resumed run.
         step: The step of this checkpoint.
     """
+    if "copy_of" in about:
+        for name in (WANDB_ID, MLFLOW_ID):
+            remove(folder / name)
+        wandb_id = stored_id(folder, None)
+        log.info(f"Note    this folder is a copy of {about['copy_of']}: loggers get a run of its own")
     study = config.study
     facts = {key: about[key] for key in ("parameters", "tokens_per_step", "repository", "machine", "versions")}
     run = LoggedRun(

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from gpt2.errors import without_secrets
 from gpt2.runtime.files import exclusive_change, remove
 from gpt2.runtime.plain_values import flat
-from gpt2.tracking.loggers import Config, LoggedRun
+from gpt2.tracking.loggers import MLFLOW_ID, Config, LoggedRun
 from gpt2.tracking.tracker import FINISHED, INTERRUPTED, PRUNED, Ended, ExternalLogger, Record
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
-ID = "mlflow_id"  # name of the file in a run folder
 STORE = Path("outputs/mlruns")
 ARTIFACTS = Path("outputs/mlartifacts")  # files of runs in a database on this machine; MLflow's default is ./mlruns
 STATUS = {FINISHED: "FINISHED", PRUNED: "FINISHED", INTERRUPTED: "KILLED"}  # for other endings: FAILED
@@ -62,8 +61,8 @@ class MlflowLogger(ExternalLogger):
             tags = {"group": self.run.group, "job_type": self.run.job_type, "tags": ", ".join(self.run.tags)}
             run_id = self.client.create_run(self._experiment_id(), run_name=self.run.name, tags=tags).info.run_id
             if self.run.folder:
-                remove(self.run.folder / ID)
-                (self.run.folder / ID).write_text(run_id)
+                remove(self.run.folder / MLFLOW_ID)
+                (self.run.folder / MLFLOW_ID).write_text(run_id)
         else:
             run_id = resumed.info.run_id
             self.client.update_run(run_id, status="RUNNING")
@@ -77,7 +76,7 @@ class MlflowLogger(ExternalLogger):
     def _resumed(self) -> "Run | None":
         from mlflow import MlflowException
 
-        path = self.run.folder and self.run.folder / ID
+        path = self.run.folder and self.run.folder / MLFLOW_ID
         if path is None or not path.is_file():
             return None
         try:

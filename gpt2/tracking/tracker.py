@@ -253,6 +253,10 @@ class Tracker:
 
     def __enter__(self) -> "Tracker":
         earlier = read_about(self.folder) if self.folder else {}
+        if self.folder:
+            self.about["folder"] = str(self.folder.resolve())
+            if original := _original(earlier, self.about["folder"]):
+                self.about["copy_of"] = original
         started = {"started": earlier.get("started", now())}
         self._write_about({**earlier, **self.about, **started, **vars(Ended(RUNNING)), "ended": None})
         return self
@@ -275,6 +279,20 @@ class Tracker:
     def _write_about(self, about: Record) -> None:
         if self.folder:
             _replace(self.folder / ABOUT, json.dumps(about, indent=2) + "\n")
+
+
+def _original(about: Record, place: str) -> str | None:
+    """The run folder of which this one is a copy; None if it is none, or has only moved.
+
+    Args:
+        about: The `run.json` of this folder.
+        place: Its path.
+    """
+    before = about.get("folder")
+    if not isinstance(before, str) or before == place:
+        return None
+    original = read_about(Path(before))
+    return before if original and original.get("started") == about.get("started") else None
 
 
 def now() -> str:

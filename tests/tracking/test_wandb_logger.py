@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from gpt2.config import TrainRun, WandbConfig
 from gpt2.runtime.rng import commit
 from gpt2.tracking import wandb_service
 from gpt2.tracking.loggers import PATIENCE, LoggedRun, Loggers, comparable, redact, start_loggers, within
-from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_metrics
+from gpt2.tracking.tracker import Ended, ExternalLogger, Record, Tracker, read_about, read_metrics
 from gpt2.tracking.wandb_logger import WandbLogger
 from gpt2.tracking.wandb_runs import lacking, read_id, resolve_mode, upload_command
 from tests.conftest import TEXT, TINY, Workspace
@@ -129,6 +130,24 @@ def test_resumed_run_is_the_same_wandb_run_and_one_command_uploads_all_of_it(wor
     history = server.runs[first["id"]]["history"]
     assert [row["step"] for row in history if "val/loss" in row] == [4, 6, 8]
     assert [row["step"] for row in history if "train/loss" in row] == [1, 2, 4, 6, 8]
+
+
+def test_copied_run_gets_its_own_wandb_run_and_a_moved_one_continues(workspace):
+    workspace.run("train.py", *TINY, "wandb=offline", "train.max_steps=4")
+    (original,) = workspace.runs()
+    copy, moved = original.with_name("copy"), original.with_name("moved")
+    shutil.copytree(original, copy)
+
+    outputs = [workspace.run("train.py", f"resume={copy}", f"train.max_steps={n}").stdout for n in (4, 6)]
+    notes = [f"this folder is a copy of {original}" in output for output in outputs]
+    assert notes == [True, False]
+    assert read_about(copy)["copy_of"] == str(original)
+    original.rename(moved)
+    assert "a copy of" not in workspace.run("train.py", f"resume={moved}", "train.max_steps=6").stdout
+
+    first, *of_copy, last = (run["id"] for run in wandb_runs(workspace))
+    assert first == last == (moved / "wandb_id").read_text()
+    assert {*of_copy} == {(copy / "wandb_id").read_text()} != {first}
 
 
 @pytest.mark.parametrize(("fault", "exit_code", "state"), [("nan_loss@6", 3, "diverged"), ("exception@6", 1, "failed")])
