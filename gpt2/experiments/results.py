@@ -23,7 +23,7 @@ from gpt2.analysis.runs import COLUMNS, SEED, UNITS, RunResult
 from gpt2.analysis.tables import as_markdown
 from gpt2.config import StudyPlan
 from gpt2.errors import UserError, counted, few, one_line
-from gpt2.experiments.plan import PLAN, PlannedRun, column_key, planned_runs, read_plan
+from gpt2.experiments.plan import PLAN, PlannedRun, column_key, planned_runs, read_plan, validated_runs
 from gpt2.runtime.files import atomic_write, exclusive_change
 from gpt2.runtime.repository import ROOT
 from gpt2.tracking.tracker import DIVERGED
@@ -59,12 +59,14 @@ def redraw(folder: Path) -> None:
     """Write picture and README of a study again from its `results.csv`.
 
     Raises:
-        UserError: There is no such file, it does not match the plan, or the folder cannot be written to.
+        UserError: There is no such file, it does not match the plan, the plan has a mistake, or the folder cannot be
+            written to.
     """
     if not (folder / RESULTS).is_file():
         raise UserError(f"study: {folder} has no {RESULTS} to draw from; without --redraw its runs are made")
     results = Results(folder)
     if problem := _difference(results.rows, results.plan):
+        validated_runs(results.plan, folder)  # raises if the mistake is in the plan
         raise UserError(f"{folder / RESULTS}: has {problem}; the study writes it when its runs are done")
     print(results.write())
 

@@ -154,6 +154,9 @@ def test_redraw_needs_only_the_results(tmp_path, monkeypatch, capsys):
         (results.folder / "results.csv").write_text(text)
         with pytest.raises(UserError, match=f"results.csv: {problem}"):
             redraw(results.folder)
+    (results.folder / "study.yaml").write_text(PLAN.replace("x: ", "x: train.learning_rat #"))
+    with pytest.raises(UserError, match=r"study.yaml: x: there is no train.learning_rat to draw by"):
+        redraw(results.folder)
     (results.folder / "study.yaml").write_text("variants: []")
     with pytest.raises(UserError, match="at least one value"):
         redraw(results.folder)
