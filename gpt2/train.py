@@ -17,7 +17,7 @@ from gpt2.checkpoint.record import Progress, read_record
 from gpt2.config import DistributedConfig, TrainingConfig
 from gpt2.data_loader import ShuffledBatches
 from gpt2.distributed.parallel import build_strategy
-from gpt2.distributed.process_group import ProcessGroup
+from gpt2.distributed.process_group import ProcessGroup, lost_ranks_named
 from gpt2.errors import DivergenceError, UserError
 from gpt2.evaluate import Batch, Score, as_inputs, count_targets, perplexity, score, validate_data
 from gpt2.model import Forward, GPT2Model
@@ -146,7 +146,11 @@ class Trainer:
         self.throughput.start(self.progress.seconds, self.progress.tokens)
         try:
             finds_anomalies = self.config.detect_anomaly or torch.is_anomaly_enabled()
-            with defer_signals(self.interrupt), torch.autograd.set_detect_anomaly(finds_anomalies):
+            with (
+                defer_signals(self.interrupt),
+                torch.autograd.set_detect_anomaly(finds_anomalies),
+                lost_ranks_named(),
+            ):
                 self._call("on_train_start")
                 self._train()
         except BaseException as error:

@@ -149,7 +149,7 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
+    with lost_ranks_named():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("group", _store()),
@@ -159,11 +159,18 @@ def init_distributed(timeout: float, device_name: str, key: str = "train.device"
         )
         _groups.append(dist.group.WORLD)
         yield ProcessGroup(env)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Turn errors of torch.distributed about another rank into a LostRankError."""
+    try:
+        yield
     except RuntimeError as error:
         if lost := _lost_rank(error):
             raise lost from error
         raise
-    dist.destroy_process_group()
 
 
 def _lost_rank(error: RuntimeError) -> LostRankError | None:

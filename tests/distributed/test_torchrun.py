@@ -251,6 +251,8 @@ def test_failure_of_one_rank_ends_all_and_leaves_the_checkpoint_intact(place, fa
     assert cause in report.partition("Root Cause")[2]
     about = read_about(place.folder / name)
     assert (about["state"], about["exit_code"]) == (("diverged", 3) if "nan" in fault else ("failed", 1))
+    if fault.startswith(("kill", "hang")):  # in the words of the error line, not of gloo
+        assert line.partition(": ")[2].partition(": ")[2] in about["reason"]
     if fault != "exception@7%0":
         assert "Step 4 is saved" in (place.folder / name / "train.log").read_text().splitlines()[-1]
     assert checkpoint.verify(newest_first(place.folder / name / "checkpoints")[0])["progress"]["step"] == 4
