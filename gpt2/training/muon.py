@@ -20,13 +20,13 @@ class Muon(torch.optim.Muon):
     a root mean square of 0.2 times the rate (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning
     rate fits both.
 
-    Updates are computed in bf16, as in `torch.optim.Muon`, or in the format `dtype`: some devices emulate bf16.
+    Updates are computed in the format `dtype`. `torch.optim.Muon` always takes bf16, which some devices emulate.
 
     Like PyTorch's fused optimizers, it skips the step if its attribute `found_inf`, a scalar on the device, is 1.
     """
 
     found_inf: Tensor | None = None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

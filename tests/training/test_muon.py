@@ -38,6 +38,7 @@ def test_batches_equal_matrices_one_by_one(rows, columns, stacked, batch, monkey
     shape = tuple(sorted((rows // stacked, columns)))
     options = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
     ours = Muon([{"params": weights, "shape": shape}], **options)
+    ours.dtype = torch.bfloat16  # as in theirs
     theirs = torch.optim.Muon(parts, **options, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         give_gradients(weights, step)
