@@ -253,7 +253,7 @@ def find_files(patterns: list[str], exclude: list[str]) -> list[Path]:
         log.warning("Note: data.exclude: no file of data.files matches %s.", ", ".join(useless))
     remaining = files.keys() - set().union(*excluded.values())
     if skipped := sorted(str(named[path]) for path in remaining & unreadable):
-        log.warning("Note: %s left out: a pipe, a socket, a device or a broken link.", few(skipped))
+        log.warning("Note: files that are pipes, sockets, devices or broken links are left out: %s", few(skipped))
     return sorted(named[path] for path in remaining - unreadable)
 
 

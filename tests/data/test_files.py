@@ -77,7 +77,7 @@ def test_broken_links_and_pipes_are_left_out_with_a_note(texts, caplog):
     os.mkfifo(texts / "fb.txt")
     assert find_files(["f*.txt"], []) == [texts / "f1.txt", texts / "f2.txt"]
     (note,) = caplog.messages
-    assert note == f"Note: {texts}/fa.txt, {texts}/fb.txt left out: a pipe, a socket, a device or a broken link."
+    assert note.endswith(f"broken links are left out: {texts}/fa.txt, {texts}/fb.txt")
     caplog.clear()
     assert find_files(["f*.txt"], ["fa.txt", "fb*"]) == [texts / "f1.txt", texts / "f2.txt"]
     assert not caplog.messages
